@@ -1,0 +1,188 @@
+"""The error tree. Every error that a user, a client or another service can see is one of these.
+
+    StagemeshError
+    ├── InvalidRequest          the caller's input is wrong; the message says which field and what would be right
+    │   └── PromptTooLong       prompt + output do not fit --max-model-len
+    ├── NotFound                no such model, worker or request
+    ├── Unauthenticated         missing or wrong API key
+    ├── QueueFull               admission queue at its bound; `retry_after_s` says when to come back
+    ├── Unavailable             no pipeline can serve now; `retry_after_s`
+    │   └── StageLost           a stage went away while this request was running
+    ├── DeadlineExceeded        the request's own deadline passed
+    ├── Cancelled               the client went away or called Cancel
+    ├── ConfigError             settings or the mesh they ask for cannot be built (numbers and the fix in the text)
+    ├── CheckpointError         a checkpoint is damaged, incomplete or of another revision
+    │   └── UnsupportedModel    an architecture that cannot be split; the reason and what can be
+    ├── StaleEpoch              an order from an epoch that has passed; refused and counted
+    ├── TransportError          a link or its peer failed
+    ├── NumericalError          NaN or infinity in one request's logits
+    └── InternalError           a bug of ours; the request fails, the mesh goes on
+
+One table (`GRPC_STATUS`, `HTTP_STATUS`) maps the tree; foreign errors are mapped where they enter, the cause kept.
+"""
+
+from __future__ import annotations
+
+import grpc
+
+
+class StagemeshError(Exception):
+    """Root of the tree. `reason` is a stable upper-case word (google.rpc.ErrorInfo.reason)."""
+
+    reason = "INTERNAL"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_s = retry_after_s
+        self.param = param
+
+
+class InvalidRequest(StagemeshError):
+    """The caller's input is wrong."""
+
+    reason = "INVALID_REQUEST"
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt and requested output exceed the longest sequence the mesh was started for."""
+
+    reason = "CONTEXT_LENGTH_EXCEEDED"
+
+
+class NotFound(StagemeshError):
+    """No such model, worker or request."""
+
+    reason = "NOT_FOUND"
+
+
+class Unauthenticated(StagemeshError):
+    """Missing or wrong API key."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class QueueFull(StagemeshError):
+    """The admission queue is at its bound."""
+
+    reason = "QUEUE_FULL"
+
+
+class Unavailable(StagemeshError):
+    """No pipeline can serve now."""
+
+    reason = "UNAVAILABLE"
+
+
+class StageLost(Unavailable):
+    """A stage went away while the request was running."""
+
+    reason = "STAGE_LOST"
+
+
+class DeadlineExceeded(StagemeshError):
+    """The request's own deadline passed."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
+class Cancelled(StagemeshError):
+    """The client went away or asked to stop."""
+
+    reason = "CANCELLED"
+
+
+class ConfigError(StagemeshError):
+    """Settings, or the mesh they ask for, cannot be built."""
+
+    reason = "CONFIG"
+
+
+class CheckpointError(StagemeshError):
+    """A checkpoint is damaged, incomplete or of another revision."""
+
+    reason = "CHECKPOINT"
+
+
+class UnsupportedModel(CheckpointError):
+    """An architecture that cannot be split into stages."""
+
+    reason = "UNSUPPORTED_MODEL"
+
+
+class StaleEpoch(StagemeshError):
+    """An order from an epoch that has passed."""
+
+    reason = "STALE_EPOCH"
+
+
+class TransportError(StagemeshError):
+    """A link or its peer failed."""
+
+    reason = "TRANSPORT"
+
+
+class NumericalError(StagemeshError):
+    """NaN or infinity in one request's logits."""
+
+    reason = "NUMERICAL"
+
+
+class InternalError(StagemeshError):
+    """A bug of ours."""
+
+    reason = "INTERNAL"
+
+
+GRPC_STATUS: dict[type[StagemeshError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Cancelled: grpc.StatusCode.CANCELLED,
+    ConfigError: grpc.StatusCode.FAILED_PRECONDITION,
+    CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,
+    StaleEpoch: grpc.StatusCode.ABORTED,
+    TransportError: grpc.StatusCode.UNAVAILABLE,
+    NumericalError: grpc.StatusCode.INTERNAL,
+    InternalError: grpc.StatusCode.INTERNAL,
+}
+
+HTTP_STATUS: dict[type[StagemeshError], int] = {
+    InvalidRequest: 400,
+    NotFound: 404,
+    Unauthenticated: 401,
+    QueueFull: 429,
+    Unavailable: 503,
+    DeadlineExceeded: 504,
+    Cancelled: 499,
+    ConfigError: 503,
+    CheckpointError: 503,
+    StaleEpoch: 503,
+    TransportError: 503,
+    NumericalError: 500,
+    InternalError: 500,
+}
+
+
+def grpc_status(error: StagemeshError) -> grpc.StatusCode:
+    """The gRPC status of `error`: that of its nearest ancestor in the table."""
+    return next((GRPC_STATUS[t] for t in type(error).__mro__ if t in GRPC_STATUS), grpc.StatusCode.INTERNAL)
+
+
+def http_status(error: StagemeshError) -> int:
+    """The HTTP status of `error`: that of its nearest ancestor in the table."""
+    return next((HTTP_STATUS[t] for t in type(error).__mro__ if t in HTTP_STATUS), 500)
+
+
+def by_reason(reason: str) -> type[StagemeshError]:
+    """The class that a peer's `ErrorInfo.reason` names; `InternalError` for a word not known here."""
+    pending: list[type[StagemeshError]] = [StagemeshError]
+    while pending:
+        cls = pending.pop()
+        if cls is not StagemeshError and cls.reason == reason:
+            return cls
+        pending.extend(cls.__subclasses__())
+    return InternalError
