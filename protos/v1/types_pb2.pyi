@@ -1,0 +1,214 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PipelineState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PIPELINE_STATE_UNSPECIFIED: _ClassVar[PipelineState]
+    PIPELINE_STATE_DOWN: _ClassVar[PipelineState]
+    PIPELINE_STATE_FORMING: _ClassVar[PipelineState]
+    PIPELINE_STATE_SERVING: _ClassVar[PipelineState]
+    PIPELINE_STATE_DRAINING: _ClassVar[PipelineState]
+PIPELINE_STATE_UNSPECIFIED: PipelineState
+PIPELINE_STATE_DOWN: PipelineState
+PIPELINE_STATE_FORMING: PipelineState
+PIPELINE_STATE_SERVING: PipelineState
+PIPELINE_STATE_DRAINING: PipelineState
+
+class LayerRange(_message.Message):
+    __slots__ = ("first", "last")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    last: int
+    def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
+
+class ModelRef(_message.Message):
+    __slots__ = ("name", "path", "fingerprint", "num_layers", "hidden_size", "dtype", "load_format", "seed")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    path: str
+    fingerprint: str
+    num_layers: int
+    hidden_size: int
+    dtype: str
+    load_format: str
+    seed: int
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., load_format: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class RunLimits(_message.Message):
+    __slots__ = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "steps_in_flight")
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    steps_in_flight: int
+    def __init__(self, max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., steps_in_flight: _Optional[int] = ...) -> None: ...
+
+class SamplingParams(_message.Message):
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "top_logprobs", "logprobs", "min_tokens", "suppressed_ids", "bias_ids", "bias_values")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SUPPRESSED_IDS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_IDS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_VALUES_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    seed: int
+    top_logprobs: int
+    logprobs: bool
+    min_tokens: int
+    suppressed_ids: _containers.RepeatedScalarFieldContainer[int]
+    bias_ids: _containers.RepeatedScalarFieldContainer[int]
+    bias_values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., top_logprobs: _Optional[int] = ..., logprobs: bool = ..., min_tokens: _Optional[int] = ..., suppressed_ids: _Optional[_Iterable[int]] = ..., bias_ids: _Optional[_Iterable[int]] = ..., bias_values: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class StepTiming(_message.Message):
+    __slots__ = ("wait_input_us", "compute_us", "wait_send_us")
+    WAIT_INPUT_US_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    WAIT_SEND_US_FIELD_NUMBER: _ClassVar[int]
+    wait_input_us: int
+    compute_us: int
+    wait_send_us: int
+    def __init__(self, wait_input_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., wait_send_us: _Optional[int] = ...) -> None: ...
+
+class DeviceInfo(_message.Message):
+    __slots__ = ("kind", "name", "memory_bytes", "flops_per_s", "bytes_per_s")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FLOPS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    name: str
+    memory_bytes: int
+    flops_per_s: float
+    bytes_per_s: float
+    def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., flops_per_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+
+class TransportEndpoints(_message.Message):
+    __slots__ = ("name", "rank_addresses")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RANK_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    rank_addresses: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, name: _Optional[str] = ..., rank_addresses: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class StageView(_message.Message):
+    __slots__ = ("stage", "worker_id", "address", "layers", "tp_size", "generation", "num_pages", "device", "route", "weight_bytes", "tensor_bytes_read")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    TP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_BYTES_READ_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    worker_id: str
+    address: str
+    layers: LayerRange
+    tp_size: int
+    generation: int
+    num_pages: int
+    device: DeviceInfo
+    route: str
+    weight_bytes: int
+    tensor_bytes_read: int
+    def __init__(self, stage: _Optional[int] = ..., worker_id: _Optional[str] = ..., address: _Optional[str] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ..., tp_size: _Optional[int] = ..., generation: _Optional[int] = ..., num_pages: _Optional[int] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., route: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., tensor_bytes_read: _Optional[int] = ...) -> None: ...
+
+class PipelineView(_message.Message):
+    __slots__ = ("pipeline_id", "epoch", "state", "reason", "model", "limits", "stages")
+    PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    pipeline_id: str
+    epoch: int
+    state: PipelineState
+    reason: str
+    model: ModelRef
+    limits: RunLimits
+    stages: _containers.RepeatedCompositeFieldContainer[StageView]
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[PipelineState, str]] = ..., reason: _Optional[str] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., limits: _Optional[_Union[RunLimits, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ...) -> None: ...
+
+class WorkerView(_message.Message):
+    __slots__ = ("worker_id", "address", "pool", "tp_size", "device", "state", "loaded_bytes", "total_bytes", "layers", "version")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    TP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    address: str
+    pool: int
+    tp_size: int
+    device: DeviceInfo
+    state: str
+    loaded_bytes: int
+    total_bytes: int
+    layers: LayerRange
+    version: str
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., pool: _Optional[int] = ..., tp_size: _Optional[int] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., state: _Optional[str] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
+
+class MeshView(_message.Message):
+    __slots__ = ("pipelines", "workers", "stale_refused")
+    class StaleRefusedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    PIPELINES_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    STALE_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    pipelines: _containers.RepeatedCompositeFieldContainer[PipelineView]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerView]
+    stale_refused: _containers.ScalarMap[str, int]
+    def __init__(self, pipelines: _Optional[_Iterable[_Union[PipelineView, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerView, _Mapping]]] = ..., stale_refused: _Optional[_Mapping[str, int]] = ...) -> None: ...
