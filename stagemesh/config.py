@@ -1,6 +1,7 @@
 """Settings of every service: flags > environment (`STAGEMESH_*`) > YAML file > defaults.
 
-Each service has one frozen model; unknown keys are refused and errors name the field. Flags are vLLM's where vLLM has one.
+Each service has one frozen model; unknown keys are refused and errors name the field. Flags are vLLM's where
+vLLM has one.
 `flags(...)` in a field's extra lists short spellings beside `--field-name`.
 """
 
@@ -72,7 +73,8 @@ class ModelSettings(Base):
     """Which model, and the bounds it is served with."""
 
     model: str = str(DEMO_MODEL)
-    """Directory of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json). Default: the small model that ships with the package."""
+    """Directory of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json); default: the small model
+    that ships with the package."""
     served_model_name: str | None = None
     """Name that clients use; default: the directory's name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -143,11 +145,12 @@ class StageSettings(ListenSettings):
     net_device: str | None = None
     """Network device of UCX (UCX_NET_DEVICES), such as "eth0" or "mlx5_0:1"."""
     kv_cache_gib: float | None = Field(None, gt=0)
-    """Memory for KV pages of one rank; default: a quarter of what is free on a CPU, the rest of --gpu-memory-utilization on CUDA."""
+    """Memory for KV pages of one rank; default: a quarter of what is free on a CPU, the rest of
+    --gpu-memory-utilization on CUDA."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of a card's memory that may be used."""
     threads: int | None = Field(None, ge=1)
-    """Compute threads of one rank on a CPU; default: the machine's cores, divided by the ranks that `serve` starts here."""
+    """Compute threads of one rank on a CPU; default: the machine's cores, shared among the ranks `serve` starts."""
     cpu_list: str | None = None
     """Cores to pin the ranks to, one group a rank, such as "0|1"; default: not pinned."""
     drain_timeout: float = Field(30.0, ge=0)

@@ -1,0 +1,219 @@
+"""gRPC servers and channels as every service makes them: bounds, health, reflection, and one mapping of errors.
+
+A handler raises an error of `stagemesh.errors`; the interceptor turns it into its gRPC status with a
+`google.rpc.ErrorInfo` (and `RetryInfo`) detail; `from_rpc_error` makes the same error again on the other side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from stagemesh import errors
+
+log = logging.getLogger(__name__)
+
+DETAILS = "grpc-status-details-bin"
+DOMAIN = "stagemesh"
+MAX_MESSAGE_BYTES = 16 << 20
+OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A peer that vanished without closing its socket is noticed by keep-alive pings, not by a request that hangs.
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+    # Reconnect fast: a restarted peer should be found within a second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Services on one machine must not share one connection pool with a dead peer's address.
+    ("grpc.use_local_subchannel_pool", 1),
+    # A taken port is an error, not a second listener that gets half of the calls.
+    ("grpc.so_reuseport", 0),
+]
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    """An unencrypted channel to `address` (host:port)."""
+    return grpc.aio.insecure_channel(address, options=OPTIONS)
+
+
+class Server:
+    """A started gRPC server with health and reflection; `set_serving` drives `grpc.health.v1`."""
+
+    def __init__(self, server: grpc.aio.Server, port: int, health_servicer: Any, names: Sequence[str]) -> None:
+        self._server = server
+        self._health = health_servicer
+        self._names = names
+        self.port = port
+
+    async def set_serving(self, serving: bool) -> None:
+        """Sets the health of the whole server and of each service."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self._names):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Stops accepting at once and cancels calls that still run after `grace_s`."""
+        await self._server.stop(grace_s)
+
+
+async def start_server(
+    host: str,
+    port: int,
+    add: Callable[[grpc.aio.Server], None],
+    names: Sequence[str],
+    *,
+    serving: bool = True,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+) -> Server:
+    """Starts a server on host:port (0: the system chooses) with the servicers that `add` adds.
+
+    `names` are the full names of those services. Raises ConfigError when the port cannot be bound.
+    """
+    server = grpc.aio.server(options=OPTIONS, interceptors=(*interceptors, ErrorInterceptor()))
+    add(server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    shown = f"[{host}]" if ":" in host else host
+    try:
+        bound = server.add_insecure_port(f"{shown}:{port}")
+    except RuntimeError as e:
+        raise errors.ConfigError(
+            f"cannot listen on {host}:{port}: is the port in use, or the address not this machine's? Choose another with --port"
+        ) from e
+    await server.start()
+    made = Server(server, bound, health_servicer, names)
+    await made.set_serving(serving)
+    return made
+
+
+def status_of(error: errors.StagemeshError) -> status_pb2.Status:
+    """`error` as google.rpc.Status with its details."""
+    code = errors.grpc_status(error)
+    status = status_pb2.Status(code=code.value[0], message=error.message)
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
+    if error.param:
+        info.metadata["param"] = error.param
+    status.details.add().Pack(info)
+    if error.retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(error.retry_after_s * 1000))
+        status.details.add().Pack(retry)
+    return status
+
+
+def from_rpc_error(error: grpc.RpcError) -> errors.StagemeshError:
+    """The error of ours that a failed call stands for; a peer that cannot be reached is `Unavailable`."""
+    code = error.code()
+    message = error.details() or code.name
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS:
+            status = status_pb2.Status.FromString(value)
+            cls: type[errors.StagemeshError] | None = None
+            retry_after_s = param = None
+            for detail in status.details:
+                info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+                if detail.Unpack(info):
+                    cls, param = errors.by_reason(info.reason), info.metadata.get("param")
+                elif detail.Unpack(retry):
+                    retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+            if cls is not None:
+                return cls(status.message, retry_after_s=retry_after_s, param=param)
+    by_code: dict[grpc.StatusCode, type[errors.StagemeshError]] = {
+        grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+        grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+        grpc.StatusCode.CANCELLED: errors.Cancelled,
+        grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+        grpc.StatusCode.NOT_FOUND: errors.NotFound,
+        grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: errors.QueueFull,
+    }
+    return by_code.get(code, errors.InternalError)(message)
+
+
+@contextlib.contextmanager
+def mapped() -> Iterator[None]:
+    """Within it, a failed call raises the error of ours that it stands for."""
+    try:
+        yield
+    except grpc.RpcError as e:
+        raise from_rpc_error(e) from e
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> None:
+    if not isinstance(error, errors.StagemeshError):
+        log.exception("a handler failed", exc_info=error)
+        error = errors.InternalError(f"{type(error).__name__}: {error}")
+    status = status_of(error)
+    await context.abort(
+        errors.grpc_status(error), error.message, trailing_metadata=((DETAILS, status.SerializeToString()),)
+    )
+
+
+Handler = grpc.RpcMethodHandler[Any, Any]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns errors that handlers raise into gRPC statuses with details; an unknown one is INTERNAL and logged."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Wraps the handler that `continuation` finds."""
+        handler = await continuation(details)
+        if handler is None:
+            return handler
+        inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+        async def one(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                return await inner(request, context)
+            except (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.UsageError):
+                raise
+            except Exception as e:  # noqa: BLE001 - the boundary where every error gets its status
+                await _abort(context, e)
+
+        async def many(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            try:
+                async for response in inner(request, context):
+                    yield response
+            except (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.UsageError, GeneratorExit):
+                raise
+            except Exception as e:  # noqa: BLE001 - the boundary where every error gets its status
+                await _abort(context, e)
+
+        kinds = {
+            "unary_unary": (grpc.unary_unary_rpc_method_handler, one),
+            "unary_stream": (grpc.unary_stream_rpc_method_handler, many),
+            "stream_unary": (grpc.stream_unary_rpc_method_handler, one),
+            "stream_stream": (grpc.stream_stream_rpc_method_handler, many),
+        }
+        for kind, (make, wrapper) in kinds.items():
+            # Handlers that are not coroutines (reflection's) keep their own error handling.
+            if getattr(handler, kind) is not None and (
+                inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner)
+            ):
+                return make(
+                    wrapper,
+                    request_deserializer=handler.request_deserializer,
+                    response_serializer=handler.response_serializer,
+                )
+        return handler
