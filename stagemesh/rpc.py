@@ -95,7 +95,8 @@ async def start_server(
         bound = server.add_insecure_port(f"{shown}:{port}")
     except RuntimeError as e:
         raise errors.ConfigError(
-            f"cannot listen on {host}:{port}: is the port in use, or the address not this machine's? Choose another with --port"
+            f"cannot listen on {host}:{port}: the port is in use, or the address is not this machine's; "
+            "choose another with --port"
         ) from e
     await server.start()
     made = Server(server, bound, health_servicer, names)
@@ -166,7 +167,7 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExcepti
     )
 
 
-Handler = grpc.RpcMethodHandler[Any, Any]
+Handler = Any  # grpc.RpcMethodHandler is generic in the stubs only
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
