@@ -89,8 +89,8 @@ def make_checkpoint(
 ) -> Path:
     """Write the checkpoint of `preset`, with the fields of `LlamaShape` named in `overrides` replaced, into `out`.
 
-    With `shards` > 1 the tensors are spread over that many files beside a `model.safetensors.index.json`. Returns `out`.
-    Raises ValueError for a preset, a field, a dtype or a number that cannot be.
+    With `shards` > 1 the tensors are spread over that many files beside a `model.safetensors.index.json`.
+    Returns `out`. Raises ValueError for a preset, a field, a dtype or a number that cannot be.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: one of {', '.join(PRESETS)}")
@@ -162,7 +162,7 @@ def _write_tokenizer(shape: LlamaShape, seed: int, folder: Path) -> None:
 def _text(seed: int, words: int) -> Iterator[str]:
     """Lines of `words` distinct made-up words, each a few times: enough repeated pairs for as many merges."""
     draw = random.Random(seed)
-    onsets, vowels, codas = "b c d f g h j k l m n p r s t v w z st tr".split(), "aeiou", ["", "", "n", "r", "s", "l"]
+    onsets, vowels, codas = [*"bcdfghjklmnprstvwz", "st", "tr"], "aeiou", ["", "", "n", "r", "s", "l"]
     lexicon: dict[str, None] = {}
     while len(lexicon) < words:
         syllables = draw.randint(2, 4)
