@@ -1,0 +1,208 @@
+"""Attention over pages: what is known of a step before its activation arrives, and the contract of a backend.
+
+Shapes: T tokens in the step, B rows, N query heads, K KV heads, G = N / K, D head size, P pages, S page size,
+L context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stagemesh.errors import InternalError
+
+
+@dataclass(frozen=True)
+class DecodeView:
+    """The rows of one token, as one padded batch."""
+
+    pages: Tensor
+    """[B * M] int64, row after row; short rows are padded with their own first page."""
+    invalid: Tensor
+    """[B, 1, 1, L] bool: context slots that a row must not see; L = M * S."""
+
+
+@dataclass(frozen=True)
+class PrefillView:
+    """One row of several tokens."""
+
+    pages: Tensor
+    """[M] int64: the pages its queries can see."""
+    first_position: int
+    """Position of slot 0 of those pages."""
+    context_len: int
+    """Slots in use, counted from `first_position`."""
+
+
+@dataclass(frozen=True)
+class PrefillRow:
+    """Where a row of several tokens lies in the step."""
+
+    row: int
+    token_start: int
+    start: int
+    count: int
+
+
+@dataclass
+class AttentionMetadata:
+    """Everything index-like of one step, made once for all layers.
+
+    Rows are packed one after the other in the order given. Rows of one token (decode) are attended as one batch,
+    longer ones (prefill) one by one. Which pages matter depends on a layer's sliding window: the views are made once
+    for each window, by `prepare` ahead of time or at first use.
+    """
+
+    starts: list[int]
+    counts: list[int]
+    page_size: int
+    device: torch.device
+    num_tokens: int
+    positions: Tensor
+    """[T] int64"""
+    slot_mapping: Tensor
+    """[T] int64: page * page_size + offset"""
+    opened_pages: Tensor | None
+    """Pages that this step opens and leaves partly unwritten: their rest is zeroed."""
+    decode_rows: list[int]
+    decode_tokens: Tensor | slice
+    """Where the decode rows' tokens are in the step."""
+    prefill_rows: list[PrefillRow]
+    _tables: list[Tensor]
+    _decode_views: dict[int | None, DecodeView] = field(default_factory=dict)
+    _prefill_views: dict[int | None, list[PrefillView]] = field(default_factory=dict)
+
+    @staticmethod
+    def build(
+        starts: Sequence[int],
+        counts: Sequence[int],
+        block_tables: Sequence[Tensor | Sequence[int]],
+        page_size: int,
+        device: torch.device | str,
+    ) -> AttentionMetadata:
+        """Metadata of B rows: row i brings `counts[i]` tokens from position `starts[i]`, its pages in order.
+
+        `block_tables[i]` holds at least the pages of positions 0 .. starts[i] + counts[i] - 1.
+
+        Raises:
+            InternalError: a row is empty or its block table is too short.
+        """
+        device = torch.device(device)
+        tables = [torch.as_tensor(table, dtype=torch.int64, device="cpu") for table in block_tables]
+        positions, slots, opened, decode_rows, decode_tokens, prefill_rows = [], [], [], [], [], []
+        token = 0
+        for row, (start, count, table) in enumerate(zip(starts, counts, tables, strict=True)):
+            end = start + count
+            if count < 1 or start < 0 or table.numel() * page_size < end:
+                raise InternalError(
+                    f"row {row} has {count} tokens from position {start}, and {table.numel()} pages of {page_size}"
+                )
+            row_positions = torch.arange(start, end)
+            row_pages = row_positions // page_size
+            positions.append(row_positions)
+            slots.append(table[row_pages] * page_size + row_positions % page_size)
+            last_page = (end - 1) // page_size
+            if start <= last_page * page_size and end % page_size:
+                opened.append(int(table[last_page]))
+            if count == 1:
+                decode_rows.append(row)
+                decode_tokens.append(token)
+            else:
+                prefill_rows.append(PrefillRow(row, token, start, count))
+            token += count
+        contiguous = not decode_tokens or decode_tokens[-1] - decode_tokens[0] + 1 == len(decode_tokens)
+        where: Tensor | slice
+        if contiguous:
+            where = slice(decode_tokens[0], decode_tokens[-1] + 1) if decode_tokens else slice(0, 0)
+        else:
+            where = torch.tensor(decode_tokens, device=device)
+        return AttentionMetadata(
+            starts=list(starts),
+            counts=list(counts),
+            page_size=page_size,
+            device=device,
+            num_tokens=token,
+            positions=torch.cat(positions).to(device),
+            slot_mapping=torch.cat(slots).to(device),
+            opened_pages=torch.tensor(opened, device=device) if opened else None,
+            decode_rows=decode_rows,
+            decode_tokens=where,
+            prefill_rows=prefill_rows,
+            _tables=tables,
+        )
+
+    def prepare(self, windows: Sequence[int | None]) -> None:
+        """Make the views of these sliding windows now, while the step's input is still under way."""
+        for window in windows:
+            if self.decode_rows:
+                self.decode_view(window)
+            if self.prefill_rows:
+                self.prefill_views(window)
+
+    def decode_view(self, window: int | None) -> DecodeView:
+        """The batch of one-token rows for layers that see `window` positions (None: all)."""
+        view = self._decode_views.get(window)
+        if view is None:
+            view = self._decode_views[window] = self._make_decode_view(window)
+        return view
+
+    def prefill_views(self, window: int | None) -> list[PrefillView]:
+        """The longer rows, in the order of `prefill_rows`, for layers that see `window` positions (None: all)."""
+        views = self._prefill_views.get(window)
+        if views is None:
+            views = self._prefill_views[window] = [self._make_prefill_view(row, window) for row in self.prefill_rows]
+        return views
+
+    def _make_decode_view(self, window: int | None) -> DecodeView:
+        context = [self.starts[row] + 1 for row in self.decode_rows]
+        lowest = [0 if window is None else max(0, length - window) for length in context]
+        first_page = [low // self.page_size for low in lowest]
+        last_page = [(length - 1) // self.page_size for length in context]
+        width = max(last - first + 1 for first, last in zip(first_page, last_page, strict=True))
+        pages = torch.empty(len(context), width, dtype=torch.int64)
+        for i, row in enumerate(self.decode_rows):
+            own = self._tables[row][first_page[i] : last_page[i] + 1]
+            pages[i, : own.numel()] = own
+            pages[i, own.numel() :] = own[0]
+        slot_positions = torch.arange(width * self.page_size) + torch.tensor(first_page)[:, None] * self.page_size
+        invalid = slot_positions >= torch.tensor(context)[:, None]
+        if window is not None:
+            invalid |= slot_positions < torch.tensor(lowest)[:, None]
+        return DecodeView(pages.view(-1).to(self.device), invalid[:, None, None, :].to(self.device))
+
+    def _make_prefill_view(self, row: PrefillRow, window: int | None) -> PrefillView:
+        end = row.start + row.count
+        first_page = 0 if window is None else max(0, row.start + 1 - window) // self.page_size
+        first_position = first_page * self.page_size
+        pages = self._tables[row.row][first_page : (end - 1) // self.page_size + 1]
+        return PrefillView(pages.to(self.device), first_position, end - first_position)
+
+
+class AttentionBackend(Protocol):
+    """Writes a layer's new K and V to their pages, then attends."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scaling: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        is_causal: bool = True,
+    ) -> Tensor:
+        """[T, N, Dv] from `query` [T, N, D], `key` [T, K, D], `value` [T, K, Dv] and the layer's pages.
+
+        `sliding_window` None means full attention; `softcap` squashes scores by tanh; `sinks` [N] are extra logits
+        that take probability and give nothing (GPT-OSS).
+        """
+        ...

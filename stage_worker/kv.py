@@ -1,0 +1,89 @@
+"""The paged KV cache of one worker: per own layer a K and a V tensor of pages.
+
+Shapes: P pages, S positions a page, K KV heads on this rank, D head size. A page id names the same P-index in every
+layer; the slot of a token is `page * page_size + offset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from stagemesh.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class KvLayerSpec:
+    """What one decoder layer keeps of one token, on this rank."""
+
+    layer_idx: int
+    """Global index of the layer (the same on every stage)."""
+    num_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    sliding_window: int | None = None
+    """Positions a query of this layer sees, itself included; None: all."""
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes of K and V of one token."""
+        return self.num_kv_heads * (self.k_head_dim + self.v_head_dim) * dtype.itemsize
+
+
+class KvPool:
+    """Pages for all of a worker's layers, allocated once.
+
+    Memory comes zeroed, and attention zeroes the rest of a page when it opens one, so a slot that no token of its
+    sequence has written never holds NaN.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[KvLayerSpec],
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if num_pages < 1 or page_size < 1:
+            raise ConfigError(f"a KV pool needs at least one page of one position, not {num_pages} of {page_size}")
+        self.layers = tuple(layers)
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._k: dict[int, torch.Tensor] = {}
+        self._v: dict[int, torch.Tensor] = {}
+        for layer in self.layers:
+            heads = (num_pages, page_size, layer.num_kv_heads)
+            self._k[layer.layer_idx] = torch.zeros(*heads, layer.k_head_dim, dtype=dtype, device=self.device)
+            self._v[layer.layer_idx] = torch.zeros(*heads, layer.v_head_dim, dtype=dtype, device=self.device)
+
+    @staticmethod
+    def page_bytes(layers: Sequence[KvLayerSpec], page_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one page costs over `layers`."""
+        return page_size * sum(layer.bytes_per_token(dtype) for layer in layers)
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page over all layers of this rank."""
+        return self.page_bytes(self.layers, self.page_size, self.dtype)
+
+    @property
+    def num_tokens(self) -> int:
+        """Token positions that fit."""
+        return self.num_pages * self.page_size
+
+    def k(self, layer_idx: int) -> torch.Tensor:
+        """Keys [P, S, K, D] of the layer with this global index."""
+        return self._k[layer_idx]
+
+    def v(self, layer_idx: int) -> torch.Tensor:
+        """Values [P, S, K, Dv] of the layer with this global index."""
+        return self._v[layer_idx]
+
+    def zero(self) -> None:
+        """Forget everything. Tests use it to prove that their checks depend on the cache."""
+        for tensor in (*self._k.values(), *self._v.values()):
+            tensor.zero_()

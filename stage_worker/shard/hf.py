@@ -1,0 +1,216 @@
+"""The one place that touches names which transformers keeps to itself. Tried on 5.17 and 5.23.
+
+A model is built on the meta device by its own class; checkpoint names are mapped to its parameters by transformers'
+own conversion rules (renames, merged experts); buffers that no checkpoint holds (rotary frequencies) are computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import core_model_loading as loading
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from stagemesh.errors import CheckpointError, UnsupportedModel
+
+ATTENTION_NAME = "stagemesh"
+
+
+def load_config(model_dir: str | Path) -> PretrainedConfig:
+    """The checkpoint's config, as its own class.
+
+    Raises:
+        CheckpointError: config.json is missing or damaged.
+        UnsupportedModel: transformers does not know this model type.
+    """
+    path = Path(model_dir) / "config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+        model_type = raw["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a model config: {error!r}") from error
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedModel(f"model type {model_type!r} is not known to the installed transformers: upgrade it")
+    config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(raw)
+    return config
+
+
+def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of the causal language model that this config describes.
+
+    Raises:
+        UnsupportedModel: there is none for text alone.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(f"model type {config.model_type!r} has no decoder-only language model in transformers")
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return cls
+
+
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The whole model on the meta device: no memory, no initialisation. Embedding and head are left untied."""
+    cls = causal_class(config)
+    config = deepcopy(config)
+    config.tie_word_embeddings = False
+    config.use_cache = False
+    config._attn_implementation = ATTENTION_NAME
+    config.dtype = dtype
+    with contextlib.ExitStack() as stack:
+        for context in cls.get_init_context(dtype, False, False, False):
+            stack.enter_context(context)
+        model = cls(config)
+    return model.eval()
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Head parameter -> embedding parameter, for the pairs that a tied checkpoint stores once."""
+    keys = type(model)._tied_weights_keys
+    if not isinstance(keys, dict):
+        return {}
+    return {target: source for target, source in keys.items() if not re.search(r"[\\\[\]*^$(]", target + source)}
+
+
+@dataclass
+class Source:
+    """How one parameter (or, by a converter, several) comes out of checkpoint tensors."""
+
+    targets: list[str]
+    transform: Any
+    """transformers' WeightConverter, or None for a plain copy."""
+    tensors: list[tuple[str, str]] = field(default_factory=list)
+    """(checkpoint name, pattern that matched it)"""
+
+
+def map_checkpoint(model: PreTrainedModel, names: Iterable[str]) -> list[Source]:
+    """What each parameter of the whole, unpruned `model` is made of. Names that map to nothing are left out."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    transforms = get_model_conversion_mapping(model)
+    renames = [entry for entry in transforms if isinstance(entry, loading.WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, loading.WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+    sources: dict[str, Source] = {}
+    for name in sorted(names, key=loading.dot_natural_key):
+        key, pattern = loading.rename_source_key(name, renames, converters, prefix, state)
+        if key not in state and name in state:
+            key, pattern = loading.rename_source_key(name, [], [], prefix, state)
+        if key not in state:
+            continue
+        if pattern is None:
+            sources[key] = Source([key], None, [(name, name)])
+            continue
+        converter = by_pattern[pattern]
+        if key not in sources:
+            patterns = converter.target_patterns
+            targets = [key.replace(patterns[0], other) for other in patterns] if len(patterns) > 1 else [key]
+            sources[key] = Source(targets, deepcopy(converter))
+        sources[key].tensors.append((name, pattern))
+    return list(sources.values())
+
+
+def merges_experts(source: Source) -> bool:
+    """Whether a converter only stacks experts (and puts gate and up together), so that slices can go through it."""
+    mergers = (loading.MergeModulelist, loading.Concatenate)
+    return len(source.targets) == 1 and all(isinstance(op, mergers) for op in source.transform.operations)
+
+
+def convert(source: Source, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Run a converter over its checkpoint tensors (name -> tensor): parameter -> tensor.
+
+    Raises:
+        CheckpointError: the tensors do not fit together.
+    """
+    transform = source.transform
+    for name, pattern in source.tensors:
+        tensor = tensors.pop(name)
+        transform.add_tensor(source.targets[0], name, pattern, lambda tensor=tensor: tensor)
+        del tensor
+    try:
+        converted = transform.convert(source.targets[0], model=model, config=model.config)
+    except (RuntimeError, ValueError, KeyError) as error:
+        names = ", ".join(name for name, _ in source.tensors[:3])
+        raise CheckpointError(f"cannot make {source.targets[0]!r} from {names}, ...: {error}") from error
+    return {key: value[0] if isinstance(value, list) else value for key, value in converted.items()}
+
+
+def parameter_dtype(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.dtype]:
+    """The dtype in which to keep a parameter: some models ask for fp32 parts."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    patterns = [(loading.build_glob_alternation([glob])[0], kept) for glob, kept in plan.items()]
+
+    def choose(name: str, meta: torch.Tensor) -> torch.dtype:
+        for pattern, kept in patterns:
+            if pattern.search(name):
+                return kept
+        return meta.dtype
+
+    return choose
+
+
+def is_optional(model: PreTrainedModel, name: str) -> bool:
+    """Whether the architecture allows a checkpoint to lack this tensor."""
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a loaded parameter or buffer in its place and mark it as loaded."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        value = nn.Parameter(value, requires_grad=False)
+        module._parameters[leaf] = value
+    value._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies): they come back from the meta device."""
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._buffers[leaf] = torch.empty_like(buffer, device=device)
+    model.initialize_weights()
+
+
+def register_attention(function: Callable[..., tuple[torch.Tensor, None]]) -> None:
+    """Make `function` what every model built here calls for attention.
+
+    No mask function goes with it: transformers then makes no mask at all, and does not look at the positions.
+    """
+    AttentionInterface.register(ATTENTION_NAME, function)
+
+
+__all__ = [
+    "ATTENTION_NAME",
+    "Source",
+    "build_on_meta",
+    "causal_class",
+    "compute_buffers",
+    "convert",
+    "is_optional",
+    "load_config",
+    "map_checkpoint",
+    "merges_experts",
+    "parameter_dtype",
+    "register_attention",
+    "set_tensor",
+    "tied_weights",
+]

@@ -1,0 +1,217 @@
+"""Tensor parallelism by the architecture's own plan: which slice of each parameter a rank holds, and what its
+modules do with the others' parts.
+
+The plan maps module names (layer numbers as `*`) to styles. transformers has its own code for the styles, on DTensor
+and a device mesh; here a slice is a range of the checkpoint's tensor, read as such, and a module's forward gets the
+one collective that its style needs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stagemesh.errors import ConfigError, UnsupportedModel
+
+from ..tp import TPGroup, even_range
+from .layout import Layout
+
+_WITHOUT_COLLECTIVE = frozenset({"colwise", "packed_colwise", "packed_rowwise", "local_params", "replicate"})
+_GRADIENT_ONLY = frozenset({"replicated_with_grad_allreduce", "mla_kv_a_proj"})
+_GATHER = frozenset({"colwise_gather_output", "colwise_rep"})
+_SPLIT_INPUT = frozenset({"rowwise_split_input", "rowwise_rep"})
+_REDUCE_OUTPUT = frozenset({"moe_tp_experts", "all_reduce"})
+_KNOWN = (
+    _WITHOUT_COLLECTIVE
+    | _GRADIENT_ONLY
+    | _GATHER
+    | _SPLIT_INPUT
+    | _REDUCE_OUTPUT
+    | {"rowwise", "embedding_rowwise", "moe_identity_expert"}
+)
+_KV_PROJECTION = re.compile(r"(^|\.)(k_proj|v_proj)$")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a tensor that a rank holds: `ranges` along `dim`, one after the other; `dim` None: all of it."""
+
+    dim: int | None = None
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rank's part of the whole tensor, in memory of its own where it is a part."""
+        if self.dim is None:
+            return tensor
+        return torch.cat([tensor.narrow(self.dim, start, stop - start) for start, stop in self.ranges], self.dim)
+
+    def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the rank's part."""
+        shape = list(whole)
+        if self.dim is not None:
+            shape[self.dim] = sum(stop - start for start, stop in self.ranges)
+        return tuple(shape)
+
+
+WHOLE = Cut()
+
+
+class Parallel:
+    """The plan of one model on one rank. With one rank it does nothing."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: object,
+        layout: Layout,
+        group: TPGroup | None,
+        size: int,
+        rank: int,
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._group = group
+        self._size = size
+        self._rank = rank
+        self._plan: dict[str, str] = {}
+        if size > 1:
+            base_plan = getattr(config, "base_model_tp_plan", None) or {}
+            self._plan = {f"{layout.base_prefix}.{key}": style for key, style in base_plan.items()}
+            self._plan.update(getattr(type(model), "_tp_plan", None) or {})
+            self._check()
+
+    def cut(self, name: str, shape: Sequence[int]) -> Cut:
+        """The part of parameter `name` (of this whole shape) that this rank holds."""
+        module_name, _, leaf = name.rpartition(".")
+        style = self._style(name) or self._style(module_name)
+        if style is None or self._size == 1 or style in _GRADIENT_ONLY or style in _REDUCE_OUTPUT:
+            return WHOLE
+        if style in {"replicate", "local_params", "moe_identity_expert"}:
+            return WHOLE
+        dims = len(shape)
+        if style in {"rowwise", "packed_rowwise"} | _SPLIT_INPUT:
+            if leaf == "bias" or dims == 1:
+                return WHOLE
+            return self._even(shape, dims - 1, packed=style == "packed_rowwise")
+        if style == "embedding_rowwise":
+            return self._even(shape, 0)
+        kv_heads = self._kv_heads(module_name)
+        if kv_heads is not None and kv_heads < self._size:
+            head = shape[0] // kv_heads
+            mine = self._rank * kv_heads // self._size
+            return Cut(0, ((mine * head, (mine + 1) * head),))
+        return self._even(shape, max(0, dims - 2), packed=style == "packed_colwise")
+
+    def install(self) -> None:
+        """Give the modules that this shard holds the collectives of their styles."""
+        if self._size == 1:
+            return
+        assert self._group is not None
+        for name, module in self._model.named_modules():
+            style = self._style(name)
+            if style is not None and not (style in _WITHOUT_COLLECTIVE or style in _GRADIENT_ONLY):
+                _install(module, style, self._group, is_head="." not in name)
+
+    def _even(self, shape: Sequence[int], dim: int, packed: bool = False) -> Cut:
+        if not packed:
+            return Cut(dim, (even_range(shape[dim], self._size, self._rank),))
+        half = shape[dim] // 2
+        start, stop = even_range(half, self._size, self._rank)
+        return Cut(dim, ((start, stop), (half + start, half + stop)))
+
+    def _style(self, name: str) -> str | None:
+        return self._plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)) if self._plan else None
+
+    def _kv_heads(self, module_name: str) -> int | None:
+        if not _KV_PROJECTION.search(module_name):
+            return None
+        kv_heads = getattr(self._config, "num_key_value_heads", None)
+        return int(kv_heads) if kv_heads else None
+
+    def _check(self) -> None:
+        unknown = sorted(set(self._plan.values()) - _KNOWN)
+        if unknown:
+            raise UnsupportedModel(
+                f"{type(self._model).__name__} cannot run tensor-parallel: its plan uses {', '.join(unknown)}; "
+                "use tensor parallel size 1"
+            )
+        check_heads(self._config, self._plan, self._size)
+
+
+def check_heads(config: object, plan: dict[str, str], size: int) -> None:
+    """Refuse a TP size that would cut a head in two.
+
+    Raises:
+        ConfigError: with the head counts, the size and the nearest size that works.
+    """
+    cut_names = {name.rpartition(".")[2] for name, style in plan.items() if style == "colwise"}
+    if not cut_names & {"q_proj", "q_b_proj", "query_key_value", "kv_b_proj", "qkv_proj"}:
+        return
+    heads = int(getattr(config, "num_attention_heads", 1))
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads) if "k_proj" in cut_names else heads
+
+    def fits(parts: int) -> bool:
+        return heads % parts == 0 and (kv_heads % parts == 0 or parts % kv_heads == 0)
+
+    if not fits(size):
+        nearest = min((parts for parts in range(1, heads + 1) if fits(parts)), key=lambda parts: abs(parts - size))
+        raise ConfigError(
+            f"tensor parallel size {size} does not divide the {heads} attention heads and {kv_heads} KV heads: "
+            f"the nearest that works is {nearest}"
+        )
+
+
+def _install(module: nn.Module, style: str, group: TPGroup, is_head: bool) -> None:
+    if style == "rowwise" or style in _SPLIT_INPUT:
+        if isinstance(module, nn.Linear):
+            _install_rowwise(module, group, split_input=style in _SPLIT_INPUT)
+    elif style in _GATHER:
+        _install_gather(module, group, to_first=is_head)
+    elif style in _REDUCE_OUTPUT:
+        module.register_forward_hook(lambda _module, _args, output: group.all_reduce(output))
+    elif style == "moe_identity_expert":
+        module.register_forward_hook(lambda _module, _args, output: output / group.size)
+    elif style == "embedding_rowwise":
+        _install_vocabulary(module, group)
+
+
+def _install_gather(module: nn.Module, group: TPGroup, to_first: bool) -> None:
+    """The whole output on every rank, or (the head's) on the first one."""
+    total = int(module.out_features)  # type: ignore[arg-type]
+    gather = group.gather_last_dim_to_first if to_first else group.all_gather_last_dim
+    module.register_forward_hook(lambda _module, _args, output: gather(output, total))
+
+
+def _install_rowwise(module: nn.Linear, group: TPGroup, split_input: bool) -> None:
+    """Each rank multiplies its input columns; the sum over ranks gets the bias, once."""
+    bias = module.bias
+    module.bias = None
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        if split_input:
+            start, stop = even_range(hidden.shape[-1], group.size, group.rank)
+            hidden = hidden[..., start:stop]
+        out = group.all_reduce(F.linear(hidden, module.weight))
+        return out if bias is None else out + bias
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+def _install_vocabulary(module: nn.Module, group: TPGroup) -> None:
+    """Each rank looks up the ids that it holds; the sum over ranks is the embedding."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    assert isinstance(module, nn.Embedding)
+    start, stop = even_range(module.num_embeddings, group.size, group.rank)
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        foreign = (ids < start) | (ids >= stop)
+        found = F.embedding((ids - start).masked_fill(foreign, 0), weight)
+        return group.all_reduce(found.masked_fill(foreign[..., None], 0))
+
+    module.forward = forward  # type: ignore[method-assign]

@@ -1,0 +1,28 @@
+"""What a worker is asked to hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """A contiguous range of decoder layers of one checkpoint, on one TP rank."""
+
+    model_dir: str
+    """Folder with config.json and the safetensors files."""
+    first: int
+    """First decoder layer; 0 also embeds."""
+    last: int
+    """One past the last decoder layer; the model's layer count also takes norm and head."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: the dtype that the checkpoint's config names."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    tp_rank: int = 0
+    tp_size: int = 1
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: seeded random weights, no tensor read; the same weights however the model is split."""
+    seed: int = 0
+    """Seed of the dummy weights."""

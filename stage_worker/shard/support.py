@@ -1,0 +1,49 @@
+"""What can be served and what is refused, from a config alone: cheap, before any memory is taken."""
+
+from __future__ import annotations
+
+from stagemesh.errors import UnsupportedModel
+
+_MIXERS = frozenset({"full_attention", "sliding_attention"})
+"""Values of `layer_types` that go through the attention function with causal attention over pages."""
+
+_ROPE_OF_THE_LONGEST = frozenset({"longrope", "dynamic"})
+
+
+def check_supported(config: object) -> None:
+    """Refuse what cannot be split, or would give other tokens.
+
+    Raises:
+        UnsupportedModel: with the reason.
+    """
+    reason = why_not(config)
+    if reason is not None:
+        raise UnsupportedModel(f"model type {getattr(config, 'model_type', '?')!r} cannot be served: {reason}")
+
+
+def why_not(config: object) -> str | None:
+    """The reason why this config is refused; None when it is not."""
+    if getattr(config, "quantization_config", None) is not None:
+        return "its weights are quantized, and there are no kernels for that yet"
+    if not getattr(config, "base_model_pp_plan", None):
+        return "its architecture declares no base_model_pp_plan"
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - _MIXERS)
+    if other:
+        return f"its layers mix tokens by {', '.join(other)}, which is not attention over cached keys and values"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "its layers share keys and values across a stage boundary"
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        return "every layer takes inputs beside the hidden states"
+    rope = rope_types(config) & _ROPE_OF_THE_LONGEST
+    if rope:
+        return f"its rotary embedding ({', '.join(sorted(rope))}) depends on the longest position in a batch"
+    return None
+
+
+def rope_types(config: object) -> set[str]:
+    """The kinds of rotary embedding that a config names, for all layer types."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return set()
+    groups = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {str(group["rope_type"]) for group in groups if "rope_type" in group}

@@ -1,0 +1,79 @@
+"""The tensor-parallel group of one worker: torch.distributed (gloo on CPU, NCCL on CUDA), met through a file."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from stagemesh.errors import ConfigError
+
+
+def even_range(size: int, parts: int, index: int) -> tuple[int, int]:
+    """The `index`-th of `parts` consecutive ranges of `size`, equal but for one: how everything is cut over ranks."""
+    return size * index // parts, size * (index + 1) // parts
+
+
+class TPGroup:
+    """The ranks that hold one stage together, and the few collectives that a shard needs.
+
+    Ranks find each other through a file that the worker names, so no port is guessed; a collective that a lost rank
+    leaves hanging fails after `timeout_s`. One group a process.
+    """
+
+    def __init__(
+        self, store_path: str | Path, rank: int, size: int, device: str = "cpu", timeout_s: float = 60
+    ) -> None:
+        if not 0 <= rank < size:
+            raise ConfigError(f"rank {rank} is none of a tensor-parallel group of {size}")
+        self.rank = rank
+        self.size = size
+        self.device = torch.device(device)
+        timeout = timedelta(seconds=timeout_s)
+        store = dist.FileStore(str(store_path), size)
+        store.set_timeout(timeout)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place."""
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor)
+        return tensor
+
+    def all_gather_last_dim(self, tensor: torch.Tensor, total: int) -> torch.Tensor:
+        """Every rank's `even_range` of `total`, put together along the last dimension."""
+        parts = self._room(tensor, total)
+        dist.all_gather(parts, self._padded(tensor, total))
+        return self._join(parts, total)
+
+    def gather_last_dim_to_first(self, tensor: torch.Tensor, total: int) -> torch.Tensor:
+        """The same on rank 0; the other ranks get their own part back."""
+        parts = self._room(tensor, total) if self.rank == 0 else None
+        dist.gather(self._padded(tensor, total), parts, dst=0)
+        return tensor if parts is None else self._join(parts, total)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group. Every rank must come here, or be gone."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _width(self, total: int) -> int:
+        return -(-total // self.size)
+
+    def _room(self, tensor: torch.Tensor, total: int) -> list[torch.Tensor]:
+        return [tensor.new_empty(*tensor.shape[:-1], self._width(total)) for _ in range(self.size)]
+
+    def _padded(self, tensor: torch.Tensor, total: int) -> torch.Tensor:
+        missing = self._width(total) - tensor.shape[-1]
+        return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor.contiguous()
+
+    def _join(self, parts: list[torch.Tensor], total: int) -> torch.Tensor:
+        cut = [even_range(total, self.size, rank) for rank in range(self.size)]
+        return torch.cat([part[..., : stop - start] for part, (start, stop) in zip(parts, cut, strict=True)], dim=-1)

@@ -1,0 +1,120 @@
+"""A pipeline in one process: shards called one after the other, chunked prefill, then batched decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from stagemesh.stage_worker.attention.base import AttentionMetadata
+from stagemesh.stage_worker.kv import KvPool
+from stagemesh.stage_worker.shard.batch import StepBatch
+from stagemesh.stage_worker.shard.load import load_shard
+from stagemesh.stage_worker.shard.model import ModelShard
+from stagemesh.stage_worker.shard.spec import ShardSpec
+from stagemesh.stage_worker.tp import TPGroup
+
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of one sequence in a step; `wanted`: the last one's logits are."""
+
+    tokens: list[int]
+    start: int
+    table: list[int]
+    wanted: bool
+
+
+class Chain:
+    """Stages split at `bounds` (0, ..., number of layers), their KV pools, and one greedy decoder over them."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        bounds: Sequence[int],
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_pages: int = 256,
+        group: TPGroup | None = None,
+        load_format: str = "auto",
+    ) -> None:
+        self.device = device
+        self.shards: list[ModelShard] = []
+        for first, last in pairwise(bounds):
+            rank, size = (group.rank, group.size) if group is not None else (0, 1)
+            spec = ShardSpec(str(model_dir), first, last, dtype, device, rank, size, load_format)  # type: ignore[arg-type]
+            self.shards.append(load_shard(spec, group))
+        self.pools = [KvPool(shard.kv_layers, num_pages, PAGE_SIZE, shard.dtype, shard.device) for shard in self.shards]
+        for shard, pool in zip(self.shards, self.pools, strict=True):
+            shard.bind_kv(pool)
+        self._group = group
+
+    def step(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Logits [R, V] of the wanted rows."""
+        metadata = AttentionMetadata.build(
+            [row.start for row in rows],
+            [len(row.tokens) for row in rows],
+            [row.table for row in rows],
+            PAGE_SIZE,
+            self.device,
+        )
+        ends = torch.tensor([len(row.tokens) for row in rows]).cumsum(0) - 1
+        wanted = ends[torch.tensor([row.wanted for row in rows])].to(self.device)
+        tokens = torch.tensor([token for row in rows for token in row.tokens], device=self.device)
+        out: torch.Tensor | None = None
+        for shard in self.shards:
+            metadata.prepare(shard.windows)
+            batch = StepBatch(tokens if shard.is_first else None, out, metadata.positions, metadata, wanted)
+            out = shard.forward(batch)
+        assert out is not None
+        return out
+
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, *, chunk: int = 47, forget: bool = False
+    ) -> list[list[int]]:
+        """Greedy tokens of every prompt: prefilled in chunks one after the other, then decoded as one batch.
+
+        `forget` zeroes the KV between prefill and decode, and between chunks.
+        """
+        tables, free = [], 0
+        for prompt in prompts:
+            count = -(-(len(prompt) + max_tokens) // PAGE_SIZE)
+            tables.append(list(range(free, free + count))[::-1])
+            free += count
+        out: list[list[int]] = []
+        for prompt, table in zip(prompts, tables, strict=True):
+            logits = torch.empty(0)
+            for start in range(0, len(prompt), chunk):
+                piece = list(prompt[start : start + chunk])
+                logits = self.step([Row(piece, start, table, start + chunk >= len(prompt))])
+                if forget:
+                    self.zero_kv()
+            out.append([self._pick(logits)[0]])
+        while len(out[0]) < max_tokens:
+            rows = [
+                Row([done[-1]], len(prompt) + len(done) - 1, table, True)
+                for prompt, done, table in zip(prompts, out, tables, strict=True)
+            ]
+            for done, token in zip(out, self._pick(self.step(rows)), strict=True):
+                done.append(token)
+            if forget:
+                self.zero_kv()
+        return out
+
+    def zero_kv(self) -> None:
+        """Forget every key and value."""
+        for pool in self.pools:
+            pool.zero()
+
+    def _pick(self, logits: torch.Tensor) -> list[int]:
+        if self._group is None:
+            return [int(token) for token in logits.argmax(-1)]
+        chosen = torch.zeros(logits.shape[0], dtype=torch.int64, device=self.device)
+        if self._group.rank == 0:
+            chosen = logits.argmax(-1)
+        return [int(token) for token in self._group.all_reduce(chosen)]
