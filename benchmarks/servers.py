@@ -96,7 +96,7 @@ def spec_for(system: System, layout: Layout, vllm_venv: Path) -> ServerSpec:
         "VLLM_NO_USAGE_STATS": "1",
     }
     if layout.ranks > 1:
-        # Left to itself, vLLM binds its ranks by NUMA node and gives two ranks on one node the same cores.
+        # Left to itself, vLLM gives each rank a NUMA node, and refuses more ranks than there are nodes.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(_core_groups(layout.ranks))
     return ServerSpec(system, [str(vllm_venv / "bin" / "vllm"), "serve"], options, environment, "/health")
 
