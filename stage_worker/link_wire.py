@@ -1,0 +1,114 @@
+"""What a link says beside activations: tags, the hello and its answer, credits and the end of a lane.
+
+Tag, 64 bits: nonce (32) | slot (8) | seq (24). `seq` is the step modulo SEQ_MODULUS, or one of four words above it:
+
+    CREDIT     receiver -> sender   how many frames of the lane were released so far; or that the lane is drained
+    FIN        sender -> receiver   how many frames were sent on the lane, and that it ends
+    HELLO      sender -> receiver   who knocks: epoch, secret, dtype, hidden size      (slot CONTROL_SLOT)
+    HELLO_ACK  receiver -> sender   welcome, or why not                                (slot CONTROL_SLOT)
+"""
+
+from __future__ import annotations
+
+import hmac
+import struct
+from dataclasses import dataclass
+
+import torch
+
+from stagemesh.errors import StagemeshError, StaleEpoch, TransportError
+
+PROTOCOL_VERSION = 1
+SEQ_MODULUS = 0xFFFFF0
+CREDIT, HELLO, HELLO_ACK, FIN = 0xFFFFFF, 0xFFFFFE, 0xFFFFFD, 0xFFFFFC
+CONTROL_SLOT = 255
+LANE_MASK = 0xFFFFFFFF_FF000000
+LINK_MASK = 0xFFFFFFFF_00000000
+SECRET_BYTES = 16
+
+_DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_HELLO = struct.Struct("<4sHHIIQ16s24x")
+_ACK = struct.Struct("<4sH2xB3x116s")
+_COUNT = struct.Struct("<QB7x")
+HELLO_BYTES = _HELLO.size
+ACK_BYTES = _ACK.size
+COUNT_BYTES = _COUNT.size
+
+
+def tag_of(nonce: int, slot: int, seq: int) -> int:
+    """The 64-bit tag of one message of a link."""
+    return nonce << 32 | slot << 24 | seq
+
+
+def data_tag(nonce: int, slot: int, step: int) -> int:
+    """The tag of the activation of a step."""
+    return nonce << 32 | slot << 24 | step % SEQ_MODULUS
+
+
+@dataclass(frozen=True, slots=True)
+class LinkIdentity:
+    """What both ends of a link must agree on: exchanged over gRPC, then proved by the hello."""
+
+    nonce: int
+    """32 bits, fresh for every link ever made."""
+    epoch: int
+    """Of the pipeline at the time the link was made."""
+    secret: bytes
+    """16 random bytes made by the receiver."""
+    hidden_size: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.nonce < 1 << 32 or len(self.secret) != SECRET_BYTES:
+            raise TransportError(f"a link needs a 32-bit nonce and a secret of {SECRET_BYTES} bytes")
+        if self.dtype not in _DTYPE_CODES:
+            raise TransportError(f"activations of {self.dtype} cannot be sent; float32, bfloat16 and float16 can")
+
+    def hello(self) -> bytes:
+        """The first message of the sender."""
+        code = _DTYPE_CODES[self.dtype]
+        return _HELLO.pack(b"SMHI", PROTOCOL_VERSION, code, self.nonce, self.hidden_size, self.epoch, self.secret)
+
+    def objection(self, hello: bytes) -> StagemeshError | None:
+        """Why a hello does not fit; None when it does."""
+        magic, version, code, nonce, hidden_size, epoch, secret = _HELLO.unpack(hello)
+        if magic != b"SMHI" or version != PROTOCOL_VERSION:
+            return TransportError(f"link protocol {version} was spoken, {PROTOCOL_VERSION} is understood")
+        if nonce != self.nonce or not hmac.compare_digest(secret, self.secret):
+            return TransportError("the tag secret is wrong")
+        if epoch != self.epoch:
+            return StaleEpoch(f"the sender is at epoch {epoch}, the receiver at {self.epoch}")
+        if code != _DTYPE_CODES[self.dtype] or hidden_size != self.hidden_size:
+            mine = f"{self.hidden_size} x {self.dtype}"
+            return TransportError(f"the sender has rows of {hidden_size} x dtype code {code}, the receiver of {mine}")
+        return None
+
+
+def pack_ack(objection: StagemeshError | None) -> bytes:
+    """The answer to a hello."""
+    stale = isinstance(objection, StaleEpoch)
+    verdict = 0 if objection is None else 2 if stale else 1
+    reason = objection.message.encode()[:116] if objection is not None else b""
+    return _ACK.pack(b"SMOK", PROTOCOL_VERSION, verdict, reason)
+
+
+def unpack_ack(data: bytes) -> StagemeshError | None:
+    """The receiver's objection; None when it welcomed the hello."""
+    magic, version, verdict, reason = _ACK.unpack(data)
+    if magic != b"SMOK" or version != PROTOCOL_VERSION:
+        return TransportError(f"the receiver answered in link protocol {version}, {PROTOCOL_VERSION} is understood")
+    if verdict == 0:
+        return None
+    text = "the receiver refused the link: " + reason.rstrip(b"\0").decode(errors="replace")
+    return StaleEpoch(text) if verdict == 2 else TransportError(text)
+
+
+def pack_count(count: int, *, last: bool = False) -> bytes:
+    """A credit or a FIN: a cumulative number of frames, and whether the lane is drained."""
+    return _COUNT.pack(count, last)
+
+
+def unpack_count(data: bytes) -> tuple[int, bool]:
+    """(cumulative number of frames, lane drained)."""
+    count, last = _COUNT.unpack(data)
+    return count, bool(last)

@@ -1,0 +1,282 @@
+"""UCX by ucxx: shared memory on one host, RDMA or TCP between hosts, cuda_ipc between CUDA memories.
+
+What had to be known (each was seen here, ucxx 0.52 with UCX 1.21):
+- Endpoints with error handling take TCP even on one host unless `MM_ERROR_HANDLING=y`: so that is set, and
+  `Peer.route` is read from the endpoint, not from the settings.
+- Shared memory does not notice that a peer was killed. A peer of the same host and PID namespace is therefore watched
+  by a pidfd; others by UCX (TCP resets, keep-alive).
+- A receive cannot be cancelled alone: a message to oneself under its tag, longer than its buffer, ends it as truncated
+  and writes nothing, unless the real message was first; then the late one is found again and dropped.
+- ucxx tells when a message was longer than its buffer, but neither its size nor that it was shorter.
+- A request does not keep its buffer alive, and an endpoint that failed must not be closed again (it would crash).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import select
+from collections.abc import Mapping
+from typing import Any
+
+from stagemesh.errors import TransportError
+
+from .base import FENCES, Buffer, cuda_bytes, host_view, is_cuda, tensor_array
+from .frame import cancelled
+from .ucx_peer import ProcessIdentity, UcxPeer, endpoint_route, pack_address, unpack_address
+
+HOST_DEFAULTS = {"MM_ERROR_HANDLING": "y", "KEEPALIVE_INTERVAL": "1s", "RNDV_THRESH": "262144"}
+"""Below 256 KiB a host message goes eagerly: it needs no progress of a sender that is deep in compute."""
+
+CUDA_DEFAULTS = {"MM_ERROR_HANDLING": "y", "KEEPALIVE_INTERVAL": "1s", "RNDV_THRESH": "8192"}
+"""CUDA memory goes by rendezvous, so that cuda_ipc moves it without a bounce through host memory."""
+
+_WATCH_EVERY = 64
+_MAX_SPINS = 64
+FULL_MASK = (1 << 64) - 1
+
+
+def load_ucxx() -> Any:
+    """ucxx's extension module.
+
+    Raises:
+        TransportError: ucxx is not installed, or cannot be loaded; the cause says why.
+    """
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # read once, at load
+    try:
+        return importlib.import_module("ucxx._lib.libucxx")
+    except ImportError as error:
+        raise TransportError(f"ucxx is not installed (pip install 'stagemesh[ucx-cu12]'): {error}") from error
+
+
+class UcxRequest:
+    """See `Request`. Keeps the buffer until UCX is done with it."""
+
+    __slots__ = ("_buffer", "_cancelled", "_done", "_error", "_raw", "_tag", "_transport", "nbytes")
+
+    def __init__(self, transport: UcxTransport, raw: Any, buffer: Any, nbytes: int, tag: int | None) -> None:
+        self._transport, self._raw, self._buffer = transport, raw, buffer
+        self.nbytes = nbytes
+        self._tag = tag  # of a receive
+        self._done = self._cancelled = False
+        self._error: TransportError | None = None
+
+    @property
+    def done(self) -> bool:
+        if not self._done and self._raw.completed:
+            self._finish()
+        return self._done
+
+    @property
+    def error(self) -> TransportError | None:
+        return self._error if self.done else None
+
+    def cancel(self) -> None:
+        """See `Request.cancel`. Of several receives with one tag, the oldest is the one that ends."""
+        if self._tag is not None and not self._cancelled and not self.done:
+            self._cancelled = True
+            self._transport.send_to_self(self._tag, self.nbytes + 1)
+
+    def _finish(self) -> None:
+        try:
+            self._raw.check_error()
+        except self._transport.lib.UCXError as error:
+            if self._cancelled:
+                self._error = cancelled()
+            elif "Truncated" in type(error).__name__:
+                self._error = TransportError(f"a message was longer than its buffer of {self.nbytes} bytes")
+            else:
+                self._error = TransportError(f"UCX: {error}")
+            self._error.__cause__ = error
+        else:
+            if self._cancelled and self._tag is not None:
+                self._transport.expect_stray(self._tag)
+        self._done = True
+        self._buffer = None
+        self._transport.forget(self)
+
+
+class UcxTransport:
+    """See `Transport`. `options` are UCX's own, without the `UCX_` prefix: `{"TLS": "tcp", "NET_DEVICES": "eth0"}`.
+
+    They win over `UCX_*` in the environment, which win over the defaults above.
+
+    Raises:
+        TransportError: ucxx is missing, or UCX cannot be initialised with these options.
+    """
+
+    name = "ucx"
+
+    def __init__(self, options: Mapping[str, str] | None = None, *, device: str = "cpu") -> None:
+        self.lib = load_ucxx()
+        self._array = importlib.import_module("ucxx._lib.arr").Array
+        defaults = CUDA_DEFAULTS if device.startswith("cuda") else HOST_DEFAULTS
+        config = {key: value for key, value in defaults.items() if f"UCX_{key}" not in os.environ}
+        config.update(options or {})
+        feature = self.lib.Feature
+        try:
+            self._context = self.lib.UCXContext(config_dict=config, feature_flags=(feature.TAG, feature.WAKEUP))
+            self._worker = self.lib.UCXWorker(self._context)
+            self._worker.init_blocking_progress_mode()
+        except self.lib.UCXError as error:
+            raise TransportError(f"UCX cannot be initialised with {config}: {error}") from error
+        self._tag, self._mask = self.lib.UCXXTag, self.lib.UCXXTagMask
+        self._ucx_address = self.lib.UCXAddress.create_from_worker(self._worker).tobytes()
+        self._identity = ProcessIdentity.own()
+        self._live: dict[int, UcxRequest] = {}
+        self._peers: list[UcxPeer] = []
+        self._self_peer: Any = None
+        self._fences: list[tuple[int, int]] = []
+        self._strays: list[int] = []
+        self._deaths = select.epoll()
+        self._calls = 0
+        self._closed = False
+
+    def address(self) -> bytes:
+        return pack_address(self._identity, self._ucx_address)
+
+    def connect(self, address: bytes, *, timeout_s: float = 5.0) -> UcxPeer:
+        identity, ucx_address = unpack_address(address)
+        endpoint = self._endpoint(ucx_address)
+        pidfd = identity.watch(self._identity)
+        peer = UcxPeer(self, endpoint, pidfd)
+        if pidfd is not None:
+            self._deaths.register(pidfd, select.EPOLLIN)
+        self._peers.append(peer)
+        return peer
+
+    def recv(self, tag: int, buffer: Buffer) -> UcxRequest:
+        array, nbytes = self.array(buffer, writable=True)
+        return self.track(self._worker.tag_recv(array, self._tag(tag)), (array, buffer), nbytes, tag)
+
+    def probe(self, tag: int) -> bool:
+        return bool(self._worker.tag_probe(self._tag(tag)).matched)
+
+    def discard(self, tag: int, mask: int, *, forever: bool = False) -> int:
+        if forever:
+            self._fences = [*self._fences[1 - FENCES :], (tag, mask)]
+        dropped = 0
+        while (found := self._worker.tag_probe(self._tag(tag & mask), self._mask(mask), True)).matched:
+            self._drop(found)
+            if found.sender_tag in self._strays:
+                self._strays.remove(found.sender_tag)
+            else:
+                dropped += 1
+        return dropped
+
+    def progress(self) -> bool:
+        spins = 0
+        while spins < _MAX_SPINS and self._worker.progress_once():
+            spins += 1
+        self._calls += 1
+        if self._calls % _WATCH_EVERY == 0:
+            self._sweep()
+            return self._watch() or spins > 0
+        return spins > 0
+
+    def fds(self) -> list[tuple[int, int]]:
+        return [(self._worker.epoll_file_descriptor, select.POLLIN), (self._deaths.fileno(), select.POLLIN)]
+
+    def arm(self) -> bool:
+        return not self._watch() and bool(self._worker.arm())
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for peer in self._peers:
+            peer.close()
+        for _ in range(_WATCH_EVERY):
+            self.progress()
+        if self._self_peer is not None and self._self_peer.alive:
+            self._self_peer.close()
+        self._worker.cancel_inflight_requests()
+        for _ in range(_WATCH_EVERY):
+            if not self._live:
+                break
+            self.progress()
+            self._sweep()
+        self._deaths.close()
+        self._peers.clear()
+        self._self_peer = None
+        del self._worker, self._context
+
+    def track(self, raw: Any, buffer: Any, nbytes: int, tag: int | None) -> UcxRequest:
+        """Hold request and buffer until UCX has completed it, whatever the caller does with the request."""
+        request = UcxRequest(self, raw, buffer, nbytes, tag)
+        if not request.done:
+            self._live[id(request)] = request
+        return request
+
+    def forget(self, request: UcxRequest) -> None:
+        """A request is done."""
+        self._live.pop(id(request), None)
+
+    def array(self, buffer: Buffer, *, writable: bool) -> tuple[Any, int]:
+        """ucxx's view of a contiguous buffer, and its size in bytes."""
+        if is_cuda(buffer):
+            array = self._array(cuda_bytes(buffer))
+            return array, int(array.nbytes)
+        if isinstance(buffer, bytes | bytearray | memoryview):
+            view = host_view(buffer)
+            if view.readonly:
+                if writable:
+                    raise TransportError("a receive needs a writable buffer, got a read-only one")
+                view = memoryview(bytearray(view))
+            return self._array(view), view.nbytes
+        array = self._array(tensor_array(buffer))
+        return array, int(array.nbytes)
+
+    def send_to_self(self, tag: int, nbytes: int) -> None:
+        """A message under `tag` to this transport: ends a receive that waits for it, see `UcxRequest.cancel`."""
+        if self._self_peer is None:
+            self._self_peer = self._endpoint(self._ucx_address)
+        payload = bytearray(nbytes)
+        array = self._array(payload)
+        self.track(self._self_peer.tag_send(array, self._tag(tag)), (array, payload), nbytes, None)
+
+    def expect_stray(self, tag: int) -> None:
+        """The message that should have ended a receive came too late: it is to be dropped."""
+        self._strays.append(tag)
+
+    def _drop(self, found: Any) -> None:
+        """Take a probed message off the queue. One byte is enough: UCX drops what does not fit, and does not fetch a
+        rendezvous for it."""
+        scratch = bytearray(1)
+        array = self._array(scratch)
+        self.track(self._worker.tag_recv_with_handle(array, found), (array, scratch), 1, None)
+
+    def route_of(self, endpoint: Any) -> str:
+        """See `Peer.route`."""
+        return endpoint_route(endpoint.handle)
+
+    def unwatch(self, pidfd: int) -> None:
+        """A peer no longer cares for a process."""
+        if not self._deaths.closed:
+            self._deaths.unregister(pidfd)
+
+    def tag(self, tag: int) -> Any:
+        """ucxx's tag object."""
+        return self._tag(tag)
+
+    def _endpoint(self, ucx_address: bytes) -> Any:
+        try:
+            address = self.lib.UCXAddress.create_from_buffer(bytearray(ucx_address))
+            return self.lib.UCXEndpoint.create_from_worker_address(self._worker, address, True)
+        except self.lib.UCXError as error:
+            raise TransportError(f"UCX cannot reach the peer: {error}") from error
+
+    def _watch(self) -> bool:
+        """Look whether a watched process has ended, and drop the frames of dead lanes."""
+        for value, mask in [*self._fences, *((stray, FULL_MASK) for stray in self._strays)]:
+            self.discard(value, mask)
+        ended = {fd for fd, _ in self._deaths.poll(0)} if not self._deaths.closed else set()
+        for peer in self._peers:
+            if peer.pidfd in ended:
+                peer.died()
+        return bool(ended)
+
+    def _sweep(self) -> None:
+        """Let go of requests that are complete though nobody asked."""
+        for request in list(self._live.values()):
+            _ = request.done
