@@ -1,0 +1,189 @@
+"""Carries the core's orders out: calls the workers' Stage service with deadlines and posts what came of it.
+
+A call belongs to one epoch of one pipeline; `Forget` cancels those of epochs that have passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from stagemesh import rpc
+from stagemesh.errors import CheckpointError, ConfigError, TransportError
+from stagemesh.protos.v1 import stage_pb2, stage_pb2_grpc, types_pb2
+
+from . import values as v
+from .views import layer_range
+
+log = logging.getLogger(__name__)
+
+# Between two messages of an Assign: a worker reports progress several times a second while it loads.
+ASSIGN_SILENCE_S = 60.0
+OFFER_S, CONNECT_S, ACTIVATE_S, RELEASE_S = 5.0, 15.0, 5.0, 2.0
+# At shutdown: calls that were cancelled get this long to end.
+CLOSE_S = 0.5
+Post = Callable[[v.Event], None]
+
+
+class Driver:
+    """Executes Assign, MakeLink, Activate, Release and Forget; answers come back through `post`."""
+
+    def __init__(self, post: Post, model: types_pb2.ModelRef, limits: types_pb2.RunLimits) -> None:
+        self._post = post
+        self._model = model
+        self._limits = limits
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._calls: dict[asyncio.Task[None], tuple[str, int]] = {}
+
+    def execute(self, action: v.Action) -> None:
+        """Starts an action; never waits."""
+        match action:
+            case v.Assign():
+                self._start(action, action.plan.stage, "assign", self._assign(action))
+            case v.MakeLink():
+                self._start(action, action.stage, "link", self._make_link(action))
+            case v.Activate():
+                self._start(action, action.stage, "activate", self._activate(action))
+            case v.Release():
+                self._spawn(self._release(action), ("", 0))
+            case v.Forget(pipeline_id, epoch):
+                for task, (name, at) in self._calls.items():
+                    if name == pipeline_id and at < epoch:
+                        task.cancel()
+
+    async def forget_address(self, address: str) -> None:
+        """Closes the channel to a worker that is gone."""
+        channel = self._channels.pop(address, None)
+        if channel is not None:
+            await channel.close(grace=None)
+
+    async def close(self) -> None:
+        """Cancels every call and closes every channel."""
+        for task in self._calls:
+            task.cancel()
+        if self._calls:
+            await asyncio.wait(list(self._calls), timeout=CLOSE_S)
+        for address in list(self._channels):
+            await self.forget_address(address)
+
+    def _stub(self, address: str) -> Any:
+        if address not in self._channels:
+            self._channels[address] = rpc.channel(address)
+        return stage_pb2_grpc.StageStub(self._channels[address])  # type: ignore[no-untyped-call]
+
+    def _spawn(self, work: Coroutine[Any, Any, None], key: tuple[str, int]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._calls[task] = key
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._calls.pop(task, None)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("an order ended in an unexpected error", exc_info=task.exception())
+
+    def _start(
+        self, action: v.Assign | v.MakeLink | v.Activate, stage: int, what: str, work: Coroutine[Any, Any, None]
+    ) -> None:
+        async def guarded() -> None:
+            failed = (action.pipeline_id, action.epoch, stage, what)
+            try:
+                await work
+            except grpc.RpcError as e:
+                error = rpc.from_rpc_error(e)
+                final = isinstance(error, (ConfigError, CheckpointError))
+                final = final or e.code() is grpc.StatusCode.FAILED_PRECONDITION
+                self._post(v.StepFailed(*failed, error.message, final, isinstance(error, TransportError)))
+            except TimeoutError:
+                self._post(v.StepFailed(*failed, f"no answer to {what} in time"))
+            except ValueError as e:
+                self._post(v.StepFailed(*failed, str(e)))
+
+        self._spawn(guarded(), (action.pipeline_id, action.epoch))
+
+    async def _assign(self, action: v.Assign) -> None:
+        plan = action.plan
+        request = stage_pb2.AssignRequest(
+            key=stage_pb2.PipelineKey(pipeline_id=action.pipeline_id, epoch=action.epoch),
+            stage=plan.stage,
+            num_stages=action.num_stages,
+            layers=layer_range(plan.layers),
+            generation=plan.generation,
+            model=self._model,
+            limits=self._limits,
+        )
+        at = (action.pipeline_id, action.epoch, plan.stage)
+        call = self._stub(action.address).Assign(request)
+        try:
+            async for response in _each(call, ASSIGN_SILENCE_S):
+                if response.HasField("done"):
+                    done = response.done
+                    loaded = v.Loaded(done.num_pages, done.weight_bytes, done.tensor_bytes_read, done.fingerprint)
+                    self._post(v.AssignDone(*at, loaded))
+                    return
+                self._post(v.AssignProgress(*at, response.loaded_bytes, response.total_bytes))
+        finally:
+            call.cancel()
+        raise ValueError("the worker ended its Assign without `done`")
+
+    async def _make_link(self, action: v.MakeLink) -> None:
+        key = stage_pb2.PipelineKey(pipeline_id=action.pipeline_id, epoch=action.epoch)
+        offer = await self._stub(action.receiver_address).OfferLink(
+            stage_pb2.OfferLinkRequest(
+                key=key,
+                stage=action.stage + 1,
+                transport=action.transport,
+                sender_addresses=action.sender_rank_addresses,
+                nonces=action.nonces,
+            ),
+            timeout=OFFER_S,
+        )
+        if not len(offer.receiver_addresses) == len(offer.secrets) == len(action.nonces):
+            raise ValueError(
+                f"worker {action.receiver_id} offered {len(offer.receiver_addresses)} addresses and "
+                f"{len(offer.secrets)} secrets for {len(action.nonces)} ranks"
+            )
+        connected = await self._stub(action.sender_address).ConnectLink(
+            stage_pb2.ConnectLinkRequest(
+                key=key,
+                stage=action.stage,
+                transport=action.transport,
+                receiver_addresses=offer.receiver_addresses,
+                secrets=offer.secrets,
+                nonces=action.nonces,
+                receiver_id=action.receiver_id,
+            ),
+            timeout=CONNECT_S,
+        )
+        route = connected.route or action.transport
+        self._post(v.LinkUp(action.pipeline_id, action.epoch, action.stage, route))
+
+    async def _activate(self, action: v.Activate) -> None:
+        key = stage_pb2.PipelineKey(pipeline_id=action.pipeline_id, epoch=action.epoch)
+        request = stage_pb2.ActivateRequest(key=key, stage=action.stage)
+        await self._stub(action.address).Activate(request, timeout=ACTIVATE_S)
+        self._post(v.Activated(action.pipeline_id, action.epoch, action.stage))
+
+    async def _release(self, action: v.Release) -> None:
+        key = stage_pb2.PipelineKey(pipeline_id=action.pipeline_id, epoch=action.epoch)
+        request = stage_pb2.ReleaseRequest(key=key, reason=action.reason)
+        try:
+            await self._stub(action.address).Release(request, timeout=RELEASE_S)
+        except grpc.RpcError as e:
+            log.info("worker %s did not take its release: %s", action.worker_id, rpc.from_rpc_error(e).message)
+
+
+async def _each(call: Any, silence_s: float) -> AsyncIterator[Any]:
+    """The messages of a call; TimeoutError when one takes longer than `silence_s`."""
+    messages = aiter(call)
+    while True:
+        async with asyncio.timeout(silence_s):
+            try:
+                message = await anext(messages)
+            except StopAsyncIteration:
+                return
+        yield message

@@ -1,0 +1,163 @@
+"""The coordinator's process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import secrets
+import signal
+import time
+from dataclasses import astuple, dataclass
+
+import setproctitle
+import uvloop
+
+from stagemesh import rpc
+from stagemesh.checkpoint import CheckpointInfo, fingerprint, inspect
+from stagemesh.config import CoordinatorSettings
+from stagemesh.errors import ConfigError
+from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
+
+from .cost import CostModel
+from .driver import Driver
+from .nonce import Nonces
+from .partition import check_counts
+from .planning import Target
+from .reconfigure import Mesh
+from .service import CoordinatorService
+from .slots import MAX_SLOT, Slots
+from .store import Store
+from .values import Limits
+from .views import limits as limits_message
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MAX_MODEL_LEN = 4096
+STOP_GRACE_S = 0.3
+
+
+@dataclass(frozen=True)
+class Build:
+    """What settings and checkpoint together ask for."""
+
+    target: Target
+    model: types_pb2.ModelRef
+
+
+def build(settings: CoordinatorSettings) -> Build:
+    """Reads the checkpoint and checks the settings against it. Raises ConfigError and CheckpointError."""
+    info = inspect(settings.model, settings.load_format)
+    stages = settings.pipeline_parallel_size
+    check_counts(info.num_layers, stages, settings.layer_partition)
+    limits = _limits(settings, info)
+    dtype = info.dtype if settings.dtype == "auto" else settings.dtype
+    model = types_pb2.ModelRef(
+        name=settings.name,
+        path=os.path.abspath(settings.model),
+        fingerprint=fingerprint(settings.model, settings.load_format),
+        num_layers=info.num_layers,
+        hidden_size=info.hidden_size,
+        dtype=dtype,
+        load_format=settings.load_format,
+        seed=settings.seed,
+    )
+    terms = hashlib.sha256(model.SerializeToString(deterministic=True) + repr(astuple(limits)).encode())
+    terms.update(repr((stages, settings.layer_partition, settings.transport)).encode())
+    target = Target(
+        cost=CostModel(info, limits, dtype),
+        num_stages=stages,
+        limits=limits,
+        fingerprint=model.fingerprint,
+        layer_partition=tuple(settings.layer_partition) if settings.layer_partition else None,
+        transport=settings.transport,
+        terms=terms.hexdigest(),
+    )
+    return Build(target, model)
+
+
+def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> Limits:
+    longest = info.max_position_embeddings
+    wanted = settings.max_model_len
+    if wanted is not None and wanted > longest:
+        raise ConfigError(
+            f"--max-model-len {wanted} is above the {longest} positions that the model was made for "
+            f"(max_position_embeddings in config.json): use --max-model-len {longest} or less"
+        )
+    limits = Limits(
+        max_model_len=wanted or min(longest, DEFAULT_MAX_MODEL_LEN),
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        page_size=settings.block_size,
+        num_pages=settings.num_kv_pages or 0,
+        steps_in_flight=settings.steps_in_flight or settings.pipeline_parallel_size + 1,
+    )
+    if 0 < limits.num_pages < limits.pages_per_sequence:
+        held, need = limits.num_pages * limits.page_size, limits.pages_per_sequence
+        raise ConfigError(
+            f"--num-kv-pages {limits.num_pages} of {limits.page_size} tokens hold {held} tokens, one sequence of "
+            f"--max-model-len {limits.max_model_len} needs {need} pages: use --num-kv-pages {need} or "
+            f"--max-model-len {held}"
+        )
+    return limits
+
+
+def run(settings: CoordinatorSettings, ready_fd: int | None = None) -> int:
+    """Runs a coordinator until SIGTERM or SIGINT; returns the exit status.
+
+    When it listens, one JSON line {"port": N} goes to `ready_fd`, which is then closed. Raises ConfigError and
+    CheckpointError for what makes the mesh impossible from the start.
+    """
+    setproctitle.setproctitle("stagemesh coordinator")
+    built = build(settings)
+    store = Store(settings.state_dir)
+    try:
+        uvloop.run(_serve(settings, built, store, ready_fd))
+    finally:
+        store.close()
+    return 0
+
+
+async def _serve(settings: CoordinatorSettings, built: Build, store: Store, ready_fd: int | None) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    service = make_service(built, store)
+    server = await rpc.start_server(
+        settings.host,
+        settings.port,
+        lambda s: coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, s),  # type: ignore[no-untyped-call]
+        [coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name],
+    )
+    log.info("coordinator listens on %s:%d", settings.host, server.port)
+    if ready_fd is not None:
+        with os.fdopen(ready_fd, "w") as ready:
+            ready.write(json.dumps({"port": server.port}) + "\n")
+    clock = asyncio.create_task(service.run())
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        # The clock ends only by an error, which must end the process: a coordinator without one sees nobody go.
+        await asyncio.wait([clock, stopped], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+        clock.cancel()
+        await service.stop()
+        await server.stop(STOP_GRACE_S)
+        with contextlib.suppress(asyncio.CancelledError):
+            await clock
+
+
+def make_service(built: Build, store: Store) -> CoordinatorService:
+    """The service with its core; to be made on a running loop."""
+    now = time.monotonic()
+    mesh = Mesh(built.target, now=now, nonce=Nonces().next, epochs=store.epochs(), plans=store.plans())
+    stored = store.slots()
+    # Without a store, a random start keeps a restarted coordinator off the slots of gateways that still live.
+    first = max(stored, default=secrets.randbelow(MAX_SLOT)) % MAX_SLOT + 1
+    slots = Slots(stored, now=now, first=first)
+    bounds = limits_message(built.target.limits)
+    return CoordinatorService(mesh, store, slots, built.model, lambda post: Driver(post, built.model, bounds))

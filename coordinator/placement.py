@@ -1,0 +1,95 @@
+"""Which worker takes which stage. What is left over is standby.
+
+A worker started for one stage (`--stage 1`) may hold that one only; the others may hold any. So the bound ones are
+placed first and the free ones fill the gaps, which covers as many stages as can be covered; among equals, the worker
+that already holds the range keeps it, for its weights need not be read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .cost import Kind
+from .values import Range
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A worker that may be placed."""
+
+    worker_id: str
+    pool: int
+    kind: Kind
+    kept: Range | None = None
+    """Layers whose weights it has loaded."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Stage -> worker, the stages nobody can take, and the workers left over."""
+
+    workers: Mapping[int, Candidate]
+    missing: tuple[int, ...]
+    standby: tuple[Candidate, ...]
+
+
+def place(
+    num_stages: int,
+    candidates: Sequence[Candidate],
+    *,
+    ranges: Sequence[Range] | None = None,
+    holders: Mapping[int, str] | None = None,
+    refused: frozenset[tuple[str, int]] = frozenset(),
+    by_memory: bool = False,
+) -> Placement:
+    """Places `candidates` on the stages.
+
+    `ranges`: the layer ranges, where they are known already. `holders`: stage -> worker that holds it now.
+    `refused`: (worker, stage) pairs that failed for good. `by_memory` prefers roomy workers to fast ones.
+    """
+    holders = holders or {}
+    by_stage: dict[int, Candidate] = {}
+    free = list(candidates)
+
+    def order(stage: int, candidate: Candidate) -> tuple[object, ...]:
+        kept = ranges is not None and candidate.kept == ranges[stage]
+        kind = candidate.kind
+        size = kind.memory_bytes if by_memory else kind.speed
+        return (holders.get(stage) != candidate.worker_id, not kept, -size, _natural(candidate.worker_id))
+
+    def take(stage: int, pools: tuple[int, ...], wanted: str | None = None) -> None:
+        able = [
+            c for c in free if c.pool in pools and (c.worker_id, stage) not in refused and wanted in (None, c.worker_id)
+        ]
+        if able:
+            best = min(able, key=lambda candidate: order(stage, candidate))
+            free.remove(best)
+            by_stage[stage] = best
+
+    for stage in range(num_stages):  # who holds a stage keeps it
+        if stage in holders:
+            take(stage, (stage, -1), holders[stage])
+    for bound in (True, False):
+        for stage in range(num_stages):
+            if stage not in by_stage:
+                take(stage, (stage,) if bound else (-1,))
+    for stage in range(num_stages):  # a free worker on a stage that a bound one could take moves to where it is needed
+        if stage in by_stage:
+            continue
+        for other, holder in list(by_stage.items()):
+            if holder.pool == -1 and (holder.worker_id, stage) not in refused:
+                before = by_stage.pop(other)
+                take(other, (other,))
+                if other in by_stage:
+                    by_stage[stage] = before
+                    break
+                by_stage[other] = before
+    missing = tuple(stage for stage in range(num_stages) if stage not in by_stage)
+    return Placement(by_stage, missing, tuple(free))
+
+
+def _natural(name: str) -> tuple[object, ...]:
+    """ "stage-10" after "stage-9"."""
+    digits = name[len(name.rstrip("0123456789")) :]
+    return (name[: len(name) - len(digits)], int(digits or -1))

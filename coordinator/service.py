@@ -1,0 +1,196 @@
+"""The Coordinator service over gRPC: hears workers, gateways and operators, runs the core, executes its actions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+
+import grpc.aio
+
+from stagemesh.errors import ConfigError, InvalidRequest, NotFound
+from stagemesh.protos.v1 import coordinator_pb2 as pb
+from stagemesh.protos.v1 import coordinator_pb2_grpc, types_pb2
+
+from . import values as v
+from .driver import Driver
+from .reconfigure import Mesh
+from .slots import Slots
+from .store import Store
+from .views import mesh_view, worker_info
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = 1
+RENEW_S = 0.15
+TICK_S = 0.05
+PROGRESS_S = 0.2
+Context = grpc.aio.ServicerContext
+
+
+class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
+    """One coordinator. `run` must run beside the server."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        store: Store,
+        slots: Slots,
+        model: types_pb2.ModelRef,
+        make_driver: Callable[[Callable[[v.Event], None]], Driver],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._mesh = mesh
+        self._store = store
+        self._slots = slots
+        self._model = model
+        self._clock = clock
+        self._driver = make_driver(self.post)
+        self._stale: dict[str, dict[str, int]] = {}
+        self._streams: dict[str, object] = {}  # worker -> its newest keep-alive stream
+        self._version = self._urgent = 0  # of what is published; of its last urgent change
+        self._changed = asyncio.Event()
+        self._stopping = False
+
+    def post(self, event: v.Event) -> None:
+        """Runs the core on one event and executes what it orders, in order."""
+        if self._stopping:
+            return
+        for action in self._mesh.handle(event, self._clock()):
+            match action:
+                case v.PersistEpoch(pipeline_id, epoch):
+                    self._store.save_epoch(pipeline_id, epoch)
+                case v.PersistPlan(plan):
+                    self._store.save_plan(plan)
+                case v.Publish(urgent):
+                    self._version += 1
+                    if urgent:
+                        self._urgent = self._version
+                    self._changed.set()
+                    self._changed = asyncio.Event()
+                case v.Log(message, warning):
+                    log.log(logging.WARNING if warning else logging.INFO, "%s", message)
+                case _:
+                    self._driver.execute(action)
+
+    async def run(self) -> None:
+        """Lets time pass in the core, until cancelled."""
+        while True:
+            self.post(v.Tick())
+            await asyncio.sleep(TICK_S)
+
+    async def stop(self) -> None:
+        """Ends orders and watches; workers and gateways go on by themselves."""
+        self._stopping = True
+        self._changed.set()
+        await self._driver.close()
+
+    # Workers
+
+    async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
+        """A worker joins."""
+        if request.protocol != PROTOCOL:
+            raise ConfigError(
+                f"worker {request.worker_id} ({request.version}) speaks protocol {request.protocol}, this coordinator "
+                f"{PROTOCOL}: run releases that agree"
+            )
+        for field, bad in (
+            ("worker_id", not request.worker_id),
+            ("incarnation", not request.incarnation),
+            ("address", not request.address),
+            ("tp_size", request.tp_size < 1),
+            ("pool", request.pool < -1),
+        ):
+            if bad:
+                raise InvalidRequest(f"Register: {field} is {getattr(request, field)!r}", param=field)
+        stages = self._mesh.target.num_stages
+        if request.pool >= stages:
+            raise ConfigError(
+                f"worker {request.worker_id} is bound to stage {request.pool}, the pipeline has stages 0 to "
+                f"{stages - 1}: start it with --stage {stages - 1} or less, or the coordinator with "
+                f"-pp {request.pool + 1}"
+            )
+        for transport in request.transports:
+            if len(transport.rank_addresses) != request.tp_size:
+                raise InvalidRequest(
+                    f"Register: transport {transport.name} has {len(transport.rank_addresses)} rank addresses for "
+                    f"{request.tp_size} ranks",
+                    param="transports",
+                )
+        self.post(v.WorkerRegistered(worker_info(request)))
+        return pb.RegisterResponse(lease_ms=round(self._mesh.lease_s * 1000), renew_ms=round(RENEW_S * 1000))
+
+    async def KeepAlive(
+        self, requests: AsyncIterator[pb.KeepAliveRequest], context: Context
+    ) -> AsyncIterator[pb.KeepAliveResponse]:
+        """Renews leases; a stream that ends is a worker that is lost."""
+        stream = object()
+        worker_id, incarnation = "", 0
+        try:
+            async for request in requests:
+                worker_id, incarnation = request.worker_id, request.incarnation
+                known = self._mesh.knows(worker_id, incarnation)
+                if known:
+                    self._streams[worker_id] = stream
+                    self._renewed(request)
+                yield pb.KeepAliveResponse(known=known)
+                if not known:
+                    return
+        finally:
+            if self._streams.get(worker_id) is stream:
+                del self._streams[worker_id]
+                self.post(v.WorkerLost(worker_id, incarnation, "its keep-alive stream ended"))
+
+    def _renewed(self, request: pb.KeepAliveRequest) -> None:
+        self.post(v.LeaseRenewed(request.worker_id, request.incarnation))
+        self._stale[request.worker_id] = dict(request.stale_refused)
+        if request.broken_pipeline:
+            reason = request.broken_reason or "no reason given"
+            self.post(v.LinkBroken(request.worker_id, request.broken_pipeline, request.broken_epoch, reason))
+
+    # Gateways and operators
+
+    async def WatchPipelines(
+        self, request: pb.WatchPipelinesRequest, context: Context
+    ) -> AsyncIterator[pb.WatchPipelinesResponse]:
+        """The mesh at once, then at every change; progress alone at most five times a second."""
+        if not request.gateway_id or not request.instance:
+            raise InvalidRequest("WatchPipelines: gateway_id and instance must be set")
+        slot = self._slots.acquire(request.gateway_id, request.instance, self._clock())
+        self._store.save_slot(slot, request.gateway_id, request.instance)
+        log.info("gateway %s watches, slot %d", request.gateway_id, slot)
+        try:
+            sent = -1
+            while not self._stopping:
+                # A pipeline of before a restart may still serve: say nothing that would stop it until that is known.
+                if sent != self._version and not self._mesh.restoring:
+                    sent = self._version
+                    mesh = mesh_view(self._mesh, self._model, self._stale)
+                    yield pb.WatchPipelinesResponse(slot=slot, pipelines=mesh.pipelines, mesh=mesh)
+                    await self._progress_pause(sent)
+                else:
+                    await self._changed.wait()
+        finally:
+            self._slots.release(slot, self._clock())
+
+    async def _progress_pause(self, sent: int) -> None:
+        """Waits for an urgent change, at most `PROGRESS_S`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PROGRESS_S):
+                while self._urgent <= sent and not self._stopping:
+                    await self._changed.wait()
+
+    async def DescribeMesh(self, request: pb.DescribeMeshRequest, context: Context) -> pb.DescribeMeshResponse:
+        """The mesh as it stands."""
+        return pb.DescribeMeshResponse(mesh=mesh_view(self._mesh, self._model, self._stale))
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        """Takes a worker out of service."""
+        if request.worker_id not in self._mesh.workers:
+            known = ", ".join(sorted(self._mesh.workers)) or "none"
+            raise NotFound(f"no worker {request.worker_id!r} is registered; registered: {known}")
+        pipelines = self._mesh.pipelines_of(request.worker_id)
+        self.post(v.DrainRequested(request.worker_id))
+        return pb.DrainResponse(pipeline_ids=pipelines)

@@ -1,0 +1,98 @@
+"""What must outlive a coordinator: epochs, the last plan of each pipeline, gateways' slots. SQLite, or memory.
+
+Write-ahead log with synchronous FULL: a commit that returned survives a crash of the machine, so an epoch that anyone
+heard of is never handed out again.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from dataclasses import asdict
+from pathlib import Path
+
+from stagemesh.errors import ConfigError
+
+from .values import Loaded, StagePlan, StoredPlan
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS epochs (pipeline_id TEXT PRIMARY KEY, epoch INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS plans (pipeline_id TEXT PRIMARY KEY, plan TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS slots (slot INTEGER PRIMARY KEY, gateway_id TEXT NOT NULL, instance TEXT NOT NULL);
+"""
+VERSION = 1
+
+
+class Store:
+    """Synchronous: a commit takes about a millisecond, and nothing may go on before it is done."""
+
+    def __init__(self, state_dir: str | None) -> None:
+        """Opens, or makes, `state_dir`/coordinator.sqlite; None keeps everything in memory. Raises ConfigError."""
+        where = ":memory:"
+        try:
+            if state_dir is not None:
+                Path(state_dir).mkdir(parents=True, exist_ok=True)
+                where = str(Path(state_dir) / "coordinator.sqlite")
+            # Exclusive: two coordinators on one state would both think that an epoch is theirs.
+            self._db = sqlite3.connect(where, isolation_level=None, timeout=2.0)
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+            if version not in (0, VERSION):
+                raise ConfigError(
+                    f"{where} was written by another release (format {version}, this one knows {VERSION}): "
+                    "use that release, or another --state-dir"
+                )
+            self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        except (OSError, sqlite3.Error) as e:
+            raise ConfigError(
+                f"--state-dir {state_dir}: cannot open {where} ({e}): give a folder that this user can write and that "
+                "no other coordinator uses"
+            ) from e
+
+    def epochs(self) -> dict[str, int]:
+        """Pipeline -> the highest epoch it had."""
+        return dict(self._db.execute("SELECT pipeline_id, epoch FROM epochs").fetchall())
+
+    def save_epoch(self, pipeline_id: str, epoch: int) -> None:
+        """Writes an epoch down; it never falls."""
+        self._db.execute(
+            "INSERT INTO epochs VALUES (?, ?) "
+            "ON CONFLICT (pipeline_id) DO UPDATE SET epoch = max(epoch, excluded.epoch)",
+            (pipeline_id, epoch),
+        )
+
+    def plans(self) -> dict[str, StoredPlan]:
+        """Pipeline -> the plan that last served."""
+        rows = self._db.execute("SELECT pipeline_id, plan FROM plans").fetchall()
+        return {name: _decode(text) for name, text in rows}
+
+    def save_plan(self, plan: StoredPlan) -> None:
+        """Writes down a pipeline that serves."""
+        self._db.execute("INSERT OR REPLACE INTO plans VALUES (?, ?)", (plan.pipeline_id, json.dumps(asdict(plan))))
+
+    def slots(self) -> dict[int, tuple[str, int]]:
+        """Slot -> (gateway, instance) that had it last."""
+        rows = self._db.execute("SELECT slot, gateway_id, instance FROM slots").fetchall()
+        return {slot: (gateway_id, int(instance)) for slot, gateway_id, instance in rows}
+
+    def save_slot(self, slot: int, gateway_id: str, instance: int) -> None:
+        """Writes down who has a slot."""
+        self._db.execute("INSERT OR REPLACE INTO slots VALUES (?, ?, ?)", (slot, gateway_id, str(instance)))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+
+def _decode(text: str) -> StoredPlan:
+    raw = json.loads(text)
+    return StoredPlan(
+        raw["pipeline_id"],
+        raw["epoch"],
+        tuple(StagePlan(**{**stage, "layers": tuple(stage["layers"])}) for stage in raw["stages"]),
+        tuple(Loaded(**loaded) for loaded in raw["loaded"]),
+        tuple(raw["routes"]),
+        raw["terms"],
+    )
