@@ -1,0 +1,115 @@
+"""Renders a conversation by the checkpoint's own chat template, as transformers does, without transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from stagemesh.errors import CheckpointError, InvalidRequest
+
+from .defaults import read_json
+
+
+class _Generation(Extension):
+    """`{% generation %}`: marks the assistant's words for training; when serving, its body is rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance's set
+
+    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # jinja2's own escapes HTML characters, which a prompt must not have.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _raise_exception
+    env.globals["strftime_now"] = _strftime_now
+    return env
+
+
+class ChatTemplate:
+    """A compiled template with the special tokens it may name."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """`special_tokens`: `bos_token`, `eos_token`, ... as text. Raises CheckpointError for a bad template."""
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateError as e:
+            raise CheckpointError(f"the checkpoint's chat template is not valid: {e}") from e
+        self._special_tokens = dict(special_tokens)
+
+    @staticmethod
+    def load(model_dir: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+        """The template of the checkpoint in `model_dir`, None when it has none.
+
+        A file (chat_template.jinja, chat_template.json) goes before the entry of tokenizer_config.json; of several
+        named ones, `default` is taken. Raises CheckpointError.
+        """
+        source = _source(model_dir)
+        return None if source is None else ChatTemplate(source, special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt as text; `extra` are further names that the template may read.
+
+        Raises InvalidRequest when the template refuses these messages.
+        """
+        names: dict[str, Any] = {
+            "tools": None,
+            "documents": None,
+            **self._special_tokens,
+            **(extra or {}),
+            "messages": [dict(m) for m in messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return self._template.render(names)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+            raise InvalidRequest(f"the model's chat template refused the messages: {e}", param="messages") from e
+
+
+def _source(model_dir: Path) -> str | None:
+    try:
+        return (model_dir / "chat_template.jinja").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"cannot read {model_dir / 'chat_template.jinja'}: {e}") from e
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        value = read_json(model_dir / name).get("chat_template")
+        if isinstance(value, list):
+            named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+            value = named.get("default")
+        if isinstance(value, str):
+            return value
+    return None

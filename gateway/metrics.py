@@ -1,0 +1,124 @@
+"""What the gateway tells Prometheus: vLLM's metric suffixes under `stagemesh_`, so that its dashboards fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+Ending = Literal["stop", "length", "abort", "error"]
+"""Why a request ended: as its (last) choice did, or cancelled by its client, or failed."""
+
+TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+E2E_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the gateway holds right now."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    """Share of the KV pages in use, 0 to 1."""
+    steps_in_flight: int = 0
+
+
+class Metrics:
+    """All metrics of one gateway process, in a registry of their own. To be used from one thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._read: Callable[[], Load] = Load
+        self._running = self._gauge("num_requests_running", "Requests that run.")
+        self._waiting = self._gauge("num_requests_waiting", "Requests that wait for admission.")
+        self._kv = self._gauge("kv_cache_usage_perc", "Share of the KV pages in use; 1 means all.")
+        self._in_flight = self._gauge("steps_in_flight", "Steps between their plan and their result.")
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens of requests that started.")
+        self._generation = self._counter("generation_tokens", "Tokens generated.")
+        self._preemptions = self._counter("num_preemptions", "Sequences that gave their pages back and began again.")
+        self._success = Counter(
+            "stagemesh_request_success",
+            "Requests that ended, by why.",
+            ["finished_reason"],
+            registry=self.registry,
+        )
+        self._http = Counter(
+            "stagemesh_http_requests",
+            "HTTP requests answered, by route and status.",
+            ["method", "handler", "status"],
+            registry=self.registry,
+        )
+        self._queue_s = self._histogram("request_queue_time_seconds", "Seconds from arrival to admission.", E2E_S)
+        self._ttft_s = self._histogram(
+            "time_to_first_token_seconds", "Seconds from arrival to the first token.", TTFT_S
+        )
+        self._itl_s = self._histogram("inter_token_latency_seconds", "Seconds between two tokens of a choice.", ITL_S)
+        self._e2e_s = self._histogram("e2e_request_latency_seconds", "Seconds from arrival to the end.", E2E_S)
+        self._prompt_len = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
+        self._output_len = self._histogram("request_generation_tokens", "Output tokens of a request.", TOKENS)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"stagemesh_{name}", text, registry=self.registry)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"stagemesh_{name}", text, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"stagemesh_{name}", text, buckets=buckets, registry=self.registry)
+
+    def watch(self, read: Callable[[], Load]) -> None:
+        """`read` is called at each scrape for what the gauges show."""
+        self._read = read
+
+    def register(self, collector: Collector) -> None:
+        """Adds a collector of another part of the gateway."""
+        self.registry.register(collector)
+
+    def request_queued(self, prompt_tokens: int) -> None:
+        """A request was accepted into the queue."""
+        self._prompt_len.observe(prompt_tokens)
+
+    def request_started(self, waited_s: float, prompt_tokens: int) -> None:
+        """A request left the queue after `waited_s`; its prompt is computed from here on."""
+        self._queue_s.observe(waited_s)
+        self._prompt.inc(prompt_tokens)
+
+    def first_token(self, since_arrival_s: float) -> None:
+        """A request's first token came."""
+        self._ttft_s.observe(since_arrival_s)
+
+    def tokens(self, count: int, intervals_s: tuple[float, ...] | list[float] = ()) -> None:
+        """`count` tokens came; `intervals_s`: since the token before, for those that had one."""
+        self._generation.inc(count)
+        for interval_s in intervals_s:
+            self._itl_s.observe(interval_s)
+
+    def finished(self, reason: Ending, e2e_s: float, output_tokens: int) -> None:
+        """A request ended after `e2e_s`."""
+        self._success.labels(reason).inc()
+        self._e2e_s.observe(e2e_s)
+        self._output_len.observe(output_tokens)
+
+    def preempted(self) -> None:
+        """A sequence gave its pages back."""
+        self._preemptions.inc()
+
+    def http_answered(self, method: str, handler: str, status: int) -> None:
+        """An HTTP request was answered; `handler` is the route, not the client's path."""
+        self._http.labels(method, handler, str(status)).inc()
+
+    def render(self) -> bytes:
+        """The exposition text of a scrape."""
+        load = self._read()
+        self._running.set(load.running)
+        self._waiting.set(load.waiting)
+        self._kv.set(load.kv_cache_usage)
+        self._in_flight.set(load.steps_in_flight)
+        return generate_latest(self.registry)

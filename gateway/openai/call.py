@@ -1,0 +1,120 @@
+"""One call of a generating endpoint: what was asked, and how its answer is worded, whole or as events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stagemesh.gateway.metrics import Metrics
+from stagemesh.gateway.request import Delta, Engine, GenerationRequest, ModelCard
+from stagemesh.gateway.tokenizer import Tokenizer
+
+from stagemesh.config import GatewaySettings
+
+from .errors import dumps
+from .protocol import Common
+from .run import Choice
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Api:
+    """What all endpoints share."""
+
+    engine: Engine
+    settings: GatewaySettings
+    metrics: Metrics
+
+
+def event(payload: str) -> str:
+    """`payload` as one server-sent event."""
+    return f"data: {payload}\n\n"
+
+
+class Call(ABC):
+    """One call; subclasses word the answer for their endpoint."""
+
+    object_whole: str
+    object_chunk: str
+    id_prefix: str
+
+    def __init__(self, body: Common, model: ModelCard, tokenizer: Tokenizer) -> None:
+        self.body = body
+        self.model = model
+        self.tokenizer = tokenizer
+        self.id = f"{self.id_prefix}{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.stream = bool(body.stream)
+        self.requests: Sequence[GenerationRequest] = ()
+        options = body.stream_options
+        self._include_usage = options is not None and bool(options.include_usage)
+        self._continuous_usage = self._include_usage and bool(options and options.continuous_usage_stats)
+        self._completion_tokens = 0
+        self._opened: set[int] = set()
+        self._head = dumps(self._base(self.object_chunk))[:-1] + ',"choices":['
+
+    @abstractmethod
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """A choice of the whole answer."""
+
+    @abstractmethod
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What comes before a choice's first delta, if anything does."""
+
+    @abstractmethod
+    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        """A choice of a chunk."""
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The answer in one piece."""
+        self._completion_tokens = sum(len(choice.tokens) for choice in choices)
+        return {
+            **self._base(self.object_whole),
+            "choices": [self.whole_choice(i, choice) for i, choice in enumerate(choices)],
+            "usage": self.usage(),
+        }
+
+    def events(self, batch: Iterable[tuple[int, Delta]]) -> bytes:
+        """The events of one batch of deltas, to be sent in one piece."""
+        lines: list[str] = []
+        for index, delta in batch:
+            if index not in self._opened:
+                self._opened.add(index)
+                opening = self.opening(index)
+                if opening is not None:
+                    lines.append(self._chunk(dumps(opening)))
+            self._completion_tokens += len(delta.tokens)
+            if delta.text or delta.tokens or delta.finish_reason is not None:
+                lines.append(self._chunk(dumps(self.chunk_choice(index, delta))))
+        return "".join(lines).encode()
+
+    def last_event(self) -> bytes:
+        """The usage, where asked for, and the end."""
+        usage = event(f'{self._head}],"usage":{dumps(self.usage())}}}').encode() if self._include_usage else b""
+        return usage + DONE
+
+    def usage(self) -> dict[str, int]:
+        """Tokens so far; a prompt counts once, however many choices answer it."""
+        prompt = sum(len(request.prompt) for request in self.requests)
+        return {
+            "prompt_tokens": prompt,
+            "total_tokens": prompt + self._completion_tokens,
+            "completion_tokens": self._completion_tokens,
+        }
+
+    def request_ids(self, count: int) -> list[str]:
+        """The engine's name for each of `count` prompts."""
+        return [self.id] if count == 1 else [f"{self.id}-{i}" for i in range(count)]
+
+    def _base(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
+
+    def _chunk(self, choice: str) -> str:
+        if self._continuous_usage:
+            return event(f'{self._head}{choice}],"usage":{dumps(self.usage())}}}')
+        return event(f'{self._head}{choice}],"usage":null}}' if self._include_usage else f"{self._head}{choice}]}}")

@@ -1,0 +1,82 @@
+"""The life of one generating HTTP request: body, checks, submission, answer; and its end when the client goes away."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from stagemesh import errors
+
+from .call import Api, Call
+from .errors import body_of, dumps, json_response, response_of
+from .http import ClientGone, Writer, read_body, while_connected
+from .run import Run
+
+log = logging.getLogger(__name__)
+
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # nginx would gather the events into blocks.
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Endpoint:
+    """An ASGI application that answers one kind of call."""
+
+    def __init__(self, api: Api, parse: Callable[[Api, bytes], Awaitable[Call]]) -> None:
+        self._api = api
+        self._parse = parse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        writer = Writer(scope, send)
+        try:
+            data = await read_body(scope, receive, int(self._api.settings.max_body_mib * 2**20))
+            response = await while_connected(receive, self._answer(data, writer))
+        except ClientGone:
+            return
+        except errors.StagemeshError as e:
+            if not writer.started:
+                response = response_of(e)
+            else:
+                response = None
+                await self._end_with(e, writer)
+        if response is not None:
+            await response(scope, receive, send)
+
+    async def _answer(self, data: bytes, writer: Writer) -> Response | None:
+        """The whole answer, or None when it was streamed."""
+        call = await self._parse(self._api, data)
+        run = Run(self._api.engine, call.requests)
+        try:
+            if not call.stream:
+                return json_response(call.whole(await run.whole()))
+            async for batch in run.deltas():
+                # Not before the first batch: until then a failure still has its own status.
+                if not writer.started:
+                    await writer.start(EVENT_STREAM)
+                await writer.write(call.events(batch))
+            await writer.write(call.last_event(), more=False)
+            return None
+        except errors.StagemeshError:
+            raise
+        except Exception as e:
+            if isinstance(e, ClientGone):
+                raise
+            log.exception("request %s failed", call.id)
+            raise errors.InternalError(f"{type(e).__name__}: {e}") from e
+        finally:
+            run.cancel()
+
+    @staticmethod
+    async def _end_with(error: errors.StagemeshError, writer: Writer) -> None:
+        """Ends a stream with its error; without [DONE], since it is not done."""
+        try:
+            await writer.write(f"data: {dumps(body_of(error))}\n\n".encode(), more=False)
+        except ClientGone:
+            return

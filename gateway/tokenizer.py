@@ -1,0 +1,181 @@
+"""The served model's tokenizer, read from the checkpoint's files without transformers (the gateway starts at once).
+
+What transformers' fast tokenizers do on encoding is in tokenizer.json itself (its post-processor adds BOS or EOS);
+with that file there, `add_bos_token` of tokenizer_config.json is ignored, as transformers 5 does.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from stagemesh.errors import CheckpointError, InvalidRequest
+
+from .chat_template import ChatTemplate
+from .defaults import SamplingDefaults, eos_token_ids, read_json
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+
+
+class Tokenizer:
+    """Text to ids and back, with what else of the checkpoint concerns text. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        raw: tokenizers.Tokenizer | None,
+        *,
+        eos_ids: frozenset[int] = frozenset(),
+        defaults: SamplingDefaults | None = None,
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        """`raw` None: a checkpoint without tokenizer.json, which serves token ids alone and gives no text."""
+        self.raw = raw
+        self.eos_ids = eos_ids
+        self.defaults = defaults or SamplingDefaults()
+        self.chat_template = chat_template
+        self.special_ids: frozenset[int] = frozenset()
+        self._added: dict[int, str] = {}
+        self._byte_level = self._byte_fallback = False
+        self._bounded = False
+        if raw is not None:
+            raw.no_truncation()
+            raw.no_padding()
+            added = raw.get_added_tokens_decoder()
+            self._added = {i: token.content for i, token in added.items()}
+            self.special_ids = frozenset(i for i, token in added.items() if token.special)
+            kinds = _kinds(raw.decoder)
+            self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
+            # Of BPE over bytes every character costs at least its share of the longest token; of other models one
+            # "unknown" can stand for any number of characters.
+            self._bounded = self._byte_level or self._byte_fallback
+        self.token_bytes = functools.lru_cache(maxsize=65536)(self._token_bytes)
+
+    @classmethod
+    def load(cls, model_dir: str | Path) -> Tokenizer:
+        """The tokenizer of the checkpoint in `model_dir`. Raises CheckpointError when a file of it is damaged."""
+        folder = Path(model_dir)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a directory: --model must name a checkpoint's directory")
+        raw = None
+        file = folder / "tokenizer.json"
+        if file.exists():
+            try:
+                raw = tokenizers.Tokenizer.from_file(str(file))
+            except Exception as e:
+                raise CheckpointError(f"cannot read {file}: {e}") from e
+        named = _special_tokens(folder)
+        eos = eos_token_ids(folder)
+        if raw is not None and "eos_token" in named:
+            own = raw.token_to_id(named["eos_token"])
+            eos |= {own} if own is not None else frozenset()
+        return cls(
+            raw,
+            eos_ids=eos,
+            defaults=SamplingDefaults.load(folder),
+            chat_template=ChatTemplate.load(folder, named),
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`. Raises InvalidRequest when the checkpoint has no tokenizer, or `text` holds lone surrogates.
+
+        Takes up to a second per MiB, without the interpreter's lock: call it in a thread for long texts.
+        """
+        if self.raw is None:
+            raise InvalidRequest("the checkpoint has no tokenizer.json: send token ids as the prompt", param="prompt")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise InvalidRequest(f"the text holds a lone surrogate at character {e.start}", param="prompt") from e
+        return self.raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; ids that the vocabulary does not have give nothing."""
+        return "" if self.raw is None else self.raw.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound of the number of tokens of `text`, found without encoding it."""
+        return len(text) // self._longest_token if self._bounded else 0
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Characters of the vocabulary's longest token."""
+        assert self.raw is not None
+        return max(map(len, self.raw.get_vocab(with_added_tokens=True)), default=1)
+
+    def is_silent(self, token: int, skip_special_tokens: bool) -> bool:
+        """Whether `token` can give no text: not in the vocabulary, or special where those are skipped."""
+        if self.raw is None:
+            return True
+        return (skip_special_tokens and token in self.special_ids) or self.raw.id_to_token(token) is None
+
+    def token_text(self, token: int) -> str:
+        """`token` alone as text; one that holds part of a character as OpenAI writes it: `bytes:\\xe2\\x82`."""
+        data = self.token_bytes(token)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in data)
+
+    def _token_bytes(self, token: int) -> bytes:
+        """The bytes that `token` stands for within a text."""
+        if self.raw is None:
+            return b""
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self.raw.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._byte_level and all(c in _BYTE_OF for c in piece):
+            return bytes(_BYTE_OF[c] for c in piece)
+        byte = BYTE_TOKEN.match(piece) if self._byte_fallback else None
+        if byte is not None:
+            return bytes([int(byte[1], 16)])
+        # Behind another token, since some decoders strip the space that begins a text.
+        anchor = self._anchor
+        before, both = self.raw.decode(anchor), self.raw.decode([*anchor, token], skip_special_tokens=False)
+        return (both[len(before) :] if both.startswith(before) else self.raw.decode([token])).encode()
+
+    @functools.cached_property
+    def _anchor(self) -> list[int]:
+        assert self.raw is not None
+        return self.raw.encode("a", add_special_tokens=False).ids
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """Named special tokens (`bos_token`, ...) as text, of tokenizer_config.json before special_tokens_map.json."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        for key, value in read_json(folder / name).items():
+            text = value.get("content") if isinstance(value, Mapping) else value
+            if key.endswith("_token") and isinstance(text, str):
+                found[key] = text
+    return found
+
+
+def _kinds(decoder: Any) -> set[str]:
+    """Names of the decoder's parts, such as {"Sequence", "ByteFallback", "Fuse"}."""
+    if decoder is None:
+        return set()
+    pending, kinds = [json.loads(decoder.__getstate__())], set()
+    while pending:
+        part = pending.pop()
+        kinds.add(str(part.get("type")))
+        pending.extend(part.get("decoders", ()))
+    return kinds
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character for each byte, inverted."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(b): b for b in shown}
+    table.update({chr(0x100 + n): b for n, b in enumerate(b for b in range(0x100) if b not in set(shown))})
+    return table
+
+
+_BYTE_OF = _byte_alphabet()
