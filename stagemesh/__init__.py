@@ -1,0 +1,21 @@
+"""stagemesh serves one large language model over a gRPC mesh of pipeline-stage workers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stagemesh.client import Client as Client
+
+__version__ = "0.1.0"
+__all__ = ["Client", "__version__"]
+
+_LAZY = {"Client": "stagemesh.client"}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are asked for, so that no process pays for another's imports."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fstagemesh/protos/v1/types.proto\x12\x0cstagemesh.v1\")\n\nLayerRange\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r\"\x96\x01\n\x08ModelRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x13\n\x0bload_format\x18\x07 \x01(\t\x12\x0c\n\x04seed\x18\x08 \x01(\x04\"\x97\x01\n\tRunLimits\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x02 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x03 \x01(\r\x12\x11\n\tpage_size\x18\x04 \x01(\r\x12\x11\n\tnum_pages\x18\x05 \x01(\r\x12\x17\n\x0fsteps_in_flight\x18\x06 \x01(\r\"\xac\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x14\n\x0ctop_logprobs\x18\t \x01(\r\x12\x10\n\x08logprobs\x18\n \x01(\x08\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x16\n\x0esuppressed_ids\x18\x0c \x03(\r\x12\x10\n\x08\x62ias_ids\x18\r \x03(\r\x12\x13\n\x0b\x62ias_values\x18\x0e \x03(\x02\"M\n\nStepTiming\x12\x15\n\rwait_input_us\x18\x01 \x01(\r\x12\x12\n\ncompute_us\x18\x02 \x01(\r\x12\x14\n\x0cwait_send_us\x18\x03 \x01(\r\"h\n\nDeviceInfo\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x66lops_per_s\x18\x04 \x01(\x01\x12\x13\n\x0b\x62ytes_per_s\x18\x05 \x01(\x01\":\n\x12TransportEndpoints\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0erank_addresses\x18\x02 \x03(\x0c\"\x8a\x02\n\tStageView\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12(\n\x06layers\x18\x04 \x01(\x0b\x32\x18.stagemesh.v1.LayerRange\x12\x0f\n\x07tp_size\x18\x05 \x01(\r\x12\x12\n\ngeneration\x18\x06 \x01(\r\x12\x11\n\tnum_pages\x18\x07 \x01(\r\x12(\n\x06\x64\x65vice\x18\x08 \x01(\x0b\x32\x18.stagemesh.v1.DeviceInfo\x12\r\n\x05route\x18\t \x01(\t\x12\x14\n\x0cweight_bytes\x18\n \x01(\x04\x12\x19\n\x11tensor_bytes_read\x18\x0b \x01(\x04\"\xe7\x01\n\x0cPipelineView\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.stagemesh.v1.PipelineState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12%\n\x05model\x18\x05 \x01(\x0b\x32\x16.stagemesh.v1.ModelRef\x12\'\n\x06limits\x18\x06 \x01(\x0b\x32\x17.stagemesh.v1.RunLimits\x12\'\n\x06stages\x18\x07 \x03(\x0b\x32\x17.stagemesh.v1.StageView\"\xee\x01\n\nWorkerView\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04pool\x18\x03 \x01(\x05\x12\x0f\n\x07tp_size\x18\x04 \x01(\r\x12(\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x18.stagemesh.v1.DeviceInfo\x12\r\n\x05state\x18\x06 \x01(\t\x12\x14\n\x0cloaded_bytes\x18\x07 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x08 \x01(\x04\x12(\n\x06layers\x18\t \x01(\x0b\x32\x18.stagemesh.v1.LayerRange\x12\x0f\n\x07version\x18\n \x01(\t\"\xda\x01\n\x08MeshView\x12-\n\tpipelines\x18\x01 \x03(\x0b\x32\x1a.stagemesh.v1.PipelineView\x12)\n\x07workers\x18\x02 \x03(\x0b\x32\x18.stagemesh.v1.WorkerView\x12?\n\rstale_refused\x18\x03 \x03(\x0b\x32(.stagemesh.v1.MeshView.StaleRefusedEntry\x1a\x33\n\x11StaleRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*\x9d\x01\n\rPipelineState\x12\x1e\n\x1aPIPELINE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13PIPELINE_STATE_DOWN\x10\x01\x12\x1a\n\x16PIPELINE_STATE_FORMING\x10\x02\x12\x1a\n\x16PIPELINE_STATE_SERVING\x10\x03\x12\x1b\n\x17PIPELINE_STATE_DRAINING\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fstagemesh/protos/v1/types.proto\x12\x0cstagemesh.v1\")\n\nLayerRange\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r\"\x96\x01\n\x08ModelRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x13\n\x0bload_format\x18\x07 \x01(\t\x12\x0c\n\x04seed\x18\x08 \x01(\x04\"\xa9\x01\n\tRunLimits\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x02 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x03 \x01(\r\x12\x11\n\tpage_size\x18\x04 \x01(\r\x12\x11\n\tnum_pages\x18\x05 \x01(\r\x12\x17\n\x0fsteps_in_flight\x18\x06 \x01(\r\x12\x10\n\x08gateways\x18\x07 \x01(\r\"\xac\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x14\n\x0ctop_logprobs\x18\t \x01(\r\x12\x10\n\x08logprobs\x18\n \x01(\x08\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x16\n\x0esuppressed_ids\x18\x0c \x03(\r\x12\x10\n\x08\x62ias_ids\x18\r \x03(\r\x12\x13\n\x0b\x62ias_values\x18\x0e \x03(\x02\"M\n\nStepTiming\x12\x15\n\rwait_input_us\x18\x01 \x01(\r\x12\x12\n\ncompute_us\x18\x02 \x01(\r\x12\x14\n\x0cwait_send_us\x18\x03 \x01(\r\"h\n\nDeviceInfo\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x66lops_per_s\x18\x04 \x01(\x01\x12\x13\n\x0b\x62ytes_per_s\x18\x05 \x01(\x01\":\n\x12TransportEndpoints\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0erank_addresses\x18\x02 \x03(\x0c\"\x8a\x02\n\tStageView\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12(\n\x06layers\x18\x04 \x01(\x0b\x32\x18.stagemesh.v1.LayerRange\x12\x0f\n\x07tp_size\x18\x05 \x01(\r\x12\x12\n\ngeneration\x18\x06 \x01(\r\x12\x11\n\tnum_pages\x18\x07 \x01(\r\x12(\n\x06\x64\x65vice\x18\x08 \x01(\x0b\x32\x18.stagemesh.v1.DeviceInfo\x12\r\n\x05route\x18\t \x01(\t\x12\x14\n\x0cweight_bytes\x18\n \x01(\x04\x12\x19\n\x11tensor_bytes_read\x18\x0b \x01(\x04\"\xe7\x01\n\x0cPipelineView\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.stagemesh.v1.PipelineState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12%\n\x05model\x18\x05 \x01(\x0b\x32\x16.stagemesh.v1.ModelRef\x12\'\n\x06limits\x18\x06 \x01(\x0b\x32\x17.stagemesh.v1.RunLimits\x12\'\n\x06stages\x18\x07 \x03(\x0b\x32\x17.stagemesh.v1.StageView\"\xee\x01\n\nWorkerView\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04pool\x18\x03 \x01(\x05\x12\x0f\n\x07tp_size\x18\x04 \x01(\r\x12(\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x18.stagemesh.v1.DeviceInfo\x12\r\n\x05state\x18\x06 \x01(\t\x12\x14\n\x0cloaded_bytes\x18\x07 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x08 \x01(\x04\x12(\n\x06layers\x18\t \x01(\x0b\x32\x18.stagemesh.v1.LayerRange\x12\x0f\n\x07version\x18\n \x01(\t\"\xda\x01\n\x08MeshView\x12-\n\tpipelines\x18\x01 \x03(\x0b\x32\x1a.stagemesh.v1.PipelineView\x12)\n\x07workers\x18\x02 \x03(\x0b\x32\x18.stagemesh.v1.WorkerView\x12?\n\rstale_refused\x18\x03 \x03(\x0b\x32(.stagemesh.v1.MeshView.StaleRefusedEntry\x1a\x33\n\x11StaleRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*\x9d\x01\n\rPipelineState\x12\x1e\n\x1aPIPELINE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13PIPELINE_STATE_DOWN\x10\x01\x12\x1a\n\x16PIPELINE_STATE_FORMING\x10\x02\x12\x1a\n\x16PIPELINE_STATE_SERVING\x10\x03\x12\x1b\n\x17PIPELINE_STATE_DRAINING\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,30 +33,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MESHVIEW_STALEREFUSEDENTRY']._loaded_options = None
   _globals['_MESHVIEW_STALEREFUSEDENTRY']._serialized_options = b'8\001'
-  _globals['_PIPELINESTATE']._serialized_start=1913
-  _globals['_PIPELINESTATE']._serialized_end=2070
+  _globals['_PIPELINESTATE']._serialized_start=1931
+  _globals['_PIPELINESTATE']._serialized_end=2088
   _globals['_LAYERRANGE']._serialized_start=49
   _globals['_LAYERRANGE']._serialized_end=90
   _globals['_MODELREF']._serialized_start=93
   _globals['_MODELREF']._serialized_end=243
   _globals['_RUNLIMITS']._serialized_start=246
-  _globals['_RUNLIMITS']._serialized_end=397
-  _globals['_SAMPLINGPARAMS']._serialized_start=400
-  _globals['_SAMPLINGPARAMS']._serialized_end=700
-  _globals['_STEPTIMING']._serialized_start=702
-  _globals['_STEPTIMING']._serialized_end=779
-  _globals['_DEVICEINFO']._serialized_start=781
-  _globals['_DEVICEINFO']._serialized_end=885
-  _globals['_TRANSPORTENDPOINTS']._serialized_start=887
-  _globals['_TRANSPORTENDPOINTS']._serialized_end=945
-  _globals['_STAGEVIEW']._serialized_start=948
-  _globals['_STAGEVIEW']._serialized_end=1214
-  _globals['_PIPELINEVIEW']._serialized_start=1217
-  _globals['_PIPELINEVIEW']._serialized_end=1448
-  _globals['_WORKERVIEW']._serialized_start=1451
-  _globals['_WORKERVIEW']._serialized_end=1689
-  _globals['_MESHVIEW']._serialized_start=1692
-  _globals['_MESHVIEW']._serialized_end=1910
-  _globals['_MESHVIEW_STALEREFUSEDENTRY']._serialized_start=1859
-  _globals['_MESHVIEW_STALEREFUSEDENTRY']._serialized_end=1910
+  _globals['_RUNLIMITS']._serialized_end=415
+  _globals['_SAMPLINGPARAMS']._serialized_start=418
+  _globals['_SAMPLINGPARAMS']._serialized_end=718
+  _globals['_STEPTIMING']._serialized_start=720
+  _globals['_STEPTIMING']._serialized_end=797
+  _globals['_DEVICEINFO']._serialized_start=799
+  _globals['_DEVICEINFO']._serialized_end=903
+  _globals['_TRANSPORTENDPOINTS']._serialized_start=905
+  _globals['_TRANSPORTENDPOINTS']._serialized_end=963
+  _globals['_STAGEVIEW']._serialized_start=966
+  _globals['_STAGEVIEW']._serialized_end=1232
+  _globals['_PIPELINEVIEW']._serialized_start=1235
+  _globals['_PIPELINEVIEW']._serialized_end=1466
+  _globals['_WORKERVIEW']._serialized_start=1469
+  _globals['_WORKERVIEW']._serialized_end=1707
+  _globals['_MESHVIEW']._serialized_start=1710
+  _globals['_MESHVIEW']._serialized_end=1928
+  _globals['_MESHVIEW_STALEREFUSEDENTRY']._serialized_start=1877
+  _globals['_MESHVIEW_STALEREFUSEDENTRY']._serialized_end=1928
 # @@protoc_insertion_point(module_scope)

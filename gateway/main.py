@@ -1,0 +1,111 @@
+"""`stagemesh gateway`: the HTTP and gRPC front ends over one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+
+import uvicorn
+import uvloop
+from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
+
+from stagemesh import process, rpc
+from stagemesh.config import GatewaySettings
+from stagemesh.errors import ConfigError
+
+from .engine import MeshEngine
+from .grpc_api import GatewayServicer
+from .metrics import Metrics
+from .openai.app import build_app
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
+KEEP_ALIVE_S = 30
+
+
+def run(settings: GatewaySettings, ready_fd: int | None = None) -> int:
+    """Runs one gateway until SIGTERM or SIGINT; returns the exit status. Raises ConfigError when it cannot listen."""
+    process.set_title("gateway")
+    process.set_up_logging("gateway")
+    return uvloop.run(_run(settings, ready_fd))
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without its own signal handlers: stopping has an order, and it is ours."""
+
+    def install_signal_handlers(self) -> None:
+        """Leaves signals alone (older uvicorn)."""
+
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        """Leaves signals alone."""
+        return contextlib.nullcontext()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError when the port is taken or the address not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(1024)
+    except OSError as e:
+        sock.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror}; choose another with --port") from e
+    sock.setblocking(False)
+    return sock
+
+
+async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, stop.set)
+    listener = bind(settings.host, settings.port)
+    metrics = Metrics()
+    engine = MeshEngine(settings, metrics)
+    grpc_server = await rpc.start_server(
+        settings.host,
+        settings.grpc_port,
+        lambda s: gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(engine, settings, metrics), s),
+        [SERVICE_NAME],
+        serving=False,
+    )
+    config = uvicorn.Config(
+        build_app(engine, settings, metrics),
+        http="httptools",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=1,
+    )
+    http = _Http(config)
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    engine.start()
+    port = listener.getsockname()[1]
+    process.tell_ready(ready_fd, port=port, grpc_port=grpc_server.port)
+    log.info("HTTP on %s:%d, gRPC on %s:%d", settings.host, port, settings.host, grpc_server.port)
+    health = asyncio.create_task(_tell_health(engine, grpc_server))
+    await asyncio.wait([asyncio.create_task(stop.wait()), serving], return_when=asyncio.FIRST_COMPLETED)
+    health.cancel()
+    await grpc_server.set_serving(False)
+    await engine.stop(settings.drain_timeout)
+    http.should_exit = True
+    await asyncio.gather(serving, grpc_server.stop(0.5))
+    return 0
+
+
+async def _tell_health(engine: MeshEngine, server: rpc.Server) -> None:
+    """Keeps grpc.health.v1 as /health is."""
+    told: bool | None = None
+    while True:
+        ready, _ = engine.ready()
+        if ready is not told:
+            told = ready
+            await server.set_serving(ready)
+        await asyncio.sleep(0.1)

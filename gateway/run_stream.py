@@ -1,0 +1,90 @@
+"""The gateway's end of one worker's Run stream: plans out, serialized once for all stages; results in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+from stagemesh.protos.v1 import stage_pb2, types_pb2
+
+from stagemesh import rpc
+from stagemesh.errors import StageLost, StagemeshError, by_reason
+
+METHOD = "/stagemesh.v1.Stage/Run"
+OPEN_TIMEOUT_S = 10.0
+OUTBOX_MESSAGES = 4096
+
+
+class RunStream:
+    """One stage of one pipeline, as this gateway drives it."""
+
+    def __init__(
+        self,
+        stage: types_pb2.StageView,
+        on_result: Callable[[int, stage_pb2.StepResult], None],
+        on_lost: Callable[[StagemeshError], None],
+    ) -> None:
+        self.stage = stage
+        self._on_result = on_result
+        self._on_lost = on_lost
+        self._channel = rpc.channel(stage.address)
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue(OUTBOX_MESSAGES)
+        self._reader: asyncio.Task[None] | None = None
+
+    @property
+    def who(self) -> str:
+        """For messages to people."""
+        return f"stage {self.stage.stage} ({self.stage.worker_id})"
+
+    async def open(self, request: stage_pb2.RunOpen) -> stage_pb2.RunOpened:
+        """Opens the session. Raises the worker's error, or StageLost when it cannot be reached."""
+        call = self._channel.stream_stream(METHOD, response_deserializer=stage_pb2.RunResponse.FromString)(
+            self._messages()
+        )
+        self.send(stage_pb2.RunRequest(open=request).SerializeToString())
+        try:
+            with rpc.mapped():
+                first = await asyncio.wait_for(call.read(), OPEN_TIMEOUT_S)
+            if first is grpc.aio.EOF:
+                raise StageLost(f"{self.who} closed the stream at once")
+        except TimeoutError as e:
+            call.cancel()
+            raise StageLost(f"{self.who} did not open a session within {OPEN_TIMEOUT_S:.0f} s") from e
+        if first.WhichOneof("message") == "ended":
+            raise by_reason(first.ended.reason)(first.ended.message)
+        self._reader = asyncio.create_task(self._read(call))
+        return first.opened
+
+    def send(self, message: bytes) -> None:
+        """Queues a message. A worker that stopped reading is lost: the queue is bounded."""
+        try:
+            self._outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            self._on_lost(StageLost(f"{self.who} left {OUTBOX_MESSAGES} messages unread"))
+
+    async def _messages(self) -> AsyncIterator[bytes]:
+        while True:
+            yield await self._outbox.get()
+
+    async def _read(self, call: grpc.aio.StreamStreamCall[bytes, stage_pb2.RunResponse]) -> None:
+        try:
+            with rpc.mapped():
+                async for response in call:
+                    if response.WhichOneof("message") == "result":
+                        self._on_result(self.stage.stage, response.result)
+                    elif response.WhichOneof("message") == "ended":
+                        raise StageLost(f"{self.who}: {response.ended.message}")
+            raise StageLost(f"{self.who} closed the stream")
+        except StagemeshError as e:
+            lost = e if isinstance(e, StageLost) else StageLost(f"{self.who} is gone: {e.message}")
+            self._on_lost(lost)
+        finally:
+            call.cancel()
+
+    async def close(self) -> None:
+        """Ends the stream; the worker gives the pages back."""
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+        await self._channel.close()

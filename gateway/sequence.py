@@ -1,0 +1,76 @@
+"""One choice of one request as the scheduler sees it: a prompt, the token log, pages, and what is in flight."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from dataclasses import dataclass, field
+
+_numbers = itertools.count(1)
+
+
+class State(enum.Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    """In the admission queue, or preempted: no pages."""
+    RUNNING = "running"
+    """Has pages; prefills or decodes."""
+    FINISHED = "finished"
+    """Ended; its pages go when its last step is back."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A choice: `prompt` and `log` are what it holds for certain; `computed` is how far plans have covered them.
+
+    The log is the promise to the client: a token is appended at position = length and never changed. After a
+    preemption or a new epoch, prompt + log is what is prefilled.
+    """
+
+    prompt: tuple[int, ...]
+    choice: int
+    max_tokens: int
+    log: list[int] = field(default_factory=list)
+    state: State = State.WAITING
+    ident: int = field(default_factory=lambda: next(_numbers))
+    """Its number on the wire; a preempted sequence comes back under a fresh one."""
+    pages: list[int] = field(default_factory=list)
+    pages_sent: int = 0
+    """How many of `pages` the workers have been told of."""
+    computed: int = 0
+    """Positions covered by plans that were sent."""
+    in_flight: int = 0
+    """Steps that name it and are not back."""
+    awaiting_token: bool = False
+    """A step that samples its next token is out."""
+    opened: bool = False
+    """Whether the workers know it."""
+    last_step: int = 0
+    preempted: bool = False
+    """To be put back into the queue when its steps are back."""
+
+    @property
+    def length(self) -> int:
+        """Tokens known: prompt and log."""
+        return len(self.prompt) + len(self.log)
+
+    @property
+    def remaining_prefill(self) -> int:
+        """Known tokens that no plan has covered; 1 while it decodes and its token is not out."""
+        return self.length - self.computed
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Ids of positions start .. start+count-1."""
+        split = len(self.prompt)
+        if start >= split:
+            return self.log[start - split : start - split + count]
+        return [*self.prompt[start : start + count], *self.log[: max(0, start + count - split)]]
+
+    def forget_pages(self) -> list[int]:
+        """Takes its pages away, and with them everything that was computed; it comes back as another number."""
+        pages, self.pages = self.pages, []
+        self.pages_sent = self.computed = self.last_step = 0
+        self.opened = False
+        self.ident = next(_numbers)
+        return pages

@@ -1,0 +1,311 @@
+"""The worker's Stage service: gRPC in an asyncio process of its own, so that compute never starves a lease.
+
+It keeps what the coordinator assigned and which gateways have sessions; the ranks do the work. On the Run path it
+passes bytes on, unparsed, in both directions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from stagemesh.protos.v1 import coordinator_pb2, stage_pb2
+
+from stagemesh import checkpoint
+from stagemesh.config import StageSettings
+from stagemesh.errors import InvalidRequest, NotFound, StageLost, StagemeshError, StaleEpoch, Unavailable
+from stagemesh.protocol import check_protocol
+
+from .control import Kind, unpack_error
+from .ranks import RankGroup
+
+log = logging.getLogger(__name__)
+
+ASSIGN_TIMEOUT_S = 1800.0
+CALL_TIMEOUT_S = 20.0
+OPEN_TIMEOUT_S = 5.0
+OUTBOX_FRAMES = 1024
+
+
+@dataclass
+class Held:
+    """What the coordinator assigned."""
+
+    request: stage_pb2.AssignRequest
+    done: stage_pb2.AssignDone | None = None
+    active: bool = False
+
+
+@dataclass
+class GatewaySession:
+    """One gateway's Run stream."""
+
+    ident: int
+    open: stage_pb2.RunOpen
+    outbox: asyncio.Queue[bytes | StagemeshError] = field(default_factory=lambda: asyncio.Queue(OUTBOX_FRAMES))
+
+    def put(self, item: bytes | StagemeshError) -> None:
+        """Queues a frame; a gateway that does not read is dropped rather than buffered without bound."""
+        try:
+            self.outbox.put_nowait(item)
+        except asyncio.QueueFull:
+            while not self.outbox.empty():
+                self.outbox.get_nowait()
+            self.outbox.put_nowait(StageLost(f"this gateway left {OUTBOX_FRAMES} results unread"))
+
+
+class Agent:
+    """State of one worker and the handlers of its Stage service."""
+
+    def __init__(self, settings: StageSettings, worker_id: str) -> None:
+        self.settings = settings
+        self.worker_id = worker_id
+        self.ranks: RankGroup | None = None
+        self.held: dict[str, Held] = {}
+        self.epochs: dict[str, int] = {}
+        """Highest epoch seen of each pipeline: an order of an older one is refused."""
+        self.sessions: dict[int, GatewaySession] = {}
+        self.stale_refused: dict[str, int] = {}
+        self.broken: dict[str, tuple[int, str]] = {}
+        """Pipelines whose link broke here: (epoch, reason); carried to the coordinator by the next KeepAlive."""
+        self.draining = False
+        self._closing: set[asyncio.Task[None]] = set()
+        self._progress: dict[tuple[int, int], stage_pb2.AssignResponse] = {}
+
+    # -- ranks ------------------------------------------------------------------------------------------------------
+
+    def on_frame(self, rank: int, kind: Kind, ident: int, payload: bytes) -> None:
+        """A frame of a rank that answers no call."""
+        if kind == Kind.RESULT:
+            session = self.sessions.get(ident)
+            if session is not None:
+                session.put(payload)
+        elif kind == Kind.SESSION_ENDED:
+            session = self.sessions.get(ident)
+            if session is not None:
+                session.put(unpack_error(payload))
+        elif kind == Kind.PROGRESS:
+            self._progress[ident, rank] = stage_pb2.AssignResponse.FromString(payload)
+        elif kind == Kind.LINK_BROKEN:
+            said = json.loads(payload)
+            self.broken[said["pipeline_id"]] = (said["epoch"], said["reason"])
+            log.warning("link of %s broke: %s", said["pipeline_id"], said["reason"])
+
+    def ranks_lost(self, reason: str) -> None:
+        """The rank group died: everything it held is gone."""
+        self.held.clear()
+        for session in self.sessions.values():
+            session.put(StageLost(f"{self.worker_id}: {reason}"))
+
+    def _group(self) -> RankGroup:
+        if self.ranks is None or self.ranks.lost.done():
+            raise Unavailable(f"the ranks of {self.worker_id} are being started", retry_after_s=1)
+        return self.ranks
+
+    # -- assignments ------------------------------------------------------------------------------------------------
+
+    async def assign(self, request: stage_pb2.AssignRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
+        """Stage.Assign."""
+        self._fence(request.key, "assignment")
+        group = self._group()
+        if self.settings.model is not None:
+            request.model.path = self.settings.model
+        theirs, model = request.model.fingerprint, Path(request.model.path)
+        # The worker's own revision, not the coordinator's word: two directories of one name may differ.
+        request.model.fingerprint = await asyncio.to_thread(checkpoint.fingerprint, model, request.model.load_format)
+        if theirs and theirs != request.model.fingerprint:
+            log.warning("checkpoint %s has fingerprint %s here, %s there", model, request.model.fingerprint, theirs)
+        held = self.held[request.key.pipeline_id] = Held(request)
+        ident = group.take_id()
+        call = asyncio.create_task(group.call_as(ident, Kind.ASSIGN, request.SerializeToString(), ASSIGN_TIMEOUT_S))
+        try:
+            while not call.done():
+                await asyncio.wait([call], timeout=0.1)
+                progress = [p for (call_id, _), p in self._progress.items() if call_id == ident]
+                if progress:
+                    yield stage_pb2.AssignResponse(
+                        loaded_bytes=sum(p.loaded_bytes for p in progress),
+                        total_bytes=sum(p.total_bytes for p in progress),
+                    )
+            ranks = [stage_pb2.AssignDone.FromString(reply) for reply in call.result()]
+        except BaseException:
+            self.held.pop(request.key.pipeline_id, None)
+            raise
+        finally:
+            for key in [key for key in self._progress if key[0] == ident]:
+                del self._progress[key]
+        held.done = stage_pb2.AssignDone()
+        held.done.CopyFrom(ranks[0])
+        held.done.num_pages = min(done.num_pages for done in ranks)
+        held.done.tensor_bytes_read = sum(done.tensor_bytes_read for done in ranks)
+        yield stage_pb2.AssignResponse(done=held.done)
+
+    async def offer_link(self, request: stage_pb2.OfferLinkRequest, context: Any) -> stage_pb2.OfferLinkResponse:
+        """Stage.OfferLink."""
+        self._fence(request.key, "link")
+        if len(request.nonces) != self._group().size:
+            raise InvalidRequest(f"{len(request.nonces)} nonces for {self._group().size} ranks")
+        replies = await self._group().call(Kind.OFFER_LINK, request.SerializeToString(), CALL_TIMEOUT_S)
+        offers = [stage_pb2.OfferLinkResponse.FromString(reply) for reply in replies]
+        return stage_pb2.OfferLinkResponse(
+            receiver_addresses=[offer.receiver_addresses[0] for offer in offers],
+            secrets=[offer.secrets[0] for offer in offers],
+        )
+
+    async def connect_link(self, request: stage_pb2.ConnectLinkRequest, context: Any) -> stage_pb2.ConnectLinkResponse:
+        """Stage.ConnectLink."""
+        self._fence(request.key, "link")
+        replies = await self._group().call(Kind.CONNECT_LINK, request.SerializeToString(), CALL_TIMEOUT_S)
+        routes = {stage_pb2.ConnectLinkResponse.FromString(reply).route for reply in replies}
+        return stage_pb2.ConnectLinkResponse(route=", ".join(sorted(routes - {""})))
+
+    async def activate(self, request: stage_pb2.ActivateRequest, context: Any) -> stage_pb2.ActivateResponse:
+        """Stage.Activate."""
+        self._fence(request.key, "activation")
+        await self._group().call(Kind.ACTIVATE, request.SerializeToString(), CALL_TIMEOUT_S)
+        self.held[request.key.pipeline_id].active = True
+        return stage_pb2.ActivateResponse()
+
+    async def release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseResponse:
+        """Stage.Release."""
+        key = request.key
+        held = self.held.get(key.pipeline_id)
+        if held is not None and held.request.key.epoch <= key.epoch:
+            del self.held[key.pipeline_id]
+            for session in self.sessions.values():
+                if session.open.key.pipeline_id == key.pipeline_id and session.open.key.epoch <= key.epoch:
+                    session.put(StageLost(request.reason or "the pipeline is being changed"))
+            await self._group().call(Kind.RELEASE, request.SerializeToString(), CALL_TIMEOUT_S)
+        return stage_pb2.ReleaseResponse()
+
+    def _fence(self, key: stage_pb2.PipelineKey, kind: str) -> None:
+        """Refuses an order of an epoch that has passed, and counts it."""
+        known = self.epochs.get(key.pipeline_id, 0)
+        if key.epoch < known:
+            self.stale_refused[kind] = self.stale_refused.get(kind, 0) + 1
+            raise StaleEpoch(f"{kind} of {key.pipeline_id} at epoch {key.epoch}; {self.worker_id} has seen {known}")
+        self.epochs[key.pipeline_id] = key.epoch
+
+    # -- sessions ---------------------------------------------------------------------------------------------------
+
+    async def run(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        """Stage.Run, on raw bytes: only the first message is parsed here."""
+        first = await anext(requests, None)
+        if first is None:
+            return
+        message = stage_pb2.RunRequest.FromString(first)
+        if message.WhichOneof("message") != "open":
+            raise InvalidRequest("the first message of Run must be `open`")
+        session, opened = await self._open(message.open)
+        yield stage_pb2.RunResponse(opened=opened).SerializeToString()
+        pump = asyncio.create_task(self._pump(session, requests))
+        try:
+            while True:
+                item = await session.outbox.get()
+                if isinstance(item, StagemeshError):
+                    ended = stage_pb2.RunEnded(reason=item.reason, message=item.message)
+                    yield stage_pb2.RunResponse(ended=ended).SerializeToString()
+                    return
+                yield item
+        finally:
+            pump.cancel()
+            self._close_soon(session)
+
+    async def _open(self, request: stage_pb2.RunOpen) -> tuple[GatewaySession, stage_pb2.RunOpened]:
+        check_protocol(request.protocol, f"gateway {request.gateway_id}")
+        held = self.held.get(request.key.pipeline_id)
+        known = held.request.key.epoch if held is not None else self.epochs.get(request.key.pipeline_id, 0)
+        if request.key.epoch < known:
+            self.stale_refused["session"] = self.stale_refused.get("session", 0) + 1
+            raise StaleEpoch(f"{request.key.pipeline_id} is at epoch {known} here, not {request.key.epoch}")
+        if held is None or request.key.epoch > known or not held.active:
+            raise Unavailable(f"{request.key.pipeline_id} is not active here yet; try again", retry_after_s=0.2)
+        if held.request.stage != request.stage:
+            raise NotFound(f"{self.worker_id} holds stage {held.request.stage}, not {request.stage}")
+        # A gateway that was restarted takes its own pages over at once; its old life's steps never run.
+        for old in [s for s in self.sessions.values() if s.open.gateway_id == request.gateway_id]:
+            if old.open.key == request.key:
+                await self._close(old)
+        group = self._group()
+        session = GatewaySession(group.take_id(), request)
+        self.sessions[session.ident] = session
+        try:
+            replies = await group.call_as(session.ident, Kind.OPEN_SESSION, request.SerializeToString(), OPEN_TIMEOUT_S)
+        except StagemeshError:
+            self.sessions.pop(session.ident, None)
+            raise
+        return session, stage_pb2.RunOpened.FromString(replies[0])
+
+    async def _pump(self, session: GatewaySession, requests: AsyncIterator[bytes]) -> None:
+        async for message in requests:
+            await self._group().run(session.ident, message)
+        session.put(StageLost("the gateway closed its stream"))
+
+    def _close_soon(self, session: GatewaySession) -> None:
+        """Closes a session from where nothing can be awaited: the stream's own task is being cancelled."""
+        task = asyncio.create_task(self._close(session))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _close(self, session: GatewaySession) -> None:
+        if self.sessions.pop(session.ident, None) is None:
+            return
+        session.put(StageLost("the session was closed"))
+        group = self.ranks
+        if group is not None and not group.lost.done():
+            try:
+                await group.call(Kind.CLOSE_SESSION, session.ident.to_bytes(4, "little"), CALL_TIMEOUT_S)
+            except StagemeshError as e:
+                log.warning("closing a session of %s: %s", session.open.gateway_id, e.message)
+
+    # -- registration -----------------------------------------------------------------------------------------------
+
+    def held_assignments(self) -> list[coordinator_pb2.HeldAssignment]:
+        """What a coordinator that may have forgotten is told."""
+        return [
+            coordinator_pb2.HeldAssignment(
+                pipeline_id=held.request.key.pipeline_id,
+                epoch=held.request.key.epoch,
+                stage=held.request.stage,
+                layers=held.request.layers,
+                generation=held.request.generation,
+                active=held.active,
+                fingerprint=held.request.model.fingerprint,
+            )
+            for held in self.held.values()
+            if held.done is not None
+        ]
+
+
+def add_to_server(agent: Agent, server: grpc.aio.Server) -> None:
+    """Adds the Stage service. Run takes and gives raw bytes: parsing every plan here would only cost."""
+
+    def unary(function: Any, request: Any, response: Any) -> Any:
+        return grpc.unary_unary_rpc_method_handler(
+            function, request_deserializer=request.FromString, response_serializer=response.SerializeToString
+        )
+
+    p = stage_pb2
+    handlers = {
+        "Assign": grpc.unary_stream_rpc_method_handler(
+            agent.assign,
+            request_deserializer=p.AssignRequest.FromString,
+            response_serializer=p.AssignResponse.SerializeToString,
+        ),
+        "OfferLink": unary(agent.offer_link, p.OfferLinkRequest, p.OfferLinkResponse),
+        "ConnectLink": unary(agent.connect_link, p.ConnectLinkRequest, p.ConnectLinkResponse),
+        "Activate": unary(agent.activate, p.ActivateRequest, p.ActivateResponse),
+        "Release": unary(agent.release, p.ReleaseRequest, p.ReleaseResponse),
+        "Run": grpc.stream_stream_rpc_method_handler(agent.run),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+
+
+SERVICE_NAME = stage_pb2.DESCRIPTOR.services_by_name["Stage"].full_name

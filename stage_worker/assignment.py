@@ -1,0 +1,161 @@
+"""One layer range that a rank holds for a pipeline at an epoch: shard, KV pages, links and gateways' sessions."""
+
+from __future__ import annotations
+
+import torch
+from stagemesh.protos.v1 import stage_pb2
+
+from stagemesh.errors import StagemeshError, Unavailable
+
+from .kv import KvPool
+from .links import LinkReceiver, LinkSender
+from .session import Session, SessionContext, Step
+from .shard.model import ModelShard
+
+
+class Assignment:
+    """What one rank does for one stage of one pipeline, from Assign to Release."""
+
+    def __init__(self, request: stage_pb2.AssignRequest, shard: ModelShard, pool: KvPool, tp_rank: int) -> None:
+        self.pipeline_id = request.key.pipeline_id
+        self.epoch = request.key.epoch
+        self.stage = request.stage
+        self.is_first = request.stage == 0
+        self.is_last = request.stage == request.num_stages - 1
+        self.limits = request.limits
+        self.shard = shard
+        self.pool = pool
+        self.active = False
+        self.sessions: dict[int, Session] = {}
+        self.receiver: LinkReceiver | None = None
+        self.senders: list[LinkSender] = []
+        self._tp_rank = tp_rank
+        self._page_ranges: dict[int, int] = {}
+        """Session -> which of the `gateways` equal ranges of pages it holds."""
+        self._told_broken = False
+
+    # -- links ------------------------------------------------------------------------------------------------------
+
+    @property
+    def links_pending(self) -> bool:
+        """Whether a handshake is under way."""
+        return any(end.state == "connecting" for end in self._ends())
+
+    def progress_links(self) -> None:
+        """Lets the links do what has become possible."""
+        for end in self._ends():
+            end.progress()
+
+    def _ends(self) -> list[LinkSender | LinkReceiver]:
+        return [*self.senders, *([self.receiver] if self.receiver is not None else [])]
+
+    def take_broken_link(self) -> StagemeshError | None:
+        """The error of a link that broke while the assignment was active; told once."""
+        if self._told_broken or not self.active:
+            return None
+        for end in self._ends():
+            if end.error is not None:
+                self._told_broken = True
+                return end.error
+        return None
+
+    def route(self) -> str:
+        """What the outgoing link really takes; empty on the last stage."""
+        return ", ".join(sorted({sender.route for sender in self.senders}))
+
+    # -- sessions ---------------------------------------------------------------------------------------------------
+
+    @property
+    def pages_per_gateway(self) -> int:
+        """Pages that each gateway is granted."""
+        return self.pool.num_pages // max(1, self.limits.gateways)
+
+    def open_session(self, ident: int, slot: int) -> Session:
+        """A gateway's session with a free range of pages. Raises Unavailable (retry) when all ranges are held."""
+        if not self.active:
+            raise Unavailable(f"{self.pipeline_id} epoch {self.epoch} is not active here yet", retry_after_s=0.2)
+        taken = set(self._page_ranges.values())
+        free = next((i for i in range(max(1, self.limits.gateways)) if i not in taken), None)
+        if free is None:
+            raise Unavailable(
+                f"all {self.limits.gateways} page ranges of {self.pipeline_id} are held by gateways; a lost gateway's "
+                "range is free 2 s after it went",
+                retry_after_s=0.5,
+            )
+        session = Session(
+            ident,
+            slot,
+            SessionContext(
+                epoch=self.epoch,
+                is_first=self.is_first,
+                is_last=self.is_last,
+                samples=self.is_last and self._tp_rank == 0,
+                vocab_size=self.shard.vocab_size,
+                page_size=self.limits.page_size,
+                page_base=free * self.pages_per_gateway,
+                num_pages=self.pages_per_gateway,
+                max_tokens=self.limits.max_num_batched_tokens,
+                device=torch.device(self.shard.device),
+            ),
+        )
+        self._page_ranges[ident] = free
+        self.sessions[ident] = session
+        credits = self.limits.steps_in_flight
+        for sender in self.senders:
+            sender.open_lane(slot, credits)
+        if self.receiver is not None:
+            step_bytes = self.limits.max_num_batched_tokens * self.shard.hidden_size * self.shard.dtype.itemsize
+            self.receiver.open_lane(slot, credits, step_bytes)
+        return session
+
+    def close_session(self, ident: int) -> None:
+        """Drops a session: its steps never run, its lanes are closed, its pages may be granted again."""
+        session = self.sessions.pop(ident, None)
+        if session is None:
+            return
+        del self._page_ranges[ident]
+        for sender in self.senders:
+            sender.close_lane(session.slot)
+        if self.receiver is not None:
+            self.receiver.close_lane(session.slot)
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def add_plan(self, session: Session, plan: stage_pb2.StepPlan) -> None:
+        """Prepares a step and posts its receive."""
+        step = session.add_plan(plan)
+        if self.receiver is not None:
+            self.receiver.post(session.slot, step.number, (step.num_tokens, self.shard.hidden_size), self.shard.dtype)
+
+    def can_run(self, session: Session, step: Step) -> bool:
+        """Whether the step's input has come and every outgoing link has a credit for it."""
+        if self.receiver is not None and self.receiver.ready(session.slot, step.number) is None:
+            return False
+        return all(sender.can_send(session.slot) for sender in self.senders)
+
+    def input_of(self, session: Session, step: Step) -> torch.Tensor | None:
+        """[T, H] that came over the link; None on the first stage."""
+        return self.receiver.ready(session.slot, step.number) if self.receiver is not None else None
+
+    def release_input(self, session: Session, step: Step) -> None:
+        """Gives the receive buffer back, and the sender its credit."""
+        if self.receiver is not None:
+            self.receiver.release(session.slot, step.number)
+
+    def send(self, session: Session, step: Step, output: torch.Tensor) -> None:
+        """Sends [T, H] on to every receiving rank that reads from this one."""
+        for sender in self.senders:
+            sender.send(session.slot, step.number, output)
+
+    def take_wait_send_s(self, session: Session) -> float:
+        """How long steps of the session have waited for a credit since the last call."""
+        return max((sender.take_wait_send_s(session.slot) for sender in self.senders), default=0.0)
+
+    def close(self) -> None:
+        """Ends all sessions and closes the links."""
+        self.active = False
+        for ident in list(self.sessions):
+            self.close_session(ident)
+        for end in self._ends():
+            end.close()
+        self.senders, self.receiver = [], None

@@ -1,0 +1,44 @@
+"""What an agent tells a rank process at its start."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """One rank's identity, descriptors and resources; travels as JSON on its command line."""
+
+    label: str
+    """Role in titles and logs, such as `stage 1`."""
+    rank: int
+    size: int
+    parent_pid: int
+    control_fd: int
+    """Socket to the agent."""
+    order_fds: list[int]
+    """Rank 0: a socket to each other rank; others: one to rank 0."""
+    store_path: str
+    """File over which the ranks find each other (torch.distributed.FileStore)."""
+    device: Literal["cpu", "cuda"]
+    threads: int | None
+    cpus: list[int] = field(default_factory=list)
+    """Cores to run on; empty: any."""
+    transport: Literal["auto", "ucx", "tcp"] = "auto"
+    host: str = "127.0.0.1"
+    advertise_host: str | None = None
+    ucx_tls: str | None = None
+    net_device: str | None = None
+    kv_cache_gib: float | None = None
+    gpu_memory_utilization: float = 0.9
+
+    def to_json(self) -> str:
+        """For the command line."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> RankConfig:
+        """From the command line."""
+        return RankConfig(**json.loads(text))

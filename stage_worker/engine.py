@@ -1,0 +1,222 @@
+"""The engine of one rank: a loop that takes what has come, runs the next ready step, and sleeps when there is none.
+
+No thread and no asyncio: the same thread reads the control socket, drives the transports (between layers too) and
+computes. It spins briefly when it runs dry, because the next activation is usually microseconds away, then sleeps in
+`poll` on the control socket and the transports' descriptors.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from stagemesh.protos.v1 import stage_pb2, types_pb2
+
+from stagemesh.errors import StagemeshError
+from stagemesh.transport.base import Transport
+
+from .assignment import Assignment
+from .control import Kind, Socket, dumps
+from .order import Follower, Leader, TakeCall
+from .sampler import sample
+from .session import Session, Step
+
+SPIN_S = 50e-6
+IDLE_POLL_S = 1.0
+LINK_POLL_S = 0.01
+"""How often links are looked at while a handshake is under way: its deadline has no descriptor."""
+
+
+class Engine:
+    """Runs steps of the assignments it is given until the control socket closes."""
+
+    def __init__(
+        self, control: Socket, transports: dict[str, Transport], leader: Leader | None, follower: Follower | None
+    ) -> None:
+        self.control = control
+        self.transports = transports
+        self.assignments: dict[tuple[str, int], Assignment] = {}
+        self.stopping = False
+        self.handle: Callable[[Kind, int, bytes], None] = lambda kind, ident, payload: None
+        """What to do with a control frame; set by the rank's commands."""
+        self._leader = leader
+        self._follower = follower
+        self._held_calls: dict[int, tuple[Kind, bytes]] = {}
+        self._poll = select.poll()
+        self._poll.register(control.fileno(), select.POLLIN)
+        self._polled: set[int] = set()
+        self._free_at = time.monotonic()
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Runs until told to stop or the agent is gone."""
+        spin_until = 0.0
+        while not self.stopping and not self.control.closed:
+            worked = self.take_messages()
+            worked |= self.progress()
+            worked |= self.run_next_step()
+            now = time.monotonic()
+            if worked:
+                spin_until = now + SPIN_S
+            elif now > spin_until:
+                self.sleep()
+
+    def take_messages(self) -> bool:
+        """Handles the control frames that have come."""
+        frames = self.control.receive()
+        for kind, ident, payload in frames:
+            if kind.is_call and self._follower is not None:
+                self._held_calls[ident] = (kind, payload)
+                continue
+            if kind.is_call and self._leader is not None:
+                self._leader.take_call(ident)
+            self.handle(kind, ident, payload)
+        return bool(frames)
+
+    def progress(self) -> bool:
+        """Drives transports and links; reports links that broke."""
+        worked = False
+        for transport in self.transports.values():
+            worked |= transport.progress()
+        for assignment in self.assignments.values():
+            assignment.progress_links()
+            broken = assignment.take_broken_link()
+            if broken is not None:
+                self.report_broken(assignment, broken)
+        return worked
+
+    def drive_transports(self) -> None:
+        """What the shard calls between layers, so that a long computation never stalls a neighbour's rendezvous."""
+        for transport in self.transports.values():
+            transport.progress()
+
+    def sleep(self) -> None:
+        """Waits for a message or an event of a transport."""
+        timeout_s = IDLE_POLL_S
+        if any(a.links_pending for a in self.assignments.values()):
+            timeout_s = LINK_POLL_S
+        if self._leader is None and self._follower is not None:
+            self._watch(self._follower.fileno())
+        for transport in self.transports.values():
+            for fd, events in transport.fds():
+                self._watch(fd, events)
+            if not transport.arm():
+                return
+        for fd, events in self._poll.poll(timeout_s * 1000):
+            if events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) and fd in self._polled:
+                # A descriptor that only ever reports an error would turn every sleep into a spin.
+                self._poll.unregister(fd)
+                self._polled.discard(fd)
+
+    def _watch(self, fd: int, events: int = select.POLLIN) -> None:
+        self._poll.register(fd, events)
+        self._polled.add(fd)
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def run_next_step(self) -> bool:
+        """Runs one step, the one that has been ready longest; False when none is ready."""
+        if self._follower is not None:
+            return self._carry_out_order(self._follower)
+        ready = min(self._ready_steps(), key=lambda entry: entry[2].arrived_at, default=None)
+        if ready is None:
+            return False
+        assignment, session, step = ready
+        if self._leader is not None:
+            self._leader.run_step(session.ident, step.number)
+        self.run_step(assignment, session, step)
+        return True
+
+    def _ready_steps(self) -> Iterator[tuple[Assignment, Session, Step]]:
+        for assignment in self.assignments.values():
+            for session in assignment.sessions.values():
+                step = session.steps.get(session.next_step)
+                if step is not None and assignment.can_run(session, step):
+                    yield assignment, session, step
+
+    def _carry_out_order(self, follower: Follower) -> bool:
+        """On ranks above 0: does what rank 0 ordered, once this rank has what it needs for it."""
+        order = follower.current()
+        if order is None:
+            return False
+        if isinstance(order, TakeCall):
+            held = self._held_calls.pop(order.call, None)
+            if held is not None:
+                follower.done()
+                self.handle(held[0], order.call, held[1])
+                return True
+        else:
+            found = self._find(order.session, order.step)
+            if found is not None and found[0].can_run(found[1], found[2]):
+                follower.done()
+                self.run_step(*found)
+                return True
+        follower.check_deadline()
+        return False
+
+    def _find(self, ident: int, number: int) -> tuple[Assignment, Session, Step] | None:
+        for assignment in self.assignments.values():
+            session = assignment.sessions.get(ident)
+            if session is not None and number in session.steps and session.next_step == number:
+                return assignment, session, session.steps[number]
+        return None
+
+    @torch.inference_mode()
+    def run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
+        """Input, compute, output: one step of one stage."""
+        began = time.monotonic()
+        step.batch.hidden = assignment.input_of(session, step)
+        output = assignment.shard.forward(step.batch)
+        assignment.release_input(session, step)
+        result = stage_pb2.StepResult(step=step.number, epoch=step.epoch)
+        if assignment.is_last:
+            self._sample(step, output, result)
+        else:
+            assignment.send(session, step, output)
+        session.finish(step)
+        ended = time.monotonic()
+        if self._follower is None:
+            wait_send_s = assignment.take_wait_send_s(session)
+            result.timing.CopyFrom(self._timing(step, began, ended, wait_send_s))
+            self.control.send(Kind.RESULT, session.ident, stage_pb2.RunResponse(result=result).SerializeToString())
+        self._free_at = ended
+
+    def _timing(self, step: Step, began: float, ended: float, wait_send_s: float) -> types_pb2.StepTiming:
+        waited_s = max(0.0, began - max(step.arrived_at, self._free_at))
+        return types_pb2.StepTiming(
+            wait_input_us=int(max(0.0, waited_s - wait_send_s) * 1e6),
+            compute_us=int((ended - began) * 1e6),
+            wait_send_us=int(wait_send_s * 1e6),
+        )
+
+    @staticmethod
+    def _sample(step: Step, logits: torch.Tensor, result: stage_pb2.StepResult) -> None:
+        if not step.sampled:
+            return
+        idents, positions, states = (list(column) for column in zip(*step.sampled, strict=True))
+        drawn = sample(logits, states, positions)
+        result.sequences.extend(idents)
+        result.positions.extend(positions)
+        result.tokens.extend(drawn.tokens)
+        result.logprobs.extend(drawn.logprobs)
+        result.top_counts.extend(drawn.top_counts)
+        result.top_ids.extend(drawn.top_ids)
+        result.top_logprobs.extend(drawn.top_logprobs)
+        result.failed_sequences.extend(s for s, bad in zip(idents, drawn.failed, strict=True) if bad)
+
+    # -- what goes wrong --------------------------------------------------------------------------------------------
+
+    def report_broken(self, assignment: Assignment, error: StagemeshError) -> None:
+        """Tells the agent that a link of an active assignment broke, and ends its sessions."""
+        said = {"pipeline_id": assignment.pipeline_id, "epoch": assignment.epoch, "reason": error.message}
+        self.control.send(Kind.LINK_BROKEN, 0, dumps(said))
+        for session in list(assignment.sessions.values()):
+            self.end_session(assignment, session, error)
+
+    def end_session(self, assignment: Assignment, session: Session, error: StagemeshError) -> None:
+        """Ends a session from this side; the gateway learns why."""
+        assignment.close_session(session.ident)
+        self.control.send(Kind.SESSION_ENDED, session.ident, dumps({"reason": error.reason, "message": error.message}))

@@ -1,0 +1,135 @@
+"""`stagemesh stage`: starts the ranks, the Stage service and the lease; ends them in the right order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+
+import uvloop
+
+import stagemesh
+from stagemesh import process, rpc
+from stagemesh.config import StageSettings
+from stagemesh.errors import ConfigError, StageLost, StagemeshError
+
+from .agent import SERVICE_NAME, Agent, add_to_server
+from .membership import Membership
+from .ranks import RankGroup
+
+log = logging.getLogger(__name__)
+
+RESTART_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
+STABLE_S = 60.0
+
+
+def run(settings: StageSettings, ready_fd: int | None = None) -> int:
+    """Runs one worker until SIGTERM or SIGINT; returns the exit status. Raises ConfigError when it cannot start."""
+    role = f"stage {settings.stage}" if settings.stage is not None else "standby"
+    process.set_title(role)
+    process.set_up_logging(role)
+    return uvloop.run(_Worker(settings, role).run(ready_fd))
+
+
+class _Worker:
+    """One worker from start to end: its agent stays while rank groups come and go."""
+
+    def __init__(self, settings: StageSettings, role: str) -> None:
+        self.settings = settings
+        self.role = role
+        self.worker_id = settings.worker_id or f"{socket.gethostname()}-{os.getpid()}"
+        self.stop = asyncio.Event()
+        self.device = _device(settings.device)
+
+    async def run(self, ready_fd: int | None) -> int:
+        loop = asyncio.get_running_loop()
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(sig, self.stop.set)
+        agent = Agent(self.settings, self.worker_id)
+        server = await rpc.start_server(
+            self.settings.host,
+            self.settings.port,
+            lambda s: add_to_server(agent, s),
+            [SERVICE_NAME],
+            serving=False,
+        )
+        address = f"{self.settings.reachable_host}:{server.port}"
+        process.tell_ready(ready_fd, port=server.port)
+        log.info("worker %s of stagemesh %s listens on %s", self.worker_id, stagemesh.__version__, address)
+        membership = Membership(self.settings, agent, self.worker_id, address)
+        try:
+            await self._serve(agent, membership, server)
+        finally:
+            await membership.stop()
+            await server.stop(0.2)
+            if agent.ranks is not None:
+                await agent.ranks.stop()
+        return 0
+
+    async def _serve(self, agent: Agent, membership: Membership, server: rpc.Server) -> None:
+        """Keeps a rank group alive and registered until told to stop; a lost group is made anew."""
+        stopped = asyncio.create_task(self.stop.wait())
+        failures = 0
+        try:
+            while not stopped.done():
+                group = RankGroup(self.settings, self.device, self.role, agent.on_frame)
+                agent.ranks = group
+                started = asyncio.get_running_loop().time()
+                starting = asyncio.create_task(group.start())
+                await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
+                if not starting.done():
+                    starting.cancel()
+                    await asyncio.gather(starting, return_exceptions=True)
+                    return
+                failure = starting.exception()
+                if failure is not None and not isinstance(failure, StageLost):
+                    raise failure
+                if failure is None:
+                    await server.set_serving(True)
+                    membership.register(group, incarnation=secrets.randbits(63))
+                    lost = asyncio.ensure_future(group.lost)
+                    await asyncio.wait([lost, stopped], return_when=asyncio.FIRST_COMPLETED)
+                    if not lost.done():
+                        await self._drain(agent, membership)
+                        return
+                await server.set_serving(False)
+                agent.ranks_lost(group.lost.result() if group.lost.done() else str(failure))
+                await membership.leave()
+                await group.stop()
+                failures = 0 if asyncio.get_running_loop().time() - started > STABLE_S else failures + 1
+                if failures > len(RESTART_BACKOFF_S):
+                    raise StageLost(
+                        f"the ranks of {self.worker_id} died {failures} times within a minute of their start"
+                    )
+                log.error("%s; starting the group anew", group.lost.result() if group.lost.done() else failure)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(stopped), RESTART_BACKOFF_S[failures - 1] if failures else 0)
+        finally:
+            stopped.cancel()
+
+    async def _drain(self, agent: Agent, membership: Membership) -> None:
+        """SIGTERM: takes nothing new and lets gateways finish what they hold, within --drain-timeout."""
+        if not any(held.active for held in agent.held.values()) or self.settings.drain_timeout == 0:
+            return
+        log.info("draining for at most %.0f s", self.settings.drain_timeout)
+        try:
+            await membership.drain()
+        except StagemeshError as e:
+            log.warning("the coordinator cannot be told of the drain: %s", e.message)
+            return
+        deadline = asyncio.get_running_loop().time() + self.settings.drain_timeout
+        while agent.sessions and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+
+
+def _device(wanted: str) -> str:
+    """`cpu` or `cuda`. The CUDA driver is asked by its device node: importing torch here would cost a second."""
+    there = sys.platform == "linux" and os.path.exists("/dev/nvidiactl")
+    if wanted == "cuda" and not there:
+        raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu or auto")
+    return "cuda" if wanted != "cpu" and there else "cpu"

@@ -1,0 +1,65 @@
+"""What a rank's device can do, measured in a tenth of a second at start: the cost model's rates."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+from stagemesh.protos.v1 import types_pb2
+
+GEMM_SIZE = 512
+STREAM_BYTES = 32 << 20
+
+
+def measure(device: torch.device) -> types_pb2.DeviceInfo:
+    """Name, memory (bytes), matrix rate (FLOP/s, bf16) and rate of streaming weights (bytes/s) of one rank's device."""
+    if device.type == "cuda":
+        name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
+    else:
+        name, memory = _cpu_name(), available_memory_bytes()
+    a = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device, dtype=torch.bfloat16)
+    gemm_s = _best_of(lambda: torch.mm(a, a), device)
+    weights = torch.ones(STREAM_BYTES // 4, device=device, dtype=torch.float32)
+    stream_s = _best_of(weights.sum, device)
+    return types_pb2.DeviceInfo(
+        kind=device.type,
+        name=name,
+        memory_bytes=memory,
+        flops_per_s=2 * GEMM_SIZE**3 / gemm_s,
+        bytes_per_s=STREAM_BYTES / stream_s,
+    )
+
+
+def _best_of(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def available_memory_bytes() -> int:
+    """Memory that this machine (or the cgroup) can still give."""
+    with open("/proc/meminfo") as f:
+        fields = dict(line.split(":", 1) for line in f)
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            bound = limit.read().strip()
+            if bound != "max":
+                free = min(free, int(bound) - int(used.read()))
+    except OSError:
+        return free
+    return max(0, free)
+
+
+def _cpu_name() -> str:
+    with open("/proc/cpuinfo") as f:
+        models = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()} x{os.cpu_count()}"

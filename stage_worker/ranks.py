@@ -1,0 +1,249 @@
+"""The agent's side of its rank processes: spawns them, calls them, passes frames on, and notices when one dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagemesh.protos.v1 import types_pb2
+
+from stagemesh.config import StageSettings
+from stagemesh.errors import ConfigError, StageLost
+
+from .config import RankConfig
+from .control import HEADER, Kind, pack, unpack_error
+
+log = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 2.0
+
+OnFrame = Callable[[int, Kind, int, bytes], None]
+
+
+@dataclass(frozen=True)
+class RankReady:
+    """What a rank said when it was up."""
+
+    device: types_pb2.DeviceInfo
+    addresses: dict[str, bytes]
+
+
+class RankGroup:
+    """The rank processes of one worker, from spawn to reap. When one dies the whole group is lost."""
+
+    def __init__(self, settings: StageSettings, device: str, label: str, on_frame: OnFrame) -> None:
+        self._settings = settings
+        self._device = device
+        self._label = label
+        self._on_frame = on_frame
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._writers: list[asyncio.StreamWriter] = []
+        self._readers: list[asyncio.Task[None]] = []
+        self._calls: dict[tuple[int, int], asyncio.Future[bytes]] = {}
+        self._next_call = 1
+        self._folder = tempfile.TemporaryDirectory(prefix="stagemesh-ranks-")
+        self.ready: list[RankReady] = []
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Set to the reason when a rank is gone."""
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return self._settings.tensor_parallel_size
+
+    async def start(self) -> None:
+        """Spawns the ranks and waits until each is up. Raises ConfigError with the first rank's reason."""
+        controls = [socket.socketpair() for _ in range(self.size)]
+        orders = [socket.socketpair() for _ in range(self.size - 1)]
+        loop = asyncio.get_running_loop()
+        up: list[asyncio.Future[bytes]] = []
+        for rank in range(self.size):
+            order = [pair[0] for pair in orders] if rank == 0 else [orders[rank - 1][1]]
+            order = order if self.size > 1 else []
+            self._spawn(rank, controls[rank][1], order)
+            reader, writer = await asyncio.open_unix_connection(sock=controls[rank][0])
+            future: asyncio.Future[bytes] = loop.create_future()
+            self._calls[rank, 0] = future
+            up.append(future)
+            self._writers.append(writer)
+            self._readers.append(asyncio.create_task(self._read(rank, reader)))
+        for end in [*(pair[1] for pair in controls), *(end for pair in orders for end in pair)]:
+            end.close()
+        try:
+            said = await asyncio.wait_for(asyncio.gather(*up), READY_TIMEOUT_S)
+        except TimeoutError as e:
+            raise ConfigError(f"a rank of {self._label} was not up after {READY_TIMEOUT_S:.0f} s") from e
+        for payload in said:
+            values = json.loads(payload)
+            self.ready.append(
+                RankReady(
+                    types_pb2.DeviceInfo.FromString(bytes.fromhex(values["device"])),
+                    {name: bytes.fromhex(address) for name, address in values["addresses"].items()},
+                )
+            )
+
+    def _spawn(self, rank: int, control: socket.socket, order: list[socket.socket]) -> None:
+        s = self._settings
+        config = RankConfig(
+            label=self._label,
+            rank=rank,
+            size=self.size,
+            parent_pid=os.getpid(),
+            control_fd=control.fileno(),
+            order_fds=[sock.fileno() for sock in order],
+            store_path=str(Path(self._folder.name) / "store"),
+            device="cuda" if self._device == "cuda" else "cpu",
+            threads=s.threads,
+            cpus=_cpus_of(s.cpu_list, rank),
+            transport=s.transport,
+            host=s.host,
+            advertise_host=s.advertise_host,
+            ucx_tls=s.ucx_tls,
+            net_device=s.net_device,
+            kv_cache_gib=s.kv_cache_gib,
+            gpu_memory_utilization=s.gpu_memory_utilization,
+        )
+        env = dict(os.environ)
+        if s.threads:
+            env["OMP_NUM_THREADS"] = str(s.threads)
+        self._processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "stagemesh.stage_worker.rank", config.to_json()],
+                pass_fds=[control.fileno(), *config.order_fds],
+                stdin=subprocess.DEVNULL,
+                env=env,
+            )
+        )
+
+    # -- frames -----------------------------------------------------------------------------------------------------
+
+    async def call(self, kind: Kind, payload: bytes, timeout_s: float, rank: int | None = None) -> list[bytes]:
+        """Calls one rank, or all; the replies in rank order. Raises the first rank's error, StageLost when one dies."""
+        self._next_call += 1
+        return await self.call_as(self._next_call, kind, payload, timeout_s, rank)
+
+    async def call_as(
+        self, ident: int, kind: Kind, payload: bytes, timeout_s: float, rank: int | None = None
+    ) -> list[bytes]:
+        """`call` under an id that the caller took from `take_id`."""
+        ranks = range(self.size) if rank is None else [rank]
+        loop = asyncio.get_running_loop()
+        waiting: list[asyncio.Future[bytes]] = []
+        for r in ranks:
+            if self.lost.done():
+                raise StageLost(self.lost.result())
+            future: asyncio.Future[bytes] = loop.create_future()
+            self._calls[r, ident] = future
+            waiting.append(future)
+            self._writers[r].write(pack(kind, ident, payload))
+        try:
+            done, _ = await asyncio.wait(waiting, timeout=timeout_s)
+            if len(done) < len(waiting):
+                raise StageLost(f"a rank of {self._label} did not answer {kind.name} within {timeout_s:.0f} s")
+            return [future.result() for future in waiting]
+        finally:
+            for r in ranks:
+                abandoned = self._calls.pop((r, ident), None)
+                if abandoned is not None and abandoned.done() and not abandoned.cancelled():
+                    abandoned.exception()
+
+    def take_id(self) -> int:
+        """A fresh id for a call or a session."""
+        self._next_call += 1
+        return self._next_call
+
+    async def run(self, session: int, message: bytes) -> None:
+        """Passes a gateway's message to all ranks; waits when they are slow to read."""
+        frame = pack(Kind.RUN, session, message)
+        for writer in self._writers:
+            writer.write(frame)
+        for writer in self._writers:
+            await writer.drain()
+
+    async def _read(self, rank: int, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                size, kind, ident = HEADER.unpack(await reader.readexactly(HEADER.size))
+                payload = await reader.readexactly(size) if size else b""
+                self._on_rank_frame(rank, Kind(kind), ident, payload)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            await self._on_gone(rank)
+
+    def _on_rank_frame(self, rank: int, kind: Kind, ident: int, payload: bytes) -> None:
+        if kind not in (Kind.REPLY, Kind.ERROR, Kind.READY):
+            self._on_frame(rank, kind, ident, payload)
+            return
+        future = self._calls.pop((rank, ident), None)
+        if future is None or future.done():
+            return
+        if kind == Kind.ERROR:
+            future.set_exception(unpack_error(payload))
+        else:
+            future.set_result(payload)
+
+    async def _on_gone(self, rank: int) -> None:
+        process = self._processes[rank]
+        deadline = asyncio.get_running_loop().time() + STOP_TIMEOUT_S
+        while process.poll() is None and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        code = process.poll()
+        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
+        reason = f"rank {rank} of {self._label} {how}"
+        if not self.lost.done():
+            self.lost.set_result(reason)
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(StageLost(reason))
+        self._calls.clear()
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """Asks the ranks to end, kills those that do not, and reaps all."""
+        for writer in self._writers:
+            with contextlib.suppress(ConnectionError):
+                writer.write(pack(Kind.SHUTDOWN, 0))
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + STOP_TIMEOUT_S
+        while any(p.poll() is None for p in self._processes) and loop.time() < deadline and not self.lost.done():
+            await asyncio.sleep(0.01)
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+        for writer in self._writers:
+            writer.close()
+        for future in self._calls.values():
+            if not future.done():
+                future.cancel()
+        self._folder.cleanup()
+
+
+def _cpus_of(cpu_list: str | None, rank: int) -> list[int]:
+    """Cores of one rank from vLLM's notation: `0-3|4-7` pins rank 0 to 0..3 and rank 1 to 4..7."""
+    if not cpu_list:
+        return []
+    groups = cpu_list.split("|")
+    try:
+        cpus: list[int] = []
+        for part in groups[rank % len(groups)].split(","):
+            low, _, high = part.partition("-")
+            cpus.extend(range(int(low), int(high or low) + 1))
+    except ValueError:
+        raise ConfigError(f"cpu_list {cpu_list!r} is not of the form 0-3|4-7") from None
+    return cpus

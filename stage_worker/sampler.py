@@ -1,0 +1,184 @@
+"""Sampling on the last stage: penalties, truncation, and noise that depends on (seed, choice, position) alone.
+
+So a sequence draws the same tokens alone, in a batch, over any number of stages, and after it was preempted or moved.
+One uniform number a token (splitmix64 of the three counters) picks from the cumulative distribution in id order.
+
+Shapes: R rows that sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from stagemesh.protos.v1 import stage_pb2, types_pb2
+from torch import Tensor
+
+
+@dataclass
+class SequenceSampler:
+    """One sequence's sampling parameters and what penalties need to remember."""
+
+    params: types_pb2.SamplingParams
+    choice: int
+    prompt_len: int
+    output_len: int
+    """Output tokens known so far."""
+    counts: Tensor | None = None
+    """[V] int32: output tokens counted; kept only where a penalty needs it."""
+    seen: Tensor | None = None
+    """[V] bool: ids in prompt or output; kept only where the repetition penalty needs it."""
+
+    @staticmethod
+    def open(message: stage_pb2.OpenSequence, vocab_size: int, device: torch.device) -> SequenceSampler:
+        """State of a sequence that starts, or goes on after `message.log`."""
+        p = message.sampling
+        state = SequenceSampler(p, message.choice, message.prompt_len, len(message.log))
+        output = torch.tensor(list(message.log), dtype=torch.int64)
+        if p.presence_penalty or p.frequency_penalty:
+            state.counts = torch.bincount(output, minlength=vocab_size).to(torch.int32).to(device)
+        if p.repetition_penalty not in (0.0, 1.0):
+            seen = torch.zeros(vocab_size, dtype=torch.bool)
+            seen[torch.tensor(list(message.prompt), dtype=torch.int64)] = True
+            seen[output] = True
+            state.seen = seen.to(device)
+        return state
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Whether its logits are changed before anything is drawn."""
+        p = self.params
+        return (
+            self.counts is not None
+            or self.seen is not None
+            or len(p.bias_ids) > 0
+            or (self.output_len < p.min_tokens and len(p.suppressed_ids) > 0)
+        )
+
+    def shape_logits(self, logits: Tensor) -> None:
+        """Applies bias, suppression and penalties to this sequence's [V] logits, in place (vLLM's order)."""
+        p = self.params
+        if p.bias_ids:
+            ids = torch.tensor(list(p.bias_ids), device=logits.device)
+            logits[ids] += torch.tensor(list(p.bias_values), device=logits.device)
+        if self.output_len < p.min_tokens and p.suppressed_ids:
+            logits[torch.tensor(list(p.suppressed_ids), device=logits.device)] = -torch.inf
+        if self.seen is not None:
+            penalized = torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
+            logits.copy_(torch.where(self.seen, penalized, logits))
+        if self.counts is not None:
+            logits -= self.counts * p.frequency_penalty + (self.counts > 0) * p.presence_penalty
+
+    def advance(self, token: int) -> None:
+        """Remembers a token that was drawn."""
+        self.output_len += 1
+        if self.counts is not None:
+            self.counts[token] += 1
+        if self.seen is not None:
+            self.seen[token] = True
+
+
+@dataclass
+class Sampled:
+    """What one call of `sample` drew, one entry per row; packed as `StepResult` packs it."""
+
+    tokens: list[int]
+    failed: list[bool]
+    """Rows whose logits held NaN or plus infinity: their token means nothing."""
+    logprobs: list[float] = field(default_factory=list)
+    top_counts: list[int] = field(default_factory=list)
+    top_ids: list[int] = field(default_factory=list)
+    top_logprobs: list[float] = field(default_factory=list)
+
+
+def sample(logits: Tensor, states: list[SequenceSampler], positions: list[int]) -> Sampled:
+    """Draws one token a row from [R, V] fp32 logits; `positions` are those of the new tokens in their sequences."""
+    if not states:
+        return Sampled([], [])
+    # -inf is a masked id; NaN, +inf or nothing but -inf is a row that cannot be sampled.
+    usable = (logits < torch.inf).all(dim=-1) & (logits.amax(dim=-1) > -torch.inf)
+    failed = [not ok for ok in usable.tolist()]
+    raw = logits
+    if any(state.shapes_logits for state in states):
+        logits = logits.clone()
+        for row, state in enumerate(states):
+            if state.shapes_logits:
+                state.shape_logits(logits[row])
+    tokens = logits.argmax(dim=-1)
+    drawn = [r for r, state in enumerate(states) if state.params.temperature > 0 and not failed[r]]
+    if drawn:
+        rows = torch.tensor(drawn, device=logits.device)
+        uniform = uniforms(
+            [states[r].params.seed for r in drawn], [states[r].choice for r in drawn], [positions[r] for r in drawn]
+        )
+        tokens[rows] = _draw(logits[rows], [states[r].params for r in drawn], uniform)
+    chosen = tokens.tolist()
+    out = Sampled(chosen, failed)
+    if any(state.params.logprobs for state in states):
+        _report_logprobs(raw, states, chosen, out)
+    for row, state in enumerate(states):
+        if not failed[row]:
+            state.advance(chosen[row])
+    return out
+
+
+def uniforms(seeds: list[int], choices: list[int], positions: list[int]) -> Tensor:
+    """[R] float64 in [0, 1): splitmix64 (Steele, Lea, Flood 2014) over the three counters, one round each."""
+    state = np.array(seeds, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for counter in (np.array(choices, dtype=np.uint64), np.array(positions, dtype=np.uint64)):
+            state = _splitmix64(state) ^ counter
+        mixed = _splitmix64(state)
+    return torch.from_numpy((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _splitmix64(state: np.ndarray) -> np.ndarray:
+    z = state + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _draw(logits: Tensor, params: list[types_pb2.SamplingParams], uniform: Tensor) -> Tensor:
+    """Draws from [R, V] logits by inverse transform in id order, after temperature, top-k, top-p and min-p."""
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in params], device=device)
+    probs = torch.softmax((logits / temperature[:, None]).double(), dim=-1)
+    vocab = logits.shape[-1]
+    top_k = torch.tensor([p.top_k or vocab for p in params], device=device)
+    top_p = torch.tensor([p.top_p or 1.0 for p in params], dtype=torch.float64, device=device)
+    if bool((top_k < vocab).any()) or bool((top_p < 1).any()):
+        ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+        ranks = torch.arange(vocab, device=device)[None]
+        keep = ranks < top_k[:, None]
+        # top-p is over what top-k left, as vLLM and transformers do; the likeliest token always stays.
+        kept = ordered * keep
+        before = kept.cumsum(dim=-1) - kept
+        keep &= before < top_p[:, None] * kept.sum(dim=-1, keepdim=True)
+        keep |= ranks == 0
+        probs = probs * torch.zeros_like(keep).scatter(1, ids, keep)
+    min_p = torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device)
+    if bool((min_p > 0).any()):
+        probs = probs * (probs >= min_p[:, None] * probs.amax(dim=-1, keepdim=True))
+    cumulative = probs.cumsum(dim=-1)
+    target = uniform.to(device)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # A target that rounds up to the total would fall past the last token with any mass: take that one.
+    last = vocab - 1 - (probs.flip(-1) > 0).int().argmax(dim=-1)
+    return torch.minimum(tokens, last)
+
+
+def _report_logprobs(raw: Tensor, states: list[SequenceSampler], chosen: list[int], out: Sampled) -> None:
+    """Log-probabilities of the model itself, before penalties and temperature (as vLLM reports them)."""
+    for row, state in enumerate(states):
+        if not state.params.logprobs:
+            out.logprobs.append(0.0)
+            out.top_counts.append(0)
+            continue
+        logprobs = torch.log_softmax(raw[row].float(), dim=-1)
+        out.logprobs.append(float(logprobs[chosen[row]]))
+        values, ids = logprobs.topk(min(state.params.top_logprobs, logprobs.shape[-1]))
+        out.top_counts.append(len(ids))
+        out.top_ids.extend(ids.tolist())
+        out.top_logprobs.extend(values.tolist())

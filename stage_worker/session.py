@@ -1,0 +1,187 @@
+"""What one gateway has open on one rank: its sequences, and the steps whose plans have come.
+
+A plan is prepared when it arrives, before its activation does: index tensors are built and the receive is posted. Steps
+of a session run in the order of their numbers; steps of different sessions in the order in which they become ready.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from stagemesh.protos.v1 import stage_pb2
+from torch import Tensor
+
+from stagemesh.errors import InternalError, InvalidRequest, StaleEpoch
+
+from .attention.base import AttentionMetadata
+from .sampler import SequenceSampler
+from .shard.batch import StepBatch
+
+
+@dataclass
+class Sequence:
+    """One open sequence: where its tokens are, and how it is sampled (last stage, rank 0)."""
+
+    pages: list[int] = field(default_factory=list)
+    """Pages in this worker's pool, in the order of positions."""
+    length: int = 0
+    """Positions that plans have covered."""
+    sampler: SequenceSampler | None = None
+
+
+@dataclass
+class Step:
+    """A step that is ready but for its input."""
+
+    number: int
+    epoch: int
+    batch: StepBatch
+    num_tokens: int
+    sampled: list[tuple[int, int, SequenceSampler]]
+    """(sequence, position of the new token, sampler) of each row that samples; last stage only."""
+    arrived_at: float
+    posted: bool = False
+    """Whether its receive is posted (stages after the first)."""
+
+
+@dataclass(frozen=True)
+class SessionContext:
+    """What a session needs to know of the stage it runs on."""
+
+    epoch: int
+    is_first: bool
+    is_last: bool
+    samples: bool
+    """Whether this rank draws tokens: rank 0 of the last stage."""
+    vocab_size: int
+    page_size: int
+    page_base: int
+    num_pages: int
+    max_tokens: int
+    device: torch.device
+
+
+class Session:
+    """Sequences and steps of one gateway at one epoch."""
+
+    def __init__(self, ident: int, slot: int, context: SessionContext) -> None:
+        self.ident = ident
+        self.slot = slot
+        self.context = context
+        self.sequences: dict[int, Sequence] = {}
+        self.steps: dict[int, Step] = {}
+        self.next_step = 1
+        """The step that runs next: steps are numbered from 1 without gaps."""
+        self.last_planned = 0
+        self._closing: list[tuple[int, int]] = []
+
+    def open_sequence(self, message: stage_pb2.OpenSequence) -> None:
+        """From the next plan on, rows may name this sequence."""
+        if message.sequence in self.sequences:
+            raise InvalidRequest(f"sequence {message.sequence} is open already")
+        sampler = None
+        if self.context.samples:
+            sampler = SequenceSampler.open(message, self.context.vocab_size, self.context.device)
+        self.sequences[message.sequence] = Sequence(sampler=sampler)
+
+    def close_sequence(self, message: stage_pb2.CloseSequence) -> None:
+        """Forgets a sequence once the last step that names it has run."""
+        self._closing.append((message.after_step, message.sequence))
+        self._close_due()
+
+    def _close_due(self) -> None:
+        due = [entry for entry in self._closing if entry[0] < self.next_step]
+        for entry in due:
+            self._closing.remove(entry)
+            self.sequences.pop(entry[1], None)
+
+    def add_plan(self, plan: stage_pb2.StepPlan) -> Step:
+        """Prepares a step. Raises StaleEpoch, or InvalidRequest for a plan that contradicts itself or the session."""
+        if plan.epoch != self.context.epoch:
+            raise StaleEpoch(f"plan of epoch {plan.epoch} in a session of epoch {self.context.epoch}")
+        if plan.kind != stage_pb2.STEP_KIND_RUN or plan.ref_rows:
+            raise InvalidRequest("this release runs plans of literal tokens only (STEP_KIND_RUN, no ref_rows)")
+        if plan.step != self.last_planned + 1:
+            raise InvalidRequest(f"plan of step {plan.step} after step {self.last_planned}")
+        counts, starts = list(plan.counts), list(plan.starts)
+        total = sum(counts)
+        if not 0 < total <= self.context.max_tokens or len(plan.tokens) != total:
+            raise InvalidRequest(
+                f"step {plan.step} has {total} positions and {len(plan.tokens)} tokens; at most "
+                f"{self.context.max_tokens} are allowed"
+            )
+        tables = self._grow(plan, starts, counts)
+        metadata = AttentionMetadata.build(starts, counts, tables, self.context.page_size, self.context.device)
+        step = Step(
+            number=plan.step,
+            epoch=plan.epoch,
+            batch=StepBatch(
+                token_ids=self._token_ids(plan),
+                hidden=None,
+                positions=metadata.positions,
+                attention=metadata,
+                logit_rows=self._logit_rows(plan, counts),
+            ),
+            num_tokens=total,
+            sampled=self._samplers(plan, starts, counts),
+            arrived_at=time.monotonic(),
+        )
+        self.last_planned = plan.step
+        self.steps[plan.step] = step
+        return step
+
+    def finish(self, step: Step) -> None:
+        """The step has run."""
+        del self.steps[step.number]
+        self.next_step = step.number + 1
+        if self._closing:
+            self._close_due()
+
+    def _grow(self, plan: stage_pb2.StepPlan, starts: list[int], counts: list[int]) -> list[list[int]]:
+        """Gives each row's sequence its new pages; returns the block table of each row."""
+        tables: list[list[int]] = []
+        base, limit, at = self.context.page_base, self.context.num_pages, 0
+        for i, ident in enumerate(plan.sequences):
+            sequence = self.sequences.get(ident)
+            if sequence is None:
+                raise InvalidRequest(f"step {plan.step} names sequence {ident}, which is not open")
+            if starts[i] != sequence.length:
+                raise InvalidRequest(
+                    f"step {plan.step} starts sequence {ident} at {starts[i]}, but it holds {sequence.length} positions"
+                )
+            new = plan.new_pages[at : at + plan.new_page_counts[i]] if plan.new_page_counts else []
+            at += len(new)
+            if any(page >= limit for page in new):
+                raise InvalidRequest(f"step {plan.step} names a page beyond the {limit} granted")
+            sequence.pages.extend(base + page for page in new)
+            sequence.length += counts[i]
+            if len(sequence.pages) * self.context.page_size < sequence.length:
+                raise InvalidRequest(f"sequence {ident} has too few pages for {sequence.length} positions")
+            tables.append(sequence.pages)
+        return tables
+
+    def _token_ids(self, plan: stage_pb2.StepPlan) -> Tensor | None:
+        if not self.context.is_first:
+            return None
+        return torch.tensor(list(plan.tokens), dtype=torch.int64).to(self.context.device)
+
+    def _logit_rows(self, plan: stage_pb2.StepPlan, counts: list[int]) -> Tensor | None:
+        if not self.context.is_last:
+            return None
+        ends = torch.tensor(counts).cumsum(0) - 1
+        return ends[torch.tensor(list(plan.sample_rows), dtype=torch.int64)].to(self.context.device)
+
+    def _samplers(
+        self, plan: stage_pb2.StepPlan, starts: list[int], counts: list[int]
+    ) -> list[tuple[int, int, SequenceSampler]]:
+        if not self.context.samples:
+            return []
+        out = []
+        for row in plan.sample_rows:
+            sampler = self.sequences[plan.sequences[row]].sampler
+            if sampler is None:
+                raise InternalError(f"sequence {plan.sequences[row]} has no sampler on the sampling rank")
+            out.append((plan.sequences[row], starts[row] + counts[row], sampler))
+        return out

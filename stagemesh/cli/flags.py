@@ -1,0 +1,46 @@
+"""Command-line flags made from the settings models: a field, its flag, its variable and its help are one thing."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from stagemesh.config import Base
+
+UNSET = argparse.SUPPRESS
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type[Base], *, leave_out: tuple[str, ...] = ()) -> None:
+    """Adds one flag for each field of `cls`; a flag that is not given leaves no trace in the namespace."""
+    for name, field in cls.model_fields.items():
+        if name in leave_out:
+            continue
+        parser.add_argument(*spellings(name, field), dest=name, default=UNSET, help=_help(field), **_action(field))
+
+
+def spellings(name: str, field: FieldInfo) -> list[str]:
+    """`--field-name` and the short ones."""
+    extra: Any = field.json_schema_extra or {}
+    return [*extra.get("flags", []), "--" + name.replace("_", "-")]
+
+
+def given(namespace: argparse.Namespace, cls: type[Base]) -> dict[str, Any]:
+    """The settings that the command line gave."""
+    return {name: value for name, value in vars(namespace).items() if name in cls.model_fields}
+
+
+def _action(field: FieldInfo) -> dict[str, Any]:
+    if field.annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    # Types and bounds are pydantic's business: one check, one wording, wherever a value comes from.
+    return {"metavar": "X"}
+
+
+def _help(field: FieldInfo) -> str:
+    text = (field.description or "").replace("\n", " ").replace("%", "%%")
+    if field.default is not None and field.annotation is not bool and field.default != "":
+        default = ",".join(map(str, field.default)) if isinstance(field.default, list) else field.default
+        text += f" [{default}]"
+    return text

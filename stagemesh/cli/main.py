@@ -1,0 +1,100 @@
+"""The `stagemesh` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import stagemesh
+from stagemesh.config import (
+    DEMO_MODEL,
+    Base,
+    CoordinatorSettings,
+    GatewaySettings,
+    ServeSettings,
+    StageSettings,
+    load,
+)
+from stagemesh.errors import StagemeshError
+
+from .flags import add_flags, given
+
+USAGE_ERROR = 2
+
+
+def _run_coordinator(settings: CoordinatorSettings, ready_fd: int | None) -> int:
+    from stagemesh.coordinator.main import run
+
+    return run(settings, ready_fd)
+
+
+def _run_stage(settings: StageSettings, ready_fd: int | None) -> int:
+    from stagemesh.stage_worker.main import run
+
+    return run(settings, ready_fd)
+
+
+def _run_gateway(settings: GatewaySettings, ready_fd: int | None) -> int:
+    from stagemesh.gateway.main import run
+
+    return run(settings, ready_fd)
+
+
+def _run_serve(settings: ServeSettings, ready_fd: int | None) -> int:
+    from stagemesh.local.supervisor import run
+
+    return run(settings)
+
+
+SERVICES: dict[str, tuple[type[Base], Callable[[Any, int | None], int], str]] = {
+    "serve": (ServeSettings, _run_serve, "start a whole mesh on this machine"),
+    "coordinator": (CoordinatorSettings, _run_coordinator, "run the coordinator"),
+    "stage": (StageSettings, _run_stage, "run one stage worker"),
+    "gateway": (GatewaySettings, _run_gateway, "run the gateway"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="stagemesh", description=stagemesh.__doc__)
+    top.add_argument("--version", action="version", version=f"stagemesh {stagemesh.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (cls, _, text) in SERVICES.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if name == "serve":
+            command.add_argument("model", nargs="?", default=str(DEMO_MODEL), help="checkpoint directory [the demo]")
+            add_flags(command, cls, leave_out=("model",))
+        else:
+            command.add_argument("--ready-fd", type=int, default=None, help=argparse.SUPPRESS)
+            add_flags(command, cls)
+        command.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    status = commands.add_parser("status", help="show the mesh that a gateway sees")
+    status.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway's HTTP address")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 2 for wrong usage or settings, 1 for a failure while running."""
+    namespace = parser().parse_args(argv)
+    try:
+        if namespace.command == "status":
+            from .status import show
+
+            return show(namespace.url)
+        cls, run, _ = SERVICES[namespace.command]
+        values = given(namespace, cls)
+        if namespace.command == "serve" and namespace.config and values["model"] == str(DEMO_MODEL):
+            del values["model"]
+        settings = load(cls, file=namespace.config, given=values)
+        return run(settings, getattr(namespace, "ready_fd", None))
+    except StagemeshError as e:
+        print(f"stagemesh {namespace.command}: {e.message}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""What every process of the mesh does at its start: a title, a parent that it does not outlive, a log."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+
+import setproctitle
+
+PR_SET_PDEATHSIG = 1
+
+
+def set_title(title: str) -> None:
+    """Names the process in ps and top: `stagemesh stage 1 layers 6-11 rank 0`."""
+    setproctitle.setproctitle(f"stagemesh {title}")
+
+
+def die_with_parent(parent_pid: int, sig: signal.Signals = signal.SIGKILL) -> None:
+    """Has the kernel send `sig` when the parent dies, so that no orphan is left; exits if it is gone already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def set_up_logging(role: str) -> None:
+    """One line a record on stderr, with the role in front."""
+    logging.basicConfig(
+        level=os.environ.get("STAGEMESH_LOG_LEVEL", "INFO").upper(),
+        format=f"%(asctime)s %(levelname).1s {role} %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def tell_ready(ready_fd: int | None, **said: object) -> None:
+    """Writes one JSON line (ports that were asked of the system) for the parent and closes the descriptor."""
+    if ready_fd is not None:
+        with os.fdopen(ready_fd, "w") as pipe:
+            pipe.write(json.dumps(said) + "\n")
