@@ -56,7 +56,7 @@ class Peer(Protocol):
     @property
     def route(self) -> str:
         """The way that bytes really take, as the transport itself reports it: "shared memory", "tcp", "rc",
-        "cuda_ipc", "in-process", joined by "+" where there are several; "unknown" before the first message."""
+        "cuda_ipc", "in-process", joined by "+" where there are several; may be "unknown" before the first message."""
 
     @property
     def error(self) -> TransportError | None:

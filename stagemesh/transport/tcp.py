@@ -61,7 +61,7 @@ class TcpTransport:
         self._secret = os.urandom(frame.SECRET_BYTES)
         try:
             family, _, _, _, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            self._listener = socket.create_server(sockaddr[:2], family=family, backlog=128)  # type: ignore[arg-type]
+            self._listener = socket.create_server(sockaddr[:2], family=family, backlog=128)
         except OSError as error:
             raise TransportError(f"cannot listen for activations on {host}:{port}: {error}") from error
         self._listener.setblocking(False)

@@ -52,12 +52,13 @@ def load_ucxx() -> Any:
 class UcxRequest:
     """See `Request`. Keeps the buffer until UCX is done with it."""
 
-    __slots__ = ("_buffer", "_cancelled", "_done", "_error", "_raw", "_tag", "_transport", "nbytes")
+    __slots__ = ("_buffer", "_cancelled", "_done", "_error", "_raw", "_transport", "nbytes", "stray", "tag")
 
     def __init__(self, transport: UcxTransport, raw: Any, buffer: Any, nbytes: int, tag: int | None) -> None:
         self._transport, self._raw, self._buffer = transport, raw, buffer
         self.nbytes = nbytes
-        self._tag = tag  # of a receive
+        self.tag = tag  # of a receive
+        self.stray = False  # the message that should cancel it is still about
         self._done = self._cancelled = False
         self._error: TransportError | None = None
 
@@ -72,15 +73,16 @@ class UcxRequest:
         return self._error if self.done else None
 
     def cancel(self) -> None:
-        """See `Request.cancel`. Of several receives with one tag, the oldest is the one that ends."""
-        if self._tag is not None and not self._cancelled and not self.done:
-            self._cancelled = True
-            self._transport.send_to_self(self._tag, self.nbytes + 1)
+        """See `Request.cancel`. The tag must not be used again before this is done."""
+        if self.tag is not None and not self._cancelled and not self.done:
+            self._cancelled = self.stray = True
+            self._transport.send_stray(self)
 
     def _finish(self) -> None:
         try:
             self._raw.check_error()
         except self._transport.lib.UCXError as error:
+            self.stray = False
             if self._cancelled:
                 self._error = cancelled()
             elif "Truncated" in type(error).__name__:
@@ -88,9 +90,8 @@ class UcxRequest:
             else:
                 self._error = TransportError(f"UCX: {error}")
             self._error.__cause__ = error
-        else:
-            if self._cancelled and self._tag is not None:
-                self._transport.expect_stray(self._tag)
+        if self.stray and not self._transport.find_stray(self):
+            return  # the real message was first; the other one must not meet a later receive
         self._done = True
         self._buffer = None
         self._transport.forget(self)
@@ -127,7 +128,7 @@ class UcxTransport:
         self._peers: list[UcxPeer] = []
         self._self_peer: Any = None
         self._fences: list[tuple[int, int]] = []
-        self._strays: list[int] = []
+        self._strays: dict[int, UcxRequest] = {}  # by the tag of the cancelled receive
         self._deaths = select.epoll()
         self._calls = 0
         self._closed = False
@@ -158,8 +159,10 @@ class UcxTransport:
         dropped = 0
         while (found := self._worker.tag_probe(self._tag(tag & mask), self._mask(mask), True)).matched:
             self._drop(found)
-            if found.sender_tag in self._strays:
-                self._strays.remove(found.sender_tag)
+            cancelling = self._strays.get(found.sender_tag)
+            if cancelling is not None and found.length == cancelling.nbytes + 1:
+                cancelling.stray = False
+                del self._strays[found.sender_tag]
             else:
                 dropped += 1
         return dropped
@@ -189,7 +192,7 @@ class UcxTransport:
         for _ in range(_WATCH_EVERY):
             self.progress()
         if self._self_peer is not None and self._self_peer.alive:
-            self._self_peer.close()
+            self._self_peer.close_blocking()
         self._worker.cancel_inflight_requests()
         for _ in range(_WATCH_EVERY):
             if not self._live:
@@ -211,6 +214,8 @@ class UcxTransport:
     def forget(self, request: UcxRequest) -> None:
         """A request is done."""
         self._live.pop(id(request), None)
+        if request.tag is not None and self._strays.get(request.tag) is request:
+            del self._strays[request.tag]
 
     def array(self, buffer: Buffer, *, writable: bool) -> tuple[Any, int]:
         """ucxx's view of a contiguous buffer, and its size in bytes."""
@@ -227,17 +232,21 @@ class UcxTransport:
         array = self._array(tensor_array(buffer))
         return array, int(array.nbytes)
 
-    def send_to_self(self, tag: int, nbytes: int) -> None:
-        """A message under `tag` to this transport: ends a receive that waits for it, see `UcxRequest.cancel`."""
+    def send_stray(self, request: UcxRequest) -> None:
+        """A message to this transport itself that ends a receive which waits for its tag."""
+        assert request.tag is not None
         if self._self_peer is None:
             self._self_peer = self._endpoint(self._ucx_address)
-        payload = bytearray(nbytes)
+        self._strays[request.tag] = request
+        payload = bytearray(request.nbytes + 1)
         array = self._array(payload)
-        self.track(self._self_peer.tag_send(array, self._tag(tag)), (array, payload), nbytes, None)
+        self.track(self._self_peer.tag_send(array, self._tag(request.tag)), (array, payload), len(payload), None)
 
-    def expect_stray(self, tag: int) -> None:
-        """The message that should have ended a receive came too late: it is to be dropped."""
-        self._strays.append(tag)
+    def find_stray(self, request: UcxRequest) -> bool:
+        """Drop the message of `send_stray` if it has come."""
+        assert request.tag is not None
+        self.discard(request.tag, FULL_MASK)
+        return not request.stray
 
     def _drop(self, found: Any) -> None:
         """Take a probed message off the queue. One byte is enough: UCX drops what does not fit, and does not fetch a
@@ -268,7 +277,7 @@ class UcxTransport:
 
     def _watch(self) -> bool:
         """Look whether a watched process has ended, and drop the frames of dead lanes."""
-        for value, mask in [*self._fences, *((stray, FULL_MASK) for stray in self._strays)]:
+        for value, mask in self._fences:
             self.discard(value, mask)
         ended = {fd for fd, _ in self._deaths.poll(0)} if not self._deaths.closed else set()
         for peer in self._peers:
