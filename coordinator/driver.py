@@ -31,7 +31,7 @@ Post = Callable[[v.Event], None]
 
 
 class Driver:
-    """Executes Assign, MakeLink, Activate, Release and Forget; answers come back through `post`."""
+    """Executes Assign, MakeLink, Activate, Release, Forget and Disconnect; answers come back through `post`."""
 
     def __init__(self, post: Post, model: types_pb2.ModelRef, limits: types_pb2.RunLimits) -> None:
         self._post = post
@@ -55,12 +55,10 @@ class Driver:
                 for task, (name, at) in self._calls.items():
                     if name == pipeline_id and at < epoch:
                         task.cancel()
-
-    async def forget_address(self, address: str) -> None:
-        """Closes the channel to a worker that is gone."""
-        channel = self._channels.pop(address, None)
-        if channel is not None:
-            await channel.close(grace=None)
+            case v.Disconnect(address):
+                channel = self._channels.pop(address, None)
+                if channel is not None:
+                    self._spawn(channel.close(None), ("", 0))
 
     async def close(self) -> None:
         """Cancels every call and closes every channel."""
@@ -68,8 +66,9 @@ class Driver:
             task.cancel()
         if self._calls:
             await asyncio.wait(list(self._calls), timeout=CLOSE_S)
-        for address in list(self._channels):
-            await self.forget_address(address)
+        for channel in self._channels.values():
+            await channel.close(None)
+        self._channels.clear()
 
     def _stub(self, address: str) -> Any:
         if address not in self._channels:

@@ -127,6 +127,12 @@ async def _serve(settings: CoordinatorSettings, built: Build, store: Store, read
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     service = make_service(built, store)
+    model, limits = built.model, built.target.limits
+    log.info(
+        "model %s: %d layers, %s, revision %s; %d stages, %d tokens a sequence at most, %d steps in flight",
+        *(model.name, model.num_layers, model.dtype, model.fingerprint[:12]),
+        *(built.target.num_stages, limits.max_model_len, limits.steps_in_flight),
+    )
     server = await rpc.start_server(
         settings.host,
         settings.port,

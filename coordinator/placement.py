@@ -50,46 +50,55 @@ def place(
     """
     holders = holders or {}
     by_stage: dict[int, Candidate] = {}
-    free = list(candidates)
 
-    def order(stage: int, candidate: Candidate) -> tuple[object, ...]:
-        kept = ranges is not None and candidate.kept == ranges[stage]
-        kind = candidate.kind
-        size = kind.memory_bytes if by_memory else kind.speed
-        return (holders.get(stage) != candidate.worker_id, not kept, -size, _natural(candidate.worker_id))
+    def order(candidate: Candidate) -> tuple[object, ...]:
+        size = candidate.kind.memory_bytes if by_memory else candidate.kind.speed
+        return (-size, _natural(candidate.worker_id))
 
-    def take(stage: int, pools: tuple[int, ...], wanted: str | None = None) -> None:
-        able = [
-            c for c in free if c.pool in pools and (c.worker_id, stage) not in refused and wanted in (None, c.worker_id)
-        ]
-        if able:
-            best = min(able, key=lambda candidate: order(stage, candidate))
-            free.remove(best)
+    free: dict[int, list[Candidate]] = {}  # pool -> candidates, best first
+    for candidate in sorted(candidates, key=order):
+        free.setdefault(candidate.pool, []).append(candidate)
+
+    def take(stage: int, pool: int, wanted: str | None = None) -> None:
+        """Puts the best free worker of `pool` on `stage`: one that keeps its weights, else the first."""
+        able = (c for c in free.get(pool, ()) if (c.worker_id, stage) not in refused)
+        best = None
+        for candidate in able:
+            if wanted is not None and candidate.worker_id != wanted:
+                continue
+            best = best or candidate
+            if ranges is None or candidate.kept == ranges[stage]:
+                best = candidate
+                break
+        if best is not None:
+            free[pool].remove(best)
             by_stage[stage] = best
 
     for stage in range(num_stages):  # who holds a stage keeps it
         if stage in holders:
-            take(stage, (stage, -1), holders[stage])
+            for pool in (stage, -1):
+                if stage not in by_stage:
+                    take(stage, pool, holders[stage])
     for bound in (True, False):
         for stage in range(num_stages):
             if stage not in by_stage:
-                take(stage, (stage,) if bound else (-1,))
+                take(stage, stage if bound else -1)
     for stage in range(num_stages):  # a free worker on a stage that a bound one could take moves to where it is needed
         if stage in by_stage:
             continue
         for other, holder in list(by_stage.items()):
             if holder.pool == -1 and (holder.worker_id, stage) not in refused:
                 before = by_stage.pop(other)
-                take(other, (other,))
+                take(other, other)
                 if other in by_stage:
                     by_stage[stage] = before
                     break
                 by_stage[other] = before
     missing = tuple(stage for stage in range(num_stages) if stage not in by_stage)
-    return Placement(by_stage, missing, tuple(free))
+    return Placement(by_stage, missing, tuple(c for pool in free.values() for c in pool))
 
 
 def _natural(name: str) -> tuple[object, ...]:
-    """ "stage-10" after "stage-9"."""
+    """Orders stage-10 after stage-9."""
     digits = name[len(name.rstrip("0123456789")) :]
     return (name[: len(name) - len(digits)], int(digits or -1))

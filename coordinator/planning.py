@@ -100,20 +100,21 @@ def _cut(target: Target, placed: Placement) -> list[Range]:
 
 def _why_missing(target: Target, placed: Placement, by_id: dict[str, Worker], refused: set[tuple[str, int]]) -> str:
     refusals = [
-        f"stage {stage}: worker {name}: {reason}"
+        f"stage {stage}: {reason}"
         for name, worker in sorted(by_id.items())
         for (stage, _), reason in worker.refusals.items()
         if stage in placed.missing and (name, stage) in refused
     ]
     if refusals:
         return "; ".join(refusals)
-    stages = ", ".join(map(str, placed.missing))
+    stages = ("stage " if len(placed.missing) == 1 else "stages ") + ", ".join(map(str, placed.missing))
+    verb = "has" if len(placed.missing) == 1 else "have"
     spare = [c for c in placed.standby if c.pool >= 0]
     hint = f"start one with `stagemesh stage --stage {placed.missing[0]}`"
     if spare:
         hint += f"; left over: {', '.join(f'{c.worker_id} (bound to stage {c.pool})' for c in spare[:3])}"
-    count = f"{len(by_id)} of at least {target.num_stages} workers are registered"
-    return f"stage {stages} has no worker ({count}): {hint}"
+    count = f"{len(by_id)} registered, {target.num_stages} stages"
+    return f"{stages} {verb} no worker ({count}): {hint}"
 
 
 def transport(wanted: str, sender: WorkerInfo, receiver: WorkerInfo, *, ucx_failed: str = "") -> tuple[str, str]:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import grpc.aio
 
@@ -27,7 +28,7 @@ PROTOCOL = 1
 RENEW_S = 0.15
 TICK_S = 0.05
 PROGRESS_S = 0.2
-Context = grpc.aio.ServicerContext
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
@@ -119,6 +120,8 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                     f"{request.tp_size} ranks",
                     param="transports",
                 )
+        # An older stream of this worker may still wait to be seen broken: that is no news then.
+        self._streams.pop(request.worker_id, None)
         self.post(v.WorkerRegistered(worker_info(request)))
         return pb.RegisterResponse(lease_ms=round(self._mesh.lease_s * 1000), renew_ms=round(RENEW_S * 1000))
 

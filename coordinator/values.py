@@ -272,6 +272,13 @@ class Forget:
 
 
 @dataclass(frozen=True)
+class Disconnect:
+    """A worker is gone: its connection is of no use."""
+
+    address: str
+
+
+@dataclass(frozen=True)
 class Publish:
     """Tell the watchers. Progress alone may be told with a delay."""
 
@@ -286,7 +293,7 @@ class Log:
     warning: bool = False
 
 
-Action = PersistEpoch | PersistPlan | Assign | MakeLink | Activate | Release | Forget | Publish | Log
+Action = PersistEpoch | PersistPlan | Assign | MakeLink | Activate | Release | Forget | Disconnect | Publish | Log
 
 
 @dataclass(frozen=True)

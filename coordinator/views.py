@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from stagemesh.protos.v1 import coordinator_pb2, types_pb2
 
 from . import values as v
-from .reconfigure import Mesh, Pipeline, State
+from .forming import Pipeline, State
+from .reconfigure import Mesh
 
 STATES = {
     State.DOWN: types_pb2.PIPELINE_STATE_DOWN,

@@ -1,0 +1,325 @@
+"""Forms, activates and takes down pipelines: the part of the core that answers to workers' answers.
+
+    DOWN --all stages have a worker--> FORMING (assign -> link -> activate) --every ack--> SERVING --drain--> DRAINING
+      ^                                   |  ^--------------- a worker, link or order fails ---------|-----------|
+      |---- a stage has no worker --------|
+
+Every attempt to form a pipeline has an epoch of its own, higher than any before, written down before anyone hears of
+it. Events carry the epoch they belong to; those of an epoch that has passed change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from . import values as v
+from .planning import CannotForm, Choice, Target, choose, transport
+
+RETRY_MIN_S, RETRY_MAX_S = 0.2, 2.0
+# A pipeline that served this long was sound: what breaks it is a new failure, not the last one again.
+SOUND_S = 10.0
+
+
+class State(Enum):
+    """Of a pipeline."""
+
+    DOWN = "down"
+    FORMING = "forming"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+class Phase(Enum):
+    """Of a forming pipeline."""
+
+    IDLE = "idle"
+    ASSIGN = "loading weights"
+    LINK = "setting up links"
+    ACTIVATE = "activating"
+    RETRY = "waiting to try again"
+
+
+@dataclass
+class Pipeline:
+    """One pipeline and the attempt it is in."""
+
+    pipeline_id: str
+    epoch: int = 0
+    state: State = State.DOWN
+    phase: Phase = Phase.IDLE
+    reason: str = "no worker has registered yet"
+    stages: tuple[v.StagePlan, ...] = ()
+    last_stages: tuple[v.StagePlan, ...] = ()
+    """The stages of the attempt before, for a like placement."""
+    loaded: dict[int, v.Loaded] = field(default_factory=dict)
+    routes: dict[int, str] = field(default_factory=dict)
+    acked: set[int] = field(default_factory=set)
+    failures: int = 0
+    retry_at: float = 0.0
+    serving_since: float = 0.0
+    tried: int = -1
+    """Membership version at which forming was last tried in vain."""
+    restored: v.StoredPlan | None = None
+    """A plan from before a restart whose workers may still be active."""
+
+    def stage_of(self, worker_id: str) -> int | None:
+        """The stage that a worker holds."""
+        return next((plan.stage for plan in self.stages if plan.worker_id == worker_id), None)
+
+
+class Former:
+    """Pipelines, and the workers they are made of."""
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        now: float,
+        nonce: Callable[[], int],
+        pipeline_ids: Sequence[str] = ("pipeline-0",),
+        epochs: Mapping[str, int] | None = None,
+    ) -> None:
+        self.target = target
+        self.workers: dict[str, v.Worker] = {}
+        self.pipelines = {name: Pipeline(name, (epochs or {}).get(name, 0)) for name in pipeline_ids}
+        self._nonce = nonce
+        self._now = now
+        self._actions: list[v.Action] = []
+        self._version = 0  # of the membership
+        self._ucx_failed: dict[tuple[int, int], list[str]] = {}  # incarnations of a link's ends -> errors
+
+    def knows(self, worker_id: str, incarnation: int) -> bool:
+        """Whether this life of the worker is a member."""
+        worker = self.workers.get(worker_id)
+        return worker is not None and worker.info.incarnation == incarnation
+
+    def pipelines_of(self, worker_id: str) -> list[str]:
+        """Pipelines that use a worker."""
+        return [p.pipeline_id for p in self.pipelines.values() if p.stage_of(worker_id) is not None]
+
+    def _form_if_due(self, pipeline: Pipeline) -> None:
+        if pipeline.restored or pipeline.state in (State.SERVING, State.DRAINING):
+            return
+        if pipeline.state is State.DOWN and pipeline.tried == self._version:
+            return
+        if pipeline.state is State.FORMING and (pipeline.phase is not Phase.RETRY or self._now < pipeline.retry_at):
+            return
+        busy = {s.worker_id for other in self.pipelines.values() if other is not pipeline for s in other.stages}
+        free = [w for name, w in self.workers.items() if not w.draining and name not in busy]
+        try:
+            chosen = choose(self.target, free, pipeline.last_stages)
+        except CannotForm as e:
+            self._down(pipeline, str(e))
+            return
+        self._assign(pipeline, chosen)
+
+    def _assign(self, pipeline: Pipeline, chosen: Sequence[Choice]) -> None:
+        names = {choice.worker.info.worker_id for choice in chosen}
+        self._new_epoch(pipeline, keep=names, reason="another worker took its place")
+        pipeline.stages = pipeline.last_stages = tuple(
+            v.StagePlan(stage, c.worker.info.worker_id, c.worker.info.incarnation, c.layers, self._nonce())
+            for stage, c in enumerate(chosen)
+        )
+        pipeline.state, pipeline.phase, pipeline.reason = State.FORMING, Phase.ASSIGN, Phase.ASSIGN.value
+        shown = ", ".join(f"{c.worker.info.worker_id}: layers {c.layers[0]}-{c.layers[1] - 1}" for c in chosen)
+        self._log(f"{pipeline.pipeline_id} forms at epoch {pipeline.epoch}: {shown}")
+        for plan, choice in zip(pipeline.stages, chosen, strict=True):
+            choice.worker.progress = v.Progress()
+            if choice.worker.kept != plan.layers:
+                choice.worker.kept = None
+            self._act(v.Assign(pipeline.pipeline_id, pipeline.epoch, len(chosen), plan, choice.worker.info.address))
+        self._publish()
+
+    def _order_answered(self, event: v.AssignProgress | v.AssignDone | v.LinkUp | v.Activated | v.StepFailed) -> None:
+        pipeline = self.pipelines.get(event.pipeline_id)
+        if pipeline is None or pipeline.epoch != event.epoch or pipeline.state is not State.FORMING:
+            return
+        match event:
+            case v.AssignProgress() if pipeline.phase is Phase.ASSIGN:
+                self._worker_at(pipeline, event.stage).progress = v.Progress(event.loaded_bytes, event.total_bytes)
+                self._act(v.Publish(urgent=False))
+            case v.AssignDone() if pipeline.phase is Phase.ASSIGN:
+                self._assign_done(pipeline, event.stage, event.loaded)
+            case v.LinkUp() if pipeline.phase is Phase.LINK:
+                pipeline.routes[event.stage] = event.route
+                if len(pipeline.routes) == len(pipeline.stages) - 1:
+                    self._activate(pipeline)
+            case v.Activated() if pipeline.phase is Phase.ACTIVATE:
+                pipeline.acked.add(event.stage)
+                if len(pipeline.acked) == len(pipeline.stages):
+                    self._serve(pipeline)
+            case v.StepFailed() if pipeline.phase is not Phase.RETRY:
+                self._step_failed(pipeline, event)
+
+    def _assign_done(self, pipeline: Pipeline, stage: int, loaded: v.Loaded) -> None:
+        worker, layers = self._worker_at(pipeline, stage), pipeline.stages[stage].layers
+        worker.kept = layers
+        refusal = self._why_refused(pipeline, loaded)
+        if refusal:
+            self._refuse(pipeline, stage, refusal)
+            return
+        worker.progress.loaded_bytes = worker.progress.total_bytes
+        pipeline.loaded[stage] = loaded
+        if len(pipeline.loaded) < len(pipeline.stages):
+            self._act(v.Publish(urgent=False))
+            return
+        pipeline.phase, pipeline.reason = Phase.LINK, Phase.LINK.value
+        try:
+            links = [self._link(pipeline, stage) for stage in range(len(pipeline.stages) - 1)]
+        except CannotForm as e:
+            self._down(pipeline, str(e))
+            return
+        self._actions.extend(links)
+        if not links:
+            self._activate(pipeline)
+        self._publish()
+
+    def _why_refused(self, pipeline: Pipeline, loaded: v.Loaded) -> str:
+        target = self.target
+        if loaded.fingerprint != target.fingerprint:
+            agree = [pipeline.stages[stage].worker_id for stage in sorted(pipeline.loaded)]
+            others = f" and {', '.join(agree)}" if agree else ""
+            return (
+                f"read revision {loaded.fingerprint[:12] or '(none)'} of the checkpoint, the "
+                f"coordinator{others} have {target.fingerprint[:12]}: give all of them the same files"
+            )
+        need, have, page = target.limits.pages_per_sequence, loaded.num_pages, target.limits.page_size
+        if have < need:
+            return (
+                f"has {have} KV pages of {page} tokens; one sequence of --max-model-len {target.limits.max_model_len} "
+                f"needs {need}: use --max-model-len {have * page}, more KV memory (--kv-cache-gib), or more stages"
+            )
+        return ""
+
+    def _link(self, pipeline: Pipeline, stage: int) -> v.MakeLink:
+        sender, receiver = (self._worker_at(pipeline, s).info for s in (stage, stage + 1))
+        failures = self._ucx_failed.get((sender.incarnation, receiver.incarnation), [])
+        ucx_failed = failures[-1] if len(failures) > 1 else ""
+        name, warning = transport(self.target.transport, sender, receiver, ucx_failed=ucx_failed)
+        if warning:
+            self._log(warning, warning=True)
+        return v.MakeLink(
+            pipeline.pipeline_id,
+            pipeline.epoch,
+            stage,
+            name,
+            sender.address,
+            receiver.address,
+            receiver.worker_id,
+            sender.addresses(name) or (),
+            tuple(self._nonce() for _ in range(receiver.tp_size)),
+        )
+
+    def _activate(self, pipeline: Pipeline) -> None:
+        pipeline.phase, pipeline.reason = Phase.ACTIVATE, Phase.ACTIVATE.value
+        for plan in pipeline.stages:
+            address = self._worker_at(pipeline, plan.stage).info.address
+            self._act(v.Activate(pipeline.pipeline_id, pipeline.epoch, plan.stage, address))
+
+    def _serve(self, pipeline: Pipeline) -> None:
+        pipeline.state, pipeline.phase, pipeline.reason = State.SERVING, Phase.IDLE, ""
+        pipeline.serving_since = self._now
+        stages = range(len(pipeline.stages))
+        plan = v.StoredPlan(
+            pipeline.pipeline_id,
+            pipeline.epoch,
+            pipeline.stages,
+            tuple(pipeline.loaded[s] for s in stages),
+            tuple(pipeline.routes.get(s, "") for s in stages),
+            self.target.terms,
+        )
+        self._act(v.PersistPlan(plan))
+        self._log(f"{pipeline.pipeline_id} serves at epoch {pipeline.epoch}")
+        self._publish()
+
+    # Failing
+
+    def _step_failed(self, pipeline: Pipeline, event: v.StepFailed) -> None:
+        reason = f"stage {event.stage}: {event.reason}"
+        if event.what == "link" and event.transport_failed:
+            ends = tuple(pipeline.stages[s].incarnation for s in (event.stage, event.stage + 1))
+            self._ucx_failed.setdefault((ends[0], ends[1]), []).append(event.reason)
+        if event.final:
+            self._refuse(pipeline, event.stage, f"cannot {event.what}: {event.reason}")
+            return
+        self._interrupt(pipeline, reason, self._backoff_s(pipeline))
+
+    def _refuse(self, pipeline: Pipeline, stage: int, reason: str) -> None:
+        """What failed would fail again: this life of the worker is not asked for the same once more."""
+        worker = self._worker_at(pipeline, stage)
+        reason = f"worker {worker.info.worker_id} {reason}"
+        worker.refusals[stage, pipeline.stages[stage].layers] = reason
+        self._version += 1
+        self._interrupt(pipeline, f"stage {stage}: {reason}")
+
+    def _link_broken(self, event: v.LinkBroken) -> None:
+        pipeline = self.pipelines.get(event.pipeline_id)
+        if pipeline is None or pipeline.epoch != event.epoch or pipeline.state is State.DOWN:
+            return
+        stage = pipeline.stage_of(event.worker_id)
+        if stage is not None and pipeline.phase is not Phase.RETRY:
+            # The neighbour's death breaks a link before its own stream breaks: wait for that, so that it is replaced.
+            self._interrupt(pipeline, f"stage {stage}: a link broke: {event.reason}", self._backoff_s(pipeline))
+
+    def _backoff_s(self, pipeline: Pipeline) -> float:
+        """Counts a failure; how long to wait before the next attempt."""
+        if pipeline.state is State.SERVING and self._now - pipeline.serving_since > SOUND_S:
+            pipeline.failures = 0
+        pipeline.failures += 1
+        return min(RETRY_MAX_S, RETRY_MIN_S * 2.0 ** min(pipeline.failures - 1, 10))
+
+    def _interrupt(self, pipeline: Pipeline, reason: str, delay_s: float = 0.0) -> None:
+        """The attempt, or the pipeline that served, is over; the next attempt comes after `delay_s`."""
+        if pipeline.state is State.DOWN:
+            return
+        pipeline.state, pipeline.phase, pipeline.reason = State.FORMING, Phase.RETRY, reason
+        pipeline.retry_at = self._now + delay_s
+        self._act(v.Forget(pipeline.pipeline_id, pipeline.epoch + 1))
+        self._log(f"{pipeline.pipeline_id} epoch {pipeline.epoch} is over: {reason}", warning=True)
+        self._publish()
+
+    def _down(self, pipeline: Pipeline, reason: str) -> None:
+        if pipeline.state is not State.DOWN:
+            self._version += 1  # its workers are free for others
+        pipeline.tried = self._version
+        if pipeline.state is State.DOWN and pipeline.reason == reason:
+            return
+        was_up = pipeline.state is not State.DOWN
+        if was_up:
+            if pipeline.phase is Phase.RETRY and pipeline.reason not in reason:
+                reason = f"{pipeline.reason}; {reason}"
+            self._new_epoch(pipeline, keep=set(), reason=reason)
+            pipeline.stages = ()
+        pipeline.state, pipeline.phase, pipeline.reason = State.DOWN, Phase.IDLE, reason
+        self._log(f"{pipeline.pipeline_id} is down: {reason}", warning=was_up)
+        self._publish()
+
+    def _new_epoch(self, pipeline: Pipeline, keep: set[str], reason: str) -> None:
+        """Raises the epoch; members of the old attempt outside `keep` are released."""
+        old, members = pipeline.epoch, pipeline.stages
+        pipeline.epoch += 1
+        pipeline.loaded, pipeline.routes, pipeline.acked = {}, {}, set()
+        self._act(v.PersistEpoch(pipeline.pipeline_id, pipeline.epoch))
+        self._act(v.Forget(pipeline.pipeline_id, pipeline.epoch))
+        for plan in members:
+            if plan.worker_id not in keep and self.knows(plan.worker_id, plan.incarnation):
+                self._release(pipeline, old, self.workers[plan.worker_id].info, reason)
+
+    # Small words
+
+    def _worker_at(self, pipeline: Pipeline, stage: int) -> v.Worker:
+        return self.workers[pipeline.stages[stage].worker_id]
+
+    def _release(self, pipeline: Pipeline, epoch: int, info: v.WorkerInfo, reason: str) -> None:
+        self._act(v.Release(pipeline.pipeline_id, epoch, info.worker_id, info.address, reason))
+
+    def _act(self, action: v.Action) -> None:
+        self._actions.append(action)
+
+    def _publish(self) -> None:
+        self._act(v.Publish())
+
+    def _log(self, message: str, *, warning: bool = False) -> None:
+        self._act(v.Log(message, warning))

@@ -1,0 +1,241 @@
+"""What the coordinator reads of a checkpoint: counts, fingerprints, and damage named with its file and its fix."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stagemesh.checkpoint import fingerprint, inspect, read_header, weight_files
+from stagemesh.errors import CheckpointError, UnsupportedModel
+
+H, I, V, L, N, K, D = 32, 64, 100, 4, 4, 2, 8  # hidden, MLP, vocabulary, layers, heads, KV heads, head size
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    base = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": L, "hidden_size": H,
+        "intermediate_size": I, "num_attention_heads": N, "num_key_value_heads": K, "vocab_size": V,
+        "max_position_embeddings": 512, "tie_word_embeddings": False, "dtype": "float32",
+    }  # fmt: skip
+    return {**base, **changes}
+
+
+def llama_shapes(layers: int = L, *, head: bool = True, prefix: str = "model.") -> dict[str, list[int]]:
+    shapes = {f"{prefix}embed_tokens.weight": [V, H], f"{prefix}norm.weight": [H]}
+    for i in range(layers):
+        at = f"{prefix}layers.{i}."
+        shapes |= {f"{at}self_attn.{n}_proj.weight": [K * D, H] for n in "kv"}
+        shapes |= {f"{at}self_attn.q_proj.weight": [N * D, H], f"{at}self_attn.o_proj.weight": [H, N * D]}
+        shapes |= {f"{at}mlp.{n}_proj.weight": [I, H] for n in ("gate", "up")}
+        shapes |= {f"{at}mlp.down_proj.weight": [H, I], f"{at}input_layernorm.weight": [H]}
+        shapes |= {f"{at}post_attention_layernorm.weight": [H]}
+    if head:
+        shapes["lm_head.weight"] = [V, H]
+    return shapes
+
+
+def write_safetensors(path: Path, shapes: dict[str, list[int]], seed: int = 0) -> None:
+    header, at, random = {}, 0, np.random.default_rng(seed)
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + random.bytes(at))
+
+
+def make(folder: Path, shapes: dict[str, list[int]] | None = None, seed: int = 0, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config(**changes)))
+    (folder / "tokenizer.json").write_text("{}")
+    write_safetensors(folder / "model.safetensors", shapes or llama_shapes(), seed)
+    return folder
+
+
+def make_sharded(folder: Path) -> Path:
+    make(folder)
+    (folder / "model.safetensors").unlink()
+    shapes, weight_map = llama_shapes(), {}
+    names = list(shapes)
+    for index, part in enumerate((names[:10], names[10:])):
+        file = f"model-0000{index + 1}-of-00002.safetensors"
+        write_safetensors(folder / file, {name: shapes[name] for name in part}, index)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+LAYER_MATRICES = 2 * K * D * H + 2 * N * D * H + 3 * I * H
+LAYER = LAYER_MATRICES + 2 * H
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_counts_are_those_of_the_headers(tmp_path: Path, sharded: bool) -> None:
+    info = inspect(make_sharded(tmp_path / "m") if sharded else make(tmp_path / "m"))
+    assert (info.num_layers, info.hidden_size, info.vocab_size, info.dtype) == (L, H, V, "float32")
+    assert (info.num_kv_heads, info.head_dim, info.kv_elements_per_token) == (K, D, 2 * K * D)
+    assert [part.parameters for part in info.layers] == [LAYER] * L
+    assert [part.bytes for part in info.layers] == [4 * LAYER] * L
+    assert info.layers[0].flops_per_token == 2 * LAYER_MATRICES
+    assert info.embedding.parameters == V * H
+    assert info.embedding.flops_per_token == 0
+    assert info.head.parameters == V * H + H
+    assert not info.tied
+    assert info.total_parameters == L * LAYER + 2 * V * H + H
+
+
+def test_a_tied_embedding_counts_on_both_ends(tmp_path: Path) -> None:
+    info = inspect(make(tmp_path / "m", llama_shapes(head=False), tie_word_embeddings=True))
+    assert info.tied
+    assert info.embedding.parameters == V * H
+    assert info.head.parameters == V * H + H
+    assert info.total_parameters == L * LAYER + V * H + H
+
+
+def test_dummy_needs_the_config_alone_and_agrees_with_the_files(tmp_path: Path) -> None:
+    real = inspect(make(tmp_path / "m"))
+    (tmp_path / "m" / "model.safetensors").unlink()
+    dummy = inspect(tmp_path / "m", "dummy")
+    assert (dummy.layers, dummy.embedding, dummy.head) == (real.layers, real.embedding, real.head)
+
+
+def test_a_nested_text_config_is_the_decoder(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", llama_shapes(prefix="model.language_model."))
+    text = config()
+    (folder / "config.json").write_text(
+        json.dumps({"architectures": ["SomeForConditionalGeneration"], "model_type": "some", "text_config": text})
+    )
+    info = inspect(folder)
+    assert (info.num_layers, info.hidden_size, info.architecture) == (L, H, "SomeForConditionalGeneration")
+    assert info.layers[3].parameters == LAYER
+
+
+def test_only_the_routed_experts_cost_flops(tmp_path: Path) -> None:
+    shapes = {k: v for k, v in llama_shapes().items() if ".mlp." not in k}
+    for i in range(L):
+        shapes |= {f"model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight": [I, H] for e in range(8)}
+    info = inspect(make(tmp_path / "m", shapes, num_local_experts=8, num_experts_per_tok=2))
+    attention = 2 * K * D * H + 2 * N * D * H
+    assert info.layers[0].parameters == attention + 2 * H + 8 * I * H
+    assert info.layers[0].flops_per_token == 2 * (attention + 2 * I * H)
+
+
+def test_gpt_neox_names(tmp_path: Path) -> None:
+    shapes = {"gpt_neox.embed_in.weight": [V, H], "embed_out.weight": [V, H], "gpt_neox.final_layer_norm.weight": [H]}
+    shapes |= {f"gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight": [I, H] for i in range(L)}
+    info = inspect(make(tmp_path / "m", shapes, model_type="gpt_neox"))
+    assert info.layers[2].parameters == I * H
+    assert (info.embedding.parameters, info.head.parameters) == (V * H, V * H + H)
+
+
+class TestFingerprint:
+    def test_is_the_same_wherever_the_files_lie(self, tmp_path: Path) -> None:
+        assert fingerprint(make(tmp_path / "a")) == fingerprint(make(tmp_path / "b"))
+
+    def test_tells_equal_shapes_with_other_weights_apart(self, tmp_path: Path) -> None:
+        assert fingerprint(make(tmp_path / "a", seed=1)) != fingerprint(make(tmp_path / "b", seed=2))
+
+    @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.2.mlp.up_proj.weight", "model.norm.weight"])
+    def test_sees_one_tensor_change(self, tmp_path: Path, name: str) -> None:
+        before = fingerprint(make(tmp_path / "a"))
+        path = tmp_path / "a" / "model.safetensors"
+        start, end = read_header(path)[name]["data_offsets"]
+        raw = bytearray(path.read_bytes())
+        data = 8 + struct.unpack("<Q", raw[:8])[0]
+        for k in range(data + start, data + end):
+            raw[k] ^= 0xFF
+        path.write_bytes(raw)
+        assert fingerprint(tmp_path / "a") != before
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+    def test_covers_config_and_tokenizer(self, tmp_path: Path, name: str) -> None:
+        before = fingerprint(make(tmp_path / "a"))
+        path = tmp_path / "a" / name
+        path.write_text(path.read_text() + " ")
+        assert fingerprint(tmp_path / "a") != before
+
+    def test_of_dummy_weights_is_the_config_alone(self, tmp_path: Path) -> None:
+        one = fingerprint(make(tmp_path / "a", seed=1), "dummy")
+        assert one == fingerprint(make(tmp_path / "b", seed=2), "dummy")
+        assert one != fingerprint(make(tmp_path / "c", vocab_size=V + 1), "dummy")
+
+
+class TestDamage:
+    """Each error names the file, says what is wrong, and what to do."""
+
+    def check(self, folder: Path, *words: str, kind: type[CheckpointError] = CheckpointError) -> None:
+        with pytest.raises(kind) as e:
+            inspect(folder)
+        for word in words:
+            assert word in e.value.message, e.value.message
+
+    def test_no_such_folder(self, tmp_path: Path) -> None:
+        self.check(tmp_path / "none", "none", "no such directory", "give the folder")
+
+    def test_no_config(self, tmp_path: Path) -> None:
+        self.check(tmp_path, "config.json", "no such file", "give a Hugging Face checkpoint")
+
+    @pytest.mark.parametrize("text", ["{", '{"a": 1', "\xff"])
+    def test_broken_config(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+        self.check(tmp_path, "config.json", "not valid JSON", "fetch the file again")
+
+    def test_a_config_that_is_a_list(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("[]")
+        self.check(tmp_path, "config.json", "a JSON object is expected")
+
+    @pytest.mark.parametrize("value", [0, -3, "twelve", True])
+    def test_a_layer_count_that_is_none(self, tmp_path: Path, value: object) -> None:
+        self.check(make(tmp_path / "m", num_hidden_layers=value), "config.json", "num_hidden_layers", repr(value))
+
+    def test_not_a_language_model(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        self.check(tmp_path, "num_hidden_layers", "decoder-only")
+
+    def test_quantized(self, tmp_path: Path) -> None:
+        folder = make(tmp_path / "m", quantization_config={"quant_method": "gptq"})
+        self.check(folder, "quantized", "bfloat16", kind=UnsupportedModel)
+
+    def test_no_weights(self, tmp_path: Path) -> None:
+        (make(tmp_path / "m") / "model.safetensors").unlink()
+        self.check(tmp_path / "m", "no model.safetensors", "--load-format dummy")
+
+    def test_index_missing(self, tmp_path: Path) -> None:
+        (make_sharded(tmp_path / "m") / "model.safetensors.index.json").unlink()
+        self.check(tmp_path / "m", "model.safetensors.index.json", "missing")
+
+    def test_index_names_a_missing_file(self, tmp_path: Path) -> None:
+        (make_sharded(tmp_path / "m") / "model-00002-of-00002.safetensors").unlink()
+        self.check(tmp_path / "m", "index.json", "model-00002-of-00002.safetensors", "fetch the missing")
+
+    @pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
+    def test_truncated(self, tmp_path: Path, keep: int) -> None:
+        path = make(tmp_path / "m") / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:keep])
+        self.check(tmp_path / "m", "model.safetensors", "truncated", "fetch the file again")
+
+    def test_header_that_is_no_json(self, tmp_path: Path) -> None:
+        path = make(tmp_path / "m") / "model.safetensors"
+        raw = bytearray(path.read_bytes())
+        raw[8] = 0xFF
+        path.write_bytes(raw)
+        self.check(tmp_path / "m", "model.safetensors", "broken safetensors header")
+
+    def test_shape_and_bytes_disagree(self, tmp_path: Path) -> None:
+        path = make(tmp_path / "m") / "model.safetensors"
+        path.write_bytes(path.read_bytes().replace(b'"shape": [100, 32]', b'"shape": [101, 32]', 1))
+        self.check(tmp_path / "m", "embed_tokens", "[101, 32]")
+
+    def test_a_layer_is_missing(self, tmp_path: Path) -> None:
+        self.check(make(tmp_path / "m", llama_shapes(3)), "4 layers", "none of layer 3")
+
+
+def test_the_single_file_wins_over_an_index(tmp_path: Path) -> None:
+    make_sharded(tmp_path / "m")
+    write_safetensors(tmp_path / "m" / "model.safetensors", llama_shapes())
+    assert [path.name for path in weight_files(tmp_path / "m")] == ["model.safetensors"]
