@@ -46,6 +46,14 @@ def load_config(model_dir: str | Path) -> PretrainedConfig:
     return config
 
 
+def per_layer(config: PretrainedConfig, name: str) -> list[Any]:
+    """A setting for each decoder layer; some architectures give layers their own head counts."""
+    try:
+        return [getattr(config, name, None)] * config.num_hidden_layers
+    except RuntimeError:  # transformers refuses to name one value where layers differ
+        return [getattr(config.per_layer_config[index], name, None) for index in range(config.num_hidden_layers)]
+
+
 def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class of the causal language model that this config describes.
 
@@ -210,6 +218,7 @@ __all__ = [
     "map_checkpoint",
     "merges_experts",
     "parameter_dtype",
+    "per_layer",
     "register_attention",
     "set_tensor",
     "tied_weights",

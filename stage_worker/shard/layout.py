@@ -58,9 +58,19 @@ def find_layout(model: nn.Module, config: object) -> Layout:
     names = [name for name in plan if hasattr(base, name)]
     lists = [name for name in names if isinstance(getattr(base, name), nn.ModuleList)]
     if len(lists) != 1 or len(getattr(base, lists[0])) != num_layers:
+        found = " and ".join(f"{len(getattr(base, name))} in {name!r}" for name in lists) or "none"
         raise UnsupportedModel(
-            f"{type(model).__name__}: its base_model_pp_plan names {lists or 'no list of layers'}, "
-            f"not one list of {num_layers} decoder layers"
+            f"{type(model).__name__} does not hold its {num_layers} layers of attention in one list of as many modules "
+            f"({found}): it cannot be split between them"
+        )
+    beside = [
+        name for name, child in base.named_children() if name not in names and any(True for _ in child.parameters())
+    ]
+    beside += [name for name, _ in base.named_parameters(recurse=False)]
+    if beside:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has weights beside embedding, layers, norm and head ({', '.join(beside)}): "
+            "what they do cannot be told apart by stage"
         )
     where = names.index(lists[0])
     return Layout(prefix, tuple(names[:where]), lists[0], tuple(names[where + 1 :]), num_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -19,6 +20,9 @@ from .model import ModelShard
 from .parallel import WHOLE, Cut, Parallel
 from .spec import ShardSpec
 from .support import check_supported
+from .verified import VERIFIED
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +44,8 @@ def load_shard(
     config = hf.load_config(spec.model_dir)
     check_supported(config)
     check_range(spec.first, spec.last, config.num_hidden_layers)
+    if config.model_type not in VERIFIED:
+        log.warning("model type %r was not tried when this version was made: compare its output", config.model_type)
     if spec.tp_size > 1 and (group is None or group.size != spec.tp_size or group.rank != spec.tp_rank):
         raise ConfigError(f"tp_size {spec.tp_size} needs a TP group of that size at rank {spec.tp_rank}")
     device = torch.device(spec.device)

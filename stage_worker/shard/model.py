@@ -154,9 +154,14 @@ class ModelShard:
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        is_causal: bool | None = None,
         **_kwargs: Any,
     ) -> tuple[Tensor, None]:
         """What transformers calls: `query` [1, N, T, D], `key` and `value` [1, K, T, D]; gives [1, T, N, Dv]."""
+        if attention_mask is not None:
+            raise UnsupportedModel(f"{type(module).__name__} makes an attention mask of its own, for dense keys only")
+        if is_causal is False or getattr(module, "is_causal", True) is False:
+            raise UnsupportedModel(f"{type(module).__name__} looks ahead: only causal attention can be served")
         shard: ModelShard = module.stagemesh_shard  # type: ignore[assignment]
         layer_idx: int = module.layer_idx  # type: ignore[assignment]
         return shard._attend(layer_idx, query, key, value, scaling, sliding_window, softcap, s_aux), None

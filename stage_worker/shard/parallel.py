@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.configuration_utils import PretrainedConfig
 
 from stagemesh.errors import ConfigError, UnsupportedModel
 
 from ..tp import TPGroup, even_range
+from .hf import per_layer
 from .layout import Layout
 
 _WITHOUT_COLLECTIVE = frozenset({"colwise", "packed_colwise", "packed_rowwise", "local_params", "replicate"})
@@ -34,7 +36,7 @@ _KNOWN = (
     | _REDUCE_OUTPUT
     | {"rowwise", "embedding_rowwise", "moe_identity_expert"}
 )
-_KV_PROJECTION = re.compile(r"(^|\.)(k_proj|v_proj)$")
+_KV_PROJECTION = re.compile(r"\.(\d+)\..*\b(k_proj|v_proj)$")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Parallel:
     def __init__(
         self,
         model: nn.Module,
-        config: object,
+        config: PretrainedConfig,
         layout: Layout,
         group: TPGroup | None,
         size: int,
@@ -128,9 +130,8 @@ class Parallel:
         return self._plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)) if self._plan else None
 
     def _kv_heads(self, module_name: str) -> int | None:
-        if not _KV_PROJECTION.search(module_name):
-            return None
-        kv_heads = getattr(self._config, "num_key_value_heads", None)
+        found = _KV_PROJECTION.search(module_name)
+        kv_heads = per_layer(self._config, "num_key_value_heads")[int(found[1])] if found else None
         return int(kv_heads) if kv_heads else None
 
     def _check(self) -> None:
@@ -143,7 +144,7 @@ class Parallel:
         check_heads(self._config, self._plan, self._size)
 
 
-def check_heads(config: object, plan: dict[str, str], size: int) -> None:
+def check_heads(config: PretrainedConfig, plan: dict[str, str], size: int) -> None:
     """Refuse a TP size that would cut a head in two.
 
     Raises:
@@ -152,17 +153,19 @@ def check_heads(config: object, plan: dict[str, str], size: int) -> None:
     cut_names = {name.rpartition(".")[2] for name, style in plan.items() if style == "colwise"}
     if not cut_names & {"q_proj", "q_b_proj", "query_key_value", "kv_b_proj", "qkv_proj"}:
         return
-    heads = int(getattr(config, "num_attention_heads", 1))
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads) if "k_proj" in cut_names else heads
+    all_heads = per_layer(config, "num_attention_heads")
+    all_kv_heads = per_layer(config, "num_key_value_heads") if "k_proj" in cut_names else all_heads
+    pairs = {(heads, kv_heads or heads) for heads, kv_heads in zip(all_heads, all_kv_heads, strict=True)}
 
     def fits(parts: int) -> bool:
-        return heads % parts == 0 and (kv_heads % parts == 0 or parts % kv_heads == 0)
+        return all(heads % parts == 0 and (kv_heads % parts == 0 or parts % kv_heads == 0) for heads, kv_heads in pairs)
 
     if not fits(size):
-        nearest = min((parts for parts in range(1, heads + 1) if fits(parts)), key=lambda parts: abs(parts - size))
+        candidates = range(1, max(heads for heads, _ in pairs) + 1)
+        nearest = min((parts for parts in candidates if fits(parts)), key=lambda parts: abs(parts - size))
+        counts = " or ".join(f"{heads} attention heads and {kv_heads} KV heads" for heads, kv_heads in sorted(pairs))
         raise ConfigError(
-            f"tensor parallel size {size} does not divide the {heads} attention heads and {kv_heads} KV heads: "
-            f"the nearest that works is {nearest}"
+            f"tensor parallel size {size} does not divide the model's {counts}: the nearest size that works is {nearest}"
         )
 
 

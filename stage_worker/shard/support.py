@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from stagemesh.errors import UnsupportedModel
 
+from .verified import VERIFIED
+
 _MIXERS = frozenset({"full_attention", "sliding_attention"})
 """Values of `layer_types` that go through the attention function with causal attention over pages."""
 
@@ -18,7 +20,10 @@ def check_supported(config: object) -> None:
     """
     reason = why_not(config)
     if reason is not None:
-        raise UnsupportedModel(f"model type {getattr(config, 'model_type', '?')!r} cannot be served: {reason}")
+        raise UnsupportedModel(
+            f"model type {getattr(config, 'model_type', '?')!r} cannot be served: {reason}. "
+            f"These can (docs/models.md): {', '.join(VERIFIED)}"
+        )
 
 
 def why_not(config: object) -> str | None:
@@ -34,6 +39,10 @@ def why_not(config: object) -> str | None:
         return "its layers share keys and values across a stage boundary"
     if getattr(config, "hidden_size_per_layer_input", 0):
         return "every layer takes inputs beside the hidden states"
+    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+        return "it has a vision or audio tower, and only text models are served"
+    if getattr(config, "use_bidirectional_attention", None) in {True, "all"}:
+        return "its attention looks ahead"
     rope = rope_types(config) & _ROPE_OF_THE_LONGEST
     if rope:
         return f"its rotary embedding ({', '.join(sorted(rope))}) depends on the longest position in a batch"
