@@ -206,11 +206,10 @@ class TcpTransport:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise TransportError("no file descriptors are left to accept a connection") from error
                 return
-            strangers = sum(not c.known for c in self._inbound.values())
-            if strangers >= _MAX_STRANGERS:
+            strangers = [c for c in self._inbound.values() if not c.known]
+            if len(strangers) >= _MAX_STRANGERS:  # the oldest goes: a right peer says who it is at once
                 self.refused_count += 1
-                sock.close()
-                continue
+                self._drop(strangers[0], TransportError("too many connections that do not say who they are"))
             connection = Inbound(sock, self, time.monotonic() + _PREAMBLE_TIMEOUT_S)
             self._inbound[sock.fileno()] = connection
             self._epoll.register(sock.fileno(), select.EPOLLIN)

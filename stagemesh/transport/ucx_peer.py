@@ -131,8 +131,8 @@ class UcxPeer:
             os.close(self.pidfd)
             self.pidfd = None
         if endpoint is not None and endpoint.alive:
-            # Forced: ends the requests under way, also a rendezvous that waits for a dead peer, which `close` would leave
-            # open. It takes microseconds.
+            # Forced: ends the requests under way, also a rendezvous that waits for a dead peer, which `close` would
+            # leave open. It takes microseconds.
             endpoint.close_blocking(_CLOSE_PERIOD_NS, 1)
 
 

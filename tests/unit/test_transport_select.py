@@ -66,6 +66,6 @@ def test_an_unknown_name_is_refused() -> None:
 
 def test_a_port_in_use_is_named() -> None:
     first = open_transport("tcp")
-    with pytest.raises(TransportError, match="127.0.0.1"):
+    with pytest.raises(TransportError, match=r"127\.0\.0\.1"):
         open_transport("tcp", port=getattr(first, "port"))  # noqa: B009
     first.close()

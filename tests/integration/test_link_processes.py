@@ -1,0 +1,223 @@
+"""Links between real processes: a peer that is killed, a sender that computes, the route that UCX really took."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
+
+from stagemesh.transport import Transport, open_transport
+
+CHILD = Path(__file__).with_name("link_child.py")
+HIDDEN, DTYPE, BIG_ROWS = 1024, torch.bfloat16, 4096
+needs_ucxx = pytest.mark.skipif(
+    importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed: UCX is NOT tested"
+)
+KINDS = [pytest.param("ucx", marks=needs_ucxx), pytest.param("ucx-tcp", marks=needs_ucxx), "tcp"]
+UCX_OVER_TCP = {"TLS": "tcp", "NET_DEVICES": "lo"}
+
+
+class Mesh:
+    """This process's transport and one child with a link to it."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.name = kind.partition("-")[0]
+        options = UCX_OVER_TCP if kind == "ucx-tcp" else None
+        self.transport: Transport = open_transport(self.name, ucx_options=options)
+        self.child: subprocess.Popen[str] | None = None
+        self.link: LinkSender | LinkReceiver | None = None
+
+    def start(self, role: str) -> LinkSender | LinkReceiver:
+        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        if self.kind == "ucx-tcp":
+            environment |= {f"UCX_{key}": value for key, value in UCX_OVER_TCP.items()}
+        self.child = subprocess.Popen(
+            [sys.executable, str(CHILD), role, self.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        address = bytes.fromhex(self.hear()["address"])
+        identity = LinkIdentity(int.from_bytes(os.urandom(4)), 1, os.urandom(16), HIDDEN, DTYPE)
+        self.tell(address=self.transport.address().hex(), nonce=identity.nonce, secret=identity.secret.hex())
+        link: LinkSender | LinkReceiver
+        if role == "receive":
+            link = LinkSender(self.transport, address, identity, timeout_s=20)
+            link.open_lane(0, 4)
+        else:
+            link = LinkReceiver(self.transport, address, identity, timeout_s=20)
+            link.open_lane(0, 4, BIG_ROWS * HIDDEN * 2)
+        self.link = link
+        self.drive(lambda: link.up, 20)
+        self.hear()
+        return link
+
+    def hear(self) -> dict[str, Any]:
+        assert self.child is not None
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline()
+        assert line, f"the child ended with {self.child.wait(10)}"
+        heard: dict[str, Any] = json.loads(line)
+        return heard
+
+    def tell(self, **what: object) -> None:
+        assert self.child is not None
+        assert self.child.stdin is not None
+        self.child.stdin.write(json.dumps(what) + "\n")
+        self.child.stdin.flush()
+
+    def drive(self, until: Callable[[], bool], timeout_s: float) -> float:
+        """Turn the loop; returns the seconds it took."""
+        began = time.monotonic()
+        while not until():
+            self.transport.progress()
+            if self.link is not None:
+                self.link.progress()
+            assert time.monotonic() - began < timeout_s, f"nothing within {timeout_s} s"
+        return time.monotonic() - began
+
+    def end(self) -> None:
+        if self.child is not None:
+            if self.child.poll() is None:
+                self.child.kill()
+            self.child.wait(10)
+            for stream in (self.child.stdin, self.child.stdout):
+                if stream is not None:
+                    stream.close()
+        link = self.link
+        if link is not None:
+            link.close()
+            self.drive(lambda: link.drained, 5)
+        self.transport.close()
+
+
+@pytest.fixture(params=KINDS)
+def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    mesh = Mesh(request.param)
+    yield mesh
+    mesh.end()
+
+
+def shared_memory_of(pid: int) -> set[str]:
+    """What a process has left: System V segments that it made, and POSIX ones named by UCX."""
+    segments = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+    return {row[1] for row in segments if int(row[4]) == pid} | {
+        f for f in os.listdir("/dev/shm") if "ucx" in f.lower()
+    }
+
+
+def kill(mesh: Mesh) -> None:
+    assert mesh.child is not None
+    os.kill(mesh.child.pid, signal.SIGKILL)
+
+
+def test_a_killed_sender_is_an_error_at_once(mesh: Mesh) -> None:
+    link = mesh.start("send")
+    assert isinstance(link, LinkReceiver)
+    for step in range(4):
+        link.post(0, step, (8, HIDDEN))
+    mesh.drive(lambda: link.ready(0, 0) is not None, 5)
+    kill(mesh)
+    took = mesh.drive(lambda: link.error is not None, 1.0)
+    print(f"{mesh.kind}: noticed after {took * 1e3:.1f} ms: {link.error}")
+    mesh.drive(lambda: link.drained, 1.0)
+
+
+@pytest.mark.parametrize("rows", [8, BIG_ROWS], ids=["small", "8 MiB"])
+def test_a_killed_receiver_is_an_error_at_once_and_frees_the_tensors(mesh: Mesh, rows: int) -> None:
+    """The large frames are not posted on the other side: a rendezvous is open when its partner dies."""
+    link = mesh.start("receive")
+    assert isinstance(link, LinkSender)
+    for step in range(10, 14):
+        link.send(0, step, torch.ones(rows, HIDDEN, dtype=DTYPE))
+    mesh.drive(lambda: not link.can_send(0), 5)
+    kill(mesh)
+    mesh.drive(lambda: link.error is not None, 1.0)
+    mesh.drive(lambda: link.drained, 1.0)
+    began = time.monotonic()
+    mesh.transport.close()
+    assert time.monotonic() - began < 1.0
+
+
+def test_a_killed_peer_wakes_a_sleeper(mesh: Mesh) -> None:
+    """The engine sleeps on the transport's descriptors when its neighbour dies."""
+    link = mesh.start("send")
+    poller = select.poll()
+    for fd, events in mesh.transport.fds():
+        poller.register(fd, events)
+    kill(mesh)
+    began = time.monotonic()
+    while link.error is None and time.monotonic() - began < 1.0:
+        happened = mesh.transport.progress()
+        link.progress()
+        if not happened and link.error is None and mesh.transport.arm():
+            poller.poll(1000)
+    assert time.monotonic() - began < 0.5
+    assert link.error is not None
+
+
+def test_a_killed_peer_leaves_no_shared_memory(mesh: Mesh) -> None:
+    link = mesh.start("send")
+    assert mesh.child is not None
+    kill(mesh)
+    mesh.drive(lambda: link.error is not None, 1.0)
+    mesh.end()
+    assert shared_memory_of(mesh.child.pid) == set()
+
+
+def test_a_second_worker_takes_the_place_of_a_killed_one(mesh: Mesh) -> None:
+    first = mesh.start("send")
+    kill(mesh)
+    mesh.drive(lambda: first.error is not None, 1.0)
+    mesh.drive(lambda: first.drained, 1.0)
+    assert mesh.child is not None
+    mesh.child.wait(10)
+    for stream in (mesh.child.stdin, mesh.child.stdout):
+        if stream is not None:
+            stream.close()
+    mesh.link = None
+    second = mesh.start("send")
+    assert isinstance(second, LinkReceiver)
+    second.post(0, 0, (8, HIDDEN))
+    mesh.drive(lambda: second.ready(0, 0) is not None, 5)
+
+
+def test_a_sender_deep_in_compute_still_delivers(mesh: Mesh) -> None:
+    """8 MiB from a sender that computes without a pause but calls `progress()` every 5 ms."""
+    link = mesh.start("busy")
+    assert isinstance(link, LinkReceiver)
+    link.post(0, 0, (BIG_ROWS, HIDDEN))
+    took = mesh.drive(lambda: link.ready(0, 0) is not None, 3.0)
+    tensor = link.ready(0, 0)
+    assert tensor is not None
+    assert torch.equal(tensor, torch.full((BIG_ROWS, HIDDEN), 7.0, dtype=DTYPE))
+    print(f"{mesh.kind}: 8 MiB in {took * 1e3:.0f} ms")
+
+
+def test_the_route_is_what_was_taken(mesh: Mesh) -> None:
+    link = mesh.start("send")
+    assert isinstance(link, LinkReceiver)
+    link.post(0, 0, (8, HIDDEN))
+    mesh.drive(lambda: link.ready(0, 0) is not None, 5)
+    assert mesh.child is not None
+    assert mesh.child.stdin is not None
+    mesh.child.stdin.write("\n")
+    mesh.child.stdin.flush()
+    expected = {"ucx": "shared memory", "ucx-tcp": "tcp", "tcp": "tcp"}[mesh.kind]
+    assert link.route == expected
+    assert mesh.hear() == {"route": expected}
+    assert mesh.child.wait(10) == 0
