@@ -15,7 +15,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
-from stagemesh import rpc
+from stagemesh import checkpoint, rpc
 from stagemesh.config import GatewaySettings
 from stagemesh.errors import (
     ConfigError,
@@ -62,15 +62,21 @@ class MeshEngine:
         self._live: dict[str, LiveRequest] = {}
         self._changed = asyncio.Event()
         self._wanted: types_pb2.PipelineView | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._following: asyncio.Task[None] | None = None
         metrics.register(self._bubbles)
         metrics.watch(self._load)
 
     # -- life -------------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Starts following the coordinator."""
-        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._keep_loop())]
+    def start(self) -> asyncio.Task[None]:
+        """Starts following the coordinator. The task ends only by a bug, which is then its exception."""
+        self._following = asyncio.create_task(self._follow())
+        return self._following
+
+    async def _follow(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch())
+            group.create_task(self._keep_loop())
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Takes nothing new, lets live requests finish for a while, then ends."""
@@ -78,9 +84,9 @@ class MeshEngine:
         deadline = time.monotonic() + drain_timeout_s
         while self._live and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
         if self._loop is not None:
             await self._loop.close()
 
@@ -255,9 +261,8 @@ class MeshEngine:
         if self.tokenizer is None:
             self.tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         if self.model is None:
-            self.model = ModelCard(
-                view.model.name, view.limits.max_model_len, self.tokenizer.vocab_size, int(time.time())
-            )
+            info = await asyncio.to_thread(checkpoint.inspect, path, "dummy")
+            self.model = ModelCard(view.model.name, view.limits.max_model_len, info.vocab_size, int(time.time()))
 
     async def _cross(self, loop: BatchLoop) -> None:
         """Sends a token across every stage; two, so that a decode step has run as well. Raises what stopped it."""

@@ -86,17 +86,21 @@ async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
     )
     http = _Http(config)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
-    engine.start()
+    following = engine.start()
     port = listener.getsockname()[1]
     process.tell_ready(ready_fd, port=port, grpc_port=grpc_server.port)
     log.info("HTTP on %s:%d, gRPC on %s:%d", settings.host, port, settings.host, grpc_server.port)
     health = asyncio.create_task(_tell_health(engine, grpc_server))
-    await asyncio.wait([asyncio.create_task(stop.wait()), serving], return_when=asyncio.FIRST_COMPLETED)
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait([stopped, serving, following], return_when=asyncio.FIRST_COMPLETED)
     health.cancel()
+    failure = following.exception() if following.done() and not following.cancelled() else None
     await grpc_server.set_serving(False)
     await engine.stop(settings.drain_timeout)
     http.should_exit = True
     await asyncio.gather(serving, grpc_server.stop(0.5))
+    if failure is not None:
+        raise failure
     return 0
 
 

@@ -42,18 +42,19 @@ class RunStream:
         call = self._channel.stream_stream(METHOD, response_deserializer=stage_pb2.RunResponse.FromString)(
             self._messages()
         )
+        responses = call.__aiter__()
         self.send(stage_pb2.RunRequest(open=request).SerializeToString())
         try:
             with rpc.mapped():
-                first = await asyncio.wait_for(call.read(), OPEN_TIMEOUT_S)
-            if first is grpc.aio.EOF:
-                raise StageLost(f"{self.who} closed the stream at once")
+                first = await asyncio.wait_for(anext(responses), OPEN_TIMEOUT_S)
+        except StopAsyncIteration as e:
+            raise StageLost(f"{self.who} closed the stream at once") from e
         except TimeoutError as e:
             call.cancel()
             raise StageLost(f"{self.who} did not open a session within {OPEN_TIMEOUT_S:.0f} s") from e
         if first.WhichOneof("message") == "ended":
             raise by_reason(first.ended.reason)(first.ended.message)
-        self._reader = asyncio.create_task(self._read(call))
+        self._reader = asyncio.create_task(self._read(call, responses))
         return first.opened
 
     def send(self, message: bytes) -> None:
@@ -67,10 +68,14 @@ class RunStream:
         while True:
             yield await self._outbox.get()
 
-    async def _read(self, call: grpc.aio.StreamStreamCall[bytes, stage_pb2.RunResponse]) -> None:
+    async def _read(
+        self,
+        call: grpc.aio.StreamStreamCall[bytes, stage_pb2.RunResponse],
+        responses: AsyncIterator[stage_pb2.RunResponse],
+    ) -> None:
         try:
             with rpc.mapped():
-                async for response in call:
+                async for response in responses:
                     if response.WhichOneof("message") == "result":
                         self._on_result(self.stage.stage, response.result)
                     elif response.WhichOneof("message") == "ended":

@@ -217,8 +217,8 @@ class ServeSettings(ModelSettings):
     """Requests that may wait for admission."""
     request_timeout: float = Field(600.0, gt=0)
     """Longest life of a request in seconds."""
-    drain_timeout: float = Field(4.0, ge=0)
-    """Seconds that running requests get to finish when `serve` is stopped."""
+    drain_timeout: float = Field(2.0, ge=0)
+    """Seconds that running requests get to finish when `serve` is stopped; 2 keeps the whole stop under 5 s."""
     start_timeout: float = Field(600.0, gt=0)
     """Seconds until a mesh that is not ready is given up."""
 

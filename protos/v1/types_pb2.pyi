@@ -157,7 +157,7 @@ class StageView(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., worker_id: _Optional[str] = ..., address: _Optional[str] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ..., tp_size: _Optional[int] = ..., generation: _Optional[int] = ..., num_pages: _Optional[int] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., route: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., tensor_bytes_read: _Optional[int] = ...) -> None: ...
 
 class PipelineView(_message.Message):
-    __slots__ = ("pipeline_id", "epoch", "state", "reason", "model", "limits", "stages")
+    __slots__ = ("pipeline_id", "epoch", "state", "reason", "model", "limits", "stages", "final")
     PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +165,7 @@ class PipelineView(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    FINAL_FIELD_NUMBER: _ClassVar[int]
     pipeline_id: str
     epoch: int
     state: PipelineState
@@ -172,7 +173,8 @@ class PipelineView(_message.Message):
     model: ModelRef
     limits: RunLimits
     stages: _containers.RepeatedCompositeFieldContainer[StageView]
-    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[PipelineState, str]] = ..., reason: _Optional[str] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., limits: _Optional[_Union[RunLimits, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ...) -> None: ...
+    final: bool
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[PipelineState, str]] = ..., reason: _Optional[str] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., limits: _Optional[_Union[RunLimits, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ..., final: bool = ...) -> None: ...
 
 class WorkerView(_message.Message):
     __slots__ = ("worker_id", "address", "pool", "tp_size", "device", "state", "loaded_bytes", "total_bytes", "layers", "version")

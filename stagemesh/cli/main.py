@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import stagemesh
+from stagemesh import process
 from stagemesh.config import (
     DEMO_MODEL,
     Base,
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
             add_flags(command, cls, leave_out=("model",))
         else:
             command.add_argument("--ready-fd", type=int, default=None, help=argparse.SUPPRESS)
+            command.add_argument("--parent-pid", type=int, default=None, help=argparse.SUPPRESS)
             add_flags(command, cls)
         command.add_argument("--config", metavar="FILE", help="YAML file of settings")
     status = commands.add_parser("status", help="show the mesh that a gateway sees")
@@ -87,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = given(namespace, cls)
         if namespace.command == "serve" and namespace.config and values["model"] == str(DEMO_MODEL):
             del values["model"]
+        if getattr(namespace, "parent_pid", None) is not None:
+            process.die_with_parent(namespace.parent_pid)
         settings = load(cls, file=namespace.config, given=values)
         return run(settings, getattr(namespace, "ready_fd", None))
     except StagemeshError as e:

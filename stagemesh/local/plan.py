@@ -1,0 +1,64 @@
+"""Which processes make the mesh that `serve` was asked for. Pure: settings in, settings out."""
+
+from __future__ import annotations
+
+import os
+
+from stagemesh.config import CoordinatorSettings, GatewaySettings, ModelSettings, ServeSettings, StageSettings
+
+LOOPBACK = "127.0.0.1"
+
+
+def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSettings:
+    """The coordinator, on a port that the system gives."""
+    shared = {name: getattr(serve, name) for name in ModelSettings.model_fields}
+    return CoordinatorSettings(
+        **shared,
+        host=LOOPBACK,
+        port=0,
+        pipeline_parallel_size=serve.pipeline_parallel_size,
+        layer_partition=serve.layer_partition,
+        transport=serve.transport,
+        steps_in_flight=serve.steps_in_flight,
+        state_dir=state_dir,
+    )
+
+
+def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSettings]:
+    """One worker a stage, and the standbys. Compute threads: the machine's cores, shared among the ranks."""
+    ranks = sum(serve.tp_sizes)
+    threads = max(1, (len(os.sched_getaffinity(0)) if serve.device != "cuda" else os.cpu_count() or 1) // ranks)
+    common = {
+        "coordinator": coordinator,
+        "host": LOOPBACK,
+        "device": serve.device,
+        "transport": serve.transport,
+        "kv_cache_gib": serve.kv_cache_gib,
+        "gpu_memory_utilization": serve.gpu_memory_utilization,
+        "threads": threads,
+        "drain_timeout": 0.0,
+    }
+    stages = [
+        StageSettings(**common, worker_id=f"stage-{i}", stage=i, tensor_parallel_size=size)
+        for i, size in enumerate(serve.tp_sizes)
+    ]
+    standbys = [
+        StageSettings(**common, worker_id=f"standby-{i}", tensor_parallel_size=max(serve.tp_sizes))
+        for i in range(serve.standby)
+    ]
+    return stages + standbys
+
+
+def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
+    """The gateway, the one process that may listen beyond loopback."""
+    return GatewaySettings(
+        coordinator=coordinator,
+        host=serve.host,
+        insecure=serve.insecure,
+        port=serve.port,
+        grpc_port=serve.grpc_port,
+        api_key=serve.api_key,
+        max_waiting=serve.max_waiting,
+        request_timeout=serve.request_timeout,
+        drain_timeout=serve.drain_timeout,
+    )

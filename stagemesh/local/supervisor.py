@@ -1,0 +1,167 @@
+"""`stagemesh serve`: a whole mesh on this machine, as processes that talk as they would on separate machines.
+
+The supervisor starts a coordinator, one worker a stage and a gateway, shows their progress, restarts what dies, and
+ends them all when it is told to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from stagemesh import process
+from stagemesh.config import ServeSettings
+from stagemesh.errors import ConfigError
+
+from .children import Child
+from .plan import LOOPBACK, coordinator_settings, gateway_settings, worker_settings
+from .progress import Progress, banner
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 0.1
+WORKERS_STOP_S = 1.5
+HTTP_TIMEOUT_S = 2.0
+
+
+def run(settings: ServeSettings) -> int:
+    """Serves until SIGTERM or Ctrl-C; returns the exit status. Raises ConfigError when the mesh cannot be built."""
+    process.set_title("serve")
+    process.set_up_logging("serve")
+    return asyncio.run(_Supervisor(settings).run())
+
+
+class _Supervisor:
+    def __init__(self, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.children: list[Child] = []
+        self.stop = asyncio.Event()
+        self.started_at = time.monotonic()
+        # On a terminal, bars and the banner tell the story; elsewhere the services' own log lines do.
+        quiet = sys.stderr.isatty() and "STAGEMESH_LOG_LEVEL" not in os.environ
+        self.env = {"STAGEMESH_LOG_LEVEL": "WARNING"} if quiet else {}
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(sig, self.stop.set)
+        with tempfile.TemporaryDirectory(prefix="stagemesh-serve-") as state_dir:
+            try:
+                await self._start(state_dir)
+                watching = asyncio.create_task(self._watch())
+                try:
+                    await self._until_ready(watching)
+                    await asyncio.wait(
+                        [watching, asyncio.create_task(self.stop.wait())], return_when=asyncio.FIRST_COMPLETED
+                    )
+                    if watching.done() and not self.stop.is_set():
+                        watching.result()
+                finally:
+                    watching.cancel()
+                    await asyncio.gather(watching, return_exceptions=True)
+            finally:
+                await self._end()
+        return 0
+
+    async def _start(self, state_dir: str) -> None:
+        coordinator = self._child("coordinator", "coordinator", coordinator_settings(self.settings, state_dir))
+        await coordinator.start()
+        coordinator.pin_ports()
+        address = f"{LOOPBACK}:{coordinator.ports['port']}"
+        for worker in worker_settings(self.settings, address):
+            self._child("stage", f"worker {worker.worker_id}", worker)
+        self._child("gateway", "gateway", gateway_settings(self.settings, address))
+        # Services import for seconds: all at once.
+        await asyncio.gather(*(child.start() for child in self.children[1:]))
+        for child in self.children[1:]:
+            child.pin_ports()
+
+    def _child(self, role: str, label: str, settings: Any) -> Child:
+        child = Child(role, label, settings, env=self.env)
+        self.children.append(child)
+        return child
+
+    async def _watch(self) -> None:
+        """Restarts what dies, each child on its own."""
+        await asyncio.gather(*(self._keep(child) for child in self.children))
+
+    async def _keep(self, child: Child) -> None:
+        while not self.stop.is_set():
+            if not child.alive:
+                await child.restart()
+            await asyncio.sleep(WATCH_S)
+
+    # -- readiness --------------------------------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """Where the gateway can be reached from this machine."""
+        host = self.settings.host if self.settings.host not in ("0.0.0.0", "::") else LOOPBACK
+        return f"http://{host}:{self.children[-1].ports['port']}"
+
+    async def _until_ready(self, watching: asyncio.Task[None]) -> None:
+        progress = Progress()
+        deadline = time.monotonic() + self.settings.start_timeout
+        mesh: dict[str, Any] = {}
+        try:
+            while not self.stop.is_set():
+                if watching.done():
+                    watching.result()
+                answer = await asyncio.to_thread(_get_json, f"{self.url}/mesh")
+                if answer is not None:
+                    mesh = answer
+                    progress.show(mesh.get("workers", []))
+                    if mesh["ready"]:
+                        break
+                    self._raise_if_hopeless(mesh)
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"the mesh is not ready after {self.settings.start_timeout:.0f} s: "
+                        f"{mesh.get('reason', 'the gateway does not answer')}"
+                    )
+                await asyncio.sleep(WATCH_S)
+        finally:
+            progress.close()
+        if not self.stop.is_set():
+            grpc_address = f"{self.settings.host}:{self.children[-1].ports['grpc_port']}"
+            text = banner(mesh, self.url, grpc_address, self.started_at, self.settings.api_key is not None)
+            print(text, flush=True)
+
+    @staticmethod
+    def _raise_if_hopeless(mesh: dict[str, Any]) -> None:
+        """A mesh that no waiting can form: say why and end, rather than look as if it were loading."""
+        for pipeline in mesh.get("pipelines", []):
+            if pipeline.get("final"):
+                raise ConfigError(pipeline["reason"])
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    async def _end(self) -> None:
+        """Gateway first, so that requests can finish; then workers and coordinator; then whatever is left, hard."""
+        self.stop.set()
+        gateway = [child for child in self.children if child.role == "gateway"]
+        rest = [child for child in self.children if child.role != "gateway"]
+        for children, timeout_s in ((gateway, self.settings.drain_timeout + 1.0), (rest, WORKERS_STOP_S)):
+            for child in children:
+                child.signal(signal.SIGTERM)
+            await asyncio.gather(*(child.wait(timeout_s) for child in children))
+        for child in self.children:
+            child.kill()
+
+
+def _get_json(url: str) -> dict[str, Any] | None:
+    try:
+        with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
+    except (OSError, ValueError):
+        return None
