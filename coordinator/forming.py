@@ -61,6 +61,8 @@ class Pipeline:
     serving_since: float = 0.0
     tried: int = -1
     """Membership version at which forming was last tried in vain."""
+    final: bool = False
+    """Down, and waiting will not help."""
     restored: v.StoredPlan | None = None
     """A plan from before a restart whose workers may still be active."""
 
@@ -111,7 +113,7 @@ class Former:
         try:
             chosen = choose(self.target, free, pipeline.last_stages)
         except CannotForm as e:
-            self._down(pipeline, str(e))
+            self._down(pipeline, str(e), final=e.final)
             return
         self._assign(pipeline, chosen)
 
@@ -169,7 +171,7 @@ class Former:
         try:
             links = [self._link(pipeline, stage) for stage in range(len(pipeline.stages) - 1)]
         except CannotForm as e:
-            self._down(pipeline, str(e))
+            self._down(pipeline, str(e), final=e.final)
             return
         self._actions.extend(links)
         if not links:
@@ -280,7 +282,7 @@ class Former:
         self._log(f"{pipeline.pipeline_id} epoch {pipeline.epoch} is over: {reason}", warning=True)
         self._publish()
 
-    def _down(self, pipeline: Pipeline, reason: str) -> None:
+    def _down(self, pipeline: Pipeline, reason: str, *, final: bool) -> None:
         if pipeline.state is not State.DOWN:
             self._version += 1  # its workers are free for others
         pipeline.tried = self._version
@@ -292,7 +294,7 @@ class Former:
                 reason = f"{pipeline.reason}; {reason}"
             self._new_epoch(pipeline, keep=set(), reason=reason)
             pipeline.stages = ()
-        pipeline.state, pipeline.phase, pipeline.reason = State.DOWN, Phase.IDLE, reason
+        pipeline.state, pipeline.phase, pipeline.reason, pipeline.final = State.DOWN, Phase.IDLE, reason, final
         self._log(f"{pipeline.pipeline_id} is down: {reason}", warning=was_up)
         self._publish()
 

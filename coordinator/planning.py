@@ -16,6 +16,11 @@ from .values import Limits, Range, StagePlan, Worker, WorkerInfo
 class CannotForm(Exception):
     """No pipeline can be formed from the workers there are; the text says why and what would help."""
 
+    def __init__(self, reason: str, *, final: bool = True) -> None:
+        """`final`: waiting will not help; settings, model or workers must change."""
+        super().__init__(reason)
+        self.final = final
+
 
 @dataclass(frozen=True)
 class Target:
@@ -73,7 +78,7 @@ def _anew(
     while True:
         placed = place(target.num_stages, candidates, holders=holders, refused=frozenset(refused))
         if placed.missing:
-            raise CannotForm(_why_missing(target, placed, by_id, refused))
+            raise _missing(target, placed, by_id, refused)
         try:
             ranges = _cut(target, placed)
         except ConfigError as e:
@@ -98,7 +103,7 @@ def _cut(target: Target, placed: Placement) -> list[Range]:
     return partition(target.cost, stage_kinds, target.layer_partition)
 
 
-def _why_missing(target: Target, placed: Placement, by_id: dict[str, Worker], refused: set[tuple[str, int]]) -> str:
+def _missing(target: Target, placed: Placement, by_id: dict[str, Worker], refused: set[tuple[str, int]]) -> CannotForm:
     refusals = [
         f"stage {stage}: {reason}"
         for name, worker in sorted(by_id.items())
@@ -106,7 +111,7 @@ def _why_missing(target: Target, placed: Placement, by_id: dict[str, Worker], re
         if stage in placed.missing and (name, stage) in refused
     ]
     if refusals:
-        return "; ".join(refusals)
+        return CannotForm("; ".join(refusals))
     stages = ("stage " if len(placed.missing) == 1 else "stages ") + ", ".join(map(str, placed.missing))
     verb = "has" if len(placed.missing) == 1 else "have"
     spare = [c for c in placed.standby if c.pool >= 0]
@@ -114,7 +119,7 @@ def _why_missing(target: Target, placed: Placement, by_id: dict[str, Worker], re
     if spare:
         hint += f"; left over: {', '.join(f'{c.worker_id} (bound to stage {c.pool})' for c in spare[:3])}"
     count = f"{len(by_id)} registered, {target.num_stages} stages"
-    return f"{stages} {verb} no worker ({count}): {hint}"
+    return CannotForm(f"{stages} {verb} no worker ({count}): {hint}", final=False)
 
 
 def transport(wanted: str, sender: WorkerInfo, receiver: WorkerInfo, *, ucx_failed: str = "") -> tuple[str, str]:

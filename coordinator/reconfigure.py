@@ -12,8 +12,9 @@ from . import values as v
 from .forming import Former, Phase, Pipeline, State
 from .planning import Target
 
-# After a restart: one lease, and the longest that a worker's channel may wait before it connects again.
-RECONNECT_S = 1.2
+# After a restart: one lease, and the longest that a worker may take to call again (its channel's back-off of 1 s and a
+# fifth, its own pause).
+RECONNECT_S = 1.6
 # A core that was not run for so long (a stopped process, a suspended machine) has heard no renewals.
 STALL_S = 0.3
 LOST_SHOWN = 64

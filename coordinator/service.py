@@ -12,6 +12,7 @@ from typing import Any
 import grpc.aio
 
 from stagemesh.errors import ConfigError, InvalidRequest, NotFound
+from stagemesh.protocol import check_protocol
 from stagemesh.protos.v1 import coordinator_pb2 as pb
 from stagemesh.protos.v1 import coordinator_pb2_grpc, types_pb2
 
@@ -24,7 +25,6 @@ from .views import mesh_view, worker_info
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = 1
 RENEW_S = 0.15
 TICK_S = 0.05
 PROGRESS_S = 0.2
@@ -92,11 +92,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
         """A worker joins."""
-        if request.protocol != PROTOCOL:
-            raise ConfigError(
-                f"worker {request.worker_id} ({request.version}) speaks protocol {request.protocol}, this coordinator "
-                f"{PROTOCOL}: run releases that agree"
-            )
+        check_protocol(request.protocol, f"worker {request.worker_id} ({request.version})")
         for field, bad in (
             ("worker_id", not request.worker_id),
             ("incarnation", not request.incarnation),

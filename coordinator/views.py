@@ -83,6 +83,7 @@ def pipeline_view(mesh: Mesh, pipeline: Pipeline, model: types_pb2.ModelRef) -> 
         epoch=pipeline.epoch,
         state=STATES[pipeline.state],
         reason=pipeline.reason,
+        final=pipeline.state is State.DOWN and pipeline.final,
         model=model,
         limits=limits(mesh.target.limits),
     )

@@ -13,13 +13,13 @@ import pytest
 from stagemesh.checkpoint import fingerprint, inspect, read_header, weight_files
 from stagemesh.errors import CheckpointError, UnsupportedModel
 
-H, I, V, L, N, K, D = 32, 64, 100, 4, 4, 2, 8  # hidden, MLP, vocabulary, layers, heads, KV heads, head size
+H, M, V, L, N, K, D = 32, 64, 100, 4, 4, 2, 8  # hidden, MLP, vocabulary, layers, heads, KV heads, head size
 
 
 def config(**changes: Any) -> dict[str, Any]:
     base = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": L, "hidden_size": H,
-        "intermediate_size": I, "num_attention_heads": N, "num_key_value_heads": K, "vocab_size": V,
+        "intermediate_size": M, "num_attention_heads": N, "num_key_value_heads": K, "vocab_size": V,
         "max_position_embeddings": 512, "tie_word_embeddings": False, "dtype": "float32",
     }  # fmt: skip
     return {**base, **changes}
@@ -31,8 +31,8 @@ def llama_shapes(layers: int = L, *, head: bool = True, prefix: str = "model.") 
         at = f"{prefix}layers.{i}."
         shapes |= {f"{at}self_attn.{n}_proj.weight": [K * D, H] for n in "kv"}
         shapes |= {f"{at}self_attn.q_proj.weight": [N * D, H], f"{at}self_attn.o_proj.weight": [H, N * D]}
-        shapes |= {f"{at}mlp.{n}_proj.weight": [I, H] for n in ("gate", "up")}
-        shapes |= {f"{at}mlp.down_proj.weight": [H, I], f"{at}input_layernorm.weight": [H]}
+        shapes |= {f"{at}mlp.{n}_proj.weight": [M, H] for n in ("gate", "up")}
+        shapes |= {f"{at}mlp.down_proj.weight": [H, M], f"{at}input_layernorm.weight": [H]}
         shapes |= {f"{at}post_attention_layernorm.weight": [H]}
     if head:
         shapes["lm_head.weight"] = [V, H]
@@ -70,7 +70,7 @@ def make_sharded(folder: Path) -> Path:
     return folder
 
 
-LAYER_MATRICES = 2 * K * D * H + 2 * N * D * H + 3 * I * H
+LAYER_MATRICES = 2 * K * D * H + 2 * N * D * H + 3 * M * H
 LAYER = LAYER_MATRICES + 2 * H
 
 
@@ -118,18 +118,18 @@ def test_a_nested_text_config_is_the_decoder(tmp_path: Path) -> None:
 def test_only_the_routed_experts_cost_flops(tmp_path: Path) -> None:
     shapes = {k: v for k, v in llama_shapes().items() if ".mlp." not in k}
     for i in range(L):
-        shapes |= {f"model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight": [I, H] for e in range(8)}
+        shapes |= {f"model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight": [M, H] for e in range(8)}
     info = inspect(make(tmp_path / "m", shapes, num_local_experts=8, num_experts_per_tok=2))
     attention = 2 * K * D * H + 2 * N * D * H
-    assert info.layers[0].parameters == attention + 2 * H + 8 * I * H
-    assert info.layers[0].flops_per_token == 2 * (attention + 2 * I * H)
+    assert info.layers[0].parameters == attention + 2 * H + 8 * M * H
+    assert info.layers[0].flops_per_token == 2 * (attention + 2 * M * H)
 
 
 def test_gpt_neox_names(tmp_path: Path) -> None:
     shapes = {"gpt_neox.embed_in.weight": [V, H], "embed_out.weight": [V, H], "gpt_neox.final_layer_norm.weight": [H]}
-    shapes |= {f"gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight": [I, H] for i in range(L)}
+    shapes |= {f"gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight": [M, H] for i in range(L)}
     info = inspect(make(tmp_path / "m", shapes, model_type="gpt_neox"))
-    assert info.layers[2].parameters == I * H
+    assert info.layers[2].parameters == M * H
     assert (info.embedding.parameters, info.head.parameters) == (V * H, V * H + H)
 
 

@@ -1,0 +1,89 @@
+"""The cost model: what streaming, computing, memory and KV come to, on numbers that a reader can check by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from stagemesh.checkpoint import CheckpointInfo, Part
+from stagemesh.coordinator.cost import NOMINAL_BYTES_PER_S, CostModel, Kind, kinds
+from stagemesh.coordinator.values import Limits, WorkerInfo
+
+LIMITS = Limits(
+    max_model_len=100, max_num_seqs=12, max_num_batched_tokens=64, page_size=16, num_pages=0, steps_in_flight=3
+)
+INFO = CheckpointInfo(
+    path="m", architecture="LlamaForCausalLM", model_type="llama", num_layers=4, hidden_size=8, vocab_size=50,
+    dtype="float32", max_position_embeddings=512, num_heads=4, num_kv_heads=2, head_dim=2, kv_elements_per_token=8,
+    tied=False, layers=(Part(4000, 1000, 2000.0),) * 4, embedding=Part(1600, 400), head=Part(1632, 408, 800.0),
+)  # fmt: skip
+STREAMS = Kind(1, 0, flops_per_s=1e12, bytes_per_s=1e6)  # bound by memory
+COMPUTES = Kind(1, 0, flops_per_s=1e5, bytes_per_s=1e12)  # bound by arithmetic
+
+
+def test_a_step_takes_the_longer_of_streaming_and_computing() -> None:
+    model = CostModel(INFO, LIMITS, "float32")
+    assert model.rows == 4  # 12 sequences spread over 3 steps in flight
+    assert model.layer_seconds(STREAMS)[0] == pytest.approx(4000 / 1e6)
+    assert model.layer_seconds(STREAMS, rows=64)[0] == pytest.approx(4000 / 1e6)
+    assert model.layer_seconds(COMPUTES)[0] == pytest.approx(4 * 2000 / 1e5)
+    assert model.layer_seconds(COMPUTES, rows=64)[0] == pytest.approx(64 * 2000 / 1e5)
+
+
+def test_the_ends_belong_to_the_first_and_the_last_stage() -> None:
+    model = CostModel(INFO, LIMITS, "float32")
+    layer, embed, head = 4000 / 1e6, 4 * 8 * 4 / 1e6, 1632 / 1e6
+    assert model.stage_seconds(STREAMS, 0, 2) == pytest.approx(2 * layer + embed)
+    assert model.stage_seconds(STREAMS, 2, 4) == pytest.approx(2 * layer + head)
+    assert model.stage_seconds(STREAMS, 1, 3) == pytest.approx(2 * layer)
+    assert model.stage_seconds(STREAMS, 0, 4) == pytest.approx(4 * layer + embed + head)
+
+
+def test_two_ranks_halve_a_layer() -> None:
+    model = CostModel(INFO, LIMITS, "float32")
+    two = dataclasses.replace(STREAMS, tp_size=2)
+    assert model.layer_seconds(two)[0] == pytest.approx(model.layer_seconds(STREAMS)[0] / 2)
+
+
+def test_memory_counts_weights_and_whole_pages_of_kv() -> None:
+    model = CostModel(INFO, LIMITS, "bfloat16")
+    tokens = 7 * 16  # 100 tokens in whole pages
+    assert model.kv_bytes_per_token(STREAMS) == 8 * 2
+    assert model.layer_memory(STREAMS)[0] == 1000 * 2 + 16 * tokens
+    assert model.layer_memory(STREAMS, max_model_len=10)[0] == 1000 * 2 + 16 * 16
+
+
+def test_pages_asked_for_by_number_are_counted() -> None:
+    model = CostModel(INFO, dataclasses.replace(LIMITS, num_pages=100), "bfloat16")
+    assert model.layer_memory(STREAMS)[0] == 1000 * 2 + 16 * 1600
+
+
+def test_kv_heads_fewer_than_ranks_are_replicated() -> None:
+    model = CostModel(INFO, LIMITS, "float32")
+    per_rank = [model.kv_bytes_per_token(dataclasses.replace(STREAMS, tp_size=n)) for n in (1, 2, 4)]
+    assert per_rank == [32, 16, 16]
+
+
+def test_a_range_fits_or_not() -> None:
+    model = CostModel(INFO, LIMITS, "float32")
+    need = model.stage_memory(STREAMS, 0, 2)
+    assert model.fits(dataclasses.replace(STREAMS, memory_bytes=int(need) + 1), 0, 2)
+    assert not model.fits(dataclasses.replace(STREAMS, memory_bytes=int(need) - 1), 0, 2)
+    assert model.fits(dataclasses.replace(STREAMS, memory_bytes=0), 0, 4)  # unknown: the worker decides itself
+
+
+def worker(name: str, rate: float) -> WorkerInfo:
+    return WorkerInfo(name, 1, "a:1", bytes_per_s=rate, flops_per_s=1e11)
+
+
+def test_measurements_that_are_close_are_one_kind() -> None:
+    a, b, c = kinds([worker("a", 10e9), worker("b", 11.9e9), worker("c", 20e9)])
+    assert a == b
+    assert a.bytes_per_s == 10e9
+    assert c.bytes_per_s == 20e9
+
+
+def test_a_rate_that_was_not_measured_is_nominal() -> None:
+    (only,) = kinds([worker("a", 0.0)])
+    assert only.bytes_per_s == NOMINAL_BYTES_PER_S

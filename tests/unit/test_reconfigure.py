@@ -1,0 +1,656 @@
+"""The coordinator's core: single stories first, then random ones that must keep what everybody relies on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import TypeVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from stagemesh.checkpoint import CheckpointInfo, Part
+from stagemesh.coordinator import values as v
+from stagemesh.coordinator.cost import CostModel
+from stagemesh.coordinator.forming import Phase, State
+from stagemesh.coordinator.nonce import Nonces
+from stagemesh.coordinator.planning import Target
+from stagemesh.coordinator.reconfigure import Mesh
+
+LAYERS, REVISION, LEASE_S = 6, "f" * 64, 0.6
+LIMITS = v.Limits(64, 4, 32, 16, 0, 3)
+INFO = CheckpointInfo(
+    path="m", architecture="A", model_type="llama", num_layers=LAYERS, hidden_size=8, vocab_size=50, dtype="float32",
+    max_position_embeddings=512, num_heads=2, num_kv_heads=2, head_dim=4, kv_elements_per_token=16, tied=False,
+    layers=(Part(4000, 1000, 2000.0),) * LAYERS, embedding=Part(), head=Part(),
+)  # fmt: skip
+BOTH = (("tcp", (b"t",)), ("ucx", (b"u",)))
+A = TypeVar("A")
+
+
+def target(stages: int = 2, **changes: object) -> Target:
+    base = Target(CostModel(INFO, LIMITS, "float32"), stages, LIMITS, REVISION, terms="terms")
+    return dataclasses.replace(base, **changes)
+
+
+class World:
+    """The core with a clock, and the workers' answers as a test wants them."""
+
+    def __init__(self, goal: Target | None = None, **kwargs: object) -> None:
+        self.now = 100.0
+        goal = goal or target()
+        self.mesh = Mesh(goal, now=self.now, nonce=Nonces(1).next, lease_s=LEASE_S, **kwargs)  # type: ignore[arg-type]
+        self.actions: list[v.Action] = []
+        self.lives: Counter[str] = Counter()
+
+    @property
+    def pipeline(self) -> object:
+        return self.mesh.pipelines["pipeline-0"]
+
+    def send(self, event: v.Event) -> list[v.Action]:
+        """One event; its actions are kept too."""
+        done = self.mesh.handle(event, self.now)
+        self.actions += done
+        return done
+
+    def took(self, kind: type[A]) -> list[A]:
+        """Actions of a kind since last asked, and forgets all of them."""
+        found = [a for a in self.actions if isinstance(a, kind)]
+        self.actions.clear()
+        return found
+
+    def join(self, name: str, pool: int = -1, tp: int = 1, *, same_life: bool = False, **changes: object) -> None:
+        if not same_life:
+            self.lives[name] += 1
+        transports = tuple((n, a * tp) for n, a in BOTH)
+        info = v.WorkerInfo(
+            name, self.lives[name], f"{name}:1", pool, tp, bytes_per_s=1e10, flops_per_s=1e11, transports=transports
+        )
+        self.send(v.WorkerRegistered(dataclasses.replace(info, **changes)))
+
+    def lose(self, name: str) -> None:
+        self.send(v.WorkerLost(name, self.lives[name], "its keep-alive stream ended"))
+
+    def load(self, stage: int, *, pages: int = 4, revision: str = REVISION, epoch: int | None = None) -> None:
+        done = v.Loaded(pages, 10, 20, revision)
+        self.send(v.AssignDone("pipeline-0", self.epoch if epoch is None else epoch, stage, done))
+
+    def link(self, stage: int, epoch: int | None = None) -> None:
+        self.send(v.LinkUp("pipeline-0", self.epoch if epoch is None else epoch, stage, "shared memory"))
+
+    def ack(self, stage: int, epoch: int | None = None) -> None:
+        self.send(v.Activated("pipeline-0", self.epoch if epoch is None else epoch, stage))
+
+    def fail(self, stage: int, what: str, reason: str = "boom", **flags: bool) -> None:
+        self.send(v.StepFailed("pipeline-0", self.epoch, stage, what, reason, **flags))
+
+    def serve(self) -> None:
+        """From assigned to serving."""
+        stages = len(self.mesh.pipelines["pipeline-0"].stages)
+        for stage in range(stages):
+            self.load(stage)
+        for stage in range(stages - 1):
+            self.link(stage)
+        for stage in range(stages):
+            self.ack(stage)
+
+    def wait(self, seconds: float, *alive: str) -> None:
+        """Time passes in ticks of 50 ms; `alive` workers renew."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now += 0.05
+            for name in alive:
+                self.send(v.LeaseRenewed(name, self.lives[name]))
+            self.send(v.Tick())
+
+    @property
+    def epoch(self) -> int:
+        return self.mesh.pipelines["pipeline-0"].epoch
+
+    @property
+    def state(self) -> State:
+        return self.mesh.pipelines["pipeline-0"].state
+
+    @property
+    def reason(self) -> str:
+        return self.mesh.pipelines["pipeline-0"].reason
+
+    @property
+    def final(self) -> bool:
+        return self.mesh.pipelines["pipeline-0"].final
+
+    @property
+    def holders(self) -> list[str]:
+        return [plan.worker_id for plan in self.mesh.pipelines["pipeline-0"].stages]
+
+
+def serving(*extra: str, stages: int = 2, **kwargs: object) -> World:
+    world = World(target(stages), **kwargs)
+    for name in ("a", "b", "c")[:stages] + extra:
+        world.join(name)
+    world.serve()
+    assert world.state is State.SERVING
+    world.actions.clear()
+    return world
+
+
+class TestForming:
+    def test_waits_until_every_stage_has_a_worker(self) -> None:
+        world = World()
+        world.join("a")
+        assert (world.state, world.took(v.Assign)) == (State.DOWN, [])
+        assert "stage 1 has no worker" in world.reason
+        assert not world.final
+        world.join("b")
+        assert world.state is State.FORMING
+        assert [(a.plan.worker_id, a.plan.layers, a.address) for a in world.took(v.Assign)] == [
+            ("a", (0, 3), "a:1"),
+            ("b", (3, 6), "b:1"),
+        ]
+
+    def test_assign_then_links_then_activate_then_publish(self) -> None:
+        world = World(target(3))
+        for name in "abc":
+            world.join(name)
+        world.took(v.Assign)
+        world.load(0), world.load(2)
+        assert world.took(v.MakeLink) == []
+        world.load(1)
+        assert [(m.stage, m.transport, m.receiver_id) for m in world.took(v.MakeLink)] == [
+            (0, "ucx", "b"),
+            (1, "ucx", "c"),
+        ]
+        world.link(1)
+        assert world.took(v.Activate) == []
+        world.link(0)
+        assert [a.stage for a in world.took(v.Activate)] == [0, 1, 2]
+        world.ack(0), world.ack(2)
+        assert world.state is State.FORMING
+        world.ack(1)
+        assert (world.state, world.reason) == (State.SERVING, "")
+
+    def test_the_epoch_is_written_down_before_anyone_hears_of_it_and_the_plan_before_it_is_published(self) -> None:
+        world = World()
+        world.join("a"), world.join("b")
+        kinds = [type(a) for a in world.actions]
+        assert kinds.index(v.PersistEpoch) < kinds.index(v.Assign)
+        world.load(0), world.load(1), world.link(0), world.ack(0)
+        world.actions.clear()
+        world.ack(1)
+        kinds = [type(a) for a in world.actions]
+        assert kinds.index(v.PersistPlan) < kinds.index(v.Publish)
+
+    def test_one_stage_needs_no_link(self) -> None:
+        world = World(target(1))
+        world.join("a")
+        world.load(0)
+        assert [a.stage for a in world.took(v.Activate)] == [0]
+        world.ack(0)
+        assert world.state is State.SERVING
+
+    def test_a_link_to_more_ranks_has_a_nonce_for_each_receiving_rank(self) -> None:
+        world = World()
+        world.join("a", 0, tp=2), world.join("b", 1, tp=4)
+        world.load(0), world.load(1)
+        (link,) = world.took(v.MakeLink)
+        assert len(set(link.nonces)) == 4
+        assert all(0 < nonce < 1 << 32 for nonce in link.nonces)
+        assert link.sender_rank_addresses == (b"u", b"u") or len(link.sender_rank_addresses) == 2
+
+    def test_progress_is_published_without_haste(self) -> None:
+        world = World()
+        world.join("a"), world.join("b")
+        world.actions.clear()
+        world.send(v.AssignProgress("pipeline-0", world.epoch, 1, 5, 10))
+        assert world.took(v.Publish) == [v.Publish(urgent=False)]
+        assert world.mesh.workers["b"].progress == v.Progress(5, 10)
+
+    def test_standbys_are_left_alone(self) -> None:
+        world = serving("spare")
+        assert world.holders == ["a", "b"]
+
+
+class TestTransport:
+    def form(self, wanted: str, first: tuple[str, ...], second: tuple[str, ...]) -> World:
+        world = World(target(transport=wanted))
+        for name, has in (("a", first), ("b", second)):
+            world.join(name, transports=tuple((n, a) for n, a in BOTH if n in has))
+        world.actions.clear()
+        world.load(0), world.load(1)
+        return world
+
+    def test_auto_falls_back_with_a_warning_that_says_why(self) -> None:
+        world = self.form("auto", ("tcp", "ucx"), ("tcp",))
+        (warning,) = [a.message for a in world.actions if isinstance(a, v.Log) and a.warning]
+        assert "b did not open ucx" in warning
+        assert [m.transport for m in world.took(v.MakeLink)] == ["tcp"]
+
+    def test_tcp_when_asked_for_is_no_warning(self) -> None:
+        world = self.form("tcp", ("tcp", "ucx"), ("tcp", "ucx"))
+        assert not [a for a in world.actions if isinstance(a, v.Log) and a.warning]
+        assert [m.transport for m in world.took(v.MakeLink)] == ["tcp"]
+
+    def test_ucx_asked_for_and_missing(self) -> None:
+        world = self.form("ucx", ("tcp", "ucx"), ("tcp",))
+        assert (world.state, world.final) == (State.DOWN, True)
+        assert "b did not open it" in world.reason
+
+    def test_nothing_in_common(self) -> None:
+        world = self.form("auto", ("ucx",), ("tcp",))
+        assert world.state is State.DOWN
+        assert "no transport in common" in world.reason
+
+    def test_auto_gives_ucx_up_between_two_workers_where_it_failed_twice(self) -> None:
+        world = self.form("auto", ("tcp", "ucx"), ("tcp", "ucx"))
+        for _ in range(2):
+            assert [m.transport for m in world.took(v.MakeLink)] == ["ucx"]
+            world.fail(0, "link", "handshake timed out", transport_failed=True)
+            world.wait(2.5, "a", "b")
+            world.load(0), world.load(1)
+        assert any("handshake timed out" in a.message for a in world.actions if isinstance(a, v.Log) and a.warning)
+        assert [m.transport for m in world.took(v.MakeLink)] == ["tcp"]
+
+
+class TestLoss:
+    def test_the_next_worker_takes_over_and_the_others_keep_their_layers(self) -> None:
+        world = serving("spare")
+        before = world.epoch
+        world.lose("b")
+        assert (world.state, world.epoch) == (State.FORMING, before + 1)
+        assert [(a.plan.worker_id, a.plan.layers) for a in world.took(v.Assign)] == [("a", (0, 3)), ("spare", (3, 6))]
+        world.serve()
+        assert world.state is State.SERVING
+
+    def test_without_another_the_pipeline_is_down_and_says_why(self) -> None:
+        world = serving()
+        before = world.epoch
+        world.lose("b")
+        assert (world.state, world.epoch, world.final) == (State.DOWN, before + 1, False)
+        assert "stage 1: worker b is lost: its keep-alive stream ended" in world.reason
+        assert [(r.worker_id, r.epoch) for r in world.took(v.Release)] == [("a", before)]
+        world.join("b")
+        assert (world.state, world.epoch) == (State.FORMING, before + 2)
+
+    def test_a_lease_that_runs_out(self) -> None:
+        world = serving()
+        world.wait(0.5, "a")
+        assert world.state is State.SERVING
+        world.wait(0.15, "a")
+        assert world.state is State.DOWN
+        assert "worker b is lost: its lease of 600 ms ran out" in world.reason
+        assert not world.mesh.knows("b", 1)
+
+    def test_nobody_is_lost_when_the_coordinator_itself_stood_still(self) -> None:
+        world = serving()
+        world.now += 30.0
+        world.send(v.Tick())
+        assert world.state is State.SERVING
+        world.wait(0.7)
+        assert world.state is State.DOWN
+
+    def test_a_new_life_of_a_worker_is_a_loss_of_the_old_one(self) -> None:
+        world = serving()
+        before = world.epoch
+        world.join("b")
+        assert (world.state, world.epoch) == (State.FORMING, before + 1)
+        assert world.mesh.pipelines["pipeline-0"].stages[1].incarnation == 2
+
+    def test_the_end_of_an_old_life_is_no_news(self) -> None:
+        world = serving()
+        world.join("b")
+        world.serve()
+        world.send(v.WorkerLost("b", 1, "late"))
+        assert world.state is State.SERVING
+
+    def test_a_standby_that_goes_changes_nothing(self) -> None:
+        world = serving("spare")
+        before = world.epoch
+        world.lose("spare")
+        assert (world.state, world.epoch) == (State.SERVING, before)
+
+    def test_a_worker_lost_while_forming(self) -> None:
+        world = World()
+        for name in ("a", "b", "spare"):
+            world.join(name)
+        first = world.epoch
+        world.load(0)
+        world.lose("b")
+        assert world.holders == ["a", "spare"]
+        world.load(1, epoch=first)  # late news of the attempt before
+        assert world.mesh.pipelines["pipeline-0"].loaded == {}
+
+    def test_orders_of_a_past_epoch_are_cancelled(self) -> None:
+        world = serving("spare")
+        world.lose("b")
+        assert max(f.epoch for f in world.took(v.Forget)) == world.epoch
+
+
+class TestFailures:
+    def test_a_passing_failure_is_tried_again_with_growing_pauses(self) -> None:
+        world = World()
+        world.join("a"), world.join("b")
+        pauses = []
+        for _ in range(6):
+            world.fail(1, "assign", "cannot be reached")
+            assert (world.state, world.reason) == (State.FORMING, "stage 1: cannot be reached")
+            before, at = world.epoch, world.now
+            while world.epoch == before:
+                world.wait(0.05, "a", "b")
+            pauses.append(round(world.now - at, 1))
+        assert pauses == [0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+        world.serve()
+        assert world.state is State.SERVING
+
+    def test_a_final_failure_is_not_tried_again_with_the_same_worker(self) -> None:
+        world = World()
+        world.join("a"), world.join("b")
+        world.actions.clear()
+        world.fail(1, "assign", "tensor model.norm.weight is missing", final=True)
+        assert (world.state, world.final) == (State.DOWN, True)
+        assert "stage 1: worker b cannot assign: tensor model.norm.weight is missing" in world.reason
+        before = world.epoch
+        world.wait(10, "a", "b")
+        assert (world.epoch, world.took(v.Assign)) == (before, [])
+        world.join("spare")
+        assert [a.plan.worker_id for a in world.took(v.Assign)] == ["a", "spare"]
+
+    def test_a_new_life_of_the_worker_is_asked_again(self) -> None:
+        world = World()
+        world.join("a"), world.join("b")
+        world.fail(1, "assign", "no such file", final=True)
+        world.join("b")
+        assert world.holders == ["a", "b"]
+
+    def test_another_revision_is_refused_and_all_are_named(self) -> None:
+        world = World()
+        world.join("a"), world.join("b")
+        world.load(0)
+        world.load(1, revision="0123456789abcdef")
+        assert (world.state, world.final) == (State.DOWN, True)
+        for word in ("worker b", "0123456789ab", "coordinator and a", REVISION[:12]):
+            assert word in world.reason
+
+    def test_too_few_pages_for_one_sequence(self) -> None:
+        world = World()
+        world.join("a"), world.join("b")
+        world.load(0, pages=4)
+        world.load(1, pages=3)
+        assert world.state is State.DOWN
+        for word in ("stage 1", "worker b", "3 KV pages of 16", "--max-model-len 64 needs 4", "--max-model-len 48"):
+            assert word in world.reason
+
+    def test_a_broken_link_waits_a_moment_for_the_neighbours_death(self) -> None:
+        world = serving("spare")
+        before = world.epoch
+        world.send(v.LinkBroken("a", "pipeline-0", before, "peer reset"))
+        assert (world.state, world.reason) == (State.FORMING, "stage 0: a link broke: peer reset")
+        assert world.took(v.Assign) == []
+        world.lose("b")
+        assert world.holders == ["a", "spare"]
+
+    def test_a_broken_link_between_two_that_live_is_made_anew(self) -> None:
+        world = serving()
+        before = world.epoch
+        world.send(v.LinkBroken("a", "pipeline-0", before, "peer reset"))
+        world.wait(0.3, "a", "b")
+        assert (world.epoch, world.holders) == (before + 1, ["a", "b"])
+        world.send(v.LinkBroken("b", "pipeline-0", before, "late news"))
+        world.serve()
+        assert world.state is State.SERVING
+
+    def test_a_model_that_does_not_fit(self) -> None:
+        world = World()
+        world.join("a", memory_bytes=10_000), world.join("b", memory_bytes=10_000)
+        assert (world.state, world.final) == (State.DOWN, True)
+        assert "does not fit 2 stages" in world.reason
+        world.join("big", memory_bytes=10_000_000), world.join("bigger", memory_bytes=10_000_000)
+        assert sorted(world.holders) == ["big", "bigger"]
+
+
+class TestDrain:
+    def test_keeps_the_epoch_and_takes_nothing_new_until_the_worker_goes(self) -> None:
+        world = serving("spare")
+        before = world.epoch
+        world.send(v.DrainRequested("b"))
+        assert (world.state, world.epoch) == (State.DRAINING, before)
+        assert "stage 1: worker b drains" in world.reason
+        world.wait(5, "a", "b", "spare")
+        assert world.state is State.DRAINING
+        world.lose("b")
+        assert (world.holders, world.epoch) == (["a", "spare"], before + 1)
+
+    def test_a_draining_worker_gets_no_stage(self) -> None:
+        world = World()
+        world.join("a")
+        world.send(v.DrainRequested("a"))
+        world.join("b")
+        assert world.state is State.DOWN
+        world.join("c")
+        assert sorted(world.holders) == ["b", "c"]
+
+    def test_while_forming_the_others_go_on_without_it(self) -> None:
+        world = World()
+        for name in ("a", "b", "spare"):
+            world.join(name)
+        world.send(v.DrainRequested("a"))
+        assert sorted(world.holders) == ["b", "spare"]
+
+
+class TestRestart:
+    def restart(self, old: World, **kwargs: object) -> World:
+        """A coordinator that knows only what was written down."""
+        plan = v.StoredPlan(
+            "pipeline-0",
+            old.epoch,
+            old.mesh.pipelines["pipeline-0"].stages,
+            tuple(old.mesh.pipelines["pipeline-0"].loaded[s] for s in range(2)),
+            ("shared memory", ""),
+            "terms",
+        )
+        new = World(epochs={"pipeline-0": old.epoch}, plans={"pipeline-0": plan}, **kwargs)
+        new.lives = old.lives
+        return new
+
+    def held(self, world: World, name: str, *, active: bool = True) -> tuple[v.Held, ...]:
+        return tuple(
+            v.Held("pipeline-0", world.epoch, p.stage, p.layers, p.generation, active, REVISION)
+            for p in world.mesh.pipelines["pipeline-0"].stages
+            if p.worker_id == name
+        )
+
+    def test_a_pipeline_whose_workers_are_all_active_goes_on_unchanged(self) -> None:
+        old = serving()
+        new = self.restart(old)
+        assert new.mesh.restoring
+        new.join("a", same_life=True, held=self.held(old, "a"))
+        assert new.mesh.restoring
+        new.join("b", same_life=True, held=self.held(old, "b"))
+        assert not new.mesh.restoring
+        assert (new.state, new.epoch, new.holders) == (State.SERVING, old.epoch, ["a", "b"])
+        assert new.took(v.Assign) + new.took(v.Release) == []
+        assert new.mesh.pipelines["pipeline-0"].routes[0] == "shared memory"
+
+    def test_one_that_does_not_come_back_is_waited_for_then_replaced(self) -> None:
+        old = serving()
+        new = self.restart(old)
+        new.join("a", same_life=True, held=self.held(old, "a"))
+        new.join("spare")
+        new.wait(LEASE_S, "a", "spare")
+        assert (new.state, new.took(v.Assign)) == (State.DOWN, [])
+        new.wait(2.0, "a", "spare")
+        assert (new.epoch, new.holders) == (old.epoch + 1, ["a", "spare"])
+
+    @pytest.mark.parametrize("how", ["new life", "not active", "holds nothing"])
+    def test_one_that_lost_its_stage_ends_the_waiting(self, how: str) -> None:
+        old = serving()
+        new = self.restart(old)
+        new.join("a", same_life=True, held=self.held(old, "a"))
+        if how == "new life":
+            new.join("b")
+        else:
+            new.join("b", same_life=True, held=self.held(old, "b", active=False) if how == "not active" else ())
+        assert (new.state, new.epoch) == (State.FORMING, old.epoch + 1)
+        assert ("a", old.epoch) in [(r.worker_id, r.epoch) for r in new.took(v.Release)]
+
+    def test_other_terms_are_another_pipeline(self) -> None:
+        old = serving()
+        new = self.restart(old, goal=target(terms="other"))
+        assert not new.mesh.restoring
+        new.join("a", same_life=True, held=self.held(old, "a"))
+        new.join("b", same_life=True, held=self.held(old, "b"))
+        assert (new.state, new.epoch) == (State.FORMING, old.epoch + 1)
+
+    def test_an_epoch_that_only_a_worker_remembers_is_passed(self) -> None:
+        world = World()
+        world.join("a", held=(v.Held("pipeline-0", 41, 0, (0, 3), 7, True, REVISION),))
+        world.join("b")
+        assert world.epoch == 42
+        assert ("a", 41) in [(r.worker_id, r.epoch) for r in world.took(v.Release)]
+
+    def test_a_later_epoch_heard_while_serving_makes_a_still_later_one(self) -> None:
+        world = serving()
+        world.join("late", held=(v.Held("pipeline-0", 90, 0, (0, 3), 7, True, REVISION),))
+        assert (world.state, world.epoch) == (State.FORMING, 91)
+
+    def test_registering_again_in_the_same_life_changes_nothing_if_it_still_holds_its_stage(self) -> None:
+        world = serving()
+        before = world.epoch
+        world.join("b", same_life=True, held=self.held(world, "b"))
+        assert (world.state, world.epoch) == (State.SERVING, before)
+        world.join("b", same_life=True)
+        assert (world.state, world.epoch) == (State.FORMING, before + 1)
+
+
+NAMES = ("a", "b", "c", "d")
+
+
+class Stories(RuleBasedStateMachine):
+    """Random events, timely and late, against what gateways and workers rely on."""
+
+    @initialize(stages=st.integers(1, 3))
+    def start(self, stages: int) -> None:
+        self.world = World(target(stages), pipeline_ids=("pipeline-0", "pipeline-1"))
+        self.stages = stages
+        self.assigned: dict[tuple[str, int], dict[int, v.Assign]] = {}
+        self.acked: dict[tuple[str, int], set[int]] = {}
+        self.persisted: dict[str, int] = {}
+        self.highest: dict[str, int] = {}
+        self.nonces: list[int] = []
+        self.seen = 0
+
+    def check(self) -> None:
+        """Every action that came since the last look."""
+        world = self.world
+        for action in world.actions[self.seen :]:
+            match action:
+                case v.PersistEpoch(name, epoch):
+                    assert epoch > self.persisted.get(name, 0), "epochs rise strictly"
+                    self.persisted[name] = epoch
+                case v.Assign():
+                    key = (action.pipeline_id, action.epoch)
+                    assert self.persisted[action.pipeline_id] == action.epoch, "written down before it is told"
+                    held = self.assigned.setdefault(key, {})
+                    assert action.plan.stage not in held
+                    assert action.plan.worker_id not in [a.plan.worker_id for a in held.values()]
+                    held[action.plan.stage] = action
+                    self.nonces.append(action.plan.generation)
+                case v.MakeLink():
+                    self.nonces += action.nonces
+                case v.Activate():
+                    assert len(self.assigned[action.pipeline_id, action.epoch]) == self.stages
+                case v.PersistPlan(plan):
+                    key = (plan.pipeline_id, plan.epoch)
+                    assert self.acked.get(key, set()) == set(range(self.stages)), "serves before every ack"
+        self.seen = len(world.actions)
+
+    def send(self, event: v.Event) -> None:
+        self.world.send(event)
+        self.check()
+
+    @rule(name=st.sampled_from(NAMES), pool=st.sampled_from((-1, -1, 0, 1)), held=st.integers(0, 30))
+    def register(self, name: str, pool: int, held: int) -> None:
+        claims = (v.Held("pipeline-0", held, 0, (0, 3), 1, True, REVISION),) if held > 28 else ()
+        self.world.join(name, pool, held=claims)
+        self.check()
+
+    @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
+    def lose(self, name: str, back: int) -> None:
+        self.send(v.WorkerLost(name, self.world.lives[name] - back, "gone"))
+
+    @rule(name=st.sampled_from(NAMES))
+    def drain(self, name: str) -> None:
+        self.send(v.DrainRequested(name))
+
+    @rule(
+        pipeline=st.sampled_from(("pipeline-0", "pipeline-1")),
+        stage=st.integers(0, 2),
+        back=st.integers(0, 1),
+        good=st.booleans(),
+    )
+    def loaded(self, pipeline: str, stage: int, back: int, good: bool) -> None:
+        epoch = self.world.mesh.pipelines[pipeline].epoch - back
+        if stage in self.assigned.get((pipeline, epoch), {}):
+            self.send(v.AssignDone(pipeline, epoch, stage, v.Loaded(4 if good else 1, fingerprint=REVISION)))
+
+    @rule(pipeline=st.sampled_from(("pipeline-0", "pipeline-1")), back=st.integers(0, 1))
+    def advance(self, pipeline: str, back: int) -> None:
+        """All answers that the present phase of the pipeline waits for, possibly too late."""
+        at = self.world.mesh.pipelines[pipeline]
+        epoch, phase = at.epoch - back, at.phase
+        for stage in range(len(at.stages)):
+            if phase is Phase.ASSIGN:
+                self.send(v.AssignDone(pipeline, epoch, stage, v.Loaded(4, fingerprint=REVISION)))
+            elif phase is Phase.LINK and stage < len(at.stages) - 1:
+                self.send(v.LinkUp(pipeline, epoch, stage, "tcp"))
+            elif phase is Phase.ACTIVATE:
+                self.acked.setdefault((pipeline, epoch), set()).add(stage)
+                self.send(v.Activated(pipeline, epoch, stage))
+
+    @rule(
+        pipeline=st.sampled_from(("pipeline-0", "pipeline-1")),
+        stage=st.integers(0, 2),
+        what=st.sampled_from(("assign", "link", "activate")),
+        final=st.booleans(),
+        back=st.integers(0, 1),
+    )
+    def fail(self, pipeline: str, stage: int, what: str, final: bool, back: int) -> None:
+        at = self.world.mesh.pipelines[pipeline]
+        if stage < self.stages - (what == "link"):
+            self.send(v.StepFailed(pipeline, at.epoch - back, stage, what, "boom", final, what == "link"))
+
+    @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
+    def break_link(self, name: str, back: int) -> None:
+        self.send(v.LinkBroken(name, "pipeline-0", self.world.epoch - back, "reset"))
+
+    @rule(seconds=st.sampled_from((0.05, 0.3, 2.5)), alive=st.booleans())
+    def wait(self, seconds: float, alive: bool) -> None:
+        self.world.wait(seconds, *(self.world.mesh.workers if alive else ()))
+        self.check()
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "world"))
+    def nothing_is_shared_or_lost_from_sight(self) -> None:
+        mesh = self.world.mesh
+        users: Counter[str] = Counter()
+        for name, pipeline in mesh.pipelines.items():
+            assert pipeline.epoch >= self.highest.get(name, 0)
+            self.highest[name] = pipeline.epoch
+            users.update(plan.worker_id for plan in pipeline.stages)
+            if pipeline.state in (State.SERVING, State.DRAINING):
+                ranges = [plan.layers for plan in pipeline.stages]
+                assert [r[0] for r in ranges] == [0, *(r[1] for r in ranges[:-1])]
+                assert ranges[-1][1] == LAYERS
+                assert all(mesh.knows(plan.worker_id, plan.incarnation) for plan in pipeline.stages)
+            if pipeline.state is State.DOWN:
+                assert pipeline.reason
+                assert not pipeline.stages
+        assert all(count == 1 for count in users.values()), "a worker serves one pipeline"
+        assert len(set(self.nonces)) == len(self.nonces), "no nonce twice"
+
+
+TestStories = Stories.TestCase
+TestStories.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
