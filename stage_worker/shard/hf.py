@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import core_model_loading as loading
 from transformers.configuration_utils import PretrainedConfig
@@ -37,12 +38,15 @@ def load_config(model_dir: str | Path) -> PretrainedConfig:
     path = Path(model_dir) / "config.json"
     try:
         raw = json.loads(path.read_bytes())
-        model_type = raw["model_type"]
+        model_type = str(raw["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read as a model config: {error!r}") from error
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedModel(f"model type {model_type!r} is not known to the installed transformers: upgrade it")
-    config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(raw)
+    try:
+        config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(raw)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} does not describe a {model_type} model: {error}") from error
     return config
 
 

@@ -46,8 +46,6 @@ def load_shard(
     check_range(spec.first, spec.last, config.num_hidden_layers)
     if config.model_type not in VERIFIED:
         log.warning("model type %r was not tried when this version was made: compare its output", config.model_type)
-    if spec.tp_size > 1 and (group is None or group.size != spec.tp_size or group.rank != spec.tp_rank):
-        raise ConfigError(f"tp_size {spec.tp_size} needs a TP group of that size at rank {spec.tp_rank}")
     device = torch.device(spec.device)
     hf.register_attention(ModelShard.attention)
     checkpoint = Checkpoint(spec.model_dir) if spec.load_format == "auto" else None
@@ -56,6 +54,8 @@ def load_shard(
     layout = find_layout(model, config)
     sources = hf.map_checkpoint(model, checkpoint.names) if checkpoint is not None else []
     parallel = Parallel(model, config, layout, group, spec.tp_size, spec.tp_rank)
+    if spec.tp_size > 1 and (group is None or group.size != spec.tp_size or group.rank != spec.tp_rank):
+        raise ConfigError(f"tp_size {spec.tp_size} needs a TP group of that size at rank {spec.tp_rank}")
     prune(model, layout, spec.first, spec.last)
     filler = _Filler(model, bool(config.tie_word_embeddings), parallel, dtype, device, on_progress)
     if checkpoint is not None:

@@ -80,7 +80,14 @@ class ModelShard:
         """The sliding windows of these layers, for `AttentionMetadata.prepare`."""
 
     def bind_kv(self, pool: KvPool) -> None:
-        """Use these pages from now on."""
+        """Use these pages from now on.
+
+        Raises:
+            InternalError: the pool was made for other layers.
+        """
+        own, theirs = [layer.layer_idx for layer in self.kv_layers], [layer.layer_idx for layer in pool.layers]
+        if own != theirs:
+            raise InternalError(f"a KV pool of layers {theirs} was given to a shard of layers {own}")
         self._pool = pool
 
     @torch.inference_mode()

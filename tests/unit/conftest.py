@@ -1,0 +1,8 @@
+"""Lets the tests here use the tiny models and chains of `tests/numerics`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "numerics"))
