@@ -40,7 +40,17 @@ class Kind:
 
 
 def kinds(workers: Sequence[WorkerInfo]) -> list[Kind]:
-    """The kind of each worker: rates within `SAME_KIND` of the slowest of a group are taken as that slowest one's."""
+    """The kind of each worker: rates within `SAME_KIND` of the slowest of a group are taken as that slowest one's.
+
+    Workers on devices of one name are as fast as the fastest of them measured: what one measured beside the start of
+    the others says more about the start than about the device.
+    """
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    for w in workers:
+        flops_per_s, bytes_per_s = best.get((w.device_kind, w.device_name), (0.0, 0.0))
+        fastest = max(flops_per_s, w.flops_per_s), max(bytes_per_s, w.bytes_per_s)
+        best[w.device_kind, w.device_name] = fastest
+    rates = [best[w.device_kind, w.device_name] if w.device_name else (w.flops_per_s, w.bytes_per_s) for w in workers]
 
     def grouped(rates: list[float], nominal: float) -> dict[float, float]:
         of: dict[float, float] = {}
@@ -52,9 +62,11 @@ def kinds(workers: Sequence[WorkerInfo]) -> list[Kind]:
             of[rate] = floor
         return of
 
-    flops = grouped([w.flops_per_s for w in workers], NOMINAL_FLOPS_PER_S)
-    stream = grouped([w.bytes_per_s for w in workers], NOMINAL_BYTES_PER_S)
-    return [Kind(w.tp_size, w.memory_bytes, flops[w.flops_per_s], stream[w.bytes_per_s]) for w in workers]
+    flops = grouped([rate[0] for rate in rates], NOMINAL_FLOPS_PER_S)
+    stream = grouped([rate[1] for rate in rates], NOMINAL_BYTES_PER_S)
+    return [
+        Kind(w.tp_size, w.memory_bytes, flops[rate[0]], stream[rate[1]]) for w, rate in zip(workers, rates, strict=True)
+    ]
 
 
 class CostModel:
