@@ -92,8 +92,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     def _authorize(self, context: Context) -> None:
         if self._settings.api_key is None:
             return
-        told = dict(context.invocation_metadata() or ()).get("authorization")
-        given = told.decode("latin-1") if isinstance(told, bytes) else told
+        told = dict(context.invocation_metadata() or ()).get("authorization", "")
+        given = told.encode() if isinstance(told, str) else told
         if not key_matches(given, self._settings.api_key):
             raise errors.Unauthenticated(
                 "the API key is not right" if given else "this server needs an API key: 'authorization: Bearer KEY'"

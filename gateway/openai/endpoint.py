@@ -11,8 +11,8 @@ from starlette.types import Receive, Scope, Send
 from stagemesh import errors
 
 from .call import Api, Call
-from .errors import body_of, dumps, json_response, response_of
-from .http import ClientGone, Writer, read_body, while_connected
+from .errors import BodyTooLarge, body_of, dumps, json_response, response_of
+from .http import ClientGone, Writer, answer_unread, read_body, while_connected
 from .run import Run
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ class Endpoint:
             data = await read_body(scope, receive, int(self._api.settings.max_body_mib * 2**20))
             response = await while_connected(receive, self._answer(data, writer))
         except ClientGone:
+            return
+        except BodyTooLarge as e:
+            await answer_unread(response_of(e), receive, send)
             return
         except errors.StagemeshError as e:
             if not writer.started:

@@ -94,9 +94,7 @@ def from_validation(error: ValidationError) -> errors.InvalidRequest:
     first = error.errors(include_url=False, include_context=False)[0]
     if first["type"] == "json_invalid":
         return errors.InvalidRequest(f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    # A union's alternatives end the place with their names ("stop", "list[str]"), which no client wrote.
-    place = [part for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "int")))]
-    name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in place).lstrip(".")
+    name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"]).lstrip(".")
     if first["type"] == "missing":
         return errors.InvalidRequest(f"'{name}' is required", param=name)
     if not name:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from stagemesh.errors import InvalidRequest
@@ -16,6 +18,9 @@ BODY_TIMEOUT_S = 60.0
 """A body must be there within this time."""
 WRITE_TIMEOUT_S = 60.0
 """A reader that takes nothing for this long is ended."""
+LINGER_S = 10.0
+LINGER_BYTES = 256 << 20
+"""How long, and how much of, a body that is too large is taken and dropped while the client reads the answer."""
 ABORT = "stagemesh.abort"
 """Key of the scope: a function that drops the connection with what is still in its buffer."""
 
@@ -55,6 +60,25 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
 
 def _too_large(limit_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {limit_bytes / 2**20:g} MiB, this server's bound (--max-body-mib)")
+
+
+async def answer_unread(response: Response, receive: Receive, send: Send) -> None:
+    """Sends `response` to a client that is still sending its body, and then takes some more of that and drops it.
+
+    Closed at once, the connection would be reset, and most clients would report that and never see the answer (nginx
+    calls it a lingering close). What does not end within the bounds is cut off.
+    """
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    dropped = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            more = True
+            while more and dropped < LINGER_BYTES:
+                message = await receive()
+                dropped += len(message.get("body", b""))
+                more = message.get("more_body", False)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

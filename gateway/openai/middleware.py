@@ -17,10 +17,10 @@ from .errors import response_of
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
 
 
-def key_matches(authorization: str | None, api_key: str) -> bool:
+def key_matches(authorization: bytes, api_key: str) -> bool:
     """Whether the value of an `authorization` header is `Bearer` and the key; takes as long for any wrong key."""
-    scheme, _, given = (authorization or "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), api_key.encode())
+    scheme, _, given = authorization.partition(b" ")
+    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), api_key.encode())
 
 
 class Front:
@@ -52,16 +52,13 @@ class Front:
             await send(message)
 
         if self._api_key is not None and scope["path"].startswith("/v1/"):
-            authorization = headers.get("authorization")
+            authorization = headers.get("authorization", "").encode("latin-1")
             if not key_matches(authorization, self._api_key):
                 error = Unauthenticated(
                     "this server needs an API key: send it as 'Authorization: Bearer KEY'"
                     if not authorization
                     else "the API key is not right"
                 )
-                response = response_of(error)
-                # Its body was not read.
-                response.headers["connection"] = "close"
-                await response(scope, receive, named)
+                await response_of(error)(scope, receive, named)
                 return
         await self._app(scope, receive, named)

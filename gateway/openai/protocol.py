@@ -72,7 +72,7 @@ class Common(BaseModel):
     repetition_penalty: Number | None = None
     seed: int | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
+    stop: Any = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
@@ -99,7 +99,7 @@ class Common(BaseModel):
             raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
 
     def wishes(self, logprobs: int | None, logprobs_param: str, max_tokens: int | None, max_param: str) -> Wishes:
-        """The protocol-neutral form. Raises InvalidRequest for logit_bias keys that are no token ids."""
+        """The protocol-neutral form. Raises InvalidRequest for stops and biases that are none."""
         return Wishes(
             max_tokens=max_tokens,
             max_tokens_param=max_param,
@@ -112,7 +112,7 @@ class Common(BaseModel):
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
             n=self.n,
-            stop=[self.stop] if isinstance(self.stop, str) else self.stop or (),
+            stop=_stops(self.stop),
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
@@ -257,6 +257,13 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
 
 def _all_ids(values: Sequence[Any]) -> bool:
     return all(type(v) is int for v in values)
+
+
+def _stops(told: Any) -> list[str]:
+    stops = [told] if isinstance(told, str) else [] if told is None else told
+    if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
+        raise InvalidRequest("stop must be a string or a list of strings", param="stop")
+    return stops
 
 
 def _biases(told: Mapping[str, float]) -> dict[int, float]:
