@@ -8,6 +8,7 @@ What had to be known (each was seen here, ucxx 0.52 with UCX 1.21):
 - A receive cannot be cancelled alone: a message to oneself under its tag, longer than its buffer, ends it as truncated
   and writes nothing, unless the real message was first; then the late one is found again and dropped.
 - ucxx tells when a message was longer than its buffer, but neither its size nor that it was shorter.
+- The descriptor of a worker stays readable while a TCP peer has not accepted yet: sleeping on it would be a spin.
 - A request does not keep its buffer alive, and an endpoint that failed must not be closed again (it would crash).
 """
 
@@ -33,6 +34,8 @@ CUDA_DEFAULTS = {"MM_ERROR_HANDLING": "y", "KEEPALIVE_INTERVAL": "1s", "RNDV_THR
 
 _WATCH_EVERY = 64
 _MAX_SPINS = 64
+_IDLE_ARMS = 16
+_UNREADY_SLEEP_S = 0.001
 FULL_MASK = (1 << 64) - 1
 
 
@@ -130,6 +133,9 @@ class UcxTransport:
         self._fences: list[tuple[int, int]] = []
         self._strays: dict[int, UcxRequest] = {}  # by the tag of the cancelled receive
         self._deaths = select.epoll()
+        self._events = select.poll()
+        self._events.register(self._worker.epoll_file_descriptor, select.POLLIN)
+        self._idle_arms = 0  # since something last happened
         self._calls = 0
         self._closed = False
 
@@ -171,6 +177,8 @@ class UcxTransport:
         spins = 0
         while spins < _MAX_SPINS and self._worker.progress_once():
             spins += 1
+        if spins:
+            self._idle_arms = 0
         self._calls += 1
         if self._calls % _WATCH_EVERY == 0:
             self._sweep()
@@ -181,7 +189,12 @@ class UcxTransport:
         return [(self._worker.epoll_file_descriptor, select.POLLIN), (self._deaths.fileno(), select.POLLIN)]
 
     def arm(self) -> bool:
-        return not self._watch() and bool(self._worker.arm())
+        if self._watch() or not self._worker.arm():
+            return False
+        self._idle_arms += 1
+        if self._idle_arms > _IDLE_ARMS and self._events.poll(0):
+            self._deaths.poll(_UNREADY_SLEEP_S)  # as long as a TCP peer has not accepted, the descriptor stays readable
+        return True
 
     def close(self) -> None:
         if self._closed:

@@ -243,6 +243,24 @@ def test_addresses_of_other_kinds_are_refused(pair: Pair) -> None:
 
 
 @needs_ucxx
+def test_waiting_for_a_ucx_peer_that_does_not_accept_burns_no_cpu() -> None:
+    options = {"TLS": "tcp", "NET_DEVICES": "lo"}
+    left, silent = open_transport("ucx", ucx_options=options), open_transport("ucx", ucx_options=options)
+    poller = select.poll()
+    for fd, events in left.fds():
+        poller.register(fd, events)
+    left.connect(silent.address()).send(1, bytes(20_000))
+    cpu, until = time.process_time(), time.monotonic() + 0.5
+    while (left_s := until - time.monotonic()) > 0:
+        if not left.progress() and left.arm():
+            poller.poll(left_s * 1000)
+    burnt = time.process_time() - cpu
+    assert burnt < 0.05, f"{burnt * 1e3:.1f} ms of CPU in 500 ms of waiting"
+    left.close()
+    silent.close()
+
+
+@needs_ucxx
 def test_a_damaged_ucx_address_is_refused() -> None:
     transport = open_transport("ucx")
     address = bytearray(transport.address())

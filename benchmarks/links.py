@@ -1,0 +1,182 @@
+"""Round trips of activations between two processes, over UCX and TCP: p50 and p99 by message size.
+
+    python -m benchmarks.links  (or: python benchmarks/links.py)  [--rounds 2000] [--json FILE]
+
+Each side drives its transport as the engine does: it spins for 50 microseconds, then arms and sleeps. The figures
+include a link's whole work: post, credit, release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import select
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
+
+from stagemesh.transport import Transport, open_transport
+
+HIDDEN = 512  # 1 KiB a row in bf16
+SIZES_KIB = {1: 1, 16: 16, 96: 96, 1024: 1024}
+SPIN_S = 50e-6
+TIMEOUT_S = 60.0
+UCX_OVER_TCP = {"TLS": "tcp", "NET_DEVICES": "lo"}
+WARM_UP = 100
+
+
+class Side:
+    """A transport with a link each way, driven as an engine drives it."""
+
+    def __init__(self, kind: str) -> None:
+        options = UCX_OVER_TCP if kind == "ucx-tcp" else None
+        self.transport: Transport = open_transport(kind.partition("-")[0], ucx_options=options)
+        self._poller = select.poll()
+        for fd, events in self.transport.fds():
+            self._poller.register(fd, events)
+
+    def join(self, remote: bytes, outgoing: LinkIdentity, incoming: LinkIdentity) -> None:
+        self.receiver = LinkReceiver(self.transport, remote, incoming, timeout_s=TIMEOUT_S)
+        self.sender = LinkSender(self.transport, remote, outgoing, timeout_s=TIMEOUT_S)
+        self.receiver.open_lane(0, 2, max(SIZES_KIB.values()) * HIDDEN * 2)
+        self.sender.open_lane(0, 2)
+        self.drive(lambda: self.sender.ready and self.receiver.up)
+
+    def drive(self, until: Callable[[], bool]) -> None:
+        spin_until = time.perf_counter() + SPIN_S
+        deadline = time.monotonic() + TIMEOUT_S
+        while not until():
+            happened = self.transport.progress()
+            happened |= self.sender.progress()
+            happened |= self.receiver.progress()
+            if happened:
+                spin_until = time.perf_counter() + SPIN_S
+            elif time.perf_counter() > spin_until:
+                error = self.sender.error or self.receiver.error
+                if error is not None or time.monotonic() > deadline:
+                    raise error or TimeoutError("nothing came")
+                if self.transport.arm():
+                    self._poller.poll(1000)
+
+    def send(self, step: int, tensor: torch.Tensor) -> None:
+        self.drive(lambda: self.sender.can_send(0))
+        self.sender.send(0, step, tensor)
+
+    def take(self, step: int) -> None:
+        self.drive(lambda: self.receiver.ready(0, step) is not None)
+        self.receiver.release(0, step)
+
+    def close(self) -> None:
+        self.sender.close()
+        self.receiver.close()
+        self.transport.close()
+
+
+def steps(rounds: int) -> list[tuple[int, int]]:
+    """(step, rows) of the whole run, the same on both sides."""
+    plan = [rows for rows in SIZES_KIB.values() for _ in range(WARM_UP + rounds)]
+    return list(enumerate(plan))
+
+
+def child(kind: str, rounds: int) -> None:
+    """The far side: sends back what comes."""
+    torch.set_num_threads(1)
+    side = Side(kind)
+    print(side.transport.address().hex(), flush=True)
+    told = json.loads(sys.stdin.readline())
+    there, back = (LinkIdentity(n, 1, bytes.fromhex(told["secret"]), HIDDEN, torch.bfloat16) for n in told["nonces"])
+    side.join(bytes.fromhex(told["address"]), back, there)
+    replies = {rows: torch.ones(rows, HIDDEN, dtype=torch.bfloat16) for rows in SIZES_KIB.values()}
+    plan = steps(rounds)
+    side.receiver.post(0, *_announce(plan[0]))
+    for i, (step, rows) in enumerate(plan):
+        side.take(step)
+        side.send(step, replies[rows])
+        if i + 1 < len(plan):
+            side.receiver.post(0, *_announce(plan[i + 1]))  # the plan of the next step is known by now
+    side.drive(lambda: side.sender.unconsumed(0) == 0 or side.sender.error is not None)  # the last reply was taken
+    side.close()
+
+
+def _announce(step: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    return step[0], (step[1], HIDDEN)
+
+
+def measure(kind: str, rounds: int) -> dict[str, object]:
+    """Round trips over one kind of transport."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve()), "--child", kind, "--rounds", str(rounds)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        side = Side(kind)
+        remote = bytes.fromhex(process.stdout.readline())
+        secret, nonces = os.urandom(16), [int.from_bytes(os.urandom(4)) for _ in range(2)]
+        told = {"address": side.transport.address().hex(), "secret": secret.hex(), "nonces": nonces}
+        process.stdin.write(json.dumps(told) + "\n")
+        process.stdin.flush()
+        there, back = (LinkIdentity(nonce, 1, secret, HIDDEN, torch.bfloat16) for nonce in nonces)
+        side.join(remote, there, back)
+        took_us: dict[int, list[float]] = {rows: [] for rows in SIZES_KIB.values()}
+        tensors = {rows: torch.ones(rows, HIDDEN, dtype=torch.bfloat16) for rows in SIZES_KIB.values()}
+        for step, rows in steps(rounds):
+            side.receiver.post(0, step, (rows, HIDDEN))
+            began = time.perf_counter()
+            side.send(step, tensors[rows])
+            side.take(step)
+            took_us[rows].append((time.perf_counter() - began) * 1e6)
+        route = side.sender.route
+        side.close()
+        process.wait(TIMEOUT_S)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(TIMEOUT_S)
+    trips: dict[str, dict[str, float]] = {}
+    for kib, rows in SIZES_KIB.items():
+        figures = statistics.quantiles(took_us[rows][WARM_UP:], n=100)
+        trips[f"{kib} KiB"] = {"p50_us": round(figures[49], 1), "p99_us": round(figures[98], 1)}
+    return {"transport": kind, "route": route, "round_trip": trips}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child, arguments.rounds)
+        return
+    torch.set_num_threads(1)
+    results = [measure(kind, arguments.rounds) for kind in ("ucx", "ucx-tcp", "tcp")]
+    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
+    machine["bf16 units"] = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    machine["load before"] = round(os.getloadavg()[0], 1)
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"rounds": arguments.rounds, **machine, "results": results}, indent=2) + "\n"
+        )
+    print("| transport | route | " + " | ".join(f"{kib} KiB p50 (p99)" for kib in SIZES_KIB) + " |")
+    print("| --- | --- | " + " | ".join("---" for _ in SIZES_KIB) + " |")
+    for result in results:
+        trips = result["round_trip"]
+        assert isinstance(trips, dict)
+        cells = [f"{t['p50_us']:.0f} us ({t['p99_us']:.0f})" for t in trips.values()]
+        print(f"| {result['transport']} | {result['route']} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
