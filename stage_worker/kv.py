@@ -1,7 +1,8 @@
 """The paged KV cache of one worker: per own layer a K and a V tensor of pages.
 
 Shapes: P pages, S positions a page, K KV heads on this rank, D head size. A page id names the same P-index in every
-layer; the slot of a token is `page * page_size + offset`.
+layer; the slot of a token is `page * page_size + offset`. Within a page, a head's positions lie together, so that one
+gather brings a sequence's keys head by head, ready for a matrix product.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class KvPool:
         self._k: dict[int, torch.Tensor] = {}
         self._v: dict[int, torch.Tensor] = {}
         for layer in self.layers:
-            heads = (num_pages, page_size, layer.num_kv_heads)
+            heads = (num_pages, layer.num_kv_heads, page_size)
             self._k[layer.layer_idx] = torch.zeros(*heads, layer.k_head_dim, dtype=dtype, device=self.device)
             self._v[layer.layer_idx] = torch.zeros(*heads, layer.v_head_dim, dtype=dtype, device=self.device)
 
@@ -76,11 +77,11 @@ class KvPool:
         return self.num_pages * self.page_size
 
     def k(self, layer_idx: int) -> torch.Tensor:
-        """Keys [P, S, K, D] of the layer with this global index."""
+        """Keys [P, K, S, D] of the layer with this global index."""
         return self._k[layer_idx]
 
     def v(self, layer_idx: int) -> torch.Tensor:
-        """Values [P, S, K, Dv] of the layer with this global index."""
+        """Values [P, K, S, Dv] of the layer with this global index."""
         return self._v[layer_idx]
 
     def zero(self) -> None:

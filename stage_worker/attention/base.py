@@ -6,7 +6,7 @@ L context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,12 +16,29 @@ from torch import Tensor
 from stagemesh.errors import InternalError
 
 
+class PageRows:
+    """Page ids, as rows of a layer's pages seen as [P * K, S, D]: one gather then brings keys head by head."""
+
+    def __init__(self, pages: Tensor) -> None:
+        self.pages = pages
+        """[..., M] int64"""
+        self._rows: dict[int, Tensor] = {}
+
+    def of_heads(self, kv_heads: int) -> Tensor:
+        """[... * K * M] int64 for a layer of K KV heads: all pages of the first head, then of the second, ..."""
+        rows = self._rows.get(kv_heads)
+        if rows is None:
+            heads = torch.arange(kv_heads, device=self.pages.device)
+            rows = self._rows[kv_heads] = (self.pages.unsqueeze(-2) * kv_heads + heads[:, None]).flatten()
+        return rows
+
+
 @dataclass(frozen=True)
 class DecodeView:
     """The rows of one token, as one padded batch."""
 
-    pages: Tensor
-    """[B * M] int64, row after row; short rows are padded with their own first page."""
+    pages: PageRows
+    """[B, M]; short rows are padded with their own first page."""
     invalid: Tensor
     """[B, 1, 1, L] bool: context slots that a row must not see; L = M * S."""
 
@@ -30,8 +47,8 @@ class DecodeView:
 class PrefillView:
     """One row of several tokens."""
 
-    pages: Tensor
-    """[M] int64: the pages its queries can see."""
+    pages: PageRows
+    """[M]: the pages its queries can see."""
     first_position: int
     """Position of slot 0 of those pages."""
     context_len: int
@@ -75,6 +92,7 @@ class AttentionMetadata:
     _tables: list[Tensor]
     _decode_views: dict[int | None, DecodeView] = field(default_factory=dict)
     _prefill_views: dict[int | None, list[PrefillView]] = field(default_factory=dict)
+    _slots: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def build(
@@ -135,13 +153,25 @@ class AttentionMetadata:
             _tables=tables,
         )
 
-    def prepare(self, windows: Sequence[int | None]) -> None:
-        """Make the views of these sliding windows now, while the step's input is still under way."""
-        for window in windows:
+    def prepare(self, kinds: Iterable[tuple[int | None, int]]) -> None:
+        """Make what layers of these (sliding window, KV heads) need now, while the step's input is still under way."""
+        for window, kv_heads in kinds:
+            self.slots(kv_heads)
             if self.decode_rows:
-                self.decode_view(window)
+                self.decode_view(window).pages.of_heads(kv_heads)
             if self.prefill_rows:
-                self.prefill_views(window)
+                for view in self.prefill_views(window):
+                    view.pages.of_heads(kv_heads)
+
+    def slots(self, kv_heads: int) -> Tensor:
+        """[T * K] int64: where each token's heads go in a layer's pages seen as [P * K * S, D]."""
+        slots = self._slots.get(kv_heads)
+        if slots is None:
+            pages, offsets = self.slot_mapping // self.page_size, self.slot_mapping % self.page_size
+            heads = torch.arange(kv_heads, device=self.device)
+            rows = (pages[:, None] * kv_heads + heads) * self.page_size + offsets[:, None]
+            slots = self._slots[kv_heads] = rows.flatten()
+        return slots
 
     def decode_view(self, window: int | None) -> DecodeView:
         """The batch of one-token rows for layers that see `window` positions (None: all)."""
@@ -172,14 +202,14 @@ class AttentionMetadata:
         invalid = slot_positions >= torch.tensor(context)[:, None]
         if window is not None:
             invalid |= slot_positions < torch.tensor(lowest)[:, None]
-        return DecodeView(pages.view(-1).to(self.device), invalid[:, None, None, :].to(self.device))
+        return DecodeView(PageRows(pages.to(self.device)), invalid[:, None, None, :].to(self.device))
 
     def _make_prefill_view(self, row: PrefillRow, window: int | None) -> PrefillView:
         end = row.start + row.count
         first_page = 0 if window is None else max(0, row.start + 1 - window) // self.page_size
         first_position = first_page * self.page_size
         pages = self._tables[row.row][first_page : (end - 1) // self.page_size + 1]
-        return PrefillView(pages.to(self.device), first_position, end - first_position)
+        return PrefillView(PageRows(pages.to(self.device)), first_position, end - first_position)
 
 
 class AttentionBackend(Protocol):
@@ -200,7 +230,7 @@ class AttentionBackend(Protocol):
         sinks: Tensor | None = None,
         is_causal: bool = True,
     ) -> Tensor:
-        """[T, N, Dv] from `query` [T, N, D], `key` [T, K, D], `value` [T, K, Dv] and the layer's pages.
+        """[T, N, Dv] from `query` [T, N, D], `key` [T, K, D], `value` [T, K, Dv] and the layer's pages [P, K, S, D].
 
         `sliding_window` None means full attention; `softcap` squashes scores by tanh; `sinks` [N] are extra logits
         that take probability and give nothing (GPT-OSS).

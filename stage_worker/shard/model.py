@@ -76,8 +76,7 @@ class ModelShard:
         self._probe: _Probe | None = None
         self._hook(getattr(self._base, layout.layers))
         self.kv_layers = self._probe_attention()
-        self.windows = sorted({spec.sliding_window for spec in self.kv_layers}, key=lambda window: window or 0)
-        """The sliding windows of these layers, for `AttentionMetadata.prepare`."""
+        self._kinds = {(layer.sliding_window, layer.num_kv_heads) for layer in self.kv_layers}
 
     def bind_kv(self, pool: KvPool) -> None:
         """Use these pages from now on.
@@ -89,6 +88,10 @@ class ModelShard:
         if own != theirs:
             raise InternalError(f"a KV pool of layers {theirs} was given to a shard of layers {own}")
         self._pool = pool
+
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        """Make every index that this shard's layers need, before the step's activation is there."""
+        metadata.prepare(self._kinds)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:

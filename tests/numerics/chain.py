@@ -68,7 +68,7 @@ class Chain:
         tokens = torch.tensor([token for row in rows for token in row.tokens], device=self.device)
         out: torch.Tensor | None = None
         for shard in self.shards:
-            metadata.prepare(shard.windows)
+            shard.prepare(metadata)
             batch = StepBatch(tokens if shard.is_first else None, out, metadata.positions, metadata, wanted)
             out = shard.forward(batch)
         assert out is not None

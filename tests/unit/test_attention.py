@@ -73,8 +73,8 @@ def run(
 ) -> dict[tuple[int, int], Tensor]:
     """Outputs by (sequence, position) of steps made of rows (sequence, start, count), over pages full of `fill`."""
     backend = make_backend("cpu")
-    k_pages = torch.full((64, PAGE, KV_HEADS, K_DIM), fill)
-    v_pages = torch.full((64, PAGE, KV_HEADS, V_DIM), fill)
+    k_pages = torch.full((64, KV_HEADS, PAGE, K_DIM), fill)
+    v_pages = torch.full((64, KV_HEADS, PAGE, V_DIM), fill)
     found = {}
     for rows in steps:
         metadata = AttentionMetadata.build(
@@ -84,7 +84,7 @@ def run(
             PAGE,
             "cpu",
         )
-        metadata.prepare([window])
+        metadata.prepare([(window, KV_HEADS)])
         parts = [(sequences[index], slice(start, start + count)) for index, start, count in rows]
         out = backend.attend(
             torch.cat([sequence.query[part] for sequence, part in parts]),
@@ -159,10 +159,10 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_layers_with_a_window_touch_only_the_pages_they_see() -> None:
     metadata = AttentionMetadata.build([63, 40], [1, 8], [list(range(16)), list(range(16, 28))], PAGE, "cpu")
-    assert metadata.decode_view(None).pages.numel() == 16
-    assert metadata.decode_view(5).pages.tolist() == [14, 15]
+    assert metadata.decode_view(None).pages.pages.numel() == 16
+    assert metadata.decode_view(5).pages.pages.tolist() == [[14, 15]]
     (view,) = metadata.prefill_views(5)
-    assert view.pages.tolist() == [25, 26, 27]
+    assert view.pages.pages.tolist() == [25, 26, 27]
     assert view.first_position == 36
 
 

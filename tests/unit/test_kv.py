@@ -13,9 +13,9 @@ LAYERS = [KvLayerSpec(3, 2, 8, 6), KvLayerSpec(4, 1, 8, 8, sliding_window=16)]
 
 def test_layers_keep_their_global_index_and_own_shapes() -> None:
     pool = KvPool(LAYERS, num_pages=5, page_size=16, dtype=torch.bfloat16, device="cpu")
-    assert pool.k(3).shape == (5, 16, 2, 8)
-    assert pool.v(3).shape == (5, 16, 2, 6)
-    assert pool.k(4).shape == pool.v(4).shape == (5, 16, 1, 8)
+    assert pool.k(3).shape == (5, 2, 16, 8)
+    assert pool.v(3).shape == (5, 2, 16, 6)
+    assert pool.k(4).shape == pool.v(4).shape == (5, 1, 16, 8)
     assert pool.num_tokens == 80
 
 
