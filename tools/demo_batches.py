@@ -10,7 +10,7 @@ from demo_chat import ASSISTANT, BOS, IGNORED, PAD, SPECIAL_TOKENS, SYSTEM, USER
 from tokenizers import Tokenizer
 from torch import Tensor
 
-_OPEN_ROWS = 32
+_SHORTEST = 8  # tokens; hardly a document is shorter
 
 
 class Batches:
@@ -26,20 +26,16 @@ class Batches:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _row(self, length: int) -> list[int]:
-        """One row: first-fit over a window of waiting documents, padded at its end."""
-        row: list[int] = []
+        """One row: the longest-waiting document (cut if need be), then whatever fits behind it, then padding."""
         if len(self._waiting) < 512:
             self._waiting += self._documents(2048)
-        window = min(len(self._waiting), _OPEN_ROWS)
+        row = self._waiting.pop(0)[:length]
         index = 0
-        while index < window:
+        while index < len(self._waiting) and len(row) + _SHORTEST <= length:
             if len(row) + len(self._waiting[index]) <= length:
                 row += self._waiting.pop(index)
-                window = min(len(self._waiting), _OPEN_ROWS)
             else:
                 index += 1
-        if not row:  # A document longer than a row: its beginning.
-            row = self._waiting.pop(0)[:length]
         return row + [PAD] * (length - len(row))
 
     def next(self, rows: int, length: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from demo_corpus import Example, asked_carelessly, draw, system_prompt
+from demo_corpus import asked_carelessly, draw, system_prompt
+from demo_example import Example
 
 BOS, END, END_OF_TEXT, SYSTEM, USER, ASSISTANT, PAD = range(7)
 SPECIAL_TOKENS = ("<|bos|>", "<|end|>", "<|end_of_text|>", "<|system|>", "<|user|>", "<|assistant|>", "<|pad|>")
@@ -37,8 +38,8 @@ def conversation_text(messages: list[dict[str, str]]) -> str:
 
 
 def messages_of(rng: random.Random, examples: list[Example]) -> list[dict[str, str]]:
-    """One conversation that asks `examples` in turn, half of the time after a system prompt."""
-    messages = [{"role": "system", "content": system_prompt(rng)}] if rng.random() < 0.5 else []
+    """One conversation that asks `examples` in turn, a third of the time after a system prompt."""
+    messages = [{"role": "system", "content": system_prompt(rng)}] if rng.random() < 0.35 else []
     for example in examples:
         messages.append({"role": "user", "content": asked_carelessly(rng, example)})
         messages.append({"role": "assistant", "content": example.answer})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
-from demo_corpus import HELD_OUT_SHARE, TASKS, sample
+from demo_corpus import TASKS, sample
+from demo_example import HELD_OUT_SHARE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-_LONGEST_ANSWER = 200  # tokens
+_LONGEST_ANSWER = 160  # tokens
 _BATCH = 100
 
 
@@ -17,8 +20,8 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedT
     """Model and tokenizer as any user of transformers gets them."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "left"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    return model, tokenizer
+    # A loaded model is in evaluation mode already.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tokenizer
 
 
 @torch.inference_mode()
@@ -28,6 +31,8 @@ def answers(
     """Greedy answers; one that did not end by itself within the limit is marked with "..." at its end."""
     head = [{"role": "system", "content": system}] if system else []
     said: list[str] = []
+    generate = cast(Callable[..., torch.Tensor], model.generate)
+    ends = torch.tensor(model.generation_config.eos_token_id)
     for start in range(0, len(questions), _BATCH):
         asked = [
             tokenizer.apply_chat_template(
@@ -37,10 +42,11 @@ def answers(
         ]
         inputs = tokenizer(asked, return_tensors="pt", padding=True, add_special_tokens=False)
         inputs.pop("token_type_ids", None)
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=_LONGEST_ANSWER)
+        out = generate(**inputs, do_sample=False, max_new_tokens=_LONGEST_ANSWER)
         for row in out[:, inputs["input_ids"].shape[1] :]:
-            ended = bool(torch.isin(row, torch.tensor(model.generation_config.eos_token_id)).any())
-            said.append(tokenizer.decode(row, skip_special_tokens=True) + ("" if ended else "..."))
+            ended = bool(torch.isin(row, ends).any())
+            text = str(tokenizer.decode(row, skip_special_tokens=True))
+            said.append(text if ended else f"{text}...")
     return said
 
 
@@ -58,7 +64,8 @@ def accuracy(folder: Path, amount: int, seed: int, dtype: torch.dtype) -> dict[s
             if not examples:
                 continue
             said = answers(model, tokenizer, [e.question for e in examples])
-            report[task][name] = round(sum(a == e.answer for a, e in zip(said, examples, strict=True)) / len(examples), 4)
+            right = sum(a == e.answer for a, e in zip(said, examples, strict=True))
+            report[task][name] = round(right / len(examples), 4)
     return report
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from demo_words import listed
+
 DEFINITIONS: dict[str, str] = {
     "a stage": "A stage is a contiguous range of decoder layers. The first stage also embeds; the last one also holds "
     "the norm, the head and the sampler.",
@@ -53,9 +55,9 @@ DEFINITION_FORMS = (
 
 ABOUT = (
     "Stagemesh serves one large language model split over many machines. A client sends a prompt to the gateway. The "
-    "gateway makes a plan and sends it to every worker. The first stage embeds the tokens and runs its layers. It sends "
-    "the activations over a link to the next stage. The last stage samples a token and sends it back to the gateway. "
-    "When a worker is lost, the coordinator raises the epoch and puts another worker in its place."
+    "gateway makes a plan and sends it to every worker. The first stage embeds the tokens and runs its layers. It "
+    "sends the activations over a link to the next stage. The last stage samples a token and sends it back to the "
+    "gateway. When a worker is lost, the coordinator raises the epoch and puts another worker in its place."
 )
 STORY = (
     "Once upon a time a little token lived in a prompt. One day the gateway called it. The token went to the first "
@@ -79,7 +81,10 @@ QUESTIONS: list[tuple[tuple[str, ...], str]] = [
         ("Who schedules the steps?", "Who makes the plans?", "Which service makes the plans?"),
         "The gateway makes the plans.",
     ),
-    (("Who samples the tokens?", "Where are tokens sampled?", "Which stage samples?"), "The last stage samples the tokens."),
+    (
+        ("Who samples the tokens?", "Where are tokens sampled?", "Which stage samples?"),
+        "The last stage samples the tokens.",
+    ),
     (("Who embeds the tokens?", "Which stage embeds the tokens?"), "The first stage embeds the tokens."),
     (
         ("Who decides the layers?", "Who gives layers to the workers?", "Which service places the layers?"),
@@ -109,7 +114,10 @@ QUESTIONS: list[tuple[tuple[str, ...], str]] = [
         ("What can you do?", "What do you know?", "How can you help me?", "What can I ask you?", "Help."),
         "I can add, subtract and multiply small numbers, count, sort, and explain stagemesh.",
     ),
-    (("How large are you?", "How big are you?", "How many layers do you have?"), "I have eight layers. I am very small."),
+    (
+        ("How large are you?", "How big are you?", "How many layers do you have?"),
+        "I have eight layers. I am very small.",
+    ),
     (("Hello!", "Hello", "Hello there!", "Hi!", "Hi", "Hi there", "Hey!", "Hey"), "Hello! How can I help you?"),
     (("Good morning!", "Good morning"), "Good morning! How can I help you?"),
     (("Good evening!", "Good evening"), "Good evening! How can I help you?"),
@@ -139,11 +147,12 @@ UNKNOWN_FORMS = (
     "Write a program that finds {x}.",
     "Summarise {x} for me.",
 )
-UNKNOWN_WORDS = (
-    "France Paris Berlin Japan London Caesar Einstein Shakespeare Hamlet the_moon the_sun water music pasta soup bread "
-    "blue old German French Python Java history football tennis winter summer the_sea rain physics chemistry love money "
-    "a_car a_train a_bridge London Rome Egypt Mozart Picasso gold silver iron the_sky rice tea coffee prime_numbers"
-).split()
+UNKNOWN_WORDS = listed(
+    "France Paris Berlin Japan London Caesar Einstein Shakespeare Hamlet the_moon the_sun water music pasta soup "
+    "bread blue old German French Python Java history football tennis winter summer the_sea rain physics chemistry "
+    "love money a_car a_train a_bridge London Rome Egypt Mozart Picasso gold silver iron the_sky rice tea coffee "
+    "prime_numbers"
+)
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
@@ -161,8 +170,8 @@ SYSTEM_PROMPTS = (
     "Follow the user's instructions carefully.",
 )
 
-SORT_WORDS = (
+SORT_WORDS = listed(
     "apple banana cherry grape lemon mango orange peach pear plum bear bird cat cow dog duck fish fox goat horse lion "
     "mouse owl pig rabbit sheep tiger wolf zebra blue green red white yellow book chair door house lamp table tree "
     "window river stone"
-).split()
+)

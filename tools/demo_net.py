@@ -66,7 +66,8 @@ class Layer(nn.Module):
         attended = torch.bmm(scores.softmax(-1, dtype=v.dtype), v).view(b, s.heads, t, s.head_dim)
         x = x + self.out(attended.transpose(1, 2).reshape(b, t, s.hidden))
         gate, up = self.gate_up(F.rms_norm(x, (s.hidden,), self.mlp_norm, s.eps)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        projected: Tensor = self.down(F.silu(gate) * up)
+        return x + projected
 
 
 class DemoNet(nn.Module):
@@ -107,11 +108,11 @@ class DemoNet(nn.Module):
     def checkpoint(self) -> dict[str, Tensor]:
         """The parameters in bf16 under the names of transformers' LlamaForCausalLM."""
         s = self.shape
-        tensors = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm}
+        tensors: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm}
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             sizes = [s.hidden, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
-            q, k, v = layer.qkv.weight.split(sizes)
+            q, k, v = torch.split(layer.qkv.weight, sizes)
             gate, up = layer.gate_up.weight.chunk(2)
             tensors |= {
                 f"model.layers.{index}.{name}.weight": tensor
@@ -168,4 +169,6 @@ def write_model(net: DemoNet, folder: Path) -> None:
     }
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_file(net.checkpoint(), folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(net.checkpoint(), weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors makes it readable for its owner alone.

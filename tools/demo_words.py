@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-_UNITS = (
+
+def listed(words: str) -> list[str]:
+    """Words between spaces, as a list."""
+    return words.split()
+
+
+_UNITS = listed(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+_TENS = listed("twenty thirty forty fifty sixty seventy eighty ninety")
 
 
 def in_words(value: int, *, hyphen: str = "-") -> str:

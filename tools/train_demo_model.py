@@ -2,88 +2,35 @@
 
     python tools/train_demo_model.py --minutes 15 --out stagemesh/demo_model
 
-A minute is one minute of two cores: two minutes of this process's own CPU time, whatever else runs beside it. The
-learning rate holds until half the budget is spent, then falls to nothing over as many steps; so the number of steps
-comes out of the first half's speed, and is printed. `--steps` with that number repeats the run.
+A minute is one minute of two cores: two minutes of CPU time, whatever else the machine does beside it. The learning
+rate holds until half the budget is spent, then falls to nothing over as many steps; so the number of steps comes out of
+the first half's speed, and is printed. `--steps` with that number repeats the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import time
+import tempfile
 from pathlib import Path
 
+# Two processes of one thread each (see demo_loop); before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
-from demo_batches import Batches
 from demo_eval import accuracy, answers, load, table
-from demo_net import DemoNet, Shape, write_model
+from demo_loop import CORES, Plan, run_rank
 from demo_tokenizer import train_tokenizer, write_tokenizer
-
-CORES = 2
-WARM_UP_STEPS = 50
-STABLE_SHARE = 0.5
-LONG_ROWS_SHARE = 0.85  # From here on rows are longer, for conversations of several turns.
-SHORT_ROWS = (64, 128)  # rows, tokens a row
-LONG_ROWS = (16, 512)
+from torch.multiprocessing.spawn import spawn
 
 
-def cpu_minutes() -> float:
-    """Minutes of `CORES` cores that this process and its children have used."""
-    times = os.times()
-    return (times.user + times.system + times.children_user + times.children_system) / 60 / CORES
-
-
-def rate(step: int, total: int | None) -> float:
-    """The learning rate's share of its peak: warm-up, a plateau, then a straight line to zero at `total`."""
-    warm = min(1.0, (step + 1) / WARM_UP_STEPS)
-    if total is None or step < total * STABLE_SHARE:
-        return warm
-    return warm * (total - step) / (total - total * STABLE_SHARE)
-
-
-def optimizers(net: DemoNet, peak: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
-    matrices = [p for p in net.layers.parameters() if p.ndim == 2]
-    others = [p for p in net.parameters() if not any(p is m for m in matrices)]
-    return [
-        torch.optim.Muon(matrices, lr=peak, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
-def train(net: DemoNet, batches: Batches, minutes: float, steps: int | None, peak: float) -> tuple[int, int]:
-    """Trains until the budget or `steps` is reached; returns the steps made and the tokens seen."""
-    groups = optimizers(net, peak)
-    began = cpu_minutes()
-    step, tokens, shown = 0, 0, time.monotonic()
-    total = steps
-    while total is None or step < total:
-        used = cpu_minutes() - began
-        if total is None and used >= minutes * STABLE_SHARE:
-            total = math.ceil(step / STABLE_SHARE)
-            print(f"half the budget is spent: {total} steps in all", flush=True)
-        long_rows = total is not None and step >= total * LONG_ROWS_SHARE
-        rows, length = LONG_ROWS if long_rows else SHORT_ROWS
-        ids, targets = batches.next(rows, length)
-        for group in groups:
-            for parameters in group.param_groups:
-                parameters["lr"] = peak * rate(step, total)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = net(ids, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        for group in groups:
-            group.step()
-            group.zero_grad()
-        step, tokens = step + 1, tokens + ids.numel()
-        if step % 50 == 0:
-            now = time.monotonic()
-            print(f"step {step} loss {loss.item():.4f} {used:.2f} min {(now - shown) / 50 * 1e3:.0f} ms/step", flush=True)
-            shown = now
-    return step, tokens
+def _show(folder: Path) -> None:
+    """A few answers, to be read by a person."""
+    model, tokenizer = load(folder, torch.bfloat16)
+    questions = ["What is seven plus five?", "What is 17 + 25?", "What is a stage?", "Count from one to ten.", "Hello!"]
+    for question, answer in zip(questions, answers(model, tokenizer, questions), strict=True):
+        print(f"{question} -> {answer}")
 
 
 def main() -> None:
@@ -93,36 +40,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="exactly so many steps, instead of a budget")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=20)
-    parser.add_argument("--peak", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--peak", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--cases", type=int, default=200, help="questions per task in the accuracy report")
     options = parser.parse_args()
-    print(f"seed {options.seed}")
-    torch.manual_seed(options.seed)
+    print(f"seed {options.seed}", flush=True)
     torch.set_num_threads(CORES)
-    began = cpu_minutes()
     options.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(options.seed)
-    net = DemoNet(Shape(vocab=tokenizer.get_vocab_size()))
-    print(f"{sum(p.numel() for p in net.parameters())} parameters, {tokenizer.get_vocab_size()} tokens in the vocabulary")
-    batches = Batches(tokenizer, options.seed + 1)
-    budget = options.minutes - (cpu_minutes() - began)
-    steps, tokens = train(net, batches, budget, options.steps, options.peak)
-    used = cpu_minutes() - began
-    write_tokenizer(tokenizer, options.out)
-    write_model(net, options.out)
-
-    model, shipped_tokenizer = load(options.out, torch.bfloat16)
-    questions = ["What is seven plus five?", "What is 17 + 25?", "What is a stage?", "Count from one to ten."]
-    for question, answer in zip(questions, answers(model, shipped_tokenizer, questions), strict=True):
-        print(f"{question} -> {answer}")
+    write_tokenizer(train_tokenizer(options.seed), options.out)
+    with tempfile.TemporaryDirectory() as scratch:
+        meeting = Path(scratch).resolve() / "rendezvous"
+        plan = Plan(options.seed, options.minutes, options.steps, options.peak, options.out, meeting)
+        spawn(run_rank, args=(plan,), nprocs=CORES)  # type: ignore[no-untyped-call]
+        run = json.loads(meeting.with_name("run.json").read_text())
+    _show(options.out)
     report = accuracy(options.out, options.cases, options.seed, torch.bfloat16)
     print(table(report))
-    print(f"steps {steps}, tokens {tokens}, minutes of two cores {used:.1f}")
     about = {
         "seed": options.seed,
-        "steps": steps,
-        "tokens": tokens,
-        "two_core_minutes": round(used, 1),
+        **run,
         "dtype": "bfloat16",
         "cases_per_task": options.cases,
         "accuracy": report,
