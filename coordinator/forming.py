@@ -182,10 +182,10 @@ class Former:
         target = self.target
         if loaded.fingerprint != target.fingerprint:
             agree = [pipeline.stages[stage].worker_id for stage in sorted(pipeline.loaded)]
-            others = f" and {', '.join(agree)}" if agree else ""
+            others = f"the coordinator and {', '.join(agree)} have" if agree else "the coordinator has"
             return (
-                f"read revision {loaded.fingerprint[:12] or '(none)'} of the checkpoint, the "
-                f"coordinator{others} have {target.fingerprint[:12]}: give all of them the same files"
+                f"read revision {loaded.fingerprint[:12] or '(none)'} of the checkpoint, "
+                f"{others} {target.fingerprint[:12]}: give all of them the same files"
             )
         need, have, page = target.limits.pages_per_sequence, loaded.num_pages, target.limits.page_size
         if have < need:

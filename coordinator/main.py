@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import secrets
@@ -13,14 +12,13 @@ import signal
 import time
 from dataclasses import astuple, dataclass
 
-import setproctitle
 import uvloop
+from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
-from stagemesh import rpc
+from stagemesh import process, rpc
 from stagemesh.checkpoint import CheckpointInfo, fingerprint, inspect
 from stagemesh.config import CoordinatorSettings
 from stagemesh.errors import ConfigError
-from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
 from .cost import CostModel
 from .driver import Driver
@@ -111,7 +109,8 @@ def run(settings: CoordinatorSettings, ready_fd: int | None = None) -> int:
     When it listens, one JSON line {"port": N} goes to `ready_fd`, which is then closed. Raises ConfigError and
     CheckpointError for what makes the mesh impossible from the start.
     """
-    setproctitle.setproctitle("stagemesh coordinator")
+    process.set_title("coordinator")
+    process.set_up_logging("coordinator")
     built = build(settings)
     store = Store(settings.state_dir)
     try:
@@ -140,9 +139,7 @@ async def _serve(settings: CoordinatorSettings, built: Build, store: Store, read
         [coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name],
     )
     log.info("coordinator listens on %s:%d", settings.host, server.port)
-    if ready_fd is not None:
-        with os.fdopen(ready_fd, "w") as ready:
-            ready.write(json.dumps({"port": server.port}) + "\n")
+    process.tell_ready(ready_fd, port=server.port)
     clock = asyncio.create_task(service.run())
     stopped = asyncio.create_task(stop.wait())
     try:

@@ -86,7 +86,8 @@ def place(
     for stage in range(num_stages):  # a free worker on a stage that a bound one could take moves to where it is needed
         if stage in by_stage:
             continue
-        for other, holder in list(by_stage.items()):
+        for other in [pool for pool, left in free.items() if left and pool in by_stage]:
+            holder = by_stage[other]
             if holder.pool == -1 and (holder.worker_id, stage) not in refused:
                 before = by_stage.pop(other)
                 take(other, other)

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
-from stagemesh.checkpoint import CheckpointInfo, Part
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.cost import CostModel
 from stagemesh.coordinator.forming import Phase, State
 from stagemesh.coordinator.nonce import Nonces
 from stagemesh.coordinator.planning import Target
 from stagemesh.coordinator.reconfigure import Mesh
+
+from stagemesh.checkpoint import CheckpointInfo, Part
 
 LAYERS, REVISION, LEASE_S = 6, "f" * 64, 0.6
 LIMITS = v.Limits(64, 4, 32, 16, 0, 3)
@@ -369,7 +369,7 @@ class TestFailures:
         world.load(0)
         world.load(1, revision="0123456789abcdef")
         assert (world.state, world.final) == (State.DOWN, True)
-        for word in ("worker b", "0123456789ab", "coordinator and a", REVISION[:12]):
+        for word in ("worker b", "0123456789ab", "the coordinator and a have", REVISION[:12]):
             assert word in world.reason
 
     def test_too_few_pages_for_one_sequence(self) -> None:

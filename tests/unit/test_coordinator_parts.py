@@ -1,0 +1,172 @@
+"""The coordinator's smaller parts: what it writes down, gateways' slots, nonces, and settings against a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stagemesh.coordinator.main import build
+from stagemesh.coordinator.nonce import Nonces
+from stagemesh.coordinator.slots import MAX_SLOT, QUARANTINE_S, Slots
+from stagemesh.coordinator.store import Store
+from stagemesh.coordinator.values import Loaded, StagePlan, StoredPlan
+
+from stagemesh.config import CoordinatorSettings
+from stagemesh.errors import CheckpointError, ConfigError, QueueFull
+
+PLAN = StoredPlan(
+    "pipeline-0",
+    7,
+    (StagePlan(0, "a", 2**63 + 5, (0, 3), 11), StagePlan(1, "b", 9, (3, 6), 12)),
+    (Loaded(40, 1, 2, "f"), Loaded(41, 3, 4, "f")),
+    ("shared memory", ""),
+    "terms",
+)
+
+
+class TestStore:
+    def test_what_was_written_is_there_after_a_start(self, tmp_path: Path) -> None:
+        store = Store(str(tmp_path / "state"))
+        store.save_epoch("pipeline-0", 7)
+        store.save_plan(PLAN)
+        store.save_slot(3, "gateway-0", 2**64 - 1)
+        store.close()
+        again = Store(str(tmp_path / "state"))
+        assert again.epochs() == {"pipeline-0": 7}
+        assert again.plans() == {"pipeline-0": PLAN}
+        assert again.slots() == {3: ("gateway-0", 2**64 - 1)}
+        again.close()
+
+    def test_an_epoch_never_falls(self) -> None:
+        store = Store(None)
+        store.save_epoch("p", 7)
+        store.save_epoch("p", 5)
+        assert store.epochs() == {"p": 7}
+        store.close()
+
+    def test_two_coordinators_cannot_share_a_state(self, tmp_path: Path) -> None:
+        first = Store(str(tmp_path))
+        first.save_epoch("p", 1)
+        with pytest.raises(ConfigError, match="no other coordinator"):
+            Store(str(tmp_path))
+        first.close()
+
+    def test_a_file_where_the_folder_should_be(self, tmp_path: Path) -> None:
+        (tmp_path / "state").write_text("")
+        with pytest.raises(ConfigError, match="--state-dir"):
+            Store(str(tmp_path / "state"))
+
+    def test_a_file_that_is_no_database(self, tmp_path: Path) -> None:
+        (tmp_path / "coordinator.sqlite").write_bytes(b"not a database, but long enough to look like one" * 99)
+        with pytest.raises(ConfigError, match=r"coordinator\.sqlite"):
+            Store(str(tmp_path))
+
+    def test_a_later_releases_format_is_refused(self, tmp_path: Path) -> None:
+        Store(str(tmp_path)).close()
+        db = sqlite3.connect(tmp_path / "coordinator.sqlite")
+        db.execute("PRAGMA user_version = 99")
+        db.close()
+        with pytest.raises(ConfigError, match="another release"):
+            Store(str(tmp_path))
+
+
+class TestSlots:
+    def test_an_instance_keeps_its_slot_and_another_gets_another(self) -> None:
+        slots = Slots({}, now=0)
+        one = slots.acquire("g", 1, 0)
+        assert slots.acquire("g", 1, 0) == one
+        assert slots.acquire("g", 2, 0) != one
+
+    def test_a_slot_is_quarantined_after_its_gateway_went(self) -> None:
+        slots = Slots({}, now=0)
+        taken = [slots.acquire("g", n, 0) for n in range(MAX_SLOT)]
+        assert sorted(taken) == list(range(1, MAX_SLOT + 1))
+        with pytest.raises(QueueFull, match="250"):
+            slots.acquire("g", 999, 0)
+        slots.release(taken[7], 10)
+        with pytest.raises(QueueFull):
+            slots.acquire("g", 999, 10 + QUARANTINE_S - 1)
+        assert slots.acquire("g", 999, 10 + QUARANTINE_S) == taken[7]
+
+    def test_a_gateway_with_two_streams_is_gone_when_both_are(self) -> None:
+        slots = Slots({}, now=0, first=5)
+        slot = slots.acquire("g", 1, 0)
+        slots.acquire("g", 1, 0)
+        slots.release(slot, 0)
+        others = {slots.acquire("h", n, 1000) for n in range(MAX_SLOT - 1)}
+        assert slot not in others
+
+    def test_slots_of_before_a_restart_are_kept_for_their_gateways(self) -> None:
+        slots = Slots({5: ("g", 1)}, now=0, first=5)
+        assert slots.acquire("h", 2, 1) != 5
+        assert slots.acquire("g", 1, 1) == 5
+
+
+def test_nonces_are_never_zero_and_never_one_twice() -> None:
+    nonces = Nonces(0)
+    seen = [nonces.next() for _ in range(100_000)]
+    assert len(set(seen)) == len(seen)
+    assert all(0 < n < 1 << 32 for n in seen)
+    assert Nonces(-0x9E3779B1 % 2**32).next() != 0
+
+
+def settings(folder: Path, **changes: Any) -> CoordinatorSettings:
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 4,
+                "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "vocab_size": 256, "max_position_embeddings": 8192, "dtype": "bfloat16",
+            }
+        )
+    )  # fmt: skip
+    return CoordinatorSettings(model=str(folder), load_format="dummy", **changes)
+
+
+class TestBuild:
+    def test_defaults_come_from_the_checkpoint(self, tmp_path: Path) -> None:
+        built = build(settings(tmp_path, pipeline_parallel_size=2))
+        limits = built.target.limits
+        assert (limits.max_model_len, limits.steps_in_flight, limits.num_pages) == (4096, 3, 0)
+        assert (built.model.dtype, built.model.num_layers, built.model.hidden_size) == ("bfloat16", 4, 64)
+        assert built.model.name == tmp_path.name
+        assert build(settings(tmp_path)).target.limits.steps_in_flight == 2
+
+    def test_what_is_asked_for_wins(self, tmp_path: Path) -> None:
+        built = build(
+            settings(tmp_path, dtype="float32", max_model_len=100, steps_in_flight=5, num_kv_pages=70, block_size=8)
+        )
+        assert built.model.dtype == "float32"
+        limits = built.target.limits
+        assert (limits.max_model_len, limits.steps_in_flight, limits.num_pages, limits.page_size) == (100, 5, 70, 8)
+        assert limits.pages_per_sequence == 13
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"pipeline_parallel_size": 5}, ["-size 5", "4 layers", "-pp 4"]),
+            ({"pipeline_parallel_size": 2, "layer_partition": [1, 2]}, ["1,2", "adds up to 3", "2,2"]),
+            ({"max_model_len": 9000}, ["9000", "8192", "--max-model-len 8192 or less"]),
+            ({"num_kv_pages": 4, "max_model_len": 100}, ["--num-kv-pages 4", "64 tokens", "--num-kv-pages 7"]),
+        ],
+    )
+    def test_a_mesh_that_cannot_be_is_refused_with_numbers_and_a_way_out(
+        self, tmp_path: Path, changes: dict[str, Any], words: list[str]
+    ) -> None:
+        with pytest.raises(ConfigError) as e:
+            build(settings(tmp_path, **changes))
+        for word in words:
+            assert word in e.value.message, e.value.message
+
+    def test_no_checkpoint(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"nowhere.*no such directory"):
+            build(CoordinatorSettings(model=str(tmp_path / "nowhere")))
+
+    def test_other_bounds_are_other_terms(self, tmp_path: Path) -> None:
+        one = build(settings(tmp_path)).target.terms
+        assert build(settings(tmp_path)).target.terms == one
+        assert build(settings(tmp_path, max_num_seqs=3)).target.terms != one
+        assert build(settings(tmp_path, pipeline_parallel_size=2)).target.terms != one
