@@ -1,0 +1,1 @@
+"""Membership and leases, cost model, partition, placement, reconfiguration, and what outlives a restart."""

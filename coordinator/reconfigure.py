@@ -145,6 +145,7 @@ class Mesh(Former):
     def _lose(self, worker_id: str, reason: str) -> None:
         worker = self.workers.pop(worker_id)
         self.lost[worker_id] = worker.info
+        self._ucx_failed = {k: e for k, e in self._ucx_failed.items() if worker.info.incarnation not in k}
         self._act(v.Disconnect(worker.info.address))
         while len(self.lost) > LOST_SHOWN:
             self.lost.pop(next(iter(self.lost)))

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 RENEW_S = 0.15
 TICK_S = 0.05
 PROGRESS_S = 0.2
+MAX_COUNTED = 4096  # workers whose counts of refused stale orders are remembered
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -144,7 +145,10 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
 
     def _renewed(self, request: pb.KeepAliveRequest) -> None:
         self.post(v.LeaseRenewed(request.worker_id, request.incarnation))
-        self._stale[request.worker_id] = dict(request.stale_refused)
+        if request.stale_refused:
+            self._stale[request.worker_id] = dict(request.stale_refused)
+            while len(self._stale) > MAX_COUNTED:
+                self._stale.pop(next(iter(self._stale)))
         if request.broken_pipeline:
             reason = request.broken_reason or "no reason given"
             self.post(v.LinkBroken(request.worker_id, request.broken_pipeline, request.broken_epoch, reason))

@@ -164,10 +164,10 @@ def test_a_thousand_workers_of_five_kinds_and_400_layers_within_a_second(stages:
     five = [kind(1 + k / 2, (400 // stages + 3) * 5 * MIB * (1 + k)) for k in range(5)]
     candidates = [Candidate(f"worker-{n}", -1, five[n % 5]) for n in range(1000)]
     cost = model([MIB] * 400, head=3 * MIB)
-    start = time.perf_counter()
+    start = time.process_time()  # not the wall's: the machine may have other things to do
     placed = place(stages, candidates)
     ranges = partition(cost, [placed.workers[s].kind for s in range(stages)])
-    took_s = time.perf_counter() - start
+    took_s = time.process_time() - start
     assert [first for first, _ in ranges] == [0, *[last for _, last in ranges[:-1]]]
     assert ranges[-1][1] == 400
     assert took_s < 1.0, f"{took_s:.2f} s"

@@ -1,0 +1,144 @@
+"""Random stories of the coordinator's core: events timely and late, against what gateways and workers rely on."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from mesh_world import LAYERS, REVISION, World, target
+from stagemesh.coordinator import values as v
+from stagemesh.coordinator.forming import Phase, State
+
+NAMES = ("a", "b", "c", "d")
+
+
+class Stories(RuleBasedStateMachine):
+    """Random events, timely and late, against what gateways and workers rely on."""
+
+    @initialize(stages=st.integers(1, 3))
+    def start(self, stages: int) -> None:
+        self.world = World(target(stages), pipeline_ids=("pipeline-0", "pipeline-1"))
+        self.stages = stages
+        self.assigned: dict[tuple[str, int], dict[int, v.Assign]] = {}
+        self.acked: dict[tuple[str, int], set[int]] = {}
+        self.persisted: dict[str, int] = {}
+        self.highest: dict[str, int] = {}
+        self.nonces: list[int] = []
+        self.seen = 0
+
+    def check(self) -> None:
+        """Every action that came since the last look."""
+        world = self.world
+        for action in world.actions[self.seen :]:
+            match action:
+                case v.PersistEpoch(name, epoch):
+                    assert epoch > self.persisted.get(name, 0), "epochs rise strictly"
+                    self.persisted[name] = epoch
+                case v.Assign():
+                    key = (action.pipeline_id, action.epoch)
+                    assert self.persisted[action.pipeline_id] == action.epoch, "written down before it is told"
+                    held = self.assigned.setdefault(key, {})
+                    assert action.plan.stage not in held
+                    assert action.plan.worker_id not in [a.plan.worker_id for a in held.values()]
+                    held[action.plan.stage] = action
+                    self.nonces.append(action.plan.generation)
+                case v.MakeLink():
+                    self.nonces += action.nonces
+                case v.Activate():
+                    assert len(self.assigned[action.pipeline_id, action.epoch]) == self.stages
+                case v.PersistPlan(plan):
+                    key = (plan.pipeline_id, plan.epoch)
+                    assert self.acked.get(key, set()) == set(range(self.stages)), "serves before every ack"
+        self.seen = len(world.actions)
+
+    def send(self, event: v.Event) -> None:
+        self.world.send(event)
+        self.check()
+
+    @rule(name=st.sampled_from(NAMES), pool=st.sampled_from((-1, -1, 0, 1)), held=st.integers(0, 30))
+    def register(self, name: str, pool: int, held: int) -> None:
+        claims = (v.Held("pipeline-0", held, 0, (0, 3), 1, True, REVISION),) if held > 28 else ()
+        self.world.join(name, pool, held=claims)
+        self.check()
+
+    @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
+    def lose(self, name: str, back: int) -> None:
+        self.send(v.WorkerLost(name, self.world.lives[name] - back, "gone"))
+
+    @rule(name=st.sampled_from(NAMES))
+    def drain(self, name: str) -> None:
+        self.send(v.DrainRequested(name))
+
+    @rule(
+        pipeline=st.sampled_from(("pipeline-0", "pipeline-1")),
+        stage=st.integers(0, 2),
+        back=st.integers(0, 1),
+        good=st.booleans(),
+    )
+    def loaded(self, pipeline: str, stage: int, back: int, good: bool) -> None:
+        epoch = self.world.mesh.pipelines[pipeline].epoch - back
+        if stage in self.assigned.get((pipeline, epoch), {}):
+            self.send(v.AssignDone(pipeline, epoch, stage, v.Loaded(4 if good else 1, fingerprint=REVISION)))
+
+    @rule(pipeline=st.sampled_from(("pipeline-0", "pipeline-1")), back=st.integers(0, 1))
+    def advance(self, pipeline: str, back: int) -> None:
+        """All answers that the present phase of the pipeline waits for, possibly too late."""
+        at = self.world.mesh.pipelines[pipeline]
+        epoch, phase = at.epoch - back, at.phase
+        for stage in range(len(at.stages)):
+            if phase is Phase.ASSIGN:
+                self.send(v.AssignDone(pipeline, epoch, stage, v.Loaded(4, fingerprint=REVISION)))
+            elif phase is Phase.LINK and stage < len(at.stages) - 1:
+                self.send(v.LinkUp(pipeline, epoch, stage, "tcp"))
+            elif phase is Phase.ACTIVATE:
+                self.acked.setdefault((pipeline, epoch), set()).add(stage)
+                self.send(v.Activated(pipeline, epoch, stage))
+
+    @rule(
+        pipeline=st.sampled_from(("pipeline-0", "pipeline-1")),
+        stage=st.integers(0, 2),
+        what=st.sampled_from(("assign", "link", "activate")),
+        final=st.booleans(),
+        back=st.integers(0, 1),
+    )
+    def fail(self, pipeline: str, stage: int, what: str, final: bool, back: int) -> None:
+        at = self.world.mesh.pipelines[pipeline]
+        if stage < self.stages - (what == "link"):
+            self.send(v.StepFailed(pipeline, at.epoch - back, stage, what, "boom", final, what == "link"))
+
+    @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
+    def break_link(self, name: str, back: int) -> None:
+        self.send(v.LinkBroken(name, "pipeline-0", self.world.epoch - back, "reset"))
+
+    @rule(seconds=st.sampled_from((0.05, 0.3, 2.5)), alive=st.booleans())
+    def wait(self, seconds: float, alive: bool) -> None:
+        self.world.wait(seconds, *(self.world.mesh.workers if alive else ()))
+        self.check()
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "world"))
+    def nothing_is_shared_or_lost_from_sight(self) -> None:
+        mesh = self.world.mesh
+        users: Counter[str] = Counter()
+        for name, pipeline in mesh.pipelines.items():
+            assert pipeline.epoch >= self.highest.get(name, 0)
+            self.highest[name] = pipeline.epoch
+            users.update(plan.worker_id for plan in pipeline.stages)
+            if pipeline.state in (State.SERVING, State.DRAINING):
+                ranges = [plan.layers for plan in pipeline.stages]
+                assert [r[0] for r in ranges] == [0, *(r[1] for r in ranges[:-1])]
+                assert ranges[-1][1] == LAYERS
+                assert all(mesh.knows(plan.worker_id, plan.incarnation) for plan in pipeline.stages)
+            if pipeline.state is State.DOWN:
+                assert pipeline.reason
+                assert not pipeline.stages
+        assert all(count == 1 for count in users.values()), "a worker serves one pipeline"
+        assert len(set(self.nonces)) == len(self.nonces), "no nonce twice"
+
+
+TestStories = Stories.TestCase
+TestStories.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
