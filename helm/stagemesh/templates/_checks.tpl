@@ -1,0 +1,30 @@
+{{/* Values that contradict each other: refused with both, and the fix. */}}
+{{- define "stagemesh.checks" -}}
+{{- $stages := len .Values.stages }}
+{{- with .Values.coordinator.settings.layer_partition }}
+{{- if ne (len .) $stages }}
+{{- fail (printf "coordinator.settings.layer_partition names %d stages, `stages` has %d: give one number of layers for each" (len .) $stages) }}
+{{- end }}
+{{- end }}
+{{- range $i, $stage := .Values.stages }}
+{{- $gpus := dig "resources" "limits" "nvidia.com/gpu" "" $stage | toString }}
+{{- $ranks := int (default 1 $stage.tensorParallelSize) }}
+{{- if and $gpus (ne (int $gpus) $ranks) }}
+{{- fail (printf "stages[%d]: tensorParallelSize is %d and resources.limits has %s of nvidia.com/gpu: each rank takes one GPU, make them equal" $i $ranks $gpus) }}
+{{- end }}
+{{- if and (not $gpus) (eq (dig "settings" "device" "auto" $stage) "cuda") }}
+{{- fail (printf "stages[%d]: settings.device is cuda and resources.limits asks for no nvidia.com/gpu: ask for %d" $i $ranks) }}
+{{- end }}
+{{- end }}
+{{- with .Values.model }}
+{{- if and .path (not .volume) (hasPrefix (printf "%s/" .mountPath) (printf "%s/" .path)) }}
+{{- fail (printf "model.path %s is under model.mountPath and there is no model.volume: say where the files come from" .path) }}
+{{- end }}
+{{- if and .volume (not .path) }}
+{{- fail "model.volume is set and model.path is not: name the checkpoint's directory in the pods" }}
+{{- end }}
+{{- end }}
+{{- if and .Values.apiKey.value .Values.apiKey.existingSecret }}
+{{- fail "apiKey.value and apiKey.existingSecret are both set: give one" }}
+{{- end }}
+{{- end }}

