@@ -35,7 +35,7 @@ from .views import limits as limits_message
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 4096
-STOP_GRACE_S = 0.3
+STOP_GRACE_S = 0.1
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ class Stories(RuleBasedStateMachine):
         self.highest: dict[str, int] = {}
         self.nonces: list[int] = []
         self.seen = 0
+        for name in NAMES:  # most stories begin with enough workers
+            self.world.join(name)
+        self.check()
 
     def check(self) -> None:
         """Every action that came since the last look."""
@@ -82,9 +85,17 @@ class Stories(RuleBasedStateMachine):
         if stage in self.assigned.get((pipeline, epoch), {}):
             self.send(v.AssignDone(pipeline, epoch, stage, v.Loaded(4 if good else 1, fingerprint=REVISION)))
 
-    @rule(pipeline=st.sampled_from(("pipeline-0", "pipeline-1")), back=st.integers(0, 1))
-    def advance(self, pipeline: str, back: int) -> None:
-        """All answers that the present phase of the pipeline waits for, possibly too late."""
+    @rule(
+        pipeline=st.sampled_from(("pipeline-0", "pipeline-1")),
+        back=st.sampled_from((0, 0, 0, 1)),
+        phases=st.integers(1, 3),
+    )
+    def advance(self, pipeline: str, back: int, phases: int) -> None:
+        """All answers that the next phases of the pipeline wait for, possibly too late."""
+        for _ in range(phases):
+            self.answer(pipeline, back)
+
+    def answer(self, pipeline: str, back: int) -> None:
         at = self.world.mesh.pipelines[pipeline]
         epoch, phase = at.epoch - back, at.phase
         for stage in range(len(at.stages)):
@@ -112,8 +123,8 @@ class Stories(RuleBasedStateMachine):
     def break_link(self, name: str, back: int) -> None:
         self.send(v.LinkBroken(name, "pipeline-0", self.world.epoch - back, "reset"))
 
-    @rule(seconds=st.sampled_from((0.05, 0.3, 2.5)), alive=st.booleans())
-    def wait(self, seconds: float, alive: bool) -> None:
+    @rule(seconds=st.sampled_from((0.05, 0.3, 2.5)), alive=st.integers(0, 4))
+    def wait(self, seconds: float, alive: int) -> None:
         self.world.wait(seconds, *(self.world.mesh.workers if alive else ()))
         self.check()
 
