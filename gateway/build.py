@@ -11,7 +11,7 @@ from typing import Any, cast
 from stagemesh.errors import InvalidRequest, NotFound, PromptTooLong, Unavailable
 
 from .request import Engine, GenerationRequest, ModelCard, Sampling
-from .tokenizer import Tokenizer
+from .tokenizer import LONG_CHARS, Tokenizer
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
@@ -21,7 +21,7 @@ MAX_STOP_IDS = 1024
 MAX_BIASES = 1024
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default of max_tokens for a completion."""
-SLOW_TEXT_CHARS = 16384
+SLOW_TEXT_CHARS = LONG_CHARS
 """From here on a text is tokenized in a thread: it would hold up the event loop for tens of milliseconds."""
 
 

@@ -84,9 +84,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     ) -> gateway_pb2.GatewayDescribeMeshResponse:
         """The mesh as /mesh shows it, typed."""
         self._authorize(context)
+        seen: dict[str, Any] = self._engine.describe()
         told = gateway_pb2.GatewayDescribeMeshResponse()
-        # `describe` holds this message's JSON form, and more.
-        json_format.ParseDict(self._engine.describe(), told, ignore_unknown_fields=True)
+        # /mesh is MeshView's JSON form with the gateway's own figures beside it.
+        json_format.ParseDict(seen, told.mesh, ignore_unknown_fields=True)
+        json_format.ParseDict(seen.get("gateway", {}), told, ignore_unknown_fields=True)
         return told
 
     def _authorize(self, context: Context) -> None:

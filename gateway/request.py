@@ -121,4 +121,4 @@ class Engine(Protocol):
         """Whether a token has crossed every stage and a pipeline serves; else why not."""
 
     def describe(self) -> dict[str, object]:
-        """The mesh as this gateway sees it, JSON-ready."""
+        """The mesh as this gateway sees it, JSON-ready: MeshView's JSON form, and `gateway` with its own figures."""

@@ -196,17 +196,14 @@ class EchoEngine:
 
     def describe(self) -> dict[str, object]:
         return {
-            "mesh": {"pipelines": [{"pipeline_id": "p0", "epoch": 3, "state": "PIPELINE_STATE_SERVING"}]},
-            "running": len(self.running),
-            "waiting": 0,
-            "free_pages": 7,
-            "total_pages": 9,
-            "gateway_id": "gateway-0",
+            "ready": not self.away,
+            "pipelines": [{"pipeline_id": "p0", "epoch": "3", "state": "PIPELINE_STATE_SERVING"}],
+            "gateway": {"id": "g", "running": len(self.running), "waiting": 0, "free_pages": 7, "total_pages": 9},
         }
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits for a submission or cancellation after which `condition` holds."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()

@@ -455,7 +455,7 @@ def test_what_operators_look_at(make_served: Make) -> None:
     card = get(served, "/v1/models/echo").json()
     assert (card["object"], card["max_model_len"], card["owned_by"]) == ("model", 256, "stagemesh")
     assert get(served, "/v1/models/other").status_code == 404
-    assert get(served, "/mesh").json()["total_pages"] == 9
+    assert get(served, "/mesh").json()["gateway"]["total_pages"] == 9
     assert get(served, "/version").json()["version"]
     for path, method, status in (("/nope", "GET", 404), (URL, "GET", 405), ("/health", "DELETE", 405)):
         transport = httpx.ASGITransport(served.app)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvloop
 from stagemesh.gateway.openai import http as http_module
 
 Make = Callable[..., Any]
@@ -46,7 +47,7 @@ def test_a_client_that_goes_away_ends_its_requests(make_served: Make, stream: bo
             await served.engine.until(lambda: not served.engine.running)
             assert sorted(served.engine.cancelled) == sorted(r.request_id for r in served.engine.requests)
 
-    asyncio.run(go())
+    uvloop.run(go())
 
 
 def test_a_reader_that_does_not_read_stops_the_engine_from_piling_up(
@@ -80,14 +81,14 @@ def test_a_reader_that_does_not_read_stops_the_engine_from_piling_up(
             assert await asyncio.to_thread(read_all) < 15_000_000
             sock.close()
 
-    asyncio.run(go())
+    uvloop.run(go())
 
 
 def test_a_slow_reader_loses_nothing(make_served: Make, events: Callable[..., list[Any]]) -> None:
     served = make_served(max_model_len=20_000)
 
     async def go() -> None:
-        async with served.http() as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
+        async with served.http() as url, httpx.AsyncClient(base_url=url, timeout=60) as client:
             ask = {"prompt": "abc", "max_tokens": 5000, "stream": True}
             lines: list[str] = []
             async with client.stream("POST", URL, json=ask) as response:
@@ -99,7 +100,7 @@ def test_a_slow_reader_loses_nothing(make_served: Make, events: Callable[..., li
             assert got[-1] == "[DONE]"
             assert "".join(e["choices"][0]["text"] for e in got[:-1]) == ("abc" * 1667)[:5000]
 
-    asyncio.run(go())
+    uvloop.run(go())
 
 
 async def pieces(total: int) -> AsyncIterator[bytes]:
@@ -112,7 +113,7 @@ def test_a_body_of_50_mb_is_refused(make_served: Make, chunked: bool) -> None:
     served = make_served(max_body_mib=2)
 
     async def go() -> None:
-        async with served.http() as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
+        async with served.http() as url, httpx.AsyncClient(base_url=url, timeout=60) as client:
             headers = {} if chunked else {"content-length": str(50 << 20)}
             # httpx reads the answer only when its whole body is sent.
             response = await client.post(URL, content=pieces(50 << 20), headers=headers)
@@ -121,7 +122,7 @@ def test_a_body_of_50_mb_is_refused(make_served: Make, chunked: bool) -> None:
             assert response.json()["error"]["code"] == "body_too_large"
             assert (await client.post(URL, json={"prompt": "a"})).status_code == 200
 
-    asyncio.run(go())
+    uvloop.run(go())
 
 
 def test_a_large_body_is_refused_before_it_comes(make_served: Make) -> None:
@@ -135,7 +136,7 @@ def test_a_large_body_is_refused_before_it_comes(make_served: Make) -> None:
             assert b"100 Continue" not in answer
             sock.close()
 
-    asyncio.run(go())
+    uvloop.run(go())
 
 
 def test_an_endless_body_is_cut_off(make_served: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +159,7 @@ def test_an_endless_body_is_cut_off(make_served: Make, monkeypatch: pytest.Monke
             assert await asyncio.to_thread(flood, sock) < 1000
             sock.close()
 
-    asyncio.run(go())
+    uvloop.run(go())
 
 
 def test_a_body_that_does_not_come_is_given_up(make_served: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +173,7 @@ def test_a_body_that_does_not_come_is_given_up(make_served: Make, monkeypatch: p
             assert b"408" in answer.split(b"\r\n")[0]
             sock.close()
 
-    asyncio.run(go())
+    uvloop.run(go())
 
 
 def test_a_client_that_leaves_within_its_body_harms_nothing(make_served: Make) -> None:
@@ -184,7 +185,7 @@ def test_a_client_that_leaves_within_its_body_harms_nothing(make_served: Make) -
             sock.close()
             assert (await client.post(URL, json={"prompt": "a"})).status_code == 200
 
-    asyncio.run(go())
+    uvloop.run(go())
 
 
 def test_connections_are_kept(make_served: Make) -> None:
@@ -199,4 +200,4 @@ def test_connections_are_kept(make_served: Make) -> None:
                     ports.add(response.extensions["network_stream"].get_extra_info("client_addr"))
             assert len(ports) == 1
 
-    asyncio.run(go())
+    uvloop.run(go())
