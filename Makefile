@@ -1,0 +1,60 @@
+# Everything a developer or CI runs. `make serve` and `make test` do all set-up themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: serve test check install protos bench bench-vllm numerics chaos breadth helm models-doc clean
+
+INSTALLED := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch -e ".[ucx-cu12]"
+	touch $@
+
+$(DEV): $(INSTALLED)
+	$(BIN)/pip install --quiet -e ".[ucx-cu12,dev]"
+	touch $@
+
+install: $(DEV)
+
+serve: $(INSTALLED)  ## set up, then serve the shipped model over two stages; ARGS="MODEL -pp 3" for others
+	$(BIN)/stagemesh serve $(if $(ARGS),$(ARGS),-pp 2)
+
+test: $(DEV) helm  ## everything that CI tests
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+check: $(DEV)  ## format, lint, types, protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python protos/generate.py --check
+	$(BIN)/python tools/check_types.py
+	$(BIN)/python tools/check_protos.py
+	$(BIN)/python tools/helm/make_schema.py --check
+
+protos: $(DEV)  ## regenerate the committed stubs
+	$(BIN)/python protos/generate.py
+
+helm: $(DEV)
+	$(BIN)/python tools/helm/get_helm.py
+
+numerics: $(DEV)  ## every combination of the token-for-token tests (the pairwise part is in `make test`)
+	$(BIN)/python -m pytest tests/numerics -m "slow or not slow" --timeout 3600 $(ARGS)
+
+chaos: $(DEV)  ## kills of every kind of process, ten times each
+	$(BIN)/python -m pytest tests/chaos -m "slow or not slow" --timeout 3600 $(ARGS)
+
+bench: $(DEV)
+	$(BIN)/python benchmarks/links.py
+
+bench-vllm: $(DEV)  ## the table beside vLLM; VLLM_VENV names its environment (benchmarks/README.md)
+	$(BIN)/python benchmarks/vllm_table.py $(ARGS)
+
+models-doc: $(DEV)
+	$(BIN)/python tools/make_models_doc.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .tools

@@ -1,0 +1,112 @@
+"""Real processes, real gRPC, real links: greedy tokens equal those of the unsplit model under transformers, in fp32.
+
+Pairwise combinations run in CI, all of them by `make numerics`. Prompts are chosen so that the two likeliest tokens
+never come close: rounding cannot excuse a difference. Not one token may differ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+import re
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from mesh import Mesh, serve
+from pairwise import all_combinations, pairwise
+
+from stagemesh import Client
+
+SEED = 7
+LENGTHS = (1, 2, 16, 17, 63, 130, 300, 511, 700)
+REQUESTS = 32
+OUTPUT = 24
+MAX_MODEL_LEN = 768
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "family": ("llama", "qwen3", "mistral_sw", "gemma2", "gpt_neox", "mixtral"),
+    "stages": (2, 3, 1, 5),
+    "tp": ("1", "2+1", "2"),
+    "transport": ("ucx", "tcp"),
+    "chunk": (16, 96, 512),
+    "pages": ("plenty", "few"),
+}
+PAIRWISE = pairwise(FACTORS)
+
+
+def _ident(case: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in case.values())
+
+
+CASES = [
+    pytest.param(case, id=_ident(case), marks=() if case in PAIRWISE else pytest.mark.slow)
+    for case in all_combinations(FACTORS)
+]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """family -> (checkpoint, prompts with the whole model's tokens); made once a session."""
+
+    @functools.cache
+    def of(family: str) -> tuple[Path, list[tiny_models.ClearPrompt]]:
+        folder = tiny_models.make_checkpoint(family, tmp_path_factory.mktemp(family) / "model")
+        return folder, tiny_models.clear_prompts(folder, LENGTHS, OUTPUT, seed=SEED)
+
+    return of
+
+
+def flags(case: dict[str, Any]) -> list[str]:
+    """The command line of a case. `2+1` alternates over the stages."""
+    stages = case["stages"]
+    tp = case["tp"] if case["tp"] != "2+1" else ",".join(str(2 - i % 2) for i in range(stages))
+    out = ["-pp", str(stages), "-tp", tp, "--transport", case["transport"], "--dtype", "float32"]
+    out += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", str(case["chunk"])]
+    if case["pages"] == "few":
+        # One sequence of --max-model-len and hardly more: the rest waits, and is preempted.
+        out += ["--block-size", "4", "--num-kv-pages", str(MAX_MODEL_LEN // 4 + 16)]
+    return out
+
+
+async def generate_all(mesh: Mesh, prompts: list[tiny_models.ClearPrompt]) -> list[list[int]]:
+    """32 requests, arrivals spread out, each prompt several times."""
+    spread = random.Random(SEED)
+
+    async with Client(mesh.grpc_address) as client:
+
+        async def one(prompt: tiny_models.ClearPrompt, delay_s: float) -> list[int]:
+            await asyncio.sleep(delay_s)  # An arrival time, not a wait for something to settle.
+            done = await client.generate(prompt.prompt_ids, max_tokens=OUTPUT, temperature=0, ignore_eos=True)
+            return list(done.token_ids)
+
+        order = [prompts[i % len(prompts)] for i in range(REQUESTS)]
+        return await asyncio.gather(*(one(prompt, spread.uniform(0, 1.5)) for prompt in order))
+
+
+def metric(mesh: Mesh, name: str) -> float:
+    """One value of /metrics."""
+    with urllib.request.urlopen(mesh.url + "/metrics", timeout=10) as response:
+        found = re.search(rf"^{name} (\S+)$", response.read().decode(), re.MULTILINE)
+    assert found, f"no {name} in /metrics"
+    return float(found.group(1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_equal_the_whole_model(case: dict[str, Any], checkpoints: Any) -> None:
+    folder, prompts = checkpoints(case["family"])
+    print(f"seed {SEED}, case {case}")
+    with serve(str(folder), *flags(case)) as mesh:
+        tokens = asyncio.run(generate_all(mesh, prompts))
+        for i, got in enumerate(tokens):
+            expected = prompts[i % len(prompts)]
+            assert got == expected.tokens, f"request {i}, prompt of {len(expected.prompt_ids)} tokens"
+        if case["pages"] == "few":
+            assert metric(mesh, "stagemesh_num_preemptions_total") > 0, "few pages, and nobody was preempted"
+        gateway = mesh.get("/mesh")["gateway"]
+        assert gateway["free_pages"] == gateway["total_pages"], "pages leaked"
+        routes = [stage["route"] for stage in mesh.get("/mesh")["pipelines"][0]["stages"]][:-1]
+        wanted = "tcp" if case["transport"] == "tcp" else "shared memory"
+        assert all(route == wanted for route in routes), routes

@@ -1,0 +1,210 @@
+"""The scheduler: steps in flight, equal steps, chunks that follow each other, fairness, preemption, pages."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stagemesh.gateway.pages import PageAllocator
+from stagemesh.gateway.scheduler import Plan, Scheduler
+from stagemesh.gateway.sequence import Sequence, State
+
+
+def make(pages: int = 1000, steps: int = 3, seqs: int = 64, tokens: int = 32, page_size: int = 4) -> Scheduler:
+    allocator = PageAllocator(pages, page_size)
+    return Scheduler(allocator, steps_in_flight=steps, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+
+
+def sequence(length: int, max_tokens: int = 8) -> Sequence:
+    return Sequence(tuple(range(1, length + 1)), 0, max_tokens)
+
+
+def drain(scheduler: Scheduler) -> list[Plan]:
+    plans = []
+    while (plan := scheduler.next_plan()) is not None:
+        plans.append(plan)
+    return plans
+
+
+def come_back(scheduler: Scheduler, plan: Plan) -> None:
+    """The step's result: each sampled row gets token 7; a sequence that has enough is finished."""
+    for row in plan.rows:
+        if row.samples and scheduler.append_token(row.sequence, row.start + row.count, 7):
+            if len(row.sequence.log) >= row.sequence.max_tokens:
+                scheduler.finish(row.sequence)
+    scheduler.step_done(plan.step)
+
+
+def test_the_next_step_does_not_wait_for_other_sequences() -> None:
+    scheduler = make(steps=3, tokens=4)
+    for _ in range(3):
+        scheduler.add(sequence(4))
+    assert len(drain(scheduler)) == 3, "three steps must be out before any result is back"
+
+
+def test_no_more_steps_than_allowed() -> None:
+    scheduler = make(steps=2, tokens=4)
+    for _ in range(10):
+        scheduler.add(sequence(4))
+    assert len(drain(scheduler)) == 2
+    assert scheduler.next_plan() is None
+
+
+def test_chunks_of_one_prompt_follow_each_other_without_results() -> None:
+    scheduler = make(steps=3, tokens=8)
+    scheduler.add(sequence(20))
+    plans = drain(scheduler)
+    assert [(row.start, row.count, row.samples) for plan in plans for row in plan.rows] == [
+        (0, 8, False),
+        (8, 8, False),
+        (16, 4, True),
+    ]
+
+
+def test_decode_rows_are_spread_over_steps() -> None:
+    scheduler = make(steps=3, tokens=256)
+    for _ in range(16):
+        scheduler.add(sequence(2, max_tokens=1000))
+    for _ in range(60):
+        for plan in list(drain(scheduler)) or list(scheduler.out.values())[:1]:
+            if plan.step in scheduler.out:
+                come_back(scheduler, next(iter(scheduler.out.values())))
+    sizes = [len(plan.rows) for plan in scheduler.out.values()] + [len(plan.rows) for plan in drain(scheduler)]
+    assert max(sizes) <= 6, f"ceil(16 / 3) rows a step at most, got {sizes}"
+    assert len(sizes) == 3
+
+
+def test_a_long_prompt_does_not_starve_short_ones() -> None:
+    scheduler = make(tokens=16)
+    long = sequence(1000)
+    scheduler.add(long)
+    come_back(scheduler, scheduler.next_plan())  # type: ignore[arg-type]
+    short = sequence(6)
+    scheduler.add(short)
+    plan = scheduler.next_plan()
+    assert plan is not None
+    counts = {row.sequence: row.count for row in plan.rows}
+    assert counts == {long: 10, short: 6}
+
+
+def test_short_prompts_do_not_starve_a_long_one() -> None:
+    scheduler = make(tokens=16)
+    long = sequence(64, max_tokens=1)
+    scheduler.add(long)
+    steps = 0
+    while long.state is not State.FINISHED:
+        scheduler.add(sequence(12, max_tokens=1))
+        come_back(scheduler, scheduler.next_plan())  # type: ignore[arg-type]
+        steps += 1
+        assert steps < 20, "half of every step's budget is the oldest prompt's"
+
+
+def test_pages_come_back_only_after_the_last_step_that_names_them() -> None:
+    scheduler = make(pages=10)
+    victim = sequence(8)
+    scheduler.add(victim)
+    (plan,) = drain(scheduler)
+    scheduler.finish(victim)
+    assert scheduler.pages.num_free < 10, "its step is still out"
+    scheduler.step_done(plan.step)
+    assert scheduler.pages.num_free == 10
+    assert [closed.after_step for closed in scheduler.closed] == [plan.step]
+
+
+def test_tokens_after_the_end_are_dropped() -> None:
+    scheduler = make()
+    ended = sequence(4)
+    scheduler.add(ended)
+    (plan,) = drain(scheduler)
+    scheduler.finish(ended)
+    assert not scheduler.append_token(ended, 4, 7)
+    scheduler.step_done(plan.step)
+    assert ended.log == []
+
+
+def test_the_youngest_is_preempted_and_comes_back_with_its_log() -> None:
+    scheduler = make(pages=9, steps=1, page_size=4)
+    first, second = sequence(8, max_tokens=24), sequence(8, max_tokens=24)
+    scheduler.add(first)
+    scheduler.add(second)
+    for _ in range(400):
+        plan = scheduler.next_plan()
+        if plan is None:
+            break
+        come_back(scheduler, plan)
+    assert scheduler.preemptions > 0
+    assert first.log == second.log == [7] * 24
+    assert scheduler.pages.num_free == 9
+
+
+class Worker:
+    """What every worker checks of what it is told: order, positions, pages that nobody else holds."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_pages, self.page_size = num_pages, page_size
+        self.lengths: dict[int, int] = {}
+        self.pages: dict[int, list[int]] = {}
+
+    def take(self, scheduler: Scheduler, plan: Plan) -> None:
+        closed, scheduler.closed = scheduler.closed, []
+        for entry in closed:
+            del self.lengths[entry.ident], self.pages[entry.ident]
+        for opened in plan.opened:
+            assert opened.ident not in self.lengths
+            self.lengths[opened.ident], self.pages[opened.ident] = 0, []
+        for row in plan.rows:
+            ident = row.sequence.ident
+            assert row.count > 0
+            assert row.start == self.lengths[ident]
+            self.lengths[ident] += row.count
+            self.pages[ident] += row.new_pages
+            assert len(self.pages[ident]) * self.page_size >= self.lengths[ident]
+        held = [page for pages in self.pages.values() for page in pages]
+        assert len(held) == len(set(held)), "one page, two sequences"
+        assert all(0 <= page < self.num_pages for page in held)
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32), pages=st.integers(12, 60), steps=st.integers(1, 5), tokens=st.integers(1, 40))
+def test_any_story_ends_with_every_token_and_every_page(seed: int, pages: int, steps: int, tokens: int) -> None:
+    rng = random.Random(seed)
+    scheduler = make(pages=pages, steps=steps, tokens=tokens, seqs=rng.randint(1, 8))
+    worker = Worker(pages, 4)
+    wanted = [sequence(rng.randint(1, 30), rng.randint(1, 17)) for _ in range(12)]
+    cancelled = set()
+    pending = list(wanted)
+    for _ in range(5000):
+        if pending and rng.random() < 0.3:
+            scheduler.add(pending.pop())
+        if rng.random() < 0.02:
+            target = rng.choice(wanted)
+            if target not in pending and target.state is not State.FINISHED:
+                scheduler.finish(target)
+                cancelled.add(target)
+        plan = scheduler.next_plan()
+        if plan is not None:
+            sampled = [row.sequence for row in plan.rows if row.samples]
+            assert len(sampled) == len(set(sampled))
+            worker.take(scheduler, plan)
+        elif scheduler.out:
+            come_back(scheduler, next(iter(scheduler.out.values())))
+        elif not pending:
+            break
+    assert not scheduler.out
+    assert not scheduler.waiting
+    for ended in wanted:
+        assert ended.state is State.FINISHED
+        assert ended in cancelled or len(ended.log) == ended.max_tokens
+    assert scheduler.pages.num_free == pages
+
+
+def test_a_page_freed_twice_is_noticed() -> None:
+    allocator = PageAllocator(4, 4)
+    pages = allocator.allocate(2)
+    assert pages is not None
+    allocator.free(pages)
+    with pytest.raises(AssertionError, match="freed twice"):
+        allocator.free(pages)

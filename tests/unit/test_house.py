@@ -1,0 +1,89 @@
+"""The house rules that no linter knows: borders between services, the package mapping, the public surface."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES = ("coordinator", "stage_worker", "gateway")
+MAPPED = {"stagemesh": "stagemesh", "protos": "stagemesh/protos"} | {s: f"stagemesh/{s}" for s in SERVICES}
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names that a file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_service_never_imports_another(service: str) -> None:
+    foreign = tuple(f"stagemesh.{other}" for other in SERVICES if other != service)
+    for path in (ROOT / service).rglob("*.py"):
+        for name in imports(path):
+            assert not name.startswith(foreign), f"{path.relative_to(ROOT)} imports {name}"
+            assert name.split(".")[0] not in (*SERVICES, "protos"), f"{path.relative_to(ROOT)} imports {name} by folder"
+
+
+def test_shared_code_does_not_lean_on_services() -> None:
+    """Only the command line starts services, and only by name."""
+    for path in (ROOT / "stagemesh").rglob("*.py"):
+        if path.parent.name == "cli":
+            continue
+        for name in imports(path):
+            assert not name.startswith(tuple(f"stagemesh.{s}" for s in SERVICES)), f"{path.name} imports {name}"
+
+
+def test_no_pickle_anywhere() -> None:
+    for folder in MAPPED:
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not imports(path) & {"pickle", "cloudpickle", "dill", "marshal"}, path
+
+
+@pytest.mark.parametrize("module", ["stagemesh.gateway.main", "stagemesh.coordinator.main", "stagemesh.local.supervisor"])
+def test_only_ranks_import_torch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted(m for m in ('torch', 'transformers', 'ucxx') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_package_is_listed() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = set()
+    for folder, target in MAPPED.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            inner = init.parent.relative_to(ROOT / folder).parts
+            found.add(".".join([*target.split("/"), *inner]))
+    assert listed == found
+
+
+def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+    subprocess.run([str(part) for part in command], check=True, timeout=120, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("stagemesh-*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = set()
+    for folder, target in MAPPED.items():
+        for path in (ROOT / folder).rglob("*"):
+            kept = path.suffix in (".py", ".pyi", ".proto", ".typed") or path.parent.name == "demo_model"
+            if path.is_file() and kept and "__pycache__" not in path.parts and path.name != "generate.py":
+                expected.add(f"{target}/{path.relative_to(ROOT / folder)}")
+    assert {name for name in packed if not name.endswith("generate.py")} == expected
+
+
+def test_the_public_surface_is_frozen() -> None:
+    import stagemesh
+
+    assert sorted(stagemesh.__all__) == ["Client", "__version__"]
+    assert stagemesh.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
