@@ -32,7 +32,7 @@ class TPGroup:
         self.size = size
         self.device = torch.device(device)
         timeout = timedelta(seconds=timeout_s)
-        store = dist.FileStore(str(store_path), size)
+        store = dist.FileStore(str(store_path), size)  # type: ignore[attr-defined]
         store.set_timeout(timeout)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -60,7 +60,11 @@ class TPGroup:
         dist.barrier()
 
     def close(self) -> None:
-        """Leave the group. Every rank must come here, or be gone."""
+        """Leave the group; does not wait for the others.
+
+        gloo's threads can abort a process (SIGABRT) that runs C++ destructors after this, when a peer's connection
+        closes at that moment: a rank's process should end by `os._exit`, as multiprocessing's children do.
+        """
         if dist.is_initialized():
             dist.destroy_process_group()
 

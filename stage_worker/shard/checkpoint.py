@@ -13,9 +13,10 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import torch
+from typing_extensions import Buffer
 
 from stagemesh.errors import CheckpointError
 
@@ -114,7 +115,7 @@ class Checkpoint:
         out = torch.empty(shape, dtype=info.dtype)
         if out.numel() == 0:
             return out
-        memory = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        memory = memoryview(cast(Buffer, out.reshape(-1).view(torch.uint8).numpy()))
         done, base = 0, info.offset + start * row_bytes
         while done < len(memory):
             got = os.preadv(fd, [memory[done : done + _READ_BYTES]], base + done)

@@ -68,7 +68,7 @@ def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(f"model type {config.model_type!r} has no decoder-only language model in transformers")
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     cls: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
     return cls
 
@@ -85,7 +85,8 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         for context in cls.get_init_context(dtype, False, False, False):
             stack.enter_context(context)
         model = cls(config)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
@@ -199,7 +200,7 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
         if buffer.is_meta:
             path, _, leaf = name.rpartition(".")
             model.get_submodule(path)._buffers[leaf] = torch.empty_like(buffer, device=device)
-    model.initialize_weights()
+    model.initialize_weights()  # type: ignore[no-untyped-call]
 
 
 def register_attention(function: Callable[..., tuple[torch.Tensor, None]]) -> None:

@@ -165,7 +165,8 @@ def check_heads(config: PretrainedConfig, plan: dict[str, str], size: int) -> No
         nearest = min((parts for parts in candidates if fits(parts)), key=lambda parts: abs(parts - size))
         counts = " or ".join(f"{heads} attention heads and {kv_heads} KV heads" for heads, kv_heads in sorted(pairs))
         raise ConfigError(
-            f"tensor parallel size {size} does not divide the model's {counts}: the nearest size that works is {nearest}"
+            f"tensor parallel size {size} does not divide the model's {counts}: "
+            f"the nearest size that works is {nearest}"
         )
 
 
@@ -193,7 +194,7 @@ def _install_gather(module: nn.Module, group: TPGroup, to_first: bool) -> None:
 def _install_rowwise(module: nn.Linear, group: TPGroup, split_input: bool) -> None:
     """Each rank multiplies its input columns; the sum over ranks gets the bias, once."""
     bias = module.bias
-    module.bias = None
+    module.register_parameter("bias", None)
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         if split_input:
@@ -202,7 +203,7 @@ def _install_rowwise(module: nn.Linear, group: TPGroup, split_input: bool) -> No
         out = group.all_reduce(F.linear(hidden, module.weight))
         return out if bias is None else out + bias
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def _install_vocabulary(module: nn.Module, group: TPGroup) -> None:
@@ -217,4 +218,4 @@ def _install_vocabulary(module: nn.Module, group: TPGroup) -> None:
         found = F.embedding((ids - start).masked_fill(foreign, 0), weight)
         return group.all_reduce(found.masked_fill(foreign[..., None], 0))
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward  # type: ignore[method-assign, assignment]

@@ -7,6 +7,7 @@ JOBS is a JSON file: the group's store, and a list of [model_dir, bounds, prompt
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def main(jobs_path: str, rank: int, size: int) -> None:
         results.append([tokens, read, heads])
     Path(f"{jobs_path}.{rank}").write_text(json.dumps(results))
     group.close()
+    os._exit(0)
 
 
 if __name__ == "__main__":

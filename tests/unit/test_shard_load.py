@@ -181,8 +181,15 @@ def test_a_file_that_is_no_safetensors_is_named(broken: Path, content: bytes) ->
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{}", "[1]", '{"model_type": 7}', "\x00", '{"model_type": "llama", "hidden_size": "wide"}']
-    + ['{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 5}'],
+    [
+        "",
+        "{}",
+        "[1]",
+        '{"model_type": 7}',
+        "\x00",
+        '{"model_type": "llama", "hidden_size": "wide"}',
+        '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 5}',
+    ],
 )
 def test_a_broken_config_is_named(broken: Path, content: str) -> None:
     (broken / "config.json").write_text(content)
