@@ -7,12 +7,11 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc.aio
 from google.protobuf import json_format
-from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
 
 from stagemesh import errors
 from stagemesh.config import GatewaySettings
+from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
 
 from .build import Wishes, build, encode, render_chat, served
 from .metrics import Metrics
@@ -29,7 +28,7 @@ FINISH = {
     "length": gateway_pb2.FINISH_REASON_LENGTH,
 }
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context = Any  # grpc.aio.ServicerContext; its stubs know no generic one at run time
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
@@ -47,6 +46,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         self._authorize(context)
         asked = await self._build(request, context.time_remaining())
         stream = self._engine.submit(asked)
+        # A call that ends while a message waits for the reader's window does not resume this generator.
+        context.add_done_callback(lambda _: stream.cancel())
         completion_tokens = 0
         try:
             async for batch in stream:
@@ -122,6 +123,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             prompt = await render_chat(tokenizer, model, turns)
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
         if remaining_s is not None:
+            if remaining_s <= 0:
+                raise errors.DeadlineExceeded("the call's deadline passed before it was read")
             timeout_s = min(remaining_s, timeout_s or remaining_s)
         return build(
             request.request_id or f"grpc-{uuid.uuid4().hex}",

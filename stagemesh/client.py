@@ -11,8 +11,9 @@ Every failure is an error of `stagemesh.errors`, the same as the gateway raised.
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, cast
@@ -157,23 +158,25 @@ class Client:
         request = _request(prompt, params)
         choices = [Choice(i) for i in range(max(1, request.n))]
         usage = Usage()
-        async for response in self._responses(request, params.get("timeout_s")):
-            if response.HasField("usage"):
-                usage = Usage(response.usage.prompt_tokens, response.usage.completion_tokens)
-                continue
-            delta = _delta(response)
-            choice = choices[delta.choice]
-            choice.text += delta.text
-            choice.token_ids += delta.token_ids
-            choice.logprobs += delta.logprobs
-            choice.finish_reason = delta.finish_reason or choice.finish_reason
+        async with contextlib.aclosing(self._responses(request, params.get("timeout_s"))) as responses:
+            async for response in responses:
+                if response.HasField("usage"):
+                    usage = Usage(response.usage.prompt_tokens, response.usage.completion_tokens)
+                    continue
+                delta = _delta(response)
+                choice = choices[delta.choice]
+                choice.text += delta.text
+                choice.token_ids += delta.token_ids
+                choice.logprobs += delta.logprobs
+                choice.finish_reason = delta.finish_reason or choice.finish_reason
         return Completion(request.request_id, choices, usage)
 
-    async def stream(self, prompt: Prompt, **params: Unpack[Params]) -> AsyncIterator[StreamDelta]:
-        """The answer to `prompt` as it comes. Leaving the loop (and closing the iterator) cancels the request."""
-        async for response in self._responses(_request(prompt, params), params.get("timeout_s")):
-            if not response.HasField("usage"):
-                yield _delta(response)
+    async def stream(self, prompt: Prompt, **params: Unpack[Params]) -> AsyncGenerator[StreamDelta, None]:
+        """The answer to `prompt` as it comes. Closing the generator (`aclose`) cancels the request."""
+        async with contextlib.aclosing(self._responses(_request(prompt, params), params.get("timeout_s"))) as responses:
+            async for response in responses:
+                if not response.HasField("usage"):
+                    yield _delta(response)
 
     async def cancel(self, request_id: str) -> None:
         """Ends a running request. Raises NotFound when it is not running."""
@@ -197,7 +200,7 @@ class Client:
 
     async def _responses(
         self, request: gateway_pb2.GenerateRequest, timeout_s: float | None
-    ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+    ) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
         # A little more than the request's own deadline: the gateway's answer says more than the channel's would.
         call = self._stub.Generate(
             request, metadata=self._metadata, timeout=None if timeout_s is None else timeout_s + 2.0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from stagemesh.gateway.metrics import CONTENT_TYPE, Metrics
-from stagemesh.gateway.request import Engine, ModelCard
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -16,6 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from stagemesh.config import GatewaySettings
 from stagemesh.errors import NotFound
+from stagemesh.gateway.metrics import CONTENT_TYPE, Metrics
+from stagemesh.gateway.request import Engine, ModelCard
 
 from .call import Api
 from .chat import ChatCall

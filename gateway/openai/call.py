@@ -9,11 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stagemesh.config import GatewaySettings
 from stagemesh.gateway.metrics import Metrics
 from stagemesh.gateway.request import Delta, Engine, GenerationRequest, ModelCard
 from stagemesh.gateway.tokenizer import Tokenizer
-
-from stagemesh.config import GatewaySettings
 
 from .errors import dumps
 from .protocol import Common

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
+
 from stagemesh.gateway.build import build, render_chat, served
 from stagemesh.gateway.request import Delta, TokenLogprob
 

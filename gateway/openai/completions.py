@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
+
+from stagemesh.errors import InvalidRequest
 from stagemesh.gateway.build import build, encode, served
 from stagemesh.gateway.request import Delta, ModelCard, TokenLogprob
 from stagemesh.gateway.tokenizer import Tokenizer
-
-from stagemesh.errors import InvalidRequest
 
 from .call import Api, Call
 from .errors import from_validation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -59,18 +60,17 @@ class Endpoint:
         try:
             if not call.stream:
                 return json_response(call.whole(await run.whole()))
-            async for batch in run.deltas():
-                # Not before the first batch: until then a failure still has its own status.
-                if not writer.started:
-                    await writer.start(EVENT_STREAM)
-                await writer.write(call.events(batch))
+            async with contextlib.aclosing(run.deltas()) as batches:
+                async for batch in batches:
+                    # Not before the first batch: until then a failure still has its own status.
+                    if not writer.started:
+                        await writer.start(EVENT_STREAM)
+                    await writer.write(call.events(batch))
             await writer.write(call.last_event(), more=False)
             return None
-        except errors.StagemeshError:
+        except (errors.StagemeshError, ClientGone):
             raise
         except Exception as e:
-            if isinstance(e, ClientGone):
-                raise
             log.exception("request %s failed", call.id)
             raise errors.InternalError(f"{type(e).__name__}: {e}") from e
         finally:

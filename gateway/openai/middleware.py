@@ -6,11 +6,11 @@ import hmac
 import re
 import uuid
 
-from stagemesh.gateway.metrics import Metrics
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stagemesh.errors import Unauthenticated
+from stagemesh.gateway.metrics import Metrics
 
 from .errors import response_of
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from stagemesh.gateway.build import Wishes
 
 from stagemesh.errors import InvalidRequest
+from stagemesh.gateway.build import Wishes
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 

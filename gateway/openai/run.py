@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from stagemesh.gateway.request import Delta, Engine, FinishReason, GenerationRequest, Stream, TokenLogprob
@@ -61,7 +61,7 @@ class Run:
         for stream in self._streams:
             stream.cancel()
 
-    async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+    async def deltas(self) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Batches of (index, delta), as they come; raises what the engine raises."""
         if len(self._streams) == 1:
             async for batch in self._streams[0]:

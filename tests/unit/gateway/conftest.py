@@ -13,6 +13,11 @@ from typing import Any
 import pytest
 import tokenizers
 import uvicorn
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from stagemesh import rpc
+from stagemesh.config import GatewaySettings
+from stagemesh.errors import Cancelled, StagemeshError
 from stagemesh.gateway.detokenizer import Detokenizer
 from stagemesh.gateway.grpc_api import GatewayServicer
 from stagemesh.gateway.metrics import Metrics
@@ -20,11 +25,6 @@ from stagemesh.gateway.openai.app import build_app
 from stagemesh.gateway.request import Delta, GenerationRequest, ModelCard, TokenLogprob
 from stagemesh.gateway.tokenizer import Tokenizer
 from stagemesh.protos.v1 import gateway_pb2_grpc
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-
-from stagemesh import rpc
-from stagemesh.config import GatewaySettings
-from stagemesh.errors import Cancelled, StagemeshError
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}"

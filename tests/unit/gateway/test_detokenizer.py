@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from stagemesh.gateway.detokenizer import Detokenizer
 from stagemesh.gateway.stops import StopMatcher
 from stagemesh.gateway.tokenizer import Tokenizer

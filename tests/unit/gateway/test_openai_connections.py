@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import uvloop
+
 from stagemesh.gateway.openai import http as http_module
 
 Make = Callable[..., Any]

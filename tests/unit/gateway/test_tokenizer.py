@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stagemesh.gateway.chat_template import ChatTemplate
-from stagemesh.gateway.tokenizer import Tokenizer
 
 from stagemesh.config import DEMO_MODEL
 from stagemesh.errors import CheckpointError, InvalidRequest
+from stagemesh.gateway.chat_template import ChatTemplate
+from stagemesh.gateway.tokenizer import Tokenizer
 
 TALK = [
     {"role": "system", "content": "Be <brief> & kind."},
