@@ -139,6 +139,9 @@ class Agent:
             self.held.pop(request.key.pipeline_id, None)
             raise
         finally:
+            # The coordinator may have gone while the ranks load: the answer is nobody's then.
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
             for key in [key for key in self._progress if key[0] == ident]:
                 del self._progress[key]
         held.done = stage_pb2.AssignDone()

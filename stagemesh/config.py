@@ -44,24 +44,29 @@ class Base(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
-class ListenSettings(Base):
-    """Where a service listens and how others reach it."""
+class Loopback(Base):
+    """A bind address that stays on this machine unless told otherwise."""
 
     host: str = "127.0.0.1"
     """Address to bind. Anything but loopback needs --insecure: traffic is not encrypted yet."""
-    advertise_host: str | None = None
-    """Address that others are told, where it differs from `host` (a pod's IP, a NAT)."""
     insecure: bool = False
     """Allow listening beyond loopback without encryption."""
 
     @model_validator(mode="after")
-    def _loopback_unless_insecure(self) -> ListenSettings:
+    def _loopback_unless_insecure(self) -> Loopback:
         if self.host not in LOOPBACK and not self.insecure:
             raise ValueError(
                 f"host {self.host} is reachable from other machines and traffic is not encrypted; "
                 "use a loopback address, or add --insecure on a network that you trust"
             )
         return self
+
+
+class ListenSettings(Loopback):
+    """Where a service listens and how others reach it."""
+
+    advertise_host: str | None = None
+    """Address that others are told, where it differs from `host` (a pod's IP, a NAT)."""
 
     @property
     def reachable_host(self) -> str:
@@ -182,17 +187,13 @@ class GatewaySettings(ListenSettings):
     """Seconds that SIGTERM gives running requests to finish."""
 
 
-class ServeSettings(ModelSettings):
-    """`stagemesh serve`: a whole mesh on this machine."""
+class ServeSettings(Loopback, ModelSettings):
+    """`stagemesh serve`: a whole mesh on this machine; `host` is the front's, the rest stays on loopback."""
 
-    host: str = "127.0.0.1"
-    """Address of the HTTP and gRPC front."""
     port: int = Field(8000, ge=0, le=65535)
     """HTTP port; 0 asks the system for one."""
     grpc_port: int = Field(0, ge=0, le=65535)
     """gRPC port of the gateway; 0 asks the system for one."""
-    insecure: bool = False
-    """Allow listening beyond loopback without encryption."""
     api_key: str | None = None
     """Key that clients must send."""
     pipeline_parallel_size: int = Field(1, ge=1, le=64, json_schema_extra=flags("-pp"))

@@ -51,7 +51,15 @@ def test_no_pickle_anywhere() -> None:
             assert not imports(path) & {"pickle", "cloudpickle", "dill", "marshal"}, path
 
 
-@pytest.mark.parametrize("module", ["stagemesh.gateway.main", "stagemesh.coordinator.main", "stagemesh.local.supervisor"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "stagemesh.gateway.main",
+        "stagemesh.coordinator.main",
+        "stagemesh.stage_worker.main",
+        "stagemesh.local.supervisor",
+    ],
+)
 def test_only_ranks_import_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted(m for m in ('torch', 'transformers', 'ucxx') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
@@ -69,8 +77,8 @@ def test_every_package_is_listed() -> None:
 
 
 def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
-    subprocess.run([str(part) for part in command], check=True, timeout=120, cwd=tmp_path)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, timeout=120, cwd=tmp_path)
     (wheel,) = tmp_path.glob("stagemesh-*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = set()

@@ -1,0 +1,154 @@
+"""kill -9 of each kind of process under load: every request ends, typed and soon; the mesh comes back; nothing is left.
+
+CI kills each kind twice on the shipped model; `make chaos` ten times on a 100 M-parameter model, and writes the figures
+to benchmarks/results/kill.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from load import Load
+from mesh import Mesh, serve
+
+ROOT = Path(__file__).resolve().parents[2]
+SEED = 11
+CLIENTS = 12
+BACK_S = 15.0
+TYPED_S = 2.0
+ROLES = {
+    "coordinator": "stagemesh coordinator",
+    "agent": "stagemesh stage 1",
+    "rank": "layers",
+    "gateway": "stagemesh gateway",
+}
+
+
+def shared_memory() -> set[str]:
+    """What lies in shared memory: POSIX segments by name, System V ones by key and id."""
+    listed = subprocess.run(["ipcs", "-m"], capture_output=True, text=True, check=True).stdout
+    sysv = {" ".join(line.split()[:2]) for line in listed.splitlines() if line.startswith("0x")}
+    return {f"posix {name}" for name in os.listdir("/dev/shm")} | {f"sysv {entry}" for entry in sysv}
+
+
+def candidates(mesh: Mesh, role: str) -> list[psutil.Process]:
+    """Processes of a role, by their titles; an agent's name is also the beginning of its ranks'."""
+    return [p for p in mesh.named(ROLES[role]) if role != "agent" or "layers" not in " ".join(p.cmdline())]
+
+
+async def wait_until(what: str, check: Any, timeout_s: float) -> float:
+    """Polls `check` until it holds; seconds that took."""
+    began = time.monotonic()
+    while not await asyncio.to_thread(check):
+        assert time.monotonic() - began < timeout_s, f"{what}: not within {timeout_s} s"
+        await asyncio.sleep(0.02)
+    return time.monotonic() - began
+
+
+async def kill_once(mesh: Mesh, role: str, load: Load) -> dict[str, float]:
+    """Kills, then checks what clients saw; figures in seconds."""
+    before = load.finished()
+    await wait_until("requests finish", lambda: load.finished() >= before + 3, 30)
+    await wait_until("load", lambda: len(load.live()) >= CLIENTS // 2, 20)
+    live, epoch, count = load.live(), mesh.epoch(), len(mesh.children())
+    await wait_until(f"a {role} that has its title", lambda: candidates(mesh, role), BACK_S)
+    target = candidates(mesh, role)[-1]
+    killed_at = time.monotonic()
+    target.send_signal(signal.SIGKILL)
+    if role == "coordinator":
+        # Nobody notices: what runs goes on, and new requests are served while it is away.
+        began = load.finished()
+        await wait_until("requests finish without a coordinator", lambda: load.finished() >= began + 3, 30)
+        assert not [e for e in load.endings if e.error is not None and e.ended > killed_at]
+        await wait_until("the coordinator is back", lambda: len(mesh.children()) == count, BACK_S)
+        back_s = time.monotonic() - killed_at
+        assert mesh.epoch() == epoch, "a coordinator's restart must not change a running pipeline"
+    else:
+        await wait_until("every live request ends", lambda: all(e.ended for e in live), TYPED_S + 1)
+        late = [e.ended - killed_at for e in live if e.error is not None and e.ended - killed_at > TYPED_S]
+        assert not late, f"typed errors after {late} s"
+        if role != "gateway":
+            assert any(e.error is not None for e in live), "the kill hit nobody: the test tests nothing"
+            assert all(e.error.reason == "STAGE_LOST" for e in live if e.error is not None)
+        began = load.finished()
+        await wait_until("the mesh serves again", lambda: load.finished() > began and mesh.ready, BACK_S)
+        back_s = time.monotonic() - killed_at
+        if role != "gateway":
+            assert mesh.epoch() > epoch, "a new epoch fences the old one"
+    await wait_until("as many processes as before", lambda: len(mesh.children()) == count, BACK_S)
+    ends = [e.ended - killed_at for e in live if e.error is not None]
+    return {"back_s": round(back_s, 2), "last_typed_error_s": round(max(ends, default=0.0), 3)}
+
+
+async def kill_repeatedly(mesh: Mesh, role: str, times: int) -> list[dict[str, float]]:
+    load = Load(mesh.grpc_address, CLIENTS, SEED)
+    running = asyncio.create_task(load.run())
+    try:
+        return [await kill_once(mesh, role, load) for _ in range(times)]
+    finally:
+        load.stopping = True
+        await asyncio.wait_for(running, 60)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_killed_process_comes_back(role: str) -> None:
+    before = shared_memory()
+    print(f"seed {SEED}")
+    with serve("-pp", "2") as mesh:
+        print(role, asyncio.run(kill_repeatedly(mesh, role, 2)))
+        # Work that was cut off must not hold pages.
+        assert mesh.get("/mesh")["gateway"]["free_pages"] == mesh.get("/mesh")["gateway"]["total_pages"]
+    assert shared_memory() <= before
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("large") / "100m"
+    command = [sys.executable, str(ROOT / "tools/make_model.py"), "--preset", "100m", "--out", str(out)]
+    subprocess.run(command, check=True, timeout=120)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ROLES)
+def test_ten_kills_of_a_large_model(role: str, large_model: Path) -> None:
+    before = shared_memory()
+    with serve(str(large_model), "-pp", "2", "--max-model-len", "2048") as mesh:
+        figures = asyncio.run(kill_repeatedly(mesh, role, 10))
+    assert shared_memory() <= before
+    path = ROOT / "benchmarks/results/kill.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[role] = figures
+    results["about"] = f"make chaos: kill -9, {CLIENTS} streams, 100 M parameters, 2 stages, {os.cpu_count()} cores"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def test_the_supervisor_killed_leaves_nothing() -> None:
+    before = shared_memory()
+    with serve("-pp", "2") as mesh:
+        children = mesh.children()
+        mesh.process.kill()
+        _, alive = psutil.wait_procs(children, timeout=5)
+        for process in alive:
+            process.kill()
+        assert not alive, f"orphans: {alive}"
+    assert shared_memory() <= before
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_everything_within_five_seconds(sig: signal.Signals) -> None:
+    with serve("-pp", "2") as mesh:
+        titles = [" ".join(p.cmdline()) for p in mesh.children()]
+        for wanted in (*ROLES.values(), "stagemesh stage 0 layers 0-3 rank 0", "stagemesh stage 1 layers 4-7 rank 0"):
+            assert any(wanted in title for title in titles), f"{wanted!r} names no process: {titles}"
+        assert mesh.stop(sig) < 5.0
