@@ -30,7 +30,7 @@ def helm() -> str:
     if shutil.which("helm") is None and shutil.which("npm") is None:
         pytest.skip("NEITHER helm NOR npm IS ON PATH: the chart is not tested here")
     found = subprocess.run(
-        [sys.executable, str(ROOT / "tools/helm/helm_cli.py")], capture_output=True, text=True, timeout=400
+        [sys.executable, str(ROOT / "tools/helm/get_helm.py")], capture_output=True, text=True, timeout=400
     )
     assert found.returncode == 0, found.stderr
     return found.stdout.strip()

@@ -4,6 +4,8 @@ pods, and values that Helm itself refuses."""
 from __future__ import annotations
 
 import copy
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import chart
 import kubernetes_validate
 import pytest
+import yaml
 
 from stagemesh.cli.flags import given
 from stagemesh.cli.main import SERVICES, parser
@@ -301,6 +304,35 @@ def test_wrong_values_are_refused_by_helm(wrong: str) -> None:
     value, said = WRONG[wrong]
     with pytest.raises(chart.Refused, match=said):
         objects_of("default", sets=(value,))
+
+
+def notes(tmp_path: Path, *values: Path) -> str:
+    """What `helm install` prints at the end. Without a cluster Helm renders it but does not show it, so a copy of the
+    chart shows it as an object."""
+    copied = tmp_path / "chart"
+    shutil.copytree(chart.CHART, copied)
+    (copied / "templates" / "NOTES.txt").rename(copied / "notes.txt")
+    for template in (copied / "templates").glob("**/*.yaml"):
+        template.unlink()
+    (copied / "templates" / "notes.yaml").write_text('notes: {{ tpl (.Files.Get "notes.txt") . | toJson }}')
+    files = [part for path in values for part in ("-f", str(path))]
+    said = chart.run("template", "demo", str(copied), "-n", "there", "--kube-version", chart.NEWEST, *files)
+    return str(yaml.safe_load(said)["notes"])
+
+
+def test_the_notes_warn_and_lead_to_an_answer(tmp_path: Path) -> None:
+    text = notes(tmp_path)
+    assert "NOT ENCRYPTED" in text
+    assert "NO API KEY" not in text
+    objects = objects_of("default")
+    names = {f"{kind.lower()}/{name}" for kind in ("Deployment", "Service") for name in chart.of_kind(objects, kind)}
+    assert set(re.findall(r"(?:deployment|service)/[a-z0-9-]+", text)) <= names
+    (secret,) = re.findall(r"get secret (\S+)", text)
+    assert secret in chart.of_kind(objects, "Secret")
+    (forwarded,) = re.findall(r"port-forward service/\S+ 8000:(\d+)", text)
+    front = chart.of_kind(objects, "Service")["demo-stagemesh-gateway"]["spec"]["ports"]
+    assert int(forwarded) in [port["port"] for port in front]
+    assert "logs demo-stagemesh-coordinator-0" in text
 
 
 def test_the_schema_is_what_the_settings_say() -> None:

@@ -42,7 +42,7 @@ class Values(BaseModel):
 class Image(Values):
     """The container image of every pod."""
 
-    repository: str = Field("stagemesh", min_length=1)
+    repository: str = Field(default="stagemesh", min_length=1)
     """Where the image is, without a tag."""
     tag: str = ""
     """Default: the chart's appVersion."""
@@ -56,7 +56,7 @@ class Model(Values):
     path: str = ""
     """Directory of the checkpoint inside the pods, such as /models/my-model; default: the small demo model that is
     part of the image."""
-    mount_path: str = Field("/models", pattern="^/[^/].*$")
+    mount_path: str = Field(default="/models", pattern="^/[^/].*$")
     """Where the volume is mounted, read-only, in every pod."""
     volume: Map = {}
     """A Kubernetes volume source, such as persistentVolumeClaim: {claimName: models, readOnly: true}. Pods on several
@@ -70,7 +70,7 @@ class ApiKey(Values):
     """Whether the gateway asks for a key."""
     existing_secret: str = ""
     """Name of a Secret that holds the key; default: the chart makes one."""
-    secret_key: str = Field("api-key", min_length=1)
+    secret_key: str = Field(default="api-key", min_length=1)
     """Key of the entry in the Secret."""
     value: str = ""
     """The key for the Secret that the chart makes; default: a random one, kept over upgrades."""
@@ -135,9 +135,9 @@ class Service(Values):
 
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = "ClusterIP"
     """Type of the Service."""
-    http_port: int = Field(8000, ge=1, le=65535)
+    http_port: int = Field(default=8000, ge=1, le=65535)
     """Port of the OpenAI API."""
-    grpc_port: int = Field(50051, ge=1, le=65535)
+    grpc_port: int = Field(default=50051, ge=1, le=65535)
     """Port of the gRPC API."""
     annotations: dict[str, str] = {}
     """Annotations of the Service."""
@@ -146,7 +146,7 @@ class Service(Values):
 class Gateway(Pods):
     """The gateway."""
 
-    replicas: int = Field(1, ge=0, le=1)
+    replicas: int = Field(default=1, ge=0, le=1)
     """One: stages do not share their KV pages among several gateways yet."""
     settings: _open_settings(GatewaySettings) = Field(default_factory=dict)  # type: ignore[valid-type]
     """Settings of the gateway, keys as in its YAML file."""
@@ -157,9 +157,9 @@ class Gateway(Pods):
 class Stage(Pods):
     """One stage: a pool of workers, each a pod."""
 
-    replicas: int = Field(1, ge=0)
+    replicas: int = Field(default=1, ge=0)
     """Workers of this stage. One serves; the others stand by and take over when it is lost."""
-    tensor_parallel_size: int = Field(1, ge=1, le=64)
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
     """Ranks of each worker; with GPUs, as many as resources.limits has of nvidia.com/gpu."""
     settings: _open_settings(StageSettings) = Field(default_factory=dict)  # type: ignore[valid-type]
     """Settings of the stage's workers, keys as in their YAML file."""
@@ -203,18 +203,18 @@ class ServiceAccount(Values):
 class SecurityContext(Values):
     """User of every container; the rest (no root, no capabilities, read-only root, seccomp) is not a choice."""
 
-    run_as_user: int = Field(10001, ge=1)
+    run_as_user: int = Field(default=10001, ge=1)
     """User id; it must be able to read the model."""
-    run_as_group: int = Field(10001, ge=1)
+    run_as_group: int = Field(default=10001, ge=1)
     """Group id; the coordinator's state volume is made writable for it."""
 
 
 class ChartValues(Values):
     """Values of the stagemesh chart."""
 
-    name_override: str = Field("", max_length=40)
+    name_override: str = Field(default="", max_length=40)
     """Replaces the chart's name in names and labels."""
-    fullname_override: str = Field("", max_length=40)
+    fullname_override: str = Field(default="", max_length=40)
     """Replaces the whole prefix of names."""
     image: Image = Field(default_factory=Image)
     """The container image of every pod."""
@@ -222,7 +222,7 @@ class ChartValues(Values):
     """Secrets for pulling it, such as [{name: pull}]."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """What the services log."""
-    startup_timeout_seconds: int = Field(600, ge=5)
+    startup_timeout_seconds: int = Field(default=600, ge=5)
     """How long a container may take until its probe answers, before Kubernetes starts it anew."""
     model: Model = Field(default_factory=Model)
     """Which checkpoint, and where its files come from."""
@@ -242,5 +242,5 @@ class ChartValues(Values):
     """The service account of all pods."""
     security_context: SecurityContext = Field(default_factory=SecurityContext)
     """User of every container."""
-    global_: Map = Field({}, alias="global")
+    global_: Map = Field(default={}, alias="global")
     """Helm's own, where this chart is part of another."""

