@@ -120,7 +120,7 @@ def test_the_pods_make_a_mesh_that_answers(mesh: list[Running]) -> None:
     serving = health_pb2.HealthCheckResponse.SERVING
     assert [one.probe() for one in (coordinator, *stages)] == [serving] * 3
     assert fetch(f"{url}/v1/chat/completions", QUESTION)[0] == 401
-    status, answer = fetch(f"{url}/v1/chat/completions", {"model": "stagemesh-demo", **QUESTION}, KEY)
+    status, answer = fetch(f"{url}/v1/chat/completions", QUESTION, KEY)
     assert status == 200, answer
     assert "twelve" in answer["choices"][0]["message"]["content"].lower()
     workers = fetch(f"{url}/mesh")[1]["workers"]
