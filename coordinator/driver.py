@@ -73,7 +73,7 @@ class Driver:
     def _stub(self, address: str) -> Any:
         if address not in self._channels:
             self._channels[address] = rpc.channel(address)
-        return stage_pb2_grpc.StageStub(self._channels[address])  # type: ignore[no-untyped-call]
+        return stage_pb2_grpc.StageStub(self._channels[address])
 
     def _spawn(self, work: Coroutine[Any, Any, None], key: tuple[str, int]) -> None:
         task = asyncio.get_running_loop().create_task(work)

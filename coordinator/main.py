@@ -135,7 +135,7 @@ async def _serve(settings: CoordinatorSettings, built: Build, store: Store, read
     server = await rpc.start_server(
         settings.host,
         settings.port,
-        lambda s: coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, s),  # type: ignore[no-untyped-call]
+        lambda s: coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, s),
         [coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name],
     )
     log.info("coordinator listens on %s:%d", settings.host, server.port)

@@ -206,7 +206,7 @@ class MeshEngine:
                         self._reason = f"the coordinator at {self.settings.coordinator} cannot be reached"
                 await asyncio.sleep(RETRY_S)
         finally:
-            await channel.close()
+            await channel.close(None)
 
     def _take(self, response: coordinator_pb2.WatchPipelinesResponse) -> None:
         self._slot = response.slot

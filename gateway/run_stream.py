@@ -39,7 +39,7 @@ class RunStream:
 
     async def open(self, request: stage_pb2.RunOpen) -> stage_pb2.RunOpened:
         """Opens the session. Raises the worker's error, or StageLost when it cannot be reached."""
-        call = self._channel.stream_stream(METHOD, response_deserializer=stage_pb2.RunResponse.FromString)(
+        call = self._channel.stream_stream(METHOD, request_serializer=None, response_deserializer=stage_pb2.RunResponse.FromString)(
             self._messages()
         )
         responses = call.__aiter__()
@@ -55,7 +55,8 @@ class RunStream:
         if first.WhichOneof("message") == "ended":
             raise by_reason(first.ended.reason)(first.ended.message)
         self._reader = asyncio.create_task(self._read(call, responses))
-        return first.opened
+        opened: stage_pb2.RunOpened = first.opened
+        return opened
 
     def send(self, message: bytes) -> None:
         """Queues a message. A worker that stopped reading is lost: the queue is bounded."""
@@ -92,4 +93,4 @@ class RunStream:
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
-        await self._channel.close()
+        await self._channel.close(None)

@@ -81,7 +81,7 @@ class _Worker:
                 agent.ranks = group
                 started = asyncio.get_running_loop().time()
                 starting = asyncio.create_task(group.start())
-                await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
                 if not starting.done():
                     starting.cancel()
                     await asyncio.gather(starting, return_exceptions=True)
@@ -92,9 +92,8 @@ class _Worker:
                 if failure is None:
                     await server.set_serving(True)
                     membership.register(group, incarnation=secrets.randbits(63))
-                    lost = asyncio.ensure_future(group.lost)
-                    await asyncio.wait([lost, stopped], return_when=asyncio.FIRST_COMPLETED)
-                    if not lost.done():
+                    await asyncio.wait((group.lost, stopped), return_when=asyncio.FIRST_COMPLETED)
+                    if not group.lost.done():
                         await self._drain(agent, membership)
                         return
                 await server.set_serving(False)

@@ -56,7 +56,7 @@ class Membership:
     async def stop(self) -> None:
         """Leaves and closes the channel."""
         await self.leave()
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def _keep(self, group: RankGroup, incarnation: int) -> None:
         told = False

@@ -138,7 +138,7 @@ class Client:
     def __init__(self, target: str, api_key: str | None = None) -> None:
         """`target`: host:port. Connects at the first call."""
         self._channel = rpc.channel(target)
-        self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key is not None else ()
 
     async def __aenter__(self) -> Client:

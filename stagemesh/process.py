@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
 import os
 import signal
 import sys
+from collections.abc import Collection
 
 import setproctitle
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def set_title(title: str) -> None:
@@ -25,6 +28,26 @@ def die_with_parent(parent_pid: int, sig: signal.Signals = signal.SIGKILL) -> No
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of its descendants' orphans, so that they are reaped here (and not by nobody)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def reap_orphans(own: Collection[int], *, kill: bool = False) -> None:
+    """Reaps children of this process that it did not start itself; kills them first when asked to."""
+    if sys.platform != "linux":
+        return
+    with open(f"/proc/self/task/{os.getpid()}/children") as f:
+        adopted = [pid for pid in map(int, f.read().split()) if pid not in own]
+    for pid in adopted:
+        if kill:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0 if kill else os.WNOHANG)
 
 
 def set_up_logging(role: str) -> None:

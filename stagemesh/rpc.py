@@ -79,7 +79,7 @@ async def start_server(
     names: Sequence[str],
     *,
     serving: bool = True,
-    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    interceptors: Sequence[Any] = (),
 ) -> Server:
     """Starts a server on host:port (0: the system chooses) with the servicers that `add` adds.
 
@@ -87,7 +87,7 @@ async def start_server(
     """
     server = grpc.aio.server(options=OPTIONS, interceptors=(*interceptors, ErrorInterceptor()))
     add(server)
-    health_servicer = health.aio.HealthServicer()
+    health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     shown = f"[{host}]" if ":" in host else host
@@ -123,7 +123,8 @@ def from_rpc_error(error: grpc.RpcError) -> errors.StagemeshError:
     """The error of ours that a failed call stands for; a peer that cannot be reached is `Unavailable`."""
     code = error.code()
     message = error.details() or code.name
-    for key, value in error.trailing_metadata() or ():
+    metadata: Any = error.trailing_metadata() or ()
+    for key, value in metadata:
         if key == DETAILS:
             status = status_pb2.Status.FromString(value)
             cls: type[errors.StagemeshError] | None = None
@@ -170,7 +171,7 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExcepti
 Handler = Any  # grpc.RpcMethodHandler is generic in the stubs only
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Turns errors that handlers raise into gRPC statuses with details; an unknown one is INTERNAL and logged."""
 
     async def intercept_service(

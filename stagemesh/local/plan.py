@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from stagemesh.config import CoordinatorSettings, GatewaySettings, ModelSettings, ServeSettings, StageSettings
 
@@ -28,7 +29,7 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
     """One worker a stage, and the standbys. Compute threads: the machine's cores, shared among the ranks."""
     ranks = sum(serve.tp_sizes)
     threads = max(1, (len(os.sched_getaffinity(0)) if serve.device != "cuda" else os.cpu_count() or 1) // ranks)
-    common = {
+    common: dict[str, Any] = {
         "coordinator": coordinator,
         "host": LOOPBACK,
         "device": serve.device,

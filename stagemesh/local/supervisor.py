@@ -36,6 +36,7 @@ HTTP_TIMEOUT_S = 2.0
 def run(settings: ServeSettings) -> int:
     """Serves until SIGTERM or Ctrl-C; returns the exit status. Raises ConfigError when the mesh cannot be built."""
     process.set_title("serve")
+    process.adopt_orphans()
     process.set_up_logging("serve")
     return asyncio.run(_Supervisor(settings).run())
 
@@ -92,7 +93,16 @@ class _Supervisor:
 
     async def _watch(self) -> None:
         """Restarts what dies, each child on its own."""
-        await asyncio.gather(*(self._keep(child) for child in self.children))
+        await asyncio.gather(*(self._keep(child) for child in self.children), self._reap())
+
+    async def _reap(self) -> None:
+        """The ranks of an agent that was killed come to this process when they die."""
+        while not self.stop.is_set():
+            process.reap_orphans(self._own())
+            await asyncio.sleep(WATCH_S)
+
+    def _own(self) -> set[int]:
+        return {child.process.pid for child in self.children if child.process is not None}
 
     async def _keep(self, child: Child) -> None:
         while not self.stop.is_set():
@@ -156,6 +166,7 @@ class _Supervisor:
             await asyncio.gather(*(child.wait(timeout_s) for child in children))
         for child in self.children:
             child.kill()
+        process.reap_orphans(self._own(), kill=True)
 
 
 def _get_json(url: str) -> dict[str, Any] | None:
