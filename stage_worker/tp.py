@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from stagemesh.errors import ConfigError
+from stagemesh.errors import ConfigError, TransportError
 
 
 def even_range(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -21,43 +23,60 @@ class TPGroup:
 
     Ranks find each other through a file that the worker names, so no port is guessed; a collective that a lost rank
     leaves hanging fails after `timeout_s`. One group a process.
+
+    Every collective raises `TransportError` when a rank is lost or late.
     """
 
     def __init__(
         self, store_path: str | Path, rank: int, size: int, device: str = "cpu", timeout_s: float = 60
     ) -> None:
+        """Meet the other ranks.
+
+        Raises:
+            ConfigError: `rank` is not in the group.
+            TransportError: they did not all come within `timeout_s`.
+        """
         if not 0 <= rank < size:
             raise ConfigError(f"rank {rank} is none of a tensor-parallel group of {size}")
         self.rank = rank
         self.size = size
         self.device = torch.device(device)
         timeout = timedelta(seconds=timeout_s)
-        store = dist.FileStore(str(store_path), size)  # type: ignore[attr-defined]
-        store.set_timeout(timeout)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.set_device(self.device)
+        with self._lost(f"{size} ranks did not all meet within {timeout_s:.0f} s"):
+            store = dist.FileStore(str(store_path), size)  # type: ignore[attr-defined]
+            store.set_timeout(timeout)
+            dist.init_process_group(
+                "nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
+            )
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""
         tensor = tensor.contiguous()
-        dist.all_reduce(tensor)
+        with self._lost():
+            dist.all_reduce(tensor)
         return tensor
 
     def all_gather_last_dim(self, tensor: torch.Tensor, total: int) -> torch.Tensor:
         """Every rank's `even_range` of `total`, put together along the last dimension."""
         parts = self._room(tensor, total)
-        dist.all_gather(parts, self._padded(tensor, total))
+        with self._lost():
+            dist.all_gather(parts, self._padded(tensor, total))
         return self._join(parts, total)
 
     def gather_last_dim_to_first(self, tensor: torch.Tensor, total: int) -> torch.Tensor:
         """The same on rank 0; the other ranks get their own part back."""
         parts = self._room(tensor, total) if self.rank == 0 else None
-        dist.gather(self._padded(tensor, total), parts, dst=0)
+        with self._lost():
+            dist.gather(self._padded(tensor, total), parts, dst=0)
         return tensor if parts is None else self._join(parts, total)
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        dist.barrier()
+        with self._lost():
+            dist.barrier()
 
     def close(self) -> None:
         """Leave the group; does not wait for the others.
@@ -67,6 +86,13 @@ class TPGroup:
         """
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    @contextmanager
+    def _lost(self, what: str = "a rank is lost or late") -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise TransportError(f"tensor-parallel rank {self.rank} of {self.size}: {what} ({error})") from error
 
     def _width(self, total: int) -> int:
         return -(-total // self.size)

@@ -89,7 +89,7 @@ class AttentionMetadata:
     decode_tokens: Tensor | slice
     """Where the decode rows' tokens are in the step."""
     prefill_rows: list[PrefillRow]
-    _tables: list[Tensor]
+    _tables: list[list[int]]
     _decode_views: dict[int | None, DecodeView] = field(default_factory=dict)
     _prefill_views: dict[int | None, list[PrefillView]] = field(default_factory=dict)
     _slots: dict[int, Tensor] = field(default_factory=dict)
@@ -110,22 +110,25 @@ class AttentionMetadata:
             InternalError: a row is empty or its block table is too short.
         """
         device = torch.device(device)
-        tables = [torch.as_tensor(table, dtype=torch.int64, device="cpu") for table in block_tables]
-        positions, slots, opened, decode_rows, decode_tokens, prefill_rows = [], [], [], [], [], []
+        tables = [table.tolist() if isinstance(table, Tensor) else list(table) for table in block_tables]
+        positions: list[int] = []
+        slots: list[int] = []
+        opened: list[int] = []
+        decode_rows: list[int] = []
+        decode_tokens: list[int] = []
+        prefill_rows: list[PrefillRow] = []
         token = 0
         for row, (start, count, table) in enumerate(zip(starts, counts, tables, strict=True)):
             end = start + count
-            if count < 1 or start < 0 or table.numel() * page_size < end:
+            if count < 1 or start < 0 or len(table) * page_size < end:
                 raise InternalError(
-                    f"row {row} has {count} tokens from position {start}, and {table.numel()} pages of {page_size}"
+                    f"row {row} has {count} tokens from position {start}, and {len(table)} pages of {page_size}"
                 )
-            row_positions = torch.arange(start, end)
-            row_pages = row_positions // page_size
-            positions.append(row_positions)
-            slots.append(table[row_pages] * page_size + row_positions % page_size)
+            positions.extend(range(start, end))
+            slots.extend(table[at // page_size] * page_size + at % page_size for at in range(start, end))
             last_page = (end - 1) // page_size
             if start <= last_page * page_size and end % page_size:
-                opened.append(int(table[last_page]))
+                opened.append(table[last_page])
             if count == 1:
                 decode_rows.append(row)
                 decode_tokens.append(token)
@@ -144,8 +147,8 @@ class AttentionMetadata:
             page_size=page_size,
             device=device,
             num_tokens=token,
-            positions=torch.cat(positions).to(device),
-            slot_mapping=torch.cat(slots).to(device),
+            positions=torch.tensor(positions, device=device),
+            slot_mapping=torch.tensor(slots, device=device),
             opened_pages=torch.tensor(opened, device=device) if opened else None,
             decode_rows=decode_rows,
             decode_tokens=where,
@@ -193,23 +196,23 @@ class AttentionMetadata:
         first_page = [low // self.page_size for low in lowest]
         last_page = [(length - 1) // self.page_size for length in context]
         width = max(last - first + 1 for first, last in zip(first_page, last_page, strict=True))
-        pages = torch.empty(len(context), width, dtype=torch.int64)
-        for i, row in enumerate(self.decode_rows):
-            own = self._tables[row][first_page[i] : last_page[i] + 1]
-            pages[i, : own.numel()] = own
-            pages[i, own.numel() :] = own[0]
+        pages = [
+            self._tables[row][low : high + 1]
+            for row, low, high in zip(self.decode_rows, first_page, last_page, strict=True)
+        ]
+        padded = torch.tensor([own + own[:1] * (width - len(own)) for own in pages])
         slot_positions = torch.arange(width * self.page_size) + torch.tensor(first_page)[:, None] * self.page_size
         invalid = slot_positions >= torch.tensor(context)[:, None]
         if window is not None:
             invalid |= slot_positions < torch.tensor(lowest)[:, None]
-        return DecodeView(PageRows(pages.to(self.device)), invalid[:, None, None, :].to(self.device))
+        return DecodeView(PageRows(padded.to(self.device)), invalid[:, None, None, :].to(self.device))
 
     def _make_prefill_view(self, row: PrefillRow, window: int | None) -> PrefillView:
         end = row.start + row.count
         first_page = 0 if window is None else max(0, row.start + 1 - window) // self.page_size
         first_position = first_page * self.page_size
         pages = self._tables[row.row][first_page : (end - 1) // self.page_size + 1]
-        return PrefillView(PageRows(pages.to(self.device)), first_position, end - first_position)
+        return PrefillView(PageRows(torch.tensor(pages, device=self.device)), first_position, end - first_position)
 
 
 class AttentionBackend(Protocol):

@@ -61,6 +61,23 @@ _SIZES: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "query_pre_attn_scalar": 16,
 }
+_UNUSUAL: dict[str, Any] = {
+    "attention_bias": True,
+    "mlp_bias": True,
+    "use_bias": True,
+    "mup_enabled": True,
+    "use_qk_norm": True,
+    "qk_layernorm": True,
+    "clip_qkv": 2.0,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+    "logit_scale": 0.25,
+    "final_logit_softcapping": 30.0,
+}
+"""What is off or one by default, so that a test of the defaults would not see it lost. For whoever has it."""
+
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _OF_SOME: dict[str, dict[str, Any]] = {
     "cohere": {"tie_word_embeddings": False},
@@ -76,7 +93,25 @@ _OF_SOME: dict[str, dict[str, Any]] = {
     "longcat_flash": {"num_layers": NUM_LAYERS},
     "minimax_m3_vl_text": {"layer_types": ["full_attention"] * 2 + ["minimax_m3_sparse"] * 3},
     "ministral": {"head_dim": 16},
-    "mistral": {"sliding_window": 40},
+    "llama": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "arcee": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "qwen2_moe": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
     "qwen2": {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2},
     "qwen3": {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2},
 }
@@ -109,6 +144,8 @@ def tiny_config(model_type: str) -> Any:
     if "kv_lora_rank" in settings:
         settings["num_key_value_heads"] = settings["num_attention_heads"]
         settings.pop("head_dim", None)
+    computed = {name for name in _UNUSUAL if isinstance(getattr(config_class, name, None), property)}
+    settings |= {name: value for name, value in _UNUSUAL.items() if hasattr(default, name) and name not in computed}
     settings |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     return config_class(**(settings | _OF_SOME.get(model_type, {})))
 

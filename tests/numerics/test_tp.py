@@ -13,6 +13,9 @@ import pytest
 from safetensors import safe_open
 from tiny_models import clear_prompts, make_checkpoint
 
+from stagemesh.errors import TransportError
+from stagemesh.stage_worker.tp import TPGroup
+
 MAX_TOKENS = 4
 RANK_SCRIPT = Path(__file__).parent / "tp_rank.py"
 TIMEOUT_S = 200
@@ -85,6 +88,37 @@ def test_ranks_together_equal_the_whole(size: int, cases: dict[str, Case], tmp_p
             assert tokens == [prompt.tokens for prompt in prompts[index]], f"{name}, rank {rank}"
             assert heads == [case.kv_heads] * 2, f"{name}, rank {rank}"
             assert sum(read) < checkpoint_bytes(folders[index]), f"{name}, rank {rank}"
+
+
+LOST = """
+import os, sys, torch
+from stagemesh.errors import TransportError
+from stagemesh.stage_worker.tp import TPGroup
+group = TPGroup(sys.argv[1], int(sys.argv[2]), 2, timeout_s=60)
+group.all_reduce(torch.ones(4))
+if group.rank == 1:
+    os._exit(9)
+try:
+    group.all_reduce(torch.ones(4))
+except TransportError as error:
+    print(error.message)
+os._exit(0)
+"""
+
+
+def test_a_lost_rank_is_an_error_at_once(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", LOST, str(tmp_path / "store")]
+    other = subprocess.Popen([*arguments, "1"])
+    try:
+        done = subprocess.run([*arguments, "0"], capture_output=True, text=True, timeout=50, check=False)
+    finally:
+        assert other.wait(timeout=10) == 9
+    assert "rank 0 of 2: a rank is lost or late" in done.stdout, done.stderr
+
+
+def test_ranks_that_do_not_meet_say_so(tmp_path: Path) -> None:
+    with pytest.raises(TransportError, match="2 ranks did not all meet within 1 s"):
+        TPGroup(tmp_path / "store", 0, 2, timeout_s=1)
 
 
 def test_a_rank_reads_its_share_of_llama(tmp_path: Path) -> None:
