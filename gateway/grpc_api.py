@@ -46,21 +46,18 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         self._authorize(context)
         asked = await self._build(request, context.time_remaining())
         stream = self._engine.submit(asked)
-        # A call that ends while a message waits for the reader's window does not resume this generator.
+        # Not in a `finally` here: a call that ends while a message waits for the reader does not resume this generator.
         context.add_done_callback(lambda _: stream.cancel())
         completion_tokens = 0
-        try:
-            async for batch in stream:
-                for delta in batch:
-                    completion_tokens += len(delta.tokens)
-                    # Waits while the reader's window is full; meanwhile the engine merges.
-                    yield _response(asked, delta)
-            yield gateway_pb2.GenerateResponse(
-                request_id=asked.request_id,
-                usage=gateway_pb2.Usage(prompt_tokens=len(asked.prompt), completion_tokens=completion_tokens),
-            )
-        finally:
-            stream.cancel()
+        async for batch in stream:
+            for delta in batch:
+                completion_tokens += len(delta.tokens)
+                # Waits while the reader's window is full; meanwhile the engine merges.
+                yield _response(asked, delta)
+        yield gateway_pb2.GenerateResponse(
+            request_id=asked.request_id,
+            usage=gateway_pb2.Usage(prompt_tokens=len(asked.prompt), completion_tokens=completion_tokens),
+        )
 
     async def Cancel(self, request: gateway_pb2.CancelRequest, context: Context) -> gateway_pb2.CancelResponse:
         """Ends a request by name. Raises NotFound when it is not running."""

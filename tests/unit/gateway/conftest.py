@@ -203,7 +203,7 @@ class EchoEngine:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits for a submission or cancellation after which `condition` holds."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(30):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
@@ -231,7 +231,7 @@ class Served:
             yield f"http://127.0.0.1:{sock.getsockname()[1]}"
         finally:
             server.should_exit = True
-            await task
+            await asyncio.wait_for(task, 30)
             sock.close()
 
     @contextlib.asynccontextmanager

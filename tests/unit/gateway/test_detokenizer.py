@@ -116,6 +116,8 @@ def test_special_and_unknown_tokens_give_no_text_and_cost_no_time(byte_level_dir
     # 40,000 tokens that give no text: quadratic work would take minutes.
     assert detokenizer.push([1, 5000] * 20_000) == ("", None, 40_000)
     assert detokenizer.push(ids)[0] == "hello"
+    smile = tokenizer.encode("🙂", add_special_tokens=False)
+    assert Detokenizer(tokenizer, ids).push([*smile[:2], *[1] * 50, *smile[2:]])[0] == "🙂"
     shown = Detokenizer(tokenizer, ids, skip_special_tokens=False)
     assert shown.push([1, *ids])[0] == "</s>hello"
 
