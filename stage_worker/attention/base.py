@@ -33,10 +33,18 @@ class PageRows:
         return rows
 
 
+FEW_SLOTS = 8192
+"""Up to so many context slots, padding costs less than another batch."""
+MOST_SLOTS = 65536
+"""Context slots that one batch gathers at most, unless a single row has more."""
+
+
 @dataclass(frozen=True)
 class DecodeView:
-    """The rows of one token, as one padded batch."""
+    """Rows of one token, as one padded batch."""
 
+    rows: Tensor | None
+    """[B] int64: which of the step's decode rows; None: all of them, in order."""
     pages: PageRows
     """[B, M]; short rows are padded with their own first page."""
     invalid: Tensor
@@ -90,7 +98,7 @@ class AttentionMetadata:
     """Where the decode rows' tokens are in the step."""
     prefill_rows: list[PrefillRow]
     _tables: list[list[int]]
-    _decode_views: dict[int | None, DecodeView] = field(default_factory=dict)
+    _decode_views: dict[int | None, list[DecodeView]] = field(default_factory=dict)
     _prefill_views: dict[int | None, list[PrefillView]] = field(default_factory=dict)
     _slots: dict[int, Tensor] = field(default_factory=dict)
 
@@ -161,7 +169,8 @@ class AttentionMetadata:
         for window, kv_heads in kinds:
             self.slots(kv_heads)
             if self.decode_rows:
-                self.decode_view(window).pages.of_heads(kv_heads)
+                for batch in self.decode_views(window):
+                    batch.pages.of_heads(kv_heads)
             if self.prefill_rows:
                 for view in self.prefill_views(window):
                     view.pages.of_heads(kv_heads)
@@ -176,12 +185,12 @@ class AttentionMetadata:
             slots = self._slots[kv_heads] = rows.flatten()
         return slots
 
-    def decode_view(self, window: int | None) -> DecodeView:
-        """The batch of one-token rows for layers that see `window` positions (None: all)."""
-        view = self._decode_views.get(window)
-        if view is None:
-            view = self._decode_views[window] = self._make_decode_view(window)
-        return view
+    def decode_views(self, window: int | None) -> list[DecodeView]:
+        """The one-token rows, in batches of like length, for layers that see `window` positions (None: all)."""
+        views = self._decode_views.get(window)
+        if views is None:
+            views = self._decode_views[window] = self._make_decode_views(window)
+        return views
 
     def prefill_views(self, window: int | None) -> list[PrefillView]:
         """The longer rows, in the order of `prefill_rows`, for layers that see `window` positions (None: all)."""
@@ -190,22 +199,24 @@ class AttentionMetadata:
             views = self._prefill_views[window] = [self._make_prefill_view(row, window) for row in self.prefill_rows]
         return views
 
-    def _make_decode_view(self, window: int | None) -> DecodeView:
-        context = [self.starts[row] + 1 for row in self.decode_rows]
-        lowest = [0 if window is None else max(0, length - window) for length in context]
-        first_page = [low // self.page_size for low in lowest]
-        last_page = [(length - 1) // self.page_size for length in context]
-        width = max(last - first + 1 for first, last in zip(first_page, last_page, strict=True))
-        pages = [
-            self._tables[row][low : high + 1]
-            for row, low, high in zip(self.decode_rows, first_page, last_page, strict=True)
-        ]
-        padded = torch.tensor([own + own[:1] * (width - len(own)) for own in pages])
-        slot_positions = torch.arange(width * self.page_size) + torch.tensor(first_page)[:, None] * self.page_size
-        invalid = slot_positions >= torch.tensor(context)[:, None]
-        if window is not None:
-            invalid |= slot_positions < torch.tensor(lowest)[:, None]
-        return DecodeView(PageRows(padded.to(self.device)), invalid[:, None, None, :].to(self.device))
+    def _make_decode_views(self, window: int | None) -> list[DecodeView]:
+        spans = []
+        for row in self.decode_rows:
+            last = self.starts[row]
+            lowest = 0 if window is None else max(0, last + 1 - window)
+            spans.append(_Span(lowest, last, self._tables[row][lowest // self.page_size : last // self.page_size + 1]))
+        groups = _alike([len(span.pages) * self.page_size for span in spans])
+        return [self._make_decode_view(spans, group, len(groups) == 1) for group in groups]
+
+    def _make_decode_view(self, spans: list[_Span], group: list[int], everyone: bool) -> DecodeView:
+        chosen = [spans[index] for index in group]
+        width = max(len(span.pages) for span in chosen)
+        pages = torch.tensor([span.pages + span.pages[:1] * (width - len(span.pages)) for span in chosen])
+        lowest, last = torch.tensor([[span.lowest, span.last] for span in chosen]).T.unsqueeze(-1)
+        positions = torch.arange(width * self.page_size) + lowest // self.page_size * self.page_size
+        invalid = (positions < lowest) | (positions > last)
+        rows = None if everyone else torch.tensor(group, device=self.device)
+        return DecodeView(rows, PageRows(pages.to(self.device)), invalid[:, None, None, :].to(self.device))
 
     def _make_prefill_view(self, row: PrefillRow, window: int | None) -> PrefillView:
         end = row.start + row.count
@@ -213,6 +224,34 @@ class AttentionMetadata:
         first_position = first_page * self.page_size
         pages = self._tables[row.row][first_page : (end - 1) // self.page_size + 1]
         return PrefillView(PageRows(torch.tensor(pages, device=self.device)), first_position, end - first_position)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The positions that one decode row sees, and their pages."""
+
+    lowest: int
+    last: int
+    pages: list[int]
+
+
+def _alike(slots: list[int]) -> list[list[int]]:
+    """Rows, by index, in groups that waste no more than half on padding, or little; `slots` is each row's context.
+
+    Rows stay in order when one group holds them all.
+    """
+    if max(slots) * len(slots) <= max(FEW_SLOTS, min(MOST_SLOTS, 2 * sum(slots))):
+        return [list(range(len(slots)))]
+    groups: list[list[int]] = []
+    widest = real = 0
+    for index in sorted(range(len(slots)), key=lambda index: -slots[index]):
+        padded = widest * (len(groups[-1]) + 1) if groups else 0
+        if not groups or padded > max(FEW_SLOTS, min(MOST_SLOTS, 2 * (real + slots[index]))):
+            groups.append([])
+            widest, real = slots[index], 0
+        groups[-1].append(index)
+        real += slots[index]
+    return groups
 
 
 class AttentionBackend(Protocol):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import AttentionMetadata, PrefillRow, PrefillView
+from .base import AttentionMetadata, DecodeView, PrefillRow, PrefillView
 
 SCORES_BYTES = 64 << 20
 """Bound on the fp32 scores of one block of queries."""
@@ -58,8 +58,18 @@ def attend_decode(
     metadata: AttentionMetadata,
     kind: _Kind,
 ) -> Tensor:
-    """[B, N, Dv] for `query` [B, N, D]: one token a row, all rows at once."""
-    view = metadata.decode_view(kind.sliding_window)
+    """[B, N, Dv] for `query` [B, N, D]: one token a row."""
+    views = metadata.decode_views(kind.sliding_window)
+    if views[0].rows is None:
+        return _attend_batch(query, k_pages, v_pages, views[0], kind)
+    out = torch.empty(*query.shape[:2], v_pages.shape[-1], dtype=query.dtype, device=query.device)
+    for view in views:
+        out[view.rows] = _attend_batch(query[view.rows], k_pages, v_pages, view, kind)
+    return out
+
+
+def _attend_batch(query: Tensor, k_pages: Tensor, v_pages: Tensor, view: DecodeView, kind: _Kind) -> Tensor:
+    """[B, N, Dv]: all rows of a view at once."""
     batch, heads, head_dim = query.shape
     kv_heads = k_pages.shape[1]
     groups = heads // kv_heads

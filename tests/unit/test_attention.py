@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stagemesh.errors import ConfigError, InternalError
-from stagemesh.stage_worker.attention import paged
+from stagemesh.stage_worker.attention import base, paged
 from stagemesh.stage_worker.attention.base import AttentionMetadata
 from stagemesh.stage_worker.attention.registry import make_backend
 
@@ -157,10 +157,35 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(out, whole[key])
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_batches_of_like_rows_change_nothing(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    lengths = [3, 60, 1, 17, 33, 2, 58]
+    sequences = make_sequences(lengths)
+    steps = [[(index, 0, length - 1)] for index, length in enumerate(lengths) if length > 1]
+    steps.append([(index, length - 1, 1) for index, length in enumerate(lengths)])
+    monkeypatch.setattr(base, "FEW_SLOTS", 8)
+    monkeypatch.setattr(base, "MOST_SLOTS", 128)
+    for (index, position), out in run(sequences, steps, window=window).items():
+        expected = by_definition(sequences[index], position, window, None, None)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_short_rows_do_not_pay_for_a_long_one() -> None:
+    """Sixteen rows, one of them of 32,000 positions: padded to the longest they would gather half a million."""
+    lengths = [200] * 15 + [32000]
+    tables = [list(range(-(-length // 16))) for length in lengths]
+    metadata = AttentionMetadata.build([length - 1 for length in lengths], [1] * 16, tables, 16, "cpu")
+    gathered = sum(view.pages.pages.numel() * 16 for view in metadata.decode_views(None))
+    assert gathered <= 2 * sum(lengths)
+    rows = [view.rows for view in metadata.decode_views(None)]
+    assert all(some is not None for some in rows)
+    assert sorted(torch.cat([some for some in rows if some is not None]).tolist()) == list(range(16))
+
+
 def test_layers_with_a_window_touch_only_the_pages_they_see() -> None:
     metadata = AttentionMetadata.build([63, 40], [1, 8], [list(range(16)), list(range(16, 28))], PAGE, "cpu")
-    assert metadata.decode_view(None).pages.pages.numel() == 16
-    assert metadata.decode_view(5).pages.pages.tolist() == [[14, 15]]
+    assert metadata.decode_views(None)[0].pages.pages.numel() == 16
+    assert metadata.decode_views(5)[0].pages.pages.tolist() == [[14, 15]]
     (view,) = metadata.prefill_views(5)
     assert view.pages.pages.tolist() == [25, 26, 27]
     assert view.first_position == 36
