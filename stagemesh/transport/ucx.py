@@ -8,17 +8,22 @@ What had to be known (each was seen here, ucxx 0.52 with UCX 1.21):
 - A receive cannot be cancelled alone: a message to oneself under its tag, longer than its buffer, ends it as truncated
   and writes nothing, unless the real message was first; then the late one is found again and dropped.
 - ucxx tells when a message was longer than its buffer, but neither its size nor that it was shorter.
+- Destroying a worker fetches what nobody took, and waits for its senders for ever if they are gone: so `close` drops it
+  first, and runs at the latest when the process ends or the transport is garbage.
+- `import ucxx` sets `UCX_RNDV_THRESH=8192` for the process and its children: that is taken back.
 - The descriptor of a worker stays readable while a TCP peer has not accepted yet: sleeping on it would be a spin.
 - A request does not keep its buffer alive, and an endpoint that failed must not be closed again (it would crash).
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import select
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 from stagemesh.errors import TransportError
 
@@ -46,10 +51,24 @@ def load_ucxx() -> Any:
         TransportError: ucxx is not installed, or cannot be loaded; the cause says why.
     """
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # read once, at load
+    asked = os.environ.get("UCX_RNDV_THRESH")
     try:
         return importlib.import_module("ucxx._lib.libucxx")
     except ImportError as error:
         raise TransportError(f"ucxx is not installed (pip install 'stagemesh[ucx-cu12]'): {error}") from error
+    finally:
+        if asked is None:  # ucxx sets its own, for this process and its children
+            os.environ.pop("UCX_RNDV_THRESH", None)
+
+
+_open: WeakSet[UcxTransport] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A process that ends on an error ends, too: see `UcxTransport.__del__`."""
+    for transport in list(_open):
+        transport.close()
 
 
 class UcxRequest:
@@ -138,6 +157,12 @@ class UcxTransport:
         self._idle_arms = 0  # since something last happened
         self._calls = 0
         self._closed = False
+        _open.add(self)
+
+    def __del__(self) -> None:
+        # The destructors behind these objects wait for peers when they run in the wrong order: for ever, maybe.
+        if not getattr(self, "_closed", True):
+            self.close()
 
     def address(self) -> bytes:
         return pack_address(self._identity, self._ucx_address)
@@ -200,10 +225,12 @@ class UcxTransport:
         if self._closed:
             return
         self._closed = True
+        _open.discard(self)
         for peer in self._peers:
             peer.close()
         for _ in range(_WATCH_EVERY):
             self.progress()
+        self.discard(0, 0)  # ucxx would fetch what nobody took, and wait for senders that are gone
         if self._self_peer is not None and self._self_peer.alive:
             self._self_peer.close_blocking()
         self._worker.cancel_inflight_requests()

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
 
+from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
 from stagemesh.transport import Transport, open_transport
 
 CHILD = Path(__file__).with_name("link_child.py")
@@ -221,3 +221,72 @@ def test_the_route_is_what_was_taken(mesh: Mesh) -> None:
     assert link.route == expected
     assert mesh.hear() == {"route": expected}
     assert mesh.child.wait(10) == 0
+
+
+ENDS_BADLY = """
+import sys
+from stagemesh.transport import open_transport
+left, right = (open_transport(sys.argv[1]) for _ in range(2))
+peer, buffer = left.connect(right.address()), bytearray(8 << 20)
+request = peer.send(1, buffer)
+for _ in range(1000):
+    left.progress()
+right.recv(2, buffer).cancel()
+cycle = [left, right, peer, request]
+cycle.append(cycle)
+if sys.argv[2] == "garbage":
+    import gc
+    del left, right, peer, request, cycle
+    gc.collect()
+raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize("name", [pytest.param("ucx", marks=needs_ucxx), "tcp", "inproc"])
+@pytest.mark.parametrize("how", ["exit", "garbage"])
+def test_a_process_that_forgets_to_close_still_ends(name: str, how: str) -> None:
+    """With a large send open and a cancel on its way, at the end of the interpreter and by the garbage collector."""
+    ended = subprocess.run([sys.executable, "-c", ENDS_BADLY, name, how], timeout=30, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (7, "")
+
+
+LEAVES_FRAMES_BEHIND = """
+import gc, os, sys, torch
+from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
+from stagemesh.transport import open_transport
+left, right = open_transport("ucx"), open_transport("ucx")
+identity = LinkIdentity(5, 1, os.urandom(16), 64, torch.bfloat16)
+receiver, sender = LinkReceiver(right, left.address(), identity), LinkSender(left, right.address(), identity)
+def turn():
+    for each in (left, right, receiver, sender):
+        each.progress()
+while not sender.ready:
+    turn()
+receiver.open_lane(0, 4, 12800)
+sender.open_lane(0, 4)
+receiver.post(0, 0, (100, 64))
+for step in range(4):
+    sender.send(0, step, torch.ones(100, 64, dtype=torch.bfloat16))
+receiver.close()
+while not receiver.drained:
+    turn()
+late = left.connect(right.address()).send(77, bytearray(8 << 20))
+for _ in range(1000):
+    turn()
+if sys.argv[1] == "close":
+    left.close()
+    right.close()
+if sys.argv[1] != "exit":
+    del left, right, receiver, sender, late, turn
+    gc.collect()
+raise SystemExit(7)
+"""
+
+
+@needs_ucxx
+@pytest.mark.parametrize("how", ["close", "garbage", "exit"])
+def test_ending_does_not_wait_for_a_frame_whose_sender_is_gone(how: str) -> None:
+    """ucxx fetches what nobody took when a worker is destroyed: a rendezvous would keep the process for ever."""
+    command, environment = [sys.executable, "-c", LEAVES_FRAMES_BEHIND, how], dict(os.environ, UCX_RNDV_THRESH="8192")
+    ended = subprocess.run(command, timeout=30, capture_output=True, text=True, env=environment)
+    assert (ended.returncode, ended.stderr) == (7, "")

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from stagemesh.stage_worker.link_wire import data_tag
-from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender, sending_rank
 
 from stagemesh.errors import StaleEpoch, TransportError
+from stagemesh.stage_worker.link_wire import FIN, data_tag, pack_count, tag_of
+from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender, sending_rank
 from stagemesh.transport import Transport, open_transport
 
 needs_ucxx = pytest.mark.skipif(
@@ -233,6 +233,21 @@ def test_buffers_of_a_closed_lane_stay_until_the_sender_has_closed_too(bench: Be
     bench.drive(lambda: receiver.lane_closed(0) and sender.lane_closed(0))
 
 
+def test_a_lane_is_not_free_while_a_frame_is_missing(bench: Bench) -> None:
+    """The sender's last word overtakes two frames."""
+    _, receiver = bench.joined()
+    nonce = receiver.identity.nonce
+    raw = bench.left.connect(bench.right.address())
+    raw.send(tag_of(nonce, 0, FIN), pack_count(2))
+    receiver.close_lane(0)
+    for missing in (2, 1):
+        for _ in range(100):
+            bench.turn()
+        assert not receiver.lane_closed(0), f"{missing} frames are missing"
+        raw.send(data_tag(nonce, 0, missing), rows(10, 1))
+    bench.drive(lambda: receiver.lane_closed(0))
+
+
 def test_frames_of_an_old_link_are_never_delivered(bench: Bench) -> None:
     """The old link dies with frames under way; a new one, of another nonce, joins the same two workers."""
     sender, receiver = bench.joined(credits=4)
@@ -241,7 +256,10 @@ def test_frames_of_an_old_link_are_never_delivered(bench: Bench) -> None:
         sender.send(0, step, torch.full((100, HIDDEN), 13.0, dtype=DTYPE))
     receiver.close()
     bench.drive(lambda: receiver.drained)
+    bench.links.remove(receiver)  # nobody turns it any more
     old = receiver.identity.nonce
+    late = bench.left.connect(bench.right.address()).send(data_tag(old, 0, 9), rows(100, 9))
+    bench.drive(lambda: late.done)
     fresh_sender, fresh = bench.joined(credits=4)
     for step in range(4):
         fresh.post(0, step, (100, HIDDEN))
@@ -251,7 +269,7 @@ def test_frames_of_an_old_link_are_never_delivered(bench: Bench) -> None:
     bench.drive(lambda: sender.drained)
     for _ in range(200):
         bench.turn()
-    assert not any(bench.right.probe(data_tag(old, 0, step)) for step in range(4))
+    assert not any(bench.right.probe(data_tag(old, 0, step)) for step in (0, 1, 2, 3, 9))
 
 
 @pytest.mark.parametrize(
