@@ -12,10 +12,10 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from stagemesh.protos.v1 import stage_pb2, stage_pb2_grpc, types_pb2
 
 from stagemesh import rpc
 from stagemesh.errors import CheckpointError, ConfigError, TransportError
+from stagemesh.protos.v1 import stage_pb2, stage_pb2_grpc, types_pb2
 
 from . import values as v
 from .views import layer_range

@@ -13,12 +13,12 @@ import time
 from dataclasses import astuple, dataclass
 
 import uvloop
-from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
 from stagemesh import process, rpc
 from stagemesh.checkpoint import CheckpointInfo, fingerprint, inspect
 from stagemesh.config import CoordinatorSettings
 from stagemesh.errors import ConfigError
+from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
 from .cost import CostModel
 from .driver import Driver
@@ -111,6 +111,7 @@ def run(settings: CoordinatorSettings, ready_fd: int | None = None) -> int:
     """
     process.set_title("coordinator")
     process.set_up_logging("coordinator")
+    process.prefer()
     built = build(settings)
     store = Store(settings.state_dir)
     try:

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc.aio
-from stagemesh.protos.v1 import coordinator_pb2 as pb
-from stagemesh.protos.v1 import coordinator_pb2_grpc, types_pb2
 
 from stagemesh.errors import ConfigError, InvalidRequest, NotFound
 from stagemesh.protocol import check_protocol
+from stagemesh.protos.v1 import coordinator_pb2 as pb
+from stagemesh.protos.v1 import coordinator_pb2_grpc, types_pb2
 
 from . import values as v
 from .driver import Driver

@@ -11,10 +11,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-from stagemesh.protos.v1 import stage_pb2, types_pb2
-
 from stagemesh.errors import NumericalError, StageLost, StagemeshError
 from stagemesh.protocol import PROTOCOL
+from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from .bubbles import Bubbles
 from .live import LiveRequest

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
+
 from stagemesh.protos.v1 import types_pb2
 
 

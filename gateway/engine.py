@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
-from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
 from stagemesh import checkpoint, rpc
 from stagemesh.config import GatewaySettings
@@ -27,6 +26,7 @@ from stagemesh.errors import (
     StagemeshError,
     Unavailable,
 )
+from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
 from .batch_loop import BatchLoop
 from .bubbles import Bubbles

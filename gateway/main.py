@@ -10,11 +10,11 @@ import socket
 
 import uvicorn
 import uvloop
-from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
 
 from stagemesh import process, rpc
 from stagemesh.config import GatewaySettings
 from stagemesh.errors import ConfigError
+from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
 
 from .engine import MeshEngine
 from .grpc_api import GatewayServicer

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import grpc
-from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from stagemesh import rpc
 from stagemesh.errors import StageLost, StagemeshError, by_reason
+from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 METHOD = "/stagemesh.v1.Stage/Run"
 OPEN_TIMEOUT_S = 10.0
@@ -39,9 +39,9 @@ class RunStream:
 
     async def open(self, request: stage_pb2.RunOpen) -> stage_pb2.RunOpened:
         """Opens the session. Raises the worker's error, or StageLost when it cannot be reached."""
-        call = self._channel.stream_stream(METHOD, request_serializer=None, response_deserializer=stage_pb2.RunResponse.FromString)(
-            self._messages()
-        )
+        call = self._channel.stream_stream(
+            METHOD, request_serializer=None, response_deserializer=stage_pb2.RunResponse.FromString
+        )(self._messages())
         responses = call.__aiter__()
         self.send(stage_pb2.RunRequest(open=request).SerializeToString())
         try:

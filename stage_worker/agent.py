@@ -16,12 +16,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from stagemesh.protos.v1 import coordinator_pb2, stage_pb2
 
 from stagemesh import checkpoint
 from stagemesh.config import StageSettings
 from stagemesh.errors import InvalidRequest, NotFound, StageLost, StagemeshError, StaleEpoch, Unavailable
 from stagemesh.protocol import check_protocol
+from stagemesh.protos.v1 import coordinator_pb2, stage_pb2
 
 from .control import Kind, unpack_error
 from .ranks import RankGroup

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from stagemesh.protos.v1 import stage_pb2
 
 from stagemesh.errors import StagemeshError, Unavailable
+from stagemesh.protos.v1 import stage_pb2
 
 from .kv import KvPool
 from .links import LinkReceiver, LinkSender
@@ -124,6 +124,7 @@ class Assignment:
     def add_plan(self, session: Session, plan: stage_pb2.StepPlan) -> None:
         """Prepares a step and posts its receive."""
         step = session.add_plan(plan)
+        self.shard.prepare(step.batch.attention)
         if self.receiver is not None:
             self.receiver.post(session.slot, step.number, (step.num_tokens, self.shard.hidden_size), self.shard.dtype)
 

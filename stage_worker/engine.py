@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from stagemesh.errors import StagemeshError
+from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.transport.base import Transport
 
 from .assignment import Assignment

@@ -33,6 +33,7 @@ def run(settings: StageSettings, ready_fd: int | None = None) -> int:
     role = f"stage {settings.stage}" if settings.stage is not None else "standby"
     process.set_title(role)
     process.set_up_logging(role)
+    process.prefer()
     return uvloop.run(_Worker(settings, role).run(ready_fd))
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
+
 from stagemesh.protos.v1 import types_pb2
 
 GEMM_SIZE = 512

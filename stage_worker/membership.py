@@ -8,13 +8,13 @@ import logging
 from collections.abc import AsyncIterator
 
 import grpc
-from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 import stagemesh
 from stagemesh import rpc
 from stagemesh.config import StageSettings
 from stagemesh.errors import StagemeshError
 from stagemesh.protocol import PROTOCOL
+from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 from .agent import Agent
 from .ranks import RankGroup

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from stagemesh import process
 from stagemesh.errors import ConfigError, NotFound, StagemeshError, StaleEpoch, TransportError
+from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.transport.base import Transport
 from stagemesh.transport.select import open_transport
 
@@ -337,6 +337,7 @@ def main(argv: list[str]) -> int:
     config = RankConfig.from_json(argv[1])
     process.set_title(f"{config.label} rank {config.rank}")
     process.die_with_parent(config.parent_pid)
+    process.not_preferred()
     process.set_up_logging(f"{config.label} rank {config.rank}")
     # Ctrl-C goes to the whole terminal group; it is the agent that decides when a rank ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stagemesh.protos.v1 import types_pb2
-
 from stagemesh.config import StageSettings
 from stagemesh.errors import ConfigError, StageLost
+from stagemesh.protos.v1 import types_pb2
 
 from .config import RankConfig
 from .control import HEADER, Kind, pack, unpack_error

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from stagemesh.protos.v1 import stage_pb2, types_pb2
 from torch import Tensor
+
+from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 
 @dataclass

@@ -10,10 +10,10 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from stagemesh.protos.v1 import stage_pb2
 from torch import Tensor
 
 from stagemesh.errors import InternalError, InvalidRequest, StaleEpoch
+from stagemesh.protos.v1 import stage_pb2
 
 from .attention.base import AttentionMetadata
 from .sampler import SequenceSampler

@@ -15,6 +15,7 @@ import setproctitle
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+PREFERRED_NICE = -10
 
 
 def set_title(title: str) -> None:
@@ -28,6 +29,18 @@ def die_with_parent(parent_pid: int, sig: signal.Signals = signal.SIGKILL) -> No
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def prefer() -> None:
+    """Asks to be scheduled before compute: for processes that keep leases. Goes without where that is not allowed."""
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, PREFERRED_NICE)
+
+
+def not_preferred() -> None:
+    """Undoes `prefer` in a child that computes."""
+    if os.getpriority(os.PRIO_PROCESS, 0) < 0:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
 
 
 def adopt_orphans() -> None:

@@ -38,7 +38,8 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
     # Reconnect fast: a restarted peer should be found within a second.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # This one also bounds each connection attempt: on a busy machine a handshake takes its time.
+    ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # Services on one machine must not share one connection pool with a dead peer's address.
     ("grpc.use_local_subchannel_pool", 1),

@@ -47,14 +47,7 @@ class Child:
         command = [sys.executable, "-m", "stagemesh.cli.main", self.role, *_flags(self.settings)]
         command += ["--ready-fd", str(write_fd), "--parent-pid", str(os.getpid())]
         try:
-            # A session of its own: Ctrl-C reaches the supervisor alone, which ends its children in the right order.
-            self.process = subprocess.Popen(
-                command,
-                pass_fds=[write_fd],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                env={**os.environ, **self.env},
-            )
+            self.process = self._spawn(command, write_fd)
         finally:
             os.close(write_fd)
         self.started_at = time.monotonic()
@@ -63,6 +56,16 @@ class Child:
             code = await self.wait(5.0)
             raise ConfigError(f"the {self.label} did not start (exit status {code}); its message is above")
         self.ports = {key: int(value) for key, value in json.loads(said).items()}
+
+    def _spawn(self, command: list[str], write_fd: int) -> subprocess.Popen[bytes]:
+        # A session of its own: Ctrl-C reaches the supervisor alone, which ends its children in the right order.
+        return subprocess.Popen(
+            command,
+            pass_fds=[write_fd],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, **self.env},
+        )
 
     @property
     def alive(self) -> bool:

@@ -1,4 +1,4 @@
-"""The shard on a CUDA device: transformers' own greedy tokens in fp32, and no synchronisation with the host in a step."""
+"""The shard on a CUDA device: the same tokens as transformers in fp32. Skips, and says so, where there is none."""
 
 from __future__ import annotations
 

@@ -25,7 +25,6 @@ TIMEOUT_S = 60.0
 def far_side(name: str) -> None:
     """Sends frames of known contents from its own CUDA memory."""
     from stagemesh.stage_worker.links import LinkIdentity, LinkSender
-
     from stagemesh.transport import open_transport
 
     transport = open_transport(name, device="cuda")
@@ -62,7 +61,6 @@ def frame(step: int) -> torch.Tensor:
 )
 def test_cuda_memory_crosses_between_two_processes(name: str) -> None:
     from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver
-
     from stagemesh.transport import open_transport
 
     child = subprocess.Popen(

@@ -15,8 +15,8 @@ import sys
 import time
 
 import torch
-from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
 
+from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
 from stagemesh.transport import open_transport
 
 HIDDEN = 1024

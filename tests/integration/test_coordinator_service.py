@@ -17,12 +17,12 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from stagemesh.protos.v1 import coordinator_pb2 as pb
-from stagemesh.protos.v1 import coordinator_pb2_grpc, types_pb2
 
 from stagemesh import rpc
 from stagemesh.errors import ConfigError, InvalidRequest, NotFound, StagemeshError
 from stagemesh.protocol import PROTOCOL
+from stagemesh.protos.v1 import coordinator_pb2 as pb
+from stagemesh.protos.v1 import coordinator_pb2_grpc, types_pb2
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 64,

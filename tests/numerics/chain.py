@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+
 from stagemesh.stage_worker.attention.base import AttentionMetadata
 from stagemesh.stage_worker.kv import KvPool
 from stagemesh.stage_worker.shard.batch import StepBatch

@@ -6,14 +6,13 @@ import dataclasses
 from collections import Counter
 from typing import TypeVar
 
+from stagemesh.checkpoint import CheckpointInfo, Part
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.cost import CostModel
 from stagemesh.coordinator.forming import State
 from stagemesh.coordinator.nonce import Nonces
 from stagemesh.coordinator.planning import Target
 from stagemesh.coordinator.reconfigure import Mesh
-
-from stagemesh.checkpoint import CheckpointInfo, Part
 
 LAYERS, REVISION, LEASE_S = 6, "f" * 64, 0.6
 LIMITS = v.Limits(64, 4, 32, 16, 0, 3)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from stagemesh.config import CoordinatorSettings
 from stagemesh.coordinator.main import build
 from stagemesh.coordinator.nonce import Nonces
 from stagemesh.coordinator.slots import MAX_SLOT, QUARANTINE_S, Slots
 from stagemesh.coordinator.store import Store
 from stagemesh.coordinator.values import Loaded, StagePlan, StoredPlan
-
-from stagemesh.config import CoordinatorSettings
 from stagemesh.errors import CheckpointError, ConfigError, QueueFull
 
 PLAN = StoredPlan(

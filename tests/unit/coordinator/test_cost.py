@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from stagemesh.coordinator.cost import NOMINAL_BYTES_PER_S, CostModel, Kind, kinds
-from stagemesh.coordinator.values import Limits, WorkerInfo
 
 from stagemesh.checkpoint import CheckpointInfo, Part
+from stagemesh.coordinator.cost import NOMINAL_BYTES_PER_S, CostModel, Kind, kinds
+from stagemesh.coordinator.values import Limits, WorkerInfo
 
 LIMITS = Limits(
     max_model_len=100, max_num_seqs=12, max_num_batched_tokens=64, page_size=16, num_pages=0, steps_in_flight=3

@@ -9,12 +9,12 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from stagemesh.checkpoint import CheckpointInfo, Part
 from stagemesh.coordinator.cost import CostModel, Kind
 from stagemesh.coordinator.partition import check_counts, even_ranges, partition
 from stagemesh.coordinator.placement import Candidate, place
 from stagemesh.coordinator.values import Limits, Range
-
-from stagemesh.checkpoint import CheckpointInfo, Part
 from stagemesh.errors import ConfigError
 
 MIB = 1 << 20

@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stagemesh.coordinator.cost import Kind
 from stagemesh.coordinator.placement import Candidate, Placement, place
 from stagemesh.coordinator.values import Range

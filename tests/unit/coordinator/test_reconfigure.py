@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from mesh_world import BOTH, LEASE_S, REVISION, World, serving, target
+
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.forming import State
 

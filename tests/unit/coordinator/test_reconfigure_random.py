@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mesh_world import LAYERS, REVISION, World, target
+
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.forming import Phase, State
 
