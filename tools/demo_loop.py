@@ -25,7 +25,8 @@ from torch import nn
 
 CORES = 2
 WARM_UP_STEPS = 60
-STABLE_SHARE = 0.5
+STABLE_SHARE = 0.5  # of the steps
+DECIDED_AT = 0.46  # of the budget; less than half of it, since long rows cost more and so may a busier machine
 LONG_ROWS_SHARE = 0.85  # From here on rows are longer, for conversations of several turns.
 SHORT_ROWS = (24, 128)  # rows of each process, tokens a row
 LONG_ROWS = (6, 512)
@@ -122,15 +123,19 @@ def _train(net: DemoNet, batches: Batches, plan: Plan, *, report: bool) -> tuple
         adam.step()
         net.zero_grad()
         step, tokens = step + 1, tokens + CORES * ids.numel()
-        if total is None and used_s / 60 / CORES >= plan.minutes * STABLE_SHARE:
+        if total is None and used_s / 60 / CORES >= plan.minutes * DECIDED_AT:
             total = math.ceil(step / STABLE_SHARE)
             if report:
-                print(f"half the budget is spent: {total} steps in all", flush=True)
+                print(f"{used_s / 60 / CORES:.2f} two-core minutes are spent: {total} steps in all", flush=True)
         if report and step % 50 == 0:
             now = time.monotonic()
             spent = f"{used_s / 60 / CORES:.2f} two-core minutes, {(now - shown) / 50 * 1e3:.0f} ms a step"
             print(f"step {step} loss {mean_loss:.4f} lr {lr:.2e} {spent}", flush=True)
             shown = now
+        if plan.steps is None and used_s / 60 / CORES >= plan.minutes:
+            if report:
+                print(f"the budget is spent at step {step} of {total}", flush=True)
+            break
         if report and step % 500 == 0:  # A run cut short leaves something.
             write_model(net, plan.folder)
     return step, tokens, used_s

@@ -3,8 +3,8 @@
     python tools/train_demo_model.py --minutes 15 --out stagemesh/demo_model
 
 A minute is one minute of two cores: two minutes of CPU time, whatever else the machine does beside it. The learning
-rate holds until half the budget is spent, then falls to nothing over as many steps; so the number of steps comes out of
-the first half's speed, and is printed. `--steps` with that number repeats the run.
+rate holds until nearly half the budget is spent, then falls to nothing over as many steps; so the number of steps comes
+out of the first half's speed, and is printed. `--steps` with that number repeats the run.
 """
 
 from __future__ import annotations

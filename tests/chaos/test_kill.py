@@ -79,7 +79,9 @@ async def kill_once(mesh: Mesh, role: str, load: Load) -> dict[str, float]:
         assert not late, f"typed errors after {late} s"
         if role != "gateway":
             assert any(e.error is not None for e in live), "the kill hit nobody: the test tests nothing"
-            assert all(e.error.reason == "STAGE_LOST" for e in live if e.error is not None)
+            # A request that had no token yet may have come a moment too late to be accepted at all.
+            reasons = {(e.error.reason, e.tokens > 0) for e in live if e.error is not None}
+            assert reasons <= {("STAGE_LOST", True), ("STAGE_LOST", False), ("UNAVAILABLE", False)}, reasons
         began = load.finished()
         await wait_until("the mesh serves again", lambda: load.finished() > began and mesh.ready, BACK_S)
         back_s = time.monotonic() - killed_at
