@@ -92,6 +92,7 @@ def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> Limits:
         page_size=settings.block_size,
         num_pages=settings.num_kv_pages or 0,
         steps_in_flight=settings.steps_in_flight or settings.pipeline_parallel_size + 1,
+        gateways=settings.gateways,
     )
     if 0 < limits.num_pages < limits.pages_per_sequence:
         held, need = limits.num_pages * limits.page_size, limits.pages_per_sequence

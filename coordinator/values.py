@@ -306,6 +306,7 @@ class Limits:
     page_size: int
     num_pages: int
     steps_in_flight: int
+    gateways: int = 1
 
     @property
     def pages_per_sequence(self) -> int:

@@ -73,6 +73,7 @@ def limits(values: v.Limits) -> types_pb2.RunLimits:
         page_size=values.page_size,
         num_pages=values.num_pages,
         steps_in_flight=values.steps_in_flight,
+        gateways=values.gateways,
     )
 
 

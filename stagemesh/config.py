@@ -122,6 +122,8 @@ class CoordinatorSettings(ListenSettings, ModelSettings):
     """Folder of the SQLite file that keeps epochs; default: epochs are kept in memory only."""
     steps_in_flight: int | None = Field(None, ge=1, le=64)
     """Steps that may be in flight at once; default: stages + 1."""
+    gateways: int = Field(1, ge=1, le=64)
+    """Gateways that share the KV pages; each is granted an equal range."""
 
     _ints = field_validator("layer_partition", mode="before")(_split_ints)
 

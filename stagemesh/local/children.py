@@ -23,7 +23,7 @@ PORTS_TIMEOUT_S = 60.0
 BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
 STABLE_S = 30.0
 POLL_S = 0.02
-USAGE_ERROR = 2
+KEPT = ("STAGEMESH_LOG_LEVEL",)
 
 
 @dataclass
@@ -64,7 +64,8 @@ class Child:
             pass_fds=[write_fd],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, **self.env},
+            # `serve` has read its own variables; a child that read them too would take another's port for its own.
+            env={k: v for k, v in os.environ.items() if not k.startswith("STAGEMESH_") or k in KEPT} | self.env,
         )
 
     @property

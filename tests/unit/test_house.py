@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -77,7 +78,14 @@ def test_every_package_is_listed() -> None:
 
 
 def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    # A copy: building in the tree would leave a build folder whose stale files the next wheel takes along.
+    source = tmp_path / "source"
+    leave_out = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in MAPPED:
+        shutil.copytree(ROOT / folder, source / folder, ignore=leave_out)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(source)]
     subprocess.run(command, check=True, timeout=120, cwd=tmp_path)
     (wheel,) = tmp_path.glob("stagemesh-*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

@@ -1,0 +1,101 @@
+"""Services started one by one, as on a cluster: two gateways share a pipeline's pages; one that dies frees its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stagemesh import Client
+
+TIMEOUT_S = 90.0
+
+
+@dataclass
+class Service:
+    """A running `stagemesh` service and the ports that it got."""
+
+    process: subprocess.Popen[bytes]
+    ports: dict[str, int]
+
+
+@contextlib.contextmanager
+def service(folder: Path, *args: str) -> Iterator[Service]:
+    """One service until the block ends."""
+    read_fd, write_fd = os.pipe()
+    log = (folder / f"{args[0]}-{time.monotonic_ns()}.log").open("wb")
+    command = [sys.executable, "-m", "stagemesh.cli.main", *args, "--ready-fd", str(write_fd)]
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[write_fd])
+    os.close(write_fd)
+    try:
+        with os.fdopen(read_fd) as pipe:
+            ports = json.loads(pipe.readline() or "{}")
+        assert ports, Path(log.name).read_text()
+        yield Service(process, ports)
+    except BaseException:
+        print(Path(log.name).read_text()[-4000:], file=sys.stderr)
+        raise
+    finally:
+        process.terminate()
+        process.wait(15)
+        log.close()
+
+
+def mesh_of(gateway: Service) -> Any:
+    with urllib.request.urlopen(f"http://127.0.0.1:{gateway.ports['port']}/mesh", timeout=10) as response:
+        return json.load(response)
+
+
+def wait_ready(gateway: Service) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not mesh_of(gateway)["ready"]:
+        assert time.monotonic() < deadline, mesh_of(gateway)["reason"]
+        time.sleep(0.05)
+
+
+async def ask(gateway: Service) -> list[int]:
+    async with Client(f"127.0.0.1:{gateway.ports['grpc_port']}") as client:
+        done = await client.generate([5, 6, 7], max_tokens=60, temperature=0, ignore_eos=True)
+        return list(done.token_ids)
+
+
+def test_two_gateways_share_a_pipeline(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+
+        def start(*args: str) -> Service:
+            return stack.enter_context(service(tmp_path, *args))
+
+        pages = ["--max-model-len", "256", "--num-kv-pages", "64", "--gateways", "2"]
+        coordinator = start("coordinator", "--port", "0", "-pp", "2", *pages)
+        address = ["--coordinator", f"127.0.0.1:{coordinator.ports['port']}"]
+        for stage in ("0", "1"):
+            start("stage", *address, "--stage", stage, "--worker-id", f"w{stage}", "--threads", "1")
+        gateways = [
+            start("gateway", *address, "--port", "0", "--grpc-port", "0", "--gateway-id", f"g{i}") for i in range(2)
+        ]
+        for gateway in gateways:
+            wait_ready(gateway)
+            assert mesh_of(gateway)["gateway"]["total_pages"] == 32
+
+        async def both() -> list[list[int]]:
+            return await asyncio.gather(*(ask(gateway) for gateway in gateways * 3))
+
+        answers = asyncio.run(both())
+        assert all(answer == answers[0] for answer in answers)
+
+        # A third finds no range, and gets the one of a gateway that dies.
+        third = start("gateway", *address, "--port", "0", "--grpc-port", "0", "--gateway-id", "g2")
+        assert not mesh_of(third)["ready"]
+        gateways[0].process.send_signal(signal.SIGKILL)
+        wait_ready(third)
+        assert asyncio.run(ask(third)) == asyncio.run(ask(gateways[1])) == answers[0]
