@@ -6,12 +6,13 @@ The scheduler decides; this file turns its plans into messages, and results into
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
 
-from stagemesh.errors import NumericalError, StageLost, StagemeshError
+from stagemesh.errors import InternalError, NumericalError, StageLost, StagemeshError
 from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 STEP_TIMEOUT_S = 60.0
 """A step that is out longer means a worker that hangs with its sockets open."""
+RETRY_AFTER_S = 5.0
+LOOK_S = 1.0
+"""How often an idle loop looks for such a step."""
 
 
 class BatchLoop:
@@ -112,16 +116,22 @@ class BatchLoop:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        try:
+            await self._plan_and_send()
+        except Exception as e:
+            log.exception("the batch loop of %s failed", self.view.pipeline_id)
+            self.fail(InternalError(f"{type(e).__name__}: {e}"))
+
+    async def _plan_and_send(self) -> None:
         while self.lost is None:
+            self._check_deadline()
             while (plan := self.scheduler.next_plan()) is not None:
                 self._send(plan)
             self._send_closed()
             self._wake.clear()
-            try:
-                async with asyncio.timeout(1.0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
                     await self._wake.wait()
-            except TimeoutError:
-                self._check_deadline()
 
     def _send(self, plan: Plan) -> None:
         """One plan to every worker, behind the sequences it needs them to forget and to know."""
@@ -195,8 +205,9 @@ class BatchLoop:
             return
         self.lost = error
         self._wake.set()
+        ending = error if isinstance(error, InternalError) else StageLost(error.message, retry_after_s=RETRY_AFTER_S)
         for live in set(self._live.values()):
-            live.fail(StageLost(error.message, retry_after_s=5))
+            live.fail(ending)
         self._on_lost(self, error)
 
     async def close(self) -> None:

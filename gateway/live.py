@@ -59,6 +59,7 @@ class LiveRequest:
         ]
         self.ended = False
         self.deadline: asyncio.TimerHandle | None = None
+        self._eos_ids = frozenset(tokenizer.eos_ids)
         self._metrics = metrics
         self._on_end = on_end
         self._arrived_at = time.monotonic()
@@ -84,7 +85,7 @@ class LiveRequest:
         stopped_by: str | int | None = None
         text = ""
         if token in request.stop_token_ids and len(log) >= max(1, request.min_tokens):
-            reason, stopped_by = "stop", token
+            reason, stopped_by = "stop", None if token in self._eos_ids else token
             text = choice.detokenizer.finish()
         else:
             text, stop_string, _ = choice.detokenizer.push((token,))

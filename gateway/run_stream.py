@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 
 import grpc
 
 from stagemesh import rpc
-from stagemesh.errors import StageLost, StagemeshError, by_reason
+from stagemesh.errors import InternalError, StageLost, StagemeshError, by_reason
 from stagemesh.protos.v1 import stage_pb2, types_pb2
+
+log = logging.getLogger(__name__)
 
 METHOD = "/stagemesh.v1.Stage/Run"
 OPEN_TIMEOUT_S = 10.0
@@ -85,6 +88,9 @@ class RunStream:
         except StagemeshError as e:
             lost = e if isinstance(e, StageLost) else StageLost(f"{self.who} is gone: {e.message}")
             self._on_lost(lost)
+        except Exception as e:
+            log.exception("a result of %s could not be taken", self.who)
+            self._on_lost(InternalError(f"{type(e).__name__}: {e}"))
         finally:
             call.cancel()
 

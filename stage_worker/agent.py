@@ -219,7 +219,7 @@ class Agent:
                 yield item
         finally:
             pump.cancel()
-            self._close_soon(session)
+            self._close_soon(session, pump)
 
     async def _open(self, request: stage_pb2.RunOpen) -> tuple[GatewaySession, stage_pb2.RunOpened]:
         check_protocol(request.protocol, f"gateway {request.gateway_id}")
@@ -251,9 +251,14 @@ class Agent:
             await self._group().run(session.ident, message)
         session.put(StageLost("the gateway closed its stream"))
 
-    def _close_soon(self, session: GatewaySession) -> None:
+    def _close_soon(self, session: GatewaySession, pump: asyncio.Task[None]) -> None:
         """Closes a session from where nothing can be awaited: the stream's own task is being cancelled."""
-        task = asyncio.create_task(self._close(session))
+
+        async def close() -> None:
+            await asyncio.gather(pump, return_exceptions=True)
+            await self._close(session)
+
+        task = asyncio.create_task(close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
