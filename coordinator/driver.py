@@ -99,8 +99,9 @@ class Driver:
                 self._post(v.StepFailed(*failed, error.message, final, isinstance(error, TransportError)))
             except TimeoutError:
                 self._post(v.StepFailed(*failed, f"no answer to {what} in time"))
-            except ValueError as e:
-                self._post(v.StepFailed(*failed, str(e)))
+            except Exception as e:
+                log.exception("an order ended in an unexpected error")
+                self._post(v.StepFailed(*failed, f"{type(e).__name__}: {e}"))
 
         self._spawn(guarded(), (action.pipeline_id, action.epoch))
 

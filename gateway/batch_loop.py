@@ -90,7 +90,10 @@ class BatchLoop:
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def add(self, live: LiveRequest) -> None:
-        """Queues all choices of a request."""
+        """Queues all choices of a request; one that comes after the loss ends at once."""
+        if self.lost is not None:
+            live.fail(StageLost(self.lost.message, retry_after_s=RETRY_AFTER_S))
+            return
         for choice in live.choices:
             self._live[choice.sequence] = live
             self.scheduler.add(choice.sequence)

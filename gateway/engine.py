@@ -54,6 +54,7 @@ class MeshEngine:
         self._bubbles = Bubbles()
         self._instance = secrets.randbits(63)
         self._slot = 0
+        self._watching: asyncio.Task[None] | None = None
         self._loop: BatchLoop | None = None
         self._crossed: tuple[str, int] | None = None
         """Pipeline and epoch of which a token has crossed every stage."""
@@ -98,7 +99,7 @@ class MeshEngine:
             return False, "the gateway is stopping"
         if self._draining:
             return False, f"a stage is being drained: {self._reason}"
-        if self._loop is not None and self._loop.key == self._crossed:
+        if self._loop is not None and self._loop.lost is None and self._loop.key == self._crossed:
             return True, ""
         return False, self._reason
 
@@ -118,8 +119,11 @@ class MeshEngine:
             )
         if request.request_id in self._live:
             raise InvalidRequest(f"a request named {request.request_id} is running", param="request_id")
+        most = self.settings.max_waiting + self._loop.scheduler.max_num_seqs
+        if request.n > most:
+            raise InvalidRequest(f"n is {request.n}, and this gateway holds at most {most} choices at once", param="n")
         waiting = self._loop.num_waiting
-        if waiting + request.n > self.settings.max_waiting + self._loop.scheduler.max_num_seqs - self._loop.num_running:
+        if waiting + request.n > most - self._loop.num_running:
             raise QueueFull(
                 f"{waiting} requests are waiting, and at most {self.settings.max_waiting} may",
                 retry_after_s=RETRY_AFTER_S,
@@ -189,16 +193,22 @@ class MeshEngine:
         """Follows the coordinator; while it is away, what runs goes on."""
         channel = rpc.channel(self.settings.coordinator)
         stub = coordinator_pb2_grpc.CoordinatorStub(channel)
-        request = coordinator_pb2.WatchPipelinesRequest(gateway_id=self.settings.gateway_id, instance=self._instance)
         told = False
         try:
             while True:
+                self._watching = asyncio.create_task(self._watch_once(stub))
                 try:
-                    with rpc.mapped():
-                        async for response in stub.WatchPipelines(request):
-                            told = False
-                            self._take(response)
-                except StagemeshError as e:
+                    await asyncio.wait((self._watching,))
+                finally:
+                    self._watching.cancel()
+                if self._watching.cancelled():
+                    continue  # A fresh slot is wanted.
+                e = self._watching.exception()
+                if e is None:
+                    told = False
+                elif not isinstance(e, StagemeshError):
+                    raise e
+                else:
                     if not told:
                         log.warning("no coordinator at %s: %s", self.settings.coordinator, e.message)
                         told = True
@@ -207,6 +217,13 @@ class MeshEngine:
                 await asyncio.sleep(RETRY_S)
         finally:
             await channel.close(None)
+
+    async def _watch_once(self, stub: coordinator_pb2_grpc.CoordinatorStub) -> None:
+        """One stream of the mesh, until the coordinator ends it. Raises its error, or Unavailable."""
+        request = coordinator_pb2.WatchPipelinesRequest(gateway_id=self.settings.gateway_id, instance=self._instance)
+        with rpc.mapped():
+            async for response in stub.WatchPipelines(request):
+                self._take(response)
 
     def _take(self, response: coordinator_pb2.WatchPipelinesResponse) -> None:
         self._slot = response.slot
@@ -233,8 +250,9 @@ class MeshEngine:
             if self._loop is not None and (self._loop.lost is not None or (self._draining and not self._live)):
                 ended, self._loop = self._loop, None
                 await ended.close()
+                self._renew_slot()
             wanted = self._wanted
-            if self._loop is None and wanted is not None and not self._draining:
+            if self._loop is None and wanted is not None and self._slot and not self._draining:
                 await self._open(wanted)
             self._changed.clear()
             try:
@@ -248,6 +266,8 @@ class MeshEngine:
         try:
             await self._load_model(view)
             await loop.start(self.settings.gateway_id, self._instance, self._slot)
+            if self._wanted is None or loop.key != (self._wanted.pipeline_id, self._wanted.epoch):
+                raise StageLost("the pipeline changed while its sessions were opened")
             self._loop = loop
             await self._cross(loop)
         except StagemeshError as e:
@@ -255,6 +275,13 @@ class MeshEngine:
             log.warning("%s", self._reason)
             self._loop = None
             await loop.close()
+            self._renew_slot()
+
+    def _renew_slot(self) -> None:
+        """Asks for a fresh slot: on lanes of the old one, frames that nobody waits for may still be under way."""
+        self._instance, self._slot = secrets.randbits(63), 0
+        if self._watching is not None:
+            self._watching.cancel()
 
     async def _load_model(self, view: types_pb2.PipelineView) -> None:
         path = Path(self.settings.model or view.model.path)

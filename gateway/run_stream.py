@@ -15,7 +15,7 @@ from stagemesh.protos.v1 import stage_pb2, types_pb2
 log = logging.getLogger(__name__)
 
 METHOD = "/stagemesh.v1.Stage/Run"
-OPEN_TIMEOUT_S = 10.0
+OPEN_TIMEOUT_S = 25.0
 OUTBOX_MESSAGES = 4096
 
 
@@ -32,7 +32,8 @@ class RunStream:
         self._on_result = on_result
         self._on_lost = on_lost
         self._channel = rpc.channel(stage.address)
-        self._outbox: asyncio.Queue[bytes] = asyncio.Queue(OUTBOX_MESSAGES)
+        self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue(OUTBOX_MESSAGES)
+        """None ends the stream: cancelling a call that is over would leave its sender waiting for ever."""
         self._reader: asyncio.Task[None] | None = None
 
     @property
@@ -69,8 +70,8 @@ class RunStream:
             self._on_lost(StageLost(f"{self.who} left {OUTBOX_MESSAGES} messages unread"))
 
     async def _messages(self) -> AsyncIterator[bytes]:
-        while True:
-            yield await self._outbox.get()
+        while (message := await self._outbox.get()) is not None:
+            yield message
 
     async def _read(
         self,
@@ -96,6 +97,9 @@ class RunStream:
 
     async def close(self) -> None:
         """Ends the stream; the worker gives the pages back."""
+        while self._outbox.full():
+            self._outbox.get_nowait()
+        self._outbox.put_nowait(None)
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 ASSIGN_TIMEOUT_S = 1800.0
 CALL_TIMEOUT_S = 20.0
-OPEN_TIMEOUT_S = 5.0
+OPEN_TIMEOUT_S = 20.0
 OUTBOX_FRAMES = 1024
 
 
@@ -75,7 +75,6 @@ class Agent:
         self.stale_refused: dict[str, int] = {}
         self.broken: dict[str, tuple[int, str]] = {}
         """Pipelines whose link broke here: (epoch, reason); carried to the coordinator by the next KeepAlive."""
-        self.draining = False
         self._closing: set[asyncio.Task[None]] = set()
         self._progress: dict[tuple[int, int], stage_pb2.AssignResponse] = {}
 
@@ -96,6 +95,7 @@ class Agent:
         elif kind == Kind.LINK_BROKEN:
             said = json.loads(payload)
             self.broken[said["pipeline_id"]] = (said["epoch"], said["reason"])
+            self._end_sessions(said["pipeline_id"], said["epoch"], f"a link broke: {said['reason']}")
             log.warning("link of %s broke: %s", said["pipeline_id"], said["reason"])
 
     def ranks_lost(self, reason: str) -> None:
@@ -103,6 +103,12 @@ class Agent:
         self.held.clear()
         for session in self.sessions.values():
             session.put(StageLost(f"{self.worker_id}: {reason}"))
+
+    def _end_sessions(self, pipeline_id: str, epoch: int, reason: str) -> None:
+        """Tells gateways that their sessions up to an epoch are over; closing them follows from that."""
+        for session in self.sessions.values():
+            if session.open.key.pipeline_id == pipeline_id and session.open.key.epoch <= epoch:
+                session.put(StageLost(reason))
 
     def _group(self) -> RankGroup:
         if self.ranks is None or self.ranks.lost.done():
@@ -123,6 +129,7 @@ class Agent:
         if theirs and theirs != request.model.fingerprint:
             log.warning("checkpoint %s has fingerprint %s here, %s there", model, request.model.fingerprint, theirs)
         held = self.held[request.key.pipeline_id] = Held(request)
+        self._end_sessions(request.key.pipeline_id, request.key.epoch - 1, f"epoch {request.key.epoch} begins")
         ident = group.take_id()
         call = asyncio.create_task(group.call_as(ident, Kind.ASSIGN, request.SerializeToString(), ASSIGN_TIMEOUT_S))
         try:
@@ -136,7 +143,8 @@ class Agent:
                     )
             ranks = [stage_pb2.AssignDone.FromString(reply) for reply in call.result()]
         except BaseException:
-            self.held.pop(request.key.pipeline_id, None)
+            if self.held.get(request.key.pipeline_id) is held:
+                del self.held[request.key.pipeline_id]
             raise
         finally:
             # The coordinator may have gone while the ranks load: the answer is nobody's then.
@@ -173,7 +181,10 @@ class Agent:
         """Stage.Activate."""
         self._fence(request.key, "activation")
         await self._group().call(Kind.ACTIVATE, request.SerializeToString(), CALL_TIMEOUT_S)
-        self.held[request.key.pipeline_id].active = True
+        held = self.held.get(request.key.pipeline_id)
+        if held is None or held.request.key.epoch != request.key.epoch:
+            raise StaleEpoch(f"{request.key.pipeline_id} epoch {request.key.epoch} is no longer held here")
+        held.active = True
         return stage_pb2.ActivateResponse()
 
     async def release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseResponse:
@@ -182,9 +193,7 @@ class Agent:
         held = self.held.get(key.pipeline_id)
         if held is not None and held.request.key.epoch <= key.epoch:
             del self.held[key.pipeline_id]
-            for session in self.sessions.values():
-                if session.open.key.pipeline_id == key.pipeline_id and session.open.key.epoch <= key.epoch:
-                    session.put(StageLost(request.reason or "the pipeline is being changed"))
+            self._end_sessions(key.pipeline_id, key.epoch, request.reason or "the pipeline is being changed")
             await self._group().call(Kind.RELEASE, request.SerializeToString(), CALL_TIMEOUT_S)
         return stage_pb2.ReleaseResponse()
 
@@ -207,19 +216,17 @@ class Agent:
         if message.WhichOneof("message") != "open":
             raise InvalidRequest("the first message of Run must be `open`")
         session, opened = await self._open(message.open)
-        yield stage_pb2.RunResponse(opened=opened).SerializeToString()
         pump = asyncio.create_task(self._pump(session, requests))
-        try:
-            while True:
-                item = await session.outbox.get()
-                if isinstance(item, StagemeshError):
-                    ended = stage_pb2.RunEnded(reason=item.reason, message=item.message)
-                    yield stage_pb2.RunResponse(ended=ended).SerializeToString()
-                    return
-                yield item
-        finally:
-            pump.cancel()
-            self._close_soon(session, pump)
+        # Not in a `finally`: a handler that is cancelled within a write is never resumed.
+        context.add_done_callback(lambda _: self._close_soon(session, pump))
+        yield stage_pb2.RunResponse(opened=opened).SerializeToString()
+        while True:
+            item = await session.outbox.get()
+            if isinstance(item, StagemeshError):
+                ended = stage_pb2.RunEnded(reason=item.reason, message=item.message)
+                yield stage_pb2.RunResponse(ended=ended).SerializeToString()
+                return
+            yield item
 
     async def _open(self, request: stage_pb2.RunOpen) -> tuple[GatewaySession, stage_pb2.RunOpened]:
         check_protocol(request.protocol, f"gateway {request.gateway_id}")
@@ -241,21 +248,33 @@ class Agent:
         self.sessions[session.ident] = session
         try:
             replies = await group.call_as(session.ident, Kind.OPEN_SESSION, request.SerializeToString(), OPEN_TIMEOUT_S)
-        except StagemeshError:
-            self.sessions.pop(session.ident, None)
+        except BaseException:
+            # A rank may have opened it, or may still: what comes behind the open closes it.
+            self._close_soon(session, None)
             raise
         return session, stage_pb2.RunOpened.FromString(replies[0])
 
     async def _pump(self, session: GatewaySession, requests: AsyncIterator[bytes]) -> None:
-        async for message in requests:
-            await self._group().run(session.ident, message)
-        session.put(StageLost("the gateway closed its stream"))
+        reason = "the gateway closed its stream"
+        try:
+            async for message in requests:
+                await self._group().run(session.ident, message)
+        except StagemeshError as e:
+            reason = e.message
+        except grpc.aio.BaseError:
+            reason = "the gateway went away"
+        except Exception as e:
+            log.exception("messages of gateway %s cannot be passed on", session.open.gateway_id)
+            reason = f"messages cannot be passed on: {e}"
+        session.put(StageLost(reason))
 
-    def _close_soon(self, session: GatewaySession, pump: asyncio.Task[None]) -> None:
+    def _close_soon(self, session: GatewaySession, pump: asyncio.Task[None] | None) -> None:
         """Closes a session from where nothing can be awaited: the stream's own task is being cancelled."""
 
         async def close() -> None:
-            await asyncio.gather(pump, return_exceptions=True)
+            if pump is not None:
+                pump.cancel()
+                await asyncio.gather(pump, return_exceptions=True)
             await self._close(session)
 
         task = asyncio.create_task(close())
@@ -263,8 +282,9 @@ class Agent:
         task.add_done_callback(self._closing.discard)
 
     async def _close(self, session: GatewaySession) -> None:
-        if self.sessions.pop(session.ident, None) is None:
+        if self.sessions.get(session.ident) is not session:
             return
+        del self.sessions[session.ident]
         session.put(StageLost("the session was closed"))
         group = self.ranks
         if group is not None and not group.lost.done():

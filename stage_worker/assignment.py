@@ -59,6 +59,11 @@ class Assignment:
                 return end.error
         return None
 
+    @property
+    def broken(self) -> bool:
+        """Whether a link has failed: nothing can run any more."""
+        return any(end.error is not None for end in self._ends())
+
     def route(self) -> str:
         """What the outgoing link really takes; empty on the last stage."""
         return ", ".join(sorted({sender.route for sender in self.senders}))
@@ -78,8 +83,8 @@ class Assignment:
         free = next((i for i in range(max(1, self.limits.gateways)) if i not in taken), None)
         if free is None:
             raise Unavailable(
-                f"all {self.limits.gateways} page ranges of {self.pipeline_id} are held by gateways; a lost gateway's "
-                "range is free 2 s after it went",
+                f"all {max(1, self.limits.gateways)} page ranges of {self.pipeline_id} are held by gateways: start the "
+                "coordinator with --gateways for more",
                 retry_after_s=0.5,
             )
         session = Session(
@@ -98,15 +103,26 @@ class Assignment:
                 device=torch.device(self.shard.device),
             ),
         )
+        self._open_lanes(slot)
         self._page_ranges[ident] = free
         self.sessions[ident] = session
-        credits = self.limits.steps_in_flight
-        for sender in self.senders:
-            sender.open_lane(slot, credits)
-        if self.receiver is not None:
-            step_bytes = self.limits.max_num_batched_tokens * self.shard.hidden_size * self.shard.dtype.itemsize
-            self.receiver.open_lane(slot, credits, step_bytes)
         return session
+
+    def _open_lanes(self, slot: int) -> None:
+        """A lane for the session on every link. Raises TransportError, with none of them open."""
+        credits = self.limits.steps_in_flight
+        step_bytes = self.limits.max_num_batched_tokens * self.shard.hidden_size * self.shard.dtype.itemsize
+        opened: list[LinkSender | LinkReceiver] = []
+        try:
+            for sender in self.senders:
+                sender.open_lane(slot, credits)
+                opened.append(sender)
+            if self.receiver is not None:
+                self.receiver.open_lane(slot, credits, step_bytes)
+        except StagemeshError:
+            for end in opened:
+                end.close_lane(slot)
+            raise
 
     def close_session(self, ident: int) -> None:
         """Drops a session: its steps never run, its lanes are closed, its pages may be granted again."""
@@ -130,6 +146,8 @@ class Assignment:
 
     def can_run(self, session: Session, step: Step) -> bool:
         """Whether the step's input has come and every outgoing link has a credit for it."""
+        if session.failed or self.broken:
+            return False
         if self.receiver is not None and self.receiver.ready(session.slot, step.number) is None:
             return False
         return all(sender.can_send(session.slot) for sender in self.senders)

@@ -18,7 +18,6 @@ from typing import Any
 from stagemesh.errors import InternalError, StagemeshError, by_reason
 
 HEADER = struct.Struct("<IBI")
-MAX_PAYLOAD_BYTES = 64 << 20
 
 
 class Kind(enum.IntEnum):
@@ -60,13 +59,17 @@ def pack(kind: Kind, ident: int, payload: bytes = b"") -> bytes:
 def pack_error(ident: int, error: BaseException) -> bytes:
     """An ERROR frame that `unpack_error` makes the same error from."""
     known = error if isinstance(error, StagemeshError) else InternalError(f"{type(error).__name__}: {error}")
-    return pack(Kind.ERROR, ident, dumps({"reason": known.reason, "message": known.message}))
+    return pack(
+        Kind.ERROR,
+        ident,
+        dumps({"reason": known.reason, "message": known.message, "retry_after_s": known.retry_after_s}),
+    )
 
 
 def unpack_error(payload: bytes) -> StagemeshError:
     """The error that an ERROR or SESSION_ENDED frame carries."""
     said = json.loads(payload)
-    return by_reason(said["reason"])(said["message"])
+    return by_reason(said["reason"])(said["message"], retry_after_s=said.get("retry_after_s"))
 
 
 def dumps(value: Any) -> bytes:

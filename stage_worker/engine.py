@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from stagemesh.errors import StagemeshError
+from stagemesh.errors import InternalError, StagemeshError
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.transport.base import Transport
 
@@ -93,8 +93,9 @@ class Engine:
         for transport in self.transports.values():
             transport.progress()
 
-    def sleep(self) -> None:
-        """Waits for a message or an event of a transport."""
+    def sleep(self, *, with_control: bool = True) -> None:
+        """Waits for a message or an event of a transport; without the control socket in the midst of a call of it."""
+        self._poll.register(self.control.fileno(), select.POLLIN if with_control else 0)
         timeout_s = IDLE_POLL_S
         if any(a.links_pending for a in self.assignments.values()):
             timeout_s = LINK_POLL_S
@@ -150,6 +151,9 @@ class Engine:
                 return True
         else:
             found = self._find(order.session, order.step)
+            if found is not None and (found[0].broken or found[1].failed):
+                # Rank 0 is in the step already and waits for this rank: only the end of the group frees it.
+                raise InternalError(f"step {order.step} was ordered, and its link or session has failed on this rank")
             if found is not None and found[0].can_run(found[1], found[2]):
                 follower.done()
                 self.run_step(*found)
@@ -210,13 +214,13 @@ class Engine:
     # -- what goes wrong --------------------------------------------------------------------------------------------
 
     def report_broken(self, assignment: Assignment, error: StagemeshError) -> None:
-        """Tells the agent that a link of an active assignment broke, and ends its sessions."""
+        """Tells the agent that a link of an active assignment broke; it ends the sessions of all ranks in one order."""
         said = {"pipeline_id": assignment.pipeline_id, "epoch": assignment.epoch, "reason": error.message}
         self.control.send(Kind.LINK_BROKEN, 0, dumps(said))
-        for session in list(assignment.sessions.values()):
-            self.end_session(assignment, session, error)
 
-    def end_session(self, assignment: Assignment, session: Session, error: StagemeshError) -> None:
-        """Ends a session from this side; the gateway learns why."""
-        assignment.close_session(session.ident)
+    def end_session(self, session: Session, error: StagemeshError) -> None:
+        """Fails a session from this side; the gateway learns why, and the agent has it closed on every rank."""
+        if session.failed:
+            return
+        session.failed = True
         self.control.send(Kind.SESSION_ENDED, session.ident, dumps({"reason": error.reason, "message": error.message}))

@@ -12,7 +12,7 @@ import grpc
 import stagemesh
 from stagemesh import rpc
 from stagemesh.config import StageSettings
-from stagemesh.errors import StagemeshError
+from stagemesh.errors import ConfigError, StagemeshError
 from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
 
@@ -70,8 +70,16 @@ class Membership:
                     await self._renew(incarnation, response.renew_ms / 1000)
             except StagemeshError as e:
                 if not told:
-                    log.warning("no coordinator at %s: %s", self._settings.coordinator, e.message)
+                    heard = isinstance(e, ConfigError)
+                    log.warning(
+                        "the coordinator at %s %s: %s",
+                        self._settings.coordinator,
+                        "refuses this worker" if heard else "cannot be reached",
+                        e.message,
+                    )
                     told = True
+            except Exception:
+                log.exception("registering failed; it is tried again")
             await asyncio.sleep(RETRY_S)
 
     async def _renew(self, incarnation: int, every_s: float) -> None:
@@ -81,6 +89,8 @@ class Membership:
             async for response in call:
                 if not response.known:
                     return
+                # Every answer follows a renewal that carried the first report: that one has been heard.
+                self._agent.broken.pop(next(iter(self._agent.broken), ""), None)
         finally:
             call.cancel()
             with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
@@ -91,7 +101,7 @@ class Membership:
             request = coordinator_pb2.KeepAliveRequest(worker_id=self._worker_id, incarnation=incarnation)
             request.stale_refused.update(self._agent.stale_refused)
             if self._agent.broken:
-                pipeline_id, (epoch, reason) = self._agent.broken.popitem()
+                pipeline_id, (epoch, reason) = next(iter(self._agent.broken.items()))
                 request.broken_pipeline, request.broken_epoch, request.broken_reason = pipeline_id, epoch, reason
             yield request
             await asyncio.sleep(every_s)

@@ -18,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from google.protobuf.message import DecodeError
 
 from stagemesh import process
-from stagemesh.errors import ConfigError, NotFound, StagemeshError, StaleEpoch, TransportError
+from stagemesh.errors import ConfigError, InvalidRequest, NotFound, StagemeshError, StaleEpoch, TransportError
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.transport.base import Transport
 from stagemesh.transport.select import open_transport
@@ -141,6 +142,8 @@ class Rank:
         # The old weights go first: both together may not fit.
         self._loaded = self._pool = None
         gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         last_told = 0.0
 
         def on_progress(done: int, total: int) -> None:
@@ -158,6 +161,16 @@ class Rank:
 
     def _pool_for(self, shard: ModelShard, limits: types_pb2.RunLimits) -> KvPool:
         gateways = max(1, limits.gateways)
+        pool = self._pool
+        if (
+            pool is not None
+            and pool.page_size == limits.page_size
+            and limits.num_pages in (0, pool.num_pages)
+            and pool.num_pages // gateways * limits.page_size >= limits.max_model_len
+        ):
+            # Made for this shard from the memory there was; asked again, its own pages would count as taken.
+            return pool
+        self._pool = pool = None
         page_bytes = KvPool.page_bytes(shard.kv_layers, limits.page_size, shard.dtype)
         one_sequence = -(-limits.max_model_len // limits.page_size)
         budget = self._kv_budget_bytes()
@@ -169,12 +182,9 @@ class Rank:
                 f"{pages // gateways * limits.page_size}, or raise --num-kv-pages / --kv-cache-gib (now "
                 f"{budget / 2**30:.2f} GiB)"
             )
-        pool = self._pool
-        if pool is None or (pool.num_pages, pool.page_size, pool.dtype) != (pages, limits.page_size, shard.dtype):
-            self._pool = None
-            self._pool = pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)
-        shard.bind_kv(pool)
-        return pool
+        self._pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)
+        shard.bind_kv(self._pool)
+        return self._pool
 
     def _kv_budget_bytes(self) -> int:
         if self.config.kv_cache_gib is not None:
@@ -255,7 +265,7 @@ class Rank:
                 raise failed
             if time.monotonic() > deadline:
                 raise TransportError(f"no handshake from {request.receiver_id} over {request.transport}")
-            self.engine.sleep()
+            self.engine.sleep(with_control=False)
         route = held.route()
         if route:
             log.info("link of stage %d to %s goes over %s: %s", held.stage, request.receiver_id, transport.name, route)
@@ -298,8 +308,10 @@ class Rank:
         session: Session | None = held.sessions.get(ident) if held is not None else None
         if held is None or session is None:
             return  # It was closed while this message was under way; the gateway has been told.
-        request = stage_pb2.RunRequest.FromString(payload)
+        if session.failed:
+            return
         try:
+            request = stage_pb2.RunRequest.FromString(payload)
             match request.WhichOneof("message"):
                 case "plan":
                     held.add_plan(session, request.plan)
@@ -308,7 +320,9 @@ class Rank:
                 case "close_sequence":
                     session.close_sequence(request.close_sequence)
         except StagemeshError as e:
-            self.engine.end_session(held, session, e)
+            self.engine.end_session(session, e)
+        except DecodeError as e:
+            self.engine.end_session(session, InvalidRequest(f"a message of the session cannot be read: {e}"))
 
 
 def open_transports(config: RankConfig) -> dict[str, Transport]:
@@ -376,6 +390,11 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     # The interpreter's own teardown of torch, gloo and UCX threads has no work left that matters, and can hang.
-    code = main(sys.argv)
-    logging.shutdown()
-    os._exit(code)
+    code = 1
+    try:
+        code = main(sys.argv)
+    except Exception:
+        log.exception("this rank ends, and with it its group")
+    finally:
+        logging.shutdown()
+        os._exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 2.0
 
+_idents = itertools.count(1)
+"""Over all groups of this worker: a late message about a session of a lost group must not meet one of the next."""
+
 OnFrame = Callable[[int, Kind, int, bytes], None]
 
 
@@ -51,7 +55,6 @@ class RankGroup:
         self._writers: list[asyncio.StreamWriter] = []
         self._readers: list[asyncio.Task[None]] = []
         self._calls: dict[tuple[int, int], asyncio.Future[bytes]] = {}
-        self._next_call = 1
         self._folder = tempfile.TemporaryDirectory(prefix="stagemesh-ranks-")
         self.ready: list[RankReady] = []
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -130,8 +133,7 @@ class RankGroup:
 
     async def call(self, kind: Kind, payload: bytes, timeout_s: float, rank: int | None = None) -> list[bytes]:
         """Calls one rank, or all; the replies in rank order. Raises the first rank's error, StageLost when one dies."""
-        self._next_call += 1
-        return await self.call_as(self._next_call, kind, payload, timeout_s, rank)
+        return await self.call_as(self.take_id(), kind, payload, timeout_s, rank)
 
     async def call_as(
         self, ident: int, kind: Kind, payload: bytes, timeout_s: float, rank: int | None = None
@@ -150,7 +152,9 @@ class RankGroup:
         try:
             done, _ = await asyncio.wait(waiting, timeout=timeout_s)
             if len(done) < len(waiting):
-                raise StageLost(f"a rank of {self._label} did not answer {kind.name} within {timeout_s:.0f} s")
+                # It hangs, with its sockets open: only the end of the group helps.
+                self._lose(f"a rank of {self._label} did not answer {kind.name} within {timeout_s:.0f} s")
+                raise StageLost(self.lost.result())
             return [future.result() for future in waiting]
         finally:
             for r in ranks:
@@ -160,8 +164,7 @@ class RankGroup:
 
     def take_id(self) -> int:
         """A fresh id for a call or a session."""
-        self._next_call += 1
-        return self._next_call
+        return next(_idents)
 
     async def run(self, session: int, message: bytes) -> None:
         """Passes a gateway's message to all ranks; waits when they are slow to read."""
@@ -179,6 +182,9 @@ class RankGroup:
                 self._on_rank_frame(rank, Kind(kind), ident, payload)
         except (asyncio.IncompleteReadError, ConnectionError):
             await self._on_gone(rank)
+        except Exception as e:
+            log.exception("a frame of rank %d could not be taken", rank)
+            self._lose(f"a frame of rank {rank} of {self._label} could not be taken: {e}")
 
     def _on_rank_frame(self, rank: int, kind: Kind, ident: int, payload: bytes) -> None:
         if kind not in (Kind.REPLY, Kind.ERROR, Kind.READY):
@@ -199,7 +205,10 @@ class RankGroup:
             await asyncio.sleep(0.01)
         code = process.poll()
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
-        reason = f"rank {rank} of {self._label} {how}"
+        self._lose(f"rank {rank} of {self._label} {how}")
+
+    def _lose(self, reason: str) -> None:
+        """The group is lost: whoever waits for a reply learns it."""
         if not self.lost.done():
             self.lost.set_result(reason)
         for future in self._calls.values():

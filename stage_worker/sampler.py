@@ -144,8 +144,10 @@ def _splitmix64(state: np.ndarray) -> np.ndarray:
 def _draw(logits: Tensor, params: list[types_pb2.SamplingParams], uniform: Tensor) -> Tensor:
     """Draws from [R, V] logits by inverse transform in id order, after temperature, top-k, top-p and min-p."""
     device = logits.device
-    temperature = torch.tensor([p.temperature for p in params], device=device)
-    probs = torch.softmax((logits / temperature[:, None]).double(), dim=-1)
+    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
+    # Against the row's maximum, in double: a temperature near 0 must not overflow into NaN.
+    scaled = (logits.double() - logits.amax(dim=-1, keepdim=True).double()) / temperature[:, None]
+    probs = torch.softmax(scaled, dim=-1)
     vocab = logits.shape[-1]
     top_k = torch.tensor([p.top_k or vocab for p in params], device=device)
     top_p = torch.tensor([p.top_p or 1.0 for p in params], dtype=torch.float64, device=device)

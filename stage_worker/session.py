@@ -75,6 +75,8 @@ class Session:
         self.next_step = 1
         """The step that runs next: steps are numbered from 1 without gaps."""
         self.last_planned = 0
+        self.failed = False
+        """Nothing runs any more; the gateway has been told, and will have the session closed."""
         self._closing: list[tuple[int, int]] = []
 
     def open_sequence(self, message: stage_pb2.OpenSequence) -> None:
@@ -107,6 +109,14 @@ class Session:
             raise InvalidRequest(f"plan of step {plan.step} after step {self.last_planned}")
         counts, starts = list(plan.counts), list(plan.starts)
         total = sum(counts)
+        rows = len(plan.sequences)
+        lengths = {len(counts), len(starts), len(plan.new_page_counts) or rows}
+        if lengths != {rows} or sum(plan.new_page_counts) != len(plan.new_pages) or 0 in counts:
+            raise InvalidRequest(f"the arrays of step {plan.step} do not fit its {rows} rows")
+        if any(row >= rows for row in plan.sample_rows):
+            raise InvalidRequest(f"step {plan.step} samples a row beyond its {rows}")
+        if plan.tokens and max(plan.tokens) >= self.context.vocab_size:
+            raise InvalidRequest(f"step {plan.step} names a token beyond the {self.context.vocab_size} there are")
         if not 0 < total <= self.context.max_tokens or len(plan.tokens) != total:
             raise InvalidRequest(
                 f"step {plan.step} has {total} positions and {len(plan.tokens)} tokens; at most "

@@ -200,6 +200,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
                     yield response
             except (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.UsageError, GeneratorExit):
                 raise
+            except grpc.aio.BaseError:
+                return  # The server was stopped, or the peer went away: nobody is there to be told.
             except Exception as e:  # noqa: BLE001 - the boundary where every error gets its status
                 await _abort(context, e)
 

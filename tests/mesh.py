@@ -65,6 +65,15 @@ class Mesh:
         """Served model name."""
         return str(self.get("/v1/models")["data"][0]["id"])
 
+    def health(self) -> tuple[int, str]:
+        """Status and text of /health."""
+        try:
+            with urllib.request.urlopen(self.url + "/health", timeout=5) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as e:
+            with e:
+                return e.code, e.read().decode()
+
     @property
     def ready(self) -> bool:
         """Whether /readyz says so."""

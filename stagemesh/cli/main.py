@@ -18,7 +18,7 @@ from stagemesh.config import (
     StageSettings,
     load,
 )
-from stagemesh.errors import StagemeshError
+from stagemesh.errors import CheckpointError, ConfigError, StagemeshError
 
 from .flags import add_flags, given
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(settings, getattr(namespace, "ready_fd", None))
     except StagemeshError as e:
         print(f"stagemesh {namespace.command}: {e.message}", file=sys.stderr)
-        return USAGE_ERROR
+        return USAGE_ERROR if isinstance(e, (ConfigError, CheckpointError)) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -24,6 +24,8 @@ BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
 STABLE_S = 30.0
 POLL_S = 0.02
 KEPT = ("STAGEMESH_LOG_LEVEL",)
+SECRETS = ("api_key",)
+"""Passed by environment: a command line can be read by everybody on the machine."""
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Child:
         self.ports = {key: int(value) for key, value in json.loads(said).items()}
 
     def _spawn(self, command: list[str], write_fd: int) -> subprocess.Popen[bytes]:
+        secrets = {f"STAGEMESH_{name.upper()}": str(v) for name in SECRETS if (v := getattr(self.settings, name, None))}
         # A session of its own: Ctrl-C reaches the supervisor alone, which ends its children in the right order.
         return subprocess.Popen(
             command,
@@ -65,7 +68,9 @@ class Child:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             # `serve` has read its own variables; a child that read them too would take another's port for its own.
-            env={k: v for k, v in os.environ.items() if not k.startswith("STAGEMESH_") or k in KEPT} | self.env,
+            env={k: v for k, v in os.environ.items() if not k.startswith("STAGEMESH_") or k in KEPT}
+            | self.env
+            | secrets,
         )
 
     @property
@@ -115,7 +120,7 @@ def _flags(settings: Base) -> list[str]:
     out: list[str] = []
     for name in type(settings).model_fields:
         value: Any = getattr(settings, name)
-        if value == type(settings).model_fields[name].default:
+        if value == type(settings).model_fields[name].default or name in SECRETS:
             continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):

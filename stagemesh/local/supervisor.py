@@ -57,7 +57,8 @@ class _Supervisor:
             loop.add_signal_handler(sig, self.stop.set)
         with tempfile.TemporaryDirectory(prefix="stagemesh-serve-") as state_dir:
             try:
-                await self._start(state_dir)
+                if not await self._started(state_dir):
+                    return 0
                 watching = asyncio.create_task(self._watch())
                 try:
                     await self._until_ready(watching)
@@ -72,6 +73,18 @@ class _Supervisor:
             finally:
                 await self._end()
         return 0
+
+    async def _started(self, state_dir: str) -> bool:
+        """Starts everything; False when told to stop before that is done."""
+        starting, stopped = asyncio.create_task(self._start(state_dir)), asyncio.create_task(self.stop.wait())
+        await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return False
+        stopped.cancel()
+        starting.result()
+        return True
 
     async def _start(self, state_dir: str) -> None:
         coordinator = self._child("coordinator", "coordinator", coordinator_settings(self.settings, state_dir))

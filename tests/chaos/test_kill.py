@@ -55,15 +55,15 @@ async def wait_until(what: str, check: Any, timeout_s: float) -> float:
     return time.monotonic() - began
 
 
-async def kill_once(mesh: Mesh, role: str, load: Load) -> dict[str, float]:
-    """Kills, then checks what clients saw; figures in seconds."""
+async def kill_once(mesh: Mesh, role: str, load: Load, count: int) -> dict[str, float]:
+    """Kills, then checks what clients saw; figures in seconds. `count`: processes of the whole mesh."""
     before = load.finished()
     await wait_until("requests finish", lambda: load.finished() >= before + 3, 30)
     await wait_until("load", lambda: len(load.live()) >= CLIENTS // 2, 20)
-    live, epoch, count = load.live(), mesh.epoch(), len(mesh.children())
+    epoch = mesh.epoch()
     await wait_until(f"a {role} that has its title", lambda: candidates(mesh, role), BACK_S)
     target = candidates(mesh, role)[-1]
-    killed_at = time.monotonic()
+    live, killed_at = load.live(), time.monotonic()
     target.send_signal(signal.SIGKILL)
     if role == "coordinator":
         # Nobody notices: what runs goes on, and new requests are served while it is away.
@@ -82,6 +82,9 @@ async def kill_once(mesh: Mesh, role: str, load: Load) -> dict[str, float]:
             # A request that had no token yet may have come a moment too late to be accepted at all.
             reasons = {(e.error.reason, e.tokens > 0) for e in live if e.error is not None}
             assert reasons <= {("STAGE_LOST", True), ("STAGE_LOST", False), ("UNAVAILABLE", False)}, reasons
+        if role != "gateway" and (said := await asyncio.to_thread(mesh.health))[0] != 200:
+            assert said[0] == 503, said
+            assert said[1], "a 503 must say why"
         began = load.finished()
         await wait_until("the mesh serves again", lambda: load.finished() > began and mesh.ready, BACK_S)
         back_s = time.monotonic() - killed_at
@@ -96,7 +99,8 @@ async def kill_repeatedly(mesh: Mesh, role: str, times: int) -> list[dict[str, f
     load = Load(mesh.grpc_address, CLIENTS, SEED)
     running = asyncio.create_task(load.run())
     try:
-        return [await kill_once(mesh, role, load) for _ in range(times)]
+        count = len(mesh.children())
+        return [await kill_once(mesh, role, load, count) for _ in range(times)]
     finally:
         load.stopping = True
         await asyncio.wait_for(running, 60)

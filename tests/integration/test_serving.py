@@ -134,7 +134,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
 
         async def story() -> list[Any]:
             async with Client(mesh.grpc_address) as client:
-                requests = [client.generate("one", max_tokens=400, ignore_eos=True) for _ in range(12)]
+                requests = [client.generate("one", max_tokens=60, ignore_eos=True) for _ in range(12)]
                 return await asyncio.gather(*requests, return_exceptions=True)
 
         endings = asyncio.run(story())
