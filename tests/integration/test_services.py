@@ -1,4 +1,4 @@
-"""Services started one by one, as on a cluster: two gateways share a pipeline's pages; one that dies frees its own."""
+"""Services started one by one, as on a cluster: gateways share a pipeline's pages; a worker is drained under load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from stagemesh import Client
+from stagemesh.errors import Unavailable
 
 TIMEOUT_S = 90.0
 
@@ -103,3 +106,30 @@ def test_two_gateways_share_a_pipeline(tmp_path: Path) -> None:
         gateways[0].process.send_signal(signal.SIGKILL)
         wait_ready(third)
         assert asyncio.run(ask(third)) == asyncio.run(ask(gateways[1])) == answers[0]
+
+
+def test_a_worker_on_sigterm_finishes_what_it_holds(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+
+        def start(*args: str) -> Service:
+            return stack.enter_context(service(tmp_path, *args))
+
+        coordinator = start("coordinator", "--port", "0", "-pp", "2", "--max-model-len", "512")
+        address = ["--coordinator", f"127.0.0.1:{coordinator.ports['port']}"]
+        workers = [start("stage", *address, "--stage", s, "--worker-id", f"w{s}", "--threads", "1") for s in "01"]
+        gateway = start("gateway", *address, "--port", "0", "--grpc-port", "0")
+        wait_ready(gateway)
+
+        async def story() -> int:
+            async with Client(f"127.0.0.1:{gateway.ports['grpc_port']}") as client:
+                tokens = 0
+                async for delta in client.stream([5, 6], max_tokens=200, temperature=0, ignore_eos=True):
+                    if not tokens:
+                        workers[1].process.send_signal(signal.SIGTERM)
+                    tokens += len(delta.token_ids)
+                with pytest.raises(Unavailable):
+                    await client.generate([5, 6], max_tokens=2)
+                return tokens
+
+        assert asyncio.run(story()) == 200
+        assert workers[1].process.wait(15) == 0
