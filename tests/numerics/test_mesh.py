@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+from chain import Chain
 from mesh import Mesh, serve
 from pairwise import all_combinations, pairwise
 
@@ -26,6 +27,7 @@ LENGTHS = (1, 2, 16, 17, 63, 130, 300, 511, 700)
 REQUESTS = 32
 OUTPUT = 24
 MAX_MODEL_LEN = 768
+LAYERS = 6
 FACTORS: dict[str, tuple[Any, ...]] = {
     "family": ("llama", "qwen3", "mistral_sw", "gemma2", "gpt_neox", "mixtral"),
     "stages": (2, 3, 1, 5),
@@ -54,7 +56,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def of(family: str) -> tuple[Path, list[tiny_models.ClearPrompt]]:
         folder = tiny_models.make_checkpoint(family, tmp_path_factory.mktemp(family) / "model")
-        return folder, tiny_models.clear_prompts(folder, LENGTHS, OUTPUT, seed=SEED)
+        prompts = tiny_models.clear_prompts(folder, LENGTHS, OUTPUT, seed=SEED)
+        # The check can fail: without what the cache holds, every one of these outputs is another.
+        forgot = Chain(folder, (0, LAYERS)).greedy([p.prompt_ids for p in prompts], OUTPUT, forget=True)
+        assert all(some != p.tokens for some, p in zip(forgot, prompts, strict=True))
+        return folder, prompts
 
     return of
 
