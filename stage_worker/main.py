@@ -25,7 +25,8 @@ from .ranks import RankGroup
 log = logging.getLogger(__name__)
 
 RESTART_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
-STABLE_S = 60.0
+STABLE_S = 5.0
+"""A rank group that was up for so long before it died does not count as failing."""
 
 
 def run(settings: StageSettings, ready_fd: int | None = None) -> int:
@@ -80,14 +81,13 @@ class _Worker:
             while not stopped.done():
                 group = RankGroup(self.settings, self.device, self.role, agent.on_frame)
                 agent.ranks = group
-                started = asyncio.get_running_loop().time()
                 starting = asyncio.create_task(group.start())
                 await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
                 if not starting.done():
                     starting.cancel()
                     await asyncio.gather(starting, return_exceptions=True)
                     return
-                failure = starting.exception()
+                failure, up_at = starting.exception(), asyncio.get_running_loop().time()
                 if failure is not None and not isinstance(failure, StageLost):
                     raise failure
                 if failure is None:
@@ -101,7 +101,7 @@ class _Worker:
                 agent.ranks_lost(group.lost.result() if group.lost.done() else str(failure))
                 await membership.leave()
                 await group.stop()
-                failures = 0 if asyncio.get_running_loop().time() - started > STABLE_S else failures + 1
+                failures = 0 if asyncio.get_running_loop().time() - up_at > STABLE_S else failures + 1
                 if failures > len(RESTART_BACKOFF_S):
                     raise StageLost(
                         f"the ranks of {self.worker_id} died {failures} times within a minute of their start"

@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 PORTS_TIMEOUT_S = 60.0
 BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
-STABLE_S = 30.0
+STABLE_S = 5.0
+"""A process that was up for so long before it died is started again at once."""
 POLL_S = 0.02
 KEPT = ("STAGEMESH_LOG_LEVEL",)
 SECRETS = ("api_key",)
