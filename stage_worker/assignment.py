@@ -10,13 +10,13 @@ from stagemesh.protos.v1 import stage_pb2
 from .kv import KvPool
 from .links import LinkReceiver, LinkSender
 from .session import Session, SessionContext, Step
-from .shard.model import ModelShard
+from .shard.choose import Shard
 
 
 class Assignment:
     """What one rank does for one stage of one pipeline, from Assign to Release."""
 
-    def __init__(self, request: stage_pb2.AssignRequest, shard: ModelShard, pool: KvPool, tp_rank: int) -> None:
+    def __init__(self, request: stage_pb2.AssignRequest, shard: Shard, pool: KvPool, tp_rank: int) -> None:
         self.pipeline_id = request.key.pipeline_id
         self.epoch = request.key.epoch
         self.stage = request.stage

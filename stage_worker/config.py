@@ -33,6 +33,8 @@ class RankConfig:
     net_device: str | None = None
     kv_cache_gib: float | None = None
     gpu_memory_utilization: float = 0.9
+    model: str | None = None
+    """Folder of the checkpoint, where the worker was given one: what to import is known before an assignment."""
 
     def to_json(self) -> str:
         """For the command line."""

@@ -35,8 +35,7 @@ from .links import LinkIdentity, LinkReceiver, LinkSender, sending_rank
 from .measure import available_memory_bytes, measure
 from .order import Follower, Leader
 from .session import Session
-from .shard.load import load_shard
-from .shard.model import ModelShard
+from .shard.choose import Shard, load_shard, preload
 from .shard.spec import ShardSpec
 from .tp import TPGroup
 
@@ -52,7 +51,7 @@ class _Loaded:
 
     spec: ShardSpec
     fingerprint: str
-    shard: ModelShard
+    shard: Shard
 
 
 class Rank:
@@ -124,7 +123,7 @@ class Rank:
             vocab_size=shard.vocab_size,
         ).SerializeToString()
 
-    def _shard_for(self, ident: int, request: stage_pb2.AssignRequest) -> ModelShard:
+    def _shard_for(self, ident: int, request: stage_pb2.AssignRequest) -> Shard:
         model = request.model
         spec = ShardSpec(
             model_dir=model.path,
@@ -159,7 +158,7 @@ class Rank:
         self._loaded = _Loaded(spec, model.fingerprint, shard)
         return shard
 
-    def _pool_for(self, shard: ModelShard, limits: types_pb2.RunLimits) -> KvPool:
+    def _pool_for(self, shard: Shard, limits: types_pb2.RunLimits) -> KvPool:
         gateways = max(1, limits.gateways)
         pool = self._pool
         if (
@@ -362,6 +361,7 @@ def main(argv: list[str]) -> int:
     control = Socket(socket.socket(fileno=config.control_fd))
     order = [socket.socket(fileno=fd) for fd in config.order_fds]
     device = torch.device(f"cuda:{config.rank}" if config.device == "cuda" else "cpu")
+    preload(config.model)
     try:
         transports = open_transports(config)
         group = TPGroup(config.store_path, config.rank, config.size, str(device)) if config.size > 1 else None

@@ -116,6 +116,7 @@ class RankGroup:
             net_device=s.net_device,
             kv_cache_gib=s.kv_cache_gib,
             gpu_memory_utilization=s.gpu_memory_utilization,
+            model=s.model,
         )
         env = dict(os.environ)
         if s.threads:

@@ -1,0 +1,79 @@
+"""A stage that sleeps: tokens that can be foretold, on time, and without transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from stagemesh.errors import ConfigError
+from stagemesh.stage_worker.attention.base import AttentionMetadata
+from stagemesh.stage_worker.shard.batch import StepBatch
+from stagemesh.stage_worker.shard.choose import load_shard
+from stagemesh.stage_worker.shard.sleeping import FIRST_TOKEN, TOKENS, next_token
+from stagemesh.stage_worker.shard.spec import ShardSpec
+
+STEP_S = 0.02
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    numbers = {"num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 256, "step_seconds": STEP_S}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "stagemesh_sleep", **numbers}))
+    return str(tmp_path)
+
+
+def batch_of(tokens: list[int], rows: list[int]) -> StepBatch:
+    """One row of `tokens`, with logits of the positions in `rows`."""
+    metadata = AttentionMetadata.build([0], [len(tokens)], [[0]], 16, "cpu")
+    return StepBatch(torch.tensor(tokens), None, metadata.positions, metadata, torch.tensor(rows))
+
+
+def test_two_stages_answer_with_the_token_after(folder: str) -> None:
+    first, last = (load_shard(ShardSpec(folder, at, at + 1), None, lambda done, total: None) for at in (0, 1))
+    tokens = [FIRST_TOKEN, FIRST_TOKEN + TOKENS - 1, 40, 7]
+    batch = batch_of(tokens, [0, 1, 3])
+    batch.hidden = first.forward(batch)
+    assert batch.hidden.shape == (4, 8)
+    logits = last.forward(batch)
+    assert logits.argmax(-1).tolist() == [next_token(tokens[row]) for row in (0, 1, 3)]
+    assert next_token(FIRST_TOKEN + TOKENS - 1) == FIRST_TOKEN  # round again, within what is printable
+
+
+def test_a_step_takes_its_time_and_drives_the_transports(folder: str) -> None:
+    shard = load_shard(ShardSpec(folder, 0, 1), None, lambda done, total: None)
+    driven: list[float] = []
+    shard.on_layer = lambda: driven.append(time.monotonic())
+    batch = batch_of([5], [0])
+    took_s = []
+    for _ in range(5):
+        began = time.monotonic()
+        shard.forward(batch)
+        took_s.append(time.monotonic() - began)
+    assert min(took_s) >= STEP_S
+    # Slices that each slept a little too long would add up to more; the median, as the machine has other things to do.
+    assert sorted(took_s)[2] < STEP_S * 1.25, took_s
+    assert len(driven) >= 5 * 4
+
+
+def test_only_one_rank_and_only_with_its_numbers(folder: str) -> None:
+    with pytest.raises(ConfigError, match="one rank, not 2"):
+        load_shard(ShardSpec(folder, 0, 1, tp_size=2), None, lambda done, total: None)
+    (Path(folder) / "config.json").write_text(json.dumps({"model_type": "stagemesh_sleep", "num_hidden_layers": 2}))
+    with pytest.raises(ConfigError, match="hidden_size"):
+        load_shard(ShardSpec(folder, 0, 1), None, lambda done, total: None)
+
+
+def test_it_needs_no_transformers(folder: str) -> None:
+    code = (
+        "import sys; from stagemesh.stage_worker import rank; from stagemesh.stage_worker.shard import choose; "
+        f"choose.preload({folder!r}); print('transformers' in sys.modules); choose.preload(None); "
+        "print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["False", "True"]
