@@ -24,6 +24,7 @@ from .request import Sampling, TokenLogprob
 from .run_stream import RunStream
 from .scheduler import Plan, Scheduler
 from .sequence import Sequence
+from .trace import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +43,14 @@ class BatchLoop:
         view: types_pb2.PipelineView,
         metrics: Metrics,
         bubbles: Bubbles,
+        recorder: Recorder,
         on_lost: Callable[[BatchLoop, StagemeshError], None],
     ) -> None:
         self.view = view
         self.scheduler: Scheduler
         self._metrics = metrics
         self._bubbles = bubbles
+        self._recorder = recorder
         self._on_lost = on_lost
         self._streams = [RunStream(stage, self._on_result, self._on_stream_lost) for stage in view.stages]
         self._live: dict[Sequence, LiveRequest] = {}
@@ -146,6 +149,8 @@ class BatchLoop:
         message = plan_message(plan, self.view.epoch)
         self._sent_at[plan.step] = time.monotonic()
         self._broadcast(stage_pb2.RunRequest(plan=message))
+        if self._recorder.active:
+            self._recorder.sent(self.view, plan, message.planned_us)
         if self.scheduler.preemptions > self._preemptions_told:
             for _ in range(self.scheduler.preemptions - self._preemptions_told):
                 self._metrics.preempted()
@@ -167,6 +172,8 @@ class BatchLoop:
         if result.epoch != self.view.epoch or self.lost is not None:
             return
         self._bubbles.add(stage, result.timing)
+        if self._recorder.active:
+            self._recorder.result(self.view, stage, result)
         if stage != len(self._streams) - 1:
             return
         plan = self.scheduler.out[result.step]
@@ -188,6 +195,8 @@ class BatchLoop:
                 if live.on_token(sequence.choice, token, wanted):
                     self._live.pop(sequence, None)
                     self.scheduler.finish(sequence)
+        if self._recorder.active:
+            self._recorder.delivered(self.view, result.step)
         self.scheduler.step_done(result.step)
         del self._sent_at[result.step]
         self._wake.set()

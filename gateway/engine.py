@@ -33,6 +33,7 @@ from .live import LiveRequest
 from .metrics import Load, Metrics
 from .request import GenerationRequest, ModelCard, Sampling
 from .tokenizer import Tokenizer
+from .trace import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class MeshEngine:
         self.tokenizer: Tokenizer | None = None
         self.model: ModelCard | None = None
         self.mesh = types_pb2.MeshView()
+        self.recorder = Recorder()
         self._bubbles = Bubbles()
         self._instance = secrets.randbits(63)
         self._slot = 0
@@ -261,7 +263,7 @@ class MeshEngine:
                 continue
 
     async def _open(self, view: types_pb2.PipelineView) -> None:
-        loop = BatchLoop(view, self.metrics, self._bubbles, self._on_lost)
+        loop = BatchLoop(view, self.metrics, self._bubbles, self.recorder, self._on_lost)
         try:
             await self._load_model(view)
             await loop.start(self.settings.gateway_id, self._instance, self._slot)

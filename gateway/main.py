@@ -76,7 +76,7 @@ async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
         serving=False,
     )
     config = uvicorn.Config(
-        build_app(engine, settings, metrics),
+        build_app(engine, settings, metrics, engine.recorder),
         http="httptools",
         log_config=None,
         access_log=False,

@@ -156,6 +156,12 @@ class Assignment:
         """[T, H] that came over the link; None on the first stage."""
         return self.receiver.ready(session.slot, step.number) if self.receiver is not None else None
 
+    def input_complete_at(self, session: Session, step: Step) -> float:
+        """When the step's whole input was there (`time.monotonic()`); on the first stage it comes with the plan."""
+        if self.receiver is None:
+            return step.arrived_at
+        return self.receiver.completed_at(session.slot, step.number)
+
     def release_input(self, session: Session, step: Step) -> None:
         """Gives the receive buffer back, and the sender its credit."""
         if self.receiver is not None:

@@ -92,6 +92,9 @@ class Engine:
         """What the shard calls between layers, so that a long computation never stalls a neighbour's rendezvous."""
         for transport in self.transports.values():
             transport.progress()
+        for assignment in self.assignments.values():
+            if assignment.receiver is not None:
+                assignment.receiver.note_completed()
 
     def sleep(self, *, with_control: bool = True) -> None:
         """Waits for a message or an event of a transport; without the control socket in the midst of a call of it."""
@@ -171,20 +174,26 @@ class Engine:
     @torch.inference_mode()
     def run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
         """Input, compute, output: one step of one stage."""
-        began = time.monotonic()
+        began, cpu_before = time.monotonic(), time.process_time()
+        complete_at = assignment.input_complete_at(session, step)
         step.batch.hidden = assignment.input_of(session, step)
         output = assignment.shard.forward(step.batch)
         assignment.release_input(session, step)
         result = stage_pb2.StepResult(step=step.number, epoch=step.epoch)
         if assignment.is_last:
             self._sample(step, output, result)
-        else:
+        output_at = time.monotonic()
+        if not assignment.is_last:
             assignment.send(session, step, output)
         session.finish(step)
         ended = time.monotonic()
         if self._follower is None:
             wait_send_s = assignment.take_wait_send_s(session)
             result.timing.CopyFrom(self._timing(step, began, ended, wait_send_s))
+            result.timing.compute_cpu_us = int((time.process_time() - cpu_before) * 1e6)
+            result.timing.input_complete_us = int(complete_at * 1e6)
+            result.timing.output_us = int(output_at * 1e6)
+            result.timing.result_sent_us = time.monotonic_ns() // 1000
             self.control.send(Kind.RESULT, session.ident, stage_pb2.RunResponse(result=result).SerializeToString())
         self._free_at = ended
 
@@ -194,6 +203,9 @@ class Engine:
             wait_input_us=int(max(0.0, waited_s - wait_send_s) * 1e6),
             compute_us=int((ended - began) * 1e6),
             wait_send_us=int(wait_send_s * 1e6),
+            plan_arrived_us=int(step.arrived_at * 1e6),
+            began_us=int(began * 1e6),
+            ended_us=int(ended * 1e6),
         )
 
     @staticmethod

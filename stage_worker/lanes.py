@@ -123,6 +123,7 @@ class _Post:
     request: Request
     buffer: torch.Tensor  # uint8, one of the lane's
     tensor: torch.Tensor  # the part of it that the step fills, in its own shape
+    completed_at: float = 0.0  # when it was first seen to be all there; 0 before
 
 
 @dataclass(slots=True)
@@ -192,6 +193,18 @@ class ReceiveLane:
             raise post.request.error
         return post.tensor
 
+    def note_completed(self) -> None:
+        """Writes down when receives were first seen to be complete, for traces."""
+        for post in self._posts.values():
+            if not post.completed_at and post.request.done:
+                post.completed_at = time.monotonic()
+
+    def completed_at(self, step: int) -> float:
+        """When the activation of a step was first seen to be all there; 0 when it is not yet."""
+        self.note_completed()
+        post = self._posts.get(step % SEQ_MODULUS)
+        return 0.0 if post is None else post.completed_at
+
     def release(self, step: int) -> None:
         """The activation was used up: its buffer takes the next frame, the sender gets its credit."""
         post = self._posts.pop(step % SEQ_MODULUS, None)
@@ -237,6 +250,7 @@ class ReceiveLane:
     def progress(self) -> bool:
         """Lend a spare buffer to a frame that came out of turn; account for the frames of a closing lane."""
         happened = False
+        self.note_completed()
         if self._sends:
             self._sends = [entry for entry in self._sends if not entry[0].done]
         if self._waiting:

@@ -294,6 +294,15 @@ class LinkReceiver(_Link):
             self._fail(error)
             return None
 
+    def note_completed(self) -> None:
+        """Writes down which activations have come by now: called between layers, `progress()` does it else."""
+        for lane in self._lanes.values():
+            lane.note_completed()
+
+    def completed_at(self, slot: int, step: int) -> float:
+        """When the activation of a step was first seen to be all there (`time.monotonic()`); 0 when it is not yet."""
+        return self._lanes[slot].completed_at(step)
+
     def release(self, slot: int, step: int) -> None:
         """The activation is used up (on CUDA: the kernels that read it were launched on the current stream)."""
         if self.state != "ready":

@@ -16,6 +16,7 @@ from stagemesh.config import GatewaySettings
 from stagemesh.errors import NotFound
 from stagemesh.gateway.metrics import CONTENT_TYPE, Metrics
 from stagemesh.gateway.request import Engine, ModelCard
+from stagemesh.gateway.trace import Recorder
 
 from .call import Api
 from .chat import ChatCall
@@ -24,6 +25,7 @@ from .endpoint import Endpoint
 from .errors import json_response, response_of, shape
 from .http import ABORT, abort_of
 from .middleware import Front
+from .trace import TraceEndpoint
 
 
 class App(Starlette):
@@ -36,8 +38,10 @@ class App(Starlette):
         await super().__call__(scope, receive, send)
 
 
-def build_app(engine: Engine, settings: GatewaySettings, metrics: Metrics) -> Starlette:
-    """The application over `engine`."""
+def build_app(
+    engine: Engine, settings: GatewaySettings, metrics: Metrics, recorder: Recorder | None = None
+) -> Starlette:
+    """The application over `engine`; traces where there is a recorder."""
     api = Api(engine, settings, metrics)
     get = Handlers(api)
     routes = [
@@ -52,6 +56,8 @@ def build_app(engine: Engine, settings: GatewaySettings, metrics: Metrics) -> St
         Route("/metrics", get.metrics),
         Route("/version", get.version),
     ]
+    if recorder is not None:
+        routes.append(Route("/trace", TraceEndpoint(recorder), methods=["POST"]))
     return App(
         routes=routes,
         middleware=[Middleware(Front, metrics=metrics, api_key=settings.api_key)],

@@ -15,6 +15,8 @@ from stagemesh.gateway.metrics import Metrics
 from .errors import response_of
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
+KEYED = ("/v1/", "/trace")
+"""Paths that need the API key, where there is one."""
 
 
 def key_matches(authorization: bytes, api_key: str) -> bool:
@@ -51,7 +53,7 @@ class Front:
                 )
             await send(message)
 
-        if self._api_key is not None and scope["path"].startswith("/v1/"):
+        if self._api_key is not None and scope["path"].startswith(KEYED):
             authorization = headers.get("authorization", "").encode("latin-1")
             if not key_matches(authorization, self._api_key):
                 error = Unauthenticated(
