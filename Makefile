@@ -10,7 +10,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-$(INSTALLED): pyproject.toml constraints.txt
+KERNELS := $(wildcard stage_worker/native/*.cpp stage_worker/native/*.h)
+
+$(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch -e ".[ucx-cu12]"
 	touch $@

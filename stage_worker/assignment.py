@@ -140,7 +140,7 @@ class Assignment:
     def add_plan(self, session: Session, plan: stage_pb2.StepPlan) -> None:
         """Prepares a step and posts its receive."""
         step = session.add_plan(plan)
-        self.shard.prepare(step.batch.attention)
+        self.shard.prepare(step.batch)
         if self.receiver is not None:
             self.receiver.post(session.slot, step.number, (step.num_tokens, self.shard.hidden_size), self.shard.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -33,8 +34,17 @@ class RankConfig:
     net_device: str | None = None
     kv_cache_gib: float | None = None
     gpu_memory_utilization: float = 0.9
+    exchange_fd: int | None = None
+    """Memory that the ranks of a group share (native/exchange.py)."""
+    enforce_eager: bool = False
+    """No compiled kernels."""
     model: str | None = None
     """Folder of the checkpoint, where the worker was given one: what to import is known before an assignment."""
+
+    @property
+    def compute_threads(self) -> int:
+        """Threads that compute: as many as were asked for, else one for each core that this rank may use."""
+        return self.threads or len(self.cpus) or len(os.sched_getaffinity(0))
 
     def to_json(self) -> str:
         """For the command line."""

@@ -34,10 +34,10 @@ from .kv import KvPool
 from .links import LinkIdentity, LinkReceiver, LinkSender, sending_rank
 from .measure import available_memory_bytes, measure
 from .order import Follower, Leader
+from .parallel import TensorParallel
 from .session import Session
 from .shard.choose import Shard, load_shard, preload
 from .shard.spec import ShardSpec
-from .tp import TPGroup
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +57,11 @@ class _Loaded:
 class Rank:
     """Commands of the agent, carried out on the engine's thread."""
 
-    def __init__(self, config: RankConfig, engine: Engine, device: torch.device, group: TPGroup | None) -> None:
+    def __init__(self, config: RankConfig, engine: Engine, device: torch.device, parallel: TensorParallel) -> None:
         self.config = config
         self.engine = engine
         self.device = device
-        self.group = group
+        self.parallel = parallel
         self._loaded: _Loaded | None = None
         self._pool: KvPool | None = None
         self._sessions: dict[int, Assignment] = {}
@@ -135,6 +135,9 @@ class Rank:
             tp_size=self.config.size,
             load_format=model.load_format or "auto",  # type: ignore[arg-type]
             seed=model.seed,
+            page_size=request.limits.page_size,
+            threads=self.config.compute_threads,
+            enforce_eager=self.config.enforce_eager,
         )
         if self._loaded is not None and (self._loaded.spec, self._loaded.fingerprint) == (spec, model.fingerprint):
             return self._loaded.shard
@@ -153,7 +156,7 @@ class Rank:
                 progress = stage_pb2.AssignResponse(loaded_bytes=done, total_bytes=total)
                 self.engine.control.send(Kind.PROGRESS, ident, progress.SerializeToString())
 
-        shard = load_shard(spec, self.group, on_progress)
+        shard = load_shard(spec, self.parallel, on_progress)
         shard.on_layer = self.engine.drive_transports
         self._loaded = _Loaded(spec, model.fingerprint, shard)
         return shard
@@ -356,22 +359,25 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if config.cpus:
         os.sched_setaffinity(0, config.cpus)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.compute_threads)
     control = Socket(socket.socket(fileno=config.control_fd))
     order = [socket.socket(fileno=fd) for fd in config.order_fds]
     device = torch.device(f"cuda:{config.rank}" if config.device == "cuda" else "cpu")
-    preload(config.model)
+    preload(
+        ShardSpec(config.model or "", 0, 1, device=str(device), tp_size=config.size, enforce_eager=config.enforce_eager)
+    )
+    parallel = TensorParallel(
+        config.rank, config.size, store_path=config.store_path, exchange_fd=config.exchange_fd, device=str(device)
+    )
     try:
         transports = open_transports(config)
-        group = TPGroup(config.store_path, config.rank, config.size, str(device)) if config.size > 1 else None
         engine = Engine(
             control,
             transports,
             Leader(order) if config.size > 1 and config.rank == 0 else None,
             Follower(order[0]) if config.rank > 0 else None,
         )
-        Rank(config, engine, device, group)
+        Rank(config, engine, device, parallel)
         info = measure(device)
     except StagemeshError as e:
         control.send_packed(pack_error(0, e))
@@ -383,8 +389,7 @@ def main(argv: list[str]) -> int:
         held.close()
     for transport in transports.values():
         transport.close()
-    if group is not None:
-        group.close()
+    parallel.close()
     return 0
 
 

@@ -23,6 +23,7 @@ from stagemesh.protos.v1 import types_pb2
 
 from .config import RankConfig
 from .control import HEADER, Kind, pack, unpack_error
+from .shared_memory import make_shared_memory
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +70,13 @@ class RankGroup:
         """Spawns the ranks and waits until each is up. Raises ConfigError with the first rank's reason."""
         controls = [socket.socketpair() for _ in range(self.size)]
         orders = [socket.socketpair() for _ in range(self.size - 1)]
+        shared = make_shared_memory(self.size) if self.size > 1 and self._device != "cuda" else None
         loop = asyncio.get_running_loop()
         up: list[asyncio.Future[bytes]] = []
         for rank in range(self.size):
             order = [pair[0] for pair in orders] if rank == 0 else [orders[rank - 1][1]]
             order = order if self.size > 1 else []
-            self._spawn(rank, controls[rank][1], order)
+            self._spawn(rank, controls[rank][1], order, shared)
             reader, writer = await asyncio.open_unix_connection(sock=controls[rank][0])
             future: asyncio.Future[bytes] = loop.create_future()
             self._calls[rank, 0] = future
@@ -83,6 +85,8 @@ class RankGroup:
             self._readers.append(asyncio.create_task(self._read(rank, reader)))
         for end in [*(pair[1] for pair in controls), *(end for pair in orders for end in pair)]:
             end.close()
+        if shared is not None:
+            os.close(shared)
         try:
             said = await asyncio.wait_for(asyncio.gather(*up), READY_TIMEOUT_S)
         except TimeoutError as e:
@@ -96,7 +100,7 @@ class RankGroup:
                 )
             )
 
-    def _spawn(self, rank: int, control: socket.socket, order: list[socket.socket]) -> None:
+    def _spawn(self, rank: int, control: socket.socket, order: list[socket.socket], shared: int | None) -> None:
         s = self._settings
         config = RankConfig(
             label=self._label,
@@ -117,6 +121,8 @@ class RankGroup:
             kv_cache_gib=s.kv_cache_gib,
             gpu_memory_utilization=s.gpu_memory_utilization,
             model=s.model,
+            exchange_fd=shared,
+            enforce_eager=s.enforce_eager,
         )
         env = dict(os.environ)
         if s.threads:
@@ -124,7 +130,7 @@ class RankGroup:
         self._processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", "stagemesh.stage_worker.rank", config.to_json()],
-                pass_fds=[control.fileno(), *config.order_fds],
+                pass_fds=[control.fileno(), *config.order_fds, *([shared] if shared is not None else [])],
                 stdin=subprocess.DEVNULL,
                 env=env,
             )

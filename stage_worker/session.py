@@ -15,7 +15,6 @@ from torch import Tensor
 from stagemesh.errors import InternalError, InvalidRequest, StaleEpoch
 from stagemesh.protos.v1 import stage_pb2
 
-from .attention.base import AttentionMetadata
 from .sampler import SequenceSampler
 from .shard.batch import StepBatch
 
@@ -123,15 +122,15 @@ class Session:
                 f"{self.context.max_tokens} are allowed"
             )
         tables = self._grow(plan, starts, counts)
-        metadata = AttentionMetadata.build(starts, counts, tables, self.context.page_size, self.context.device)
         step = Step(
             number=plan.step,
             epoch=plan.epoch,
             batch=StepBatch(
+                starts=starts,
+                counts=counts,
+                tables=tables,
+                page_size=self.context.page_size,
                 token_ids=self._token_ids(plan),
-                hidden=None,
-                positions=metadata.positions,
-                attention=metadata,
                 logit_rows=self._logit_rows(plan, counts),
             ),
             num_tokens=total,

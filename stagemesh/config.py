@@ -156,6 +156,8 @@ class StageSettings(ListenSettings):
     --gpu-memory-utilization on CUDA."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of a card's memory that may be used."""
+    enforce_eager: bool = False
+    """Run transformers' modules as they are, without compiled kernels."""
     threads: int | None = Field(None, ge=1)
     """Compute threads of one rank on a CPU; default: the machine's cores, shared among the ranks `serve` starts."""
     cpu_list: str | None = None
@@ -214,6 +216,8 @@ class ServeSettings(Loopback, ModelSettings):
     """Memory for KV pages of one rank."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of a card's memory that may be used."""
+    enforce_eager: bool = False
+    """Run transformers' modules as they are, without compiled kernels."""
     steps_in_flight: int | None = Field(None, ge=1, le=64)
     """Steps that may be in flight at once; default: stages + 1."""
     max_waiting: int = Field(256, ge=0)

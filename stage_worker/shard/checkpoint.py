@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -85,6 +85,19 @@ class Checkpoint:
         if name not in header:
             raise CheckpointError(f"tensor {name!r} should be in {path} but is not: download the checkpoint again")
         return header[name]
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raises CheckpointError when a tensor that this stage needs is not there."""
+        missing = [name for name in names if name not in self._files]
+        if missing:
+            raise self.lacking(missing)
+
+    def lacking(self, missing: Sequence[str]) -> CheckpointError:
+        """What to raise when these tensors are not there."""
+        return CheckpointError(
+            f"{self.model_dir} lacks {len(missing)} tensor(s) of this stage, the first is {missing[0]!r}: "
+            "download the checkpoint again, or check that config.json belongs to it"
+        )
 
     def place(self, name: str) -> tuple[str, int]:
         """Sorting by this reads files in order, front to back."""
@@ -164,6 +177,14 @@ class Checkpoint:
         if path not in self._headers:
             self._headers[path] = _read_header(path)
         return self._headers[path]
+
+
+def wrong_shape(info: TensorInfo, expected: Sequence[int], found: Sequence[int] | None = None) -> CheckpointError:
+    """A tensor (or what it was converted to, `found`) is not as config.json says."""
+    return CheckpointError(
+        f"tensor {info.name!r} in {info.path} has shape {list(found or info.shape)}, config.json asks for "
+        f"{list(expected)}: the files are of different models or revisions"
+    )
 
 
 def _open(path: Path) -> BinaryIO:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..attention.base import AttentionMetadata
 from ..kv import KvLayerSpec, KvPool
-from ..tp import TPGroup
+from ..native import ops
+from ..native.architecture import DTYPES, Architecture, NotNative, check_sizes, read_architecture
+from ..parallel import TensorParallel
 from .batch import StepBatch
 from .sleeping import SleepShard, sleeps
 from .spec import ShardSpec
+
+log = logging.getLogger(__name__)
 
 
 class Shard(Protocol):
@@ -54,23 +58,64 @@ class Shard(Protocol):
     def bind_kv(self, pool: KvPool) -> None:
         """Use these pages from now on."""
 
-    def prepare(self, metadata: AttentionMetadata) -> None:
+    def prepare(self, batch: StepBatch) -> None:
         """Make what the layers need of a step before its activation is there."""
 
     def forward(self, batch: StepBatch) -> Tensor:
         """One step: hidden states [T, H], or on the last stage logits [R, V] in fp32."""
 
 
-def preload(model_dir: str | None) -> None:
-    """Imports what `load_shard` will need, so that an assignment does not wait for it."""
-    if model_dir is None or not sleeps(model_dir):
-        importlib.import_module(".load", __package__)
+def load_shard(
+    spec: ShardSpec, parallel: TensorParallel, on_progress: Callable[[int, int], None] | None = None
+) -> Shard:
+    """Build the shard that `spec` describes and fill it; `on_progress(done, total)` counts bytes of weights.
 
+    Compiled kernels where they know the model, else transformers' own modules. With `tp_size` above one, every rank
+    calls this with its own rank and its place in the same group.
 
-def load_shard(spec: ShardSpec, group: TPGroup | None, on_progress: Callable[[int, int], None]) -> Shard:
-    """The shard that `spec` describes; errors and arguments are those of `load.load_shard`."""
+    Raises:
+        UnsupportedModel: the architecture cannot be split, or not this way.
+        ConfigError: layer range or TP size do not fit the model.
+        CheckpointError: a tensor is missing, has the wrong shape, or its file is damaged.
+    """
     if sleeps(spec.model_dir):
         return SleepShard(spec)
-    from .load import load_shard as load_model_shard
+    try:
+        architecture = native_architecture(spec)
+    except NotNative as e:
+        log.info("layers %d-%d run through transformers' modules: %s", spec.first, spec.last - 1, e)
+        from .load import load_shard as load_plain_shard
 
-    return load_model_shard(spec, group, on_progress)
+        group = parallel.group() if spec.tp_size == parallel.size > 1 else None
+        return load_plain_shard(spec, group, on_progress)
+    from ..native.shard import NativeShard
+
+    return NativeShard(spec, architecture, parallel.exchange() if spec.tp_size > 1 else None, on_progress)
+
+
+def native_architecture(spec: ShardSpec) -> Architecture:
+    """The model as the compiled kernels know it. Raises NotNative with the reason why they cannot serve it."""
+    if spec.enforce_eager:
+        raise NotNative("--enforce-eager")
+    if spec.device != "cpu":
+        raise NotNative(f"the kernels are for a CPU, not {spec.device}")
+    if ops.library() is None:
+        raise NotNative("they were not built at install, or this processor lacks AVX512-BF16")
+    architecture = read_architecture(spec.model_dir)
+    if not 0 <= spec.first < spec.last <= architecture.num_layers:
+        raise NotNative(f"layers {spec.first}-{spec.last} are not a range of its {architecture.num_layers}")
+    dtype = architecture.dtype if spec.dtype == "auto" else DTYPES.get(spec.dtype)
+    if dtype is None:
+        raise NotNative(f"dtype {spec.dtype} has no kernels, or config.json names none")
+    check_sizes(architecture, dtype, spec.page_size, spec.tp_size)
+    return architecture
+
+
+def preload(spec: ShardSpec) -> None:
+    """Imports what `load_shard` will need of slow things, where the model is known before an assignment."""
+    if not spec.model_dir or sleeps(spec.model_dir):
+        return
+    try:
+        native_architecture(spec)
+    except NotNative:
+        importlib.import_module(".load", __package__)

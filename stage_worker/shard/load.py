@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from stagemesh.errors import CheckpointError, ConfigError
+from stagemesh.errors import ConfigError
 
 from ..tp import TPGroup
 from . import hf
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, wrong_shape
 from .dummy import dummy_tensor
 from .layout import check_range, find_layout, prune
 from .model import ModelShard
@@ -115,10 +115,7 @@ class _Filler:
         missing = [name for name in self._wanted if name not in by_target and name not in aliases]
         missing = [name for name in missing if not hf.is_optional(self._model, name)]
         if missing:
-            raise CheckpointError(
-                f"{checkpoint.model_dir} lacks {len(missing)} tensor(s) of this stage, the first is {missing[0]!r}: "
-                "download the checkpoint again, or check that config.json belongs to it"
-            )
+            raise checkpoint.lacking(missing)
         own = {id(by_target[name]): by_target[name] for name in self._wanted if name in by_target}
         for source in sorted(own.values(), key=lambda source: checkpoint.place(source.tensors[0][0])):
             if source.transform is None:
@@ -158,7 +155,7 @@ class _Filler:
         name, target = source.tensors[0][0], source.targets[0]
         found, whole = checkpoint.info(name).shape, tuple(self._wanted[target].shape)
         if found != whole:
-            raise _wrong_shape(checkpoint, name, found, whole)
+            raise wrong_shape(checkpoint.info(name), whole)
         cut = self._cut(target)
         self._put(target, checkpoint.read(name, cut.dim, cut.ranges))
 
@@ -180,7 +177,7 @@ class _Filler:
             whole = tuple(self._wanted[name].shape)
             expected = self._cut(name).shape(whole) if piecewise else whole
             if tuple(tensor.shape) != expected:
-                raise _wrong_shape(checkpoint, source.tensors[0][0], tuple(tensor.shape), expected)
+                raise wrong_shape(checkpoint.info(source.tensors[0][0]), expected, tensor.shape)
             self._put(name, tensor if piecewise else self._cut(name).apply(tensor))
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
@@ -212,12 +209,3 @@ def _cut_of_expert(
         return cut.dim, cut.ranges
     dim = cut.dim - 1
     return dim, cut.ranges if piece[dim] == whole[cut.dim] else cut.ranges[:1]
-
-
-def _wrong_shape(
-    checkpoint: Checkpoint, name: str, found: tuple[int, ...], expected: tuple[int, ...]
-) -> CheckpointError:
-    return CheckpointError(
-        f"tensor {name!r} in {checkpoint.info(name).path} has shape {list(found)}, config.json asks for "
-        f"{list(expected)}: the files are of different models or revisions"
-    )

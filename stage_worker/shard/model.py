@@ -75,6 +75,7 @@ class ModelShard:
         self._hidden_out: Tensor | None = None
         self._probe: _Probe | None = None
         self._hook(getattr(self._base, layout.layers))
+        self._kinds: set[tuple[int | None, int]] = set()
         self.kv_layers = self._probe_attention()
         self._kinds = {(layer.sliding_window, layer.num_kv_heads) for layer in self.kv_layers}
 
@@ -89,9 +90,11 @@ class ModelShard:
             raise InternalError(f"a KV pool of layers {theirs} was given to a shard of layers {own}")
         self._pool = pool
 
-    def prepare(self, metadata: AttentionMetadata) -> None:
+    def prepare(self, batch: StepBatch) -> None:
         """Make every index that this shard's layers need, before the step's activation is there."""
+        metadata = AttentionMetadata.build(batch.starts, batch.counts, batch.tables, batch.page_size, self.device)
         metadata.prepare(self._kinds)
+        batch.prepared = metadata
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
@@ -99,14 +102,17 @@ class ModelShard:
 
         With several ranks, hidden states are the same on each; logits are whole on rank 0 only.
         """
-        self._metadata, self._hidden_in = batch.attention, batch.hidden
+        if not isinstance(batch.prepared, AttentionMetadata):
+            self.prepare(batch)
+        assert isinstance(batch.prepared, AttentionMetadata)
+        self._metadata, self._hidden_in = batch.prepared, batch.hidden
         try:
-            return self._run(batch)
+            return self._run(batch, batch.prepared.positions)
         finally:
             self._metadata = self._hidden_in = self._hidden_out = None
 
-    def _run(self, batch: StepBatch) -> Tensor:
-        inputs: dict[str, Any] = {"position_ids": batch.positions[None], "use_cache": False}
+    def _run(self, batch: StepBatch, positions: Tensor) -> Tensor:
+        inputs: dict[str, Any] = {"position_ids": positions[None], "use_cache": False}
         if self.is_first:
             if batch.token_ids is None:
                 raise InternalError("the first stage needs token ids")
@@ -212,14 +218,9 @@ class ModelShard:
     def _probe_attention(self) -> list[KvLayerSpec]:
         """One token through the layers, attention only looking at what it is given."""
         self._probe = _Probe([])
-        position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        token = torch.zeros(1, dtype=torch.int64, device=self.device)
         hidden = torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self.device)
-        metadata = AttentionMetadata.build([0], [1], [[0]], 1, self.device)
-        self.forward(
-            StepBatch(
-                position if self.is_first else None, None if self.is_first else hidden, position, metadata, position
-            )
-        )
+        self.forward(StepBatch([0], [1], [[0]], 1, token_ids=token, hidden=hidden, logit_rows=token))
         layers, self._probe = self._probe.layers, None
         if [layer.layer_idx for layer in layers] != list(range(self.first, self.last)):
             raise UnsupportedModel(

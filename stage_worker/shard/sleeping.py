@@ -85,9 +85,11 @@ class SleepShard:
     def bind_kv(self, pool: KvPool) -> None:
         """Pages are handed out and never written."""
 
-    def prepare(self, metadata: AttentionMetadata) -> None:
+    def prepare(self, batch: StepBatch) -> None:
         """Makes the indices that a layer of full attention needs: a real stage pays for them, too."""
+        metadata = AttentionMetadata.build(batch.starts, batch.counts, batch.tables, batch.page_size, self.device)
         metadata.prepare({(None, 1)})
+        batch.prepared = metadata
 
     def forward(self, batch: StepBatch) -> Tensor:
         """Sleeps; hidden states [T, H], or on the last stage logits [R, V] in fp32."""

@@ -26,3 +26,9 @@ class ShardSpec:
     """dummy: seeded random weights, no tensor read; the same weights however the model is split."""
     seed: int = 0
     """Seed of the dummy weights."""
+    page_size: int = 16
+    """Positions of a KV page that the shard will be given."""
+    threads: int = 1
+    """That compute, where the shard has threads of its own."""
+    enforce_eager: bool = False
+    """Serve through transformers' modules, without compiled kernels."""

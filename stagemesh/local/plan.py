@@ -37,6 +37,8 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
         "kv_cache_gib": serve.kv_cache_gib,
         "gpu_memory_utilization": serve.gpu_memory_utilization,
         "threads": threads,
+        "enforce_eager": serve.enforce_eager,
+        "model": serve.model,
         "drain_timeout": 0.0,
     }
     stages = [

@@ -9,7 +9,6 @@ import torch
 from chain import PAGE_SIZE, Chain
 from tiny_models import clear_prompts, make_checkpoint
 
-from stagemesh.stage_worker.attention.base import AttentionMetadata
 from stagemesh.stage_worker.shard.batch import StepBatch
 
 pytestmark = [
@@ -37,10 +36,9 @@ def test_a_decode_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
     """A step that waits would stop the caller from driving its links meanwhile."""
     chain = Chain(make_checkpoint("llama", tmp_path), (0, 6), device="cuda")
     (shard,) = chain.shards
-    metadata = AttentionMetadata.build([5, 40], [1, 1], [[0], [1, 2, 3]], PAGE_SIZE, "cuda")
-    shard.prepare(metadata)
     tokens, wanted = torch.tensor([1, 2], device="cuda"), torch.tensor([0, 1], device="cuda")
-    batch = StepBatch(tokens, None, metadata.positions, metadata, wanted)
+    batch = StepBatch([5, 40], [1, 1], [[0], [1, 2, 3]], PAGE_SIZE, token_ids=tokens, logit_rows=wanted)
+    shard.prepare(batch)
     shard.forward(batch)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

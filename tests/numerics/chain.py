@@ -9,13 +9,11 @@ from pathlib import Path
 
 import torch
 
-from stagemesh.stage_worker.attention.base import AttentionMetadata
 from stagemesh.stage_worker.kv import KvPool
+from stagemesh.stage_worker.parallel import TensorParallel
 from stagemesh.stage_worker.shard.batch import StepBatch
-from stagemesh.stage_worker.shard.load import load_shard
-from stagemesh.stage_worker.shard.model import ModelShard
+from stagemesh.stage_worker.shard.choose import Shard, load_shard
 from stagemesh.stage_worker.shard.spec import ShardSpec
-from stagemesh.stage_worker.tp import TPGroup
 
 PAGE_SIZE = 16
 
@@ -41,36 +39,51 @@ class Chain:
         dtype: str = "float32",
         device: str = "cpu",
         num_pages: int = 256,
-        group: TPGroup | None = None,
+        parallel: TensorParallel | None = None,
         load_format: str = "auto",
+        enforce_eager: bool = False,
+        threads: int = 1,
     ) -> None:
         self.device = device
-        self.shards: list[ModelShard] = []
+        self.shards: list[Shard] = []
+        parallel = parallel or TensorParallel()
         for first, last in pairwise(bounds):
-            rank, size = (group.rank, group.size) if group is not None else (0, 1)
-            spec = ShardSpec(str(model_dir), first, last, dtype, device, rank, size, load_format)  # type: ignore[arg-type]
-            self.shards.append(load_shard(spec, group))
+            spec = ShardSpec(
+                str(model_dir),
+                first,
+                last,
+                dtype,  # type: ignore[arg-type]
+                device,
+                parallel.rank,
+                parallel.size,
+                load_format,  # type: ignore[arg-type]
+                page_size=PAGE_SIZE,
+                enforce_eager=enforce_eager,
+                threads=threads,
+            )
+            self.shards.append(load_shard(spec, parallel))
         self.pools = [KvPool(shard.kv_layers, num_pages, PAGE_SIZE, shard.dtype, shard.device) for shard in self.shards]
         for shard, pool in zip(self.shards, self.pools, strict=True):
             shard.bind_kv(pool)
-        self._group = group
+        self._group = parallel.group() if parallel.size > 1 else None
 
     def step(self, rows: Sequence[Row]) -> torch.Tensor:
         """Logits [R, V] of the wanted rows."""
-        metadata = AttentionMetadata.build(
-            [row.start for row in rows],
-            [len(row.tokens) for row in rows],
-            [row.table for row in rows],
-            PAGE_SIZE,
-            self.device,
-        )
         ends = torch.tensor([len(row.tokens) for row in rows]).cumsum(0) - 1
         wanted = ends[torch.tensor([row.wanted for row in rows])].to(self.device)
         tokens = torch.tensor([token for row in rows for token in row.tokens], device=self.device)
         out: torch.Tensor | None = None
         for shard in self.shards:
-            shard.prepare(metadata)
-            batch = StepBatch(tokens if shard.is_first else None, out, metadata.positions, metadata, wanted)
+            batch = StepBatch(
+                [row.start for row in rows],
+                [len(row.tokens) for row in rows],
+                [row.table for row in rows],
+                PAGE_SIZE,
+                token_ids=tokens,
+                hidden=out,
+                logit_rows=wanted,
+            )
+            shard.prepare(batch)
             out = shard.forward(batch)
         assert out is not None
         return out

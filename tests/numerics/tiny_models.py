@@ -42,6 +42,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen2": ("Qwen2", {}),
     "mistral_sw": ("Mistral", {"sliding_window": 40, "head_dim": 16}),
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 40, "query_pre_attn_scalar": 16}),
     "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.5}),

@@ -80,7 +80,7 @@ def test_every_package_is_listed() -> None:
 def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
     # A copy: building in the tree would leave a build folder whose stale files the next wheel takes along.
     source = tmp_path / "source"
-    leave_out = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    leave_out = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
     for folder in MAPPED:
         shutil.copytree(ROOT / folder, source / folder, ignore=leave_out)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -92,7 +92,10 @@ def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
     expected = set()
     for folder, target in MAPPED.items():
         for path in (ROOT / folder).rglob("*"):
-            kept = path.suffix in (".py", ".pyi", ".proto", ".typed") or path.parent.name == "demo_model"
+            kept = (
+                path.suffix in (".py", ".pyi", ".proto", ".typed", ".h", ".cpp", ".so")
+                or path.parent.name == "demo_model"
+            )
             if path.is_file() and kept and "__pycache__" not in path.parts and path.name != "generate.py":
                 expected.add(f"{target}/{path.relative_to(ROOT / folder)}")
     assert {name for name in packed if not name.endswith("generate.py")} == expected

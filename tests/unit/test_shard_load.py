@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_checkpoint, reference_greedy
 
 from stagemesh.errors import CheckpointError, ConfigError, UnsupportedModel
-from stagemesh.stage_worker.shard.load import load_shard
-from stagemesh.stage_worker.shard.model import ModelShard
+from stagemesh.stage_worker.native import ops
+from stagemesh.stage_worker.parallel import TensorParallel
+from stagemesh.stage_worker.shard.choose import Shard, load_shard
 from stagemesh.stage_worker.shard.spec import ShardSpec
 
 FLOAT = 4
@@ -44,8 +45,15 @@ def broken(llama: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llama, tmp_path / "broken"))
 
 
-def load(folder: Path, first: int, last: int, **settings: Any) -> ModelShard:
-    return load_shard(replace(ShardSpec(str(folder), first, last, "float32"), **settings))
+@pytest.fixture(params=["kernels", "eager"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded for compiled kernels, and as on a machine that has none."""
+    if request.param == "eager":
+        monkeypatch.setattr(ops, "library", lambda: None)
+
+
+def load(folder: Path, first: int, last: int, **settings: Any) -> Shard:
+    return load_shard(replace(ShardSpec(str(folder), first, last, "float32"), **settings), TensorParallel())
 
 
 def edit_config(folder: Path, **settings: Any) -> None:
@@ -78,7 +86,9 @@ def test_a_stage_reads_its_own_tensors_and_no_others(llama: Path, first: int, la
 
 def test_progress_counts_bytes_up_to_the_total(llama: Path) -> None:
     seen: list[tuple[int, int]] = []
-    load_shard(ShardSpec(str(llama), 0, 2, "bfloat16"), on_progress=lambda done, total: seen.append((done, total)))
+    load_shard(
+        ShardSpec(str(llama), 0, 2, "bfloat16"), TensorParallel(), lambda done, total: seen.append((done, total))
+    )
     total = (2 * LAYER_BYTES + EMBEDDING_BYTES) // 2
     assert {pair[1] for pair in seen} == {total}
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
@@ -133,7 +143,7 @@ def test_dummy_weights_are_the_same_however_the_model_is_split(tied: Path, tmp_p
     assert whole.shards[0].tensor_bytes_read == 0
     assert Chain(tmp_path, (0, 1, 4, 6), load_format="dummy").greedy(prompts, 8) == tokens
     assert len({token for row in tokens for token in row}) > 3
-    other = load_shard(ShardSpec(str(tmp_path), 0, 6, "float32", load_format="dummy", seed=1))
+    other = load_shard(ShardSpec(str(tmp_path), 0, 6, "float32", load_format="dummy", seed=1), TensorParallel())
     assert other.weight_bytes == whole.shards[0].weight_bytes
 
 

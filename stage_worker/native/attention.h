@@ -1,0 +1,218 @@
+// Causal attention over pages, for decode rows and prompt chunks alike.
+//
+// Pages are kept as right-hand sides (simd.h): keys of one head and page as [d / group][positions][group], values as
+// [positions / group][d][group]. So scores and the weighted sum of values are both the product that linears use. A
+// query's softmax is over its whole context in one pass, and every sum runs over positions in order: the result of a
+// query depends on nothing but its own context, however its prompt was cut and whatever runs beside it.
+#pragma once
+
+#include <cmath>
+
+#include "simd.h"
+
+namespace stagemesh {
+
+constexpr int kQueries = 12;
+
+struct HeadShape {
+  int kv_heads;
+  int groups;  // query heads a KV head
+  int dim;
+  int page_size;
+};
+
+template <class T>
+struct Pages {
+  typename T::Element* base;
+  HeadShape shape;
+
+  typename T::Element* of(int page, int head) const {
+    return base + ((size_t)page * shape.kv_heads + head) * shape.page_size * shape.dim;
+  }
+};
+
+template <class T>
+inline void write_key(const Pages<T>& pages, int page, int offset, int head, const typename T::Element* key) {
+  uint32_t* to = (uint32_t*)pages.of(page, head) + offset;
+  const uint32_t* from = (const uint32_t*)key;
+  for (int g = 0; g < pages.shape.dim / T::kGroup; g++) to[(size_t)g * pages.shape.page_size] = from[g];
+}
+
+template <class T>
+inline void write_value(const Pages<T>& pages, int page, int offset, int head, const typename T::Element* value) {
+  const int dim = pages.shape.dim;
+  typename T::Element* at = pages.of(page, head);
+  // A page begins anew: what an earlier owner left there must not meet a weight of zero, as it may be infinite.
+  if (offset == 0) memset(at, 0, sizeof(*at) * pages.shape.page_size * dim);
+  typename T::Element* to = at + (size_t)(offset / T::kGroup) * dim * T::kGroup + offset % T::kGroup;
+  for (int d = 0; d < dim; d++) to[d * T::kGroup] = value[d];
+}
+
+// scores[q][0..31] = scale * q . k for two blocks of 16 positions.
+template <class T, int M>
+inline void score_blocks(const uint32_t* queries, int dim, const char* left, const char* right, int page_size,
+                         float scale, float* scores, size_t stride) {
+  __m512 sums[M][2];
+  for (int r = 0; r < M; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+  const int groups = dim / T::kGroup;
+  for (int g = 0; g < groups; g++, left += (size_t)page_size * 4, right += (size_t)page_size * 4) {
+    const __m512i a = _mm512_loadu_si512(left), b = _mm512_loadu_si512(right);
+#pragma GCC unroll 12
+    for (int r = 0; r < M; r++) {
+      sums[r][0] = T::dot(sums[r][0], queries[r * groups + g], a);
+      sums[r][1] = T::dot(sums[r][1], queries[r * groups + g], b);
+    }
+  }
+  const __m512 by = _mm512_set1_ps(scale);
+  for (int r = 0; r < M; r++) {
+    _mm512_storeu_ps(scores + r * stride, _mm512_mul_ps(sums[r][0], by));
+    _mm512_storeu_ps(scores + r * stride + 16, _mm512_mul_ps(sums[r][1], by));
+  }
+}
+
+// Softmax of scores over [low, high], written over them as T numbers (weights outside are 0) up to `length`.
+template <class T>
+inline void weigh(float* scores, int low, int high, int length) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i lowest = _mm512_set1_epi32(low), highest = _mm512_set1_epi32(high);
+  const __m512 none = _mm512_set1_ps(-INFINITY);
+  __m512 most = none;
+  for (int at = 0; at < length; at += 16) {
+    const __m512i position = _mm512_add_epi32(lanes, _mm512_set1_epi32(at));
+    const __mmask16 seen = _mm512_cmple_epi32_mask(position, highest) & _mm512_cmpge_epi32_mask(position, lowest);
+    const __m512 value = _mm512_mask_blend_ps(seen, none, _mm512_loadu_ps(scores + at));
+    _mm512_storeu_ps(scores + at, value);
+    // In this order a NaN is kept and reaches the logits, where its row is failed.
+    most = _mm512_max_ps(most, value);
+  }
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+  __m512 total = _mm512_setzero_ps();
+  for (int at = 0; at < length; at += 16) {
+    const __m512 value = _mm512_loadu_ps(scores + at);
+    // exp16 clamps, so NaN is carried by the sum of the difference and itself times zero.
+    const __m512 difference = _mm512_sub_ps(value, top);
+    const __mmask16 bad = _mm512_cmp_ps_mask(difference, difference, _CMP_UNORD_Q);
+    const __m512 weight = _mm512_mask_mov_ps(exp16(difference), bad, difference);
+    _mm512_storeu_ps(scores + at, weight);
+    total = _mm512_add_ps(total, weight);
+  }
+  const __m512 by = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+  typename T::Element* weights = (typename T::Element*)scores;
+  for (int at = 0; at < length; at += 16)
+    T::store(weights + at, _mm512_mul_ps(_mm512_loadu_ps(scores + at), by));
+}
+
+// out[q][0 .. 16 N) = sum over positions of weight * value, for `M` queries and one column block of the values.
+template <class T, int M, int N>
+inline void sum_values(const uint32_t* weights, size_t stride, const Pages<T>& pages, const int* table, int head,
+                       int length, int column, __m512 (&sums)[M][N]) {
+  const int page_size = pages.shape.page_size;
+  const size_t line = (size_t)pages.shape.dim * 4;
+  for (int r = 0; r < M; r++)
+    for (int c = 0; c < N; c++) sums[r][c] = _mm512_setzero_ps();
+  for (int at = 0; at < length; at += page_size, table++) {
+    const char* values = (const char*)pages.of(*table, head) + (size_t)column * 64;
+    const int groups = std::min(page_size, length - at) / T::kGroup;
+    const uint32_t* row = weights + at / T::kGroup;
+    for (int g = 0; g < groups; g++, values += line) {
+      __m512i columns[N];
+      for (int c = 0; c < N; c++) columns[c] = _mm512_loadu_si512(values + c * 64);
+#pragma GCC unroll 6
+      for (int r = 0; r < M; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < N; c++) sums[r][c] = T::dot(sums[r][c], row[r * stride + g], columns[c]);
+    }
+  }
+}
+
+// One row of a step and one KV head: queries of `count` tokens from `start`, at most kQueries (token, head) pairs a time.
+template <class T>
+struct RowAttention {
+  Pages<T> keys, values;
+  float scale;
+  int window;    // positions a query sees; 0: all
+  float* scores;  // [kQueries][length rounded up to 32], of one thread
+
+  // queries [count * groups][dim]; out: token t's head g of this KV head at out + t * out_stride + g * dim
+  void run(const typename T::Element* queries, int start, int count, const int* table, int head,
+           typename T::Element* out, size_t out_stride) const {
+    const HeadShape& s = keys.shape;
+    const int rows = count * s.groups;
+    const int tiles = (rows + kQueries - 1) / kQueries;
+    for (int t = 0, first = 0; t < tiles; t++) {
+      const int m = rows / tiles + (t < rows % tiles);
+      one_tile(queries + (size_t)first * s.dim, first, m, start, table, head, out, out_stride);
+      first += m;
+    }
+  }
+
+ private:
+  void one_tile(const typename T::Element* queries, int first, int m, int start, const int* table, int head,
+                typename T::Element* out, size_t out_stride) const {
+    const HeadShape& s = keys.shape;
+    const int last_position = start + (first + m - 1) / s.groups;
+    const int first_position = start + first / s.groups;
+    const int lowest = window ? std::max(0, first_position + 1 - window) : 0;
+    const int skipped = lowest / s.page_size;
+    const int origin = skipped * s.page_size;
+    table += skipped;
+    const int length = (last_position - origin) / 16 * 16 + 16;
+    const size_t stride = (length + 31) / 32 * 32;
+    for (int at = 0; at < length; at += 32) {
+      const char* left = block(table, head, at);
+      const char* right = at + 16 < length ? block(table, head, at + 16) : left;
+      switch (m) {
+#define STAGEMESH_ROWS(M)                                                                                          \
+  case M:                                                                                                          \
+    score_blocks<T, M>((const uint32_t*)queries, s.dim, left, right, s.page_size, scale, scores + at, stride); \
+    break;
+        STAGEMESH_ROWS(1) STAGEMESH_ROWS(2) STAGEMESH_ROWS(3) STAGEMESH_ROWS(4) STAGEMESH_ROWS(5) STAGEMESH_ROWS(6)
+        STAGEMESH_ROWS(7) STAGEMESH_ROWS(8) STAGEMESH_ROWS(9) STAGEMESH_ROWS(10) STAGEMESH_ROWS(11) STAGEMESH_ROWS(12)
+#undef STAGEMESH_ROWS
+      }
+    }
+    for (int r = 0; r < m; r++) {
+      const int position = start + (first + r) / s.groups - origin;
+      weigh<T>(scores + r * stride, window ? std::max(0, position + 1 - window) : 0, position, length);
+    }
+    for (int r = 0; r < m; r += 6) {
+      const uint32_t* weights = (const uint32_t*)(scores + r * stride);
+      switch (std::min(6, m - r)) {
+#define STAGEMESH_ROWS(M) \
+  case M: weighted<M>(weights, stride, table, head, length, first + r, out, out_stride); break;
+        STAGEMESH_ROWS(1) STAGEMESH_ROWS(2) STAGEMESH_ROWS(3) STAGEMESH_ROWS(4) STAGEMESH_ROWS(5) STAGEMESH_ROWS(6)
+#undef STAGEMESH_ROWS
+      }
+    }
+  }
+
+  const char* block(const int* table, int head, int at) const {
+    const int page_size = keys.shape.page_size;
+    return (const char*)keys.of(table[at / page_size], head) + (size_t)(at % page_size) * 4;
+  }
+
+  template <int M>
+  void weighted(const uint32_t* weights, size_t stride, const int* table, int head, int length, int first,
+                typename T::Element* out, size_t out_stride) const {
+    const int lines = keys.shape.dim / 16;
+    int column = 0;
+    for (; column + 4 <= lines; column += 4)
+      columns<M, 4>(weights, stride, table, head, length, first, column, out, out_stride);
+    for (; column < lines; column++)
+      columns<M, 1>(weights, stride, table, head, length, first, column, out, out_stride);
+  }
+
+  template <int M, int N>
+  void columns(const uint32_t* weights, size_t stride, const int* table, int head, int length, int first, int column,
+               typename T::Element* out, size_t out_stride) const {
+    const HeadShape& s = keys.shape;
+    __m512 sums[M][N];
+    sum_values<T, M, N>(weights, stride, values, table, head, length, column, sums);
+    for (int r = 0; r < M; r++) {
+      const int token = (first + r) / s.groups, g = (first + r) % s.groups;
+      for (int c = 0; c < N; c++) T::store(out + token * out_stride + g * s.dim + (column + c) * 16, sums[r][c]);
+    }
+  }
+};
+
+}  // namespace stagemesh

@@ -1,0 +1,27 @@
+"""A rank's end of the memory that its group shares for sums (exchange.h)."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import torch
+
+from ..shared_memory import ROOM_BYTES, shared_memory_bytes
+from . import ops
+
+TIMEOUT_S = 60.0
+
+
+class Exchange:
+    """This rank's place in the shared memory, for as long as the process lives: its round counter must not restart.
+
+    Takes over the descriptor `fd` of `make_shared_memory`.
+    """
+
+    def __init__(self, fd: int, rank: int, size: int, timeout_s: float = TIMEOUT_S) -> None:
+        self.rank, self.size = rank, size
+        self._map = mmap.mmap(fd, shared_memory_bytes(size))
+        os.close(fd)
+        self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.handle = ops.open_exchange(self._memory.data_ptr(), rank, size, ROOM_BYTES, timeout_s)

@@ -1,0 +1,95 @@
+// Linears over packed weights: y[m, n] = sum over k of x[m, k] * w[n, k].
+//
+// Weights are packed once at load, 32 outputs a panel, group by group (simd.h). A few rows read each panel once, front to
+// back, as fast as memory gives it; many rows meet a panel that stays in the second-level cache. Every sum runs over k
+// in order, whatever the number of rows: a row's result never depends on the rows beside it.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace stagemesh {
+
+constexpr int kPanel = 32;
+constexpr int kMostRows = 12;  // 24 sums, two columns of weights and a row's number fill the 32 registers
+constexpr int kAheadBytes = 2048;
+
+struct Linear {
+  const char* weights;  // [panels][k / group][kPanel] groups; null: none
+  const float* bias;    // [panels * kPanel]; null: none
+  int32_t n;
+  int32_t k;
+
+  int panels() const { return (n + kPanel - 1) / kPanel; }
+};
+
+template <class T, int M>
+inline void tile(const uint32_t* rows, size_t stride, const char* columns, int groups, __m512 (&sums)[M][2]) {
+  for (int r = 0; r < M; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+  for (int g = 0; g < groups; g++, columns += 128) {
+    _mm_prefetch(columns + kAheadBytes, _MM_HINT_T0);
+    _mm_prefetch(columns + kAheadBytes + 64, _MM_HINT_T0);
+    const __m512i left = _mm512_load_si512(columns), right = _mm512_load_si512(columns + 64);
+#pragma GCC unroll 12
+    for (int r = 0; r < M; r++) {
+      sums[r][0] = T::dot(sums[r][0], rows[r * stride + g], left);
+      sums[r][1] = T::dot(sums[r][1], rows[r * stride + g], right);
+    }
+  }
+}
+
+// Calls done(row, panel, left, right) with the fp32 sums of `panel`'s 32 outputs for each row.
+template <class T, int M, class Done>
+inline void rows_of_panel(const uint32_t* x, size_t stride, int first, const Linear& w, int panel, Done& done) {
+  const int groups = w.k / T::kGroup;
+  __m512 sums[M][2];
+  tile<T, M>(x + first * stride, stride, w.weights + (size_t)panel * groups * 128, groups, sums);
+  __m512 left = _mm512_setzero_ps(), right = left;
+  if (w.bias) {
+    left = _mm512_loadu_ps(w.bias + panel * kPanel);
+    right = _mm512_loadu_ps(w.bias + panel * kPanel + 16);
+  }
+  for (int r = 0; r < M; r++)
+    done(first + r, panel, _mm512_add_ps(sums[r][0], left), _mm512_add_ps(sums[r][1], right));
+}
+
+template <class T, class Done>
+inline void linear(const void* x, int m, const Linear& w, int first_panel, int last_panel, Done done) {
+  const size_t stride = w.k / T::kGroup;
+  const uint32_t* rows = (const uint32_t*)x;
+  const int tiles = (m + kMostRows - 1) / kMostRows;
+  for (int panel = first_panel; panel < last_panel; panel++) {
+    for (int t = 0, first = 0; t < tiles; t++) {
+      const int count = m / tiles + (t < m % tiles);
+      switch (count) {
+#define STAGEMESH_ROWS(M) \
+  case M: rows_of_panel<T, M>(rows, stride, first, w, panel, done); break;
+        STAGEMESH_ROWS(1) STAGEMESH_ROWS(2) STAGEMESH_ROWS(3) STAGEMESH_ROWS(4) STAGEMESH_ROWS(5) STAGEMESH_ROWS(6)
+        STAGEMESH_ROWS(7) STAGEMESH_ROWS(8) STAGEMESH_ROWS(9) STAGEMESH_ROWS(10) STAGEMESH_ROWS(11) STAGEMESH_ROWS(12)
+#undef STAGEMESH_ROWS
+      }
+      first += count;
+    }
+  }
+}
+
+// Packs w [n, k], row by row, into panels; what fills the last panel is zero.
+template <class T>
+inline void pack(const void* from, int n, int k, void* to) {
+  const int groups = k / T::kGroup;
+  const uint32_t* source = (const uint32_t*)from;
+  uint32_t* out = (uint32_t*)to;
+  for (int panel = 0; panel < (n + kPanel - 1) / kPanel; panel++)
+    for (int g = 0; g < groups; g++)
+      for (int c = 0; c < kPanel; c++) {
+        const int row = panel * kPanel + c;
+        *out++ = row < n ? source[(size_t)row * groups + g] : 0;
+      }
+}
+
+inline __mmask16 columns_left(int n, int at) {
+  return n - at >= 16 ? (__mmask16)0xffff : n <= at ? (__mmask16)0 : (__mmask16)((1u << (n - at)) - 1);
+}
+
+}  // namespace stagemesh

@@ -1,0 +1,187 @@
+"""The compiled kernels (stage.cpp) as Python sees them: structures, memory, and one class for a stage's engine.
+
+They are there when the extension was built at install and this processor has AVX512-BF16; where they are not, the
+plain shard serves. Pointers are passed as integers: whoever fills a structure keeps what it points to alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import weakref
+from pathlib import Path
+
+import torch
+
+from stagemesh.errors import InternalError, StagemeshError, TransportError
+
+PANEL = 32
+"""Outputs that are packed together."""
+
+_Pointer = ctypes.c_void_p
+_Int = ctypes.c_int32
+
+
+class Shape(ctypes.Structure):
+    """What all layers of a stage have in common; counts of heads and widths are this rank's."""
+
+    _fields_ = (
+        ("is_bf16", _Int),
+        ("hidden", _Int),
+        ("heads", _Int),
+        ("kv_heads", _Int),
+        ("head_dim", _Int),
+        ("intermediate", _Int),
+        ("rotary_dim", _Int),
+        ("page_size", _Int),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("rope_scale", ctypes.c_float),
+        ("inverse_frequencies", _Pointer),
+        ("most_threads", _Int),
+        ("tp_rank", _Int),
+        ("tp_size", _Int),
+    )
+
+
+class Linear(ctypes.Structure):
+    """A packed linear."""
+
+    _fields_ = (("weights", _Pointer), ("bias", _Pointer), ("n", _Int), ("k", _Int))
+
+
+class Layer(ctypes.Structure):
+    """One decoder layer."""
+
+    _fields_ = (
+        ("norm1", _Pointer),
+        ("norm2", _Pointer),
+        ("q_norm", _Pointer),
+        ("k_norm", _Pointer),
+        ("qkv", Linear),
+        ("o", Linear),
+        ("gate_up", Linear),
+        ("down", Linear),
+        ("k_pages", _Pointer),
+        ("v_pages", _Pointer),
+        ("window", _Int),
+    )
+
+
+class Step(ctypes.Structure):
+    """Rows of one step: starts, counts, and where each row's pages begin in `tables` (all int32)."""
+
+    _fields_ = (
+        ("rows", _Int),
+        ("tokens", _Int),
+        ("starts", _Pointer),
+        ("counts", _Pointer),
+        ("offsets", _Pointer),
+        ("tables", _Pointer),
+        ("threads", _Int),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None where they were not built or this processor cannot run them."""
+    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not found:
+        return None
+    lib = ctypes.CDLL(str(found[0]))
+    if not lib.stagemesh_supported():
+        return None
+    size, pointer = ctypes.c_size_t, _Pointer
+    lib.stagemesh_allocate.restype, lib.stagemesh_allocate.argtypes = pointer, [size]
+    lib.stagemesh_free.restype, lib.stagemesh_free.argtypes = None, [pointer, size]
+    lib.stagemesh_pack.restype = None
+    lib.stagemesh_pack.argtypes = [ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int, pointer]
+    lib.stagemesh_open.restype, lib.stagemesh_open.argtypes = pointer, [ctypes.POINTER(Shape), pointer]
+    lib.stagemesh_close.restype, lib.stagemesh_close.argtypes = None, [pointer]
+    lib.stagemesh_exchange_open.restype = pointer
+    lib.stagemesh_exchange_open.argtypes = [pointer, ctypes.c_int, ctypes.c_int, size, ctypes.c_double]
+    lib.stagemesh_begin.argtypes = [pointer, ctypes.POINTER(Step)]
+    lib.stagemesh_layer.argtypes = [pointer, ctypes.POINTER(Layer), pointer]
+    lib.stagemesh_head.argtypes = [
+        *(pointer, pointer, ctypes.POINTER(Linear), pointer, pointer, ctypes.c_int, pointer, ctypes.c_int)
+    ]
+    return lib
+
+
+def _loaded() -> ctypes.CDLL:
+    lib = library()
+    if lib is None:
+        raise InternalError("the compiled kernels are not to be had here")
+    return lib
+
+
+def allocate(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A zeroed tensor in huge pages, freed with its last view. Raises InternalError when there is no memory."""
+    nbytes = max(1, math.prod(shape) * dtype.itemsize)
+    lib = _loaded()
+    address = lib.stagemesh_allocate(nbytes)
+    if not address:
+        raise InternalError(f"no memory for {nbytes} bytes")
+    buffer = (ctypes.c_char * nbytes).from_address(address)
+    weakref.finalize(buffer, lib.stagemesh_free, address, nbytes)
+    return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """The weight [n, k] of a linear, packed into panels; n is filled up to whole panels with zeros."""
+    n, k = weight.shape
+    weight = weight.contiguous()
+    out = allocate(-(-n // PANEL) * PANEL, k, dtype=weight.dtype)
+    _loaded().stagemesh_pack(weight.dtype == torch.bfloat16, weight.data_ptr(), n, k, out.data_ptr())
+    return out
+
+
+class StageEngine:
+    """Workspaces and threads of one stage."""
+
+    def __init__(self, shape: Shape, exchange: int | None = None) -> None:
+        """`exchange`, of `open_exchange`, is where several ranks meet."""
+        self._lib = _loaded()
+        self._engine = self._lib.stagemesh_open(ctypes.byref(shape), exchange)
+        self._closer = weakref.finalize(self, self._lib.stagemesh_close, self._engine)
+
+    def begin(self, step: Step) -> None:
+        """The rows that the next calls of `layer` are about; `step` and its arrays must live until then."""
+        self._check(self._lib.stagemesh_begin(self._engine, ctypes.byref(step)))
+
+    def layer(self, layer: Layer, hidden: int) -> None:
+        """One layer over hidden states [T, H] at this address, in place; keys and values go to their pages.
+
+        Raises:
+            TransportError: another rank is lost or late.
+        """
+        self._check(self._lib.stagemesh_layer(self._engine, ctypes.byref(layer), hidden))
+
+    def head(self, norm: int, weight: Linear, hidden: int, rows: torch.Tensor, logits: torch.Tensor) -> None:
+        """Logits [R, V] fp32 of the `rows` [R] int32 of hidden states; whole on rank 0 only.
+
+        Raises:
+            TransportError: another rank is lost or late.
+        """
+        count, vocab = logits.shape
+        self._check(
+            self._lib.stagemesh_head(
+                *(self._engine, norm, ctypes.byref(weight), hidden, rows.data_ptr(), count, logits.data_ptr(), vocab)
+            )
+        )
+
+    @staticmethod
+    def _check(code: int) -> None:
+        if code == 0:
+            return
+        error: StagemeshError = InternalError("no memory for the step's workspace")
+        if code == 2:
+            error = TransportError("a rank of this tensor-parallel group is lost or late")
+        raise error
+
+
+def open_exchange(memory: int, rank: int, size: int, room_bytes: int, timeout_s: float) -> int:
+    """A rank's place in shared memory at this address, zeroed before the first rank came."""
+    handle: int = _loaded().stagemesh_exchange_open(memory, rank, size, room_bytes, timeout_s)
+    return handle

@@ -1,0 +1,216 @@
+"""The fast shard: the same layers as the plain one, through the compiled kernels (stage.cpp).
+
+Linears run over weights packed at load, queries, keys and values as one, gate and up as one; norms, rotary embedding,
+cache write, attention and residual sums are fused around them. Keys and values lie in the pages in the kernels' own
+order (attention.h). The plain shard is the reference, and serves what the kernels do not know.
+
+Shapes: T tokens in the step, R rows whose logits are wanted, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from stagemesh.errors import ConfigError, InternalError
+
+from ..kv import KvLayerSpec, KvPool
+from ..shard.batch import StepBatch
+from ..shard.checkpoint import Checkpoint
+from ..shard.spec import ShardSpec
+from . import ops
+from .architecture import DTYPES, Architecture, check_sizes
+from .exchange import Exchange
+from .weights import Reader, part
+
+
+@dataclass
+class _Prepared:
+    """A step as the kernels take it; the structure points into the arrays beside it."""
+
+    step: ops.Step
+    arrays: tuple[array[int], ...]
+
+
+class NativeShard:
+    """Layers [first, last) of one model on one rank, over compiled kernels."""
+
+    on_layer: Callable[[], None] | None = None
+    """Called after every layer: the caller can drive its transport between them."""
+
+    def __init__(
+        self,
+        spec: ShardSpec,
+        architecture: Architecture,
+        exchange: Exchange | None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Reads the weights. Raises CheckpointError; ConfigError when there is no exchange for several ranks."""
+        a = architecture
+        self.num_layers, self.first, self.last = a.num_layers, spec.first, spec.last
+        self.is_first, self.is_last = spec.first == 0, spec.last == a.num_layers
+        self.hidden_size, self.vocab_size = a.hidden, a.vocab
+        checkpoint = Checkpoint(spec.model_dir) if spec.load_format == "auto" else None
+        self.dtype = choose_dtype(spec, a, checkpoint)
+        self.device = torch.device("cpu")
+        check_sizes(a, self.dtype, spec.page_size, spec.tp_size)
+        if spec.tp_size > 1 and (exchange is None or exchange.size != spec.tp_size):
+            raise ConfigError(f"{spec.tp_size} ranks need shared memory to meet in")
+        self._spec, self._tensors = spec, list[Tensor]()
+        reader = Reader(spec, a, self.dtype, checkpoint, on_progress)
+        self._layers: list[ops.Layer] = []
+        for index in range(spec.first, spec.last):
+            weights = reader.layer(index)
+            self._tensors += weights.tensors
+            self._layers.append(weights.layer)
+        self._read_ends(reader, a)
+        self.weight_bytes = sum(tensor.nbytes for tensor in self._tensors)
+        self.tensor_bytes_read = checkpoint.tensor_bytes_read if checkpoint is not None else 0
+        self._heads = part(a.heads, spec)[1] - part(a.heads, spec)[0]
+        self._kv_heads = part(a.kv_heads, spec)[1] - part(a.kv_heads, spec)[0]
+        self.kv_layers = [
+            KvLayerSpec(index, self._kv_heads, a.head_dim, a.head_dim, a.windows[index])
+            for index in range(spec.first, spec.last)
+        ]
+        self._frequencies = a.inverse_frequencies.contiguous()
+        self._engine = ops.StageEngine(self._shape(a), exchange.handle if exchange is not None else None)
+        self._exchange = exchange
+        self._pool: KvPool | None = None
+
+    def _read_ends(self, reader: Reader, a: Architecture) -> None:
+        name, shape = "model.embed_tokens.weight", (a.vocab, a.hidden)
+        first, last = part(a.vocab, self._spec)
+        embedding = reader.read(name, shape) if self.is_first else None
+        self._embedding, self._packed_embedding = embedding, None
+        if self.is_last:
+            self._norm = reader.read("model.norm.weight", (a.hidden,))
+            if a.tied and embedding is not None:
+                head = embedding[first:last]
+            else:
+                head = reader.read(name if a.tied else "lm_head.weight", shape, (0, first, last))
+            packed = ops.pack(head)
+            self._head = ops.Linear(packed.data_ptr(), None, *head.shape)
+            self._tensors += [self._norm, packed]
+            if a.tied and embedding is not None and last - first == a.vocab:
+                # One copy serves both ends: a token's row is gathered from the panels.
+                self._embedding, self._packed_embedding = None, _panels(packed)
+        if self._embedding is not None:
+            self._tensors.append(self._embedding)
+
+    def _shape(self, a: Architecture) -> ops.Shape:
+        first, last = part(a.intermediate, self._spec)
+        return ops.Shape(
+            is_bf16=self.dtype == torch.bfloat16,
+            hidden=a.hidden,
+            heads=self._heads,
+            kv_heads=self._kv_heads,
+            head_dim=a.head_dim,
+            intermediate=last - first,
+            rotary_dim=a.head_dim,
+            page_size=self._spec.page_size,
+            eps=a.eps,
+            scale=a.head_dim**-0.5,
+            rope_scale=1.0,
+            inverse_frequencies=self._frequencies.data_ptr(),
+            most_threads=max(1, self._spec.threads),
+            tp_rank=self._spec.tp_rank,
+            tp_size=self._spec.tp_size,
+        )
+
+    def bind_kv(self, pool: KvPool) -> None:
+        """Use these pages from now on.
+
+        Raises:
+            InternalError: the pool was made for other layers or pages.
+        """
+        own, theirs = [layer.layer_idx for layer in self.kv_layers], [layer.layer_idx for layer in pool.layers]
+        if own != theirs or pool.page_size != self._spec.page_size:
+            raise InternalError(
+                f"a KV pool of layers {theirs}, pages of {pool.page_size}, was given to a shard of layers {own}, pages "
+                f"of {self._spec.page_size}"
+            )
+        self._pool = pool
+        for layer, spec in zip(self._layers, self.kv_layers, strict=True):
+            layer.k_pages, layer.v_pages = pool.k(spec.layer_idx).data_ptr(), pool.v(spec.layer_idx).data_ptr()
+
+    def prepare(self, batch: StepBatch) -> None:
+        """Lay the step's rows and pages out for the kernels, before its activation is there."""
+        starts, counts = array("i", batch.starts), array("i", batch.counts)
+        tables, lengths = array("i"), [0]
+        for start, count, table in zip(starts, counts, batch.tables, strict=True):
+            pages = -(-(start + count) // batch.page_size)
+            if count < 1 or start < 0 or len(table) < pages:
+                raise InternalError(f"a row of {count} tokens from position {start} has {len(table)} pages")
+            tables.extend(table[:pages])
+            lengths.append(pages)
+        offsets = array("i", accumulate(lengths[:-1]))
+        arrays = (starts, counts, offsets, tables)
+        pointers = [entry.buffer_info()[0] for entry in arrays]
+        step = ops.Step(len(starts), sum(counts), *pointers, max(1, self._spec.threads))
+        batch.prepared = _Prepared(step, arrays)
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch) -> Tensor:
+        """One step: hidden states [T, H] of the last own layer, or on the last stage logits [R, V] in fp32.
+
+        With several ranks, hidden states are the same on each; logits are whole on rank 0 only.
+
+        Raises:
+            TransportError: another rank is lost or late.
+        """
+        if self._pool is None:
+            raise InternalError("a step before bind_kv")
+        if not isinstance(batch.prepared, _Prepared):
+            self.prepare(batch)
+        prepared = batch.prepared
+        assert isinstance(prepared, _Prepared)
+        hidden = self._input(batch)
+        at = hidden.data_ptr()
+        self._engine.begin(prepared.step)
+        for layer in self._layers:
+            self._engine.layer(layer, at)
+            if self.on_layer is not None:
+                self.on_layer()
+        if not self.is_last:
+            return hidden
+        if batch.logit_rows is None:
+            raise InternalError("the last stage needs to know whose logits are wanted")
+        rows = batch.logit_rows.to(torch.int32)
+        logits = torch.empty(len(rows), self.vocab_size)
+        if len(rows):
+            self._engine.head(self._norm.data_ptr(), self._head, at, rows, logits)
+        return logits
+
+    def _input(self, batch: StepBatch) -> Tensor:
+        """[T, H] of its own: the layers work in place, and a link's buffer is given back."""
+        if self.is_first:
+            if batch.token_ids is None:
+                raise InternalError("the first stage needs token ids")
+            if self._embedding is not None:
+                return torch.nn.functional.embedding(batch.token_ids, self._embedding)
+            assert self._packed_embedding is not None
+            ids = batch.token_ids
+            return self._packed_embedding[ids // ops.PANEL, :, ids % ops.PANEL].view(self.dtype)
+        if batch.hidden is None:
+            raise InternalError("a stage behind the first needs hidden states")
+        return batch.hidden.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _panels(packed: Tensor) -> Tensor:
+    """Packed weights as [panels, groups, outputs] of 4 bytes each."""
+    words = packed.view(torch.int32)
+    return words.view(-1, words.shape[1], ops.PANEL)
+
+
+def choose_dtype(spec: ShardSpec, a: Architecture, checkpoint: Checkpoint | None) -> torch.dtype:
+    """What the weights are held in; None of the kernels' where neither setting nor config says so."""
+    if spec.dtype != "auto":
+        return DTYPES.get(spec.dtype, torch.float16)
+    if a.dtype is not None:
+        return a.dtype
+    return checkpoint.info(checkpoint.names[0]).dtype if checkpoint is not None else torch.float32

@@ -1,0 +1,78 @@
+// Numbers as the kernels hold them: bf16 or fp32 in memory, fp32 in registers.
+//
+// Both element types share every loop by one convention: a "group" is the 4 bytes of one row that one instruction
+// multiplies, two bf16 numbers or one fp32 number. A right-hand side is stored group by group, 16 columns (64 bytes)
+// together, so one load brings 16 columns of a group and one broadcast the row's part.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace stagemesh {
+
+struct Bf16 {
+  using Element = uint16_t;
+  static constexpr int kGroup = 2;
+
+  static inline __m512 dot(__m512 sum, uint32_t row, __m512i columns) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32((int)row), (__m512bh)columns);
+  }
+  static inline __m512 load(const Element* from) {
+    const __m256i bits = _mm256_loadu_si256((const __m256i*)from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static inline void store(Element* to, __m512 value) {
+    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(value));
+  }
+  static inline void store(Element* to, __m512 value, __mmask16 mask) {
+    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
+  }
+  // To the nearest number that memory can hold.
+  static inline __m512 round(__m512 value) {
+    const __m256i bits = (__m256i)_mm512_cvtneps_pbh(value);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+};
+
+struct F32 {
+  using Element = float;
+  static constexpr int kGroup = 1;
+
+  static inline __m512 dot(__m512 sum, uint32_t row, __m512i columns) {
+    const __m512 value = _mm512_castsi512_ps(_mm512_set1_epi32((int)row));
+    return _mm512_fmadd_ps(value, _mm512_castsi512_ps(columns), sum);
+  }
+  static inline __m512 load(const Element* from) { return _mm512_loadu_ps(from); }
+  static inline void store(Element* to, __m512 value) { _mm512_storeu_ps(to, value); }
+  static inline void store(Element* to, __m512 value, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, value); }
+  static inline __m512 round(__m512 value) { return value; }
+};
+
+// e^x to about one unit in the last place; 0 for -inf. Range reduction and polynomial as in Cephes' expf.
+inline __m512 exp16(__m512 x) {
+  // Beyond 2^-126 the result is 0 in effect; the clamp also takes -inf, and keeps the result a normal number.
+  const __mmask16 gone = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.7f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_maskz_mov_ps(_knot_mask16(gone), _mm512_scalef_ps(p, n));
+}
+
+// x * sigmoid(x)
+inline __m512 silu16(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), x));
+  return _mm512_div_ps(x, _mm512_add_ps(one, e));
+}
+
+}  // namespace stagemesh

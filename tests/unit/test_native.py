@@ -1,0 +1,159 @@
+"""The compiled kernels against transformers' modules, and what they promise beyond: a row's result is its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chain import PAGE_SIZE, Chain, Row
+from tiny_models import make_checkpoint
+
+from stagemesh.stage_worker.native import ops
+from stagemesh.stage_worker.native.architecture import NotNative, read_architecture
+from stagemesh.stage_worker.native.shard import NativeShard
+from stagemesh.stage_worker.parallel import TensorParallel
+from stagemesh.stage_worker.shard.choose import load_shard, native_architecture
+from stagemesh.stage_worker.shard.model import ModelShard
+from stagemesh.stage_worker.shard.spec import ShardSpec
+
+pytestmark = pytest.mark.skipif(
+    ops.library() is None, reason="NO COMPILED KERNELS: not built, or a processor without AVX512-BF16"
+)
+WIDE = {"hidden_size": 192, "intermediate_size": 336, "num_attention_heads": 6, "num_key_value_heads": 2}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama_tied", {}),
+    "llama_wide": ("llama", {**WIDE, "head_dim": 80, "vocab_size": 301}),
+    "llama_biased": ("llama", {"attention_bias": True}),
+    "llama3_rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "linear_rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "mistral_sw": ("mistral_sw", {}),
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family, settings = MODELS[request.param]
+    return make_checkpoint(family, tmp_path_factory.mktemp(request.param), **settings)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+LONG, SHORT, ONE = tokens(150, 1), tokens(37, 2), tokens(1, 3)
+TABLES = [list(range(20, 8, -1)), [0, 2, 4], [31]]
+STEPS = [
+    [Row(LONG[:101], 0, TABLES[0], True), Row(SHORT[:20], 0, TABLES[1], False), Row(ONE, 0, TABLES[2], True)],
+    [Row(LONG[101:], 101, TABLES[0], True), Row(SHORT[20:], 20, TABLES[1], True), Row([9], 1, TABLES[2], True)],
+    [Row([5], 150, TABLES[0], True), Row([6], 37, TABLES[1], True), Row([7], 2, TABLES[2], True)],
+]
+"""Prompt chunks and decode rows together, pages out of order, contexts beyond the window of the windowed model."""
+
+
+def logits(model: Path, dtype: str, **settings: Any) -> list[torch.Tensor]:
+    chain = Chain(model, (0, 2, 6), dtype=dtype, **settings)
+    kind = ModelShard if settings.get("enforce_eager") else NativeShard
+    assert all(isinstance(shard, kind) for shard in chain.shards)
+    return [chain.step(rows) for rows in STEPS]
+
+
+def worst(some: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(some, other, strict=True))
+
+
+def test_in_fp32_they_agree_to_rounding(model: Path) -> None:
+    assert worst(logits(model, "float32"), logits(model, "float32", enforce_eager=True)) < 1e-5
+
+
+def test_in_bf16_they_are_as_near_to_fp32_as_the_modules_are(model: Path) -> None:
+    exact = logits(model, "float32", enforce_eager=True)
+    ours, theirs = logits(model, "bfloat16"), logits(model, "bfloat16", enforce_eager=True)
+    assert worst(ours, exact) < 1.1 * worst(theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_gives_the_same_bits_alone_in_chunks_and_with_more_threads(model: Path, dtype: str) -> None:
+    together = logits(model, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(together, logits(model, dtype, threads=2), strict=True))
+    alone = Chain(model, (0, 6), dtype=dtype)
+    for start in range(0, 150, 13):
+        last = alone.step([Row(LONG[start : start + 13], start, TABLES[0], True)])
+    assert torch.equal(last[0], together[1][0])
+    assert torch.equal(alone.step([Row([5], 150, TABLES[0], True)])[0], together[2][0])
+
+
+def test_a_page_that_held_infinity_is_clean_for_the_next_sequence(llama: Path) -> None:
+    chain = Chain(llama, (0, 6))
+    rows = [Row(SHORT, 0, TABLES[1], True)]
+    clean = chain.step(rows)
+    for pool in chain.pools:
+        for layer in pool.layers:
+            pool.v(layer.layer_idx).fill_(float("nan"))
+            pool.k(layer.layer_idx).fill_(float("inf"))
+    assert torch.equal(chain.step(rows), clean)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model_type": "gemma2"}, "gemma2"),
+        ({"hidden_act": "gelu"}, "MLP"),
+        ({"mlp_bias": True}, "MLP"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "part of each head"),
+        ({"sliding_window": 12}, "which layers"),
+        ({"rms_norm_eps": None}, "leaves something open"),
+    ],
+)
+def test_what_they_do_not_know_they_leave(llama: Path, tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(NotNative, match=reason):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"dtype": "float16"},
+        {"page_size": 8},
+        {"enforce_eager": True},
+        {"device": "cuda"},
+        {"tp_size": 3},
+    ],
+)
+def test_what_does_not_fit_them_goes_to_the_modules(llama: Path, spec: dict[str, Any]) -> None:
+    with pytest.raises(NotNative):
+        native_architecture(ShardSpec(str(llama), 0, 6, **spec))
+
+
+def test_without_a_compiler_the_modules_serve(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "library", lambda: None)
+    shard = load_shard(ShardSpec(str(llama), 0, 6, page_size=PAGE_SIZE), TensorParallel())
+    assert isinstance(shard, ModelShard)
