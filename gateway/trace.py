@@ -56,8 +56,8 @@ class StepRecord:
     prefill_tokens: int
     stages: list[list[int] | None]
     """`STAGE_COLUMNS` of each stage, None until its result is here."""
-    sampled: int = 0
-    """Rows that brought a token."""
+    sampled: list[int] = field(default_factory=list)
+    """The sequences that got a token."""
     received_us: int = 0
     """The last stage's result was here."""
     delivered_us: int = 0
@@ -134,7 +134,7 @@ class Recorder:
         ]
         if stage == len(record.stages) - 1:
             record.received_us = received_us
-            record.sampled = len(result.tokens)
+            record.sampled = list(result.sequences)
         self._close_if_whole(record)
 
     def delivered(self, view: types_pb2.PipelineView, step: int) -> None:

@@ -20,6 +20,7 @@ from stagemesh.config import (
 )
 from stagemesh.errors import CheckpointError, ConfigError, StagemeshError
 
+from . import bench
 from .flags import add_flags, given
 
 USAGE_ERROR = 2
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--parent-pid", type=int, default=None, help=argparse.SUPPRESS)
             add_flags(command, cls)
         command.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    bench.add_parser(commands)
     status = commands.add_parser("status", help="show the mesh that a gateway sees")
     status.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway's HTTP address")
     return top
@@ -85,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .status import show
 
             return show(namespace.url)
+        if namespace.command == "bench":
+            return bench.run(namespace)
         cls, run, _ = SERVICES[namespace.command]
         values = given(namespace, cls)
         if namespace.command == "serve" and namespace.config and values["model"] == str(DEMO_MODEL):

@@ -1,0 +1,1 @@
+"""`stagemesh bench`: measures a mesh from outside, over its public API."""
