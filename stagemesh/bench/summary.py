@@ -74,9 +74,12 @@ class Summary:
     deliver: Spread
     """Result received to tokens handed to their requests."""
     replan: Spread
-    """Tokens of a step delivered to the next plan that names one of their sequences."""
+    """Tokens of a step delivered to the next plan that names one of their sequences; 0 where it went out before."""
     turnaround: Spread
-    """The last stage's end to the arrival at stage 0 of the next plan that names one of the step's sequences."""
+    """The last stage's end to the arrival at stage 0 of the next plan that names one of the step's sequences.
+
+    0 where that plan was there before, and waits for the token alone.
+    """
 
     @property
     def slowest(self) -> StageSummary:
@@ -100,8 +103,10 @@ def summarize(trace: Trace) -> Summary:
         plan_way=spread(s.stages[0].plan_arrived_us - s.sent_us for s in steps),
         result_way=spread(s.received_us - s.stages[-1].ended_us for s in steps),
         deliver=spread(s.delivered_us - s.received_us for s in steps),
-        replan=spread(after.planned_us - step.delivered_us for step, after in followers),
-        turnaround=spread(after.stages[0].plan_arrived_us - step.stages[-1].ended_us for step, after in followers),
+        replan=spread(max(0.0, after.planned_us - step.delivered_us) for step, after in followers),
+        turnaround=spread(
+            max(0.0, after.stages[0].plan_arrived_us - step.stages[-1].ended_us) for step, after in followers
+        ),
     )
 
 
@@ -146,15 +151,17 @@ def _share(part: float, whole: float) -> float:
 
 
 def _followers(steps: Sequence[Step]) -> Iterator[tuple[Step, Step]]:
-    """Each step that brought tokens, with the first one planned on the strength of one of them."""
+    """Each step that brought tokens, with the first one that needs one of them.
+
+    A token is sampled behind the last known one of its sequence: every later step that names it needs that token.
+    """
     naming: dict[int, list[Step]] = {}
     for step in steps:
         for sequence in step.sequences:
             naming.setdefault(sequence, []).append(step)
     for step in steps:
         later = (
-            next((after for after in naming[sequence] if after.planned_us >= step.received_us), None)
-            for sequence in step.sampled
+            next((after for after in naming[sequence] if after.number > step.number), None) for sequence in step.sampled
         )
         first = min((after for after in later if after is not None), key=lambda s: s.number, default=None)
         if first is not None:

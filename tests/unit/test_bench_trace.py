@@ -216,13 +216,15 @@ def test_the_figures(trace: Trace) -> None:
     assert "non-compute CPU share: not known" in table(trace, summary, None, "not known: elsewhere")
 
 
-def test_a_follower_is_planned_after_the_tokens_were_there() -> None:
+def test_a_plan_that_was_there_before_the_token_has_no_turnaround() -> None:
     records = raw(steps=3, skew=(0, 0))
-    assert summarize(read(records)).turnaround.p50_ms > 0
-    # Chunks of one prompt follow each other without waiting: step 3 went out before 1 was back.
+    assert summarize(read(records)).turnaround.p50_ms > 0.1
     first, _, third = records["steps"]
-    third["planned_us"] = third["sent_us"] = first["received_us"] - 1
-    assert math.isnan(summarize(read(records)).turnaround.p50_ms)
+    third["planned_us"] = third["sent_us"] = first["received_us"] - 500
+    third["stages"][0][0] = first["stages"][1][4] - 100
+    summary = summarize(read(records))
+    assert summary.turnaround.p50_ms == summary.replan.p50_ms == 0
+    assert math.isnan(summarize(read(raw(steps=2))).turnaround.p50_ms)
 
 
 def test_spans_and_percentiles() -> None:
