@@ -135,10 +135,11 @@ class Driver:
         offer = await self._stub(action.receiver_address).OfferLink(
             stage_pb2.OfferLinkRequest(
                 key=key,
-                stage=action.stage + 1,
+                stage=action.receiver_stage,
                 transport=action.transport,
                 sender_addresses=action.sender_rank_addresses,
                 nonces=action.nonces,
+                tokens=action.tokens,
             ),
             timeout=OFFER_S,
         )
@@ -156,6 +157,7 @@ class Driver:
                 secrets=offer.secrets,
                 nonces=action.nonces,
                 receiver_id=action.receiver_id,
+                tokens=action.tokens,
             ),
             timeout=CONNECT_S,
         )

@@ -90,7 +90,7 @@ class Former:
         self._now = now
         self._actions: list[v.Action] = []
         self._version = 0  # of the membership
-        self._ucx_failed: dict[tuple[int, int], list[str]] = {}  # incarnations of a link's ends -> errors
+        self._ucx_failed: dict[frozenset[int], list[str]] = {}  # incarnations of a link's ends -> errors
 
     def knows(self, worker_id: str, incarnation: int) -> bool:
         """Whether this life of the worker is a member."""
@@ -146,7 +146,7 @@ class Former:
                 self._assign_done(pipeline, event.stage, event.loaded)
             case v.LinkUp() if pipeline.phase is Phase.LINK:
                 pipeline.routes[event.stage] = event.route
-                if len(pipeline.routes) == len(pipeline.stages) - 1:
+                if len(pipeline.routes) == _num_links(pipeline):
                     self._activate(pipeline)
             case v.Activated() if pipeline.phase is Phase.ACTIVATE:
                 pipeline.acked.add(event.stage)
@@ -169,7 +169,7 @@ class Former:
             return
         pipeline.phase, pipeline.reason = Phase.LINK, Phase.LINK.value
         try:
-            links = [self._link(pipeline, stage) for stage in range(len(pipeline.stages) - 1)]
+            links = [self._link(pipeline, stage) for stage in range(_num_links(pipeline))]
         except CannotForm as e:
             self._down(pipeline, str(e), final=e.final)
             return
@@ -196,11 +196,12 @@ class Former:
         return ""
 
     def _link(self, pipeline: Pipeline, stage: int) -> v.MakeLink:
-        sender, receiver = (self._worker_at(pipeline, s).info for s in (stage, stage + 1))
-        failures = self._ucx_failed.get((sender.incarnation, receiver.incarnation), [])
+        to = (stage + 1) % len(pipeline.stages)
+        sender, receiver = (self._worker_at(pipeline, s).info for s in (stage, to))
+        failures = self._ucx_failed.get(frozenset((sender.incarnation, receiver.incarnation)), [])
         ucx_failed = failures[-1] if len(failures) > 1 else ""
         name, warning = transport(self.target.transport, sender, receiver, ucx_failed=ucx_failed)
-        if warning:
+        if warning and to:  # said of the way there, true of the tokens' way back
             self._log(warning, warning=True)
         return v.MakeLink(
             pipeline.pipeline_id,
@@ -211,7 +212,9 @@ class Former:
             receiver.address,
             receiver.worker_id,
             sender.addresses(name) or (),
-            tuple(self._nonce() for _ in range(receiver.tp_size)),
+            tuple(self._nonce() for _ in range(receiver.tp_size if to else 1)),
+            to,
+            tokens=to == 0,
         )
 
     def _activate(self, pipeline: Pipeline) -> None:
@@ -241,8 +244,9 @@ class Former:
     def _step_failed(self, pipeline: Pipeline, event: v.StepFailed) -> None:
         reason = f"stage {event.stage}: {event.reason}"
         if event.what == "link" and event.transport_failed:
-            ends = tuple(pipeline.stages[s].incarnation for s in (event.stage, event.stage + 1))
-            self._ucx_failed.setdefault((ends[0], ends[1]), []).append(event.reason)
+            after = (event.stage + 1) % len(pipeline.stages)
+            ends = frozenset(pipeline.stages[s].incarnation for s in (event.stage, after))
+            self._ucx_failed.setdefault(ends, []).append(event.reason)
         if event.final:
             self._refuse(pipeline, event.stage, f"cannot {event.what}: {event.reason}")
             return
@@ -325,3 +329,8 @@ class Former:
 
     def _log(self, message: str, *, warning: bool = False) -> None:
         self._act(v.Log(message, warning))
+
+
+def _num_links(pipeline: Pipeline) -> int:
+    """One behind every stage: the last sends its tokens to the first. None where one stage is both."""
+    return len(pipeline.stages) if len(pipeline.stages) > 1 else 0

@@ -228,7 +228,7 @@ class Assign:
 
 @dataclass(frozen=True)
 class MakeLink:
-    """Offer on the receiver, connect on the sender: from stage `stage` to `stage + 1`."""
+    """Offer on the receiver, connect on the sender: from stage `stage` to the next, from the last to the first."""
 
     pipeline_id: str
     epoch: int
@@ -239,7 +239,10 @@ class MakeLink:
     receiver_id: str
     sender_rank_addresses: tuple[bytes, ...]
     nonces: tuple[int, ...]
-    """A fresh one per receiving rank."""
+    """A fresh one per receiving rank; where tokens are sent, one: rank 0 tells the others."""
+    receiver_stage: int
+    tokens: bool
+    """From the last stage to the first go sampled tokens, not activations."""
 
 
 @dataclass(frozen=True)

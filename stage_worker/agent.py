@@ -161,10 +161,11 @@ class Agent:
     async def offer_link(self, request: stage_pb2.OfferLinkRequest, context: Any) -> stage_pb2.OfferLinkResponse:
         """Stage.OfferLink."""
         self._fence(request.key, "link")
-        if len(request.nonces) != self._group().size:
-            raise InvalidRequest(f"{len(request.nonces)} nonces for {self._group().size} ranks")
+        ranks = 1 if request.tokens else self._group().size
+        if len(request.nonces) != ranks:
+            raise InvalidRequest(f"{len(request.nonces)} nonces for {ranks} ranks")
         replies = await self._group().call(Kind.OFFER_LINK, request.SerializeToString(), CALL_TIMEOUT_S)
-        offers = [stage_pb2.OfferLinkResponse.FromString(reply) for reply in replies]
+        offers = [stage_pb2.OfferLinkResponse.FromString(reply) for reply in replies[:ranks]]
         return stage_pb2.OfferLinkResponse(
             receiver_addresses=[offer.receiver_addresses[0] for offer in offers],
             secrets=[offer.secrets[0] for offer in offers],

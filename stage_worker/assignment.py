@@ -12,6 +12,9 @@ from .links import LinkReceiver, LinkSender
 from .session import Session, SessionContext, Step
 from .shard.choose import Shard
 
+TOKEN_CREDITS = 64
+"""Frames of tokens that may be under way on a lane; the first stage takes them as they come."""
+
 
 class Assignment:
     """What one rank does for one stage of one pipeline, from Assign to Release."""
@@ -29,6 +32,10 @@ class Assignment:
         self.sessions: dict[int, Session] = {}
         self.receiver: LinkReceiver | None = None
         self.senders: list[LinkSender] = []
+        self.token_receiver: LinkReceiver | None = None
+        """On rank 0 of the first stage of several: what the last one sampled."""
+        self.token_sender: LinkSender | None = None
+        """On rank 0 of the last stage of several."""
         self._tp_rank = tp_rank
         self._page_ranges: dict[int, int] = {}
         """Session -> which of the `gateways` equal ranges of pages it holds."""
@@ -47,7 +54,28 @@ class Assignment:
             end.progress()
 
     def _ends(self) -> list[LinkSender | LinkReceiver]:
-        return [*self.senders, *([self.receiver] if self.receiver is not None else [])]
+        ends = [*self.senders, self.receiver, self.token_sender, self.token_receiver]
+        return [end for end in ends if end is not None]
+
+    def take_receiver(self, link: LinkReceiver, *, tokens: bool) -> None:
+        """A receiving end for this epoch, in place of one that was offered before."""
+        before = self.token_receiver if tokens else self.receiver
+        if before is not None:
+            before.close()
+        if tokens:
+            self.token_receiver = link
+        else:
+            self.receiver = link
+
+    def take_senders(self, links: list[LinkSender], *, tokens: bool) -> None:
+        """Sending ends for this epoch, in place of those that were made before."""
+        for sender in [self.token_sender] if tokens else self.senders:
+            if sender is not None:
+                sender.close()
+        if tokens:
+            self.token_sender = links[0] if links else None
+        else:
+            self.senders = links
 
     def take_broken_link(self) -> StagemeshError | None:
         """The error of a link that broke while the assignment was active; told once."""
@@ -63,10 +91,6 @@ class Assignment:
     def broken(self) -> bool:
         """Whether a link has failed: nothing can run any more."""
         return any(end.error is not None for end in self._ends())
-
-    def route(self) -> str:
-        """What the outgoing link really takes; empty on the last stage."""
-        return ", ".join(sorted({sender.route for sender in self.senders}))
 
     # -- sessions ---------------------------------------------------------------------------------------------------
 
@@ -119,6 +143,12 @@ class Assignment:
                 opened.append(sender)
             if self.receiver is not None:
                 self.receiver.open_lane(slot, credits, step_bytes)
+                opened.append(self.receiver)
+            if self.token_sender is not None:
+                self.token_sender.open_lane(slot, TOKEN_CREDITS)
+                opened.append(self.token_sender)
+            if self.token_receiver is not None:
+                self.token_receiver.open_lane(slot, TOKEN_CREDITS, 4 * self.limits.max_num_batched_tokens)
         except StagemeshError:
             for end in opened:
                 end.close_lane(slot)
@@ -130,10 +160,8 @@ class Assignment:
         if session is None:
             return
         del self._page_ranges[ident]
-        for sender in self.senders:
-            sender.close_lane(session.slot)
-        if self.receiver is not None:
-            self.receiver.close_lane(session.slot)
+        for end in self._ends():
+            end.close_lane(session.slot)
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -143,12 +171,30 @@ class Assignment:
         self.shard.prepare(step.batch)
         if self.receiver is not None:
             self.receiver.post(session.slot, step.number, (step.num_tokens, self.shard.hidden_size), self.shard.dtype)
+        if self.token_receiver is not None and step.sampled_sequences:
+            self.token_receiver.post(session.slot, step.number, (len(step.sampled_sequences),), torch.int32)
+            session.awaited.append(step.number)
+
+    def take_tokens(self) -> bool:
+        """Tokens that came from the last stage are known to their sessions; True when some did."""
+        link, took = self.token_receiver, False
+        if link is None:
+            return False
+        for session in self.sessions.values():
+            while session.awaited and (tokens := link.ready(session.slot, session.awaited[0])) is not None:
+                step = session.awaited.popleft()
+                session.note_tokens(step, tokens.tolist())
+                link.release(session.slot, step)
+                took = True
+        return took
 
     def can_run(self, session: Session, step: Step) -> bool:
         """Whether the step's input has come and every outgoing link has a credit for it."""
-        if session.failed or self.broken:
+        if session.failed or self.broken or not session.knows_tokens(step):
             return False
         if self.receiver is not None and self.receiver.ready(session.slot, step.number) is None:
+            return False
+        if step.sampled and self.token_sender is not None and not self.token_sender.can_send(session.slot):
             return False
         return all(sender.can_send(session.slot) for sender in self.senders)
 
@@ -172,6 +218,13 @@ class Assignment:
         for sender in self.senders:
             sender.send(session.slot, step.number, output)
 
+    def send_tokens(self, session: Session, step: Step, tokens: list[int]) -> None:
+        """Makes sampled tokens known to the first stage, which may be waiting for them."""
+        if self.is_first:
+            session.note_tokens(step.number, tokens)
+        elif self.token_sender is not None:
+            self.token_sender.send(session.slot, step.number, torch.tensor(tokens, dtype=torch.int32))
+
     def take_wait_send_s(self, session: Session) -> float:
         """How long steps of the session have waited for a credit since the last call."""
         return max((sender.take_wait_send_s(session.slot) for sender in self.senders), default=0.0)
@@ -184,3 +237,4 @@ class Assignment:
         for end in self._ends():
             end.close()
         self.senders, self.receiver = [], None
+        self.token_sender = self.token_receiver = None

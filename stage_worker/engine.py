@@ -83,6 +83,7 @@ class Engine:
             worked |= transport.progress()
         for assignment in self.assignments.values():
             assignment.progress_links()
+            worked |= assignment.take_tokens()
             broken = assignment.take_broken_link()
             if broken is not None:
                 self.report_broken(assignment, broken)
@@ -130,7 +131,7 @@ class Engine:
             return False
         assignment, session, step = ready
         if self._leader is not None:
-            self._leader.run_step(session.ident, step.number)
+            self._leader.run_step(session.ident, step.number, step.referred_tokens)
         self.run_step(assignment, session, step)
         return True
 
@@ -157,6 +158,8 @@ class Engine:
             if found is not None and (found[0].broken or found[1].failed):
                 # Rank 0 is in the step already and waits for this rank: only the end of the group frees it.
                 raise InternalError(f"step {order.step} was ordered, and its link or session has failed on this rank")
+            if found is not None and order.tokens:
+                found[1].give_tokens(found[2], order.tokens)
             if found is not None and found[0].can_run(found[1], found[2]):
                 follower.done()
                 self.run_step(*found)
@@ -182,6 +185,8 @@ class Engine:
         result = stage_pb2.StepResult(step=step.number, epoch=step.epoch)
         if assignment.is_last:
             self._sample(step, output, result)
+            if result.tokens:
+                assignment.send_tokens(session, step, list(result.tokens))
         output_at = time.monotonic()
         if not assignment.is_last:
             assignment.send(session, step, output)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
+from array import array
 from collections import deque
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ class RunStep:
 
     session: int
     step: int
+    tokens: tuple[int, ...] = ()
+    """Input tokens that are results of earlier steps: rank 0 alone is told them."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ class Leader:
     def __init__(self, sockets: list[socket.socket]) -> None:
         self._sockets = [Socket(sock) for sock in sockets]
 
-    def run_step(self, session: int, step: int) -> None:
-        """Orders a step. Raises InternalError when a rank is gone."""
-        self._send(Kind.ORDER_STEP, session, STEP.pack(step))
+    def run_step(self, session: int, step: int, tokens: list[int]) -> None:
+        """Orders a step; `tokens` stand where its plan refers to results. Raises InternalError when a rank is gone."""
+        self._send(Kind.ORDER_STEP, session, STEP.pack(step) + array("i", tokens).tobytes())
 
     def take_call(self, call: int) -> None:
         """Orders a call of the agent. Raises InternalError when a rank is gone."""
@@ -74,7 +77,7 @@ class Follower:
         for kind, ident, payload in self._socket.receive():
             if not self._orders:
                 self._current_since = time.monotonic()
-            self._orders.append(RunStep(ident, STEP.unpack(payload)[0]) if kind == Kind.ORDER_STEP else TakeCall(ident))
+            self._orders.append(_run_step(ident, payload) if kind == Kind.ORDER_STEP else TakeCall(ident))
         if not self._orders and self._socket.closed:
             raise InternalError("rank 0 of this group is gone")
         return self._orders[0] if self._orders else None
@@ -89,3 +92,9 @@ class Follower:
         """The current order is being carried out."""
         self._orders.popleft()
         self._current_since = time.monotonic()
+
+
+def _run_step(session: int, payload: bytes) -> RunStep:
+    tokens = array("i")
+    tokens.frombytes(payload[STEP.size :])
+    return RunStep(session, STEP.unpack_from(payload)[0], tuple(tokens))

@@ -225,18 +225,21 @@ class Rank:
         """Makes this rank's receiving end."""
         request = stage_pb2.OfferLinkRequest.FromString(payload)
         held = self._assignment(request.key, request.stage)
+        if request.tokens and self.config.rank > 0:
+            return b""
         transport = self._transport(request.transport)
         secret = secrets.token_bytes(16)
-        if held.receiver is not None:
-            held.receiver.close()
-        source = sending_rank(self.config.rank, len(request.sender_addresses), self.config.size)
-        held.receiver = LinkReceiver(
+        source = 0
+        if not request.tokens:
+            source = sending_rank(self.config.rank, len(request.sender_addresses), self.config.size)
+        link = LinkReceiver(
             transport,
             request.sender_addresses[source],
-            self._identity(held, request.nonces[self.config.rank], secret),
-            device=self.device,
+            self._identity(held, request.nonces[self.config.rank], secret, request.tokens),
+            device="cpu" if request.tokens else self.device,
             timeout_s=LINK_TIMEOUT_S,
         )
+        held.take_receiver(link, tokens=request.tokens)
         return stage_pb2.OfferLinkResponse(
             receiver_addresses=[transport.address()], secrets=[secret]
         ).SerializeToString()
@@ -246,35 +249,38 @@ class Rank:
         request = stage_pb2.ConnectLinkRequest.FromString(payload)
         held = self._assignment(request.key, request.stage)
         transport = self._transport(request.transport)
-        for sender in held.senders:
-            sender.close()
         receivers = len(request.receiver_addresses)
         mine = [r for r in range(receivers) if sending_rank(r, self.config.size, receivers) == self.config.rank]
-        held.senders = [
+        if request.tokens:
+            mine = [0] if self.config.rank == 0 else []
+        senders = [
             LinkSender(
                 transport,
                 request.receiver_addresses[r],
-                self._identity(held, request.nonces[r], request.secrets[r]),
+                self._identity(held, request.nonces[r], request.secrets[r], request.tokens),
                 timeout_s=LINK_TIMEOUT_S,
             )
             for r in mine
         ]
+        held.take_senders(senders, tokens=request.tokens)
         deadline = time.monotonic() + LINK_TIMEOUT_S
-        while not all(sender.ready for sender in held.senders):
+        while not all(sender.ready for sender in senders):
             self.engine.progress()
-            failed = next((sender.error for sender in held.senders if sender.error is not None), None)
+            failed = next((sender.error for sender in senders if sender.error is not None), None)
             if failed is not None:
                 raise failed
             if time.monotonic() > deadline:
                 raise TransportError(f"no handshake from {request.receiver_id} over {request.transport}")
             self.engine.sleep(with_control=False)
-        route = held.route()
+        route = ", ".join(sorted({sender.route for sender in senders}))
         if route:
             log.info("link of stage %d to %s goes over %s: %s", held.stage, request.receiver_id, transport.name, route)
         return stage_pb2.ConnectLinkResponse(route=route).SerializeToString()
 
     @staticmethod
-    def _identity(held: Assignment, nonce: int, secret: bytes) -> LinkIdentity:
+    def _identity(held: Assignment, nonce: int, secret: bytes, tokens: bool) -> LinkIdentity:
+        if tokens:
+            return LinkIdentity(nonce, held.epoch, secret, 1, torch.int32)
         return LinkIdentity(nonce, held.epoch, secret, held.shard.hidden_size, held.shard.dtype)
 
     def _transport(self, name: str) -> Transport:

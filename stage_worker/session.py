@@ -7,6 +7,8 @@ of a session run in the order of their numbers; steps of different sessions in t
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +19,9 @@ from stagemesh.protos.v1 import stage_pb2
 
 from .sampler import SequenceSampler
 from .shard.batch import StepBatch
+
+TOKENS_KEPT_STEPS = 256
+"""How long results are kept for plans that refer to them: a gateway does so only until it has the result itself."""
 
 
 @dataclass
@@ -40,9 +45,14 @@ class Step:
     num_tokens: int
     sampled: list[tuple[int, int, SequenceSampler]]
     """(sequence, position of the new token, sampler) of each row that samples; last stage only."""
+    sampled_sequences: list[int]
+    """Sequences that the last stage will sample in this step; on the first stage."""
+    references: list[tuple[int, int, int]]
+    """(place in the step's tokens, earlier step, sequence): tokens that are that step's result, not a literal; on the
+    first stage."""
+    referred_tokens: list[int]
+    """Those tokens, once they are known."""
     arrived_at: float
-    posted: bool = False
-    """Whether its receive is posted (stages after the first)."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,12 @@ class Session:
         self.last_planned = 0
         self.failed = False
         """Nothing runs any more; the gateway has been told, and will have the session closed."""
+        self.awaited: deque[int] = deque()
+        """Steps whose tokens the last stage will send, in order; on the first stage."""
+        self._tokens: dict[int, dict[int, int]] = {}
+        """step -> sequence -> token, of the last steps; on the first stage."""
+        self._sampled: dict[int, list[int]] = {}
+        """step -> sequences that it samples, of the last steps; on the first stage."""
         self._closing: list[tuple[int, int]] = []
 
     def open_sequence(self, message: stage_pb2.OpenSequence) -> None:
@@ -102,8 +118,8 @@ class Session:
         """Prepares a step. Raises StaleEpoch, or InvalidRequest for a plan that contradicts itself or the session."""
         if plan.epoch != self.context.epoch:
             raise StaleEpoch(f"plan of epoch {plan.epoch} in a session of epoch {self.context.epoch}")
-        if plan.kind != stage_pb2.STEP_KIND_RUN or plan.ref_rows:
-            raise InvalidRequest("this release runs plans of literal tokens only (STEP_KIND_RUN, no ref_rows)")
+        if plan.kind != stage_pb2.STEP_KIND_RUN:
+            raise InvalidRequest("this release runs plans of STEP_KIND_RUN only")
         if plan.step != self.last_planned + 1:
             raise InvalidRequest(f"plan of step {plan.step} after step {self.last_planned}")
         counts, starts = list(plan.counts), list(plan.starts)
@@ -112,8 +128,10 @@ class Session:
         lengths = {len(counts), len(starts), len(plan.new_page_counts) or rows}
         if lengths != {rows} or sum(plan.new_page_counts) != len(plan.new_pages) or 0 in counts:
             raise InvalidRequest(f"the arrays of step {plan.step} do not fit its {rows} rows")
-        if any(row >= rows for row in plan.sample_rows):
-            raise InvalidRequest(f"step {plan.step} samples a row beyond its {rows}")
+        if any(row >= rows for row in plan.sample_rows) or any(row >= rows for row in plan.ref_rows):
+            raise InvalidRequest(f"step {plan.step} samples or refers to a row beyond its {rows}")
+        if len(plan.ref_rows) != len(plan.ref_steps) or any(counts[row] != 1 for row in plan.ref_rows):
+            raise InvalidRequest(f"step {plan.step} has rows of other than one token that refer to a result")
         if plan.tokens and max(plan.tokens) >= self.context.vocab_size:
             raise InvalidRequest(f"step {plan.step} names a token beyond the {self.context.vocab_size} there are")
         if not 0 < total <= self.context.max_tokens or len(plan.tokens) != total:
@@ -135,16 +153,65 @@ class Session:
             ),
             num_tokens=total,
             sampled=self._samplers(plan, starts, counts),
+            sampled_sequences=[],
+            references=[],
+            referred_tokens=[],
             arrived_at=time.monotonic(),
         )
+        if self.context.is_first:
+            self._refer(plan, counts, step)
         self.last_planned = plan.step
         self.steps[plan.step] = step
         return step
+
+    # -- tokens that are not known yet -------------------------------------------------------------------------------
+
+    def _refer(self, plan: stage_pb2.StepPlan, counts: list[int], step: Step) -> None:
+        """Writes down which tokens of the step are results of earlier ones, and what it will sample itself."""
+        for row, earlier in zip(plan.ref_rows, plan.ref_steps, strict=True):
+            ident = plan.sequences[row]
+            if ident not in self._sampled.get(earlier, ()):
+                raise InvalidRequest(
+                    f"step {plan.step} refers to sequence {ident} in step {earlier}, which has no result"
+                )
+            step.references.append((sum(counts[:row]), earlier, ident))
+        if plan.sample_rows:
+            step.sampled_sequences = [plan.sequences[row] for row in plan.sample_rows]
+            self._sampled[plan.step] = step.sampled_sequences
+
+    def note_tokens(self, step: int, tokens: list[int]) -> None:
+        """What the last stage sampled in a step, in the order of its rows that sample."""
+        self._tokens[step] = dict(zip(self._sampled[step], tokens, strict=True))
+
+    def knows_tokens(self, step: Step) -> bool:
+        """Puts results of earlier steps into the step's tokens; False while one is not known."""
+        while step.references:
+            place, earlier, ident = step.references[-1]
+            tokens = self._tokens.get(earlier)
+            if tokens is None:
+                return False
+            step.references.pop()
+            self._put_token(step, place, tokens[ident])
+        return True
+
+    def give_tokens(self, step: Step, tokens: Iterable[int]) -> None:
+        """On ranks above 0: the tokens that rank 0 found for the step's references."""
+        for token in tokens:
+            place, _, _ = step.references.pop()
+            self._put_token(step, place, token)
+
+    @staticmethod
+    def _put_token(step: Step, place: int, token: int) -> None:
+        assert step.batch.token_ids is not None
+        step.batch.token_ids[place] = token
+        step.referred_tokens.append(token)
 
     def finish(self, step: Step) -> None:
         """The step has run."""
         del self.steps[step.number]
         self.next_step = step.number + 1
+        self._tokens.pop(step.number - TOKENS_KEPT_STEPS, None)
+        self._sampled.pop(step.number - TOKENS_KEPT_STEPS, None)
         if self._closing:
             self._close_due()
 

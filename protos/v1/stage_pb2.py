@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from stagemesh.protos.v1 import types_pb2 as stagemesh_dot_protos_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fstagemesh/protos/v1/stage.proto\x12\x0cstagemesh.v1\x1a\x1fstagemesh/protos/v1/types.proto\"1\n\x0bPipelineKey\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xe8\x01\n\rAssignRequest\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.PipelineKey\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12(\n\x06layers\x18\x04 \x01(\x0b\x32\x18.stagemesh.v1.LayerRange\x12\x12\n\ngeneration\x18\x05 \x01(\r\x12%\n\x05model\x18\x06 \x01(\x0b\x32\x16.stagemesh.v1.ModelRef\x12\'\n\x06limits\x18\x07 \x01(\x0b\x32\x17.stagemesh.v1.RunLimits\"c\n\x0e\x41ssignResponse\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12&\n\x04\x64one\x18\x03 \x01(\x0b\x32\x18.stagemesh.v1.AssignDone\"\x8d\x01\n\nAssignDone\x12\x11\n\tnum_pages\x18\x01 \x01(\r\x12\x12\n\npage_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\x12\x19\n\x11tensor_bytes_read\x18\x04 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\"\x86\x01\n\x10OfferLinkRequest\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.PipelineKey\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x18\n\x10sender_addresses\x18\x04 \x03(\x0c\x12\x0e\n\x06nonces\x18\x05 \x03(\r\"@\n\x11OfferLinkResponse\x12\x1a\n\x12receiver_addresses\x18\x01 \x03(\x0c\x12\x0f\n\x07secrets\x18\x02 \x03(\x0c\"\xb0\x01\n\x12\x43onnectLinkRequest\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.PipelineKey\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x1a\n\x12receiver_addresses\x18\x04 \x03(\x0c\x12\x0f\n\x07secrets\x18\x05 \x03(\x0c\x12\x0e\n\x06nonces\x18\x06 \x03(\r\x12\x13\n\x0breceiver_id\x18\x07 \x01(\t\"$\n\x13\x43onnectLinkResponse\x12\r\n\x05route\x18\x01 \x01(\t\"H\n\x0f\x41\x63tivateRequest\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.PipelineKey\x12\r\n\x05stage\x18\x02 \x01(\r\"\x12\n\x10\x41\x63tivateResponse\"H\n\x0eReleaseRequest\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.PipelineKey\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x11\n\x0fReleaseResponse\"\xd2\x01\n\nRunRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.stagemesh.v1.RunOpenH\x00\x12&\n\x04plan\x18\x02 \x01(\x0b\x32\x16.stagemesh.v1.StepPlanH\x00\x12\x33\n\ropen_sequence\x18\x03 \x01(\x0b\x32\x1a.stagemesh.v1.OpenSequenceH\x00\x12\x35\n\x0e\x63lose_sequence\x18\x04 \x01(\x0b\x32\x1b.stagemesh.v1.CloseSequenceH\x00\x42\t\n\x07message\"\x86\x01\n\x07RunOpen\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.PipelineKey\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x10\n\x08instance\x18\x04 \x01(\x04\x12\x0c\n\x04slot\x18\x05 \x01(\r\x12\x10\n\x08protocol\x18\x06 \x01(\r\"J\n\tRunOpened\x12\x11\n\tnum_pages\x18\x01 \x01(\r\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x17\n\x0fsteps_in_flight\x18\x03 \x01(\r\"\x8a\x02\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12$\n\x04kind\x18\x03 \x01(\x0e\x32\x16.stagemesh.v1.StepKind\x12\x11\n\tsequences\x18\x04 \x03(\x04\x12\x0e\n\x06starts\x18\x05 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x06 \x03(\r\x12\x0e\n\x06tokens\x18\x07 \x03(\r\x12\x17\n\x0fnew_page_counts\x18\x08 \x03(\r\x12\x11\n\tnew_pages\x18\t \x03(\r\x12\x13\n\x0bsample_rows\x18\n \x03(\r\x12\x10\n\x08ref_rows\x18\x0b \x03(\r\x12\x11\n\tref_steps\x18\x0c \x03(\x04\x12\x12\n\nplanned_us\x18\r \x01(\x04\"\x91\x01\n\x0cOpenSequence\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12.\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.stagemesh.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x0e\n\x06prompt\x18\x04 \x03(\r\x12\x0b\n\x03log\x18\x05 \x03(\r\x12\x12\n\nprompt_len\x18\x06 \x01(\r\"5\n\rCloseSequence\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x12\n\nafter_step\x18\x02 \x01(\x04\"\x98\x01\n\x0bRunResponse\x12)\n\x06opened\x18\x01 \x01(\x0b\x32\x17.stagemesh.v1.RunOpenedH\x00\x12*\n\x06result\x18\x02 \x01(\x0b\x32\x18.stagemesh.v1.StepResultH\x00\x12\'\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x16.stagemesh.v1.RunEndedH\x00\x42\t\n\x07message\"+\n\x08RunEnded\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xf0\x01\n\nStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12(\n\x06timing\x18\x03 \x01(\x0b\x32\x18.stagemesh.v1.StepTiming\x12\x11\n\tsequences\x18\x04 \x03(\x04\x12\x11\n\tpositions\x18\x05 \x03(\r\x12\x0e\n\x06tokens\x18\x06 \x03(\r\x12\x10\n\x08logprobs\x18\x07 \x03(\x02\x12\x12\n\ntop_counts\x18\x08 \x03(\r\x12\x0f\n\x07top_ids\x18\t \x03(\r\x12\x14\n\x0ctop_logprobs\x18\n \x03(\x02\x12\x18\n\x10\x66\x61iled_sequences\x18\x0b \x03(\x04*N\n\x08StepKind\x12\x19\n\x15STEP_KIND_UNSPECIFIED\x10\x00\x12\x11\n\rSTEP_KIND_RUN\x10\x01\x12\x14\n\x10STEP_KIND_REPLAY\x10\x02\x32\xc3\x03\n\x05Stage\x12\x45\n\x06\x41ssign\x12\x1b.stagemesh.v1.AssignRequest\x1a\x1c.stagemesh.v1.AssignResponse0\x01\x12L\n\tOfferLink\x12\x1e.stagemesh.v1.OfferLinkRequest\x1a\x1f.stagemesh.v1.OfferLinkResponse\x12R\n\x0b\x43onnectLink\x12 .stagemesh.v1.ConnectLinkRequest\x1a!.stagemesh.v1.ConnectLinkResponse\x12I\n\x08\x41\x63tivate\x12\x1d.stagemesh.v1.ActivateRequest\x1a\x1e.stagemesh.v1.ActivateResponse\x12>\n\x03Run\x12\x18.stagemesh.v1.RunRequest\x1a\x19.stagemesh.v1.RunResponse(\x01\x30\x01\x12\x46\n\x07Release\x12\x1c.stagemesh.v1.ReleaseRequest\x1a\x1d.stagemesh.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fstagemesh/protos/v1/stage.proto\x12\x0cstagemesh.v1\x1a\x1fstagemesh/protos/v1/types.proto\"1\n\x0bPipelineKey\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xe8\x01\n\rAssignRequest\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.PipelineKey\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12(\n\x06layers\x18\x04 \x01(\x0b\x32\x18.stagemesh.v1.LayerRange\x12\x12\n\ngeneration\x18\x05 \x01(\r\x12%\n\x05model\x18\x06 \x01(\x0b\x32\x16.stagemesh.v1.ModelRef\x12\'\n\x06limits\x18\x07 \x01(\x0b\x32\x17.stagemesh.v1.RunLimits\"c\n\x0e\x41ssignResponse\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12&\n\x04\x64one\x18\x03 \x01(\x0b\x32\x18.stagemesh.v1.AssignDone\"\x8d\x01\n\nAssignDone\x12\x11\n\tnum_pages\x18\x01 \x01(\r\x12\x12\n\npage_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\x12\x19\n\x11tensor_bytes_read\x18\x04 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\"\x96\x01\n\x10OfferLinkRequest\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.PipelineKey\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x18\n\x10sender_addresses\x18\x04 \x03(\x0c\x12\x0e\n\x06nonces\x18\x05 \x03(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\x08\"@\n\x11OfferLinkResponse\x12\x1a\n\x12receiver_addresses\x18\x01 \x03(\x0c\x12\x0f\n\x07secrets\x18\x02 \x03(\x0c\"\xc0\x01\n\x12\x43onnectLinkRequest\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.PipelineKey\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x1a\n\x12receiver_addresses\x18\x04 \x03(\x0c\x12\x0f\n\x07secrets\x18\x05 \x03(\x0c\x12\x0e\n\x06nonces\x18\x06 \x03(\r\x12\x13\n\x0breceiver_id\x18\x07 \x01(\t\x12\x0e\n\x06tokens\x18\x08 \x01(\x08\"$\n\x13\x43onnectLinkResponse\x12\r\n\x05route\x18\x01 \x01(\t\"H\n\x0f\x41\x63tivateRequest\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.PipelineKey\x12\r\n\x05stage\x18\x02 \x01(\r\"\x12\n\x10\x41\x63tivateResponse\"H\n\x0eReleaseRequest\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.PipelineKey\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x11\n\x0fReleaseResponse\"\xd2\x01\n\nRunRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.stagemesh.v1.RunOpenH\x00\x12&\n\x04plan\x18\x02 \x01(\x0b\x32\x16.stagemesh.v1.StepPlanH\x00\x12\x33\n\ropen_sequence\x18\x03 \x01(\x0b\x32\x1a.stagemesh.v1.OpenSequenceH\x00\x12\x35\n\x0e\x63lose_sequence\x18\x04 \x01(\x0b\x32\x1b.stagemesh.v1.CloseSequenceH\x00\x42\t\n\x07message\"\x86\x01\n\x07RunOpen\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.PipelineKey\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x10\n\x08instance\x18\x04 \x01(\x04\x12\x0c\n\x04slot\x18\x05 \x01(\r\x12\x10\n\x08protocol\x18\x06 \x01(\r\"J\n\tRunOpened\x12\x11\n\tnum_pages\x18\x01 \x01(\r\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x17\n\x0fsteps_in_flight\x18\x03 \x01(\r\"\x8a\x02\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12$\n\x04kind\x18\x03 \x01(\x0e\x32\x16.stagemesh.v1.StepKind\x12\x11\n\tsequences\x18\x04 \x03(\x04\x12\x0e\n\x06starts\x18\x05 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x06 \x03(\r\x12\x0e\n\x06tokens\x18\x07 \x03(\r\x12\x17\n\x0fnew_page_counts\x18\x08 \x03(\r\x12\x11\n\tnew_pages\x18\t \x03(\r\x12\x13\n\x0bsample_rows\x18\n \x03(\r\x12\x10\n\x08ref_rows\x18\x0b \x03(\r\x12\x11\n\tref_steps\x18\x0c \x03(\x04\x12\x12\n\nplanned_us\x18\r \x01(\x04\"\x91\x01\n\x0cOpenSequence\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12.\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.stagemesh.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x0e\n\x06prompt\x18\x04 \x03(\r\x12\x0b\n\x03log\x18\x05 \x03(\r\x12\x12\n\nprompt_len\x18\x06 \x01(\r\"5\n\rCloseSequence\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x12\n\nafter_step\x18\x02 \x01(\x04\"\x98\x01\n\x0bRunResponse\x12)\n\x06opened\x18\x01 \x01(\x0b\x32\x17.stagemesh.v1.RunOpenedH\x00\x12*\n\x06result\x18\x02 \x01(\x0b\x32\x18.stagemesh.v1.StepResultH\x00\x12\'\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x16.stagemesh.v1.RunEndedH\x00\x42\t\n\x07message\"+\n\x08RunEnded\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xf0\x01\n\nStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12(\n\x06timing\x18\x03 \x01(\x0b\x32\x18.stagemesh.v1.StepTiming\x12\x11\n\tsequences\x18\x04 \x03(\x04\x12\x11\n\tpositions\x18\x05 \x03(\r\x12\x0e\n\x06tokens\x18\x06 \x03(\r\x12\x10\n\x08logprobs\x18\x07 \x03(\x02\x12\x12\n\ntop_counts\x18\x08 \x03(\r\x12\x0f\n\x07top_ids\x18\t \x03(\r\x12\x14\n\x0ctop_logprobs\x18\n \x03(\x02\x12\x18\n\x10\x66\x61iled_sequences\x18\x0b \x03(\x04*N\n\x08StepKind\x12\x19\n\x15STEP_KIND_UNSPECIFIED\x10\x00\x12\x11\n\rSTEP_KIND_RUN\x10\x01\x12\x14\n\x10STEP_KIND_REPLAY\x10\x02\x32\xc3\x03\n\x05Stage\x12\x45\n\x06\x41ssign\x12\x1b.stagemesh.v1.AssignRequest\x1a\x1c.stagemesh.v1.AssignResponse0\x01\x12L\n\tOfferLink\x12\x1e.stagemesh.v1.OfferLinkRequest\x1a\x1f.stagemesh.v1.OfferLinkResponse\x12R\n\x0b\x43onnectLink\x12 .stagemesh.v1.ConnectLinkRequest\x1a!.stagemesh.v1.ConnectLinkResponse\x12I\n\x08\x41\x63tivate\x12\x1d.stagemesh.v1.ActivateRequest\x1a\x1e.stagemesh.v1.ActivateResponse\x12>\n\x03Run\x12\x18.stagemesh.v1.RunRequest\x1a\x19.stagemesh.v1.RunResponse(\x01\x30\x01\x12\x46\n\x07Release\x12\x1c.stagemesh.v1.ReleaseRequest\x1a\x1d.stagemesh.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stagemesh.protos.v1.stage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STEPKIND']._serialized_start=2561
-  _globals['_STEPKIND']._serialized_end=2639
+  _globals['_STEPKIND']._serialized_start=2593
+  _globals['_STEPKIND']._serialized_end=2671
   _globals['_PIPELINEKEY']._serialized_start=82
   _globals['_PIPELINEKEY']._serialized_end=131
   _globals['_ASSIGNREQUEST']._serialized_start=134
@@ -43,39 +43,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ASSIGNDONE']._serialized_start=470
   _globals['_ASSIGNDONE']._serialized_end=611
   _globals['_OFFERLINKREQUEST']._serialized_start=614
-  _globals['_OFFERLINKREQUEST']._serialized_end=748
-  _globals['_OFFERLINKRESPONSE']._serialized_start=750
-  _globals['_OFFERLINKRESPONSE']._serialized_end=814
-  _globals['_CONNECTLINKREQUEST']._serialized_start=817
-  _globals['_CONNECTLINKREQUEST']._serialized_end=993
-  _globals['_CONNECTLINKRESPONSE']._serialized_start=995
-  _globals['_CONNECTLINKRESPONSE']._serialized_end=1031
-  _globals['_ACTIVATEREQUEST']._serialized_start=1033
-  _globals['_ACTIVATEREQUEST']._serialized_end=1105
-  _globals['_ACTIVATERESPONSE']._serialized_start=1107
-  _globals['_ACTIVATERESPONSE']._serialized_end=1125
-  _globals['_RELEASEREQUEST']._serialized_start=1127
-  _globals['_RELEASEREQUEST']._serialized_end=1199
-  _globals['_RELEASERESPONSE']._serialized_start=1201
-  _globals['_RELEASERESPONSE']._serialized_end=1218
-  _globals['_RUNREQUEST']._serialized_start=1221
-  _globals['_RUNREQUEST']._serialized_end=1431
-  _globals['_RUNOPEN']._serialized_start=1434
-  _globals['_RUNOPEN']._serialized_end=1568
-  _globals['_RUNOPENED']._serialized_start=1570
-  _globals['_RUNOPENED']._serialized_end=1644
-  _globals['_STEPPLAN']._serialized_start=1647
-  _globals['_STEPPLAN']._serialized_end=1913
-  _globals['_OPENSEQUENCE']._serialized_start=1916
-  _globals['_OPENSEQUENCE']._serialized_end=2061
-  _globals['_CLOSESEQUENCE']._serialized_start=2063
-  _globals['_CLOSESEQUENCE']._serialized_end=2116
-  _globals['_RUNRESPONSE']._serialized_start=2119
-  _globals['_RUNRESPONSE']._serialized_end=2271
-  _globals['_RUNENDED']._serialized_start=2273
-  _globals['_RUNENDED']._serialized_end=2316
-  _globals['_STEPRESULT']._serialized_start=2319
-  _globals['_STEPRESULT']._serialized_end=2559
-  _globals['_STAGE']._serialized_start=2642
-  _globals['_STAGE']._serialized_end=3093
+  _globals['_OFFERLINKREQUEST']._serialized_end=764
+  _globals['_OFFERLINKRESPONSE']._serialized_start=766
+  _globals['_OFFERLINKRESPONSE']._serialized_end=830
+  _globals['_CONNECTLINKREQUEST']._serialized_start=833
+  _globals['_CONNECTLINKREQUEST']._serialized_end=1025
+  _globals['_CONNECTLINKRESPONSE']._serialized_start=1027
+  _globals['_CONNECTLINKRESPONSE']._serialized_end=1063
+  _globals['_ACTIVATEREQUEST']._serialized_start=1065
+  _globals['_ACTIVATEREQUEST']._serialized_end=1137
+  _globals['_ACTIVATERESPONSE']._serialized_start=1139
+  _globals['_ACTIVATERESPONSE']._serialized_end=1157
+  _globals['_RELEASEREQUEST']._serialized_start=1159
+  _globals['_RELEASEREQUEST']._serialized_end=1231
+  _globals['_RELEASERESPONSE']._serialized_start=1233
+  _globals['_RELEASERESPONSE']._serialized_end=1250
+  _globals['_RUNREQUEST']._serialized_start=1253
+  _globals['_RUNREQUEST']._serialized_end=1463
+  _globals['_RUNOPEN']._serialized_start=1466
+  _globals['_RUNOPEN']._serialized_end=1600
+  _globals['_RUNOPENED']._serialized_start=1602
+  _globals['_RUNOPENED']._serialized_end=1676
+  _globals['_STEPPLAN']._serialized_start=1679
+  _globals['_STEPPLAN']._serialized_end=1945
+  _globals['_OPENSEQUENCE']._serialized_start=1948
+  _globals['_OPENSEQUENCE']._serialized_end=2093
+  _globals['_CLOSESEQUENCE']._serialized_start=2095
+  _globals['_CLOSESEQUENCE']._serialized_end=2148
+  _globals['_RUNRESPONSE']._serialized_start=2151
+  _globals['_RUNRESPONSE']._serialized_end=2303
+  _globals['_RUNENDED']._serialized_start=2305
+  _globals['_RUNENDED']._serialized_end=2348
+  _globals['_STEPRESULT']._serialized_start=2351
+  _globals['_STEPRESULT']._serialized_end=2591
+  _globals['_STAGE']._serialized_start=2674
+  _globals['_STAGE']._serialized_end=3125
 # @@protoc_insertion_point(module_scope)

@@ -70,18 +70,20 @@ class AssignDone(_message.Message):
     def __init__(self, num_pages: _Optional[int] = ..., page_bytes: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., tensor_bytes_read: _Optional[int] = ..., fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class OfferLinkRequest(_message.Message):
-    __slots__ = ("key", "stage", "transport", "sender_addresses", "nonces")
+    __slots__ = ("key", "stage", "transport", "sender_addresses", "nonces", "tokens")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     SENDER_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     NONCES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     key: PipelineKey
     stage: int
     transport: str
     sender_addresses: _containers.RepeatedScalarFieldContainer[bytes]
     nonces: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., transport: _Optional[str] = ..., sender_addresses: _Optional[_Iterable[bytes]] = ..., nonces: _Optional[_Iterable[int]] = ...) -> None: ...
+    tokens: bool
+    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., transport: _Optional[str] = ..., sender_addresses: _Optional[_Iterable[bytes]] = ..., nonces: _Optional[_Iterable[int]] = ..., tokens: bool = ...) -> None: ...
 
 class OfferLinkResponse(_message.Message):
     __slots__ = ("receiver_addresses", "secrets")
@@ -92,7 +94,7 @@ class OfferLinkResponse(_message.Message):
     def __init__(self, receiver_addresses: _Optional[_Iterable[bytes]] = ..., secrets: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ConnectLinkRequest(_message.Message):
-    __slots__ = ("key", "stage", "transport", "receiver_addresses", "secrets", "nonces", "receiver_id")
+    __slots__ = ("key", "stage", "transport", "receiver_addresses", "secrets", "nonces", "receiver_id", "tokens")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +102,7 @@ class ConnectLinkRequest(_message.Message):
     SECRETS_FIELD_NUMBER: _ClassVar[int]
     NONCES_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     key: PipelineKey
     stage: int
     transport: str
@@ -107,7 +110,8 @@ class ConnectLinkRequest(_message.Message):
     secrets: _containers.RepeatedScalarFieldContainer[bytes]
     nonces: _containers.RepeatedScalarFieldContainer[int]
     receiver_id: str
-    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., transport: _Optional[str] = ..., receiver_addresses: _Optional[_Iterable[bytes]] = ..., secrets: _Optional[_Iterable[bytes]] = ..., nonces: _Optional[_Iterable[int]] = ..., receiver_id: _Optional[str] = ...) -> None: ...
+    tokens: bool
+    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., transport: _Optional[str] = ..., receiver_addresses: _Optional[_Iterable[bytes]] = ..., secrets: _Optional[_Iterable[bytes]] = ..., nonces: _Optional[_Iterable[int]] = ..., receiver_id: _Optional[str] = ..., tokens: bool = ...) -> None: ...
 
 class ConnectLinkResponse(_message.Message):
     __slots__ = ("route",)

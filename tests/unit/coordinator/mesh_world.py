@@ -69,7 +69,12 @@ class World:
         self.send(v.AssignDone("pipeline-0", self.epoch if epoch is None else epoch, stage, done))
 
     def link(self, stage: int, epoch: int | None = None) -> None:
-        self.send(v.LinkUp("pipeline-0", self.epoch if epoch is None else epoch, stage, "shared memory"))
+        """The link behind a stage stands; behind the last but one, the tokens' link from last to first does, too."""
+        at = ("pipeline-0", self.epoch if epoch is None else epoch)
+        stages = len(self.mesh.pipelines["pipeline-0"].stages)
+        if stage == stages - 2:
+            self.send(v.LinkUp(*at, stages - 1, "shared memory"))
+        self.send(v.LinkUp(*at, stage, "shared memory"))
 
     def ack(self, stage: int, epoch: int | None = None) -> None:
         self.send(v.Activated("pipeline-0", self.epoch if epoch is None else epoch, stage))

@@ -34,6 +34,7 @@ class TestForming:
         assert [(m.stage, m.transport, m.receiver_id) for m in world.took(v.MakeLink)] == [
             (0, "ucx", "b"),
             (1, "ucx", "c"),
+            (2, "ucx", "a"),
         ]
         world.link(1)
         assert world.took(v.Activate) == []
@@ -67,9 +68,11 @@ class TestForming:
         world = World()
         world.join("a", 0, tp=2), world.join("b", 1, tp=4)
         world.load(0), world.load(1)
-        (link,) = world.took(v.MakeLink)
+        link, tokens = world.took(v.MakeLink)
         assert len(set(link.nonces)) == 4
         assert all(0 < nonce < 1 << 32 for nonce in link.nonces)
+        assert (link.tokens, link.receiver_stage) == (False, 1)
+        assert (tokens.tokens, tokens.receiver_stage, len(tokens.nonces)) == (True, 0, 1)
         assert link.sender_rank_addresses == (b"u", b"u") or len(link.sender_rank_addresses) == 2
 
     def test_progress_is_published_without_haste(self) -> None:
@@ -98,12 +101,12 @@ class TestTransport:
         world = self.form("auto", ("tcp", "ucx"), ("tcp",))
         (warning,) = [a.message for a in world.actions if isinstance(a, v.Log) and a.warning]
         assert "b did not open ucx" in warning
-        assert [m.transport for m in world.took(v.MakeLink)] == ["tcp"]
+        assert [m.transport for m in world.took(v.MakeLink)] == ["tcp"] * 2
 
     def test_tcp_when_asked_for_is_no_warning(self) -> None:
         world = self.form("tcp", ("tcp", "ucx"), ("tcp", "ucx"))
         assert not [a for a in world.actions if isinstance(a, v.Log) and a.warning]
-        assert [m.transport for m in world.took(v.MakeLink)] == ["tcp"]
+        assert [m.transport for m in world.took(v.MakeLink)] == ["tcp"] * 2
 
     def test_ucx_asked_for_and_missing(self) -> None:
         world = self.form("ucx", ("tcp", "ucx"), ("tcp",))
@@ -118,12 +121,12 @@ class TestTransport:
     def test_auto_gives_ucx_up_between_two_workers_where_it_failed_twice(self) -> None:
         world = self.form("auto", ("tcp", "ucx"), ("tcp", "ucx"))
         for _ in range(2):
-            assert [m.transport for m in world.took(v.MakeLink)] == ["ucx"]
+            assert [m.transport for m in world.took(v.MakeLink)] == ["ucx"] * 2
             world.fail(0, "link", "handshake timed out", transport_failed=True)
             world.wait(2.5, "a", "b")
             world.load(0), world.load(1)
         assert any("handshake timed out" in a.message for a in world.actions if isinstance(a, v.Log) and a.warning)
-        assert [m.transport for m in world.took(v.MakeLink)] == ["tcp"]
+        assert [m.transport for m in world.took(v.MakeLink)] == ["tcp"] * 2
 
 
 class TestLoss:
