@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test check install protos bench bench-vllm numerics chaos breadth helm models-doc clean
+.PHONY: serve test check install protos bench bench-vllm bench-scale numerics chaos breadth helm models-doc clean
 
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
@@ -54,6 +54,9 @@ bench: $(DEV)
 
 bench-vllm: $(DEV)  ## the table beside vLLM; VLLM_VENV names its environment (benchmarks/README.md)
 	$(BIN)/python benchmarks/vllm_table.py $(ARGS)
+
+bench-scale: $(DEV)  ## how a mesh grows, with stages that sleep: about 40 minutes; ARGS="grid --stages 1,2" for less
+	$(BIN)/python benchmarks/scale.py $(if $(ARGS),$(ARGS),grid)
 
 models-doc: $(DEV)
 	$(BIN)/python tools/make_models_doc.py

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import math
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import own_costs
+from own_costs import OwnCosts
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,14 @@ class Run:
     ttft_p99_ms: float
     tpot_p50_ms: float
     tpot_p99_ms: float
+    itl_p99_ms: float
     input_tokens: int
     output_tokens: int
     duration_s: float
     load_before: float
     """The machine's one-minute load average before the server started: other work shows here."""
+    own: OwnCosts | None = None
+    """Of stagemesh: where its processor time and memory went."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,13 @@ METRICS = (
     Metric("ttft_p99_ms", "TTFT p99, ms", 0),
     Metric("tpot_p50_ms", "TPOT p50, ms", 1),
     Metric("tpot_p99_ms", "TPOT p99, ms", 1),
+    Metric("itl_p99_ms", "ITL p99, ms", 1),
     Metric("start_s", "start, s", 1),
 )
 
 
 def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For each row and system the medians over its repeats; for each row with both systems stagemesh / vLLM."""
+    """For each row and system the medians over its repeats; then stagemesh beside each other system of the row."""
     summary: list[dict[str, Any]] = []
     for row in dict.fromkeys(run.row for run in runs):
         medians: dict[str, dict[str, float]] = {}
@@ -74,10 +77,10 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
                     "output_tok_s_range": [min(r.output_tok_s for r in own), max(r.output_tok_s for r in own)],
                 }
             )
-        if medians.keys() >= {"stagemesh", "vllm"}:
-            ours, theirs = medians["stagemesh"], medians["vllm"]
+        ours = medians.pop("stagemesh", {})
+        for system, theirs in medians.items() if ours else ():
             ratio = {name: ours[name] / theirs[name] if theirs[name] else None for name in ours}
-            summary.append({"row": row, "system": "stagemesh / vllm", "ratio": ratio})
+            summary.append({"row": row, "system": f"stagemesh / {system}", "ratio": ratio})
     return summary
 
 
@@ -87,25 +90,24 @@ def write(stem: Path, runs: Sequence[Run], facts: Mapping[str, Any]) -> None:
     summary = summarize(runs)
     whole = {**facts, "summary": summary, "runs": [asdict(run) for run in runs]}
     stem.with_name(stem.name + ".json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    stem.with_name(stem.name + ".md").write_text(markdown(summary, facts), encoding="utf-8")
+    stem.with_name(stem.name + ".md").write_text(markdown(summary, runs, facts), encoding="utf-8")
 
 
-def markdown(summary: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
+def markdown(summary: Sequence[Mapping[str, Any]], runs: Sequence[Run], facts: Mapping[str, Any]) -> str:
     """The page for readers."""
-    machine, model, load = facts["machine"], facts["model"], facts["workload"]
+    peers = ", ".join(s for s in dict.fromkeys(run.system for run in runs) if s != "stagemesh")
+    machine, model = facts["machine"], facts["model"]
     lines = [
-        "# stagemesh beside vLLM",
+        f"# stagemesh beside {peers or 'nobody'}",
         "",
         f"Written by `benchmarks/vllm_table.py` on {facts['date']}. Medians over the repeats of one run, in which the "
         "systems took turns; between runs and machines only the ratios compare.",
         "",
-        f"- Machine: {machine['cores']} cores, {machine['cpu']}, {machine['memory_gib']:.0f} GiB; "
-        f"of its instructions: {', '.join(machine['cpu_flags']) or 'none of those looked for'}.",
+        machine_line(machine),
         f"- Model: {model['parameters'] / 1e6:.0f} M parameters, {model['layers']} layers, hidden {model['hidden']}, "
         f"{model['heads']} heads, {model['kv_heads']} KV heads, MLP {model['mlp']}, vocabulary {model['vocab']}, "
         "bfloat16, random weights.",
-        f"- Load: {load['input_len']} tokens in, {load['output_len']} out, greedy, EOS ignored; the row says how many "
-        "requests at once.",
+        "- Load, greedy, EOS ignored: " + "; ".join(f"`{row}`: {told}" for row, told in facts["loads"].items()) + ".",
         "- Start: from starting the server's process to the first token of a completion.",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in facts['versions'].items())}.",
         "",
@@ -120,52 +122,14 @@ def markdown(summary: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> 
             cells = [f"{entry['median'][m.field]:,.{m.digits}f}" for m in METRICS]
             counted = f"{entry['requests']} ({entry['failed']})"
         lines.append(f"| {entry['row']} | {entry['system']} | {counted} | " + " | ".join(cells) + " |")
+    lines += own_costs.markdown([(run.row, run.own) for run in runs if run.own is not None])
     lines += ["", "The commands:", "", "```sh", *dict.fromkeys(facts["commands"]), "```", ""]
     return "\n".join(lines)
 
 
-WATCHED_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "sve", "bf16")
-
-
-def machine() -> dict[str, Any]:
-    """Cores, CPU, instruction sets that decide matrix speed, and memory."""
-    cpu, flags = platform.processor() or platform.machine(), set[str]()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            cpu = value.strip()
-        elif key.strip() in ("flags", "Features"):
-            flags = set(value.split())
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "cpu": cpu,
-        "cpu_flags": [flag for flag in WATCHED_CPU_FLAGS if flag in flags],
-        "memory_gib": memory_bytes / 2**30,
-        "kernel": platform.release(),
-    }
-
-
-def model_facts(model: Path) -> dict[str, Any]:
-    """What a reader needs of the checkpoint's config, and its parameter count from the tensors' own headers."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    return {
-        "parameters": sum(_parameters(file) for file in sorted(model.glob("*.safetensors"))),
-        "layers": config["num_hidden_layers"],
-        "hidden": config["hidden_size"],
-        "heads": config["num_attention_heads"],
-        "kv_heads": config["num_key_value_heads"],
-        "mlp": config["intermediate_size"],
-        "vocab": config["vocab_size"],
-    }
-
-
-def _parameters(file: Path) -> int:
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
-def today() -> str:
-    """The date of the run."""
-    return datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The machine as an item of a list."""
+    return (
+        f"- Machine: {machine['cores']} cores, {machine['cpu']}, {machine['memory_gib']:.0f} GiB; "
+        f"of its instructions: {', '.join(machine['cpu_flags']) or 'none of those looked for'}."
+    )

@@ -17,58 +17,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
+from specs import ServerSpec
 from vllm_venv import BenchmarkError
-
-System = Literal["stagemesh", "vllm"]
 
 START_DEADLINE_S = 300.0
 STOP_DEADLINE_S = 20.0
 POLL_S = 0.1
 LOG_TAIL_LINES = 60
-MAX_MODEL_LEN = 2048
-MAX_NUM_SEQS = 32
 PR_SET_CHILD_SUBREAPER = 36
 VLLM_SHARED_MEMORY = "vllm_dist_*"
 """Segments that vLLM's ranks leave in /dev/shm when the server ends."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the model is split: `pp` stages of `tp` ranks each."""
-
-    pp: int
-    tp: int
-
-    @property
-    def ranks(self) -> int:
-        """Processes that compute."""
-        return self.pp * self.tp
-
-
-@dataclass(frozen=True)
-class ServerSpec:
-    """What to start: `command` without model and port, and `environment` on top of the caller's."""
-
-    system: System
-    command: list[str]
-    options: list[str]
-    environment: dict[str, str]
-    health_path: str
-
-    def arguments(self, model: Path, port: int) -> list[str]:
-        """The whole command line."""
-        return [*self.command, str(model), *self.options, "--port", str(port)]
-
-    def shown(self) -> str:
-        """The command line for a reader: names instead of this machine's paths."""
-        variables = " ".join(f"{name}='{value}'" for name, value in self.environment.items())
-        return f"{variables} {self.system} serve MODEL {' '.join(self.options)} --port PORT".strip()
 
 
 @dataclass
@@ -82,33 +46,6 @@ class RunningServer:
     process: subprocess.Popen[bytes] = field(repr=False)
 
 
-def spec_for(system: System, layout: Layout, vllm_venv: Path) -> ServerSpec:
-    """How `system` serves a model split by `layout`. Raises BenchmarkError when it cannot on this machine."""
-    options = ["-pp", str(layout.pp), "-tp", str(layout.tp), "--host=127.0.0.1", "--dtype=bfloat16"]
-    options += [f"--max-model-len={MAX_MODEL_LEN}", f"--max-num-seqs={MAX_NUM_SEQS}"]
-    if system == "stagemesh":
-        command = [sys.executable, "-m", "stagemesh.cli.main", "serve"]
-        return ServerSpec(system, command, options, {}, "/readyz")
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if layout.ranks > 1:
-        # Left to itself, vLLM gives each rank a NUMA node, and refuses more ranks than there are nodes.
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(_core_groups(layout.ranks))
-    return ServerSpec(system, [str(vllm_venv / "bin" / "vllm"), "serve"], options, environment, "/health")
-
-
-def _core_groups(ranks: int) -> list[str]:
-    cores = sorted(os.sched_getaffinity(0))
-    if ranks > len(cores):
-        raise BenchmarkError(f"{ranks} ranks need {ranks} cores, this machine gives {len(cores)}")
-    each = len(cores) // ranks
-    return [",".join(str(core) for core in cores[rank * each : (rank + 1) * each]) for rank in range(ranks)]
-
-
 @contextlib.contextmanager
 def running(spec: ServerSpec, model: Path, logs: Path) -> Iterator[RunningServer]:
     """Start `spec` on `model`; yield it after its first token; end every process of it on the way out.
@@ -117,30 +54,50 @@ def running(spec: ServerSpec, model: Path, logs: Path) -> Iterator[RunningServer
     """
     port = _free_port()
     log = logs / f"{spec.system}-{port}.log"
-    environment = {**os.environ, **spec.environment}
     segments_before = _vllm_segments()
     started = time.monotonic()
+    processes: list[subprocess.Popen[bytes]] = []
     with log.open("wb") as sink:
-        process = subprocess.Popen(
-            spec.arguments(model, port),
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+
+        def start(command: list[str]) -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **spec.environment},
+                start_new_session=True,
+            )
+            processes.insert(0, process)  # what was started last is ended first
+            return process
+
         try:
-            model_name = _first_token(spec, port, process, started + START_DEADLINE_S)
+            deadline = started + START_DEADLINE_S
+            helper_ports = [_free_port() for _ in spec.helpers]
+            for helper, helper_port in zip(spec.helpers, helper_ports, strict=True):
+                _until_listening(start([*helper, "--port", str(helper_port)]), helper[0], helper_port, deadline)
+            process = start(spec.arguments(model, port, helper_ports))
+            model_name = _first_token(spec, port, process, deadline)
             start_s = time.monotonic() - started
             yield RunningServer(f"http://127.0.0.1:{port}", model_name, start_s, log, process)
         except BaseException:
             print(f"--- the end of {spec.system}'s log\n{tail(log)}", file=sys.stderr)
             raise
         finally:
-            end(process)
+            end(processes)
             if spec.system == "vllm":
                 for segment in _vllm_segments() - segments_before:
                     segment.unlink(missing_ok=True)
+
+
+def _until_listening(process: subprocess.Popen[bytes], name: str, port: int, deadline: float) -> None:
+    """Wait until something accepts on `port`."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+            return
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise BenchmarkError(f"{name} does not listen on port {port} (exit status {process.poll()})")
+        time.sleep(POLL_S)
 
 
 def _first_token(spec: ServerSpec, port: int, process: subprocess.Popen[bytes], deadline: float) -> str:
@@ -188,26 +145,37 @@ def adopt_orphans() -> None:
         raise BenchmarkError(f"prctl(PR_SET_CHILD_SUBREAPER): {os.strerror(ctypes.get_errno())}")
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the server, SIGKILL to what is left of it after the deadline. Returns when nothing is left.
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM to each, in order; SIGKILL to what is left after the deadline. Returns when nothing is left.
 
     Says so when something had to be killed: a server should end its own processes.
     """
-    family = _family(process.pid)
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=STOP_DEADLINE_S)
-    # What the server left behind was adopted by this process; what it started late shows up only now.
-    family |= {child for child in psutil.Process().children(recursive=True) if child.pid != process.pid}
+    family = {member for process in processes for member in _family(process.pid)}
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=STOP_DEADLINE_S)
+    # What a server left behind was adopted by this process; what it started late shows up only now.
+    family |= set(psutil.Process().children(recursive=True))
     left = [member for member in family if member.is_running()]
-    if left:
-        print(f"killed, as SIGTERM to {process.pid} had not ended them: {_names(left)}", file=sys.stderr)
-    for member in left:
+    alive = [member for member in left if not _is_zombie(member)]
+    if alive:
+        print(f"killed, as SIGTERM had not ended them: {_names(alive)}", file=sys.stderr)
+    for member in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     psutil.wait_procs(left, timeout=STOP_DEADLINE_S)
-    process.wait(timeout=STOP_DEADLINE_S)
+    for process in processes:
+        process.wait(timeout=STOP_DEADLINE_S)
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    """Whether it has ended, and only its parent has not asked for its status yet."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _names(processes: list[psutil.Process]) -> str:
