@@ -31,9 +31,10 @@ from .batch import StepBatch
 from .spec import ShardSpec
 
 MODEL_TYPE = "stagemesh_sleep"
-SLICES = 8
-"""At most so many slices a step, none shorter than `SHORTEST_SLICE_S`: a layer of a real stage takes no less."""
-SHORTEST_SLICE_S = 1e-3
+SLICES = 4
+"""At most so many slices a step, none shorter than `SHORTEST_SLICE_S`: each wakes the process for 70 us of CPU, which a
+real stage's compute would hide and a sleeping one's neighbours on the same cores would wait for."""
+SHORTEST_SLICE_S = 2.5e-3
 FIRST_TOKEN, TOKENS = 4, 94
 """Tokens count up through this range and begin again; a byte-level vocabulary has the printable ASCII there."""
 PR_SET_TIMERSLACK = 29

@@ -57,7 +57,7 @@ def test_a_step_takes_its_time_and_drives_the_transports(folder: str) -> None:
     assert min(took_s) >= STEP_S
     # Slices that each slept a little too long would add up to more; the median, as the machine has other things to do.
     assert sorted(took_s)[2] < STEP_S * 1.25, took_s
-    assert len(driven) >= 5 * 4
+    assert len(driven) >= 5 * 2
 
 
 def test_only_one_rank_and_only_with_its_numbers(folder: str) -> None:
