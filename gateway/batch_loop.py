@@ -65,7 +65,7 @@ class BatchLoop:
         """Pipeline and epoch."""
         return self.view.pipeline_id, self.view.epoch
 
-    async def start(self, gateway_id: str, instance: int, slot: int) -> None:
+    async def start(self, gateway_id: str, instance: int, slot: int, *, prefix_caching: bool) -> None:
         """Opens a session on every stage. Raises the first stage's error."""
         opened = await asyncio.gather(
             *(
@@ -87,6 +87,7 @@ class BatchLoop:
             steps_in_flight=min(o.steps_in_flight for o in opened),
             max_num_seqs=self.view.limits.max_num_seqs,
             max_num_batched_tokens=self.view.limits.max_num_batched_tokens,
+            prefix_caching=prefix_caching,
         )
         self._task = asyncio.create_task(self._run())
 
@@ -145,6 +146,8 @@ class BatchLoop:
         for sequence in plan.opened:
             live = self._live[sequence]
             live.started()
+            if self.scheduler.prefix.enabled:
+                self._metrics.prefix_looked_up(sequence.length, sequence.taken_over)
             self._broadcast(stage_pb2.RunRequest(open_sequence=open_message(sequence, live)))
         message = plan_message(plan, self.view.epoch)
         self._sent_at[plan.step] = time.monotonic()
@@ -179,6 +182,8 @@ class BatchLoop:
         plan = self.scheduler.out[result.step]
         by_ident = {row.sequence.ident: row.sequence for row in plan.rows}
         failed = set(result.failed_sequences)
+        for ident in failed:
+            self.scheduler.failed(by_ident[ident])
         logprobs = _logprobs(result)
         for ident, position, token in zip(result.sequences, result.positions, result.tokens, strict=True):
             sequence = by_ident[ident]

@@ -266,7 +266,8 @@ class MeshEngine:
         loop = BatchLoop(view, self.metrics, self._bubbles, self.recorder, self._on_lost)
         try:
             await self._load_model(view)
-            await loop.start(self.settings.gateway_id, self._instance, self._slot)
+            caching = self.settings.enable_prefix_caching
+            await loop.start(self.settings.gateway_id, self._instance, self._slot, prefix_caching=caching)
             if self._wanted is None or loop.key != (self._wanted.pipeline_id, self._wanted.epoch):
                 raise StageLost("the pipeline changed while its sessions were opened")
             self._loop = loop

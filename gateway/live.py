@@ -132,6 +132,11 @@ class LiveRequest:
         self._wake.set()
         self._on_end(self)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that the prefix cache held when the first choice started; 0 until then."""
+        return self.choices[0].sequence.cached_tokens or 0
+
     # -- to the client ----------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:

@@ -43,6 +43,10 @@ class Metrics:
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of requests that started.")
         self._generation = self._counter("generation_tokens", "Tokens generated.")
         self._preemptions = self._counter("num_preemptions", "Sequences that gave their pages back and began again.")
+        self._prefix_queries = self._counter(
+            "prefix_cache_queries", "Tokens of sequences that started or came back, looked up in the prefix cache."
+        )
+        self._prefix_hits = self._counter("prefix_cache_hits", "Those that were found there and not computed again.")
         self._success = Counter(
             "stagemesh_request_success",
             "Requests that ended, by why.",
@@ -109,6 +113,11 @@ class Metrics:
     def preempted(self) -> None:
         """A sequence gave its pages back."""
         self._preemptions.inc()
+
+    def prefix_looked_up(self, queries: int, hits: int) -> None:
+        """A sequence of `queries` known tokens starts with `hits` of them taken over."""
+        self._prefix_queries.inc(queries)
+        self._prefix_hits.inc(hits)
 
     def http_answered(self, method: str, handler: str, status: int) -> None:
         """An HTTP request was answered; `handler` is the route, not the client's path."""

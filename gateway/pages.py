@@ -1,38 +1,133 @@
 """Which KV pages are whose: the gateway hands out ids, the same id for the same tokens on every worker of a pipeline.
 
+A full page can be offered to others: it is then found by the page before it and its own tokens, so pages form a tree
+whose paths are prefixes (SGLang's radix tree, Zheng et al. 2024, a page an edge). An offered page that nobody holds
+stays, free but filled, until its memory is needed; the one let go longest ago goes first.
+
 Pure: no I/O, no clock. A page is given back only when no step that names it is out; the scheduler sees to that.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+ROOT = 0
+"""The node before the first page."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """A page in the tree. Tokens themselves are the key, so no two prefixes are ever taken for each other."""
+
+    node: int
+    """Never used twice: what hangs below a page that was withdrawn or evicted can not be found again."""
+    key: tuple[int, bytes]
+    """The node before, and the page's tokens."""
+
 
 class PageAllocator:
-    """Ids 0 .. num_pages-1, handed out lowest-recently-freed last (a stack keeps the hot ones hot)."""
+    """Ids 0 .. num_pages-1. Empty pages go first (a stack keeps the hot ones hot), then offered ones nobody holds."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._empty = list(range(num_pages - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        """Offered pages that nobody holds, the one let go longest ago first."""
+        self._holders = [0] * num_pages
+        self._offers: list[_Offer | None] = [None] * num_pages
+        self._found: dict[tuple[int, bytes], int] = {}
+        self._nodes = itertools.count(ROOT + 1)
+
+    # -- holding ----------------------------------------------------------------------------------------------------
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._free)
+        """Pages that nobody holds, empty or offered."""
+        return len(self._empty) + len(self._idle)
+
+    def num_free_beside(self, shared: Sequence[int]) -> int:
+        """Pages that nobody holds, other than `shared`."""
+        return self.num_free - sum(not self._holders[page] for page in shared)
 
     def pages_for(self, tokens: int) -> int:
         """Pages that `tokens` positions need."""
         return -(-tokens // self.page_size)
 
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` pages, or None when there are not that many."""
-        if count > len(self._free):
+    def allocate(self, count: int, shared: Sequence[int] = ()) -> list[int] | None:
+        """`count` fresh pages, or None when there are not that many; `shared` are held with them, or not at all."""
+        if count > self.num_free_beside(shared):
             return None
-        taken = self._free[len(self._free) - count :]
-        del self._free[len(self._free) - count :]
-        return taken[::-1]
+        for page in shared:
+            if not self._holders[page]:
+                del self._idle[page]
+            self._holders[page] += 1
+        while len(self._empty) < count:
+            page, _ = self._idle.popitem(last=False)
+            self._forget(page)
+            self._empty.append(page)
+        at = len(self._empty) - count
+        taken = self._empty[at:][::-1]
+        del self._empty[at:]
+        for page in taken:
+            self._holders[page] = 1
+        return taken
 
-    def free(self, pages: list[int]) -> None:
-        """Takes pages back."""
-        self._free.extend(reversed(pages))
-        if len(self._free) > self.num_pages:
-            raise AssertionError(f"{len(self._free)} pages are free of {self.num_pages}: one was freed twice")
+    def free(self, pages: Sequence[int]) -> None:
+        """One holder lets go of `pages`, given in the order of positions: the last are evicted before the first, since
+        nobody can use a page without those before it."""
+        for page in reversed(pages):
+            if not self._holders[page]:
+                raise AssertionError(f"page {page} was freed twice")
+            self._holders[page] -= 1
+            if self._holders[page]:
+                continue
+            if self._offers[page] is None:
+                self._empty.append(page)
+            else:
+                self._idle[page] = None
+
+    # -- sharing ----------------------------------------------------------------------------------------------------
+
+    def find(self, node: int, tokens: Iterable[bytes]) -> list[int]:
+        """Offered pages that continue the prefix `node` with `tokens`, a page's worth each, as far as they go."""
+        found: list[int] = []
+        for content in tokens:
+            page = self._found.get((node, content))
+            if page is None:
+                break
+            found.append(page)
+            node = self.node_of(page)
+        return found
+
+    def node_of(self, page: int) -> int:
+        """The prefix that ends with an offered page."""
+        offer = self._offers[page]
+        assert offer is not None, f"page {page} is not offered"
+        return offer.node
+
+    def offer(self, page: int, node: int, tokens: bytes) -> int:
+        """Lets others find a held page that is full and written: `tokens` behind the prefix `node`.
+
+        Returns the prefix that it ends. Where an equal page is offered already, that one stays the one to be found.
+        """
+        key = (node, tokens)
+        if (found := self._found.get(key)) is not None:
+            return self.node_of(found)
+        offer = _Offer(next(self._nodes), key)
+        self._offers[page] = offer
+        self._found[key] = page
+        return offer.node
+
+    def withdraw(self, pages: Sequence[int]) -> None:
+        """Held pages are not to be found any more, nor what was computed behind them."""
+        for page in pages:
+            self._forget(page)
+
+    def _forget(self, page: int) -> None:
+        offer, self._offers[page] = self._offers[page], None
+        if offer is not None:
+            del self._found[offer.key]

@@ -84,6 +84,10 @@ class Stream(Protocol):
 
     request: GenerationRequest
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that the prefix cache held; 0 until the request starts."""
+
     def __aiter__(self) -> AsyncIterator[list[Delta]]: ...
 
     def cancel(self) -> None:

@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from .pages import PageAllocator
+from .prefix import PrefixCache
 from .sequence import Sequence, State
 
 
@@ -49,9 +50,16 @@ class Scheduler:
     """Sequences that wait, run and end on one pipeline at one epoch."""
 
     def __init__(
-        self, pages: PageAllocator, *, steps_in_flight: int, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        pages: PageAllocator,
+        *,
+        steps_in_flight: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        prefix_caching: bool = True,
     ) -> None:
         self.pages = pages
+        self.prefix = PrefixCache(pages, prefix_caching)
         self.steps_in_flight = steps_in_flight
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -87,9 +95,14 @@ class Scheduler:
             row.sequence.in_flight -= 1
             if row.samples:
                 row.sequence.awaiting_token = False
+            self.prefix.confirm(row.sequence, row.start + row.count)
         for row in plan.rows:
             self._settle(row.sequence)
         return plan
+
+    def failed(self, sequence: Sequence) -> None:
+        """What a sequence computed is not finite; its end is told by `finish`. To be called before `step_done`."""
+        self.prefix.fail(sequence)
 
     def append_token(self, sequence: Sequence, position: int, token: int) -> bool:
         """Enters a token into the log, if it is the next one of a sequence that still wants it."""
@@ -133,6 +146,8 @@ class Scheduler:
             sequence = row.sequence
             if not sequence.opened:
                 sequence.opened = True
+                if sequence.cached_tokens is None:
+                    sequence.cached_tokens = sequence.taken_over
                 plan.opened.append(sequence)
             sequence.computed = row.start + row.count
             sequence.in_flight += 1
@@ -143,18 +158,24 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Admits from the queue, oldest first, while pages for all known tokens and one more are free, and beyond
-        them one for each that runs: else what is admitted now would be preempted in a moment."""
+        them one for each that runs: else what is admitted now would be preempted in a moment. Pages that hold a prefix
+        of it already are taken over; such as somebody runs with need not be free."""
         while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            needed = self.pages.pages_for(sequence.length + 1)
-            if self.running and self.pages.num_free < needed + len(self.running):
+            if self.pages.num_free <= len(self.running):
                 return
-            pages = self.pages.allocate(needed)
+            shared = self.prefix.find(sequence)
+            needed = self.pages.pages_for(sequence.length + 1) - len(shared)
+            if self.running and self.pages.num_free_beside(shared) < needed + len(self.running):
+                return
+            pages = self.pages.allocate(needed, shared)
             if pages is None:
                 return
             self.waiting.popleft()
-            sequence.pages = pages
+            sequence.pages = shared + pages
             sequence.state = State.RUNNING
+            self.prefix.take(sequence, shared)
+            self.prefix.follow(sequence, self.running)
             self.running.append(sequence)
 
     def _decode_rows(self) -> list[Row]:
@@ -201,7 +222,11 @@ class Scheduler:
         prefilling = [
             s
             for s in self.running
-            if s.state is State.RUNNING and not s.preempted and not s.awaiting_token and self._prefills(s)
+            if s.state is State.RUNNING
+            and not s.preempted
+            and not s.awaiting_token
+            and self._prefills(s)
+            and not self.prefix.still_follows(s)
         ]
         if not prefilling or budget <= 0:
             return []

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import enum
+import functools
 import itertools
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from .pages import ROOT
 
 _numbers = itertools.count(1)
 
@@ -49,6 +54,19 @@ class Sequence:
     last_step: int = 0
     preempted: bool = False
     """To be put back into the queue when its steps are back."""
+    offered: int = 0
+    """Leading pages that others can find, its own or equal ones; those it took over are among them."""
+    node: int = ROOT
+    """The prefix that these pages are, in the allocator's tree."""
+    taken_over: int = 0
+    """Positions that others had computed when it started."""
+    cached_tokens: int | None = None
+    """`taken_over` of its first start; None until then."""
+    failed: bool = False
+    """What it computed is not to be relied on."""
+    follows: Sequence | None = None
+    """One that computes a prefix of it right now: it starts when that one has offered `follows_until` pages."""
+    follows_until: int = 0
 
     @property
     def length(self) -> int:
@@ -67,10 +85,29 @@ class Sequence:
             return self.log[start - split : start - split + count]
         return [*self.prompt[start : start + count], *self.log[: max(0, start + count - split)]]
 
+    def page_tokens(self, page: int, page_size: int) -> bytes:
+        """Ids of the positions of one page, packed: all of them have to be known."""
+        start, end = page * page_size, (page + 1) * page_size
+        if end <= len(self.prompt):
+            return self._packed_prompt[4 * start : 4 * end]
+        return _pack(self.tokens(start, page_size))
+
+    @functools.cached_property
+    def _packed_prompt(self) -> bytes:
+        return _pack(self.prompt)
+
     def forget_pages(self) -> list[int]:
         """Takes its pages away, and with them everything that was computed; it comes back as another number."""
         pages, self.pages = self.pages, []
         self.pages_sent = self.computed = self.last_step = 0
+        self.offered = self.taken_over = 0
+        self.node = ROOT
+        self.follows = None
         self.opened = False
         self.ident = next(_numbers)
         return pages
+
+
+def _pack(tokens: Iterable[int]) -> bytes:
+    """Four bytes a token."""
+    return array("I", tokens).tobytes()

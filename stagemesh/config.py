@@ -181,6 +181,8 @@ class GatewaySettings(ListenSettings):
     """Directory of the checkpoint (config and tokenizer) on this machine, where it differs from the coordinator's."""
     api_key: str | None = None
     """Key that clients must send as `Authorization: Bearer`."""
+    enable_prefix_caching: bool = False
+    """Keep the KV of full pages as long as memory lasts, so that a prompt that begins alike is not computed again."""
     max_waiting: int = Field(256, ge=0)
     """Requests that may wait for admission; beyond it, 429."""
     request_timeout: float = Field(600.0, gt=0)
@@ -220,6 +222,8 @@ class ServeSettings(Loopback, ModelSettings):
     """Run transformers' modules as they are, without compiled kernels."""
     steps_in_flight: int | None = Field(None, ge=1, le=64)
     """Steps that may be in flight at once; default: stages + 1."""
+    enable_prefix_caching: bool = False
+    """Keep the KV of full pages as long as memory lasts, so that a prompt that begins alike is not computed again."""
     max_waiting: int = Field(256, ge=0)
     """Requests that may wait for admission."""
     request_timeout: float = Field(600.0, gt=0)

@@ -16,7 +16,7 @@ from stagemesh.gateway.tokenizer import Tokenizer
 
 from .errors import dumps
 from .protocol import Common
-from .run import Choice
+from .run import Choice, Run
 
 DONE = b"data: [DONE]\n\n"
 
@@ -50,6 +50,8 @@ class Call(ABC):
         self.created = int(time.time())
         self.stream = bool(body.stream)
         self.requests: Sequence[GenerationRequest] = ()
+        self.run: Run | None = None
+        """Set when the requests are submitted."""
         options = body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
         self._continuous_usage = self._include_usage and bool(options and options.continuous_usage_stats)
@@ -97,13 +99,14 @@ class Call(ABC):
         usage = event(f'{self._head}],"usage":{dumps(self.usage())}}}').encode() if self._include_usage else b""
         return usage + DONE
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens so far; a prompt counts once, however many choices answer it."""
         prompt = sum(len(request.prompt) for request in self.requests)
         return {
             "prompt_tokens": prompt,
             "total_tokens": prompt + self._completion_tokens,
             "completion_tokens": self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.run.cached_tokens if self.run is not None else 0},
         }
 
     def request_ids(self, count: int) -> list[str]:

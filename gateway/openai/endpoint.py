@@ -56,7 +56,7 @@ class Endpoint:
     async def _answer(self, data: bytes, writer: Writer) -> Response | None:
         """The whole answer, or None when it was streamed."""
         call = await self._parse(self._api, data)
-        run = Run(self._api.engine, call.requests)
+        run = call.run = Run(self._api.engine, call.requests)
         try:
             if not call.stream:
                 return json_response(call.whole(await run.whole()))

@@ -48,6 +48,11 @@ class Run:
         return sum(len(r.prompt) for r in self.requests)
 
     @property
+    def cached_tokens(self) -> int:
+        """Those of them that were not computed again."""
+        return sum(stream.cached_tokens for stream in self._streams)
+
+    @property
     def num_choices(self) -> int:
         """Choices of all prompts."""
         return sum(r.n for r in self.requests)

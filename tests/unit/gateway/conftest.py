@@ -85,6 +85,7 @@ class EchoStream:
         self._engine = engine
         self._cancelled = asyncio.Event()
         self._ended = False
+        self.cached_tokens = 0
         self.batches = 0
         self.produced = 0
 

@@ -55,7 +55,12 @@ def test_a_completion(make_served: Make) -> None:
         {"index": 0, "text": "abcab", "logprobs": None, "finish_reason": "length", "stop_reason": None}
     ]
     # The prompt is <s>, a, b, c.
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
+    assert answer["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": 5,
+        "total_tokens": 9,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     request = served.engine.requests[0]
     assert request.sampling.temperature == 0.5, "the default of generation_config.json"
     assert request.stop_token_ids == {1, 2}
@@ -93,7 +98,12 @@ def test_several_prompts_are_indexed_like_openai(make_served: Make, events: Pars
     answer = post(served, URL, body).json()
     assert [c["index"] for c in answer["choices"]] == [0, 1, 2, 3, 4, 5]
     assert [c["text"] for c in answer["choices"]] == ["abab", "abba", "cdcd", "cddc", "efef", "effe"]
-    assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21}
+    assert answer["usage"] == {
+        "prompt_tokens": 9,
+        "completion_tokens": 12,
+        "total_tokens": 21,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     got = events(post(served, URL, {**body, "stream": True}).text.splitlines())
     streamed = [""] * 6
     for event in got[:-1]:
