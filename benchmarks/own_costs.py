@@ -36,7 +36,7 @@ class OwnCosts:
     weights_mib: dict[str, float]
     """Of each rank."""
     kv_mib: dict[str, float]
-    """Of each rank, allocated and zeroed."""
+    """Of each rank, allocated; resident as far as pages were touched."""
 
 
 def own_costs(
@@ -113,16 +113,16 @@ def _memory(by_row: Mapping[str, Sequence[OwnCosts]]) -> list[str]:
     lines = [
         "",
         f"Memory of each process (PSS, MiB) in row {row}: after its start and after the load; `rest`: the second less "
-        "weights and KV pages.",
+        "weights. KV pages are in it as far as they were touched.",
         "",
-        "| process | at start | after the load | weights | KV pages | rest |",
+        "| process | at start | after the load | weights | KV allocated | rest |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for role in sorted(own[0].pss_start_mib):
         start = _median(c.pss_start_mib.get(role, 0.0) for c in own)
         end = _median(c.pss_end_mib.get(role, 0.0) for c in own)
         weights, kv = own[0].weights_mib.get(role, 0.0), own[0].kv_mib.get(role, 0.0)
-        lines.append(f"| {role} | {start:.0f} | {end:.0f} | {weights:.0f} | {kv:.0f} | {end - weights - kv:.0f} |")
+        lines.append(f"| {role} | {start:.0f} | {end:.0f} | {weights:.0f} | {kv:.0f} | {end - weights:.0f} |")
     return lines
 
 

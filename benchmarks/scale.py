@@ -29,6 +29,8 @@ from probe import cpu_seconds, processes, scrape, sums_of
 from sleep_mesh import PROMPT_LEN, Shape, SleepMesh, running
 from vllm_venv import BenchmarkError
 
+from stagemesh.errors import StagemeshError
+
 RAMP_DEADLINE_S = 120.0
 POLL_S = 0.1
 
@@ -52,6 +54,8 @@ class Point:
     cpu_s: dict[str, float]
     cpu_share: float
     """Of all cores, by the mesh and the client together: near 1, the machine and not the mesh is the bound."""
+    idle_cpu: dict[str, float]
+    """CPU seconds a second by role, of the same mesh without requests."""
     load_before: float
 
     @property
@@ -64,13 +68,21 @@ class Point:
         """What share of the time a stage would compute in an ideal pipeline."""
         return min(1.0, self.in_flight / self.stages)
 
+    def busy_cpu_s(self, role: str) -> float:
+        """CPU seconds of the roles that begin so, over what they would have used idle."""
+        return sum(
+            max(0.0, seconds - self.idle_cpu.get(name, 0.0) * self.window_s)
+            for name, seconds in self.cpu_s.items()
+            if name.startswith(role)
+        )
+
 
 def ideal_tok_s(stages: int, in_flight: int, at_once: int, step_s: float) -> float:
     """Every request gets a token each time its step comes round: after P steps, or after all others in flight."""
     return at_once / (max(stages, in_flight) * step_s)
 
 
-async def measure(mesh: SleepMesh, at_once: int, window_s: float, stream: bool) -> Point:
+async def measure(mesh: SleepMesh, at_once: int, window_s: float, stream: bool, idle_cpu: dict[str, float]) -> Point:
     """Starts `at_once` requests that outlast the window, waits until all generate, and counts over the window."""
     shape = mesh.shape
     load_before = os.getloadavg()[0]
@@ -89,7 +101,7 @@ async def measure(mesh: SleepMesh, at_once: int, window_s: float, stream: bool) 
     delta = {name: value - before.get(name, 0.0) for name, value in after.items()}
     cpu_s = {role: cpu_after[role] - cpu_before[role] for role in cpu_after}
     last = str(shape.stages - 1)
-    in_flight = min(at_once, shape.in_flight)
+    in_flight = min(at_once, mesh.steps_in_flight)
     return Point(
         stages=shape.stages,
         step_ms=shape.step_s * 1e3,
@@ -103,8 +115,17 @@ async def measure(mesh: SleepMesh, at_once: int, window_s: float, stream: bool) 
         busiest=max(delta[f"stage {stage} compute"] for stage in range(shape.stages)) / spent_s,
         cpu_s=cpu_s,
         cpu_share=sum(cpu_s.values()) / spent_s / len(os.sched_getaffinity(0)),
+        idle_cpu=idle_cpu,
         load_before=load_before,
     )
+
+
+async def idle(seconds: float) -> dict[str, float]:
+    """CPU seconds a second of each role, while no request runs."""
+    members = processes(os.getpid())
+    before = cpu_seconds(members)
+    await asyncio.sleep(seconds)
+    return {role: (spent - before[role]) / seconds for role, spent in cpu_seconds(members).items()}
 
 
 async def _sums(mesh: SleepMesh) -> dict[str, float]:
@@ -139,8 +160,9 @@ async def grid(arguments: argparse.Namespace, folder: Path) -> list[Point]:
             shape = Shape(stages, step_ms / 1e3, max_num_seqs=max(arguments.at_once))
             async with running(shape, folder) as mesh:
                 print(f"{stages} stages of {step_ms:g} ms: ready after {mesh.start_s:.1f} s", flush=True)
+                idle_cpu = await idle(arguments.window)
                 for at_once in arguments.at_once:
-                    point = await measure(mesh, at_once, arguments.window, arguments.stream)
+                    point = await measure(mesh, at_once, arguments.window, arguments.stream, idle_cpu)
                     points.append(point)
                     print(
                         f"  {at_once} at once: {point.tok_s:.1f} tok/s, {point.efficiency:.3f} of the ideal, "
@@ -192,7 +214,7 @@ def main(argv: Iterable[str] | None = None) -> int:
             if arguments.kind == "many":
                 return asyncio.run(scale_many.run(arguments, Path(scratch), told))
             return scale_partition.run(arguments.out, told)
-    except (BenchmarkError, TimeoutError, RuntimeError) as error:
+    except (BenchmarkError, StagemeshError, TimeoutError, RuntimeError) as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
 

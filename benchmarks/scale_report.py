@@ -1,14 +1,14 @@
-"""What `scale.py` leaves behind: JSON, a page of tables, and a picture of the efficiency."""
+"""What `scale.py` leaves behind: JSON, a page of tables, and pictures of efficiency and cost."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from line_chart import Panel, draw
 from report import machine_line as machine_line
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 GOALS = {20.0: 0.95, 3.0: 0.85}
 """Least efficiency by milliseconds of a step, up to `GOAL_STAGES` stages."""
 GOAL_STAGES = 16
-COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#777777", "#000000")
-WIDTH, HEIGHT, MARGIN = 420, 300, 46
 
 
 def save(stem: Path, whole: Mapping[str, Any], lines: Sequence[str]) -> None:
@@ -43,20 +41,21 @@ def write_grid(stem: Path, points: Sequence[Point], told: Mapping[str, Any]) -> 
         f"- Versions: {', '.join(f'{name} {version}' for name, version in told['versions'].items())}.",
         f"- Command: `{told['command']}`.",
         "",
-        "Efficiency: tokens a second beside the ideal pipeline's. There, n requests go in min(n, P + 1) steps, and "
-        "each gets a token as often as its step comes round. In brackets: share of all cores that mesh and client "
-        "used. Near 100 % the machine is the bound, as all stages share it.",
+        "Efficiency: tokens a second beside the ideal pipeline's. There, n requests go in as many steps as may be in "
+        "flight, and each gets a token as often as its step comes round. In brackets: share of all cores that mesh and "
+        "client used. Near 100 % the machine is the bound, as all stages share it.",
     ]
     for step_ms in dict.fromkeys(p.step_ms for p in points):
         own = [p for p in points if p.step_ms == step_ms]
         lines += ["", f"## Steps of {step_ms:g} ms", "", *_table(own, _efficiency), "", *_costs(own)]
     goals = ", ".join(f"{goal:g} at {ms:g} ms" for ms, goal in GOALS.items())
     lines += ["", f"Goal: at least {goals}, to {GOAL_STAGES} stages. Below it: {_named(below)}."]
-    if stem.name:
-        lines += ["", f"![busy share of a stage by requests at once]({stem.name}.svg)"]
+    lines += ["", f"![busy share of a stage by requests at once]({stem.name}.svg)"]
+    lines += ["", f"![what gateway and coordinator cost]({stem.name}-cost.svg)"]
     asdict = [{**dataclasses.asdict(p), "efficiency": p.efficiency} for p in points]
     save(stem, {**told, "goals": GOALS, "points": asdict}, lines)
-    stem.with_name(stem.name + ".svg").write_text(picture(points), encoding="utf-8")
+    stem.with_name(stem.name + ".svg").write_text(efficiency_chart(points), encoding="utf-8")
+    stem.with_name(stem.name + "-cost.svg").write_text(cost_chart(points), encoding="utf-8")
     return 1 if below else 0
 
 
@@ -82,55 +81,61 @@ def _table(points: Sequence[Point], show: Any) -> list[str]:
 def _costs(points: Sequence[Point]) -> list[str]:
     """CPU of the services, per what drives it."""
     lines = [
-        "CPU, in microseconds: the gateway's a step and a token, an agent's a step, a rank's a step (it includes "
-        "waking up in the sleep), and the coordinator's a second and worker.",
+        "CPU in microseconds over what the process uses idle: the gateway's a step and a token, an agent's and a "
+        "rank's a step (the rank's holds its waking up in the sleep).",
         "",
-        "| stages | at once | gateway, a step | gateway, a token | agent, a step | rank, a step | coordinator |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| stages | at once | gateway, a step | gateway, a token | agent, a step | rank, a step |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for p in points:
         steps, tokens = p.steps_s * p.window_s, p.tok_s * p.window_s
-        agents = sum(s for role, s in p.cpu_s.items() if role.startswith("agent ")) / p.stages
-        ranks = sum(s for role, s in p.cpu_s.items() if role.startswith("rank ")) / p.stages
-        figures = (
-            p.cpu_s.get("gateway", 0.0) / steps,
-            p.cpu_s.get("gateway", 0.0) / tokens,
-            agents / steps,
-            ranks / steps,
-            p.cpu_s.get("coordinator", 0.0) / p.window_s / p.stages,
-        )
+        gateway, each = p.busy_cpu_s("gateway"), steps * p.stages
+        figures = (gateway / steps, gateway / tokens, p.busy_cpu_s("agent ") / each, p.busy_cpu_s("rank ") / each)
         lines.append(f"| {p.stages} | {p.at_once} | " + " | ".join(f"{figure * 1e6:.0f}" for figure in figures) + " |")
+    lines += [
+        "",
+        "CPU in milliseconds a second: without requests, and the coordinator's with as many as there were at most.",
+        "",
+        "| stages | gateway | each agent | each rank | coordinator | a worker | coordinator under load | a worker |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for p in {p.stages: p for p in points}.values():
+        agents = sum(share for role, share in p.idle_cpu.items() if role.startswith("agent ")) / p.stages
+        ranks = sum(share for role, share in p.idle_cpu.items() if role.startswith("rank ")) / p.stages
+        still, loaded = p.idle_cpu.get("coordinator", 0.0), p.cpu_s.get("coordinator", 0.0) / p.window_s
+        rates = (p.idle_cpu.get("gateway", 0.0), agents, ranks, still, still / p.stages, loaded, loaded / p.stages)
+        lines.append(f"| {p.stages} | " + " | ".join(f"{rate * 1e3:.2f}" for rate in rates) + " |")
     return lines
 
 
-def picture(points: Sequence[Point]) -> str:
-    """One panel a step length: busy share (measured solid, ideal dashed) over requests at once, a line a P."""
-    lengths = list(dict.fromkeys(p.step_ms for p in points))
-    most = max(math.log2(max(2, p.at_once)) for p in points)
-    parts = []
-    for panel, step_ms in enumerate(lengths):
-        x0 = panel * WIDTH + MARGIN
-
-        def place(n: float, share: float, x0: int = x0) -> str:
-            x = x0 + math.log2(n) / most * (WIDTH - 2 * MARGIN)
-            return f"{x:.1f},{HEIGHT - MARGIN - min(1.05, share) * (HEIGHT - 2 * MARGIN):.1f}"
-
-        parts.append(f'<text x="{x0}" y="24">{step_ms:g} ms a step: ideal dashed</text>')
-        for share in (0, 0.25, 0.5, 0.75, 1):
-            left, right = place(1, share).split(","), place(2**most, share).split(",")
-            parts.append(f'<path d="M{",".join(left)} L{",".join(right)}" stroke="#dddddd"/>')
-            parts.append(f'<text x="{x0 - 30}" y="{left[1]}">{share:g}</text>')
+def efficiency_chart(points: Sequence[Point]) -> str:
+    """Busy share of a stage by requests at once, a panel each length of a step, a line each number of stages."""
+    panels = []
+    for step_ms in dict.fromkeys(p.step_ms for p in points):
         own = [p for p in points if p.step_ms == step_ms]
-        for n in dict.fromkeys(p.at_once for p in own):
-            parts.append(f'<text x="{place(n, 0).split(",")[0]}" y="{HEIGHT - MARGIN + 16}">{n}</text>')
-        for index, stages in enumerate(dict.fromkeys(p.stages for p in own)):
-            line = sorted((p for p in own if p.stages == stages), key=lambda p: p.at_once)
-            colour = COLOURS[index % len(COLOURS)]
-            measured = " L".join(place(p.at_once, p.efficiency * p.ideal_busy) for p in line)
-            ideal = " L".join(place(p.at_once, p.ideal_busy) for p in line)
-            parts.append(f'<path d="M{measured}" stroke="{colour}" stroke-width="2"/>')
-            parts.append(f'<path d="M{ideal}" stroke="{colour}" stroke-dasharray="4 3"/>')
-            parts.append(f'<text x="{x0 + index * 52}" y="{HEIGHT - 8}" fill="{colour}">P={stages}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * len(lengths)}" height="{HEIGHT}"'
-    body = "\n".join(parts)
-    return f'{head} font-family="sans-serif" font-size="11">\n<style>path {{ fill: none }}</style>\n{body}\n</svg>\n'
+        measured = _lines(own, lambda p: p.efficiency * p.ideal_busy)
+        ideal = _lines(own, lambda p: p.ideal_busy)
+        title = f"share of the ideal full pipeline, {step_ms:g} ms a step (dashed: ideal)"
+        panels.append(Panel(title, "requests at once", measured, ideal, y_max=1.0))
+    return draw(panels)
+
+
+def cost_chart(points: Sequence[Point]) -> str:
+    """The gateway's CPU a step and a token, by requests at once; the coordinator's a worker, by workers."""
+    panels = []
+    for step_ms in dict.fromkeys(p.step_ms for p in points):
+        own = [p for p in points if p.step_ms == step_ms]
+        a_step = _lines(own, lambda p: p.busy_cpu_s("gateway") / (p.steps_s * p.window_s) * 1e6)
+        a_token = _lines(own, lambda p: p.busy_cpu_s("gateway") / (p.tok_s * p.window_s) * 1e6)
+        panels.append(Panel(f"gateway, us a step, {step_ms:g} ms steps", "requests at once", a_step))
+        panels.append(Panel(f"gateway, us a token, {step_ms:g} ms steps", "requests at once", a_token))
+    workers = {p.stages: p.idle_cpu.get("coordinator", 0.0) / p.stages * 1e3 for p in points}
+    panels.append(Panel("coordinator, ms a second and worker", "workers", {"idle": list(workers.items())}))
+    return draw(panels)
+
+
+def _lines(points: Sequence[Point], y: Callable[[Point], float]) -> dict[str, list[tuple[float, float]]]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for p in points:
+        lines.setdefault(f"P={p.stages}", []).append((p.at_once, y(p)))
+    return lines

@@ -38,12 +38,7 @@ class Shape:
     max_num_seqs: int = 512
     max_model_len: int = 4096
     steps_in_flight: int | None = None
-    """Default: stages + 1."""
-
-    @property
-    def in_flight(self) -> int:
-        """Steps that may be in flight."""
-        return self.steps_in_flight or self.stages + 1
+    """Default: the coordinator's."""
 
 
 @dataclass
@@ -54,6 +49,8 @@ class SleepMesh:
     port: int
     start_s: float
     children: list[Child]
+    steps_in_flight: int = 0
+    """How many the coordinator allows."""
 
     @property
     def base_url(self) -> str:
@@ -130,6 +127,7 @@ async def running(shape: Shape, folder: Path) -> AsyncIterator[SleepMesh]:
             mesh = SleepMesh(shape, gateway.ports["port"], 0.0, children)
             await _until_ready(mesh, began + READY_DEADLINE_S)
             mesh.start_s = time.monotonic() - began
+            mesh.steps_in_flight = await asyncio.to_thread(_steps_in_flight, mesh.base_url)
             yield mesh
         except BaseException:
             print("\n".join(log.read_text(errors="replace").splitlines()[-40:]), file=sys.stdout)
@@ -169,3 +167,8 @@ def _ready(base_url: str) -> bool:
     except (OSError, urllib.error.HTTPError):
         return False
     return True
+
+
+def _steps_in_flight(base_url: str) -> int:
+    with urllib.request.urlopen(base_url + "/mesh", timeout=10) as response:
+        return int(json.load(response)["pipelines"][0]["limits"]["steps_in_flight"])

@@ -109,14 +109,17 @@ def test_the_ideal_pipeline() -> None:
 
 def test_the_page_and_the_picture_of_a_grid(tmp_path: Path) -> None:
     cpu = {"gateway": 0.8, "agent of stage 0": 0.1, "rank 0 of stage 0": 0.2, "coordinator": 0.01}
-    point = scale.Point(2, 20.0, 1, 1, False, 8.0, 24.0, 25.0, 25.0, 0.5, cpu, 0.2, 0.1)
+    idle = {"gateway": 0.05, "coordinator": 0.001}
+    point = scale.Point(2, 20.0, 1, 1, False, 8.0, 24.0, 25.0, 25.0, 0.5, cpu, 0.2, idle, 0.1)
     points = [point, replace(point, at_once=4, in_flight=3, tok_s=10.0, ideal_tok_s=50.0)]
     told = {"date": "d", "machine": {"cores": 2, "cpu": "c", "memory_gib": 1.0, "cpu_flags": []}, "versions": {}}
     assert scale_report.write_grid(tmp_path / "s", points, {**told, "command": "c"}) == 1  # a point below its goal
     page = (tmp_path / "s.md").read_text()
     assert "| 2 | 0.96 (20%) | 0.20 (20%) |" in page
     assert "Below it: P=2 n=4 at 20 ms (0.20)." in page
-    xml.etree.ElementTree.fromstring((tmp_path / "s.svg").read_text())
+    assert "| 2 | 1 | 2000 | 2083 |" in page  # the gateway: 0.4 s over idle, for 200 steps and 192 tokens
+    for name in ("s.svg", "s-cost.svg"):
+        xml.etree.ElementTree.fromstring((tmp_path / name).read_text())
     assert scale_report.write_grid(tmp_path / "s", points[:1], {**told, "command": "c"}) == 0
 
 
