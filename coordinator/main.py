@@ -91,7 +91,7 @@ def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> Limits:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         page_size=settings.block_size,
         num_pages=settings.num_kv_pages or 0,
-        steps_in_flight=settings.steps_in_flight or settings.pipeline_parallel_size + 1,
+        steps_in_flight=settings.steps_in_flight or default_steps_in_flight(settings.pipeline_parallel_size),
         gateways=settings.gateways,
     )
     if 0 < limits.num_pages < limits.pages_per_sequence:
@@ -102,6 +102,15 @@ def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> Limits:
             f"--max-model-len {held}"
         )
     return limits
+
+
+FEW_STAGES = 4
+"""Below so many, another batch of decode rows costs more (each streams the weights) than the bubble it would fill."""
+
+
+def default_steps_in_flight(stages: int) -> int:
+    """Batches that decode rows are spread over: one a stage, and in a longer pipeline one more to hide its hops."""
+    return stages if stages < FEW_STAGES else stages + 1
 
 
 def run(settings: CoordinatorSettings, ready_fd: int | None = None) -> int:

@@ -17,12 +17,13 @@ from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from .bubbles import Bubbles
+from .budget import StepCosts
 from .live import LiveRequest
 from .metrics import Metrics
 from .pages import PageAllocator
 from .request import Sampling, TokenLogprob
 from .run_stream import RunStream
-from .scheduler import Plan, Scheduler
+from .scheduler import Plan, Row, Scheduler
 from .sequence import Sequence
 from .trace import Recorder
 
@@ -50,6 +51,7 @@ class BatchLoop:
         self.scheduler: Scheduler
         self._metrics = metrics
         self._bubbles = bubbles
+        self._costs = StepCosts()
         self._recorder = recorder
         self._on_lost = on_lost
         self._streams = [RunStream(stage, self._on_result, self._on_stream_lost) for stage in view.stages]
@@ -177,9 +179,12 @@ class BatchLoop:
         self._bubbles.add(stage, result.timing)
         if self._recorder.active:
             self._recorder.result(self.view, stage, result)
+        plan = self.scheduler.out.get(result.step)
+        if plan is None:
+            return  # The last stage's result came before this one, over another stream.
+        self._costs.add(stage, plan.num_tokens, result.timing.compute_us * 1e-6)
         if stage != len(self._streams) - 1:
             return
-        plan = self.scheduler.out[result.step]
         by_ident = {row.sequence.ident: row.sequence for row in plan.rows}
         failed = set(result.failed_sequences)
         for ident in failed:
@@ -203,6 +208,7 @@ class BatchLoop:
         if self._recorder.active:
             self._recorder.delivered(self.view, result.step)
         self.scheduler.step_done(result.step)
+        self.scheduler.prefill_budget = self._costs.prefill_budget()
         del self._sent_at[result.step]
         self._wake.set()
 
@@ -281,12 +287,19 @@ def plan_message(plan: Plan, epoch: int) -> stage_pb2.StepPlan:
         sequences=[row.sequence.ident for row in rows],
         starts=[row.start for row in rows],
         counts=[row.count for row in rows],
-        tokens=list(itertools.chain.from_iterable(row.sequence.tokens(row.start, row.count) for row in rows)),
+        tokens=list(itertools.chain.from_iterable(_tokens(row) for row in rows)),
         new_page_counts=[len(row.new_pages) for row in rows],
         new_pages=list(itertools.chain.from_iterable(row.new_pages for row in rows)),
         sample_rows=[i for i, row in enumerate(rows) if row.samples],
+        ref_rows=[i for i, row in enumerate(rows) if row.result_of],
+        ref_steps=[row.result_of for row in rows if row.result_of],
         planned_us=time.monotonic_ns() // 1000,
     )
+
+
+def _tokens(row: Row) -> list[int]:
+    """The row's tokens; 0 stands for one that is still to be sampled."""
+    return [0] if row.result_of else row.sequence.tokens(row.start, row.count)
 
 
 def _logprobs(result: stage_pb2.StepResult) -> Iterator[TokenLogprob | None]:

@@ -1,10 +1,12 @@
 """Which rows go into the next step. Pure: no I/O, no clock; events in, plans out.
 
-Continuous batching over a pipeline: up to `steps_in_flight` steps of disjoint decode rows are out at once. Decode rows
-are spread so that steps stay equal: at most ceil(live / steps in flight) a step. Prefill goes in chunks beside them
-under a token budget, and the chunks of one prompt follow each other without waiting for results. Half of what a step
-can prefill goes to the prompt that has waited longest, the rest to the shortest remaining ones first, so that a long
-prompt neither starves the short ones nor is starved by them (the idea of Sarathi-Serve's chunks, Agrawal et al. 2024).
+Continuous batching over a pipeline: decode rows are spread over `steps_in_flight` steps, so that these stay equal: at
+most ceil(live / steps in flight) a step. The next step of the same rows is planned while the one before is out: its
+tokens are "the result of step N", which the last stage sends to the first itself, so a stage never waits for this side.
+
+Prefill goes in chunks beside the decode rows under a token budget (budget.py), so that steps last alike whatever they
+hold; the chunks of one prompt follow each other without waiting for results. The prompt that has waited longest goes
+first, but for half of the budget if others have less left (the chunks are Sarathi-Serve's, Agrawal et al. 2024).
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from .pages import PageAllocator
 from .prefix import PrefixCache
 from .sequence import Sequence, State
 
+STEPS_AHEAD = 2
+"""Steps of one sequence that may be out: one runs, the next waits for its token."""
+
 
 @dataclass
 class Row:
@@ -26,7 +31,9 @@ class Row:
     count: int
     new_pages: list[int]
     samples: bool
-    """Whether the row ends at the last known token, so that the next one is drawn."""
+    """Whether the row ends at the last token there is, so that the next one is drawn."""
+    result_of: int = 0
+    """The step whose result the row's token is; 0: it is known."""
 
 
 @dataclass
@@ -36,6 +43,11 @@ class Plan:
     step: int
     rows: list[Row]
     opened: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all rows."""
+        return sum(row.count for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ class Scheduler:
         self.pages = pages
         self.prefix = PrefixCache(pages, prefix_caching)
         self.steps_in_flight = steps_in_flight
+        self.prefill_budget = max_num_batched_tokens
+        """Prompt tokens of one step; the caller fits it to what steps cost."""
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
@@ -94,7 +108,7 @@ class Scheduler:
         for row in plan.rows:
             row.sequence.in_flight -= 1
             if row.samples:
-                row.sequence.awaiting_token = False
+                row.sequence.unsampled -= 1
             self.prefix.confirm(row.sequence, row.start + row.count)
         for row in plan.rows:
             self._settle(row.sequence)
@@ -133,11 +147,12 @@ class Scheduler:
 
     def next_plan(self) -> Plan | None:
         """The next step, or None: the pipeline is full, or nothing can run before something comes back."""
-        if len(self.out) >= self.steps_in_flight:
+        if len(self.out) >= STEPS_AHEAD * self.steps_in_flight:
             return None
         self._admit()
-        rows = self._decode_rows()
-        rows += self._prefill_rows(self.max_num_batched_tokens - len(rows))
+        prefilling = self._prefilling()
+        rows = self._decode_rows(hurry=not prefilling)
+        rows += self._prefill_rows(prefilling, min(self.prefill_budget, self.max_num_batched_tokens - len(rows)))
         if not rows:
             return None
         plan = Plan(self._next_step, rows)
@@ -152,7 +167,7 @@ class Scheduler:
             sequence.computed = row.start + row.count
             sequence.in_flight += 1
             sequence.last_step = plan.step
-            sequence.awaiting_token = sequence.awaiting_token or row.samples
+            sequence.unsampled += row.samples
         self.out[plan.step] = plan
         return plan
 
@@ -178,16 +193,22 @@ class Scheduler:
             self.prefix.follow(sequence, self.running)
             self.running.append(sequence)
 
-    def _decode_rows(self) -> list[Row]:
-        """Sequences whose next token can be computed now, in equal shares a step."""
-        decoding = [s for s in self.running if s.log and s.length - s.computed <= 1 and s.state is State.RUNNING]
-        share = -(-len(decoding) // self.steps_in_flight)
-        ready = [s for s in decoding if not s.awaiting_token and not s.in_flight and not s.preempted]
+    def _decode_rows(self, *, hurry: bool) -> list[Row]:
+        """Sequences whose next token can be computed, in equal shares a step.
+
+        One whose token is still out is not named again before as many steps as there are stages to pass are between:
+        the first stage would wait for it, in front of prompts. Unless there is nothing else to do (`hurry`).
+        """
+        decoding = [s for s in self.running if s.state is State.RUNNING and not s.preempted and (s.log or s.unsampled)]
+        share = min(-(-len(decoding) // self.steps_in_flight), self.max_num_batched_tokens)
+        ready = [s for s in decoding if s.decodes and s.unsampled < STEPS_AHEAD]
         # The one whose last step is longest ago goes first, so that none waits a round more than another.
         ready.sort(key=lambda s: s.last_step)
         rows: list[Row] = []
         for sequence in ready:
-            if len(rows) == min(share, self.max_num_batched_tokens):
+            if len(rows) == share:
+                break
+            if sequence.unsampled and not hurry and self._next_step - sequence.last_step < self.steps_in_flight:
                 break
             if sequence.preempted or sequence.state is not State.RUNNING or not self._grow(sequence):
                 continue
@@ -217,36 +238,39 @@ class Scheduler:
         sequence.pages.extend(pages)
         return True
 
-    def _prefill_rows(self, budget: int) -> list[Row]:
-        """Chunks of prompts: half of the budget to the oldest, the rest to the shortest first."""
-        prefilling = [
+    def _prefilling(self) -> list[Sequence]:
+        """Sequences with prompt tokens to compute, the one that has waited longest first."""
+        return [
             s
             for s in self.running
-            if s.state is State.RUNNING
-            and not s.preempted
-            and not s.awaiting_token
-            and self._prefills(s)
-            and not self.prefix.still_follows(s)
+            if s.prefills and s.state is State.RUNNING and not s.preempted and not self.prefix.still_follows(s)
         ]
+
+    def _prefill_rows(self, prefilling: list[Sequence], budget: int) -> list[Row]:
+        """Chunks of prompts, the oldest first; half of the budget is for others where they have less left."""
+        # Decode rows may have taken the pages of some meanwhile.
+        prefilling = [s for s in prefilling if s.state is State.RUNNING and not s.preempted]
         if not prefilling or budget <= 0:
             return []
-        oldest, others = prefilling[0], sorted(prefilling[1:], key=lambda s: s.remaining_prefill)
-        counts = {oldest.ident: min(oldest.remaining_prefill, budget if not others else -(-budget // 2))}
-        left = budget - counts[oldest.ident]
-        for sequence in others:
-            counts[sequence.ident] = min(sequence.remaining_prefill, left)
-            left -= counts[sequence.ident]
-        counts[oldest.ident] += min(left, oldest.remaining_prefill - counts[oldest.ident])
-        return [self._row(s, counts[s.ident]) for s in [oldest, *others] if counts[s.ident]]
-
-    @staticmethod
-    def _prefills(sequence: Sequence) -> bool:
-        """Whether known tokens are left to compute, other than the one newest token of a decode."""
-        return sequence.remaining_prefill > 1 or (sequence.remaining_prefill == 1 and not sequence.log)
+        oldest, counts = prefilling[0], dict.fromkeys((s.ident for s in prefilling), 0)
+        shorter = sorted(
+            (s for s in prefilling[1:] if s.remaining_prefill < oldest.remaining_prefill),
+            key=lambda s: s.remaining_prefill,
+        )
+        left = budget
+        first = -(-budget // 2) if shorter else budget
+        for sequence, most in [(oldest, first), *((s, budget) for s in [*shorter, *prefilling])]:
+            more = min(sequence.remaining_prefill - counts[sequence.ident], most, left)
+            counts[sequence.ident] += more
+            left -= more
+            if not left:
+                break
+        return [self._row(s, counts[s.ident]) for s in prefilling if counts[s.ident]]
 
     def _row(self, sequence: Sequence, count: int) -> Row:
         start = sequence.computed
         last_page = self.pages.pages_for(start + count)
         new_pages = sequence.pages[sequence.pages_sent : last_page]
         sequence.pages_sent = max(sequence.pages_sent, last_page)
-        return Row(sequence, start, count, new_pages, samples=start + count == sequence.length)
+        result_of = sequence.last_step if start >= sequence.length else 0
+        return Row(sequence, start, count, new_pages, start + count == sequence.expected, result_of)

@@ -47,8 +47,8 @@ class Sequence:
     """Positions covered by plans that were sent."""
     in_flight: int = 0
     """Steps that name it and are not back."""
-    awaiting_token: bool = False
-    """A step that samples its next token is out."""
+    unsampled: int = 0
+    """Steps out that sample a token of it: tokens that are sure to come and not known yet."""
     opened: bool = False
     """Whether the workers know it."""
     last_step: int = 0
@@ -74,8 +74,24 @@ class Sequence:
         return len(self.prompt) + len(self.log)
 
     @property
+    def expected(self) -> int:
+        """Tokens known or on their way."""
+        return self.length + self.unsampled
+
+    @property
+    def decodes(self) -> bool:
+        """Whether just its newest token, known or on its way, is left to compute, and another one is wanted."""
+        new = len(self.log) + self.unsampled
+        return 0 < new < self.max_tokens and self.expected - self.computed == 1
+
+    @property
+    def prefills(self) -> bool:
+        """Whether known tokens are left to compute, other than the one newest token of a decode."""
+        return self.remaining_prefill > 1 or (self.remaining_prefill == 1 and not self.log)
+
+    @property
     def remaining_prefill(self) -> int:
-        """Known tokens that no plan has covered; 1 while it decodes and its token is not out."""
+        """Known tokens that no plan has covered."""
         return self.length - self.computed
 
     def tokens(self, start: int, count: int) -> list[int]:

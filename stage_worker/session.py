@@ -223,6 +223,9 @@ class Session:
             sequence = self.sequences.get(ident)
             if sequence is None:
                 raise InvalidRequest(f"step {plan.step} names sequence {ident}, which is not open")
+            if not sequence.length:
+                # Behind a prefix that pages of another sequence hold already.
+                sequence.length = starts[i]
             if starts[i] != sequence.length:
                 raise InvalidRequest(
                     f"step {plan.step} starts sequence {ident} at {starts[i]}, but it holds {sequence.length} positions"

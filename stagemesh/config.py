@@ -121,7 +121,8 @@ class CoordinatorSettings(ListenSettings, ModelSettings):
     state_dir: str | None = None
     """Folder of the SQLite file that keeps epochs; default: epochs are kept in memory only."""
     steps_in_flight: int | None = Field(None, ge=1, le=64)
-    """Steps that may be in flight at once; default: stages + 1."""
+    """Batches that decode rows are spread over, and so the steps that run at once; default: the number of stages, and
+    from four on one more."""
     gateways: int = Field(1, ge=1, le=64)
     """Gateways that share the KV pages; each is granted an equal range."""
 
@@ -181,7 +182,7 @@ class GatewaySettings(ListenSettings):
     """Directory of the checkpoint (config and tokenizer) on this machine, where it differs from the coordinator's."""
     api_key: str | None = None
     """Key that clients must send as `Authorization: Bearer`."""
-    enable_prefix_caching: bool = False
+    enable_prefix_caching: bool = True
     """Keep the KV of full pages as long as memory lasts, so that a prompt that begins alike is not computed again."""
     max_waiting: int = Field(256, ge=0)
     """Requests that may wait for admission; beyond it, 429."""
@@ -221,8 +222,9 @@ class ServeSettings(Loopback, ModelSettings):
     enforce_eager: bool = False
     """Run transformers' modules as they are, without compiled kernels."""
     steps_in_flight: int | None = Field(None, ge=1, le=64)
-    """Steps that may be in flight at once; default: stages + 1."""
-    enable_prefix_caching: bool = False
+    """Batches that decode rows are spread over, and so the steps that run at once; default: the number of stages, and
+    from four on one more."""
+    enable_prefix_caching: bool = True
     """Keep the KV of full pages as long as memory lasts, so that a prompt that begins alike is not computed again."""
     max_waiting: int = Field(256, ge=0)
     """Requests that may wait for admission."""

@@ -46,14 +46,16 @@ def test_the_next_step_does_not_wait_for_other_sequences() -> None:
     scheduler = make(steps=3, tokens=4)
     for _ in range(3):
         scheduler.add(sequence(4))
-    assert len(drain(scheduler)) == 3, "three steps must be out before any result is back"
+    plans = drain(scheduler)
+    assert len(plans) >= 3, "three steps must be out before any result is back"
+    assert [len(plan.rows) for plan in plans[:3]] == [1, 1, 1]
 
 
 def test_no_more_steps_than_allowed() -> None:
     scheduler = make(steps=2, tokens=4)
     for _ in range(10):
         scheduler.add(sequence(4))
-    assert len(drain(scheduler)) == 2
+    assert len(drain(scheduler)) == 2 * 2, "two that run, and the ones that follow them"
     assert scheduler.next_plan() is None
 
 
@@ -61,11 +63,64 @@ def test_chunks_of_one_prompt_follow_each_other_without_results() -> None:
     scheduler = make(steps=3, tokens=8)
     scheduler.add(sequence(20))
     plans = drain(scheduler)
-    assert [(row.start, row.count, row.samples) for plan in plans for row in plan.rows] == [
+    assert [(row.start, row.count, row.samples) for plan in plans for row in plan.rows][:3] == [
         (0, 8, False),
         (8, 8, False),
         (16, 4, True),
     ]
+
+
+def test_the_next_token_is_planned_before_the_one_before_is_known() -> None:
+    scheduler = make(steps=2)
+    scheduler.add(sequence(4, max_tokens=3))
+    first, second = drain(scheduler)
+    assert [(row.start, row.samples, row.result_of) for row in first.rows + second.rows] == [(0, True, 0), (4, True, 1)]
+    come_back(scheduler, first)
+    (third,) = drain(scheduler)
+    assert [(row.start, row.samples, row.result_of) for row in third.rows] == [(5, True, 2)], "its token is still out"
+    come_back(scheduler, second)
+    assert drain(scheduler) == [], "its last token is out: nothing is computed that nobody wants"
+    come_back(scheduler, third)
+    assert scheduler.pages.num_free == 1000
+
+
+def test_a_token_that_is_known_is_told_as_it_is() -> None:
+    scheduler = make(steps=2, tokens=4)
+    scheduler.add(sequence(4, max_tokens=3))
+    first, second = drain(scheduler)
+    come_back(scheduler, first)
+    come_back(scheduler, second)
+    (third,) = drain(scheduler)
+    (row,) = third.rows
+    assert (row.start, row.result_of, row.sequence.tokens(5, 1)) == (5, 0, [7])
+
+
+def test_a_prompt_goes_before_a_step_that_would_wait_for_its_token() -> None:
+    scheduler = make(steps=3, tokens=8)
+    running, prompt = sequence(4, max_tokens=9), sequence(40)
+    scheduler.add(running)
+    first = scheduler.next_plan()
+    scheduler.add(prompt)
+    plans = [first, *drain(scheduler)]
+    named = [[row.sequence for row in plan.rows] for plan in plans if plan is not None]
+    assert named[:3] == [[running], [prompt], [prompt]]
+    assert named[3] == [running, prompt], "three stages: the token is back when two other steps have passed"
+
+
+def test_a_prompt_is_cut_by_the_budget_that_steps_cost() -> None:
+    scheduler = make(tokens=256)
+    scheduler.prefill_budget = 16
+    scheduler.add(sequence(100))
+    assert {row.count for plan in drain(scheduler)[:6] for row in plan.rows} == {16}
+
+
+def test_prompts_of_a_length_go_one_after_the_other() -> None:
+    scheduler = make(tokens=16)
+    one, two = sequence(24), sequence(24)
+    scheduler.add(one)
+    scheduler.add(two)
+    counts = [{row.sequence: row.count for row in plan.rows} for plan in drain(scheduler)[:3]]
+    assert counts == [{one: 16}, {one: 8, two: 8}, {two: 16}]
 
 
 def test_decode_rows_are_spread_over_steps() -> None:
@@ -78,7 +133,7 @@ def test_decode_rows_are_spread_over_steps() -> None:
     drain(scheduler)
     sizes = [len(plan.rows) for plan in scheduler.out.values()]
     assert max(sizes) <= 6, f"ceil(16 / 3) rows a step at most, got {sizes}"
-    assert len(sizes) == 3
+    assert len(sizes) == 2 * 3
 
 
 def test_a_long_prompt_does_not_starve_short_ones() -> None:
@@ -110,22 +165,24 @@ def test_pages_come_back_only_after_the_last_step_that_names_them() -> None:
     scheduler = make(pages=10)
     victim = sequence(8)
     scheduler.add(victim)
-    (plan,) = drain(scheduler)
+    first, second = drain(scheduler)
     scheduler.finish(victim)
-    assert scheduler.pages.num_free < 10, "its step is still out"
-    scheduler.step_done(plan.step)
+    scheduler.step_done(first.step)
+    assert scheduler.pages.num_free < 10, "a step is still out"
+    scheduler.step_done(second.step)
     assert scheduler.pages.num_free == 10
-    assert [closed.after_step for closed in scheduler.closed] == [plan.step]
+    assert [closed.after_step for closed in scheduler.closed] == [second.step]
 
 
 def test_tokens_after_the_end_are_dropped() -> None:
     scheduler = make()
     ended = sequence(4)
     scheduler.add(ended)
-    (plan,) = drain(scheduler)
+    plans = drain(scheduler)
     scheduler.finish(ended)
-    assert not scheduler.append_token(ended, 4, 7)
-    scheduler.step_done(plan.step)
+    for plan in plans:
+        assert not scheduler.append_token(ended, plan.rows[0].start + plan.rows[0].count, 7)
+        scheduler.step_done(plan.step)
     assert ended.log == []
 
 
