@@ -42,12 +42,11 @@ class Point:
     stages: int
     step_ms: float
     at_once: int
-    in_flight: int
-    """Steps that can be in flight: no more than requests."""
+    steps_in_flight: int
+    """How many the mesh allows."""
     stream: bool
     window_s: float
     tok_s: float
-    ideal_tok_s: float
     steps_s: float
     busiest: float
     """Share of the window that the busiest stage was in a step."""
@@ -60,13 +59,18 @@ class Point:
 
     @property
     def efficiency(self) -> float:
-        """Tokens a second, beside the ideal's."""
-        return self.tok_s / self.ideal_tok_s
+        """Steps a second beside the ideal pipeline's: one each sleep where there are requests enough to fill it."""
+        return self.steps_s * self.step_ms / 1e3 / self.ideal_busy
+
+    @property
+    def rows(self) -> float:
+        """Rows a step, on average."""
+        return self.tok_s / self.steps_s
 
     @property
     def ideal_busy(self) -> float:
         """What share of the time a stage would compute in an ideal pipeline."""
-        return min(1.0, self.in_flight / self.stages)
+        return min(1.0, self.at_once / self.stages)
 
     def busy_cpu_s(self, role: str) -> float:
         """CPU seconds of the roles that begin so, over what they would have used idle."""
@@ -75,11 +79,6 @@ class Point:
             for name, seconds in self.cpu_s.items()
             if name.startswith(role)
         )
-
-
-def ideal_tok_s(stages: int, in_flight: int, at_once: int, step_s: float) -> float:
-    """Every request gets a token each time its step comes round: after P steps, or after all others in flight."""
-    return at_once / (max(stages, in_flight) * step_s)
 
 
 async def measure(mesh: SleepMesh, at_once: int, window_s: float, stream: bool, idle_cpu: dict[str, float]) -> Point:
@@ -101,16 +100,14 @@ async def measure(mesh: SleepMesh, at_once: int, window_s: float, stream: bool, 
     delta = {name: value - before.get(name, 0.0) for name, value in after.items()}
     cpu_s = {role: cpu_after[role] - cpu_before[role] for role in cpu_after}
     last = str(shape.stages - 1)
-    in_flight = min(at_once, mesh.steps_in_flight)
     return Point(
         stages=shape.stages,
         step_ms=shape.step_s * 1e3,
         at_once=at_once,
-        in_flight=in_flight,
+        steps_in_flight=mesh.steps_in_flight,
         stream=stream,
         window_s=spent_s,
         tok_s=delta["tokens"] / spent_s,
-        ideal_tok_s=ideal_tok_s(shape.stages, in_flight, at_once, shape.step_s),
         steps_s=delta[f"steps {last}"] / spent_s,
         busiest=max(delta[f"stage {stage} compute"] for stage in range(shape.stages)) / spent_s,
         cpu_s=cpu_s,
@@ -165,8 +162,9 @@ async def grid(arguments: argparse.Namespace, folder: Path) -> list[Point]:
                     point = await measure(mesh, at_once, arguments.window, arguments.stream, idle_cpu)
                     points.append(point)
                     print(
-                        f"  {at_once} at once: {point.tok_s:.1f} tok/s, {point.efficiency:.3f} of the ideal, "
-                        f"busiest stage {point.busiest:.2f}, {point.cpu_share:.0%} of the cores",
+                        f"  {at_once} at once: {point.tok_s:.1f} tok/s, {point.rows:.1f} rows a step, "
+                        f"{point.efficiency:.3f} of the ideal, busiest stage {point.busiest:.2f}, "
+                        f"{point.cpu_share:.0%} of the cores",
                         flush=True,
                     )
     return points

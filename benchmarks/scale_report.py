@@ -41,9 +41,9 @@ def write_grid(stem: Path, points: Sequence[Point], told: Mapping[str, Any]) -> 
         f"- Versions: {', '.join(f'{name} {version}' for name, version in told['versions'].items())}.",
         f"- Command: `{told['command']}`.",
         "",
-        "Efficiency: tokens a second beside the ideal pipeline's. There, n requests go in as many steps as may be in "
-        "flight, and each gets a token as often as its step comes round. In brackets: share of all cores that mesh and "
-        "client used. Near 100 % the machine is the bound, as all stages share it.",
+        "Efficiency: steps a second beside the ideal pipeline's, where a full one runs a step in the time of a sleep, "
+        "whatever its rows, and n requests on P stages fill n/P of it at most. In brackets: share of all cores that "
+        "mesh and client used. Near 100 % the machine is the bound, as all stages share it.",
     ]
     for step_ms in dict.fromkeys(p.step_ms for p in points):
         own = [p for p in points if p.step_ms == step_ms]
@@ -84,14 +84,17 @@ def _costs(points: Sequence[Point]) -> list[str]:
         "CPU in microseconds over what the process uses idle: the gateway's a step and a token, an agent's and a "
         "rank's a step (the rank's holds its waking up in the sleep).",
         "",
-        "| stages | at once | gateway, a step | gateway, a token | agent, a step | rank, a step |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| stages | at once | tok/s | rows a step | gateway, step | gateway, token | agent, step | rank, step |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for p in points:
         steps, tokens = p.steps_s * p.window_s, p.tok_s * p.window_s
         gateway, each = p.busy_cpu_s("gateway"), steps * p.stages
         figures = (gateway / steps, gateway / tokens, p.busy_cpu_s("agent ") / each, p.busy_cpu_s("rank ") / each)
-        lines.append(f"| {p.stages} | {p.at_once} | " + " | ".join(f"{figure * 1e6:.0f}" for figure in figures) + " |")
+        speed = f"{p.tok_s:.1f} | {p.rows:.1f}"
+        lines.append(
+            f"| {p.stages} | {p.at_once} | {speed} | " + " | ".join(f"{figure * 1e6:.0f}" for figure in figures) + " |"
+        )
     lines += [
         "",
         "CPU in milliseconds a second: without requests, and the coordinator's with as many as there were at most.",

@@ -99,25 +99,25 @@ def test_a_period_ends_with_the_last_token_and_is_as_long_as_the_client_says() -
 
 
 def test_the_ideal_pipeline() -> None:
-    ideal = scale.ideal_tok_s
-    assert ideal(8, 1, 1, 0.02) == pytest.approx(1 / 0.16)  # one request crosses all stages for each token
-    assert ideal(8, 4, 4, 0.02) == pytest.approx(4 * ideal(8, 1, 1, 0.02))  # until the stages are full
-    assert ideal(8, 9, 90, 0.02) == pytest.approx(
-        10 / 0.02
-    )  # then a step leaves each 20 ms, with its share of the rows
+    """A step each 20 ms when full, whatever its rows; one request crosses all eight stages for each token."""
+    point = scale.Point(8, 20.0, 1, 9, False, 8.0, 6.25, 6.25, 0.125, {}, 0.2, {}, 0.1)
+    assert point.efficiency == pytest.approx(1.0)
+    assert replace(point, at_once=4).efficiency == pytest.approx(0.25)
+    assert replace(point, at_once=90, tok_s=500.0, steps_s=50.0).efficiency == pytest.approx(1.0)
+    assert replace(point, at_once=90, tok_s=500.0, steps_s=50.0).rows == pytest.approx(10.0)
 
 
 def test_the_page_and_the_picture_of_a_grid(tmp_path: Path) -> None:
     cpu = {"gateway": 0.8, "agent of stage 0": 0.1, "rank 0 of stage 0": 0.2, "coordinator": 0.01}
     idle = {"gateway": 0.05, "coordinator": 0.001}
-    point = scale.Point(2, 20.0, 1, 1, False, 8.0, 24.0, 25.0, 25.0, 0.5, cpu, 0.2, idle, 0.1)
-    points = [point, replace(point, at_once=4, in_flight=3, tok_s=10.0, ideal_tok_s=50.0)]
+    point = scale.Point(2, 20.0, 1, 3, False, 8.0, 24.0, 24.0, 0.5, cpu, 0.2, idle, 0.1)
+    points = [point, replace(point, at_once=4, tok_s=40.0, steps_s=10.0)]
     told = {"date": "d", "machine": {"cores": 2, "cpu": "c", "memory_gib": 1.0, "cpu_flags": []}, "versions": {}}
     assert scale_report.write_grid(tmp_path / "s", points, {**told, "command": "c"}) == 1  # a point below its goal
     page = (tmp_path / "s.md").read_text()
     assert "| 2 | 0.96 (20%) | 0.20 (20%) |" in page
     assert "Below it: P=2 n=4 at 20 ms (0.20)." in page
-    assert "| 2 | 1 | 2000 | 2083 |" in page  # the gateway: 0.4 s over idle, for 200 steps and 192 tokens
+    assert "| 2 | 4 | 40.0 | 4.0 | 5000 | 1250 |" in page  # the gateway: 0.4 s over idle, for 80 steps and 320 tokens
     for name in ("s.svg", "s-cost.svg"):
         xml.etree.ElementTree.fromstring((tmp_path / name).read_text())
     assert scale_report.write_grid(tmp_path / "s", points[:1], {**told, "command": "c"}) == 0
