@@ -243,7 +243,8 @@ class Scheduler:
         return [
             s
             for s in self.running
-            if s.prefills and s.state is State.RUNNING and not s.preempted and not self.prefix.still_follows(s)
+            # In this order: one that stops following may have taken over all of its prompt.
+            if s.state is State.RUNNING and not s.preempted and not self.prefix.still_follows(s) and s.prefills
         ]
 
     def _prefill_rows(self, prefilling: list[Sequence], budget: int) -> list[Row]:

@@ -309,6 +309,7 @@ class Story(RuleBasedStateMachine):
                 self.known[sequence] = sequence.ident, sequence.taken_over
         if plan is None:
             return False
+        assert len({row.sequence for row in plan.rows}) == len(plan.rows), "a sequence twice in one step"
         for row in plan.rows:
             told = row.start == row.sequence.taken_over
             assert bool(row.sequence in plan.opened) <= told, "the first row starts behind what was taken over"
