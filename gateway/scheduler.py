@@ -151,7 +151,7 @@ class Scheduler:
             return None
         self._admit()
         prefilling = self._prefilling()
-        rows = self._decode_rows(hurry=not prefilling)
+        rows = self._decode_rows(beside_prompts=bool(prefilling))
         rows += self._prefill_rows(prefilling, min(self.prefill_budget, self.max_num_batched_tokens - len(rows)))
         if not rows:
             return None
@@ -193,14 +193,16 @@ class Scheduler:
             self.prefix.follow(sequence, self.running)
             self.running.append(sequence)
 
-    def _decode_rows(self, *, hurry: bool) -> list[Row]:
+    def _decode_rows(self, *, beside_prompts: bool) -> list[Row]:
         """Sequences whose next token can be computed, in equal shares a step.
 
-        One whose token is still out is not named again before as many steps as there are stages to pass are between:
-        the first stage would wait for it, in front of prompts. Unless there is nothing else to do (`hurry`).
+        One whose token is still out is not named again before every other share has had its turn, or, when there are
+        prompts to compute meanwhile, as many steps as can run at once: the first stage would wait for the token, and
+        with it all that was planned behind.
         """
         decoding = [s for s in self.running if s.state is State.RUNNING and not s.preempted and (s.log or s.unsampled)]
         share = min(-(-len(decoding) // self.steps_in_flight), self.max_num_batched_tokens)
+        apart = self.steps_in_flight if beside_prompts or not share else -(-len(decoding) // share)
         ready = [s for s in decoding if s.decodes and s.unsampled < STEPS_AHEAD]
         # The one whose last step is longest ago goes first, so that none waits a round more than another.
         ready.sort(key=lambda s: s.last_step)
@@ -208,7 +210,7 @@ class Scheduler:
         for sequence in ready:
             if len(rows) == share:
                 break
-            if sequence.unsampled and not hurry and self._next_step - sequence.last_step < self.steps_in_flight:
+            if sequence.unsampled and self._next_step - sequence.last_step < apart:
                 break
             if sequence.preempted or sequence.state is not State.RUNNING or not self._grow(sequence):
                 continue

@@ -107,6 +107,20 @@ def test_a_prompt_goes_before_a_step_that_would_wait_for_its_token() -> None:
     assert named[3] == [running, prompt], "three stages: the token is back when two other steps have passed"
 
 
+def test_sequences_take_turns_even_when_one_was_ahead() -> None:
+    """In order, a stage would wait for each one's token in front of the other's step."""
+    scheduler = make(steps=2)
+    early, late = sequence(4, max_tokens=40), sequence(4, max_tokens=40)
+    scheduler.add(early)
+    drain(scheduler)
+    scheduler.add(late)
+    order: list[Sequence] = []
+    for _ in range(30):
+        order += [row.sequence for plan in drain(scheduler) for row in plan.rows]
+        come_back(scheduler, next(iter(scheduler.out.values())))
+    assert all(one is not two for one, two in itertools.pairwise(order[4:]))
+
+
 def test_a_prompt_is_cut_by_the_budget_that_steps_cost() -> None:
     scheduler = make(tokens=256)
     scheduler.prefill_budget = 16
