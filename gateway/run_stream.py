@@ -81,8 +81,9 @@ class RunStream:
         try:
             with rpc.mapped():
                 async for response in responses:
-                    if response.WhichOneof("message") == "result":
-                        self._on_result(self.stage.stage, response.result)
+                    if response.WhichOneof("message") == "results":
+                        for result in response.results.results:
+                            self._on_result(self.stage.stage, result)
                     elif response.WhichOneof("message") == "ended":
                         raise StageLost(f"{self.who}: {response.ended.message}")
             raise StageLost(f"{self.who} closed the stream")

@@ -20,6 +20,7 @@ from stagemesh.transport.base import Transport
 from .assignment import Assignment
 from .control import Kind, Socket, dumps
 from .order import Follower, Leader, TakeCall
+from .reports import Reports
 from .sampler import sample
 from .session import Session, Step
 
@@ -48,6 +49,7 @@ class Engine:
         self._poll.register(control.fileno(), select.POLLIN)
         self._polled: set[int] = set()
         self._free_at = time.monotonic()
+        self._reports = Reports(control)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -59,6 +61,7 @@ class Engine:
             worked |= self.progress()
             worked |= self.run_next_step()
             now = time.monotonic()
+            self._reports.send_due(now)
             if worked:
                 spin_until = now + SPIN_S
             elif now > spin_until:
@@ -100,9 +103,10 @@ class Engine:
     def sleep(self, *, with_control: bool = True) -> None:
         """Waits for a message or an event of a transport; without the control socket in the midst of a call of it."""
         self._poll.register(self.control.fileno(), select.POLLIN if with_control else 0)
-        timeout_s = IDLE_POLL_S
+        due_s = self._reports.due_in_s(time.monotonic())
+        timeout_s = IDLE_POLL_S if due_s is None else due_s
         if any(a.links_pending for a in self.assignments.values()):
-            timeout_s = LINK_POLL_S
+            timeout_s = min(timeout_s, LINK_POLL_S)
         if self._leader is None and self._follower is not None:
             self._watch(self._follower.fileno())
         for transport in self.transports.values():
@@ -199,7 +203,7 @@ class Engine:
             result.timing.input_complete_us = int(complete_at * 1e6)
             result.timing.output_us = int(output_at * 1e6)
             result.timing.result_sent_us = time.monotonic_ns() // 1000
-            self.control.send(Kind.RESULT, session.ident, stage_pb2.RunResponse(result=result).SerializeToString())
+            self._reports.add(session.ident, result, at_once=assignment.is_last)
         self._free_at = ended
 
     def _timing(self, step: Step, began: float, ended: float, wait_send_s: float) -> types_pb2.StepTiming:

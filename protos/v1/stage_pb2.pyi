@@ -236,14 +236,20 @@ class CloseSequence(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., after_step: _Optional[int] = ...) -> None: ...
 
 class RunResponse(_message.Message):
-    __slots__ = ("opened", "result", "ended")
+    __slots__ = ("opened", "results", "ended")
     OPENED_FIELD_NUMBER: _ClassVar[int]
-    RESULT_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     opened: RunOpened
-    result: StepResult
+    results: StepResults
     ended: RunEnded
-    def __init__(self, opened: _Optional[_Union[RunOpened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., ended: _Optional[_Union[RunEnded, _Mapping]] = ...) -> None: ...
+    def __init__(self, opened: _Optional[_Union[RunOpened, _Mapping]] = ..., results: _Optional[_Union[StepResults, _Mapping]] = ..., ended: _Optional[_Union[RunEnded, _Mapping]] = ...) -> None: ...
+
+class StepResults(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[StepResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[StepResult, _Mapping]]] = ...) -> None: ...
 
 class RunEnded(_message.Message):
     __slots__ = ("reason", "message")
