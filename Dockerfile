@@ -14,6 +14,8 @@ ARG PIP_EXTRA_INDEX_URL
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /opt/stagemesh
+# For the CPU's kernels; without a compiler the wheel would leave them out.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 # What stagemesh needs comes first, in a layer that lasts until pyproject.toml or the pins change.
 COPY pyproject.toml constraints.txt ./
 RUN python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
