@@ -57,9 +57,6 @@ class Room {
   size_t size_ = 0;
 };
 
-// Panels of thread i of n.
-std::pair<int, int> share(int total, int i, int n) { return {total * i / n, total * (i + 1) / n}; }
-
 struct Engine {
   Engine(const Shape& s, Exchange* e) : shape(s), team(s.most_threads), scores(new Room[s.most_threads]), exchange(e) {}
   virtual ~Engine() = default;
@@ -118,8 +115,7 @@ struct EngineOf final : Engine {
     const int tokens = step.tokens, threads = step.threads;
     const int qkv_width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
     norm_rows(x, (const E*)w.norm1);
-    team.run(threads, [&](int i, int n) {
-      auto [first, last] = share(w.qkv.panels(), i, n);
+    team.run(threads, w.qkv.panels(), [&](int first, int last, int) {
       linear<T>(normed, tokens, w.qkv, first, last, [&](int row, int panel, __m512 a, __m512 b) {
         E* to = qkv + (size_t)row * qkv_width + panel * kPanel;
         T::store(to, a, columns_left(qkv_width, panel * kPanel));
@@ -128,15 +124,12 @@ struct EngineOf final : Engine {
     });
     const HeadShape heads{shape.kv_heads, shape.heads / shape.kv_heads, shape.head_dim, shape.page_size};
     const Pages<T> keys{(E*)w.k_pages, heads}, values{(E*)w.v_pages, heads};
-    team.run(threads, [&](int i, int n) {
-      auto [first, last] = share(shape.kv_heads, i, n);
+    team.run(threads, shape.kv_heads, [&](int first, int last, int) {
       for (int t = 0; t < tokens; t++) place_token(w, keys, values, t, first, last);
     });
-    std::atomic<int> next{0};
-    const int tasks = step.rows * shape.kv_heads;
-    team.run(threads, [&](int i, int) {
-      const RowAttention<T> attention{keys, values, shape.scale, w.window, (float*)scores[i].get(0)};
-      for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+    team.run(threads, step.rows * shape.kv_heads, [&](int first, int last, int thread) {
+      const RowAttention<T> attention{keys, values, shape.scale, w.window, (float*)scores[thread].get(0)};
+      for (int task = first; task < last; task++) {
         const int row = task / shape.kv_heads, head = task % shape.kv_heads, at = first_token[row];
         const E* of_head = queries + ((size_t)head * tokens + at) * heads.groups * heads.dim;
         E* out = attended + ((size_t)at * shape.heads + head * heads.groups) * heads.dim;
@@ -146,8 +139,7 @@ struct EngineOf final : Engine {
     });
     if (add_linear(attended, w.o, x)) return 2;
     norm_rows(x, (const E*)w.norm2);
-    team.run(threads, [&](int i, int n) {
-      auto [first, last] = share(w.gate_up.panels(), i, n);
+    team.run(threads, w.gate_up.panels(), [&](int first, int last, int) {
       linear<T>(normed, tokens, w.gate_up, first, last, [&](int row, int panel, __m512 gate, __m512 up) {
         E* to = gated + (size_t)row * shape.intermediate + panel * 16;
         const __m512 open = T::round(silu16(T::round(gate)));
@@ -190,8 +182,7 @@ struct EngineOf final : Engine {
  private:
   void norm_rows(const E* x, const E* weight) {
     const int width = shape.hidden;
-    team.run(step.tokens > 16 ? step.threads : 1, [&](int i, int n) {
-      auto [first, last] = share(step.tokens, i, n);
+    team.run(step.tokens > 16 ? step.threads : 1, step.tokens, [&](int first, int last, int) {
       for (int t = first; t < last; t++)
         rms_norm<T>(x + (size_t)t * width, weight, width, shape.eps, normed + (size_t)t * width);
     });
@@ -223,8 +214,7 @@ struct EngineOf final : Engine {
   int add_linear(const E* from, const Linear& w, E* x) {
     const int width = shape.hidden;
     if (shape.tp_size == 1) {
-      team.run(step.threads, [&](int i, int n) {
-        auto [first, last] = share(w.panels(), i, n);
+      team.run(step.threads, w.panels(), [&](int first, int last, int) {
         linear<T>(from, step.tokens, w, first, last, [&](int row, int panel, __m512 a, __m512 b) {
           E* to = x + (size_t)row * width + panel * kPanel;
           T::store(to, _mm512_add_ps(T::load(to), T::round(a)));
@@ -237,8 +227,7 @@ struct EngineOf final : Engine {
     for (int at = 0; at < step.tokens; at += most) {
       const int m = std::min(most, step.tokens - at);
       float* mine = exchange->mine();
-      team.run(step.threads, [&](int i, int n) {
-        auto [first, last] = share(w.panels(), i, n);
+      team.run(step.threads, w.panels(), [&](int first, int last, int) {
         linear<T>(from + (size_t)at * w.k, m, w, first, last, [&](int row, int panel, __m512 a, __m512 b) {
           float* to = mine + (size_t)row * width + panel * kPanel;
           _mm512_storeu_ps(to, a);
@@ -258,8 +247,7 @@ struct EngineOf final : Engine {
   }
 
   void head_part(const E* picked, const Linear& w, int count, float* logits, int stride) {
-    team.run(step.threads, [&](int i, int n) {
-      auto [first, last] = share(w.panels(), i, n);
+    team.run(step.threads, w.panels(), [&](int first, int last, int) {
       linear<T>(picked, count, w, first, last, [&](int row, int panel, __m512 a, __m512 b) {
         const int at = panel * kPanel;
         _mm512_mask_storeu_ps(logits + (size_t)row * stride + at, columns_left(w.n, at), a);

@@ -1,4 +1,4 @@
-// The threads of one rank. A part of the work is given to all of them at once; helpers spin for a moment between parts,
+// The threads of one rank. Work is given to all of them at once; helpers spin for a moment between two pieces of work,
 // which come microseconds apart within a step, and sleep between steps.
 #pragma once
 
@@ -8,8 +8,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -24,65 +24,74 @@ class Team {
 
   ~Team() {
     stop_ = true;
+    round_.fetch_add(1);
     wake();
     for (auto& helper : helpers_) helper.join();
   }
 
   int size() const { return size_; }
 
-  // Calls part(i, n) for i in 0 .. n-1, each on a thread of its own; returns when all are done.
+  // Calls part(first, last, thread) for ranges that make up 0 .. total, on up to `n` threads at once; returns when all
+  // are done. Whoever is free takes the next range, so a thread that the kernel took its core from holds up little, and
+  // one that has not come yet nothing.
   template <class Part>
-  void run(int n, Part&& part) {
-    if (n > size_) n = size_;
-    if (n <= 1) {
-      part(0, 1);
+  void run(int n, int total, Part&& part) {
+    n = std::min(n, size_);
+    if (n <= 1 || total <= 1) {
+      part(0, total, 0);
       return;
     }
-    std::function<void(int)> call = [&](int i) {
-      if (i < n) part(i, n);
+    const int grain = std::max(1, total / (n * kRangesEach));
+    std::atomic<int> next{0};
+    std::function<void(int)> work = [&](int thread) {
+      if (thread >= n) return;
+      for (int at; (at = next.fetch_add(grain, std::memory_order_relaxed)) < total;)
+        part(at, std::min(at + grain, total), thread);
     };
-    call_ = &call;
-    left_.store(size_ - 1, std::memory_order_relaxed);
-    wake();
-    part(0, n);
-    while (left_.load(std::memory_order_acquire) != 0) _mm_pause();
+    work_ = &work;
+    const uint32_t round = round_.load() + 1;
+    open_.store(round);  // before the round is seen, or a helper would find it closed
+    round_.store(round);
+    if (sleeping_.load() > 0) wake();
+    work(0);
+    open_.store(0);
+    // Who saw the round open before it closed is counted as inside by now, or will see that it is closed.
+    while (inside_.load() != 0) _mm_pause();
   }
 
  private:
   static constexpr int kSpins = 4000;  // about 50 us
+  static constexpr int kRangesEach = 4;
 
-  void wake() {
-    round_.fetch_add(1, std::memory_order_seq_cst);
-    if (sleeping_.load(std::memory_order_seq_cst) > 0)
-      syscall(SYS_futex, &round_, FUTEX_WAKE_PRIVATE, size_, nullptr, nullptr, 0);
-  }
+  void wake() { syscall(SYS_futex, &round_, FUTEX_WAKE_PRIVATE, size_, nullptr, nullptr, 0); }
 
   void help(int index) {
     uint32_t seen = 0;
     for (;;) {
-      int spins = 0;
-      while (round_.load(std::memory_order_acquire) == seen) {
-        if (++spins < kSpins) {
+      for (int spins = 0; round_.load() == seen; spins++) {
+        if (spins < kSpins) {
           _mm_pause();
           continue;
         }
-        sleeping_.fetch_add(1, std::memory_order_seq_cst);
+        sleeping_.fetch_add(1);
         syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
-        sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+        sleeping_.fetch_sub(1);
       }
-      seen = round_.load(std::memory_order_acquire);
+      seen = round_.load();
       if (stop_) return;
-      (*call_)(index);
-      left_.fetch_sub(1, std::memory_order_acq_rel);
+      inside_.fetch_add(1);
+      if (open_.load() == seen) (*work_)(index);
+      inside_.fetch_sub(1);
     }
   }
 
   const int size_;
   std::vector<std::thread> helpers_;
-  std::function<void(int)>* call_ = nullptr;
+  std::function<void(int)>* work_ = nullptr;
   std::atomic<uint32_t> round_{0};
   std::atomic<int> sleeping_{0};
-  std::atomic<int> left_{0};
+  std::atomic<uint32_t> open_{0};  // the round that may be joined; 0: none
+  std::atomic<int> inside_{0};     // helpers in a round
   std::atomic<bool> stop_{false};
 };
 
