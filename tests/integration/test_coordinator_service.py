@@ -186,7 +186,7 @@ def test_a_watch_tells_the_mesh_at_once_and_every_change(coordinator: Process, m
         assert (pipeline.state, pipeline.final) == (DOWN, False)
         assert "stages 0, 1 have no worker" in pipeline.reason
         assert (pipeline.model.num_layers, pipeline.model.path) == (4, str(model))
-        assert (pipeline.limits.max_model_len, pipeline.limits.steps_in_flight) == (512, 3)
+        assert (pipeline.limits.max_model_len, pipeline.limits.steps_in_flight) == (512, 2)
         lease = await stub.Register(introduction("w0"))
         assert (lease.lease_ms, lease.renew_ms) == (600, 150)
         seen = await until(watch, lambda m: "w0" in workers(m))
