@@ -47,6 +47,13 @@ class Mesh:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             return json.load(response)
 
+    def check_pages_are_free(self, timeout_s: float = 5.0) -> None:
+        """Asserts that no request holds a page; a step that was planned ahead of the last answer gets a moment."""
+        deadline = time.monotonic() + timeout_s
+        while (gateway := self.get("/mesh")["gateway"])["free_pages"] != gateway["total_pages"]:
+            assert time.monotonic() < deadline, f"pages are still held: {gateway}"
+            time.sleep(0.02)
+
     def greedy(self, prompt: Sequence[int], max_tokens: int, **more: Any) -> list[int]:
         """Token ids that greedy decoding gives, over the gRPC client library."""
         import asyncio

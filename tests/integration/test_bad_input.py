@@ -44,8 +44,7 @@ def still_serves(mesh: Mesh) -> None:
     """The mesh answers, and holds no page of the refused request."""
     status, answer = post(mesh, "/v1/completions", COMPLETION)
     assert status == 200, answer
-    gateway = mesh.get("/mesh")["gateway"]
-    assert gateway["free_pages"] == gateway["total_pages"]
+    mesh.check_pages_are_free()
 
 
 @pytest.mark.parametrize(

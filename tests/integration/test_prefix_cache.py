@@ -78,8 +78,7 @@ def test_the_same_tokens_with_and_without_and_on_few_pages() -> None:
         assert answers(mesh) == expected
         assert counted(mesh, "num_preemptions_total") > 0
         assert counted(mesh, "prefix_cache_hits_total") > 0
-        gateway = mesh.get("/mesh")["gateway"]
-        assert gateway["free_pages"] == gateway["total_pages"]
+        mesh.check_pages_are_free()
 
 
 def test_the_usage_says_what_was_cached() -> None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import signal
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -30,14 +29,6 @@ KEY = "let-me-in"
 def mesh() -> Iterator[Mesh]:
     with serve("-pp", "2", "--max-model-len", "1024") as running:
         yield running
-
-
-def pages_are_free(mesh: Mesh, timeout_s: float = 5.0) -> None:
-    """Waits until no request holds a page."""
-    deadline = time.monotonic() + timeout_s
-    while (gateway := mesh.get("/mesh")["gateway"])["free_pages"] != gateway["total_pages"]:
-        assert time.monotonic() < deadline, f"pages are still held: {gateway}"
-        time.sleep(0.02)
 
 
 def test_openais_client_gets_the_right_answer_streamed_and_not(mesh: Mesh) -> None:
@@ -70,7 +61,7 @@ def test_a_client_that_leaves_frees_its_pages(mesh: Mesh) -> None:
     with httpx.stream("POST", mesh.url + "/v1/completions", json=body, timeout=30) as response:
         next(response.iter_lines())
         assert mesh.get("/mesh")["gateway"]["running"] == 1
-    pages_are_free(mesh)
+    mesh.check_pages_are_free()
     assert mesh.get("/mesh")["gateway"]["running"] == 0
 
 
@@ -78,7 +69,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_prefill(mesh: Mesh) -> None:
     body = {"model": mesh.model, "prompt": [7] * 1000, "max_tokens": 8, "ignore_eos": True, "stream": True}
     with contextlib.suppress(httpx.ReadTimeout):
         httpx.post(mesh.url + "/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.02))
-    pages_are_free(mesh)
+    mesh.check_pages_are_free()
 
 
 def test_cancel_by_name(mesh: Mesh) -> None:
@@ -93,7 +84,7 @@ def test_cancel_by_name(mesh: Mesh) -> None:
                 await client.cancel("mine")
 
     asyncio.run(story())
-    pages_are_free(mesh)
+    mesh.check_pages_are_free()
 
 
 def test_a_deadline_ends_a_request(mesh: Mesh) -> None:
@@ -103,7 +94,7 @@ def test_a_deadline_ends_a_request(mesh: Mesh) -> None:
                 await client.generate("one two", max_tokens=1000, ignore_eos=True, timeout_s=0.05)
 
     asyncio.run(story())
-    pages_are_free(mesh)
+    mesh.check_pages_are_free()
 
 
 def test_choices_stops_and_logprobs(mesh: Mesh) -> None:
@@ -142,7 +133,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         assert len(refused) == 12 - 4, endings
         assert all(e.retry_after_s and e.retry_after_s > 0 for e in refused)
         assert sum(not isinstance(e, BaseException) for e in endings) == 4, endings
-        pages_are_free(mesh)
+        mesh.check_pages_are_free()
 
 
 def test_an_api_key_is_asked_for() -> None:
@@ -196,7 +187,7 @@ def test_a_nan_fails_its_own_request_alone(tmp_path: Path) -> None:
         *sane, sick, alone = asyncio.run(story())
         assert isinstance(sick, NumericalError), sick
         assert all(done.token_ids == alone.token_ids for done in sane)
-        pages_are_free(mesh)
+        mesh.check_pages_are_free()
 
 
 def test_a_service_on_sigterm_finishes_what_it_holds() -> None:
