@@ -25,6 +25,7 @@ from .request import Sampling, TokenLogprob
 from .run_stream import RunStream
 from .scheduler import Plan, Row, Scheduler
 from .sequence import Sequence
+from .speculation import LookupLimits
 from .trace import Recorder
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,9 @@ class BatchLoop:
         """Pipeline and epoch."""
         return self.view.pipeline_id, self.view.epoch
 
-    async def start(self, gateway_id: str, instance: int, slot: int, *, prefix_caching: bool) -> None:
+    async def start(
+        self, gateway_id: str, instance: int, slot: int, *, prefix_caching: bool, lookup: LookupLimits | None
+    ) -> None:
         """Opens a session on every stage. Raises the first stage's error."""
         opened = await asyncio.gather(
             *(
@@ -90,6 +93,7 @@ class BatchLoop:
             max_num_seqs=self.view.limits.max_num_seqs,
             max_num_batched_tokens=self.view.limits.max_num_batched_tokens,
             prefix_caching=prefix_caching,
+            lookup=lookup,
         )
         self._task = asyncio.create_task(self._run())
 
@@ -190,13 +194,15 @@ class BatchLoop:
         for ident in failed:
             self.scheduler.failed(by_ident[ident])
         logprobs = _logprobs(result)
-        for ident, position, token in zip(result.sequences, result.positions, result.tokens, strict=True):
+        entries = zip(result.sequences, result.positions, result.tokens, strict=True)
+        for at, (ident, position, token) in enumerate(entries, start=1):
             sequence = by_ident[ident]
             logprob = next(logprobs)
             live = self._live.get(sequence)
             if live is None:
-                continue  # It ended while this step was out.
-            if ident in failed:
+                continue  # It ended while this step was out, or by an earlier token of it.
+            # Of a draft row, the tokens before the last one are good.
+            if ident in failed and ident not in result.sequences[at : at + 1]:
                 live.fail(
                     NumericalError(f"the logits of request {live.request.request_id} are not finite at {position}")
                 )
@@ -208,6 +214,8 @@ class BatchLoop:
         if self._recorder.active:
             self._recorder.delivered(self.view, result.step)
         self.scheduler.step_done(result.step)
+        if any(counts := self.scheduler.speculation.take_counts()):
+            self._metrics.speculated(*counts)
         self.scheduler.prefill_budget = self._costs.prefill_budget()
         del self._sent_at[result.step]
         self._wake.set()
@@ -294,16 +302,19 @@ def plan_message(plan: Plan, epoch: int) -> stage_pb2.StepPlan:
         ref_rows=[i for i, row in enumerate(rows) if row.result_of],
         ref_steps=[row.result_of for row in rows if row.result_of],
         planned_us=time.monotonic_ns() // 1000,
+        draft_rows=[i for i, row in enumerate(rows) if row.draft],
     )
 
 
 def _tokens(row: Row) -> list[int]:
     """The row's tokens; 0 stands for one that is still to be sampled."""
-    return [0] if row.result_of else row.sequence.tokens(row.start, row.count)
+    if row.result_of:
+        return [0]
+    return row.sequence.tokens(row.start, row.count - len(row.draft)) + row.draft
 
 
 def _logprobs(result: stage_pb2.StepResult) -> Iterator[TokenLogprob | None]:
-    """One entry a sampled row, None where the step reported none."""
+    """One entry a token, None where the step reported none."""
     at = 0
     for row, token in enumerate(result.tokens):
         if not result.logprobs:

@@ -32,6 +32,7 @@ from .bubbles import Bubbles
 from .live import LiveRequest
 from .metrics import Load, Metrics
 from .request import GenerationRequest, ModelCard, Sampling
+from .speculation import lookup_limits
 from .tokenizer import Tokenizer
 from .trace import Recorder
 
@@ -266,8 +267,10 @@ class MeshEngine:
         loop = BatchLoop(view, self.metrics, self._bubbles, self.recorder, self._on_lost)
         try:
             await self._load_model(view)
-            caching = self.settings.enable_prefix_caching
-            await loop.start(self.settings.gateway_id, self._instance, self._slot, prefix_caching=caching)
+            caching, lookup = self.settings.enable_prefix_caching, lookup_limits(self.settings.speculative_config)
+            await loop.start(
+                self.settings.gateway_id, self._instance, self._slot, prefix_caching=caching, lookup=lookup
+            )
             if self._wanted is None or loop.key != (self._wanted.pipeline_id, self._wanted.epoch):
                 raise StageLost("the pipeline changed while its sessions were opened")
             self._loop = loop

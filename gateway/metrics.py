@@ -47,6 +47,9 @@ class Metrics:
             "prefix_cache_queries", "Tokens of sequences that started or came back, looked up in the prefix cache."
         )
         self._prefix_hits = self._counter("prefix_cache_hits", "Those that were found there and not computed again.")
+        self._drafts = self._counter("spec_decode_num_drafts", "Rows of guessed tokens that were verified.")
+        self._draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens guessed in them.")
+        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Those that were what was drawn.")
         self._success = Counter(
             "stagemesh_request_success",
             "Requests that ended, by why.",
@@ -118,6 +121,12 @@ class Metrics:
         """A sequence of `queries` known tokens starts with `hits` of them taken over."""
         self._prefix_queries.inc(queries)
         self._prefix_hits.inc(hits)
+
+    def speculated(self, drafts: int, draft_tokens: int, accepted_tokens: int) -> None:
+        """So many draft rows are back; `accepted_tokens` of `draft_tokens` in them were right."""
+        self._drafts.inc(drafts)
+        self._draft_tokens.inc(draft_tokens)
+        self._accepted.inc(accepted_tokens)
 
     def http_answered(self, method: str, handler: str, status: int) -> None:
         """An HTTP request was answered; `handler` is the route, not the client's path."""

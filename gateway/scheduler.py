@@ -7,16 +7,22 @@ tokens are "the result of step N", which the last stage sends to the first itsel
 Prefill goes in chunks beside the decode rows under a token budget (budget.py), so that steps last alike whatever they
 hold; the chunks of one prompt follow each other without waiting for results. The prompt that has waited longest goes
 first, but for half of the budget if others have less left (the chunks are Sarathi-Serve's, Agrawal et al. 2024).
+
+With speculation, a sequence whose next tokens can be guessed goes as a draft row: its last known token and the guess,
+verified in one step. Nothing else of it is out meanwhile, because where it goes on is only known when the row is back.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from .budget import LONGER
 from .pages import PageAllocator
 from .prefix import PrefixCache
 from .sequence import Sequence, State
+from .speculation import LookupLimits, Speculation
 
 STEPS_AHEAD = 2
 """Steps of one sequence that may be out: one runs, the next waits for its token."""
@@ -34,6 +40,8 @@ class Row:
     """Whether the row ends at the last token there is, so that the next one is drawn."""
     result_of: int = 0
     """The step whose result the row's token is; 0: it is known."""
+    draft: list[int] = field(default_factory=list)
+    """Guesses for all tokens of the row but the first."""
 
 
 @dataclass
@@ -69,9 +77,11 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         prefix_caching: bool = True,
+        lookup: LookupLimits | None = None,
     ) -> None:
         self.pages = pages
         self.prefix = PrefixCache(pages, prefix_caching)
+        self.speculation = Speculation(lookup)
         self.steps_in_flight = steps_in_flight
         self.prefill_budget = max_num_batched_tokens
         """Prompt tokens of one step; the caller fits it to what steps cost."""
@@ -100,6 +110,7 @@ class Scheduler:
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
         sequence.state = State.FINISHED
+        self.speculation.forget(sequence)
         self._settle(sequence)
 
     def step_done(self, step: int) -> Plan:
@@ -109,10 +120,20 @@ class Scheduler:
             row.sequence.in_flight -= 1
             if row.samples:
                 row.sequence.unsampled -= 1
-            self.prefix.confirm(row.sequence, row.start + row.count)
+            if row.draft:
+                self._rewind(row)
+            self.prefix.confirm(row.sequence, min(row.start + row.count, row.sequence.computed))
         for row in plan.rows:
             self._settle(row.sequence)
         return plan
+
+    def _rewind(self, row: Row) -> None:
+        """What was computed behind a guess that did not hold is dead: the sequence goes on where the drawn tokens end.
+
+        The newest token of the log is never computed yet, drawn as guessed or not.
+        """
+        self.speculation.verified(row.sequence, row.start + 1, row.draft)
+        row.sequence.computed = row.sequence.length - 1
 
     def failed(self, sequence: Sequence) -> None:
         """What a sequence computed is not finite; its end is told by `finish`. To be called before `step_done`."""
@@ -152,7 +173,8 @@ class Scheduler:
         self._admit()
         prefilling = self._prefilling()
         rows = self._decode_rows(beside_prompts=bool(prefilling))
-        rows += self._prefill_rows(prefilling, min(self.prefill_budget, self.max_num_batched_tokens - len(rows)))
+        left = self.max_num_batched_tokens - sum(row.count for row in rows)
+        rows += self._prefill_rows(prefilling, min(self.prefill_budget, left))
         if not rows:
             return None
         plan = Plan(self._next_step, rows)
@@ -207,15 +229,38 @@ class Scheduler:
         # The one whose last step is longest ago goes first, so that none waits a round more than another.
         ready.sort(key=lambda s: s.last_step)
         rows: list[Row] = []
+        drafts_left = self._draft_budget(share)
         for sequence in ready:
             if len(rows) == share:
                 break
             if sequence.unsampled and self._next_step - sequence.last_step < apart:
                 break
+            if sequence.unsampled and drafts_left > 0 and len(self.speculation.guess(sequence)) > 1:
+                # Its next token can be guessed, and one behind it: it goes as a draft row when that token is known.
+                continue
             if sequence.preempted or sequence.state is not State.RUNNING or not self._grow(sequence):
                 continue
-            rows.append(self._row(sequence, 1))
+            draft = self._draft(sequence, drafts_left)
+            drafts_left -= len(draft)
+            rows.append(self._row(sequence, 1, draft))
         return [row for row in rows if not row.sequence.preempted and row.sequence.state is State.RUNNING]
+
+    def _draft_budget(self, share: int) -> int:
+        """Guessed tokens of one step of so many rows: with these, they may cost as much again as a step of no tokens.
+
+        So one stream guesses freely, and where many run, and a token more is no longer cheap, nobody does.
+        """
+        return max(0, min(int(self.prefill_budget / LONGER), self.max_num_batched_tokens) - share)
+
+    def _draft(self, sequence: Sequence, at_most: int) -> list[int]:
+        """What to guess behind the sequence's last token. Only pages that nobody is about to need are taken for it."""
+        if sequence.unsampled or at_most <= 0:
+            return []
+        draft = self.speculation.guess(sequence)[:at_most]
+        missing = self.pages.pages_for(sequence.length + len(draft)) - len(sequence.pages)
+        if missing > 0 and self.pages.num_free >= missing + len(self.running):
+            sequence.pages.extend(self.pages.allocate(missing) or ())
+        return draft[: len(sequence.pages) * self.pages.page_size - sequence.length]
 
     def _grow(self, sequence: Sequence) -> bool:
         """A page for the next position, if it needs one; preempts the youngest when none is free."""
@@ -270,10 +315,12 @@ class Scheduler:
                 break
         return [self._row(s, counts[s.ident]) for s in prefilling if counts[s.ident]]
 
-    def _row(self, sequence: Sequence, count: int) -> Row:
-        start = sequence.computed
+    def _row(self, sequence: Sequence, count: int, draft: Iterable[int] = ()) -> Row:
+        start, draft = sequence.computed, list(draft)
+        count += len(draft)
         last_page = self.pages.pages_for(start + count)
         new_pages = sequence.pages[sequence.pages_sent : last_page]
         sequence.pages_sent = max(sequence.pages_sent, last_page)
         result_of = sequence.last_step if start >= sequence.length else 0
-        return Row(sequence, start, count, new_pages, start + count == sequence.expected, result_of)
+        samples = start + count - len(draft) == sequence.expected
+        return Row(sequence, start, count, new_pages, samples, result_of, draft)

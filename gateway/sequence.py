@@ -44,7 +44,7 @@ class Sequence:
     pages_sent: int = 0
     """How many of `pages` the workers have been told of."""
     computed: int = 0
-    """Positions covered by plans that were sent."""
+    """Positions covered by plans that were sent, guessed tokens among them until their row is back."""
     in_flight: int = 0
     """Steps that name it and are not back."""
     unsampled: int = 0

@@ -57,7 +57,7 @@ class StepRecord:
     stages: list[list[int] | None]
     """`STAGE_COLUMNS` of each stage, None until its result is here."""
     sampled: list[int] = field(default_factory=list)
-    """The sequences that got a token."""
+    """The sequences that got a token, once for each."""
     received_us: int = 0
     """The last stage's result was here."""
     delivered_us: int = 0
@@ -106,7 +106,9 @@ class Recorder:
             sequences=[row.sequence.ident for row in plan.rows],
             tokens=sum(row.count for row in plan.rows),
             # A row is decode when it computes the newest token alone, behind others that were drawn.
-            prefill_tokens=sum(row.count for row in plan.rows if row.count > 1 or not row.sequence.log),
+            prefill_tokens=sum(
+                row.count for row in plan.rows if (row.count > 1 and not row.draft) or not row.sequence.log
+            ),
             stages=[None] * len(view.stages),
         )
         if len(self._open) > MAX_OPEN:

@@ -188,9 +188,9 @@ class Engine:
         assignment.release_input(session, step)
         result = stage_pb2.StepResult(step=step.number, epoch=step.epoch)
         if assignment.is_last:
-            self._sample(step, output, result)
-            if result.tokens:
-                assignment.send_tokens(session, step, list(result.tokens))
+            certain = self._sample(step, output, result)
+            if certain:
+                assignment.send_tokens(session, step, certain)
         output_at = time.monotonic()
         if not assignment.is_last:
             assignment.send(session, step, output)
@@ -218,19 +218,24 @@ class Engine:
         )
 
     @staticmethod
-    def _sample(step: Step, logits: torch.Tensor, result: stage_pb2.StepResult) -> None:
-        if not step.sampled:
-            return
-        idents, positions, states = (list(column) for column in zip(*step.sampled, strict=True))
-        drawn = sample(logits, states, positions)
-        result.sequences.extend(idents)
-        result.positions.extend(positions)
+    def _sample(step: Step, logits: torch.Tensor, result: stage_pb2.StepResult) -> list[int]:
+        """Draws the step's tokens into `result`; returns those of rows without a draft, which plans may refer to."""
+        rows = step.sampled
+        drawn = sample(logits, [r.sampler for r in rows], [r.position for r in rows], [r.draft for r in rows])
+        certain, at = [], 0
+        for row, count in zip(rows, drawn.counts, strict=True):
+            result.sequences.extend([row.sequence] * count)
+            result.positions.extend(range(row.position, row.position + count))
+            if not row.draft:
+                certain.append(drawn.tokens[at])
+            at += count
         result.tokens.extend(drawn.tokens)
         result.logprobs.extend(drawn.logprobs)
         result.top_counts.extend(drawn.top_counts)
         result.top_ids.extend(drawn.top_ids)
         result.top_logprobs.extend(drawn.top_logprobs)
-        result.failed_sequences.extend(s for s, bad in zip(idents, drawn.failed, strict=True) if bad)
+        result.failed_sequences.extend(r.sequence for r, bad in zip(rows, drawn.failed, strict=True) if bad)
+        return certain
 
     # -- what goes wrong --------------------------------------------------------------------------------------------
 

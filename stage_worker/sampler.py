@@ -3,12 +3,14 @@
 So a sequence draws the same tokens alone, in a batch, over any number of stages, and after it was preempted or moved.
 One uniform number a token (splitmix64 of the three counters) picks from the cumulative distribution in id order.
 
-Shapes: R rows that sample, V vocabulary.
+Shapes: R rows that sample (lines of logits, where drafts are verified), V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -57,6 +59,13 @@ class SequenceSampler:
             or (self.output_len < p.min_tokens and len(p.suppressed_ids) > 0)
         )
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a token that is drawn changes how the next one is."""
+        p = self.params
+        counting = self.output_len < p.min_tokens and len(p.suppressed_ids) > 0
+        return self.counts is not None or self.seen is not None or counting
+
     def shape_logits(self, logits: Tensor) -> None:
         """Applies bias, suppression and penalties to this sequence's [V] logits, in place (vLLM's order)."""
         p = self.params
@@ -82,46 +91,85 @@ class SequenceSampler:
 
 @dataclass
 class Sampled:
-    """What one call of `sample` drew, one entry per row; packed as `StepResult` packs it."""
+    """What one call of `sample` drew; packed as `StepResult` packs it."""
 
     tokens: list[int]
+    """Row after row, `counts[i]` of row i."""
     failed: list[bool]
-    """Rows whose logits held NaN or plus infinity: their token means nothing."""
+    """Rows whose logits held NaN or plus infinity: their last token means nothing."""
+    counts: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    """Of each token; empty where no row wants any."""
     top_counts: list[int] = field(default_factory=list)
     top_ids: list[int] = field(default_factory=list)
     top_logprobs: list[float] = field(default_factory=list)
 
 
-def sample(logits: Tensor, states: list[SequenceSampler], positions: list[int]) -> Sampled:
-    """Draws one token a row from [R, V] fp32 logits; `positions` are those of the new tokens in their sequences."""
+def sample(
+    logits: Tensor,
+    states: list[SequenceSampler],
+    positions: list[int],
+    drafts: Sequence[Sequence[int]] | None = None,
+) -> Sampled:
+    """Draws the next tokens of R rows; `positions` are those of the first new token of each in its sequence.
+
+    `logits` is [R, V] fp32, one line a row. With `drafts`, guesses of a row's new tokens, it has 1 + len(draft) lines a
+    row, computed as if the guesses were right: tokens are drawn as long as they are, and the one behind the last that
+    is. What is drawn is the same as without: the noise depends on the position alone.
+    """
     if not states:
         return Sampled([], [])
+    drafts = drafts or [()] * len(states)
+    ends = list(accumulate(1 + len(draft) for draft in drafts))
+    first = [end - 1 - len(draft) for end, draft in zip(ends, drafts, strict=True)]
+    tokens: list[list[int]] = [[] for _ in states]
+    failed = [False] * len(states)
+    # All lines of a row at once, but where what was drawn changes how the next token is drawn: those come one by one.
+    by_one = [state.remembers for state in states]
+    wanted = [(row, at) for row in range(len(states)) for at in range(1 if by_one[row] else 1 + len(drafts[row]))]
+    while wanted:
+        lines = [first[row] + at for row, at in wanted]
+        raw = logits if len(lines) == len(logits) else logits[torch.tensor(lines, device=logits.device)]
+        chosen = _choose(raw, [states[row] for row, _ in wanted], [positions[row] + at for row, at in wanted])
+        following = []
+        for (row, at), (token, usable) in zip(wanted, chosen, strict=True):
+            draft, drawn = drafts[row], tokens[row]
+            if failed[row] or at != len(drawn) or (drawn and drawn[-1] != draft[at - 1]):
+                continue  # Behind a guess that did not hold.
+            drawn.append(token)
+            failed[row] = not usable
+            if usable:
+                states[row].advance(token)
+                if by_one[row] and at < len(draft) and draft[at] == token:
+                    following.append((row, at + 1))
+        wanted = following
+    out = Sampled([token for row in tokens for token in row], failed, [len(row) for row in tokens])
+    if any(state.params.logprobs for state in states):
+        lines = [first[row] + at for row, drawn in enumerate(tokens) for at in range(len(drawn))]
+        _report_logprobs(
+            logits, lines, [s for s, count in zip(states, out.counts, strict=True) for _ in range(count)], out
+        )
+    return out
+
+
+def _choose(logits: Tensor, states: list[SequenceSampler], positions: list[int]) -> list[tuple[int, bool]]:
+    """(token, whether the logits could be used) of each of [R, V] lines."""
     # -inf is a masked id; NaN, +inf or nothing but -inf is a row that cannot be sampled.
-    usable = (logits < torch.inf).all(dim=-1) & (logits.amax(dim=-1) > -torch.inf)
-    failed = [not ok for ok in usable.tolist()]
-    raw = logits
+    usable = ((logits < torch.inf).all(dim=-1) & (logits.amax(dim=-1) > -torch.inf)).tolist()
     if any(state.shapes_logits for state in states):
         logits = logits.clone()
         for row, state in enumerate(states):
             if state.shapes_logits:
                 state.shape_logits(logits[row])
     tokens = logits.argmax(dim=-1)
-    drawn = [r for r, state in enumerate(states) if state.params.temperature > 0 and not failed[r]]
+    drawn = [r for r, state in enumerate(states) if state.params.temperature > 0 and usable[r]]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         uniform = uniforms(
             [states[r].params.seed for r in drawn], [states[r].choice for r in drawn], [positions[r] for r in drawn]
         )
         tokens[rows] = _draw(logits[rows], [states[r].params for r in drawn], uniform)
-    chosen = tokens.tolist()
-    out = Sampled(chosen, failed)
-    if any(state.params.logprobs for state in states):
-        _report_logprobs(raw, states, chosen, out)
-    for row, state in enumerate(states):
-        if not failed[row]:
-            state.advance(chosen[row])
-    return out
+    return list(zip(tokens.tolist(), usable, strict=True))
 
 
 def uniforms(seeds: list[int], choices: list[int], positions: list[int]) -> Tensor:
@@ -172,15 +220,15 @@ def _draw(logits: Tensor, params: list[types_pb2.SamplingParams], uniform: Tenso
     return torch.minimum(tokens, last)
 
 
-def _report_logprobs(raw: Tensor, states: list[SequenceSampler], chosen: list[int], out: Sampled) -> None:
+def _report_logprobs(raw: Tensor, lines: list[int], states: list[SequenceSampler], out: Sampled) -> None:
     """Log-probabilities of the model itself, before penalties and temperature (as vLLM reports them)."""
-    for row, state in enumerate(states):
+    for line, state, token in zip(lines, states, out.tokens, strict=True):
         if not state.params.logprobs:
             out.logprobs.append(0.0)
             out.top_counts.append(0)
             continue
-        logprobs = torch.log_softmax(raw[row].float(), dim=-1)
-        out.logprobs.append(float(logprobs[chosen[row]]))
+        logprobs = torch.log_softmax(raw[line].float(), dim=-1)
+        out.logprobs.append(float(logprobs[token]))
         values, ids = logprobs.topk(min(state.params.top_logprobs, logprobs.shape[-1]))
         out.top_counts.append(len(ids))
         out.top_ids.extend(ids.tolist())

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -31,8 +32,23 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     """Pages in this worker's pool, in the order of positions."""
     length: int = 0
-    """Positions that plans have covered."""
+    """Positions that plans have covered, guessed tokens among them."""
+    certain: int = 0
+    """Those of them that are sure to stay: less than `length` behind a draft row, until the next row says where the
+    sequence goes on."""
     sampler: SequenceSampler | None = None
+
+
+@dataclass(frozen=True)
+class SampledRow:
+    """A row behind which a token is drawn, and behind a draft row one more for each guess that held."""
+
+    sequence: int
+    position: int
+    """Of the first new token."""
+    sampler: SequenceSampler
+    draft: tuple[int, ...] = ()
+    """Guesses of the new tokens."""
 
 
 @dataclass
@@ -43,10 +59,11 @@ class Step:
     epoch: int
     batch: StepBatch
     num_tokens: int
-    sampled: list[tuple[int, int, SequenceSampler]]
-    """(sequence, position of the new token, sampler) of each row that samples; last stage only."""
+    sampled: list[SampledRow]
+    """Rows that sample; where tokens are drawn."""
     sampled_sequences: list[int]
-    """Sequences that the last stage will sample in this step; on the first stage."""
+    """Sequences of which the last stage will draw a token in this step that later plans may refer to; on the first
+    stage. Draft rows are not among them: how many tokens they bring is not known before."""
     references: list[tuple[int, int, int]]
     """(place in the step's tokens, earlier step, sequence): tokens that are that step's result, not a literal; on the
     first stage."""
@@ -132,6 +149,7 @@ class Session:
             raise InvalidRequest(f"step {plan.step} samples or refers to a row beyond its {rows}")
         if len(plan.ref_rows) != len(plan.ref_steps) or any(counts[row] != 1 for row in plan.ref_rows):
             raise InvalidRequest(f"step {plan.step} has rows of other than one token that refer to a result")
+        _check_drafts(plan, counts)
         if plan.tokens and max(plan.tokens) >= self.context.vocab_size:
             raise InvalidRequest(f"step {plan.step} names a token beyond the {self.context.vocab_size} there are")
         if not 0 < total <= self.context.max_tokens or len(plan.tokens) != total:
@@ -175,12 +193,13 @@ class Session:
                     f"step {plan.step} refers to sequence {ident} in step {earlier}, which has no result"
                 )
             step.references.append((sum(counts[:row]), earlier, ident))
-        if plan.sample_rows:
-            step.sampled_sequences = [plan.sequences[row] for row in plan.sample_rows]
+        drafts = set(plan.draft_rows)
+        step.sampled_sequences = [plan.sequences[row] for row in plan.sample_rows if row not in drafts]
+        if step.sampled_sequences:
             self._sampled[plan.step] = step.sampled_sequences
 
     def note_tokens(self, step: int, tokens: list[int]) -> None:
-        """What the last stage sampled in a step, in the order of its rows that sample."""
+        """What the last stage sampled in a step, in the order of its rows that sample, without draft rows."""
         self._tokens[step] = dict(zip(self._sampled[step], tokens, strict=True))
 
     def knows_tokens(self, step: Step) -> bool:
@@ -195,7 +214,9 @@ class Session:
         return True
 
     def give_tokens(self, step: Step, tokens: Iterable[int]) -> None:
-        """On ranks above 0: the tokens that rank 0 found for the step's references."""
+        """On ranks above 0: the tokens that rank 0 found for the step's references; told again while the step waits."""
+        if not step.references:
+            return
         for token in tokens:
             place, _, _ = step.references.pop()
             self._put_token(step, place, token)
@@ -219,23 +240,27 @@ class Session:
         """Gives each row's sequence its new pages; returns the block table of each row."""
         tables: list[list[int]] = []
         base, limit, at = self.context.page_base, self.context.num_pages, 0
+        drafts = set(plan.draft_rows)
         for i, ident in enumerate(plan.sequences):
             sequence = self.sequences.get(ident)
             if sequence is None:
                 raise InvalidRequest(f"step {plan.step} names sequence {ident}, which is not open")
             if not sequence.length:
                 # Behind a prefix that pages of another sequence hold already.
-                sequence.length = starts[i]
-            if starts[i] != sequence.length:
+                sequence.length = sequence.certain = starts[i]
+            if not sequence.certain <= starts[i] <= sequence.length:
                 raise InvalidRequest(
-                    f"step {plan.step} starts sequence {ident} at {starts[i]}, but it holds {sequence.length} positions"
+                    f"step {plan.step} starts sequence {ident} at {starts[i]}, but it holds {sequence.length} "
+                    f"positions, {sequence.certain} of them for certain"
                 )
             new = plan.new_pages[at : at + plan.new_page_counts[i]] if plan.new_page_counts else []
             at += len(new)
             if any(page >= limit for page in new):
                 raise InvalidRequest(f"step {plan.step} names a page beyond the {limit} granted")
             sequence.pages.extend(base + page for page in new)
-            sequence.length += counts[i]
+            # Guesses that did not hold are dead: this row writes over them.
+            sequence.length = starts[i] + counts[i]
+            sequence.certain = starts[i] + 1 if i in drafts else sequence.length
             if len(sequence.pages) * self.context.page_size < sequence.length:
                 raise InvalidRequest(f"sequence {ident} has too few pages for {sequence.length} positions")
             tables.append(sequence.pages)
@@ -249,18 +274,31 @@ class Session:
     def _logit_rows(self, plan: stage_pb2.StepPlan, counts: list[int]) -> Tensor | None:
         if not self.context.is_last:
             return None
-        ends = torch.tensor(counts).cumsum(0) - 1
-        return ends[torch.tensor(list(plan.sample_rows), dtype=torch.int64)].to(self.context.device)
+        ends, drafts = list(accumulate(counts)), set(plan.draft_rows)
+        wanted: list[int] = []
+        for row in plan.sample_rows:
+            wanted.extend(range(ends[row] - (counts[row] if row in drafts else 1), ends[row]))
+        return torch.tensor(wanted, dtype=torch.int64).to(self.context.device)
 
-    def _samplers(
-        self, plan: stage_pb2.StepPlan, starts: list[int], counts: list[int]
-    ) -> list[tuple[int, int, SequenceSampler]]:
+    def _samplers(self, plan: stage_pb2.StepPlan, starts: list[int], counts: list[int]) -> list[SampledRow]:
         if not self.context.samples:
             return []
         out = []
+        ends, drafts = list(accumulate(counts)), set(plan.draft_rows)
         for row in plan.sample_rows:
             sampler = self.sequences[plan.sequences[row]].sampler
             if sampler is None:
                 raise InternalError(f"sequence {plan.sequences[row]} has no sampler on the sampling rank")
-            out.append((plan.sequences[row], starts[row] + counts[row], sampler))
+            draft = tuple(plan.tokens[ends[row] - counts[row] + 1 : ends[row]]) if row in drafts else ()
+            out.append(SampledRow(plan.sequences[row], starts[row] + counts[row] - len(draft), sampler, draft))
         return out
+
+
+def _check_drafts(plan: stage_pb2.StepPlan, counts: list[int]) -> None:
+    """Raises InvalidRequest for a draft row that guesses nothing, is not sampled, or whose tokens are not known."""
+    sampled, referring = set(plan.sample_rows), set(plan.ref_rows)
+    for row in plan.draft_rows:
+        if row not in sampled or row in referring or counts[row] < 2:
+            raise InvalidRequest(
+                f"row {row} of step {plan.step} cannot be a draft: it needs guesses, and to be sampled"
+            )

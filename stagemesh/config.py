@@ -7,6 +7,7 @@ vLLM has one.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from stagemesh.errors import ConfigError
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SPECULATIVE_EXAMPLE = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}'
+DEFAULT_LOOKUP = 5
 
 
 def flags(*short: str) -> dict[str, Any]:
@@ -35,6 +38,16 @@ def _split_ints(value: Any) -> Any:
             return [int(part) for part in value.split(",") if part.strip()]
         except ValueError:
             raise ValueError(f"{value!r} is not a comma-separated list of whole numbers, such as 5,7") from None
+    return value
+
+
+def _parse_json(value: Any) -> Any:
+    """A JSON object as well as a mapping: what a command line and an environment variable can say."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError as e:
+            raise ValueError(f"{value!r} is not JSON ({e}): write {SPECULATIVE_EXAMPLE}") from None
     return value
 
 
@@ -105,6 +118,46 @@ class ModelSettings(Base):
         if self.served_model_name:
             return self.served_model_name
         return "stagemesh-demo" if self.model == str(DEMO_MODEL) else Path(self.model).resolve().name
+
+
+class SpeculativeConfig(Base):
+    """Speculative decoding: tokens are guessed, and verified in one step. Keys as vLLM's."""
+
+    method: Literal["ngram"]
+    """ngram: what followed the last tokens where they stood before, in the prompt or the output."""
+    num_speculative_tokens: int = Field(ge=1, le=32)
+    """Most tokens that are guessed at a time."""
+    prompt_lookup_max: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
+    """Most last tokens that are looked for; default: prompt_lookup_min, or 5."""
+    prompt_lookup_min: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
+    """Fewest last tokens that have to be found; default: prompt_lookup_max, or 5."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_for_both(cls, values: Any) -> Any:
+        """vLLM's defaults: one of the two lengths stands for the other."""
+        if isinstance(values, SpeculativeConfig):
+            return values
+        if not isinstance(values, Mapping):
+            raise ValueError(f"must be an object such as {SPECULATIVE_EXAMPLE}")
+        least, most = values.get("prompt_lookup_min"), values.get("prompt_lookup_max")
+        filled = {
+            "prompt_lookup_min": least if least is not None else most if most is not None else DEFAULT_LOOKUP,
+            "prompt_lookup_max": most if most is not None else least if least is not None else DEFAULT_LOOKUP,
+        }
+        return {**values, **filled}
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> SpeculativeConfig:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min {self.prompt_lookup_min} must not exceed prompt_lookup_max {self.prompt_lookup_max}"
+            )
+        return self
+
+    def __str__(self) -> str:
+        """As a flag says it."""
+        return self.model_dump_json()
 
 
 class CoordinatorSettings(ListenSettings, ModelSettings):
@@ -184,6 +237,9 @@ class GatewaySettings(ListenSettings):
     """Key that clients must send as `Authorization: Bearer`."""
     enable_prefix_caching: bool = True
     """Keep the KV of full pages as long as memory lasts, so that a prompt that begins alike is not computed again."""
+    speculative_config: SpeculativeConfig | None = None
+    """Speculative decoding, as JSON: method (ngram), num_speculative_tokens, prompt_lookup_max, prompt_lookup_min;
+    default: off."""
     max_waiting: int = Field(256, ge=0)
     """Requests that may wait for admission; beyond it, 429."""
     request_timeout: float = Field(600.0, gt=0)
@@ -192,6 +248,8 @@ class GatewaySettings(ListenSettings):
     """Largest HTTP body."""
     drain_timeout: float = Field(30.0, ge=0)
     """Seconds that SIGTERM gives running requests to finish."""
+
+    _json = field_validator("speculative_config", mode="before")(_parse_json)
 
 
 class ServeSettings(Loopback, ModelSettings):
@@ -226,6 +284,9 @@ class ServeSettings(Loopback, ModelSettings):
     from four on one more."""
     enable_prefix_caching: bool = True
     """Keep the KV of full pages as long as memory lasts, so that a prompt that begins alike is not computed again."""
+    speculative_config: SpeculativeConfig | None = None
+    """Speculative decoding, as JSON: method (ngram), num_speculative_tokens, prompt_lookup_max, prompt_lookup_min;
+    default: off."""
     max_waiting: int = Field(256, ge=0)
     """Requests that may wait for admission."""
     request_timeout: float = Field(600.0, gt=0)
@@ -236,6 +297,7 @@ class ServeSettings(Loopback, ModelSettings):
     """Seconds until a mesh that is not ready is given up."""
 
     _ints = field_validator("layer_partition", "tensor_parallel_size", mode="before")(_split_ints)
+    _json = field_validator("speculative_config", mode="before")(_parse_json)
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> ServeSettings:
@@ -284,7 +346,9 @@ def load(cls: type[S], *, file: str | None, env: Mapping[str, str] = os.environ,
 
 def _explain(error: Any, origin: Mapping[str, str], cls: type[Base]) -> str:
     key = str(error["loc"][0]) if error["loc"] else ""
+    path = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        return f"unknown setting {key!r} {origin.get(key, '')}; known: {', '.join(sorted(cls.model_fields))}"
+        known = SpeculativeConfig if key == "speculative_config" else cls
+        return f"unknown setting {path!r} {origin.get(key, '')}; known: {', '.join(sorted(known.model_fields))}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{key} {origin.get(key, '')}: {message}".strip() if key else message
+    return f"{path} {origin.get(key, '')}: {message}".strip() if key else message

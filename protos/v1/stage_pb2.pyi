@@ -182,7 +182,7 @@ class RunOpened(_message.Message):
     def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., steps_in_flight: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("step", "epoch", "kind", "sequences", "starts", "counts", "tokens", "new_page_counts", "new_pages", "sample_rows", "ref_rows", "ref_steps", "planned_us")
+    __slots__ = ("step", "epoch", "kind", "sequences", "starts", "counts", "tokens", "new_page_counts", "new_pages", "sample_rows", "ref_rows", "ref_steps", "planned_us", "draft_rows")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +196,7 @@ class StepPlan(_message.Message):
     REF_ROWS_FIELD_NUMBER: _ClassVar[int]
     REF_STEPS_FIELD_NUMBER: _ClassVar[int]
     PLANNED_US_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_ROWS_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     kind: StepKind
@@ -209,7 +210,8 @@ class StepPlan(_message.Message):
     ref_rows: _containers.RepeatedScalarFieldContainer[int]
     ref_steps: _containers.RepeatedScalarFieldContainer[int]
     planned_us: int
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., kind: _Optional[_Union[StepKind, str]] = ..., sequences: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., new_page_counts: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., sample_rows: _Optional[_Iterable[int]] = ..., ref_rows: _Optional[_Iterable[int]] = ..., ref_steps: _Optional[_Iterable[int]] = ..., planned_us: _Optional[int] = ...) -> None: ...
+    draft_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., kind: _Optional[_Union[StepKind, str]] = ..., sequences: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., new_page_counts: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., sample_rows: _Optional[_Iterable[int]] = ..., ref_rows: _Optional[_Iterable[int]] = ..., ref_steps: _Optional[_Iterable[int]] = ..., planned_us: _Optional[int] = ..., draft_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class OpenSequence(_message.Message):
     __slots__ = ("sequence", "sampling", "choice", "prompt", "log", "prompt_len")

@@ -72,6 +72,7 @@ def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
         grpc_port=serve.grpc_port,
         api_key=serve.api_key,
         enable_prefix_caching=serve.enable_prefix_caching,
+        speculative_config=serve.speculative_config,
         max_waiting=serve.max_waiting,
         request_timeout=serve.request_timeout,
         drain_timeout=serve.drain_timeout,

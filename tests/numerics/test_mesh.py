@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import random
 import re
 import urllib.request
@@ -35,6 +36,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "transport": ("ucx", "tcp"),
     "chunk": (16, 96, 512),
     "pages": ("plenty", "few"),
+    "guesses": ("off", "on"),
 }
 PAIRWISE = pairwise(FACTORS)
 
@@ -74,6 +76,9 @@ def flags(case: dict[str, Any]) -> list[str]:
     if case["pages"] == "few":
         # One sequence of --max-model-len and hardly more: the rest waits, and is preempted.
         out += ["--block-size", "4", "--num-kv-pages", str(MAX_MODEL_LEN // 4 + 16)]
+    if case["guesses"] == "on":
+        config = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+        out += ["--speculative-config", json.dumps(config)]
     return out
 
 
@@ -111,6 +116,8 @@ def test_tokens_equal_the_whole_model(case: dict[str, Any], checkpoints: Any) ->
             assert got == expected.tokens, f"request {i}, prompt of {len(expected.prompt_ids)} tokens"
         if case["pages"] == "few":
             assert metric(mesh, "stagemesh_num_preemptions_total") > 0, "few pages, and nobody was preempted"
+        if case["guesses"] == "on":
+            assert metric(mesh, "stagemesh_spec_decode_num_draft_tokens_total") > 0, "nothing was ever guessed"
         gateway = mesh.get("/mesh")["gateway"]
         assert gateway["free_pages"] == gateway["total_pages"], "pages leaked"
         routes = [stage["route"] for stage in mesh.get("/mesh")["pipelines"][0]["stages"]][:-1]
