@@ -130,7 +130,7 @@ class TestBuild:
     def test_defaults_come_from_the_checkpoint(self, tmp_path: Path) -> None:
         built = build(settings(tmp_path, pipeline_parallel_size=2))
         limits = built.target.limits
-        assert (limits.max_model_len, limits.steps_in_flight, limits.num_pages) == (4096, 3, 0)
+        assert (limits.max_model_len, limits.steps_in_flight, limits.num_pages) == (4096, 2, 0)
         assert (built.model.dtype, built.model.num_layers, built.model.hidden_size) == ("bfloat16", 4, 64)
         assert built.model.name == tmp_path.name
         assert build(settings(tmp_path)).target.limits.steps_in_flight == 2
