@@ -162,7 +162,8 @@ class Engine:
             if found is not None and (found[0].broken or found[1].failed):
                 # Rank 0 is in the step already and waits for this rank: only the end of the group frees it.
                 raise InternalError(f"step {order.step} was ordered, and its link or session has failed on this rank")
-            if found is not None and order.tokens:
+            if found is not None and found[2].references:
+                # Once: the order stays until the step's activation is here, too.
                 found[1].give_tokens(found[2], order.tokens)
             if found is not None and found[0].can_run(found[1], found[2]):
                 follower.done()
