@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from stagemesh.errors import InternalError
+
+if TYPE_CHECKING:
+    from .tables import DecodeTables
 
 
 class PageRows:
@@ -98,6 +101,8 @@ class AttentionMetadata:
     """Where the decode rows' tokens are in the step."""
     prefill_rows: list[PrefillRow]
     _tables: list[list[int]]
+    tables: DecodeTables | None = None
+    """A captured step's rows, read on the device; nothing else here says which they are then."""
     _decode_views: dict[int | None, list[DecodeView]] = field(default_factory=dict)
     _prefill_views: dict[int | None, list[PrefillView]] = field(default_factory=dict)
     _slots: dict[int, Tensor] = field(default_factory=dict)

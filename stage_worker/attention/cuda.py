@@ -1,9 +1,182 @@
-"""Attention on a CUDA device, without kernels of its own: the same steps, no synchronisation with the host."""
+"""Attention on a CUDA device: kernels over page tables for captured decode steps, PyTorch's flash attention for
+prompts, and the plain functions for the rest. Metadata is made on the host and copied once a step.
+
+A kernel serves a kind of layer only after it gave what the plain functions give, on this device.
+"""
 
 from __future__ import annotations
 
-from .paged import PagedAttention
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from stagemesh.errors import ConfigError, InternalError
+
+from .base import AttentionMetadata, PrefillRow, PrefillView
+from .paged import PagedAttention, _Kind
+from .tables import DecodeKernel, DecodeTables, LayerKind, TorchDecode, difference
+
+log = logging.getLogger(__name__)
+
+KERNELS = ("flashinfer", "triton", "torch")
+"""In the order in which they are tried."""
 
 
 class CudaAttention(PagedAttention):
-    """Plain torch over gathered pages; metadata is made on the host and copied once a step."""
+    """The backend of a CUDA device. On a CPU it runs too, on the plain functions: tests of captured steps use that."""
+
+    def __init__(self, kernels: Sequence[str] = KERNELS) -> None:
+        """`kernels`: which decode kernels to try; where none of them can be had, the plain functions serve."""
+        self._wanted = kernels
+        self._kernels: list[DecodeKernel] | None = None
+        self._chosen: dict[LayerKind, DecodeKernel] = {}
+        self._flash = True
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scaling: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        is_causal: bool = True,
+    ) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        tables = metadata.tables
+        if tables is None:
+            return super().attend(
+                query,
+                key,
+                value,
+                k_pages,
+                v_pages,
+                metadata,
+                scaling=scaling,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                sinks=sinks,
+                is_causal=is_causal,
+            )
+        kind = LayerKind(
+            heads=query.shape[1],
+            kv_heads=key.shape[1],
+            k_dim=key.shape[2],
+            v_dim=value.shape[2],
+            page_size=k_pages.shape[2],
+            dtype=query.dtype,
+            scaling=scaling,
+            window=sliding_window,
+            softcap=softcap,
+            has_sinks=sinks is not None,
+        )
+        kernel = self._chosen.get(kind) or self._choose(kind, query.device)
+        kernel.write(key, value, k_pages, v_pages, tables)
+        return kernel.attend(query, k_pages, v_pages, tables, kind, sinks)
+
+    def plan(self, tables: DecodeTables) -> None:
+        """To be called before a captured step is launched over rows just loaded into `tables`."""
+        for kernel in self._kernels or ():
+            kernel.plan(tables)
+
+    def _choose(self, kind: LayerKind, device: torch.device) -> DecodeKernel:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise InternalError("a decode kernel was to be chosen while a graph is captured: run the step once before")
+        if self._kernels is None:
+            self._kernels = make_kernels(self._wanted, device)
+        for kernel in self._kernels:
+            why = kernel.refuses(kind)
+            if why is None and kernel.name != "torch":
+                why = difference(kernel, kind, device)
+            if why is None:
+                log.info("decode attention of %s: %s", kind, kernel.name)
+                self._chosen[kind] = kernel
+                return kernel
+            log.warning("decode attention of %s does not go through %s: %s", kind, kernel.name, why)
+        raise InternalError("the plain functions refuse no layer")
+
+    def prefill(
+        self, query: Tensor, k_pages: Tensor, v_pages: Tensor, row: PrefillRow, view: PrefillView, kind: _Kind
+    ) -> Tensor:
+        """Flash attention where it knows the layer, else the plain function's blocks of scores."""
+        if self._flash and query.is_cuda and flash_knows(query, v_pages, row, kind):
+            try:
+                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                    return attend_prefill_sdpa(query, k_pages, v_pages, view, kind.scaling)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as e:
+                self._flash = False
+                log.warning("prompts do not go through PyTorch's flash attention here: %s", e)
+        return super().prefill(query, k_pages, v_pages, row, view, kind)
+
+
+def make_kernels(names: Sequence[str], device: torch.device) -> list[DecodeKernel]:
+    """Those of `names` that can be had here, and at the end the plain functions."""
+    plain = TorchDecode()
+    made: list[DecodeKernel] = []
+
+    def triton() -> DecodeKernel:
+        from .triton_decode import TritonDecode
+
+        return TritonDecode(device)
+
+    def flashinfer() -> DecodeKernel:
+        from .flashinfer_decode import FlashinferDecode
+
+        return FlashinferDecode(device, writer())
+
+    def writer() -> DecodeKernel:
+        try:
+            return triton()
+        except ConfigError:
+            return plain
+
+    makers: dict[str, Callable[[], DecodeKernel]] = {"flashinfer": flashinfer, "triton": triton}
+    for name in names:
+        if name == plain.name:
+            continue
+        if name not in makers:
+            raise ConfigError(f"no decode kernel {name!r}: use some of {', '.join(KERNELS)}")
+        try:
+            made.append(makers[name]())
+        except ConfigError as e:
+            log.info("no decode attention through %s: %s", name, e.message)
+    return [*made, plain]
+
+
+def flash_knows(query: Tensor, v_pages: Tensor, row: PrefillRow, kind: _Kind) -> bool:
+    """Whether flash attention computes such a layer: 16 bits, one head size, nothing but causal."""
+    if query.dtype not in (torch.bfloat16, torch.float16) or kind.softcap is not None or kind.sinks is not None:
+        return False
+    if kind.sliding_window is not None and kind.sliding_window < row.start + row.count:
+        return False
+    return query.shape[-1] == v_pages.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+
+
+def attend_prefill_sdpa(query: Tensor, k_pages: Tensor, v_pages: Tensor, view: PrefillView, scaling: float) -> Tensor:
+    """[C, N, Dv] for the last C positions [C, N, D] of a row that sees all before them."""
+    count, heads, head_dim = query.shape
+    kv_heads, length = k_pages.shape[1], view.context_len
+    rows = view.pages.of_heads(kv_heads)
+    keys = k_pages.flatten(0, 1).index_select(0, rows).view(1, kv_heads, -1, head_dim)[:, :, :length]
+    values = v_pages.flatten(0, 1).index_select(0, rows).view(1, kv_heads, -1, v_pages.shape[-1])[:, :, :length]
+    out = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        keys,
+        values,
+        attn_mask=causal_lower_right(count, length),
+        scale=scaling,
+        enable_gqa=heads != kv_heads,
+    )
+    return out[0].transpose(0, 1)

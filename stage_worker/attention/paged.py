@@ -150,5 +150,11 @@ class PagedAttention:
             out[where] = attend_decode(query[where], k_pages, v_pages, metadata, kind)
         for row, view in zip(metadata.prefill_rows, metadata.prefill_views(sliding_window), strict=True):
             here = slice(row.token_start, row.token_start + row.count)
-            out[here] = attend_prefill(query[here], k_pages, v_pages, row, view, kind)
+            out[here] = self.prefill(query[here], k_pages, v_pages, row, view, kind)
         return out
+
+    def prefill(
+        self, query: Tensor, k_pages: Tensor, v_pages: Tensor, row: PrefillRow, view: PrefillView, kind: _Kind
+    ) -> Tensor:
+        """See `attend_prefill`; for backends with a better way."""
+        return attend_prefill(query, k_pages, v_pages, row, view, kind)

@@ -87,7 +87,12 @@ def load_shard(
         from .load import load_shard as load_plain_shard
 
         group = parallel.group() if spec.tp_size == parallel.size > 1 else None
-        return load_plain_shard(spec, group, on_progress)
+        plain = load_plain_shard(spec, group, on_progress)
+        if spec.enforce_eager or plain.device.type != "cuda" or spec.tp_size > 1:
+            return plain
+        from .graphs import GraphedShard
+
+        return GraphedShard(plain)
     from ..native.shard import NativeShard
 
     return NativeShard(spec, architecture, parallel.exchange() if spec.tp_size > 1 else None, on_progress)

@@ -68,7 +68,7 @@ class ModelShard:
         self.weight_bytes = sum(tensor.nbytes for tensor in _unique(model))
         self._model = model
         self._base: nn.Module = getattr(model, layout.base_prefix)
-        self._backend = make_backend(self.device)
+        self.attention_backend = make_backend(self.device)
         self._pool: KvPool | None = None
         self._metadata: AttentionMetadata | None = None
         self._hidden_in: Tensor | None = None
@@ -78,6 +78,11 @@ class ModelShard:
         self._kinds: set[tuple[int | None, int]] = set()
         self.kv_layers = self._probe_attention()
         self._kinds = {(layer.sliding_window, layer.num_kv_heads) for layer in self.kv_layers}
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """transformers' model, what is foreign left out."""
+        return self._model
 
     def bind_kv(self, pool: KvPool) -> None:
         """Use these pages from now on.
@@ -199,7 +204,7 @@ class ModelShard:
             return value.transpose(1, 2).repeat_interleave(query.shape[1] // value.shape[1], dim=2)
         if self._pool is None or self._metadata is None:
             raise InternalError("attention before bind_kv, or outside of a step")
-        out = self._backend.attend(
+        out = self.attention_backend.attend(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),

@@ -1,0 +1,129 @@
+"""Decode attention by flashinfer, on the pages as they are: [P, K, S, D] is what it calls HND.
+
+flashinfer spreads the work of a step over the device by a plan that it makes on the host, per number of rows and kind
+of layer; buffers stay in place, so a captured step reads the next plan when it is launched again.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from itertools import accumulate
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from stagemesh.errors import ConfigError, InternalError
+
+from .tables import DecodeKernel, DecodeTables, LayerKind
+
+WORKSPACE_BYTES = 128 << 20
+TENSOR_CORE_GROUPS = 4
+"""From so many query heads a KV head on, matrix units are faster than reading each key for every head."""
+
+
+class FlashinferDecode:
+    """A decode kernel for heads of 64, 128 or 256 without sinks. Writes pages through another kernel."""
+
+    name = "flashinfer"
+    failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, NotImplementedError, OSError)
+
+    def __init__(self, device: torch.device, writer: DecodeKernel) -> None:
+        """Raises ConfigError when flashinfer is not installed, or there is no CUDA device."""
+        if device.type != "cuda":
+            raise ConfigError(f"flashinfer needs a CUDA device, not {device}")
+        try:
+            self._wrapper_class = import_module("flashinfer").BatchDecodeWithPagedKVCacheWrapper
+        except (ImportError, OSError, AttributeError) as e:
+            raise ConfigError(f"flashinfer cannot be imported ({e}): pip install flashinfer-python") from e
+        self.write = writer.write
+        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._wrappers: WeakKeyDictionary[DecodeTables, dict[LayerKind, Any]] = WeakKeyDictionary()
+
+    def refuses(self, kind: LayerKind) -> str | None:
+        """Why it cannot serve layers of this kind; None: it can."""
+        if kind.has_sinks:
+            return "it knows no attention sinks"
+        if kind.k_dim != kind.v_dim or kind.k_dim not in (64, 128, 256):
+            return f"it knows no heads of {kind.k_dim} and {kind.v_dim}"
+        if kind.dtype not in (torch.bfloat16, torch.float16):
+            return f"it computes in 16 bits, not in {kind.dtype}"
+        return None
+
+    def plan(self, tables: DecodeTables) -> None:
+        """Spreads the rows now in `tables` over the device, for every kind of layer that was run over them before."""
+        for kind, wrapper in self._wrappers.get(tables, {}).items():
+            _plan(wrapper, tables, kind)
+
+    def attend(
+        self,
+        query: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        tables: DecodeTables,
+        kind: LayerKind,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """See `tables.attend_rows`."""
+        wrappers = self._wrappers.setdefault(tables, {})
+        if kind not in wrappers:
+            if torch.cuda.is_current_stream_capturing():
+                raise InternalError("flashinfer was to plan a kind of layer while a graph is captured")
+            wrappers[kind] = self._make(tables, kind)
+            _plan(wrappers[kind], tables, kind)
+        out: Tensor = wrappers[kind].run(query, (k_pages, v_pages))
+        return out
+
+    def _make(self, tables: DecodeTables, kind: LayerKind) -> Any:
+        device = tables.packed.device
+
+        def buffer(length: int) -> Tensor:
+            return torch.zeros(length, dtype=torch.int32, device=device)
+
+        return self._wrapper_class(
+            self._workspace,
+            "HND",
+            use_cuda_graph=True,
+            use_tensor_cores=kind.heads // kind.kv_heads >= TENSOR_CORE_GROUPS,
+            paged_kv_indptr_buffer=buffer(tables.rows + 1),
+            paged_kv_indices_buffer=buffer(tables.rows * tables.width),
+            paged_kv_last_page_len_buffer=buffer(tables.rows),
+        )
+
+
+def plan_arrays(tables: DecodeTables) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows as flashinfer wants them: [B + 1] where each row's pages begin, all pages, [B] positions in the last page.
+
+    Int32 on the host. Padding rows have one position of page 0: flashinfer knows no empty rows.
+    """
+    padding = tables.rows - len(tables.lengths)
+    lengths = tables.lengths + [1] * padding
+    used = [-(-length // tables.page_size) for length in lengths]
+    pages = [page for row, count in zip(tables.pages, used, strict=False) for page in row[:count]] + [0] * padding
+    last = [(length - 1) % tables.page_size + 1 for length in lengths]
+    pinned = torch.cuda.is_available()
+    first, every, tail = (
+        torch.tensor(numbers, dtype=torch.int32, pin_memory=pinned) for numbers in ([0, *accumulate(used)], pages, last)
+    )
+    return first, every, tail
+
+
+def _plan(wrapper: Any, tables: DecodeTables, kind: LayerKind) -> None:
+    begins, pages, last = plan_arrays(tables)
+    wrapper.plan(
+        begins,
+        # From host memory flashinfer would copy these with the host waiting.
+        pages.to(tables.packed.device, non_blocking=True),
+        last,
+        kind.heads,
+        kind.kv_heads,
+        kind.k_dim,
+        kind.page_size,
+        pos_encoding_mode="NONE",
+        window_left=-1 if kind.window is None else kind.window - 1,
+        logits_soft_cap=kind.softcap,
+        q_data_type=kind.dtype,
+        kv_data_type=kind.dtype,
+        sm_scale=kind.scaling,
+    )
