@@ -7,8 +7,8 @@ from stagemesh.errors import ConfigError
 PROTOCOL = 2
 """Raised when a message changes its meaning."""
 OLDEST = 2
-"""The oldest that is understood. 2 brought tokens that go from the last stage to the first, draft rows, and results that
-come a few together: a service that speaks 1 can do none of these."""
+"""The oldest that is understood. 2 brought tokens that go from the last stage to the first, draft rows, and results
+that come a few together: a service that speaks 1 can do none of these."""
 
 
 def check_protocol(theirs: int, who: str) -> None:
