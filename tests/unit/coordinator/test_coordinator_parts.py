@@ -133,7 +133,8 @@ class TestBuild:
         assert (limits.max_model_len, limits.steps_in_flight, limits.num_pages) == (4096, 2, 0)
         assert (built.model.dtype, built.model.num_layers, built.model.hidden_size) == ("bfloat16", 4, 64)
         assert built.model.name == tmp_path.name
-        assert build(settings(tmp_path)).target.limits.steps_in_flight == 2
+        many = build(settings(tmp_path, pipeline_parallel_size=4)).target.limits
+        assert (build(settings(tmp_path)).target.limits.steps_in_flight, many.steps_in_flight) == (1, 5)
 
     def test_what_is_asked_for_wins(self, tmp_path: Path) -> None:
         built = build(
