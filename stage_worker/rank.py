@@ -6,23 +6,19 @@ Release and gateways' sessions, until the agent is gone.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from google.protobuf.message import DecodeError
 
 from stagemesh import process
-from stagemesh.errors import ConfigError, InvalidRequest, NotFound, StagemeshError, StaleEpoch, TransportError
-from stagemesh.protos.v1 import stage_pb2, types_pb2
+from stagemesh.errors import InvalidRequest, NotFound, StagemeshError, StaleEpoch, TransportError
+from stagemesh.protos.v1 import stage_pb2
 from stagemesh.transport.base import Transport
 from stagemesh.transport.select import open_transport
 
@@ -30,28 +26,16 @@ from .assignment import Assignment
 from .config import RankConfig
 from .control import Kind, Socket, dumps, pack_error
 from .engine import Engine
-from .kv import KvPool
-from .links import LinkIdentity, LinkReceiver, LinkSender, sending_rank
-from .measure import available_memory_bytes, measure
+from .link_commands import LinkCommands
+from .measure import measure
 from .order import Follower, Leader
 from .parallel import TensorParallel
+from .rank_memory import RankMemory
 from .session import Session
-from .shard.choose import Shard, load_shard, preload
+from .shard.choose import preload
 from .shard.spec import ShardSpec
 
 log = logging.getLogger(__name__)
-
-CPU_KV_SHARE = 0.25
-LINK_TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """The shard in memory and what it was loaded as; kept over epochs that want the same."""
-
-    spec: ShardSpec
-    fingerprint: str
-    shard: Shard
 
 
 class Rank:
@@ -60,15 +44,13 @@ class Rank:
     def __init__(self, config: RankConfig, engine: Engine, device: torch.device, parallel: TensorParallel) -> None:
         self.config = config
         self.engine = engine
-        self.device = device
-        self.parallel = parallel
-        self._loaded: _Loaded | None = None
-        self._pool: KvPool | None = None
+        self._memory = RankMemory(config, engine, device, parallel)
+        links = LinkCommands(config, engine, device, self._assignment)
         self._sessions: dict[int, Assignment] = {}
         self._calls: dict[Kind, Callable[[int, bytes], bytes]] = {
             Kind.ASSIGN: self.assign,
-            Kind.OFFER_LINK: self.offer_link,
-            Kind.CONNECT_LINK: self.connect_link,
+            Kind.OFFER_LINK: links.offer,
+            Kind.CONNECT_LINK: links.connect,
             Kind.ACTIVATE: self.activate,
             Kind.RELEASE: self.release,
             Kind.OPEN_SESSION: self.open_session,
@@ -102,8 +84,8 @@ class Rank:
             if held.pipeline_id == request.key.pipeline_id:
                 held.close()
                 del self.engine.assignments[key]
-        shard = self._shard_for(ident, request)
-        pool = self._pool_for(shard, request.limits)
+        shard = self._memory.shard_for(ident, request)
+        pool = self._memory.pool_for(shard, request.limits)
         assignment = Assignment(request, shard, pool, self.config.rank)
         self.engine.assignments[request.key.pipeline_id, request.stage] = assignment
         layers = f"layers {request.layers.first}-{request.layers.last - 1}"
@@ -122,79 +104,6 @@ class Rank:
             fingerprint=request.model.fingerprint,
             vocab_size=shard.vocab_size,
         ).SerializeToString()
-
-    def _shard_for(self, ident: int, request: stage_pb2.AssignRequest) -> Shard:
-        model = request.model
-        spec = ShardSpec(
-            model_dir=model.path,
-            first=request.layers.first,
-            last=request.layers.last,
-            dtype=model.dtype or "auto",  # type: ignore[arg-type]
-            device=str(self.device),
-            tp_rank=self.config.rank,
-            tp_size=self.config.size,
-            load_format=model.load_format or "auto",  # type: ignore[arg-type]
-            seed=model.seed,
-            page_size=request.limits.page_size,
-            threads=self.config.compute_threads,
-            enforce_eager=self.config.enforce_eager,
-        )
-        if self._loaded is not None and (self._loaded.spec, self._loaded.fingerprint) == (spec, model.fingerprint):
-            return self._loaded.shard
-        # The old weights go first: both together may not fit.
-        self._loaded = self._pool = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        last_told = 0.0
-
-        def on_progress(done: int, total: int) -> None:
-            nonlocal last_told
-            now = time.monotonic()
-            if now - last_told > 0.05 or done == total:
-                last_told = now
-                progress = stage_pb2.AssignResponse(loaded_bytes=done, total_bytes=total)
-                self.engine.control.send(Kind.PROGRESS, ident, progress.SerializeToString())
-
-        shard = load_shard(spec, self.parallel, on_progress)
-        shard.on_layer = self.engine.drive_transports
-        self._loaded = _Loaded(spec, model.fingerprint, shard)
-        return shard
-
-    def _pool_for(self, shard: Shard, limits: types_pb2.RunLimits) -> KvPool:
-        gateways = max(1, limits.gateways)
-        pool = self._pool
-        if (
-            pool is not None
-            and pool.page_size == limits.page_size
-            and limits.num_pages in (0, pool.num_pages)
-            and pool.num_pages // gateways * limits.page_size >= limits.max_model_len
-        ):
-            # Made for this shard from the memory there was; asked again, its own pages would count as taken.
-            return pool
-        self._pool = pool = None
-        page_bytes = KvPool.page_bytes(shard.kv_layers, limits.page_size, shard.dtype)
-        one_sequence = -(-limits.max_model_len // limits.page_size)
-        budget = self._kv_budget_bytes()
-        pages = limits.num_pages or min(one_sequence * limits.max_num_seqs * gateways, budget // page_bytes)
-        if pages // gateways < one_sequence:
-            raise ConfigError(
-                f"one request of --max-model-len {limits.max_model_len} needs {one_sequence} KV pages of {page_bytes} "
-                f"bytes here, and there are {pages} for {gateways} gateway(s): lower --max-model-len to "
-                f"{pages // gateways * limits.page_size}, or raise --num-kv-pages / --kv-cache-gib (now "
-                f"{budget / 2**30:.2f} GiB)"
-            )
-        self._pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)
-        shard.bind_kv(self._pool)
-        return self._pool
-
-    def _kv_budget_bytes(self) -> int:
-        if self.config.kv_cache_gib is not None:
-            return int(self.config.kv_cache_gib * 2**30)
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            return max(0, int(total * self.config.gpu_memory_utilization) - (total - free))
-        return int(available_memory_bytes() * CPU_KV_SHARE / self.config.size)
 
     def activate(self, ident: int, payload: bytes) -> bytes:
         """Starts taking sessions."""
@@ -218,75 +127,6 @@ class Rank:
         if held.epoch != key.epoch:
             raise StaleEpoch(f"{key.pipeline_id} is at epoch {held.epoch} here, not {key.epoch}")
         return held
-
-    # -- links ------------------------------------------------------------------------------------------------------
-
-    def offer_link(self, ident: int, payload: bytes) -> bytes:
-        """Makes this rank's receiving end."""
-        request = stage_pb2.OfferLinkRequest.FromString(payload)
-        held = self._assignment(request.key, request.stage)
-        if request.tokens and self.config.rank > 0:
-            return b""
-        transport = self._transport(request.transport)
-        secret = secrets.token_bytes(16)
-        source = 0
-        if not request.tokens:
-            source = sending_rank(self.config.rank, len(request.sender_addresses), self.config.size)
-        link = LinkReceiver(
-            transport,
-            request.sender_addresses[source],
-            self._identity(held, request.nonces[self.config.rank], secret, request.tokens),
-            device="cpu" if request.tokens else self.device,
-            timeout_s=LINK_TIMEOUT_S,
-        )
-        held.take_receiver(link, tokens=request.tokens)
-        return stage_pb2.OfferLinkResponse(
-            receiver_addresses=[transport.address()], secrets=[secret]
-        ).SerializeToString()
-
-    def connect_link(self, ident: int, payload: bytes) -> bytes:
-        """Makes this rank's sending ends and shakes hands; receiving ranks that read from another rank are not ours."""
-        request = stage_pb2.ConnectLinkRequest.FromString(payload)
-        held = self._assignment(request.key, request.stage)
-        transport = self._transport(request.transport)
-        receivers = len(request.receiver_addresses)
-        mine = [r for r in range(receivers) if sending_rank(r, self.config.size, receivers) == self.config.rank]
-        if request.tokens:
-            mine = [0] if self.config.rank == 0 else []
-        senders = [
-            LinkSender(
-                transport,
-                request.receiver_addresses[r],
-                self._identity(held, request.nonces[r], request.secrets[r], request.tokens),
-                timeout_s=LINK_TIMEOUT_S,
-            )
-            for r in mine
-        ]
-        held.take_senders(senders, tokens=request.tokens)
-        deadline = time.monotonic() + LINK_TIMEOUT_S
-        while not all(sender.ready for sender in senders):
-            self.engine.progress()
-            failed = next((sender.error for sender in senders if sender.error is not None), None)
-            if failed is not None:
-                raise failed
-            if time.monotonic() > deadline:
-                raise TransportError(f"no handshake from {request.receiver_id} over {request.transport}")
-            self.engine.sleep(with_control=False)
-        route = ", ".join(sorted({sender.route for sender in senders}))
-        if route:
-            log.info("link of stage %d to %s goes over %s: %s", held.stage, request.receiver_id, transport.name, route)
-        return stage_pb2.ConnectLinkResponse(route=route).SerializeToString()
-
-    @staticmethod
-    def _identity(held: Assignment, nonce: int, secret: bytes, tokens: bool) -> LinkIdentity:
-        if tokens:
-            return LinkIdentity(nonce, held.epoch, secret, 1, torch.int32)
-        return LinkIdentity(nonce, held.epoch, secret, held.shard.hidden_size, held.shard.dtype)
-
-    def _transport(self, name: str) -> Transport:
-        if name not in self.engine.transports:
-            raise NotFound(f"transport {name!r} is not open here; open: {', '.join(self.engine.transports)}")
-        return self.engine.transports[name]
 
     # -- sessions ---------------------------------------------------------------------------------------------------
 

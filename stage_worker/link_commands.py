@@ -1,0 +1,106 @@
+"""The agent's commands that make a stage's links: a receiving end is offered, then the sending end connects."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+import torch
+
+from stagemesh.errors import NotFound, TransportError
+from stagemesh.protos.v1 import stage_pb2
+from stagemesh.transport.base import Transport
+
+from .assignment import Assignment
+from .config import RankConfig
+from .engine import Engine
+from .links import LinkIdentity, LinkReceiver, LinkSender, sending_rank
+
+log = logging.getLogger(__name__)
+
+LINK_TIMEOUT_S = 10.0
+
+
+class LinkCommands:
+    """OfferLink and ConnectLink of one rank; `find` gives the assignment that a key and a stage name."""
+
+    def __init__(
+        self,
+        config: RankConfig,
+        engine: Engine,
+        device: torch.device,
+        find: Callable[[stage_pb2.PipelineKey, int], Assignment],
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.device = device
+        self._find = find
+
+    def offer(self, ident: int, payload: bytes) -> bytes:
+        """Makes this rank's receiving end."""
+        request = stage_pb2.OfferLinkRequest.FromString(payload)
+        held = self._find(request.key, request.stage)
+        if request.tokens and self.config.rank > 0:
+            return b""
+        transport = self._transport(request.transport)
+        secret = secrets.token_bytes(16)
+        source = 0
+        if not request.tokens:
+            source = sending_rank(self.config.rank, len(request.sender_addresses), self.config.size)
+        link = LinkReceiver(
+            transport,
+            request.sender_addresses[source],
+            self._identity(held, request.nonces[self.config.rank], secret, request.tokens),
+            device="cpu" if request.tokens else self.device,
+            timeout_s=LINK_TIMEOUT_S,
+        )
+        held.take_receiver(link, tokens=request.tokens)
+        return stage_pb2.OfferLinkResponse(
+            receiver_addresses=[transport.address()], secrets=[secret]
+        ).SerializeToString()
+
+    def connect(self, ident: int, payload: bytes) -> bytes:
+        """Makes this rank's sending ends and shakes hands; receiving ranks that read from another rank are not ours."""
+        request = stage_pb2.ConnectLinkRequest.FromString(payload)
+        held = self._find(request.key, request.stage)
+        transport = self._transport(request.transport)
+        receivers = len(request.receiver_addresses)
+        mine = [r for r in range(receivers) if sending_rank(r, self.config.size, receivers) == self.config.rank]
+        if request.tokens:
+            mine = [0] if self.config.rank == 0 else []
+        senders = [
+            LinkSender(
+                transport,
+                request.receiver_addresses[r],
+                self._identity(held, request.nonces[r], request.secrets[r], request.tokens),
+                timeout_s=LINK_TIMEOUT_S,
+            )
+            for r in mine
+        ]
+        held.take_senders(senders, tokens=request.tokens)
+        deadline = time.monotonic() + LINK_TIMEOUT_S
+        while not all(sender.ready for sender in senders):
+            self.engine.progress()
+            failed = next((sender.error for sender in senders if sender.error is not None), None)
+            if failed is not None:
+                raise failed
+            if time.monotonic() > deadline:
+                raise TransportError(f"no handshake from {request.receiver_id} over {request.transport}")
+            self.engine.sleep(with_control=False)
+        route = ", ".join(sorted({sender.route for sender in senders}))
+        if route:
+            log.info("link of stage %d to %s goes over %s: %s", held.stage, request.receiver_id, transport.name, route)
+        return stage_pb2.ConnectLinkResponse(route=route).SerializeToString()
+
+    @staticmethod
+    def _identity(held: Assignment, nonce: int, secret: bytes, tokens: bool) -> LinkIdentity:
+        if tokens:
+            return LinkIdentity(nonce, held.epoch, secret, 1, torch.int32)
+        return LinkIdentity(nonce, held.epoch, secret, held.shard.hidden_size, held.shard.dtype)
+
+    def _transport(self, name: str) -> Transport:
+        if name not in self.engine.transports:
+            raise NotFound(f"transport {name!r} is not open here; open: {', '.join(self.engine.transports)}")
+        return self.engine.transports[name]
