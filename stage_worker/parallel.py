@@ -17,6 +17,7 @@ class TensorParallel:
 
     torch.distributed (through a file at `store_path`) for shards of transformers' modules, shared memory
     (`exchange_fd`) for those of compiled kernels. All ranks load alike, so they ask for the same at the same point.
+    A rank that leaves the others waiting for `timeout_s` is lost: their step raises TransportError.
     """
 
     def __init__(
@@ -27,9 +28,11 @@ class TensorParallel:
         store_path: str | Path | None = None,
         exchange_fd: int | None = None,
         device: str = "cpu",
+        timeout_s: float = 60.0,
     ) -> None:
         self.rank, self.size = rank, size
         self._store_path, self._exchange_fd, self._device = store_path, exchange_fd, device
+        self._timeout_s = timeout_s
         self._group: TPGroup | None = None
         self._exchange: Exchange | None = None
 
@@ -40,7 +43,7 @@ class TensorParallel:
                 raise ConfigError(f"{self.size} ranks need a file to meet through")
             from .tp import TPGroup
 
-            self._group = TPGroup(self._store_path, self.rank, self.size, self._device)
+            self._group = TPGroup(self._store_path, self.rank, self.size, self._device, self._timeout_s)
         return self._group
 
     def exchange(self) -> Exchange:
@@ -50,7 +53,7 @@ class TensorParallel:
                 raise ConfigError(f"{self.size} ranks need shared memory to meet in")
             from .native.exchange import Exchange
 
-            self._exchange = Exchange(self._exchange_fd, self.rank, self.size)
+            self._exchange = Exchange(self._exchange_fd, self.rank, self.size, self._timeout_s)
         return self._exchange
 
     def close(self) -> None:

@@ -10,8 +10,6 @@ import torch
 from ..shared_memory import ROOM_BYTES, shared_memory_bytes
 from . import ops
 
-TIMEOUT_S = 60.0
-
 
 class Exchange:
     """This rank's place in the shared memory, for as long as the process lives: its round counter must not restart.
@@ -19,7 +17,7 @@ class Exchange:
     Takes over the descriptor `fd` of `make_shared_memory`.
     """
 
-    def __init__(self, fd: int, rank: int, size: int, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, fd: int, rank: int, size: int, timeout_s: float) -> None:
         self.rank, self.size = rank, size
         self._map = mmap.mmap(fd, shared_memory_bytes(size))
         os.close(fd)

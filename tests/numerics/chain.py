@@ -65,7 +65,7 @@ class Chain:
         self.pools = [KvPool(shard.kv_layers, num_pages, PAGE_SIZE, shard.dtype, shard.device) for shard in self.shards]
         for shard, pool in zip(self.shards, self.pools, strict=True):
             shard.bind_kv(pool)
-        self._group = parallel.group() if parallel.size > 1 else None
+        self._parallel = parallel
 
     def step(self, rows: Sequence[Row]) -> torch.Tensor:
         """Logits [R, V] of the wanted rows."""
@@ -126,9 +126,9 @@ class Chain:
             pool.zero()
 
     def _pick(self, logits: torch.Tensor) -> list[int]:
-        if self._group is None:
+        if self._parallel.size == 1:
             return [int(token) for token in logits.argmax(-1)]
         chosen = torch.zeros(logits.shape[0], dtype=torch.int64, device=self.device)
-        if self._group.rank == 0:
+        if self._parallel.rank == 0:
             chosen = logits.argmax(-1)
-        return [int(token) for token in self._group.all_reduce(chosen)]
+        return [int(token) for token in self._parallel.group().all_reduce(chosen)]

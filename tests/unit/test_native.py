@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from chain import PAGE_SIZE, Chain, Row
 from tiny_models import make_checkpoint
 
+from stagemesh.errors import TransportError
 from stagemesh.stage_worker.native import ops
 from stagemesh.stage_worker.native.architecture import NotNative, read_architecture
 from stagemesh.stage_worker.native.shard import NativeShard
@@ -19,6 +21,7 @@ from stagemesh.stage_worker.parallel import TensorParallel
 from stagemesh.stage_worker.shard.choose import load_shard, native_architecture
 from stagemesh.stage_worker.shard.model import ModelShard
 from stagemesh.stage_worker.shard.spec import ShardSpec
+from stagemesh.stage_worker.shared_memory import make_shared_memory
 
 pytestmark = pytest.mark.skipif(
     ops.library() is None, reason="NO COMPILED KERNELS: not built, or a processor without AVX512-BF16"
@@ -157,3 +160,14 @@ def test_without_a_compiler_the_modules_serve(llama: Path, monkeypatch: pytest.M
     monkeypatch.setattr(ops, "library", lambda: None)
     shard = load_shard(ShardSpec(str(llama), 0, 6, page_size=PAGE_SIZE), TensorParallel())
     assert isinstance(shard, ModelShard)
+
+
+def test_a_rank_that_never_comes_ends_the_step_with_an_error(llama: Path) -> None:
+    fd = make_shared_memory(2)
+    parallel = TensorParallel(0, 2, exchange_fd=fd, timeout_s=0.2)
+    chain = Chain(llama, (0, 6), parallel=parallel)
+    assert isinstance(chain.shards[0], NativeShard)
+    started = time.monotonic()
+    with pytest.raises(TransportError, match="rank"):
+        chain.step(STEPS[0])
+    assert 0.2 <= time.monotonic() - started < 5
