@@ -181,14 +181,12 @@ class BatchLoop:
         if result.epoch != self.view.epoch or self.lost is not None:
             return
         self._bubbles.add(stage, result.timing)
+        self._costs.add(stage, result.timing.tokens, result.timing.compute_us * 1e-6)
         if self._recorder.active:
             self._recorder.result(self.view, stage, result)
-        plan = self.scheduler.out.get(result.step)
-        if plan is None:
-            return  # The last stage's result came before this one, over another stream.
-        self._costs.add(stage, plan.num_tokens, result.timing.compute_us * 1e-6)
         if stage != len(self._streams) - 1:
             return
+        plan = self.scheduler.out[result.step]
         by_ident = {row.sequence.ident: row.sequence for row in plan.rows}
         failed = set(result.failed_sequences)
         for ident in failed:

@@ -52,11 +52,6 @@ class Plan:
     rows: list[Row]
     opened: list[Sequence] = field(default_factory=list)
 
-    @property
-    def num_tokens(self) -> int:
-        """Of all rows."""
-        return sum(row.count for row in self.rows)
-
 
 @dataclass(frozen=True)
 class Closed:

@@ -12,9 +12,9 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from stagemesh import process
 from stagemesh.errors import DeadlineExceeded, InvalidRequest, QueueFull
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
@@ -191,17 +191,9 @@ def now_us() -> int:
     return time.monotonic_ns() // 1000
 
 
-def boot_id() -> str:
-    """Tells hosts apart: processes with the same one share a monotonic clock. Empty where the system has none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
 def _answer(records: Sequence[StepRecord], views: dict[tuple[str, int], types_pb2.PipelineView]) -> dict[str, Any]:
     return {
-        "gateway": {"pid": os.getpid(), "boot_id": boot_id()},
+        "gateway": {"pid": os.getpid(), "boot_id": process.boot_id()},
         "pipelines": [
             {
                 "pipeline_id": pipeline_id,

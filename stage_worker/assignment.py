@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from stagemesh.errors import StagemeshError, Unavailable
@@ -47,6 +49,12 @@ class Assignment:
     def links_pending(self) -> bool:
         """Whether a handshake is under way."""
         return any(end.state == "connecting" for end in self._ends())
+
+    def note_completed(self) -> None:
+        """Writes down what has come by now: called between layers, `progress_links` does it else."""
+        for link in (self.receiver, self.token_receiver):
+            if link is not None:
+                link.note_completed()
 
     def progress_links(self) -> None:
         """Lets the links do what has become possible."""
@@ -183,7 +191,7 @@ class Assignment:
         for session in self.sessions.values():
             while session.awaited and (tokens := link.ready(session.slot, session.awaited[0])) is not None:
                 step = session.awaited.popleft()
-                session.note_tokens(step, tokens.tolist())
+                session.note_tokens(step, tokens.tolist(), link.completed_at(session.slot, step))
                 link.release(session.slot, step)
                 took = True
         return took
@@ -203,9 +211,9 @@ class Assignment:
         return self.receiver.ready(session.slot, step.number) if self.receiver is not None else None
 
     def input_complete_at(self, session: Session, step: Step) -> float:
-        """When the step's whole input was there (`time.monotonic()`); on the first stage it comes with the plan."""
+        """When the whole input was there (`time.monotonic()`); on the first stage the plan and all its tokens."""
         if self.receiver is None:
-            return step.arrived_at
+            return max(step.arrived_at, step.tokens_known_at)
         return self.receiver.completed_at(session.slot, step.number)
 
     def release_input(self, session: Session, step: Step) -> None:
@@ -221,7 +229,7 @@ class Assignment:
     def send_tokens(self, session: Session, step: Step, tokens: list[int]) -> None:
         """Makes sampled tokens known to the first stage, which may be waiting for them."""
         if self.is_first:
-            session.note_tokens(step.number, tokens)
+            session.note_tokens(step.number, tokens, time.monotonic())
         elif self.token_sender is not None:
             self.token_sender.send(session.slot, step.number, torch.tensor(tokens, dtype=torch.int32))
 

@@ -97,8 +97,7 @@ class Engine:
         for transport in self.transports.values():
             transport.progress()
         for assignment in self.assignments.values():
-            if assignment.receiver is not None:
-                assignment.receiver.note_completed()
+            assignment.note_completed()
 
     def sleep(self, *, with_control: bool = True) -> None:
         """Waits for a message or an event of a transport; without the control socket in the midst of a call of it."""
@@ -162,8 +161,7 @@ class Engine:
             if found is not None and (found[0].broken or found[1].failed):
                 # Rank 0 is in the step already and waits for this rank: only the end of the group frees it.
                 raise InternalError(f"step {order.step} was ordered, and its link or session has failed on this rank")
-            if found is not None and found[2].references:
-                # Once: the order stays until the step's activation is here, too.
+            if found is not None:
                 found[1].give_tokens(found[2], order.tokens)
             if found is not None and found[0].can_run(found[1], found[2]):
                 follower.done()
@@ -213,6 +211,7 @@ class Engine:
             wait_input_us=int(max(0.0, waited_s - wait_send_s) * 1e6),
             compute_us=int((ended - began) * 1e6),
             wait_send_us=int(wait_send_s * 1e6),
+            tokens=step.num_tokens,
             plan_arrived_us=int(step.arrived_at * 1e6),
             began_us=int(began * 1e6),
             ended_us=int(ended * 1e6),

@@ -7,14 +7,14 @@ gather brings a sequence's keys head by head, ready for a matrix product.
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from stagemesh.errors import ConfigError
+
+from .memory import zeros
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,13 @@ class KvPool:
         self._v: dict[int, torch.Tensor] = {}
         for layer in self.layers:
             heads = (num_pages, layer.num_kv_heads, page_size)
-            self._k[layer.layer_idx] = _zeros((*heads, layer.k_head_dim), dtype, self.device)
-            self._v[layer.layer_idx] = _zeros((*heads, layer.v_head_dim), dtype, self.device)
+            self._k[layer.layer_idx] = self._allocate((*heads, layer.k_head_dim))
+            self._v[layer.layer_idx] = self._allocate((*heads, layer.v_head_dim))
+
+    def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return zeros(shape, self.dtype)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @staticmethod
     def page_bytes(layers: Sequence[KvLayerSpec], page_size: int, dtype: torch.dtype) -> int:
@@ -90,13 +95,3 @@ class KvPool:
         """Forget everything. Tests use it to prove that their checks depend on the cache."""
         for tensor in (*self._k.values(), *self._v.values()):
             tensor.zero_()
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeroed memory. On a CPU straight from the system, which gives it when it is first touched, in huge pages where it
-    can: a start writes nothing, and an idle pool costs nothing."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, max(1, math.prod(shape)) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)

@@ -70,6 +70,8 @@ class Step:
     referred_tokens: list[int]
     """Those tokens, once they are known."""
     arrived_at: float
+    tokens_known_at: float = 0.0
+    """When the last result that it refers to was here."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ class Session:
         """Nothing runs any more; the gateway has been told, and will have the session closed."""
         self.awaited: deque[int] = deque()
         """Steps whose tokens the last stage will send, in order; on the first stage."""
-        self._tokens: dict[int, dict[int, int]] = {}
-        """step -> sequence -> token, of the last steps; on the first stage."""
+        self._tokens: dict[int, tuple[float, dict[int, int]]] = {}
+        """step -> when it was here, sequence -> token, of the last steps; on the first stage."""
         self._sampled: dict[int, list[int]] = {}
         """step -> sequences that it samples, of the last steps; on the first stage."""
         self._closing: list[tuple[int, int]] = []
@@ -198,17 +200,19 @@ class Session:
         if step.sampled_sequences:
             self._sampled[plan.step] = step.sampled_sequences
 
-    def note_tokens(self, step: int, tokens: list[int]) -> None:
+    def note_tokens(self, step: int, tokens: list[int], here_at: float) -> None:
         """What the last stage sampled in a step, in the order of its rows that sample, without draft rows."""
-        self._tokens[step] = dict(zip(self._sampled[step], tokens, strict=True))
+        self._tokens[step] = here_at, dict(zip(self._sampled[step], tokens, strict=True))
 
     def knows_tokens(self, step: Step) -> bool:
         """Puts results of earlier steps into the step's tokens; False while one is not known."""
         while step.references:
             place, earlier, ident = step.references[-1]
-            tokens = self._tokens.get(earlier)
-            if tokens is None:
+            found = self._tokens.get(earlier)
+            if found is None:
                 return False
+            here_at, tokens = found
+            step.tokens_known_at = max(step.tokens_known_at, here_at)
             step.references.pop()
             self._put_token(step, place, tokens[ident])
         return True

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Collection
+from pathlib import Path
 
 import setproctitle
 
@@ -61,6 +62,14 @@ def reap_orphans(own: Collection[int], *, kill: bool = False) -> None:
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, 0 if kill else os.WNOHANG)
+
+
+def boot_id() -> str:
+    """Tells hosts apart: processes with the same one share a monotonic clock. Empty where the system has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def set_up_logging(role: str) -> None:

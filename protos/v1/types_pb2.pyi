@@ -99,7 +99,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., top_logprobs: _Optional[int] = ..., logprobs: bool = ..., min_tokens: _Optional[int] = ..., suppressed_ids: _Optional[_Iterable[int]] = ..., bias_ids: _Optional[_Iterable[int]] = ..., bias_values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepTiming(_message.Message):
-    __slots__ = ("wait_input_us", "compute_us", "wait_send_us", "compute_cpu_us", "plan_arrived_us", "input_complete_us", "began_us", "output_us", "ended_us", "result_sent_us")
+    __slots__ = ("wait_input_us", "compute_us", "wait_send_us", "compute_cpu_us", "plan_arrived_us", "input_complete_us", "began_us", "output_us", "ended_us", "result_sent_us", "tokens")
     WAIT_INPUT_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     WAIT_SEND_US_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class StepTiming(_message.Message):
     OUTPUT_US_FIELD_NUMBER: _ClassVar[int]
     ENDED_US_FIELD_NUMBER: _ClassVar[int]
     RESULT_SENT_US_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     wait_input_us: int
     compute_us: int
     wait_send_us: int
@@ -120,7 +121,8 @@ class StepTiming(_message.Message):
     output_us: int
     ended_us: int
     result_sent_us: int
-    def __init__(self, wait_input_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., wait_send_us: _Optional[int] = ..., compute_cpu_us: _Optional[int] = ..., plan_arrived_us: _Optional[int] = ..., input_complete_us: _Optional[int] = ..., began_us: _Optional[int] = ..., output_us: _Optional[int] = ..., ended_us: _Optional[int] = ..., result_sent_us: _Optional[int] = ...) -> None: ...
+    tokens: int
+    def __init__(self, wait_input_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., wait_send_us: _Optional[int] = ..., compute_cpu_us: _Optional[int] = ..., plan_arrived_us: _Optional[int] = ..., input_complete_us: _Optional[int] = ..., began_us: _Optional[int] = ..., output_us: _Optional[int] = ..., ended_us: _Optional[int] = ..., result_sent_us: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class DeviceInfo(_message.Message):
     __slots__ = ("kind", "name", "memory_bytes", "flops_per_s", "bytes_per_s")

@@ -135,10 +135,16 @@ def _frequencies(raw: Mapping[str, Any], head_dim: int) -> torch.Tensor:
     return torch.where(medium, between, scaled)
 
 
-def check_sizes(a: Architecture, dtype: torch.dtype, page_size: int, tp_size: int) -> None:
+def dtype_of(wanted: str, a: Architecture) -> torch.dtype:
+    """What weights and KV are held in, `wanted` or as the config says. Raises NotNative for what has no kernels."""
+    dtype = a.dtype if wanted == "auto" else DTYPES.get(wanted)
+    if dtype is None:
+        raise NotNative(f"dtype {wanted} has no kernels, or config.json names none that has")
+    return dtype
+
+
+def check_sizes(a: Architecture, page_size: int, tp_size: int) -> None:
     """Raises NotNative when the kernels' vectors do not fit these sizes."""
-    if dtype not in DTYPES.values():
-        raise NotNative(f"{dtype} has no kernels")
     if page_size % 16 or a.hidden % 16 or a.head_dim % 16:
         raise NotNative(f"pages of {page_size}, {a.hidden} hidden and heads of {a.head_dim} are not multiples of 16")
     if a.heads % a.kv_heads or a.heads % tp_size or a.kv_heads % tp_size or a.intermediate % (2 * tp_size):

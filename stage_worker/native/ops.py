@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import weakref
 from pathlib import Path
 
 import torch
 
 from stagemesh.errors import InternalError, StagemeshError, TransportError
+
+from ..memory import zeros
 
 PANEL = 32
 """Outputs that are packed together."""
@@ -33,13 +34,11 @@ class Shape(ctypes.Structure):
         ("kv_heads", _Int),
         ("head_dim", _Int),
         ("intermediate", _Int),
-        ("rotary_dim", _Int),
         ("page_size", _Int),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
-        ("rope_scale", ctypes.c_float),
         ("inverse_frequencies", _Pointer),
-        ("most_threads", _Int),
+        ("threads", _Int),
         ("tp_rank", _Int),
         ("tp_size", _Int),
     )
@@ -79,7 +78,6 @@ class Step(ctypes.Structure):
         ("counts", _Pointer),
         ("offsets", _Pointer),
         ("tables", _Pointer),
-        ("threads", _Int),
     )
 
 
@@ -93,8 +91,6 @@ def library() -> ctypes.CDLL | None:
     if not lib.stagemesh_supported():
         return None
     size, pointer = ctypes.c_size_t, _Pointer
-    lib.stagemesh_allocate.restype, lib.stagemesh_allocate.argtypes = pointer, [size]
-    lib.stagemesh_free.restype, lib.stagemesh_free.argtypes = None, [pointer, size]
     lib.stagemesh_pack.restype = None
     lib.stagemesh_pack.argtypes = [ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int, pointer]
     lib.stagemesh_open.restype, lib.stagemesh_open.argtypes = pointer, [ctypes.POINTER(Shape), pointer]
@@ -116,23 +112,11 @@ def _loaded() -> ctypes.CDLL:
     return lib
 
 
-def allocate(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """A zeroed tensor in huge pages, freed with its last view. Raises InternalError when there is no memory."""
-    nbytes = max(1, math.prod(shape) * dtype.itemsize)
-    lib = _loaded()
-    address = lib.stagemesh_allocate(nbytes)
-    if not address:
-        raise InternalError(f"no memory for {nbytes} bytes")
-    buffer = (ctypes.c_char * nbytes).from_address(address)
-    weakref.finalize(buffer, lib.stagemesh_free, address, nbytes)
-    return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
-
-
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """The weight [n, k] of a linear, packed into panels; n is filled up to whole panels with zeros."""
     n, k = weight.shape
     weight = weight.contiguous()
-    out = allocate(-(-n // PANEL) * PANEL, k, dtype=weight.dtype)
+    out = zeros((-(-n // PANEL) * PANEL, k), weight.dtype)
     _loaded().stagemesh_pack(weight.dtype == torch.bfloat16, weight.data_ptr(), n, k, out.data_ptr())
     return out
 

@@ -24,7 +24,7 @@ from ..shard.batch import StepBatch
 from ..shard.checkpoint import Checkpoint
 from ..shard.spec import ShardSpec
 from . import ops
-from .architecture import DTYPES, Architecture, check_sizes
+from .architecture import Architecture, dtype_of
 from .exchange import Exchange
 from .weights import Reader, part
 
@@ -56,9 +56,8 @@ class NativeShard:
         self.is_first, self.is_last = spec.first == 0, spec.last == a.num_layers
         self.hidden_size, self.vocab_size = a.hidden, a.vocab
         checkpoint = Checkpoint(spec.model_dir) if spec.load_format == "auto" else None
-        self.dtype = choose_dtype(spec, a, checkpoint)
+        self.dtype = dtype_of(spec.dtype, a)
         self.device = torch.device("cpu")
-        check_sizes(a, self.dtype, spec.page_size, spec.tp_size)
         if spec.tp_size > 1 and (exchange is None or exchange.size != spec.tp_size):
             raise ConfigError(f"{spec.tp_size} ranks need shared memory to meet in")
         self._spec, self._tensors = spec, list[Tensor]()
@@ -111,13 +110,11 @@ class NativeShard:
             kv_heads=self._kv_heads,
             head_dim=a.head_dim,
             intermediate=last - first,
-            rotary_dim=a.head_dim,
             page_size=self._spec.page_size,
             eps=a.eps,
             scale=a.head_dim**-0.5,
-            rope_scale=1.0,
             inverse_frequencies=self._frequencies.data_ptr(),
-            most_threads=max(1, self._spec.threads),
+            threads=max(1, self._spec.threads),
             tp_rank=self._spec.tp_rank,
             tp_size=self._spec.tp_size,
         )
@@ -151,7 +148,7 @@ class NativeShard:
         offsets = array("i", accumulate(lengths[:-1]))
         arrays = (starts, counts, offsets, tables)
         pointers = [entry.buffer_info()[0] for entry in arrays]
-        step = ops.Step(len(starts), sum(counts), *pointers, max(1, self._spec.threads))
+        step = ops.Step(len(starts), sum(counts), *pointers)
         batch.prepared = _Prepared(step, arrays)
 
     @torch.inference_mode()
@@ -205,12 +202,3 @@ def _panels(packed: Tensor) -> Tensor:
     """Packed weights as [panels, groups, outputs] of 4 bytes each."""
     words = packed.view(torch.int32)
     return words.view(-1, words.shape[1], ops.PANEL)
-
-
-def choose_dtype(spec: ShardSpec, a: Architecture, checkpoint: Checkpoint | None) -> torch.dtype:
-    """What the weights are held in; None of the kernels' where neither setting nor config says so."""
-    if spec.dtype != "auto":
-        return DTYPES.get(spec.dtype, torch.float16)
-    if a.dtype is not None:
-        return a.dtype
-    return checkpoint.info(checkpoint.names[0]).dtype if checkpoint is not None else torch.float32

@@ -1,6 +1,4 @@
 // The layers of one stage on one rank: what ops.py calls. Plain C functions; the caller owns all memory but workspaces.
-#include <sys/mman.h>
-
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -16,10 +14,10 @@ using namespace stagemesh;
 extern "C" {
 
 struct Shape {
-  int32_t is_bf16, hidden, heads, kv_heads, head_dim, intermediate, rotary_dim, page_size;
-  float eps, scale, rope_scale;
-  const float* inverse_frequencies;  // [rotary_dim / 2]
-  int32_t most_threads, tp_rank, tp_size;
+  int32_t is_bf16, hidden, heads, kv_heads, head_dim, intermediate, page_size;
+  float eps, scale;
+  const float* inverse_frequencies;  // [head_dim / 2]
+  int32_t threads, tp_rank, tp_size;
 };
 
 struct Layer {
@@ -33,7 +31,6 @@ struct Layer {
 struct Step {
   int32_t rows, tokens;
   const int32_t *starts, *counts, *offsets, *tables;
-  int32_t threads;
 };
 }
 
@@ -58,7 +55,7 @@ class Room {
 };
 
 struct Engine {
-  Engine(const Shape& s, Exchange* e) : shape(s), team(s.most_threads), scores(new Room[s.most_threads]), exchange(e) {}
+  Engine(const Shape& s, Exchange* e) : shape(s), team(s.threads), scores(new Room[s.threads]), exchange(e) {}
   virtual ~Engine() = default;
   virtual int begin(const Step& step) = 0;
   virtual int layer(const Layer& layer, void* x) = 0;
@@ -78,7 +75,7 @@ struct EngineOf final : Engine {
 
   int begin(const Step& s) override {
     step = s;
-    const int half = shape.rotary_dim / 2;
+    const int half = shape.head_dim / 2;
     const size_t heads = shape.heads + 2 * shape.kv_heads, tokens = s.tokens;
     normed = (E*)normed_room.get(tokens * shape.hidden * sizeof(E));
     qkv = (E*)qkv_room.get(tokens * heads * shape.head_dim * sizeof(E));
@@ -99,8 +96,8 @@ struct EngineOf final : Engine {
         const float position = (float)(s.starts[r] + i);
         for (int f = 0; f < half; f++) {
           const float angle = position * shape.inverse_frequencies[f];
-          cosines[(size_t)t * half + f] = cosf(angle) * shape.rope_scale;
-          sines[(size_t)t * half + f] = sinf(angle) * shape.rope_scale;
+          cosines[(size_t)t * half + f] = cosf(angle);
+          sines[(size_t)t * half + f] = sinf(angle);
         }
       }
     }
@@ -112,7 +109,7 @@ struct EngineOf final : Engine {
 
   int layer(const Layer& w, void* hidden) override {
     E* x = (E*)hidden;
-    const int tokens = step.tokens, threads = step.threads;
+    const int tokens = step.tokens, threads = shape.threads;
     const int qkv_width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
     norm_rows(x, (const E*)w.norm1);
     team.run(threads, w.qkv.panels(), [&](int first, int last, int) {
@@ -182,7 +179,7 @@ struct EngineOf final : Engine {
  private:
   void norm_rows(const E* x, const E* weight) {
     const int width = shape.hidden;
-    team.run(step.tokens > 16 ? step.threads : 1, step.tokens, [&](int first, int last, int) {
+    team.run(step.tokens > 16 ? shape.threads : 1, step.tokens, [&](int first, int last, int) {
       for (int t = first; t < last; t++)
         rms_norm<T>(x + (size_t)t * width, weight, width, shape.eps, normed + (size_t)t * width);
     });
@@ -190,7 +187,7 @@ struct EngineOf final : Engine {
 
   // Queries are turned and put head by head; keys are turned, and both keys and values put into their page.
   void place_token(const Layer& w, const Pages<T>& keys, const Pages<T>& values, int t, int first, int last) {
-    const int dim = shape.head_dim, half = shape.rotary_dim / 2, groups = shape.heads / shape.kv_heads;
+    const int dim = shape.head_dim, half = shape.head_dim / 2, groups = shape.heads / shape.kv_heads;
     const float *c = cosines + (size_t)t * half, *s = sines + (size_t)t * half;
     const int row = row_of[t], position = step.starts[row] + t - first_token[row];
     const int page = step.tables[step.offsets[row] + position / shape.page_size], offset = position % shape.page_size;
@@ -214,7 +211,7 @@ struct EngineOf final : Engine {
   int add_linear(const E* from, const Linear& w, E* x) {
     const int width = shape.hidden;
     if (shape.tp_size == 1) {
-      team.run(step.threads, w.panels(), [&](int first, int last, int) {
+      team.run(shape.threads, w.panels(), [&](int first, int last, int) {
         linear<T>(from, step.tokens, w, first, last, [&](int row, int panel, __m512 a, __m512 b) {
           E* to = x + (size_t)row * width + panel * kPanel;
           T::store(to, _mm512_add_ps(T::load(to), T::round(a)));
@@ -227,7 +224,7 @@ struct EngineOf final : Engine {
     for (int at = 0; at < step.tokens; at += most) {
       const int m = std::min(most, step.tokens - at);
       float* mine = exchange->mine();
-      team.run(step.threads, w.panels(), [&](int first, int last, int) {
+      team.run(shape.threads, w.panels(), [&](int first, int last, int) {
         linear<T>(from + (size_t)at * w.k, m, w, first, last, [&](int row, int panel, __m512 a, __m512 b) {
           float* to = mine + (size_t)row * width + panel * kPanel;
           _mm512_storeu_ps(to, a);
@@ -247,7 +244,7 @@ struct EngineOf final : Engine {
   }
 
   void head_part(const E* picked, const Linear& w, int count, float* logits, int stride) {
-    team.run(step.threads, w.panels(), [&](int first, int last, int) {
+    team.run(shape.threads, w.panels(), [&](int first, int last, int) {
       linear<T>(picked, count, w, first, last, [&](int row, int panel, __m512 a, __m512 b) {
         const int at = panel * kPanel;
         _mm512_mask_storeu_ps(logits + (size_t)row * stride + at, columns_left(w.n, at), a);
@@ -273,17 +270,6 @@ int stagemesh_supported() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
 }
-
-// Memory for weights and pages, zeroed, in huge pages where the system gives them: fewer address translations on the
-// way. Null when there is none.
-void* stagemesh_allocate(size_t bytes) {
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) return nullptr;
-  madvise(memory, bytes, MADV_HUGEPAGE);
-  return memory;
-}
-
-void stagemesh_free(void* memory, size_t bytes) { munmap(memory, bytes); }
 
 void stagemesh_pack(int is_bf16, const void* from, int n, int k, void* to) {
   is_bf16 ? pack<Bf16>(from, n, k, to) : pack<F32>(from, n, k, to);

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kv import KvLayerSpec, KvPool
 from ..native import ops
-from ..native.architecture import DTYPES, Architecture, NotNative, check_sizes, read_architecture
+from ..native.architecture import Architecture, NotNative, check_sizes, dtype_of, read_architecture
 from ..parallel import TensorParallel
 from .batch import StepBatch
 from .sleeping import SleepShard, sleeps
@@ -83,7 +83,12 @@ def load_shard(
     try:
         architecture = native_architecture(spec)
     except NotNative as e:
-        log.info("layers %d-%d run through transformers' modules: %s", spec.first, spec.last - 1, e)
+        slow = spec.device == "cpu" and not spec.enforce_eager
+        log.log(
+            logging.WARNING if slow else logging.INFO,
+            "layers %d-%d run through transformers' modules%s: %s",
+            *(spec.first, spec.last - 1, ", several times slower than compiled kernels" if slow else "", e),
+        )
         from .load import load_shard as load_plain_shard
 
         group = parallel.group() if spec.tp_size == parallel.size > 1 else None
@@ -109,10 +114,8 @@ def native_architecture(spec: ShardSpec) -> Architecture:
     architecture = read_architecture(spec.model_dir)
     if not 0 <= spec.first < spec.last <= architecture.num_layers:
         raise NotNative(f"layers {spec.first}-{spec.last} are not a range of its {architecture.num_layers}")
-    dtype = architecture.dtype if spec.dtype == "auto" else DTYPES.get(spec.dtype)
-    if dtype is None:
-        raise NotNative(f"dtype {spec.dtype} has no kernels, or config.json names none")
-    check_sizes(architecture, dtype, spec.page_size, spec.tp_size)
+    dtype_of(spec.dtype, architecture)
+    check_sizes(architecture, spec.page_size, spec.tp_size)
     return architecture
 
 

@@ -150,25 +150,6 @@ class GraphedShard:
             graph = self._graph(batch)
             return self._shard.forward(batch) if graph is None else graph.run(batch)
 
-    @torch.inference_mode()
-    def warm_up(self, rows: int, tokens: int) -> None:
-        """Capture the graphs of up to `rows` rows of up to `tokens` positions ahead of time.
-
-        Before any sequence is there: it writes to the first page.
-        """
-        if not self._widths:
-            raise InternalError("warm_up before bind_kv")
-        width = self._fitting_width(-(-tokens // self._page_size))
-        if width is None:
-            raise InternalError(f"{tokens} positions need more pages than the {self._widths[-1]} of the pool")
-        for count in ROWS[: bisect_left(ROWS, rows) + 1][::-1]:
-            ids = torch.zeros(1, dtype=torch.int64, device=self.device)
-            hidden = torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self.device)
-            batch = StepBatch([0], [1], [[0]], self._page_size, token_ids=ids, hidden=hidden, logit_rows=ids)
-            packed = pack_rows([0], [[0]], self._page_size, count, width).to(self.device)
-            batch.prepared = PaddedRows((count, width), packed, [1], [[0]])
-            self.forward(batch)
-
     def _key(self, batch: StepBatch) -> tuple[int, int] | None:
         """The graph that the step can be padded to; None: it runs as it is."""
         count = len(batch.counts)

@@ -76,14 +76,6 @@ class CpuSampler:
         return CpuUse((last_us - first_us) * 1e-6, dict(sorted(seconds.items())), compute_us * 1e-6, tokens)
 
 
-def boot_id() -> str:
-    """This host's, as the gateway tells its own."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
 def local_mesh(listening_port: int) -> CpuSampler | None:
     """A sampler for the mesh whose gateway listens on a port of this machine; None when it is not to be found.
 

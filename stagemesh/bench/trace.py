@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from stagemesh import process
 from stagemesh.errors import ConfigError, InvalidRequest, StagemeshError, Unavailable
 
 from . import chrome, cpu, waterfall
@@ -97,7 +98,7 @@ async def _take(options: TraceOptions, url: str, load: Load | None) -> tuple[Tra
     trace = read(raw)
     if sampler is None:
         return trace, None, missing
-    if trace.gateway_pid not in sampler.gateways or trace.boot_id != cpu.boot_id():
+    if trace.gateway_pid not in sampler.gateways or trace.boot_id != process.boot_id():
         return trace, None, "not known: the gateway that answered runs on another host"
     return trace, sampler.use(trace), f"not known: the trace is shorter than two samples, {cpu.SAMPLE_S} s apart"
 

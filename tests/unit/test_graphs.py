@@ -11,7 +11,6 @@ import transformers
 from chain import PAGE_SIZE, Chain, Row
 from tiny_models import make_checkpoint
 
-from stagemesh.errors import InternalError
 from stagemesh.stage_worker.kv import KvPool
 from stagemesh.stage_worker.parallel import TensorParallel
 from stagemesh.stage_worker.shard.batch import StepBatch
@@ -110,14 +109,6 @@ def test_steps_with_prompts_run_as_they_are(tmp_path: Path) -> None:
     shard.prepare(batch)
     assert shard.forward(batch).shape == (4, shard.hidden_size)
     assert not shard._graphs
-
-
-def test_warm_up_makes_every_graph_up_to_the_rows(tmp_path: Path) -> None:
-    shard = make_graphed(make_checkpoint("llama", tmp_path))
-    shard.warm_up(5, 1025)
-    assert sorted(shard._graphs) == [(1, 256), (2, 256), (4, 256), (8, 256)]
-    with pytest.raises(InternalError, match="more pages than the 300"):
-        shard.warm_up(1, 300 * PAGE_SIZE + 1)
 
 
 def test_widths_end_with_the_pool() -> None:
