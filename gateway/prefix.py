@@ -27,7 +27,7 @@ class PrefixCache:
 
     def find(self, sequence: Sequence) -> list[int]:
         """Offered pages behind those it shares already. One token at least is left to compute: it gives the logits."""
-        if not self.enabled:
+        if not self.enabled or sequence.failed:
             return []
         size = self.pages.page_size
         known = range(sequence.offered, (sequence.length - 1) // size)
@@ -49,10 +49,16 @@ class PrefixCache:
             sequence.node = self.pages.offer(sequence.pages[i], sequence.node, sequence.page_tokens(i, size))
             sequence.offered += 1
 
-    def fail(self, sequence: Sequence) -> None:
-        """It computed something that is not a number: who knows in which page. None of its pages is offered."""
+    def fail(self, sequence: Sequence, running: Iterable[Sequence]) -> None:
+        """It computed something that is not a number: who knows in which page. None of its pages is offered.
+
+        Those that share some go on, but what they compute behind them is nothing to offer or take over either.
+        """
         sequence.failed = True
         self.pages.withdraw(sequence.pages)
+        pages = set(sequence.pages)
+        for other in running:
+            other.failed |= not pages.isdisjoint(other.pages)
 
     # -- waiting for a prefix that is being computed ----------------------------------------------------------------
 
@@ -64,7 +70,7 @@ class PrefixCache:
         last = (sequence.length - 1) // size
         enough = sequence.offered + sequence.remaining_prefill / (2 * size)
         for other in running:
-            if other.node != sequence.node or other.follows is not None or not _goes_on(other):
+            if other.node != sequence.node or other.follows is not None or other.failed or not _goes_on(other):
                 continue
             until = sequence.offered
             end = min(last, other.length // size)
@@ -79,7 +85,7 @@ class PrefixCache:
         other = sequence.follows
         if other is None:
             return False
-        if _goes_on(other) and other.offered < sequence.follows_until:
+        if _goes_on(other) and not other.failed and other.offered < sequence.follows_until:
             return True
         sequence.follows = None
         found = self.find(sequence)

@@ -132,7 +132,7 @@ class Scheduler:
 
     def failed(self, sequence: Sequence) -> None:
         """What a sequence computed is not finite; its end is told by `finish`. To be called before `step_done`."""
-        self.prefix.fail(sequence)
+        self.prefix.fail(sequence, self.running)
 
     def append_token(self, sequence: Sequence, position: int, token: int) -> bool:
         """Enters a token into the log, if it is the next one of a sequence that still wants it."""

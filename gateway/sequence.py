@@ -119,6 +119,7 @@ class Sequence:
         self.offered = self.taken_over = 0
         self.node = ROOT
         self.follows = None
+        self.failed = False
         self.opened = False
         self.ident = next(_numbers)
         return pages

@@ -57,10 +57,18 @@ def test_grpc_gives_what_http_gives(mesh: Mesh) -> None:
 
 
 def test_a_client_that_leaves_frees_its_pages(mesh: Mesh) -> None:
-    body = {"model": mesh.model, "prompt": "one two three", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    # Enough to do that it is not over before anybody looks.
+    body = {
+        "model": mesh.model,
+        "prompt": "one two three",
+        "max_tokens": 900,
+        "ignore_eos": True,
+        "stream": True,
+        "n": 16,
+    }
     with httpx.stream("POST", mesh.url + "/v1/completions", json=body, timeout=30) as response:
         next(response.iter_lines())
-        assert mesh.get("/mesh")["gateway"]["running"] == 1
+        assert mesh.get("/mesh")["gateway"]["running"] == 16
     mesh.check_pages_are_free()
     assert mesh.get("/mesh")["gateway"]["running"] == 0
 

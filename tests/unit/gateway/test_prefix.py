@@ -186,6 +186,31 @@ def test_pages_of_a_failed_sequence_are_not_offered() -> None:
     assert prefill_of(run_all(scheduler), second)[0][0] == 0
 
 
+def test_what_was_computed_behind_pages_of_a_failed_sequence_is_not_taken_over() -> None:
+    scheduler = make(steps=1, tokens=4)
+    first = Sequence((0,) * 6, 0, 1)
+    scheduler.add(first)
+    plans = [scheduler.next_plan(), scheduler.next_plan()]
+    assert plans[0] is not None
+    come_back(scheduler, plans[0])
+    # Both begin with the first one's page; one of them waits for the other's next.
+    others = [Sequence((0,) * 20, number, 1) for number in range(2)]
+    for other in others:
+        scheduler.add(other)
+    scheduler.next_plan()
+    assert [other.taken_over for other in others] == [SIZE, SIZE]
+    assert others[1].follows is others[0]
+    scheduler.failed(first)
+    scheduler.finish(first)
+    assert plans[1] is not None
+    scheduler.step_done(plans[1].step)
+    rows = run_all(scheduler)
+    assert sum(count for start, count in prefill_of(rows, others[1])) == 16, "took over what the other computed"
+    last = Sequence((0,) * 20, 0, 1)
+    scheduler.add(last)
+    assert prefill_of(run_all(scheduler), last)[0][0] == 0
+
+
 def chunks(*values: int) -> list[bytes]:
     return [bytes([value] * SIZE) for value in values]
 
