@@ -72,8 +72,13 @@ def kinds(workers: Sequence[WorkerInfo]) -> list[Kind]:
 class CostModel:
     """Costs of the layers and of the two ends (embedding; norm, head and sampler) of one model under some limits."""
 
-    def __init__(self, info: CheckpointInfo, limits: Limits, dtype: str) -> None:
+    def __init__(self, info: CheckpointInfo, limits: Limits, dtype: str, draft: CheckpointInfo | None = None) -> None:
+        """`draft`: a model of the same dtype that the last stage holds whole beside its layers.
+
+        Its time is not counted: where many sequences run and balance matters, nobody guesses.
+        """
         self.info = info
+        self.draft = draft
         self.limits = limits
         self.element_bytes = ELEMENT_BYTES[dtype]
         self.rows = max(1, limits.max_num_seqs // max(1, limits.steps_in_flight))
@@ -109,20 +114,31 @@ class CostModel:
 
     def layer_memory(self, kind: Kind, max_model_len: int | None = None) -> FloatArray:
         """Bytes [layers] on one rank: its share of the weights, and KV pages of one longest sequence."""
+        tokens = self._kv_tokens(max_model_len)
+        return self._layer_parameters * self.element_bytes / kind.tp_size + self.kv_bytes_per_token(kind) * tokens
+
+    def _kv_tokens(self, max_model_len: int | None) -> int:
+        """Positions of the pages that there have to be at the least."""
         page = self.limits.page_size
         tokens = -(-(max_model_len or self.limits.max_model_len) // page) * page
-        if self.limits.num_pages:
-            tokens = max(tokens, self.limits.num_pages * page)
-        return self._layer_parameters * self.element_bytes / kind.tp_size + self.kv_bytes_per_token(kind) * tokens
+        return max(tokens, self.limits.num_pages * page)
+
+    def draft_memory(self, max_model_len: int | None = None) -> float:
+        """Bytes of the draft model and its KV pages on rank 0 of the last stage."""
+        if self.draft is None:
+            return 0.0
+        kv = self.draft.num_layers * self.draft.kv_elements_per_token * self._kv_tokens(max_model_len)
+        return float((self.draft.total_parameters + kv) * self.element_bytes)
 
     def embedding_memory(self) -> float:
         """Bytes of the embedding on one rank: replicated."""
         return float(self.info.embedding.parameters * self.element_bytes)
 
-    def head_memory(self, kind: Kind) -> float:
-        """Bytes of norm and head on one rank, and of one step's logits in float32."""
+    def head_memory(self, kind: Kind, max_model_len: int | None = None) -> float:
+        """Bytes of norm and head on one rank, of one step's logits in float32, and of a draft model."""
         logits = self.limits.max_num_seqs * self.info.vocab_size * 4
-        return self.info.head.parameters * self.element_bytes / kind.tp_size + logits
+        head = self.info.head.parameters * self.element_bytes / kind.tp_size
+        return head + logits + self.draft_memory(max_model_len)
 
     def fixed_memory(self) -> float:
         """Bytes every rank needs beside weights and KV: activation buffers of the steps in flight and of compute."""
@@ -133,7 +149,7 @@ class CostModel:
         """Bytes on one rank of the stage that holds layers [first, last)."""
         total = float(self.layer_memory(kind, max_model_len)[first:last].sum()) + self.fixed_memory()
         total += self.embedding_memory() if first == 0 else 0.0
-        return total + (self.head_memory(kind) if last == self.info.num_layers else 0.0)
+        return total + (self.head_memory(kind, max_model_len) if last == self.info.num_layers else 0.0)
 
     def fits(self, kind: Kind, first: int, last: int, max_model_len: int | None = None) -> bool:
         """Whether layers [first, last) fit one rank; a worker that does not know its memory decides itself."""

@@ -53,20 +53,13 @@ def build(settings: CoordinatorSettings) -> Build:
     check_counts(info.num_layers, stages, settings.layer_partition)
     limits = _limits(settings, info)
     dtype = info.dtype if settings.dtype == "auto" else settings.dtype
-    model = types_pb2.ModelRef(
-        name=settings.name,
-        path=os.path.abspath(settings.model),
-        fingerprint=fingerprint(settings.model, settings.load_format),
-        num_layers=info.num_layers,
-        hidden_size=info.hidden_size,
-        dtype=dtype,
-        load_format=settings.load_format,
-        seed=settings.seed,
-    )
+    model = model_ref(settings.model, settings, info, dtype)
+    model.name = settings.name
+    draft = _add_draft(settings, info, model)
     terms = hashlib.sha256(model.SerializeToString(deterministic=True) + repr(astuple(limits)).encode())
     terms.update(repr((stages, settings.layer_partition, settings.transport)).encode())
     target = Target(
-        cost=CostModel(info, limits, dtype),
+        cost=CostModel(info, limits, dtype, draft),
         num_stages=stages,
         limits=limits,
         fingerprint=model.fingerprint,
@@ -75,6 +68,36 @@ def build(settings: CoordinatorSettings) -> Build:
         terms=terms.hexdigest(),
     )
     return Build(target, model)
+
+
+def model_ref(path: str, settings: CoordinatorSettings, info: CheckpointInfo, dtype: str) -> types_pb2.ModelRef:
+    """A checkpoint as workers are told of it, named after its folder."""
+    return types_pb2.ModelRef(
+        name=os.path.basename(os.path.abspath(path)),
+        path=os.path.abspath(path),
+        fingerprint=fingerprint(path, settings.load_format),
+        num_layers=info.num_layers,
+        hidden_size=info.hidden_size,
+        dtype=dtype,
+        load_format=settings.load_format,
+        seed=settings.seed,
+    )
+
+
+def _add_draft(settings: CoordinatorSettings, info: CheckpointInfo, model: types_pb2.ModelRef) -> CheckpointInfo | None:
+    """Writes the draft model that the settings name into `model`, in whose dtype it computes; what its files hold."""
+    config = settings.speculative_config
+    if config is None or config.model is None:
+        return None
+    draft = inspect(config.model, settings.load_format)
+    if draft.vocab_size != info.vocab_size:
+        raise ConfigError(
+            f"the draft model {config.model} has a vocabulary of {draft.vocab_size}, the model has {info.vocab_size}: "
+            "take a draft model with the same tokenizer"
+        )
+    model.draft.num_tokens = config.num_speculative_tokens
+    model.draft.model.CopyFrom(model_ref(config.model, settings, draft, model.dtype))
+    return draft
 
 
 def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> Limits:

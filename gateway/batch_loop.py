@@ -18,14 +18,16 @@ from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from .bubbles import Bubbles
 from .budget import StepCosts
+from .draft_model import DraftModelGuesser, GuessCosts
 from .live import LiveRequest
+from .lookup import LookupGuesser, LookupLimits
 from .metrics import Metrics
 from .pages import PageAllocator
 from .request import Sampling, TokenLogprob
 from .run_stream import RunStream
 from .scheduler import Plan, Row, Scheduler
-from .sequence import Sequence
-from .speculation import LookupLimits
+from .sequence import Sequence, State
+from .speculation import Guesser
 from .trace import Recorder
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class BatchLoop:
         self._metrics = metrics
         self._bubbles = bubbles
         self._costs = StepCosts()
+        self._guess_costs = GuessCosts()
         self._recorder = recorder
         self._on_lost = on_lost
         self._streams = [RunStream(stage, self._on_result, self._on_stream_lost) for stage in view.stages]
@@ -87,15 +90,24 @@ class BatchLoop:
                 for stream in self._streams
             )
         )
+        batches = min(o.steps_in_flight for o in opened)
         self.scheduler = Scheduler(
             PageAllocator(min(o.num_pages for o in opened), opened[0].page_size),
-            steps_in_flight=min(o.steps_in_flight for o in opened),
+            steps_in_flight=batches,
             max_num_seqs=self.view.limits.max_num_seqs,
             max_num_batched_tokens=self.view.limits.max_num_batched_tokens,
             prefix_caching=prefix_caching,
-            lookup=lookup,
+            guesser=self._guesser(lookup, batches),
         )
         self._task = asyncio.create_task(self._run())
+
+    def _guesser(self, lookup: LookupLimits | None, batches: int) -> Guesser | None:
+        """The gateway's own settings come before the pipeline's draft model."""
+        if lookup is not None:
+            return LookupGuesser(lookup)
+        if self.view.model.HasField("draft"):
+            return DraftModelGuesser(self.view.model.draft.num_tokens, batches, self._guess_costs)
+        return None
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -181,7 +193,8 @@ class BatchLoop:
         if result.epoch != self.view.epoch or self.lost is not None:
             return
         self._bubbles.add(stage, result.timing)
-        self._costs.add(stage, result.timing.tokens, result.timing.compute_us * 1e-6)
+        timing = result.timing
+        self._costs.add(stage, timing.tokens, (timing.compute_us - timing.draft_us) * 1e-6)
         if self._recorder.active:
             self._recorder.result(self.view, stage, result)
         if stage != len(self._streams) - 1:
@@ -209,14 +222,30 @@ class BatchLoop:
                 if live.on_token(sequence.choice, token, wanted):
                     self._live.pop(sequence, None)
                     self.scheduler.finish(sequence)
+        self._take_guesses(plan, result)
         if self._recorder.active:
             self._recorder.delivered(self.view, result.step)
         self.scheduler.step_done(result.step)
         if any(counts := self.scheduler.speculation.take_counts()):
             self._metrics.speculated(*counts)
         self.scheduler.prefill_budget = self._costs.prefill_budget()
+        self._guess_costs.stages = self._costs.lines()
         del self._sent_at[result.step]
         self._wake.set()
+
+    def _take_guesses(self, plan: Plan, result: stage_pb2.StepResult) -> None:
+        """What the draft model guessed behind the drawn tokens, and what it took."""
+        asked = [row for row in plan.rows if row.guesses]
+        if not asked:
+            return
+        at = 0
+        for row, count in zip(asked, result.guess_counts, strict=True):
+            if row.sequence.state is not State.FINISHED:
+                self.scheduler.speculation.told(row.sequence, list(result.guesses[at : at + count]))
+            at += count
+        most = max(result.guess_counts)
+        if most and all(row.count == 1 + len(row.draft) for row in plan.rows):
+            self._guess_costs.add(most, result.timing.draft_us * 1e-6)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -301,6 +330,8 @@ def plan_message(plan: Plan, epoch: int) -> stage_pb2.StepPlan:
         ref_steps=[row.result_of for row in rows if row.result_of],
         planned_us=time.monotonic_ns() // 1000,
         draft_rows=[i for i, row in enumerate(rows) if row.draft],
+        guess_rows=[i for i, row in enumerate(rows) if row.guesses],
+        guess_counts=[row.guesses for row in rows if row.guesses],
     )
 
 

@@ -61,6 +61,13 @@ class StepCosts:
         """A step of so many tokens computed for so long on a stage."""
         self._stages.setdefault(stage, _Fit()).add(tokens, seconds)
 
+    def lines(self) -> list[tuple[float, float]]:
+        """(seconds of a step without tokens, seconds a token) of each stage seen.
+
+        A stage whose steps were all alike so far is taken for one where a token costs nothing.
+        """
+        return [fit.line() or (fit.seconds / fit.weight, 0.0) for _, fit in sorted(self._stages.items())]
+
     def prefill_budget(self) -> int:
         """Prompt tokens of one step, by the stage that would be slowed most."""
         lines = [line for fit in self._stages.values() if (line := fit.line()) is not None]

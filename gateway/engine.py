@@ -30,9 +30,9 @@ from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 from .batch_loop import BatchLoop
 from .bubbles import Bubbles
 from .live import LiveRequest
+from .lookup import lookup_limits
 from .metrics import Load, Metrics
 from .request import GenerationRequest, ModelCard, Sampling
-from .speculation import lookup_limits
 from .tokenizer import Tokenizer
 from .trace import Recorder
 

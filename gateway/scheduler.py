@@ -22,7 +22,7 @@ from .budget import LONGER
 from .pages import PageAllocator
 from .prefix import PrefixCache
 from .sequence import Sequence, State
-from .speculation import LookupLimits, Speculation
+from .speculation import Guesser, Speculation
 
 STEPS_AHEAD = 2
 """Steps of one sequence that may be out: one runs, the next waits for its token."""
@@ -42,6 +42,8 @@ class Row:
     """The step whose result the row's token is; 0: it is known."""
     draft: list[int] = field(default_factory=list)
     """Guesses for all tokens of the row but the first."""
+    guesses: int = 0
+    """How many tokens the last stage shall guess behind what the row draws."""
 
 
 @dataclass
@@ -72,11 +74,11 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         prefix_caching: bool = True,
-        lookup: LookupLimits | None = None,
+        guesser: Guesser | None = None,
     ) -> None:
         self.pages = pages
         self.prefix = PrefixCache(pages, prefix_caching)
-        self.speculation = Speculation(lookup)
+        self.speculation = Speculation(guesser)
         self.steps_in_flight = steps_in_flight
         self.prefill_budget = max_num_batched_tokens
         """Prompt tokens of one step; the caller fits it to what steps cost."""
@@ -91,6 +93,8 @@ class Scheduler:
         """What the workers have not yet been told to forget; the caller takes it."""
         self.preemptions = 0
         self._next_step = 1
+        self._guesses_a_row = 0
+        """Tokens that the last stage may be asked to guess behind each row of the step that is planned."""
 
     # -- events -----------------------------------------------------------------------------------------------------
 
@@ -221,17 +225,21 @@ class Scheduler:
         share = min(-(-len(decoding) // self.steps_in_flight), self.max_num_batched_tokens)
         apart = self.steps_in_flight if beside_prompts or not share else -(-len(decoding) // share)
         ready = [s for s in decoding if s.decodes and s.unsampled < STEPS_AHEAD]
+        if len(self.out) >= self.steps_in_flight and any(s.unsampled and self.speculation.waits(s) for s in decoding):
+            # Nothing is gained by being ahead: those that come back meet the others, and go on as one batch.
+            return []
         # The one whose last step is longest ago goes first, so that none waits a round more than another.
         ready.sort(key=lambda s: s.last_step)
         rows: list[Row] = []
         drafts_left = self._draft_budget(share)
+        self._guesses_a_row = drafts_left // max(1, share)
         for sequence in ready:
             if len(rows) == share:
                 break
             if sequence.unsampled and self._next_step - sequence.last_step < apart:
                 break
-            if sequence.unsampled and drafts_left > 0 and len(self.speculation.guess(sequence)) > 1:
-                # Its next token can be guessed, and one behind it: it goes as a draft row when that token is known.
+            if sequence.unsampled and drafts_left > 0 and self.speculation.waits(sequence):
+                # It goes as a draft row when its next token is known.
                 continue
             if sequence.preempted or sequence.state is not State.RUNNING or not self._grow(sequence):
                 continue
@@ -252,10 +260,14 @@ class Scheduler:
         if sequence.unsampled or at_most <= 0:
             return []
         draft = self.speculation.guess(sequence)[:at_most]
-        missing = self.pages.pages_for(sequence.length + len(draft)) - len(sequence.pages)
+        return draft[: self._reserve(sequence, sequence.length + len(draft)) - sequence.length]
+
+    def _reserve(self, sequence: Sequence, positions: int) -> int:
+        """Pages for so many positions, if nobody is about to need them; how many positions there are pages for."""
+        missing = self.pages.pages_for(positions) - len(sequence.pages)
         if missing > 0 and self.pages.num_free >= missing + len(self.running):
             sequence.pages.extend(self.pages.allocate(missing) or ())
-        return draft[: len(sequence.pages) * self.pages.page_size - sequence.length]
+        return len(sequence.pages) * self.pages.page_size
 
     def _grow(self, sequence: Sequence) -> bool:
         """A page for the next position, if it needs one; preempts the youngest when none is free."""
@@ -313,9 +325,11 @@ class Scheduler:
     def _row(self, sequence: Sequence, count: int, draft: Iterable[int] = ()) -> Row:
         start, draft = sequence.computed, list(draft)
         count += len(draft)
-        last_page = self.pages.pages_for(start + count)
+        samples = start + count - len(draft) == sequence.expected
+        guesses = self.speculation.ask(sequence, len(self.running), self._guesses_a_row) if samples else 0
+        end = start + count + guesses
+        last_page = self.pages.pages_for(min(end, self._reserve(sequence, end)) if guesses else end)
         new_pages = sequence.pages[sequence.pages_sent : last_page]
         sequence.pages_sent = max(sequence.pages_sent, last_page)
         result_of = sequence.last_step if start >= sequence.length else 0
-        samples = start + count - len(draft) == sequence.expected
-        return Row(sequence, start, count, new_pages, samples, result_of, draft)
+        return Row(sequence, start, count, new_pages, samples, result_of, draft, guesses)

@@ -1,66 +1,79 @@
-"""Guessing the next tokens of a sequence from its own past: prompt lookup (Saxena 2023), as vLLM's method "ngram".
-
-The longest run of last tokens that stood before in prompt or output is found, the latest place of it, and what followed
-there is the guess. A place that touches the end repeats itself, as a copy in LZ77 does: after "ab ab" comes "ab ab".
-
-Whether guessing pays is measured on the side, at no cost to anybody: for every token that comes, what would have been
-guessed is compared with it, apart for each length of run. A guess goes on as long as it is likely enough to hold.
-
-Pure: no I/O, no clock. Costs a token: one entry in a dictionary, and a walk over at most `PLACES` earlier places.
-"""
+"""Guessed tokens of all sequences of a scheduler: who guesses, what is verified, and how it turned out. Pure."""
 
 from __future__ import annotations
 
-from array import array
-from dataclasses import dataclass, field
-
-from stagemesh.config import SpeculativeConfig
+from typing import Protocol
 
 from .sequence import Sequence
 
-PLACES = 32
-"""Earlier places of the shortest run that are looked at, the latest first."""
-INDEXED_AT_ONCE = 2048
-"""Tokens that one call takes into the index, so that a long prompt does not hold up a step."""
-LIKELY = 0.3
-"""A guess goes on while the chance that all of it holds is more than this: a token that fails was computed in vain."""
-AT_FIRST = 0.7
-"""Chance that a guessed token holds, before anything is known."""
-WEIGHT = 0.15
-"""What the newest comparison counts against all before it."""
-_TOKEN_BYTES = 4
+
+class Guesser(Protocol):
+    """Where guesses come from: a sequence's own past (lookup.py), or a model on the last stage (draft_model.py)."""
+
+    def guess(self, sequence: Sequence) -> list[int]:
+        """Tokens that may follow those known; none where guessing does not pay."""
+
+    def waits(self, sequence: Sequence) -> bool:
+        """Whether a sequence whose next token is out had better wait for it, as a guess will follow."""
+
+    def ask(self, sequence: Sequence, streams: int) -> int:
+        """How many tokens the last stage shall guess behind the one that is planned, among so many streams."""
+
+    def told(self, sequence: Sequence, guesses: list[int]) -> None:
+        """The last stage's guesses behind the tokens known."""
+
+    def verified(self, sequence: Sequence, guessed: int, held: int) -> None:
+        """Of so many guessed tokens, the first so many were drawn."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence ended."""
 
 
 class Speculation:
-    """Guesses for all sequences of a scheduler, and how they turned out."""
+    """Guesses for all sequences, bounded by what they want; counts."""
 
-    def __init__(self, limits: LookupLimits | None) -> None:
-        """Without limits nothing is ever guessed."""
-        self._limits = limits
-        self._lookups: dict[Sequence, PromptLookup] = {}
+    def __init__(self, guesser: Guesser | None) -> None:
+        """Without a guesser nothing is ever guessed."""
+        self._guesser = guesser
         self.drafts = self.draft_tokens = self.accepted_tokens = 0
         """Draft rows that are back, tokens guessed in them, and those that were drawn and entered a log: since
         `take_counts`."""
 
     def guess(self, sequence: Sequence) -> list[int]:
         """Tokens that may follow those known, and are wanted; none where guessing does not pay."""
-        if self._limits is None:
+        if self._guesser is None:
             return []
-        lookup = self._lookups.get(sequence)
-        if lookup is None:
-            lookup = self._lookups[sequence] = PromptLookup(self._limits)
         # The token behind the last guessed one is drawn as well.
-        return lookup.guess(sequence)[: max(0, sequence.max_tokens - len(sequence.log) - 1)]
+        return self._guesser.guess(sequence)[: max(0, sequence.max_tokens - len(sequence.log) - 1)]
+
+    def waits(self, sequence: Sequence) -> bool:
+        """Whether a sequence whose next token is out had better wait for it."""
+        return self._guesser is not None and self._guesser.waits(sequence)
+
+    def ask(self, sequence: Sequence, streams: int, at_most: int) -> int:
+        """Tokens that the last stage shall guess behind the one that a row draws; 0: not to be asked."""
+        if self._guesser is None:
+            return 0
+        # One more token is drawn behind the row's, whatever is guessed.
+        at_most = min(at_most, sequence.max_tokens - len(sequence.log) - sequence.unsampled - 2)
+        return min(self._guesser.ask(sequence, streams), at_most) if at_most > 0 else 0
+
+    def told(self, sequence: Sequence, guesses: list[int]) -> None:
+        """The last stage's guesses behind the tokens known, as it was asked."""
+        if self._guesser is not None:
+            self._guesser.told(sequence, guesses)
 
     def verified(self, sequence: Sequence, position: int, draft: list[int]) -> None:
         """Tokens guessed from `position` on are back; what was drawn is in the log."""
         drawn = sequence.tokens(position, len(draft))
+        held = next(
+            (i for i, (a, b) in enumerate(zip(draft, drawn, strict=False)) if a != b), min(len(draft), len(drawn))
+        )
         self.drafts += 1
         self.draft_tokens += len(draft)
-        for guessed, token in zip(draft, drawn, strict=False):
-            if guessed != token:
-                break
-            self.accepted_tokens += 1
+        self.accepted_tokens += held
+        if self._guesser is not None:
+            self._guesser.verified(sequence, len(draft), held)
 
     def take_counts(self) -> tuple[int, int, int]:
         """Drafts, tokens in them and accepted ones, since the last call."""
@@ -70,100 +83,5 @@ class Speculation:
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence ended."""
-        self._lookups.pop(sequence, None)
-
-
-@dataclass(frozen=True)
-class LookupLimits:
-    """How long runs are that are looked for, and how much is guessed behind one."""
-
-    num_tokens: int
-    longest: int
-    shortest: int
-
-
-def lookup_limits(config: SpeculativeConfig | None) -> LookupLimits | None:
-    """What the settings ask for; None: nothing is guessed."""
-    if config is None:
-        return None
-    return LookupLimits(config.num_speculative_tokens, config.prompt_lookup_max, config.prompt_lookup_min)
-
-
-@dataclass
-class PromptLookup:
-    """Guesses of one sequence."""
-
-    limits: LookupLimits
-    _tokens: array[int] = field(default_factory=lambda: array("I"))
-    """Prompt and log, as far as they are in the index."""
-    _last: dict[bytes, int] = field(default_factory=dict)
-    """The shortest runs -> where the latest one ends, before the last token."""
-    _before: array[int] = field(default_factory=lambda: array("i"))
-    """For every position: where the run that ends there ended before that; -1: nowhere."""
-    _chances: list[float] = field(default_factory=list)
-    """Of a guessed token to hold, by the length of the run it follows."""
-    _found: tuple[int, int] | None = None
-    """(length of the run, where its continuation begins) behind the last token."""
-
-    def __post_init__(self) -> None:
-        self._chances = [AT_FIRST] * (self.limits.longest + 1)
-
-    def guess(self, sequence: Sequence) -> list[int]:
-        """Up to `num_tokens` tokens that may follow what is known; none where they are not likely to hold."""
-        if not self._catch_up(sequence) or self._found is None:
-            return []
-        run, at = self._found
-        chance, likely = self._chances[run], 1.0
-        out: list[int] = []
-        while len(out) < self.limits.num_tokens and (likely := likely * chance) > LIKELY:
-            here = at + len(out) - len(self._tokens)
-            out.append(out[here] if here >= 0 else self._tokens[here])
-        return out
-
-    def _catch_up(self, sequence: Sequence) -> bool:
-        """Takes new tokens into the index; False while some are left for another time."""
-        done = len(self._tokens)
-        new = sequence.tokens(done, min(sequence.length - done, INDEXED_AT_ONCE))
-        scored = max(0, len(sequence.prompt) - done)
-        if scored:
-            self._index(new[:scored])
-            self._found = self._find()
-        for token in new[scored:]:
-            if self._found is not None:
-                run, at = self._found
-                held = self._tokens[at] == token
-                self._chances[run] += WEIGHT * (held - self._chances[run])
-            self._index([token])
-            self._found = self._find()
-        return len(self._tokens) == sequence.length
-
-    def _index(self, tokens: list[int]) -> None:
-        """Appends tokens; the runs that ended at the old last token and behind it can be found from here on."""
-        size, old = self.limits.shortest, len(self._tokens)
-        self._tokens.extend(tokens)
-        first = max(old - 1, size - 1)
-        packed = self._tokens[first - size + 1 :].tobytes()
-        last, before = self._last, self._before
-        before.extend([-1] * (len(self._tokens) - 1 - len(before)))
-        for end in range(first, len(self._tokens) - 1):
-            at = _TOKEN_BYTES * (end - first)
-            run = packed[at : at + _TOKEN_BYTES * size]
-            before[end] = last.get(run, -1)
-            last[run] = end
-
-    def _find(self) -> tuple[int, int] | None:
-        """The longest run of last tokens that stood before; of several places the latest."""
-        tokens, size, most = self._tokens, self.limits.shortest, self.limits.longest
-        if len(tokens) <= size:
-            return None
-        end, best, found = self._last.get(tokens[-size:].tobytes(), -1), 0, -1
-        for _ in range(PLACES):
-            if end < 0 or best == most:
-                break
-            run = size
-            while run < most and run <= end and tokens[end - run] == tokens[-1 - run]:
-                run += 1
-            if run > best:
-                best, found = run, end
-            end = self._before[end]
-        return (best, found + 1) if found >= 0 else None
+        if self._guesser is not None:
+            self._guesser.forget(sequence)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
 from stagemesh.errors import StagemeshError, Unavailable
 from stagemesh.protos.v1 import stage_pb2
 
+from .drafter import Drafter
 from .kv import KvPool
 from .links import LinkReceiver, LinkSender
 from .session import Session, SessionContext, Step
@@ -18,18 +20,28 @@ TOKEN_CREDITS = 64
 """Frames of tokens that may be under way on a lane; the first stage takes them as they come."""
 
 
+@dataclass(frozen=True)
+class Held:
+    """What one assignment runs on."""
+
+    shard: Shard
+    pool: KvPool
+    drafter: Drafter | None
+
+
 class Assignment:
     """What one rank does for one stage of one pipeline, from Assign to Release."""
 
-    def __init__(self, request: stage_pb2.AssignRequest, shard: Shard, pool: KvPool, tp_rank: int) -> None:
+    def __init__(self, request: stage_pb2.AssignRequest, held: Held, tp_rank: int) -> None:
         self.pipeline_id = request.key.pipeline_id
         self.epoch = request.key.epoch
         self.stage = request.stage
         self.is_first = request.stage == 0
         self.is_last = request.stage == request.num_stages - 1
         self.limits = request.limits
-        self.shard = shard
-        self.pool = pool
+        self.shard = held.shard
+        self.pool = held.pool
+        self.drafter = held.drafter
         self.active = False
         self.sessions: dict[int, Session] = {}
         self.receiver: LinkReceiver | None = None
@@ -127,6 +139,7 @@ class Assignment:
                 is_first=self.is_first,
                 is_last=self.is_last,
                 samples=self.is_last and self._tp_rank == 0,
+                guesses=self.drafter is not None,
                 vocab_size=self.shard.vocab_size,
                 page_size=self.limits.page_size,
                 page_base=free * self.pages_per_gateway,

@@ -19,6 +19,7 @@ from stagemesh.transport.base import Transport
 
 from .assignment import Assignment
 from .control import Kind, Socket, dumps
+from .guessing import follow
 from .order import Follower, Leader, TakeCall
 from .reports import Reports
 from .sampler import sample
@@ -183,7 +184,7 @@ class Engine:
         began, cpu_before = time.monotonic(), time.process_time()
         complete_at = assignment.input_complete_at(session, step)
         step.batch.hidden = assignment.input_of(session, step)
-        output = assignment.shard.forward(step.batch)
+        output, guessed_s = assignment.shard.forward(step.batch), 0.0
         assignment.release_input(session, step)
         result = stage_pb2.StepResult(step=step.number, epoch=step.epoch)
         if assignment.is_last:
@@ -191,6 +192,9 @@ class Engine:
             if certain:
                 assignment.send_tokens(session, step, certain)
         output_at = time.monotonic()
+        if assignment.drafter is not None:
+            follow(assignment.drafter, step.followed, result)
+            guessed_s = time.monotonic() - output_at
         if not assignment.is_last:
             assignment.send(session, step, output)
         session.finish(step)
@@ -200,6 +204,7 @@ class Engine:
             result.timing.CopyFrom(self._timing(step, began, ended, wait_send_s))
             result.timing.compute_cpu_us = int((time.process_time() - cpu_before) * 1e6)
             result.timing.input_complete_us = int(complete_at * 1e6)
+            result.timing.draft_us = int(guessed_s * 1e6)
             result.timing.output_us = int(output_at * 1e6)
             result.timing.result_sent_us = time.monotonic_ns() // 1000
             self._reports.add(session.ident, result, at_once=assignment.is_last)

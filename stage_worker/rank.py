@@ -80,13 +80,13 @@ class Rank:
     def assign(self, ident: int, payload: bytes) -> bytes:
         """Loads the range (or keeps it, when it is the one in memory) and allocates KV pages."""
         request = stage_pb2.AssignRequest.FromString(payload)
-        for key, held in list(self.engine.assignments.items()):
-            if held.pipeline_id == request.key.pipeline_id:
-                held.close()
+        for key, before in list(self.engine.assignments.items()):
+            if before.pipeline_id == request.key.pipeline_id:
+                before.close()
                 del self.engine.assignments[key]
-        shard = self._memory.shard_for(ident, request)
-        pool = self._memory.pool_for(shard, request.limits)
-        assignment = Assignment(request, shard, pool, self.config.rank)
+        held = self._memory.hold(ident, request)
+        shard, pool = held.shard, held.pool
+        assignment = Assignment(request, held, self.config.rank)
         self.engine.assignments[request.key.pipeline_id, request.stage] = assignment
         layers = f"layers {request.layers.first}-{request.layers.last - 1}"
         process.set_title(f"stage {request.stage} {layers} rank {self.config.rank}")

@@ -11,8 +11,10 @@ import torch
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
+from .assignment import Held
 from .config import RankConfig
 from .control import Kind
+from .drafter import Drafter
 from .engine import Engine
 from .kv import KvPool
 from .measure import available_memory_bytes
@@ -33,7 +35,7 @@ class _Loaded:
 
 
 class RankMemory:
-    """Loads the shard that an assignment asks for, and makes its pool of pages."""
+    """Loads what an assignment asks for, and makes the pages."""
 
     def __init__(self, config: RankConfig, engine: Engine, device: torch.device, parallel: TensorParallel) -> None:
         self.config = config
@@ -41,36 +43,58 @@ class RankMemory:
         self.device = device
         self.parallel = parallel
         self._loaded: _Loaded | None = None
+        self._draft: _Loaded | None = None
         self._pool: KvPool | None = None
+        self._drafter: Drafter | None = None
 
-    def shard_for(self, ident: int, request: stage_pb2.AssignRequest) -> Shard:
-        """The shard, from memory or from disk; the agent is told of the progress of call `ident`.
+    def hold(self, ident: int, request: stage_pb2.AssignRequest) -> Held:
+        """Shard, pages, and on rank 0 of the last stage the draft model; the agent is told of the progress of `ident`.
+
+        What is in memory and fits the request stays; everything else goes first, as both together may not fit.
 
         Raises:
-            StagemeshError: the checkpoint or the settings do not allow it.
+            StagemeshError: the checkpoint, the settings or the memory do not allow it.
         """
-        model = request.model
-        spec = ShardSpec(
-            model_dir=model.path,
-            first=request.layers.first,
-            last=request.layers.last,
-            dtype=model.dtype or "auto",  # type: ignore[arg-type]
-            device=str(self.device),
-            tp_rank=self.config.rank,
-            tp_size=self.config.size,
-            load_format=model.load_format or "auto",  # type: ignore[arg-type]
-            seed=model.seed,
-            page_size=request.limits.page_size,
-            threads=self.config.compute_threads,
-            enforce_eager=self.config.enforce_eager,
-        )
-        if self._loaded is not None and (self._loaded.spec, self._loaded.fingerprint) == (spec, model.fingerprint):
-            return self._loaded.shard
-        # The old weights go first: both together may not fit.
-        self._loaded = self._pool = None
+        limits, model = request.limits, request.model
+        spec = self._spec(model, limits, (request.layers.first, request.layers.last))
+        draft = None
+        if model.HasField("draft") and request.layers.last == model.num_layers and self.config.rank == 0:
+            draft = self._spec(model.draft.model, limits, (0, model.draft.model.num_layers), alone=True)
+        same = _is(self._loaded, spec, model.fingerprint)
+        if not same or not _is(self._draft, draft, model.draft.model.fingerprint):
+            self._drafter = self._draft = self._pool = None
+        if not same:
+            self._loaded = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if self._loaded is None:
+            self._loaded = _Loaded(spec, model.fingerprint, self._load(spec, ident))
+        if self._draft is None and draft is not None:
+            self._draft = _Loaded(draft, model.draft.model.fingerprint, self._load(draft, ident))
+        pool = self._pages(limits)
+        return Held(self._loaded.shard, pool, self._drafter)
+
+    def _spec(
+        self, model: types_pb2.ModelRef, limits: types_pb2.RunLimits, layers: tuple[int, int], *, alone: bool = False
+    ) -> ShardSpec:
+        """This rank's part of the layers; `alone`: all of each, not its share among the ranks."""
+        return ShardSpec(
+            model_dir=model.path,
+            first=layers[0],
+            last=layers[1],
+            dtype=model.dtype or "auto",  # type: ignore[arg-type]
+            device=str(self.device),
+            tp_rank=0 if alone else self.config.rank,
+            tp_size=1 if alone else self.config.size,
+            load_format=model.load_format or "auto",  # type: ignore[arg-type]
+            seed=model.seed,
+            page_size=limits.page_size,
+            threads=self.config.compute_threads,
+            enforce_eager=self.config.enforce_eager,
+        )
+
+    def _load(self, spec: ShardSpec, ident: int) -> Shard:
         last_told = 0.0
 
         def on_progress(done: int, total: int) -> None:
@@ -83,15 +107,10 @@ class RankMemory:
 
         shard = load_shard(spec, self.parallel, on_progress)
         shard.on_layer = self.engine.drive_transports
-        self._loaded = _Loaded(spec, model.fingerprint, shard)
         return shard
 
-    def pool_for(self, shard: Shard, limits: types_pb2.RunLimits) -> KvPool:
-        """The pages, shared by all gateways.
-
-        Raises:
-            ConfigError: not one request of --max-model-len would fit.
-        """
+    def _pages(self, limits: types_pb2.RunLimits) -> KvPool:
+        """The pages, shared by all gateways. Raises ConfigError when not one request of --max-model-len would fit."""
         gateways = max(1, limits.gateways)
         pool = self._pool
         if (
@@ -100,10 +119,11 @@ class RankMemory:
             and limits.num_pages in (0, pool.num_pages)
             and pool.num_pages // gateways * limits.page_size >= limits.max_model_len
         ):
-            # Made for this shard from the memory there was; asked again, its own pages would count as taken.
+            # Made for these shards from the memory there was; asked again, its own pages would count as taken.
             return pool
-        self._pool = pool = None
-        page_bytes = KvPool.page_bytes(shard.kv_layers, limits.page_size, shard.dtype)
+        self._pool = self._drafter = pool = None
+        shards = [loaded.shard for loaded in (self._loaded, self._draft) if loaded is not None]
+        page_bytes = sum(KvPool.page_bytes(s.kv_layers, limits.page_size, s.dtype) for s in shards)
         one_sequence = -(-limits.max_model_len // limits.page_size)
         budget = self._kv_budget_bytes()
         pages = limits.num_pages or min(one_sequence * limits.max_num_seqs * gateways, budget // page_bytes)
@@ -114,9 +134,12 @@ class RankMemory:
                 f"{pages // gateways * limits.page_size}, or raise --num-kv-pages / --kv-cache-gib (now "
                 f"{budget / 2**30:.2f} GiB)"
             )
-        self._pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)
-        shard.bind_kv(self._pool)
-        return self._pool
+        shard = shards[0]
+        pool = self._pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)
+        shard.bind_kv(pool)
+        if len(shards) > 1:
+            self._drafter = Drafter(shards[1], pool)
+        return pool
 
     def _kv_budget_bytes(self) -> int:
         if self.config.kv_cache_gib is not None:
@@ -125,3 +148,10 @@ class RankMemory:
             free, total = torch.cuda.mem_get_info(self.device)
             return max(0, int(total * self.config.gpu_memory_utilization) - (total - free))
         return int(available_memory_bytes() * CPU_KV_SHARE / self.config.size)
+
+
+def _is(loaded: _Loaded | None, spec: ShardSpec | None, fingerprint: str) -> bool:
+    """Whether what is loaded is what is wanted; nothing, where nothing is."""
+    if loaded is None or spec is None:
+        return loaded is None and spec is None
+    return (loaded.spec, loaded.fingerprint) == (spec, fingerprint)

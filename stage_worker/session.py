@@ -18,6 +18,8 @@ from torch import Tensor
 from stagemesh.errors import InternalError, InvalidRequest, StaleEpoch
 from stagemesh.protos.v1 import stage_pb2
 
+from .drafter import Drafted
+from .guessing import FollowedRow, check_guesses, followed_rows
 from .sampler import SequenceSampler
 from .shard.batch import StepBatch
 
@@ -37,6 +39,8 @@ class Sequence:
     """Those of them that are sure to stay: less than `length` behind a draft row, until the next row says where the
     sequence goes on."""
     sampler: SequenceSampler | None = None
+    drafted: Drafted | None = None
+    """What the draft model knows of it, where there is one and a plan has named the sequence."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Step:
     arrived_at: float
     tokens_known_at: float = 0.0
     """When the last result that it refers to was here."""
+    followed: list[FollowedRow] = field(default_factory=list)
+    """Its rows as the draft model sees them, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ class SessionContext:
     num_pages: int
     max_tokens: int
     device: torch.device
+    guesses: bool = False
+    """Whether this rank has a draft model."""
 
 
 class Session:
@@ -152,6 +160,7 @@ class Session:
         if len(plan.ref_rows) != len(plan.ref_steps) or any(counts[row] != 1 for row in plan.ref_rows):
             raise InvalidRequest(f"step {plan.step} has rows of other than one token that refer to a result")
         _check_drafts(plan, counts)
+        check_guesses(plan)
         if plan.tokens and max(plan.tokens) >= self.context.vocab_size:
             raise InvalidRequest(f"step {plan.step} names a token beyond the {self.context.vocab_size} there are")
         if not 0 < total <= self.context.max_tokens or len(plan.tokens) != total:
@@ -180,6 +189,8 @@ class Session:
         )
         if self.context.is_first:
             self._refer(plan, counts, step)
+        if self.context.guesses:
+            step.followed = followed_rows(plan, tables, self._drafted)
         self.last_planned = plan.step
         self.steps[plan.step] = step
         return step
@@ -269,6 +280,13 @@ class Session:
                 raise InvalidRequest(f"sequence {ident} has too few pages for {sequence.length} positions")
             tables.append(sequence.pages)
         return tables
+
+    def _drafted(self, ident: int, start: int) -> Drafted:
+        sequence = self.sequences[ident]
+        if sequence.drafted is None:
+            # Pages of a prefix before it were filled by the sequence that computed them.
+            sequence.drafted = Drafted(done=start)
+        return sequence.drafted
 
     def _token_ids(self, plan: stage_pb2.StepPlan) -> Tensor | None:
         if not self.context.is_first:

@@ -123,10 +123,13 @@ class ModelSettings(Base):
 class SpeculativeConfig(Base):
     """Speculative decoding: tokens are guessed, and verified in one step. Keys as vLLM's."""
 
-    method: Literal["ngram"]
-    """ngram: what followed the last tokens where they stood before, in the prompt or the output."""
+    method: Literal["ngram", "draft_model"]
+    """ngram: what followed the last tokens where they stood before, in the prompt or the output. draft_model: what a
+    small model says, on the last stage."""
     num_speculative_tokens: int = Field(ge=1, le=32)
     """Most tokens that are guessed at a time."""
+    model: str | None = None
+    """Directory of the draft model's checkpoint."""
     prompt_lookup_max: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
     """Most last tokens that are looked for; default: prompt_lookup_min, or 5."""
     prompt_lookup_min: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
@@ -148,6 +151,14 @@ class SpeculativeConfig(Base):
         return {**values, **filled}
 
     @model_validator(mode="after")
+    def _fits_the_method(self) -> SpeculativeConfig:
+        if self.method == "draft_model" and not self.model:
+            raise ValueError('method draft_model needs "model": the directory of the draft model')
+        if self.method != "draft_model" and self.model:
+            raise ValueError(f'"model" is for method draft_model, not {self.method}')
+        return self
+
+    @model_validator(mode="after")
     def _bounds_agree(self) -> SpeculativeConfig:
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
@@ -157,7 +168,7 @@ class SpeculativeConfig(Base):
 
     def __str__(self) -> str:
         """As a flag says it."""
-        return self.model_dump_json()
+        return self.model_dump_json(exclude_none=True)
 
 
 class CoordinatorSettings(ListenSettings, ModelSettings):
@@ -178,8 +189,19 @@ class CoordinatorSettings(ListenSettings, ModelSettings):
     from four on one more."""
     gateways: int = Field(1, ge=1, le=64)
     """Gateways that share the KV pages; each is granted an equal range."""
+    speculative_config: SpeculativeConfig | None = None
+    """Speculative decoding by a draft model on the last stage, as JSON: method (draft_model), model,
+    num_speculative_tokens; default: off."""
 
     _ints = field_validator("layer_partition", mode="before")(_split_ints)
+    _json = field_validator("speculative_config", mode="before")(_parse_json)
+
+    @field_validator("speculative_config")
+    @classmethod
+    def _is_a_model(cls, value: SpeculativeConfig | None) -> SpeculativeConfig | None:
+        if value is not None and value.method != "draft_model":
+            raise ValueError(f"method {value.method} guesses in the gateway: give it to the gateway")
+        return value
 
 
 class StageSettings(ListenSettings):
@@ -238,8 +260,8 @@ class GatewaySettings(ListenSettings):
     enable_prefix_caching: bool = True
     """Keep the KV of full pages as long as memory lasts, so that a prompt that begins alike is not computed again."""
     speculative_config: SpeculativeConfig | None = None
-    """Speculative decoding, as JSON: method (ngram), num_speculative_tokens, prompt_lookup_max, prompt_lookup_min;
-    default: off."""
+    """Speculative decoding by prompt lookup, as JSON: method (ngram), num_speculative_tokens, prompt_lookup_max,
+    prompt_lookup_min; default: off."""
     max_waiting: int = Field(256, ge=0)
     """Requests that may wait for admission; beyond it, 429."""
     request_timeout: float = Field(600.0, gt=0)
@@ -250,6 +272,13 @@ class GatewaySettings(ListenSettings):
     """Seconds that SIGTERM gives running requests to finish."""
 
     _json = field_validator("speculative_config", mode="before")(_parse_json)
+
+    @field_validator("speculative_config")
+    @classmethod
+    def _is_lookup(cls, value: SpeculativeConfig | None) -> SpeculativeConfig | None:
+        if value is not None and value.method != "ngram":
+            raise ValueError(f"method {value.method} guesses on the last stage: give it to the coordinator")
+        return value
 
 
 class ServeSettings(Loopback, ModelSettings):
@@ -285,8 +314,8 @@ class ServeSettings(Loopback, ModelSettings):
     enable_prefix_caching: bool = True
     """Keep the KV of full pages as long as memory lasts, so that a prompt that begins alike is not computed again."""
     speculative_config: SpeculativeConfig | None = None
-    """Speculative decoding, as JSON: method (ngram), num_speculative_tokens, prompt_lookup_max, prompt_lookup_min;
-    default: off."""
+    """Speculative decoding, as JSON: method (ngram or draft_model), num_speculative_tokens; prompt_lookup_max and
+    prompt_lookup_min, or model; default: off."""
     max_waiting: int = Field(256, ge=0)
     """Requests that may wait for admission."""
     request_timeout: float = Field(600.0, gt=0)

@@ -1,4 +1,4 @@
-"""Lets every test import the helpers that stand beside this file (`mesh`) by name."""
+"""Lets every test import the helpers that stand beside this file (`mesh`, `tiny_models`) by name."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ class RunOpened(_message.Message):
     def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., steps_in_flight: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("step", "epoch", "kind", "sequences", "starts", "counts", "tokens", "new_page_counts", "new_pages", "sample_rows", "ref_rows", "ref_steps", "planned_us", "draft_rows")
+    __slots__ = ("step", "epoch", "kind", "sequences", "starts", "counts", "tokens", "new_page_counts", "new_pages", "sample_rows", "ref_rows", "ref_steps", "planned_us", "draft_rows", "guess_rows", "guess_counts")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +197,8 @@ class StepPlan(_message.Message):
     REF_STEPS_FIELD_NUMBER: _ClassVar[int]
     PLANNED_US_FIELD_NUMBER: _ClassVar[int]
     DRAFT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    GUESS_ROWS_FIELD_NUMBER: _ClassVar[int]
+    GUESS_COUNTS_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     kind: StepKind
@@ -211,7 +213,9 @@ class StepPlan(_message.Message):
     ref_steps: _containers.RepeatedScalarFieldContainer[int]
     planned_us: int
     draft_rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., kind: _Optional[_Union[StepKind, str]] = ..., sequences: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., new_page_counts: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., sample_rows: _Optional[_Iterable[int]] = ..., ref_rows: _Optional[_Iterable[int]] = ..., ref_steps: _Optional[_Iterable[int]] = ..., planned_us: _Optional[int] = ..., draft_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    guess_rows: _containers.RepeatedScalarFieldContainer[int]
+    guess_counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., kind: _Optional[_Union[StepKind, str]] = ..., sequences: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., new_page_counts: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., sample_rows: _Optional[_Iterable[int]] = ..., ref_rows: _Optional[_Iterable[int]] = ..., ref_steps: _Optional[_Iterable[int]] = ..., planned_us: _Optional[int] = ..., draft_rows: _Optional[_Iterable[int]] = ..., guess_rows: _Optional[_Iterable[int]] = ..., guess_counts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class OpenSequence(_message.Message):
     __slots__ = ("sequence", "sampling", "choice", "prompt", "log", "prompt_len")
@@ -262,7 +266,7 @@ class RunEnded(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step", "epoch", "timing", "sequences", "positions", "tokens", "logprobs", "top_counts", "top_ids", "top_logprobs", "failed_sequences")
+    __slots__ = ("step", "epoch", "timing", "sequences", "positions", "tokens", "logprobs", "top_counts", "top_ids", "top_logprobs", "failed_sequences", "guess_counts", "guesses")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
@@ -274,6 +278,8 @@ class StepResult(_message.Message):
     TOP_IDS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FAILED_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    GUESS_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    GUESSES_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     timing: _types_pb2.StepTiming
@@ -285,4 +291,6 @@ class StepResult(_message.Message):
     top_ids: _containers.RepeatedScalarFieldContainer[int]
     top_logprobs: _containers.RepeatedScalarFieldContainer[float]
     failed_sequences: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., timing: _Optional[_Union[_types_pb2.StepTiming, _Mapping]] = ..., sequences: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., failed_sequences: _Optional[_Iterable[int]] = ...) -> None: ...
+    guess_counts: _containers.RepeatedScalarFieldContainer[int]
+    guesses: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., timing: _Optional[_Union[_types_pb2.StepTiming, _Mapping]] = ..., sequences: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., failed_sequences: _Optional[_Iterable[int]] = ..., guess_counts: _Optional[_Iterable[int]] = ..., guesses: _Optional[_Iterable[int]] = ...) -> None: ...

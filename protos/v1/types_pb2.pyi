@@ -29,7 +29,7 @@ class LayerRange(_message.Message):
     def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class ModelRef(_message.Message):
-    __slots__ = ("name", "path", "fingerprint", "num_layers", "hidden_size", "dtype", "load_format", "seed")
+    __slots__ = ("name", "path", "fingerprint", "num_layers", "hidden_size", "dtype", "load_format", "seed", "draft")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class ModelRef(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FORMAT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     fingerprint: str
@@ -46,7 +47,16 @@ class ModelRef(_message.Message):
     dtype: str
     load_format: str
     seed: int
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., load_format: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
+    draft: DraftModel
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., load_format: _Optional[str] = ..., seed: _Optional[int] = ..., draft: _Optional[_Union[DraftModel, _Mapping]] = ...) -> None: ...
+
+class DraftModel(_message.Message):
+    __slots__ = ("model", "num_tokens")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    model: ModelRef
+    num_tokens: int
+    def __init__(self, model: _Optional[_Union[ModelRef, _Mapping]] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class RunLimits(_message.Message):
     __slots__ = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "steps_in_flight", "gateways")
@@ -99,7 +109,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., top_logprobs: _Optional[int] = ..., logprobs: bool = ..., min_tokens: _Optional[int] = ..., suppressed_ids: _Optional[_Iterable[int]] = ..., bias_ids: _Optional[_Iterable[int]] = ..., bias_values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepTiming(_message.Message):
-    __slots__ = ("wait_input_us", "compute_us", "wait_send_us", "compute_cpu_us", "plan_arrived_us", "input_complete_us", "began_us", "output_us", "ended_us", "result_sent_us", "tokens")
+    __slots__ = ("wait_input_us", "compute_us", "wait_send_us", "compute_cpu_us", "plan_arrived_us", "input_complete_us", "began_us", "output_us", "ended_us", "result_sent_us", "tokens", "draft_us")
     WAIT_INPUT_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     WAIT_SEND_US_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +121,7 @@ class StepTiming(_message.Message):
     ENDED_US_FIELD_NUMBER: _ClassVar[int]
     RESULT_SENT_US_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_US_FIELD_NUMBER: _ClassVar[int]
     wait_input_us: int
     compute_us: int
     wait_send_us: int
@@ -122,7 +133,8 @@ class StepTiming(_message.Message):
     ended_us: int
     result_sent_us: int
     tokens: int
-    def __init__(self, wait_input_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., wait_send_us: _Optional[int] = ..., compute_cpu_us: _Optional[int] = ..., plan_arrived_us: _Optional[int] = ..., input_complete_us: _Optional[int] = ..., began_us: _Optional[int] = ..., output_us: _Optional[int] = ..., ended_us: _Optional[int] = ..., result_sent_us: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+    draft_us: int
+    def __init__(self, wait_input_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., wait_send_us: _Optional[int] = ..., compute_cpu_us: _Optional[int] = ..., plan_arrived_us: _Optional[int] = ..., input_complete_us: _Optional[int] = ..., began_us: _Optional[int] = ..., output_us: _Optional[int] = ..., ended_us: _Optional[int] = ..., result_sent_us: _Optional[int] = ..., tokens: _Optional[int] = ..., draft_us: _Optional[int] = ...) -> None: ...
 
 class DeviceInfo(_message.Message):
     __slots__ = ("kind", "name", "memory_bytes", "flops_per_s", "bytes_per_s")

@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from stagemesh.config import CoordinatorSettings, GatewaySettings, ModelSettings, ServeSettings, StageSettings
+from stagemesh.config import (
+    CoordinatorSettings,
+    GatewaySettings,
+    ModelSettings,
+    ServeSettings,
+    SpeculativeConfig,
+    StageSettings,
+)
 
 LOOPBACK = "127.0.0.1"
 
@@ -21,6 +28,7 @@ def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSet
         layer_partition=serve.layer_partition,
         transport=serve.transport,
         steps_in_flight=serve.steps_in_flight,
+        speculative_config=_if_method(serve, "draft_model"),
         state_dir=state_dir,
     )
 
@@ -72,8 +80,14 @@ def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
         grpc_port=serve.grpc_port,
         api_key=serve.api_key,
         enable_prefix_caching=serve.enable_prefix_caching,
-        speculative_config=serve.speculative_config,
+        speculative_config=_if_method(serve, "ngram"),
         max_waiting=serve.max_waiting,
         request_timeout=serve.request_timeout,
         drain_timeout=serve.drain_timeout,
     )
+
+
+def _if_method(serve: ServeSettings, method: str) -> SpeculativeConfig | None:
+    """The settings of speculative decoding, for the service that this method concerns."""
+    config = serve.speculative_config
+    return config if config is not None and config.method == method else None

@@ -5,18 +5,33 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
+import sys
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
+import pytest
 from mesh import Mesh, serve
+from tiny_models import make_checkpoint
 
+import stagemesh
 from stagemesh import Client
 
 COMMON = ("-pp", "2", "--dtype", "float32", "--max-model-len", "1024")
 CONFIG = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 SPECULATIVE = ("--speculative-config", json.dumps(CONFIG))
 SEED = 8
+
+
+DEMO = Path(stagemesh.__file__).parent / "demo_model"
+
+
+def draft_model(path: Path, most: int = 4) -> tuple[str, str]:
+    """The flag that guesses by a model."""
+    config = {"method": "draft_model", "model": str(path), "num_speculative_tokens": most}
+    return "--speculative-config", json.dumps(config)
 
 
 def counted(mesh: Mesh, name: str) -> float:
@@ -114,3 +129,44 @@ def test_ranks_of_a_stage_agree() -> None:
         assert counted(mesh, "spec_decode_num_accepted_tokens_total") > 0
     with serve(*COMMON, "-tp", "2") as mesh:
         assert mesh.greedy(prompt, 100) == tokens
+
+
+def test_a_draft_model_on_the_last_stage_changes_no_token(tmp_path: Path) -> None:
+    """The model as its own draft guesses nearly always right; one of random weights hardly ever, and is soon let be."""
+    print(f"seed {SEED}")
+    with serve(*COMMON) as mesh:
+        expected = answers(mesh)
+    for more in ((), ("--num-kv-pages", "64"), ("-tp", "2")):
+        with serve(*COMMON, *more, *draft_model(DEMO)) as mesh:
+            got = answers(mesh)
+            assert len(got) == len(expected)
+            assert more == ("-tp", "2") or got == expected
+            guessed, accepted = (counted(mesh, f"spec_decode_num_{n}_tokens_total") for n in ("draft", "accepted"))
+            print(f"{more}: {accepted} of {guessed} accepted")
+            assert accepted > 0.7 * guessed > 200
+            gateway = when_idle(mesh)
+            assert gateway["free_pages"] == gateway["total_pages"]
+    vocab = json.loads((DEMO / "config.json").read_text())["vocab_size"]
+    stranger = make_checkpoint("llama", tmp_path / "stranger", vocab_size=vocab)
+    with serve(*COMMON, *draft_model(stranger)) as mesh:
+        assert answers(mesh) == expected
+        tokens = counted(mesh, "generation_tokens_total")
+        guessed, accepted = (counted(mesh, f"spec_decode_num_{n}_tokens_total") for n in ("draft", "accepted"))
+        print(f"stranger: {accepted} of {guessed} accepted, {tokens} tokens")
+        assert accepted < 0.2 * guessed
+        assert guessed < 0.2 * tokens
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_draft_model_that_cannot_be_is_refused_with_a_reason(tmp_path: Path, missing: bool) -> None:
+    path = tmp_path / "none" if missing else make_checkpoint("llama", tmp_path / "other", vocab_size=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "stagemesh.cli.main", "serve", "--port", "0", *COMMON, *draft_model(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert ("no such directory" if missing else "has a vocabulary of 300, the model has") in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Lets the tests here import their helpers (`tiny_models`, `chain`, `breadth`) by name."""
+"""Lets the tests here import their helpers (`chain`, `breadth`) by name."""
 
 from __future__ import annotations
 

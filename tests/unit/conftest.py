@@ -1,4 +1,4 @@
-"""Lets the tests here use the tiny models and chains of `tests/numerics`."""
+"""Lets the tests here use the chains of `tests/numerics`."""
 
 from __future__ import annotations
 

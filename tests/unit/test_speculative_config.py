@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from stagemesh.config import GatewaySettings, ServeSettings, load
+from stagemesh.config import CoordinatorSettings, GatewaySettings, ServeSettings, load
 from stagemesh.errors import ConfigError
-from stagemesh.local.plan import gateway_settings
+from stagemesh.local.plan import coordinator_settings, gateway_settings
 
 GOOD = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
@@ -30,7 +30,7 @@ def test_flag_variable_and_file_say_the_same(tmp_path: Path) -> None:
     assert by_flag == load(GatewaySettings, file=str(file), env={}, given={})
     assert by_flag == load(GatewaySettings, file=None, env={"STAGEMESH_SPECULATIVE_CONFIG": json.dumps(GOOD)}, given={})
     assert by_flag.speculative_config is not None
-    assert by_flag.speculative_config.model_dump() == GOOD
+    assert by_flag.speculative_config.model_dump(exclude_none=True) == GOOD
 
 
 def test_serve_hands_it_to_the_gateway_as_a_flag_that_can_be_typed_again() -> None:
@@ -65,9 +65,38 @@ def test_lengths_that_are_left_out_are_vllms(given: dict[str, Any], lengths: tup
         (json.dumps({**GOOD, "num_speculative_tokens": 33}), "num_speculative_tokens .*less than or equal to 32"),
         (json.dumps({**GOOD, "prompt_lookup_min": 0}), "prompt_lookup_min .*greater than or equal to 1"),
         (json.dumps({**GOOD, "prompt_lookup_min": 5}), "prompt_lookup_min 5 must not exceed prompt_lookup_max 4"),
-        (json.dumps({**GOOD, "model": "x"}), "unknown setting 'speculative_config.model' .*known: method, num_spec"),
+        (
+            json.dumps({**GOOD, "tree": "x"}),
+            "unknown setting 'speculative_config.tree' .*known: method, model, num_",
+        ),
     ],
 )
 def test_what_is_wrong_is_told(value: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         flag(value)
+
+
+DRAFT = {"method": "draft_model", "model": "/draft", "num_speculative_tokens": 3}
+
+
+def test_serve_hands_a_draft_model_to_the_coordinator_and_lookup_to_the_gateway() -> None:
+    for config, at_coordinator in ((DRAFT, True), (GOOD, False)):
+        serve = load(ServeSettings, file=None, env={}, given={"speculative_config": json.dumps(config)})
+        coordinator, gateway = coordinator_settings(serve, "/state"), gateway_settings(serve, "127.0.0.1:1")
+        assert (coordinator.speculative_config is not None) is at_coordinator
+        assert (gateway.speculative_config is None) is at_coordinator
+        assert serve.speculative_config in (coordinator.speculative_config, gateway.speculative_config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "message"),
+    [
+        (GatewaySettings, DRAFT, "guesses on the last stage: give it to the coordinator"),
+        (CoordinatorSettings, GOOD, "guesses in the gateway: give it to the gateway"),
+        (ServeSettings, {**DRAFT, "model": None}, 'draft_model needs "model"'),
+        (ServeSettings, {**GOOD, "model": "/draft"}, '"model" is for method draft_model'),
+    ],
+)
+def test_what_belongs_elsewhere_is_refused(settings: Any, value: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(settings, file=None, env={}, given={"speculative_config": json.dumps(value)})

@@ -65,6 +65,15 @@ def test_kv_heads_fewer_than_ranks_are_replicated() -> None:
     assert per_rank == [32, 16, 16]
 
 
+def test_a_draft_model_lies_whole_on_the_last_stage() -> None:
+    plain, drafted = (CostModel(INFO, LIMITS, "bfloat16", draft) for draft in (None, INFO))
+    assert drafted.stage_memory(STREAMS, 0, 2) == plain.stage_memory(STREAMS, 0, 2)
+    of_it = 2 * (4 * 1000 + 400 + 408) + 4 * 16 * 7 * 16
+    assert drafted.stage_memory(STREAMS, 2, 4) == plain.stage_memory(STREAMS, 2, 4) + of_it
+    two = dataclasses.replace(STREAMS, tp_size=2)
+    assert drafted.stage_memory(two, 2, 4) == plain.stage_memory(two, 2, 4) + of_it
+
+
 def test_a_range_fits_or_not() -> None:
     model = CostModel(INFO, LIMITS, "float32")
     need = model.stage_memory(STREAMS, 0, 2)

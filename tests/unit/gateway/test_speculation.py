@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stagemesh.gateway.lookup import INDEXED_AT_ONCE, PLACES, LookupGuesser, LookupLimits, PromptLookup
 from stagemesh.gateway.pages import PageAllocator
 from stagemesh.gateway.scheduler import Plan, Row, Scheduler
 from stagemesh.gateway.sequence import Sequence, State
-from stagemesh.gateway.speculation import INDEXED_AT_ONCE, PLACES, LookupLimits, PromptLookup, Speculation
+from stagemesh.gateway.speculation import Speculation
 
 SIZE = 4
 """Tokens of a page."""
@@ -59,7 +60,7 @@ def test_what_is_guessed_is_what_a_plain_search_finds(tokens: list[int], split: 
 
 def follow(tokens: list[int], split: int, limits: LookupLimits = LIMITS) -> tuple[int, int, int]:
     """(draft rows, tokens guessed, accepted) of an output that is known, one step after the other."""
-    sequence, speculation = Sequence(tuple(tokens[:split]), 0, len(tokens)), Speculation(limits)
+    sequence, speculation = Sequence(tuple(tokens[:split]), 0, len(tokens)), Speculation(LookupGuesser(limits))
     while sequence.length < len(tokens):
         start, draft = sequence.length, speculation.guess(sequence)
         held = 0
@@ -100,7 +101,7 @@ def test_a_long_prompt_is_taken_in_by_pieces() -> None:
 
 
 def test_what_would_be_too_many_is_not_guessed() -> None:
-    speculation = Speculation(LIMITS)
+    speculation = Speculation(LookupGuesser(LIMITS))
     assert [len(speculation.guess(Sequence((1, 2) * 5, 0, wanted))) for wanted in (1, 2, 3, 9)] == [0, 1, 2, 3]
 
 
@@ -131,7 +132,11 @@ class Mesh:
     def make(pages: int, steps: int = 2, tokens: int = 64, seqs: int = 8, limits: LookupLimits | None = LIMITS) -> Mesh:
         allocator = PageAllocator(pages, SIZE)
         scheduler = Scheduler(
-            allocator, steps_in_flight=steps, max_num_seqs=seqs, max_num_batched_tokens=tokens, lookup=limits
+            allocator,
+            steps_in_flight=steps,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=tokens,
+            guesser=LookupGuesser(limits) if limits else None,
         )
         return Mesh(scheduler, {}, {}, {}, {})
 

@@ -1,0 +1,177 @@
+"""What guessing brings: tokens a second with a draft model and with prompt lookup beside those without, same tokens.
+
+    python benchmarks/speculation.py [MODEL] [--streams 1,4,16] [--repeats 2]
+
+Random weights guess nothing of each other, so the draft model is made of the model itself: its first layers, with the
+model's own embedding and head. The layers behind are scaled down in a copy of the model, more or less, so that the two
+agree more or less; the acceptance that comes of it is measured and told. What a figure means for other models is read
+by its acceptance and by the draft model's share of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from facts import RESULTS, default_model, machine, own_versions, today
+from http_load import HttpLoad
+from safetensors.torch import load_file, save_file
+from servers import running
+from specs import Layout, Peers, ServerSpec, spec_for
+
+DRAFT_LAYERS = 1
+SCALES = (0.02, 0.1, 0.3)
+"""Of what the layers behind the draft model's add: the smaller, the more the two agree."""
+OUTPUT, PROMPT = 192, 32
+GUESSES = 4
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def make_pair(model: Path, out: Path, scale: float) -> tuple[Path, Path]:
+    """(target, draft): a copy whose layers behind the first add `scale` times as much, and those first ones alone."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    tensors = load_file(model / "model.safetensors")
+    target, draft = {}, {}
+    for name, tensor in tensors.items():
+        found = LAYER.match(name)
+        behind = found is not None and int(found[1]) >= DRAFT_LAYERS
+        writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+        target[name] = (tensor * scale).to(tensor.dtype) if behind and writes else tensor
+        if not behind:
+            draft[name] = tensor
+    paths = out / f"target-{scale}", out / f"draft-{scale}"
+    layers = config["num_hidden_layers"], DRAFT_LAYERS
+    for path, weights, count in zip(paths, (target, draft), layers, strict=True):
+        path.mkdir(parents=True)
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": count}), encoding="utf-8")
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            (path / name).write_bytes((model / name).read_bytes())
+    return paths
+
+
+def spec(config: dict[str, Any] | None) -> ServerSpec:
+    """Two stages, with or without guesses."""
+    plain = spec_for("stagemesh", Layout(2, 1), Peers(Path()))
+    more = ["--speculative-config", json.dumps(config)] if config else []
+    return ServerSpec(plain.system, plain.shown_command, plain.command, [*plain.options, *more], {}, plain.health_path)
+
+
+def metric(url: str, name: str) -> float:
+    """A counter of the gateway."""
+    with urllib.request.urlopen(url + "/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(f"stagemesh_{name}_total ")))
+
+
+async def load(url: str, streams: int) -> float:
+    """Output tokens a second of two requests a stream, one after the other."""
+    port = int(url.rpartition(":")[2])
+    client = HttpLoad(port, streams, OUTPUT, PROMPT, requests=2 * streams)
+    began = time.monotonic()
+    async with client:
+        await client.done()
+    client.check()
+    return len(client.ended_at) * OUTPUT / (time.monotonic() - began)
+
+
+def measure(target: Path, config: dict[str, Any] | None, streams: list[int], logs: Path) -> dict[int, dict[str, float]]:
+    """By number of streams: tokens a second, guessed tokens by drawn ones, accepted by guessed ones."""
+    found = {}
+    with running(spec(config), target, logs) as server:
+        asyncio.run(load(server.base_url, 2))  # Warm: what steps cost is known from here on.
+        for count in streams:
+            names = "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"
+            before = [metric(server.base_url, name) for name in names]
+            rate = asyncio.run(load(server.base_url, count))
+            guessed, accepted = (metric(server.base_url, n) - b for n, b in zip(names, before, strict=True))
+            tokens = 2 * count * OUTPUT
+            found[count] = {
+                "tokens_per_s": rate,
+                "guessed": guessed / tokens,
+                "accepted": accepted / guessed if guessed else 0.0,
+            }
+    return found
+
+
+def main() -> int:
+    """Measures, and writes `results/speculation.json` and `.md`."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", nargs="?", type=Path, help="a Llama checkpoint; default: the seeded 100 M model")
+    parser.add_argument("--streams", default="1,4,16")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS / "speculation")
+    arguments = parser.parse_args()
+    streams = [int(count) for count in arguments.streams.split(",")]
+    told = {
+        "date": today(),
+        "machine": machine(),
+        "versions": own_versions(),
+        "load_before": os.getloadavg()[0],
+        "command": " ".join(sys.argv),
+    }
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = arguments.model or default_model(folder)
+        for scale in SCALES:
+            target, draft = make_pair(model, folder, scale)
+            by_model = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": GUESSES}
+            ratios: dict[int, list[tuple[float, dict[str, float]]]] = {count: [] for count in streams}
+            for _ in range(arguments.repeats):
+                plain, guessing = (measure(target, config, streams, folder) for config in (None, by_model))
+                for count in streams:
+                    ratios[count].append((plain[count]["tokens_per_s"], guessing[count]))
+            for count in streams:
+                rows.append(
+                    {
+                        "scale": scale,
+                        "streams": count,
+                        "plain": statistics.median(rate for rate, _ in ratios[count]),
+                        "draft_model": statistics.median(g["tokens_per_s"] for _, g in ratios[count]),
+                        "ratio": statistics.median(g["tokens_per_s"] / rate for rate, g in ratios[count]),
+                        "guessed": statistics.median(g["guessed"] for _, g in ratios[count]),
+                        "accepted": statistics.median(g["accepted"] for _, g in ratios[count]),
+                    }
+                )
+                print(json.dumps(rows[-1]), flush=True)
+    _write(arguments.out, rows, told)
+    return 0
+
+
+def _write(stem: Path, rows: list[dict[str, Any]], told: dict[str, Any]) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    whole = json.dumps({**told, "rows": rows}, indent=2) + "\n"
+    stem.with_name(stem.name + ".json").write_text(whole, encoding="utf-8")
+    lines = [
+        "# What a draft model brings",
+        "",
+        f"Written by `benchmarks/speculation.py` on {told['date']}; {told['machine']['cores']} cores of "
+        f"{told['machine']['cpu']}, load {told['load_before']:.1f} before. Two stages of a core each, bfloat16, "
+        f"{OUTPUT} tokens an answer, greedy; the draft model is the model's first {DRAFT_LAYERS} layers with its "
+        f"embedding and head, up to {GUESSES} guesses at a time.",
+        "",
+        "| layers behind, scaled | streams | tokens/s without | with | ratio | guessed of drawn | accepted of these |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        cells = [f"{row[name]:.0f}" for name in ("plain", "draft_model")]
+        cells += [f"{row[name]:.2f}" for name in ("ratio", "guessed", "accepted")]
+        lines.append(f"| {row['scale']} | {row['streams']} | {' | '.join(cells)} |")
+    page = "\n".join(lines) + "\n"
+    stem.with_name(stem.name + ".md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

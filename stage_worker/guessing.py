@@ -1,0 +1,87 @@
+"""What a step means to the draft model: tokens that it learns from the plan and from the draw, guesses that it owes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from stagemesh.errors import InvalidRequest
+from stagemesh.protos.v1 import stage_pb2
+
+from .drafter import Drafted, Drafter, DraftRow
+
+MOST_GUESSES = 32
+"""Behind one row."""
+
+
+@dataclass(frozen=True)
+class FollowedRow:
+    """A row of a step as the draft model sees it."""
+
+    sequence: int
+    drafted: Drafted
+    table: Sequence[int]
+    start: int
+    tokens: Sequence[int]
+    """Certain ones, from `start` on; empty where they are an earlier step's result, which was noted then."""
+    is_prompt: bool
+    wanted: int
+    """Guesses behind the tokens that the row draws."""
+
+
+def check_guesses(plan: stage_pb2.StepPlan) -> None:
+    """Raises InvalidRequest for guesses behind a row that draws nothing, or too many."""
+    if len(plan.guess_rows) != len(plan.guess_counts) or any(not 0 < n <= MOST_GUESSES for n in plan.guess_counts):
+        raise InvalidRequest(f"step {plan.step} asks for other than 1 to {MOST_GUESSES} guesses behind a row")
+    if not set(plan.guess_rows) <= set(plan.sample_rows):
+        raise InvalidRequest(f"step {plan.step} asks for guesses behind a row that draws nothing")
+
+
+def followed_rows(
+    plan: stage_pb2.StepPlan, tables: Sequence[Sequence[int]], drafted: Callable[[int, int], Drafted]
+) -> list[FollowedRow]:
+    """Every row of the plan; `drafted(sequence, start)`: what is known of a sequence, made where a row is its first."""
+    wanted = dict(zip(plan.guess_rows, plan.guess_counts, strict=True))
+    drafts, references = set(plan.draft_rows), set(plan.ref_rows)
+    rows = []
+    for i, (ident, start, count, end) in enumerate(
+        zip(plan.sequences, plan.starts, plan.counts, accumulate(plan.counts), strict=True)
+    ):
+        certain = 0 if i in references else 1 if i in drafts else count
+        rows.append(
+            FollowedRow(
+                sequence=ident,
+                drafted=drafted(ident, start),
+                table=tables[i],
+                start=start,
+                tokens=plan.tokens[end - count : end - count + certain],
+                is_prompt=certain > 1,
+                wanted=wanted.get(i, 0),
+            )
+        )
+    return rows
+
+
+def follow(drafter: Drafter, rows: Sequence[FollowedRow], result: stage_pb2.StepResult) -> None:
+    """Notes what the step made known, and puts the guesses that its plan asks for into `result`."""
+    drawn: dict[int, tuple[int, list[int]]] = {}
+    for ident, position, token in zip(result.sequences, result.positions, result.tokens, strict=True):
+        drawn.setdefault(ident, (position, []))[1].append(token)
+    failed = set(result.failed_sequences)
+    work: list[DraftRow] = []
+    asking: list[int] = []
+    for row in rows:
+        row.drafted.note(row.start, row.tokens)
+        position, tokens = drawn.get(row.sequence, (0, []))
+        if tokens and row.sequence not in failed:
+            row.drafted.note(position, tokens)
+        wanted = row.wanted if tokens and row.sequence not in failed else 0
+        if row.wanted:
+            asking.append(len(work))
+        if row.wanted or row.is_prompt:
+            work.append(DraftRow(row.drafted, tokens[-1] if tokens else 0, row.table, wanted))
+    guesses = drafter.guess(work)
+    for at in asking:
+        result.guess_counts.append(len(guesses[at]))
+        result.guesses.extend(guesses[at])
