@@ -330,6 +330,7 @@ def plan_message(plan: Plan, epoch: int) -> stage_pb2.StepPlan:
         ref_steps=[row.result_of for row in rows if row.result_of],
         planned_us=time.monotonic_ns() // 1000,
         draft_rows=[i for i, row in enumerate(rows) if row.draft],
+        alone=plan.alone,
         guess_rows=[i for i, row in enumerate(rows) if row.guesses],
         guess_counts=[row.guesses for row in rows if row.guesses],
     )

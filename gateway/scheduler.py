@@ -15,7 +15,7 @@ verified in one step. Nothing else of it is out meanwhile, because where it goes
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from .budget import LONGER
@@ -53,6 +53,8 @@ class Plan:
     step: int
     rows: list[Row]
     opened: list[Sequence] = field(default_factory=list)
+    alone: bool = False
+    """No other step computes while this one does."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Scheduler:
         rows += self._prefill_rows(prefilling, min(self.prefill_budget, left))
         if not rows:
             return None
-        plan = Plan(self._next_step, rows)
+        plan = Plan(self._next_step, rows, alone=self._runs_alone(rows))
         self._next_step += 1
         for row in rows:
             sequence = row.sequence
@@ -191,6 +193,16 @@ class Scheduler:
             sequence.unsampled += row.samples
         self.out[plan.step] = plan
         return plan
+
+    def _runs_alone(self, rows: list[Row]) -> bool:
+        """Whether nothing is out but what the step waits for, and nothing will be planned beside it by itself."""
+        row = rows[0]
+        if len(rows) > 1 or len(self.running) > 1 or not row.samples:
+            return False
+        return not self.out or (row.result_of > 0 and all(r.sequence is row.sequence for r in self._rows_out()))
+
+    def _rows_out(self) -> Iterator[Row]:
+        return (row for plan in self.out.values() for row in plan.rows)
 
     def _admit(self) -> None:
         """Admits from the queue, oldest first, while pages for all known tokens and one more are free, and beyond

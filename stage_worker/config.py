@@ -27,6 +27,8 @@ class RankConfig:
     threads: int | None
     cpus: list[int] = field(default_factory=list)
     """Cores to run on; empty: any."""
+    idle_cpus: list[int] = field(default_factory=list)
+    """Cores of others, to be used by steps beside which nothing else computes."""
     transport: Literal["auto", "ucx", "tcp"] = "auto"
     host: str = "127.0.0.1"
     advertise_host: str | None = None

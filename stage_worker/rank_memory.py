@@ -91,6 +91,7 @@ class RankMemory:
             seed=model.seed,
             page_size=limits.page_size,
             threads=self.config.compute_threads,
+            idle_cores=tuple(self.config.idle_cpus),
             enforce_eager=self.config.enforce_eager,
         )
 

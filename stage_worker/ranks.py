@@ -113,6 +113,7 @@ class RankGroup:
             device="cuda" if self._device == "cuda" else "cpu",
             threads=s.threads,
             cpus=_cpus_of(s.cpu_list, rank),
+            idle_cpus=_cpus_of(s.idle_cpu_list, rank),
             transport=s.transport,
             host=s.host,
             advertise_host=s.advertise_host,

@@ -179,6 +179,7 @@ class Session:
                 page_size=self.context.page_size,
                 token_ids=self._token_ids(plan),
                 logit_rows=self._logit_rows(plan, counts),
+                alone=plan.alone,
             ),
             num_tokens=total,
             sampled=self._samplers(plan, starts, counts),

@@ -238,6 +238,9 @@ class StageSettings(ListenSettings):
     """Compute threads of one rank on a CPU; default: the machine's cores, shared among the ranks `serve` starts."""
     cpu_list: str | None = None
     """Cores to pin the ranks to, one group a rank, such as "0|1"; default: not pinned."""
+    idle_cpu_list: str | None = None
+    """Cores of other workers on this machine, one group a rank, such as "1|0": used besides by steps beside which
+    nothing else computes, as when one stream decodes; default: none."""
     drain_timeout: float = Field(30.0, ge=0)
     """Seconds that SIGTERM gives running requests to finish."""
 

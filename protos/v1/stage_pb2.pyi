@@ -182,7 +182,7 @@ class RunOpened(_message.Message):
     def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., steps_in_flight: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("step", "epoch", "kind", "sequences", "starts", "counts", "tokens", "new_page_counts", "new_pages", "sample_rows", "ref_rows", "ref_steps", "planned_us", "draft_rows", "guess_rows", "guess_counts")
+    __slots__ = ("step", "epoch", "kind", "sequences", "starts", "counts", "tokens", "new_page_counts", "new_pages", "sample_rows", "ref_rows", "ref_steps", "planned_us", "draft_rows", "guess_rows", "guess_counts", "alone")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +199,7 @@ class StepPlan(_message.Message):
     DRAFT_ROWS_FIELD_NUMBER: _ClassVar[int]
     GUESS_ROWS_FIELD_NUMBER: _ClassVar[int]
     GUESS_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     kind: StepKind
@@ -215,7 +216,8 @@ class StepPlan(_message.Message):
     draft_rows: _containers.RepeatedScalarFieldContainer[int]
     guess_rows: _containers.RepeatedScalarFieldContainer[int]
     guess_counts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., kind: _Optional[_Union[StepKind, str]] = ..., sequences: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., new_page_counts: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., sample_rows: _Optional[_Iterable[int]] = ..., ref_rows: _Optional[_Iterable[int]] = ..., ref_steps: _Optional[_Iterable[int]] = ..., planned_us: _Optional[int] = ..., draft_rows: _Optional[_Iterable[int]] = ..., guess_rows: _Optional[_Iterable[int]] = ..., guess_counts: _Optional[_Iterable[int]] = ...) -> None: ...
+    alone: bool
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., kind: _Optional[_Union[StepKind, str]] = ..., sequences: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., new_page_counts: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., sample_rows: _Optional[_Iterable[int]] = ..., ref_rows: _Optional[_Iterable[int]] = ..., ref_steps: _Optional[_Iterable[int]] = ..., planned_us: _Optional[int] = ..., draft_rows: _Optional[_Iterable[int]] = ..., guess_rows: _Optional[_Iterable[int]] = ..., guess_counts: _Optional[_Iterable[int]] = ..., alone: bool = ...) -> None: ...
 
 class OpenSequence(_message.Message):
     __slots__ = ("sequence", "sampling", "choice", "prompt", "log", "prompt_len")

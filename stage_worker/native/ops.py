@@ -41,6 +41,8 @@ class Shape(ctypes.Structure):
         ("threads", _Int),
         ("tp_rank", _Int),
         ("tp_size", _Int),
+        ("idle_cores", _Pointer),
+        ("idle_count", _Int),
     )
 
 
@@ -78,6 +80,7 @@ class Step(ctypes.Structure):
         ("counts", _Pointer),
         ("offsets", _Pointer),
         ("tables", _Pointer),
+        ("alone", _Int),
     )
 
 

@@ -77,6 +77,7 @@ class NativeShard:
             for index in range(spec.first, spec.last)
         ]
         self._frequencies = a.inverse_frequencies.contiguous()
+        self._idle_cores = array("i", spec.idle_cores)
         self._engine = ops.StageEngine(self._shape(a), exchange.handle if exchange is not None else None)
         self._exchange = exchange
         self._pool: KvPool | None = None
@@ -117,6 +118,8 @@ class NativeShard:
             threads=max(1, self._spec.threads),
             tp_rank=self._spec.tp_rank,
             tp_size=self._spec.tp_size,
+            idle_cores=self._idle_cores.buffer_info()[0],
+            idle_count=len(self._idle_cores),
         )
 
     def bind_kv(self, pool: KvPool) -> None:
@@ -148,7 +151,7 @@ class NativeShard:
         offsets = array("i", accumulate(lengths[:-1]))
         arrays = (starts, counts, offsets, tables)
         pointers = [entry.buffer_info()[0] for entry in arrays]
-        step = ops.Step(len(starts), sum(counts), *pointers)
+        step = ops.Step(len(starts), sum(counts), *pointers, batch.alone)
         batch.prepared = _Prepared(step, arrays)
 
     @torch.inference_mode()

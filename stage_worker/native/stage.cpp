@@ -18,6 +18,8 @@ struct Shape {
   float eps, scale;
   const float* inverse_frequencies;  // [head_dim / 2]
   int32_t threads, tp_rank, tp_size;
+  const int32_t* idle_cores;  // of others: lent to a step that says so
+  int32_t idle_count;
 };
 
 struct Layer {
@@ -31,6 +33,7 @@ struct Layer {
 struct Step {
   int32_t rows, tokens;
   const int32_t *starts, *counts, *offsets, *tables;
+  int32_t alone;  // nothing else computes meanwhile: idle cores may be used
 };
 }
 
@@ -55,7 +58,8 @@ class Room {
 };
 
 struct Engine {
-  Engine(const Shape& s, Exchange* e) : shape(s), team(s.threads), scores(new Room[s.threads]), exchange(e) {}
+  Engine(const Shape& s, Exchange* e)
+      : shape(s), team(s.threads, s.idle_cores, s.idle_count), scores(new Room[team.size()]), exchange(e) {}
   virtual ~Engine() = default;
   virtual int begin(const Step& step) = 0;
   virtual int layer(const Layer& layer, void* x) = 0;
@@ -75,6 +79,7 @@ struct EngineOf final : Engine {
 
   int begin(const Step& s) override {
     step = s;
+    threads = step.alone ? team.size() : shape.threads;
     const int half = shape.head_dim / 2;
     const size_t heads = shape.heads + 2 * shape.kv_heads, tokens = s.tokens;
     normed = (E*)normed_room.get(tokens * shape.hidden * sizeof(E));
@@ -109,7 +114,7 @@ struct EngineOf final : Engine {
 
   int layer(const Layer& w, void* hidden) override {
     E* x = (E*)hidden;
-    const int tokens = step.tokens, threads = shape.threads;
+    const int tokens = step.tokens;
     const int qkv_width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
     norm_rows(x, (const E*)w.norm1);
     team.run(threads, w.qkv.panels(), [&](int first, int last, int) {
@@ -179,7 +184,7 @@ struct EngineOf final : Engine {
  private:
   void norm_rows(const E* x, const E* weight) {
     const int width = shape.hidden;
-    team.run(step.tokens > 16 ? shape.threads : 1, step.tokens, [&](int first, int last, int) {
+    team.run(step.tokens > 16 ? threads : 1, step.tokens, [&](int first, int last, int) {
       for (int t = first; t < last; t++)
         rms_norm<T>(x + (size_t)t * width, weight, width, shape.eps, normed + (size_t)t * width);
     });
@@ -211,7 +216,7 @@ struct EngineOf final : Engine {
   int add_linear(const E* from, const Linear& w, E* x) {
     const int width = shape.hidden;
     if (shape.tp_size == 1) {
-      team.run(shape.threads, w.panels(), [&](int first, int last, int) {
+      team.run(threads, w.panels(), [&](int first, int last, int) {
         linear<T>(from, step.tokens, w, first, last, [&](int row, int panel, __m512 a, __m512 b) {
           E* to = x + (size_t)row * width + panel * kPanel;
           T::store(to, _mm512_add_ps(T::load(to), T::round(a)));
@@ -224,7 +229,7 @@ struct EngineOf final : Engine {
     for (int at = 0; at < step.tokens; at += most) {
       const int m = std::min(most, step.tokens - at);
       float* mine = exchange->mine();
-      team.run(shape.threads, w.panels(), [&](int first, int last, int) {
+      team.run(threads, w.panels(), [&](int first, int last, int) {
         linear<T>(from + (size_t)at * w.k, m, w, first, last, [&](int row, int panel, __m512 a, __m512 b) {
           float* to = mine + (size_t)row * width + panel * kPanel;
           _mm512_storeu_ps(to, a);
@@ -244,7 +249,7 @@ struct EngineOf final : Engine {
   }
 
   void head_part(const E* picked, const Linear& w, int count, float* logits, int stride) {
-    team.run(shape.threads, w.panels(), [&](int first, int last, int) {
+    team.run(threads, w.panels(), [&](int first, int last, int) {
       linear<T>(picked, count, w, first, last, [&](int row, int panel, __m512 a, __m512 b) {
         const int at = panel * kPanel;
         _mm512_mask_storeu_ps(logits + (size_t)row * stride + at, columns_left(w.n, at), a);
@@ -254,6 +259,7 @@ struct EngineOf final : Engine {
   }
 
   Step step{};
+  int threads = 1;  // of this step
   Room normed_room, qkv_room, queries_room, attended_room, gated_room, cosines_room, sines_room, row_room, first_room;
   E *normed, *qkv, *queries, *attended, *gated;
   float *cosines, *sines;

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -18,8 +19,16 @@ namespace stagemesh {
 
 class Team {
  public:
-  explicit Team(int size) : size_(size) {
-    for (int i = 1; i < size; i++) helpers_.emplace_back([this, i] { help(i); });
+  // `usual` threads where the caller may run, the caller among them, and one more for each of `idle` cores, on these.
+  Team(int usual, const int32_t* idle, int idle_count) : size_(usual + idle_count) {
+    cpu_set_t cores;
+    CPU_ZERO(&cores);
+    for (int i = 0; i < idle_count; i++) CPU_SET(idle[i], &cores);
+    for (int i = 1; i < size_; i++) {
+      helpers_.emplace_back([this, i] { help(i); });
+      // Refused, it runs where the caller does: slower, not wrong.
+      if (i >= usual) pthread_setaffinity_np(helpers_.back().native_handle(), sizeof cores, &cores);
+    }
   }
 
   ~Team() {

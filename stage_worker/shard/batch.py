@@ -24,5 +24,7 @@ class StepBatch:
     token_ids: Tensor | None = None
     hidden: Tensor | None = None
     logit_rows: Tensor | None = None
+    alone: bool = False
+    """Nothing else computes meanwhile: a shard may use its neighbours' cores."""
     prepared: object | None = None
     """What the shard's `prepare` made of the rows; the shard's own business."""

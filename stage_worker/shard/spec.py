@@ -30,5 +30,7 @@ class ShardSpec:
     """Positions of a KV page that the shard will be given."""
     threads: int = 1
     """That compute, where the shard has threads of its own."""
+    idle_cores: tuple[int, ...] = ()
+    """Cores of others, a thread on each of them for steps beside which nothing else computes (`StepBatch.alone`)."""
     enforce_eager: bool = False
     """Serve through transformers' modules, without compiled kernels."""

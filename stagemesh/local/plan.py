@@ -37,7 +37,8 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
     """One worker a stage, and the standbys. Compute threads: the machine's cores, shared among the ranks.
 
     Where there is a core for each rank, ranks are pinned: left to itself, the kernel wakes the receiver of an
-    activation on the sender's core, and two stages share one while another idles. Standbys float.
+    activation on the sender's core, and two stages share one while another idles. Standbys float. When nothing else
+    computes, as with one stream, a step uses the others' cores, too.
     """
     ranks = sum(serve.tp_sizes)
     cores = sorted(os.sched_getaffinity(0))
@@ -59,9 +60,19 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
     stages = []
     for i, size in enumerate(serve.tp_sizes):
         first = sum(serve.tp_sizes[:i])
-        cpu_list = "|".join(groups[first : first + size]) if pinned else None
+        own = groups[first : first + size]
+        others = ",".join(groups[:first] + groups[first + size :])
+        cpu_list = "|".join(own) if pinned else None
+        idle_cpu_list = "|".join([others] * size) if pinned and others else None
         stages.append(
-            StageSettings(**common, worker_id=f"stage-{i}", stage=i, tensor_parallel_size=size, cpu_list=cpu_list)
+            StageSettings(
+                **common,
+                worker_id=f"stage-{i}",
+                stage=i,
+                tensor_parallel_size=size,
+                cpu_list=cpu_list,
+                idle_cpu_list=idle_cpu_list,
+            )
         )
     standbys = [
         StageSettings(**common, worker_id=f"standby-{i}", tensor_parallel_size=max(serve.tp_sizes))

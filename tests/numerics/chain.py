@@ -43,8 +43,11 @@ class Chain:
         load_format: str = "auto",
         enforce_eager: bool = False,
         threads: int = 1,
+        idle_cores: tuple[int, ...] = (),
     ) -> None:
+        """`idle_cores`: used by all steps."""
         self.device = device
+        self._alone = bool(idle_cores)
         self.shards: list[Shard] = []
         parallel = parallel or TensorParallel()
         for first, last in pairwise(bounds):
@@ -60,6 +63,7 @@ class Chain:
                 page_size=PAGE_SIZE,
                 enforce_eager=enforce_eager,
                 threads=threads,
+                idle_cores=idle_cores,
             )
             self.shards.append(load_shard(spec, parallel))
         self.pools = [KvPool(shard.kv_layers, num_pages, PAGE_SIZE, shard.dtype, shard.device) for shard in self.shards]
@@ -82,6 +86,7 @@ class Chain:
                 token_ids=tokens,
                 hidden=out,
                 logit_rows=wanted,
+                alone=self._alone,
             )
             shard.prepare(batch)
             out = shard.forward(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -102,11 +103,42 @@ def test_in_bf16_they_are_as_near_to_fp32_as_the_modules_are(model: Path) -> Non
 def test_a_row_gives_the_same_bits_alone_in_chunks_and_with_more_threads(model: Path, dtype: str) -> None:
     together = logits(model, dtype)
     assert all(torch.equal(a, b) for a, b in zip(together, logits(model, dtype, threads=2), strict=True))
+    idle = tuple(sorted(os.sched_getaffinity(0)))
+    assert all(torch.equal(a, b) for a, b in zip(together, logits(model, dtype, idle_cores=idle), strict=True))
     alone = Chain(model, (0, 6), dtype=dtype)
     for start in range(0, 150, 13):
         last = alone.step([Row(LONG[start : start + 13], start, TABLES[0], True)])
     assert torch.equal(last[0], together[1][0])
     assert torch.equal(alone.step([Row([5], 150, TABLES[0], True)])[0], together[2][0])
+
+
+def test_a_step_that_runs_alone_uses_idle_cores_and_others_do_not(llama: Path) -> None:
+    """Threads of this process that gained processor time."""
+    cores = tuple(sorted(os.sched_getaffinity(0)))[:1]
+
+    def working(chain: Chain) -> int:
+        # More work than a helper can miss.
+        rows = [Row(tokens(150, i), 0, list(range(12 * i, 12 * i + 12)), True) for i in range(12)]
+        before = _thread_times()
+        for _ in range(6):
+            chain.step(rows)
+        return sum(after - before.get(thread, 0) > 1_000_000 for thread, after in _thread_times().items())
+
+    chain = Chain(llama, (0, 6), idle_cores=cores)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = working(chain)
+        chain._alone = False
+        assert (alone, working(chain)) == (2, 1)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _thread_times() -> dict[str, int]:
+    """Nanoseconds that each thread of this process has run."""
+    tasks = Path("/proc/self/task")
+    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir()}
 
 
 def test_a_page_that_held_infinity_is_clean_for_the_next_sequence(llama: Path) -> None:

@@ -51,6 +51,25 @@ def test_the_next_step_does_not_wait_for_other_sequences() -> None:
     assert [len(plan.rows) for plan in plans[:3]] == [1, 1, 1]
 
 
+def test_a_step_runs_alone_when_nothing_can_compute_beside_it() -> None:
+    scheduler = make(steps=2, tokens=8)
+    one = sequence(12)
+    scheduler.add(one)
+    assert [plan.alone for plan in drain(scheduler)] == [False, False, True], "chunks overlap, a decode step waits"
+    while scheduler.out:
+        come_back(scheduler, next(iter(scheduler.out.values())))
+    assert [plan.alone for plan in drain(scheduler)] == [True, True]
+    scheduler.add(sequence(4))
+    while scheduler.out:
+        come_back(scheduler, next(iter(scheduler.out.values())))
+    for _ in range(3):
+        plans = drain(scheduler)
+        assert [len(plan.rows) for plan in plans[:2]] == [1, 1]
+        assert not any(plan.alone for plan in plans)
+        while scheduler.out:
+            come_back(scheduler, next(iter(scheduler.out.values())))
+
+
 def test_no_more_steps_than_allowed() -> None:
     scheduler = make(steps=2, tokens=4)
     for _ in range(10):
