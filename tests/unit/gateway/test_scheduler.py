@@ -53,13 +53,15 @@ def test_the_next_step_does_not_wait_for_other_sequences() -> None:
 
 def test_a_step_runs_alone_when_nothing_can_compute_beside_it() -> None:
     scheduler = make(steps=2, tokens=8)
-    one = sequence(12)
-    scheduler.add(one)
+    scheduler.add(sequence(12, 60))
     assert [plan.alone for plan in drain(scheduler)] == [False, False, True], "chunks overlap, a decode step waits"
     while scheduler.out:
         come_back(scheduler, next(iter(scheduler.out.values())))
     assert [plan.alone for plan in drain(scheduler)] == [True, True]
-    scheduler.add(sequence(4))
+    scheduler.add(sequence(4, 60))
+    while scheduler.out:
+        come_back(scheduler, next(iter(scheduler.out.values())))
+    drain(scheduler)
     while scheduler.out:
         come_back(scheduler, next(iter(scheduler.out.values())))
     for _ in range(3):
