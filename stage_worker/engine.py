@@ -180,12 +180,11 @@ class Engine:
 
     @torch.inference_mode()
     def run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
-        """Input, compute, output: one step of one stage."""
+        """Input, compute, output: one step of one stage. What others wait for goes first, then what they get back."""
         began, cpu_before = time.monotonic(), time.process_time()
         complete_at = assignment.input_complete_at(session, step)
         step.batch.hidden = assignment.input_of(session, step)
         output, guessed_s = assignment.shard.forward(step.batch), 0.0
-        assignment.release_input(session, step)
         result = stage_pb2.StepResult(step=step.number, epoch=step.epoch)
         if assignment.is_last:
             certain = self._sample(step, output, result)
@@ -197,7 +196,6 @@ class Engine:
             guessed_s = time.monotonic() - output_at
         if not assignment.is_last:
             assignment.send(session, step, output)
-        session.finish(step)
         ended = time.monotonic()
         if self._follower is None:
             wait_send_s = assignment.take_wait_send_s(session)
@@ -208,7 +206,9 @@ class Engine:
             result.timing.output_us = int(output_at * 1e6)
             result.timing.result_sent_us = time.monotonic_ns() // 1000
             self._reports.add(session.ident, result, at_once=assignment.is_last)
-        self._free_at = ended
+        assignment.release_input(session, step)
+        session.finish(step)
+        self._free_at = time.monotonic()
 
     def _timing(self, step: Step, began: float, ended: float, wait_send_s: float) -> types_pb2.StepTiming:
         waited_s = max(0.0, began - max(step.arrived_at, self._free_at))

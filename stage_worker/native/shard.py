@@ -12,7 +12,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from stagemesh.errors import ConfigError, InternalError
 
 from ..kv import KvLayerSpec, KvPool
-from ..shard.batch import StepBatch
+from ..shard.batch import StepBatch, lay_out
 from ..shard.checkpoint import Checkpoint
 from ..shard.spec import ShardSpec
 from . import ops
@@ -140,18 +139,9 @@ class NativeShard:
 
     def prepare(self, batch: StepBatch) -> None:
         """Lay the step's rows and pages out for the kernels, before its activation is there."""
-        starts, counts = array("i", batch.starts), array("i", batch.counts)
-        tables, lengths = array("i"), [0]
-        for start, count, table in zip(starts, counts, batch.tables, strict=True):
-            pages = -(-(start + count) // batch.page_size)
-            if count < 1 or start < 0 or len(table) < pages:
-                raise InternalError(f"a row of {count} tokens from position {start} has {len(table)} pages")
-            tables.extend(table[:pages])
-            lengths.append(pages)
-        offsets = array("i", accumulate(lengths[:-1]))
-        arrays = (starts, counts, offsets, tables)
+        arrays = lay_out(batch)
         pointers = [entry.buffer_info()[0] for entry in arrays]
-        step = ops.Step(len(starts), sum(counts), *pointers, batch.alone)
+        step = ops.Step(len(batch.starts), sum(batch.counts), *pointers, batch.alone)
         batch.prepared = _Prepared(step, arrays)
 
     @torch.inference_mode()
@@ -172,10 +162,10 @@ class NativeShard:
         hidden = self._input(batch)
         at = hidden.data_ptr()
         self._engine.begin(prepared.step)
-        for layer in self._layers:
-            self._engine.layer(layer, at)
-            if self.on_layer is not None:
+        for i, layer in enumerate(self._layers):
+            if i and self.on_layer is not None:
                 self.on_layer()
+            self._engine.layer(layer, at)
         if not self.is_last:
             return hidden
         if batch.logit_rows is None:

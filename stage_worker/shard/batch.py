@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
+
+from stagemesh.errors import InternalError
 
 
 @dataclass
@@ -28,3 +32,20 @@ class StepBatch:
     """Nothing else computes meanwhile: a shard may use its neighbours' cores."""
     prepared: object | None = None
     """What the shard's `prepare` made of the rows; the shard's own business."""
+
+
+def lay_out(batch: StepBatch) -> tuple[array[int], array[int], array[int], array[int]]:
+    """Starts, counts, where each row's pages begin, and all rows' pages: int32 arrays, as kernels want them.
+
+    Raises:
+        InternalError: a row is empty, or has too few pages.
+    """
+    starts, counts = array("i", batch.starts), array("i", batch.counts)
+    tables, lengths = array("i"), [0]
+    for start, count, table in zip(starts, counts, batch.tables, strict=True):
+        pages = -(-(start + count) // batch.page_size)
+        if count < 1 or start < 0 or len(table) < pages:
+            raise InternalError(f"a row of {count} tokens from position {start} has {len(table)} pages")
+        tables.extend(table[:pages])
+        lengths.append(pages)
+    return starts, counts, array("i", accumulate(lengths[:-1])), tables

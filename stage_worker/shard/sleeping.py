@@ -25,9 +25,8 @@ from torch import Tensor
 
 from stagemesh.errors import ConfigError, InternalError
 
-from ..attention.base import AttentionMetadata
 from ..kv import KvLayerSpec, KvPool
-from .batch import StepBatch
+from .batch import StepBatch, lay_out
 from .spec import ShardSpec
 
 MODEL_TYPE = "stagemesh_sleep"
@@ -87,10 +86,8 @@ class SleepShard:
         """Pages are handed out and never written."""
 
     def prepare(self, batch: StepBatch) -> None:
-        """Makes the indices that a layer of full attention needs: a real stage pays for them, too."""
-        metadata = AttentionMetadata.build(batch.starts, batch.counts, batch.tables, batch.page_size, self.device)
-        metadata.prepare({(None, 1)})
-        batch.prepared = metadata
+        """Lays the rows out: a real stage pays for that, too."""
+        batch.prepared = lay_out(batch)
 
     def forward(self, batch: StepBatch) -> Tensor:
         """Sleeps; hidden states [T, H], or on the last stage logits [R, V] in fp32."""
@@ -98,17 +95,19 @@ class SleepShard:
         hidden = batch.hidden if not self.is_first else self._embed(batch)
         if hidden is None:
             raise InternalError("a stage behind the first needs hidden states")
-        output = self._logits(hidden, batch) if self.is_last else hidden
+        # A link's buffer is given back when the step is over: what is sent on is memory of its own.
+        output = self._logits(hidden, batch) if self.is_last else hidden.clone()
         self._sleep_until(wake_at)
         return output
 
     def _sleep_until(self, wake_at: float) -> None:
         """Sleeps to an absolute time, so that the slices' own costs do not add up."""
         slice_s = max(SHORTEST_SLICE_S, self.sleep_s / SLICES)
-        while (left_s := wake_at - time.monotonic()) > 0:
-            time.sleep(min(slice_s, left_s))
+        while (left_s := wake_at - time.monotonic()) > slice_s:
+            time.sleep(slice_s)
             if self.on_layer is not None:
                 self.on_layer()
+        time.sleep(max(0.0, left_s))
 
     def _embed(self, batch: StepBatch) -> Tensor:
         if batch.token_ids is None:
