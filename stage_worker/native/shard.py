@@ -40,7 +40,7 @@ class NativeShard:
     """Layers [first, last) of one model on one rank, over compiled kernels."""
 
     on_layer: Callable[[], None] | None = None
-    """Called after every layer: the caller can drive its transport between them."""
+    """Called between layers: the caller can drive its transport there."""
 
     def __init__(
         self,

@@ -100,7 +100,7 @@ def test_the_caller_is_called_between_layers(llama: Path, eager: bool) -> None:
 
     chain.shards[1].on_layer = count
     chain.step([Row([1, 2, 3], 0, [0], True)])
-    assert calls >= 3
+    assert calls >= 2
 
 
 def test_a_shard_says_what_a_step_lacks(llama: Path, eager: bool) -> None:
