@@ -1,4 +1,4 @@
-"""What guessing brings: tokens a second with a draft model and with prompt lookup beside those without, same tokens.
+"""What a draft model brings: tokens a second with its guesses beside those without.
 
     python benchmarks/speculation.py [MODEL] [--streams 1,4,16] [--repeats 2]
 

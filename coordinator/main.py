@@ -55,7 +55,7 @@ def build(settings: CoordinatorSettings) -> Build:
     dtype = info.dtype if settings.dtype == "auto" else settings.dtype
     model = model_ref(settings.model, settings, info, dtype)
     model.name = settings.name
-    draft = _add_draft(settings, info, model)
+    draft = _add_draft(settings, info, model, limits.max_model_len)
     terms = hashlib.sha256(model.SerializeToString(deterministic=True) + repr(astuple(limits)).encode())
     terms.update(repr((stages, settings.layer_partition, settings.transport)).encode())
     target = Target(
@@ -84,7 +84,9 @@ def model_ref(path: str, settings: CoordinatorSettings, info: CheckpointInfo, dt
     )
 
 
-def _add_draft(settings: CoordinatorSettings, info: CheckpointInfo, model: types_pb2.ModelRef) -> CheckpointInfo | None:
+def _add_draft(
+    settings: CoordinatorSettings, info: CheckpointInfo, model: types_pb2.ModelRef, max_model_len: int
+) -> CheckpointInfo | None:
     """Writes the draft model that the settings name into `model`, in whose dtype it computes; what its files hold."""
     config = settings.speculative_config
     if config is None or config.model is None:
@@ -94,6 +96,11 @@ def _add_draft(settings: CoordinatorSettings, info: CheckpointInfo, model: types
         raise ConfigError(
             f"the draft model {config.model} has a vocabulary of {draft.vocab_size}, the model has {info.vocab_size}: "
             "take a draft model with the same tokenizer"
+        )
+    if draft.max_position_embeddings < max_model_len:
+        raise ConfigError(
+            f"the draft model {config.model} was made for {draft.max_position_embeddings} positions, and "
+            f"--max-model-len is {max_model_len}: lower it, or take another draft model"
         )
     model.draft.num_tokens = config.num_speculative_tokens
     model.draft.model.CopyFrom(model_ref(config.model, settings, draft, model.dtype))

@@ -167,7 +167,7 @@ class BatchLoop:
             if self.scheduler.prefix.enabled:
                 self._metrics.prefix_looked_up(sequence.length, sequence.taken_over)
             self._broadcast(stage_pb2.RunRequest(open_sequence=open_message(sequence, live)))
-        message = plan_message(plan, self.view.epoch)
+        message = plan_message(plan, self.view.epoch, alone=self.view.limits.gateways <= 1)
         self._sent_at[plan.step] = time.monotonic()
         self._broadcast(stage_pb2.RunRequest(plan=message))
         if self._recorder.active:
@@ -243,8 +243,9 @@ class BatchLoop:
             if row.sequence.state is not State.FINISHED:
                 self.scheduler.speculation.told(row.sequence, list(result.guesses[at : at + count]))
             at += count
+        # Only those that guessed a step ago as well have next to nothing to catch up with.
         most = max(result.guess_counts)
-        if most and all(row.count == 1 + len(row.draft) for row in plan.rows):
+        if most and all(row.draft for row in asked):
             self._guess_costs.add(most, result.timing.draft_us * 1e-6)
 
     # -- the end ----------------------------------------------------------------------------------------------------
@@ -312,8 +313,8 @@ def sampling_message(sampling: Sampling, live: LiveRequest) -> types_pb2.Samplin
     )
 
 
-def plan_message(plan: Plan, epoch: int) -> stage_pb2.StepPlan:
-    """A plan in packed arrays: one message a step, no message a row."""
+def plan_message(plan: Plan, epoch: int, *, alone: bool = True) -> stage_pb2.StepPlan:
+    """A plan in packed arrays: one message a step, no message a row. `alone`: no other gateway plans steps."""
     rows = plan.rows
     return stage_pb2.StepPlan(
         step=plan.step,
@@ -330,7 +331,7 @@ def plan_message(plan: Plan, epoch: int) -> stage_pb2.StepPlan:
         ref_steps=[row.result_of for row in rows if row.result_of],
         planned_us=time.monotonic_ns() // 1000,
         draft_rows=[i for i, row in enumerate(rows) if row.draft],
-        alone=plan.alone,
+        alone=plan.alone and alone,
         guess_rows=[i for i, row in enumerate(rows) if row.guesses],
         guess_counts=[row.guesses for row in rows if row.guesses],
     )

@@ -27,7 +27,7 @@ WORTH = 1.1
 """Tokens a second with guesses, beside those without, from where on it is done: without, a step does not wait for the
 gateway to learn the token of the one before."""
 TRY_EVERY = 64
-"""Tokens between two tries where guessing does not pay."""
+"""Rows of any sequence between two tries where guessing does not pay."""
 
 
 @dataclass
@@ -60,7 +60,10 @@ class DraftModelGuesser:
         self._num_tokens = num_tokens
         self._batches = batches
         self._costs = costs
-        self._asked: set[Sequence] = set()
+        self._asked: dict[Sequence, bool] = {}
+        """Whose guesses are on their way, and whether that pays or is a try."""
+        self._until_try = TRY_EVERY
+        """Rows that nothing is asked for, before one is tried."""
         self._told: dict[Sequence, tuple[int, list[int]]] = {}
         """sequence -> its length then, tokens guessed behind it."""
         self._chances: dict[Sequence, float] = {}
@@ -76,19 +79,27 @@ class DraftModelGuesser:
         """Guesses are on their way with the token."""
         return sequence in self._asked
 
+    def gathers(self, sequence: Sequence) -> bool:
+        """They pay: a try holds nobody up."""
+        return self._asked.get(sequence, False)
+
     def ask(self, sequence: Sequence, streams: int) -> int:
         """How many tokens to guess behind the next one."""
         chance = self._chances.get(sequence, self._mean)
         wanted = best_count(chance, self._num_tokens, self._costs, streams, self._batches)
-        if not wanted and sequence.length % TRY_EVERY == 0:
-            wanted = 1
         if wanted:
-            self._asked.add(sequence)
-        return wanted
+            self._asked[sequence] = True
+            return wanted
+        self._until_try -= 1
+        if self._until_try > 0:
+            return 0
+        self._until_try = TRY_EVERY
+        self._asked[sequence] = False
+        return 1
 
     def told(self, sequence: Sequence, guesses: list[int]) -> None:
         """The answer."""
-        self._asked.discard(sequence)
+        self._asked.pop(sequence, None)
         self._told[sequence] = sequence.length, guesses
 
     def verified(self, sequence: Sequence, guessed: int, held: int) -> None:
@@ -101,7 +112,7 @@ class DraftModelGuesser:
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence ended."""
-        self._asked.discard(sequence)
+        self._asked.pop(sequence, None)
         self._told.pop(sequence, None)
         self._chances.pop(sequence, None)
 

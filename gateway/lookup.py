@@ -49,6 +49,10 @@ class LookupGuesser:
         """Its next token can be guessed, and one behind it: better verified with that token than computed after it."""
         return len(self.guess(sequence)) > 1
 
+    def gathers(self, sequence: Sequence) -> bool:
+        """Whether others had better wait with it: they are guessed for as well, most likely."""
+        return self.waits(sequence)
+
     def ask(self, sequence: Sequence, streams: int) -> int:
         """Nobody needs to be asked."""
         return 0

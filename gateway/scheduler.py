@@ -237,7 +237,7 @@ class Scheduler:
         share = min(-(-len(decoding) // self.steps_in_flight), self.max_num_batched_tokens)
         apart = self.steps_in_flight if beside_prompts or not share else -(-len(decoding) // share)
         ready = [s for s in decoding if s.decodes and s.unsampled < STEPS_AHEAD]
-        if len(self.out) >= self.steps_in_flight and any(s.unsampled and self.speculation.waits(s) for s in decoding):
+        if len(self.out) >= self.steps_in_flight and any(s.unsampled and self.speculation.gathers(s) for s in decoding):
             # Nothing is gained by being ahead: those that come back meet the others, and go on as one batch.
             return []
         # The one whose last step is longest ago goes first, so that none waits a round more than another.
@@ -258,7 +258,12 @@ class Scheduler:
             draft = self._draft(sequence, drafts_left)
             drafts_left -= len(draft)
             rows.append(self._row(sequence, 1, draft))
-        return [row for row in rows if not row.sequence.preempted and row.sequence.state is State.RUNNING]
+        kept = [row for row in rows if not row.sequence.preempted and row.sequence.state is State.RUNNING]
+        for row in rows:
+            if row.guesses and row not in kept:
+                # Nobody will answer.
+                self.speculation.told(row.sequence, [])
+        return kept
 
     def _draft_budget(self, share: int) -> int:
         """Guessed tokens of one step of so many rows: with these, they may cost as much again as a step of no tokens.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from .sequence import Sequence
+from .sequence import Sequence, State
 
 
 class Guesser(Protocol):
@@ -15,6 +15,9 @@ class Guesser(Protocol):
 
     def waits(self, sequence: Sequence) -> bool:
         """Whether a sequence whose next token is out had better wait for it, as a guess will follow."""
+
+    def gathers(self, sequence: Sequence) -> bool:
+        """Whether others had better wait with it, to go on as one batch."""
 
     def ask(self, sequence: Sequence, streams: int) -> int:
         """How many tokens the last stage shall guess behind the one that is planned, among so many streams."""
@@ -50,6 +53,10 @@ class Speculation:
         """Whether a sequence whose next token is out had better wait for it."""
         return self._guesser is not None and self._guesser.waits(sequence)
 
+    def gathers(self, sequence: Sequence) -> bool:
+        """Whether others had better wait with a sequence whose next token is out."""
+        return self._guesser is not None and self._guesser.gathers(sequence)
+
     def ask(self, sequence: Sequence, streams: int, at_most: int) -> int:
         """Tokens that the last stage shall guess behind the one that a row draws; 0: not to be asked."""
         if self._guesser is None:
@@ -72,7 +79,8 @@ class Speculation:
         self.drafts += 1
         self.draft_tokens += len(draft)
         self.accepted_tokens += held
-        if self._guesser is not None:
+        # One that ended is forgotten already, and tokens behind its end say nothing.
+        if self._guesser is not None and sequence.state is not State.FINISHED:
             self._guesser.verified(sequence, len(draft), held)
 
     def take_counts(self) -> tuple[int, int, int]:

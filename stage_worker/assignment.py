@@ -28,6 +28,16 @@ class Held:
     pool: KvPool
     drafter: Drafter | None
 
+    @property
+    def page_bytes(self) -> int:
+        """Of one page, the draft model's part included."""
+        return self.pool.bytes_per_page + (self.drafter.pool.bytes_per_page if self.drafter else 0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights, the draft model's included."""
+        return self.shard.weight_bytes + (self.drafter.shard.weight_bytes if self.drafter else 0)
+
 
 class Assignment:
     """What one rank does for one stage of one pipeline, from Assign to Release."""

@@ -4,8 +4,9 @@ After Leviathan et al. (2023), with exact verification: the pipeline draws its t
 and keeps guesses that are what was drawn. The draft model is whole on one rank. Its keys and values lie in pages of the
 same numbers as the model's own: who gives out pages, shares prefixes and takes them back need not know of it.
 
-It computes prompts as they pass, so that a prefix that is shared brings its pages filled here, too. Of drawn tokens it
-computes what it needs when it is asked for guesses: a few of them as one row, then one token after the other.
+It computes prompts as they pass, so that a prefix that is shared brings its pages filled here, too. Drawn tokens it
+computes when it is asked for guesses, or when some have piled up: as one row, then one guess after the other. The last
+few positions of an answer may stay empty here; who takes over their page guesses a little worse.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .kv import KvPool
+from .sampler import likeliest
 from .shard.batch import StepBatch
 from .shard.choose import Shard
 
@@ -65,9 +67,9 @@ class Drafter:
 
     def __init__(self, shard: Shard, pool: KvPool) -> None:
         """`shard` is the whole draft model; its pages are made here, as many and of the size of `pool`'s."""
-        self._shard = shard
-        self._pool = KvPool(shard.kv_layers, pool.num_pages, pool.page_size, shard.dtype, shard.device)
-        shard.bind_kv(self._pool)
+        self.shard = shard
+        self.pool = KvPool(shard.kv_layers, pool.num_pages, pool.page_size, shard.dtype, shard.device)
+        shard.bind_kv(self.pool)
 
     def guess(self, rows: Sequence[DraftRow]) -> list[list[int]]:
         """Up to `wanted` tokens behind each row: its likeliest next token, that one's, and so on.
@@ -87,27 +89,27 @@ class Drafter:
         tokens = [row.drafted.take_behind(self._room(row)) for row in rows]
         active = [i for i in range(len(rows)) if tokens[i]]
         asking = [i for i in active if rows[i].wanted and not rows[i].drafted.behind]
-        likeliest = self._step(
+        next_tokens = self._step(
             [rows[i] for i in active],
             [starts[i] for i in active],
             [tokens[i] for i in active],
             [i in asking for i in active],
         )
         while asking:
-            for i, token in zip(asking, likeliest, strict=True):
+            for i, token in zip(asking, next_tokens, strict=True):
                 guesses[i].append(token)
             asking = [i for i in asking if len(guesses[i]) < rows[i].wanted and self._room(rows[i])]
             starts = [rows[i].drafted.done + len(rows[i].drafted.guessed) for i in asking]
             for i in asking:
                 rows[i].drafted.guessed.append(guesses[i][-1])
-            likeliest = self._step(
+            next_tokens = self._step(
                 [rows[i] for i in asking], starts, [[guesses[i][-1]] for i in asking], [True] * len(asking)
             )
         return guesses
 
     def _room(self, row: DraftRow) -> int:
         """Positions that the row's pages hold behind those computed."""
-        return len(row.table) * self._pool.page_size - row.drafted.done - len(row.drafted.guessed)
+        return len(row.table) * self.pool.page_size - row.drafted.done - len(row.drafted.guessed)
 
     def _step(self, rows: list[DraftRow], starts: list[int], tokens: list[list[int]], wanted: list[bool]) -> list[int]:
         """Computes the rows; the likeliest token behind each that is wanted."""
@@ -120,10 +122,10 @@ class Drafter:
             starts=starts,
             counts=counts,
             tables=[row.table for row in rows],
-            page_size=self._pool.page_size,
-            token_ids=flat.to(self._shard.device),
-            logit_rows=ends[torch.tensor(wanted)].to(self._shard.device),
+            page_size=self.pool.page_size,
+            token_ids=flat.to(self.shard.device),
+            logit_rows=ends[torch.tensor(wanted)].to(self.shard.device),
         )
-        self._shard.prepare(batch)
-        logits = self._shard.forward(batch)
-        return [int(token) for token in logits.argmax(dim=-1)] if any(wanted) else []
+        self.shard.prepare(batch)
+        logits = self.shard.forward(batch)
+        return likeliest(logits)[0].tolist() if any(wanted) else []

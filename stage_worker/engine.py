@@ -190,10 +190,11 @@ class Engine:
             certain = self._sample(step, output, result)
             if certain:
                 assignment.send_tokens(session, step, certain)
-        output_at = time.monotonic()
         if assignment.drafter is not None:
-            follow(assignment.drafter, step.followed, result)
-            guessed_s = time.monotonic() - output_at
+            # The stage before may be waiting for the credit, and the draft model takes its time.
+            assignment.release_input(session, step)
+            guessed_s = follow(assignment.drafter, step.followed, result)
+        output_at = time.monotonic()
         if not assignment.is_last:
             assignment.send(session, step, output)
         ended = time.monotonic()
@@ -206,7 +207,8 @@ class Engine:
             result.timing.output_us = int(output_at * 1e6)
             result.timing.result_sent_us = time.monotonic_ns() // 1000
             self._reports.add(session.ident, result, at_once=assignment.is_last)
-        assignment.release_input(session, step)
+        if assignment.drafter is None:
+            assignment.release_input(session, step)
         session.finish(step)
         self._free_at = time.monotonic()
 

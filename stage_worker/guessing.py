@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,6 +12,9 @@ from stagemesh.protos.v1 import stage_pb2
 
 from .drafter import Drafted, Drafter, DraftRow
 
+CATCH_UP = 64
+"""Drawn tokens that the draft model has not seen, before it computes them without being asked for guesses:
+so many to twice as many, each sequence at another time."""
 MOST_GUESSES = 32
 """Behind one row."""
 
@@ -63,8 +67,12 @@ def followed_rows(
     return rows
 
 
-def follow(drafter: Drafter, rows: Sequence[FollowedRow], result: stage_pb2.StepResult) -> None:
-    """Notes what the step made known, and puts the guesses that its plan asks for into `result`."""
+def follow(drafter: Drafter, rows: Sequence[FollowedRow], result: stage_pb2.StepResult) -> float:
+    """Notes what the step made known, and puts the guesses that its plan asks for into `result`.
+
+    Returns the seconds that guessing took; 0 for a step with prompts, which the draft model computes in any case.
+    """
+    began = time.monotonic()
     drawn: dict[int, tuple[int, list[int]]] = {}
     for ident, position, token in zip(result.sequences, result.positions, result.tokens, strict=True):
         drawn.setdefault(ident, (position, []))[1].append(token)
@@ -79,9 +87,11 @@ def follow(drafter: Drafter, rows: Sequence[FollowedRow], result: stage_pb2.Step
         wanted = row.wanted if tokens and row.sequence not in failed else 0
         if row.wanted:
             asking.append(len(work))
-        if row.wanted or row.is_prompt:
+        # Of the rest, what has piled up: pages that others take over are to be filled here as well.
+        if row.wanted or row.is_prompt or len(row.drafted.behind) >= CATCH_UP + row.sequence % CATCH_UP:
             work.append(DraftRow(row.drafted, tokens[-1] if tokens else 0, row.table, wanted))
     guesses = drafter.guess(work)
     for at in asking:
         result.guess_counts.append(len(guesses[at]))
         result.guesses.extend(guesses[at])
+    return 0.0 if any(row.is_prompt for row in rows) else time.monotonic() - began

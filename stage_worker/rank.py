@@ -98,8 +98,8 @@ class Rank:
         )  # fmt: skip
         return stage_pb2.AssignDone(
             num_pages=pool.num_pages // max(1, request.limits.gateways),
-            page_bytes=pool.bytes_per_page,
-            weight_bytes=shard.weight_bytes,
+            page_bytes=held.page_bytes,
+            weight_bytes=held.weight_bytes,
             tensor_bytes_read=shard.tensor_bytes_read,
             fingerprint=request.model.fingerprint,
             vocab_size=shard.vocab_size,

@@ -60,14 +60,13 @@ class RankMemory:
         draft = None
         if model.HasField("draft") and request.layers.last == model.num_layers and self.config.rank == 0:
             draft = self._spec(model.draft.model, limits, (0, model.draft.model.num_layers), alone=True)
-        same = _is(self._loaded, spec, model.fingerprint)
-        if not same or not _is(self._draft, draft, model.draft.model.fingerprint):
-            self._drafter = self._draft = self._pool = None
+        same = _is(self._loaded, spec, model.fingerprint) and _is(self._draft, draft, model.draft.model.fingerprint)
         if not same:
-            self._loaded = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            # All of it: a shard keeps the pages that it was given, and the next ones are made of what memory is left.
+            self._loaded = self._draft = self._drafter = self._pool = None
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         if self._loaded is None:
             self._loaded = _Loaded(spec, model.fingerprint, self._load(spec, ident))
         if self._draft is None and draft is not None:
@@ -91,7 +90,7 @@ class RankMemory:
             seed=model.seed,
             page_size=limits.page_size,
             threads=self.config.compute_threads,
-            idle_cores=tuple(self.config.idle_cpus),
+            idle_cores=() if alone else tuple(self.config.idle_cpus),
             enforce_eager=self.config.enforce_eager,
         )
 
@@ -136,10 +135,10 @@ class RankMemory:
                 f"{budget / 2**30:.2f} GiB)"
             )
         shard = shards[0]
-        pool = self._pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)
+        pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)
         shard.bind_kv(pool)
-        if len(shards) > 1:
-            self._drafter = Drafter(shards[1], pool)
+        self._drafter = Drafter(shards[1], pool) if len(shards) > 1 else None
+        self._pool = pool
         return pool
 
     def _kv_budget_bytes(self) -> int:

@@ -257,7 +257,7 @@ def _cpus_of(cpu_list: str | None, rank: int) -> list[int]:
     groups = cpu_list.split("|")
     try:
         cpus: list[int] = []
-        for part in groups[rank % len(groups)].split(","):
+        for part in filter(None, groups[rank % len(groups)].split(",")):
             low, _, high = part.partition("-")
             cpus.extend(range(int(low), int(high or low) + 1))
     except ValueError:

@@ -154,13 +154,13 @@ def sample(
 
 def _choose(logits: Tensor, states: list[SequenceSampler], positions: list[int]) -> list[tuple[int, bool]]:
     """(token, whether the logits could be used) of each of [R, V] lines."""
-    tokens, usable = _likeliest(logits)
+    tokens, usable = likeliest(logits)
     if any(state.shapes_logits for state in states):
         logits = logits.clone()
         for row, state in enumerate(states):
             if state.shapes_logits:
                 state.shape_logits(logits[row])
-        tokens, _ = _likeliest(logits)
+        tokens, _ = likeliest(logits)
     drawn = [r for r, state in enumerate(states) if state.params.temperature > 0 and usable[r]]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
@@ -171,7 +171,7 @@ def _choose(logits: Tensor, states: list[SequenceSampler], positions: list[int])
     return list(zip(tokens.tolist(), usable, strict=True))
 
 
-def _likeliest(logits: Tensor) -> tuple[Tensor, list[bool]]:
+def likeliest(logits: Tensor) -> tuple[Tensor, list[bool]]:
     """Of each of [R, V] lines, the first likeliest id [R], and whether there is one.
 
     -inf is a masked id; NaN, +inf or nothing but -inf makes a line that cannot be sampled: it is its own maximum.

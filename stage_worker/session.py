@@ -161,6 +161,8 @@ class Session:
             raise InvalidRequest(f"step {plan.step} has rows of other than one token that refer to a result")
         _check_drafts(plan, counts)
         check_guesses(plan)
+        if plan.guess_rows and self.context.samples and not self.context.guesses:
+            raise InvalidRequest(f"step {plan.step} asks for guesses, and there is no draft model here")
         if plan.tokens and max(plan.tokens) >= self.context.vocab_size:
             raise InvalidRequest(f"step {plan.step} names a token beyond the {self.context.vocab_size} there are")
         if not 0 < total <= self.context.max_tokens or len(plan.tokens) != total:

@@ -59,7 +59,8 @@ class Room {
 
 struct Engine {
   Engine(const Shape& s, Exchange* e)
-      : shape(s), team(s.threads, s.idle_cores, s.idle_count), scores(new Room[team.size()]), exchange(e) {}
+      : shape(s), own(s.threads, nullptr, 0), wide(s.idle_count ? s.threads : 1, s.idle_cores, s.idle_count),
+        scores(new Room[std::max(own.size(), wide.size())]), exchange(e) {}
   virtual ~Engine() = default;
   virtual int begin(const Step& step) = 0;
   virtual int layer(const Layer& layer, void* x) = 0;
@@ -67,7 +68,8 @@ struct Engine {
                    int vocab) = 0;
 
   Shape shape;
-  Team team;
+  Team own, wide;     // wide: with the idle cores; a team of its own, as helpers that wake spin
+  Team* team = &own;  // of this step
   std::unique_ptr<Room[]> scores;
   Exchange* exchange;  // null for one rank
 };
@@ -79,7 +81,7 @@ struct EngineOf final : Engine {
 
   int begin(const Step& s) override {
     step = s;
-    threads = step.alone ? team.size() : shape.threads;
+    team = step.alone && wide.size() > 1 ? &wide : &own;
     const int half = shape.head_dim / 2;
     const size_t heads = shape.heads + 2 * shape.kv_heads, tokens = s.tokens;
     normed = (E*)normed_room.get(tokens * shape.hidden * sizeof(E));
@@ -107,7 +109,7 @@ struct EngineOf final : Engine {
       }
     }
     const size_t padded = (longest + 31) / 32 * 32 + shape.page_size + 32;
-    for (int i = 0; i < team.size(); i++)
+    for (int i = 0; i < team->size(); i++)
       if (!scores[i].get(kQueries * padded * sizeof(float))) return 1;
     return 0;
   }
@@ -117,7 +119,7 @@ struct EngineOf final : Engine {
     const int tokens = step.tokens;
     const int qkv_width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
     norm_rows(x, (const E*)w.norm1);
-    team.run(threads, w.qkv.panels(), [&](int first, int last, int) {
+    team->run(w.qkv.panels(), [&](int first, int last, int) {
       linear<T>(normed, tokens, w.qkv, first, last, [&](int row, int panel, __m512 a, __m512 b) {
         E* to = qkv + (size_t)row * qkv_width + panel * kPanel;
         T::store(to, a, columns_left(qkv_width, panel * kPanel));
@@ -126,10 +128,10 @@ struct EngineOf final : Engine {
     });
     const HeadShape heads{shape.kv_heads, shape.heads / shape.kv_heads, shape.head_dim, shape.page_size};
     const Pages<T> keys{(E*)w.k_pages, heads}, values{(E*)w.v_pages, heads};
-    team.run(threads, shape.kv_heads, [&](int first, int last, int) {
+    team->run(shape.kv_heads, [&](int first, int last, int) {
       for (int t = 0; t < tokens; t++) place_token(w, keys, values, t, first, last);
     });
-    team.run(threads, step.rows * shape.kv_heads, [&](int first, int last, int thread) {
+    team->run(step.rows * shape.kv_heads, [&](int first, int last, int thread) {
       const RowAttention<T> attention{keys, values, shape.scale, w.window, (float*)scores[thread].get(0)};
       for (int task = first; task < last; task++) {
         const int row = task / shape.kv_heads, head = task % shape.kv_heads, at = first_token[row];
@@ -141,7 +143,7 @@ struct EngineOf final : Engine {
     });
     if (add_linear(attended, w.o, x)) return 2;
     norm_rows(x, (const E*)w.norm2);
-    team.run(threads, w.gate_up.panels(), [&](int first, int last, int) {
+    team->run(w.gate_up.panels(), [&](int first, int last, int) {
       linear<T>(normed, tokens, w.gate_up, first, last, [&](int row, int panel, __m512 gate, __m512 up) {
         E* to = gated + (size_t)row * shape.intermediate + panel * 16;
         const __m512 open = T::round(silu16(T::round(gate)));
@@ -184,10 +186,11 @@ struct EngineOf final : Engine {
  private:
   void norm_rows(const E* x, const E* weight) {
     const int width = shape.hidden;
-    team.run(step.tokens > 16 ? threads : 1, step.tokens, [&](int first, int last, int) {
+    auto part = [&](int first, int last, int) {
       for (int t = first; t < last; t++)
         rms_norm<T>(x + (size_t)t * width, weight, width, shape.eps, normed + (size_t)t * width);
-    });
+    };
+    step.tokens > 16 ? team->run(step.tokens, part) : part(0, step.tokens, 0);
   }
 
   // Queries are turned and put head by head; keys are turned, and both keys and values put into their page.
@@ -216,7 +219,7 @@ struct EngineOf final : Engine {
   int add_linear(const E* from, const Linear& w, E* x) {
     const int width = shape.hidden;
     if (shape.tp_size == 1) {
-      team.run(threads, w.panels(), [&](int first, int last, int) {
+      team->run(w.panels(), [&](int first, int last, int) {
         linear<T>(from, step.tokens, w, first, last, [&](int row, int panel, __m512 a, __m512 b) {
           E* to = x + (size_t)row * width + panel * kPanel;
           T::store(to, _mm512_add_ps(T::load(to), T::round(a)));
@@ -229,7 +232,7 @@ struct EngineOf final : Engine {
     for (int at = 0; at < step.tokens; at += most) {
       const int m = std::min(most, step.tokens - at);
       float* mine = exchange->mine();
-      team.run(threads, w.panels(), [&](int first, int last, int) {
+      team->run(w.panels(), [&](int first, int last, int) {
         linear<T>(from + (size_t)at * w.k, m, w, first, last, [&](int row, int panel, __m512 a, __m512 b) {
           float* to = mine + (size_t)row * width + panel * kPanel;
           _mm512_storeu_ps(to, a);
@@ -249,7 +252,7 @@ struct EngineOf final : Engine {
   }
 
   void head_part(const E* picked, const Linear& w, int count, float* logits, int stride) {
-    team.run(threads, w.panels(), [&](int first, int last, int) {
+    team->run(w.panels(), [&](int first, int last, int) {
       linear<T>(picked, count, w, first, last, [&](int row, int panel, __m512 a, __m512 b) {
         const int at = panel * kPanel;
         _mm512_mask_storeu_ps(logits + (size_t)row * stride + at, columns_left(w.n, at), a);
@@ -259,7 +262,6 @@ struct EngineOf final : Engine {
   }
 
   Step step{};
-  int threads = 1;  // of this step
   Room normed_room, qkv_room, queries_room, attended_room, gated_room, cosines_room, sines_room, row_room, first_room;
   E *normed, *qkv, *queries, *attended, *gated;
   float *cosines, *sines;

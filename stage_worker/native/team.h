@@ -19,15 +19,15 @@ namespace stagemesh {
 
 class Team {
  public:
-  // `usual` threads where the caller may run, the caller among them, and one more for each of `idle` cores, on these.
-  Team(int usual, const int32_t* idle, int idle_count) : size_(usual + idle_count) {
+  // `own` threads where the caller may run, the caller among them, and one more for each of `lent` cores, on these.
+  Team(int own, const int32_t* lent, int lent_count) : size_(own + lent_count) {
     cpu_set_t cores;
     CPU_ZERO(&cores);
-    for (int i = 0; i < idle_count; i++) CPU_SET(idle[i], &cores);
+    for (int i = 0; i < lent_count; i++) CPU_SET(lent[i], &cores);
     for (int i = 1; i < size_; i++) {
       helpers_.emplace_back([this, i] { help(i); });
       // Refused, it runs where the caller does: slower, not wrong.
-      if (i >= usual) pthread_setaffinity_np(helpers_.back().native_handle(), sizeof cores, &cores);
+      if (i >= own) pthread_setaffinity_np(helpers_.back().native_handle(), sizeof cores, &cores);
     }
   }
 
@@ -40,20 +40,18 @@ class Team {
 
   int size() const { return size_; }
 
-  // Calls part(first, last, thread) for ranges that make up 0 .. total, on up to `n` threads at once; returns when all
-  // are done. Whoever is free takes the next range, so a thread that the kernel took its core from holds up little, and
+  // Calls part(first, last, thread) for ranges that make up 0 .. total, on all threads at once; returns when all are
+  // done. Whoever is free takes the next range, so a thread that the kernel took its core from holds up little, and
   // one that has not come yet nothing.
   template <class Part>
-  void run(int n, int total, Part&& part) {
-    n = std::min(n, size_);
-    if (n <= 1 || total <= 1) {
+  void run(int total, Part&& part) {
+    if (size_ <= 1 || total <= 1) {
       part(0, total, 0);
       return;
     }
-    const int grain = std::max(1, total / (n * kRangesEach));
+    const int grain = std::max(1, total / (size_ * kRangesEach));
     std::atomic<int> next{0};
     std::function<void(int)> work = [&](int thread) {
-      if (thread >= n) return;
       for (int at; (at = next.fetch_add(grain, std::memory_order_relaxed)) < total;)
         part(at, std::min(at + grain, total), thread);
     };

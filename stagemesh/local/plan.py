@@ -61,9 +61,10 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
     for i, size in enumerate(serve.tp_sizes):
         first = sum(serve.tp_sizes[:i])
         own = groups[first : first + size]
-        others = ",".join(groups[:first] + groups[first + size :])
+        others = [group for i, group in enumerate(groups) if not first <= i < first + size]
         cpu_list = "|".join(own) if pinned else None
-        idle_cpu_list = "|".join([others] * size) if pinned and others else None
+        # Ranks of a stage compute at once: a core is lent to one of them.
+        idle_cpu_list = "|".join(",".join(others[rank::size]) for rank in range(size)) if pinned and others else None
         stages.append(
             StageSettings(
                 **common,

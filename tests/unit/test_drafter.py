@@ -12,7 +12,7 @@ from tiny_models import make_checkpoint
 from stagemesh.errors import InvalidRequest
 from stagemesh.protos.v1 import stage_pb2
 from stagemesh.stage_worker.drafter import Drafted, Drafter
-from stagemesh.stage_worker.guessing import FollowedRow, check_guesses, follow, followed_rows
+from stagemesh.stage_worker.guessing import CATCH_UP, FollowedRow, check_guesses, follow, followed_rows
 
 PAGES = 40
 
@@ -111,6 +111,17 @@ def test_a_prefix_that_is_shared_brings_its_pages_filled(model: Path) -> None:
     result = result_of([(2, len(prefix) + len(rest), [4])])
     follow(drafter, [second], result)
     assert list(result.guesses) == afresh.guess([*prefix, *rest, 4], 3)
+
+
+def test_drawn_tokens_that_pile_up_are_computed_without_being_asked_for(model: Path) -> None:
+    drafter, state = make_drafter(model), Drafted()
+    follow(drafter, [FollowedRow(1, state, [0], 0, [3, 5], True, 0)], result_of([(1, 2, [4])]))
+    table, most = [0], 0
+    for position in range(3, 300):
+        table += [position // PAGE_SIZE] if position % PAGE_SIZE == 0 else []
+        follow(drafter, [FollowedRow(1, state, table, position - 1, [], False, 0)], result_of([(1, position, [9])]))
+        most = max(most, len(state.behind))
+    assert CATCH_UP - 1 <= most <= 2 * CATCH_UP
 
 
 def test_a_sequence_whose_logits_fail_gets_no_guesses(model: Path) -> None:
