@@ -150,14 +150,12 @@ class RankGroup:
         ranks = range(self.size) if rank is None else [rank]
         loop = asyncio.get_running_loop()
         waiting: list[asyncio.Future[bytes]] = []
-        for r in ranks:
-            if self.lost.done():
-                raise StageLost(self.lost.result())
-            future: asyncio.Future[bytes] = loop.create_future()
-            self._calls[r, ident] = future
-            waiting.append(future)
-            self._writers[r].write(pack(kind, ident, payload))
         try:
+            for r in ranks:
+                self._write(r, pack(kind, ident, payload))
+                future: asyncio.Future[bytes] = loop.create_future()
+                self._calls[r, ident] = future
+                waiting.append(future)
             done, _ = await asyncio.wait(waiting, timeout=timeout_s)
             if len(done) < len(waiting):
                 # It hangs, with its sockets open: only the end of the group helps.
@@ -177,10 +175,21 @@ class RankGroup:
     async def run(self, session: int, message: bytes) -> None:
         """Passes a gateway's message to all ranks; waits when they are slow to read."""
         frame = pack(Kind.RUN, session, message)
-        for writer in self._writers:
-            writer.write(frame)
-        for writer in self._writers:
-            await writer.drain()
+        for rank in range(self.size):
+            self._write(rank, frame)
+        for rank, writer in enumerate(self._writers):
+            try:
+                await writer.drain()
+            except ConnectionError as e:
+                raise StageLost(f"rank {rank} of {self._label} is gone") from e
+
+    def _write(self, rank: int, frame: bytes) -> None:
+        """Raises StageLost when the rank is gone, though its end may not have been noticed yet."""
+        if self.lost.done():
+            raise StageLost(self.lost.result())
+        if self._writers[rank].is_closing():
+            raise StageLost(f"rank {rank} of {self._label} is gone")
+        self._writers[rank].write(frame)
 
     async def _read(self, rank: int, reader: asyncio.StreamReader) -> None:
         try:
@@ -228,9 +237,9 @@ class RankGroup:
 
     async def stop(self) -> None:
         """Asks the ranks to end, kills those that do not, and reaps all."""
-        for writer in self._writers:
-            with contextlib.suppress(ConnectionError):
-                writer.write(pack(Kind.SHUTDOWN, 0))
+        for rank in range(len(self._writers)):
+            with contextlib.suppress(ConnectionError, StageLost):
+                self._write(rank, pack(Kind.SHUTDOWN, 0))
         loop = asyncio.get_running_loop()
         deadline = loop.time() + STOP_TIMEOUT_S
         while any(p.poll() is None for p in self._processes) and loop.time() < deadline and not self.lost.done():

@@ -1,0 +1,46 @@
+"""A rank group of real processes as its agent drives it, when one of its ranks is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+import uvloop
+
+from stagemesh.config import StageSettings
+from stagemesh.errors import StageLost
+from stagemesh.stage_worker.control import Kind
+from stagemesh.stage_worker.ranks import RankGroup
+
+DEADLINE_S = 20.0
+
+
+async def talk(group: RankGroup) -> None:
+    ends = time.monotonic() + DEADLINE_S
+    while time.monotonic() < ends:
+        # No session has this number: ranks pass it over.
+        await group.run(10**6, b"")
+        await asyncio.sleep(0)
+
+
+def test_messages_to_a_rank_that_was_killed_end_in_a_typed_error_and_the_group_stops() -> None:
+    """Also in the moment in which the socket is closed and nobody has looked at the process yet."""
+
+    async def story() -> None:
+        settings = StageSettings(tensor_parallel_size=2, device="cpu", transport="tcp", threads=1)
+        group = RankGroup(settings, "cpu", "stage test", lambda *frame: None)
+        await group.start()
+        try:
+            os.kill(group._processes[1].pid, signal.SIGKILL)
+            with pytest.raises(StageLost):
+                await talk(group)
+            with pytest.raises(StageLost):
+                await group.call(Kind.ACTIVATE, b"", DEADLINE_S)
+        finally:
+            await group.stop()
+        assert all(process.returncode is not None for process in group._processes)
+
+    uvloop.run(story())
