@@ -118,7 +118,7 @@ def main() -> int:
         "machine": machine(),
         "versions": own_versions(),
         "load_before": os.getloadavg()[0],
-        "command": " ".join(sys.argv),
+        "command": f"python benchmarks/speculation.py MODEL --repeats {arguments.repeats}",
     }
     rows = []
     with tempfile.TemporaryDirectory() as name:
