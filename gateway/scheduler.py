@@ -15,7 +15,7 @@ verified in one step. Nothing else of it is out meanwhile, because where it goes
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .budget import LONGER
@@ -199,10 +199,8 @@ class Scheduler:
         row = rows[0]
         if len(rows) > 1 or len(self.running) > 1 or not row.samples:
             return False
-        return not self.out or (row.result_of > 0 and all(r.sequence is row.sequence for r in self._rows_out()))
-
-    def _rows_out(self) -> Iterator[Row]:
-        return (row for plan in self.out.values() for row in plan.rows)
+        out = (other for plan in self.out.values() for other in plan.rows)
+        return not self.out or (row.result_of > 0 and all(other.sequence is row.sequence for other in out))
 
     def _admit(self) -> None:
         """Admits from the queue, oldest first, while pages for all known tokens and one more are free, and beyond
@@ -236,6 +234,8 @@ class Scheduler:
         decoding = [s for s in self.running if s.state is State.RUNNING and not s.preempted and (s.log or s.unsampled)]
         share = min(-(-len(decoding) // self.steps_in_flight), self.max_num_batched_tokens)
         apart = self.steps_in_flight if beside_prompts or not share else -(-len(decoding) // share)
+        drafts_left = self._draft_budget(share)
+        self._guesses_a_row = drafts_left // max(1, share)
         ready = [s for s in decoding if s.decodes and s.unsampled < STEPS_AHEAD]
         if len(self.out) >= self.steps_in_flight and any(s.unsampled and self.speculation.gathers(s) for s in decoding):
             # Nothing is gained by being ahead: those that come back meet the others, and go on as one batch.
@@ -243,8 +243,6 @@ class Scheduler:
         # The one whose last step is longest ago goes first, so that none waits a round more than another.
         ready.sort(key=lambda s: s.last_step)
         rows: list[Row] = []
-        drafts_left = self._draft_budget(share)
-        self._guesses_a_row = drafts_left // max(1, share)
         for sequence in ready:
             if len(rows) == share:
                 break
@@ -258,10 +256,13 @@ class Scheduler:
             draft = self._draft(sequence, drafts_left)
             drafts_left -= len(draft)
             rows.append(self._row(sequence, 1, draft))
-        kept = [row for row in rows if not row.sequence.preempted and row.sequence.state is State.RUNNING]
+        # A later row's page may have come from an earlier one's sequence.
+        kept = []
         for row in rows:
-            if row.guesses and row not in kept:
-                # Nobody will answer.
+            if not row.sequence.preempted and row.sequence.state is State.RUNNING:
+                kept.append(row)
+            elif row.guesses:
+                # It was asked, and nobody will answer.
                 self.speculation.told(row.sequence, [])
         return kept
 

@@ -73,9 +73,9 @@ class Speculation:
     def verified(self, sequence: Sequence, position: int, draft: list[int]) -> None:
         """Tokens guessed from `position` on are back; what was drawn is in the log."""
         drawn = sequence.tokens(position, len(draft))
-        held = next(
-            (i for i, (a, b) in enumerate(zip(draft, drawn, strict=False)) if a != b), min(len(draft), len(drawn))
-        )
+        held = 0
+        while held < len(drawn) and drawn[held] == draft[held]:
+            held += 1
         self.drafts += 1
         self.draft_tokens += len(draft)
         self.accepted_tokens += held

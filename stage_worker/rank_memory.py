@@ -59,7 +59,7 @@ class RankMemory:
         spec = self._spec(model, limits, (request.layers.first, request.layers.last))
         draft = None
         if model.HasField("draft") and request.layers.last == model.num_layers and self.config.rank == 0:
-            draft = self._spec(model.draft.model, limits, (0, model.draft.model.num_layers), alone=True)
+            draft = self._spec(model.draft.model, limits, (0, model.draft.model.num_layers), whole=True)
         same = _is(self._loaded, spec, model.fingerprint) and _is(self._draft, draft, model.draft.model.fingerprint)
         if not same:
             # All of it: a shard keeps the pages that it was given, and the next ones are made of what memory is left.
@@ -75,22 +75,22 @@ class RankMemory:
         return Held(self._loaded.shard, pool, self._drafter)
 
     def _spec(
-        self, model: types_pb2.ModelRef, limits: types_pb2.RunLimits, layers: tuple[int, int], *, alone: bool = False
+        self, model: types_pb2.ModelRef, limits: types_pb2.RunLimits, layers: tuple[int, int], *, whole: bool = False
     ) -> ShardSpec:
-        """This rank's part of the layers; `alone`: all of each, not its share among the ranks."""
+        """This rank's part of the layers; `whole`: all of each, not its share among the ranks."""
         return ShardSpec(
             model_dir=model.path,
             first=layers[0],
             last=layers[1],
             dtype=model.dtype or "auto",  # type: ignore[arg-type]
             device=str(self.device),
-            tp_rank=0 if alone else self.config.rank,
-            tp_size=1 if alone else self.config.size,
+            tp_rank=0 if whole else self.config.rank,
+            tp_size=1 if whole else self.config.size,
             load_format=model.load_format or "auto",  # type: ignore[arg-type]
             seed=model.seed,
             page_size=limits.page_size,
             threads=self.config.compute_threads,
-            idle_cores=() if alone else tuple(self.config.idle_cpus),
+            idle_cores=() if whole else tuple(self.config.idle_cpus),
             enforce_eager=self.config.enforce_eager,
         )
 
