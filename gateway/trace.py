@@ -37,6 +37,7 @@ STAGE_COLUMNS = (
     "compute_us",
     "wait_send_us",
     "compute_cpu_us",
+    "draft_us",
 )
 """One stage's times in a record: all but `result_received_us` (the gateway's clock) as the stage told them."""
 
@@ -133,6 +134,7 @@ class Recorder:
             t.compute_us,
             t.wait_send_us,
             t.compute_cpu_us,
+            t.draft_us,
         ]
         if stage == len(record.stages) - 1:
             record.received_us = received_us

@@ -180,35 +180,29 @@ class Engine:
 
     @torch.inference_mode()
     def run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
-        """Input, compute, output: one step of one stage. What others wait for goes first, then what they get back."""
+        """Input, compute, output: one step of one stage. Output and credit go first: others wait for them."""
         began, cpu_before = time.monotonic(), time.process_time()
         complete_at = assignment.input_complete_at(session, step)
         step.batch.hidden = assignment.input_of(session, step)
-        output, guessed_s = assignment.shard.forward(step.batch), 0.0
+        output = assignment.shard.forward(step.batch)
         result = stage_pb2.StepResult(step=step.number, epoch=step.epoch)
-        if assignment.is_last:
-            certain = self._sample(step, output, result)
-            if certain:
-                assignment.send_tokens(session, step, certain)
-        if assignment.drafter is not None:
-            # The stage before may be waiting for the credit, and the draft model takes its time.
-            assignment.release_input(session, step)
-            guessed_s = follow(assignment.drafter, step.followed, result)
+        certain = self._sample(step, output, result) if assignment.is_last else []
         output_at = time.monotonic()
         if not assignment.is_last:
             assignment.send(session, step, output)
+        elif certain:
+            assignment.send_tokens(session, step, certain)
+        assignment.release_input(session, step)
+        guessed_s = follow(assignment.drafter, step.followed, result) if assignment.drafter is not None else 0.0
         ended = time.monotonic()
         if self._follower is None:
-            wait_send_s = assignment.take_wait_send_s(session)
-            result.timing.CopyFrom(self._timing(step, began, ended, wait_send_s))
-            result.timing.compute_cpu_us = int((time.process_time() - cpu_before) * 1e6)
-            result.timing.input_complete_us = int(complete_at * 1e6)
-            result.timing.draft_us = int(guessed_s * 1e6)
-            result.timing.output_us = int(output_at * 1e6)
+            timing = self._timing(step, began, ended, assignment.take_wait_send_s(session))
+            timing.input_complete_us, timing.output_us = int(complete_at * 1e6), int(output_at * 1e6)
+            timing.draft_us = int(guessed_s * 1e6)
+            timing.compute_cpu_us = int((time.process_time() - cpu_before) * 1e6)
+            result.timing.CopyFrom(timing)
             result.timing.result_sent_us = time.monotonic_ns() // 1000
             self._reports.add(session.ident, result, at_once=assignment.is_last)
-        if assignment.drafter is None:
-            assignment.release_input(session, step)
         session.finish(step)
         self._free_at = time.monotonic()
 

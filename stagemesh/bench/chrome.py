@@ -113,7 +113,9 @@ def _stage(step: Step, stage: int, *, last: bool) -> list[Event]:
     }
     out = [_span(pid, ENGINE, "compute", f"step {step.number}", t.began_us, t.output_us, args)]
     if not last:
-        out.append(_span(pid, ENGINE, "send", f"send {step.number}", t.output_us, t.ended_us, {}))
+        out.append(_span(pid, ENGINE, "send", f"send {step.number}", t.output_us, t.handed_over_us, {}))
+    if t.draft_us > 0:
+        out.append(_span(pid, ENGINE, "draft", f"guesses of {step.number}", t.handed_over_us, t.ended_us, {}))
     out.append(_span(pid, ENGINE, "report", f"result {step.number}", t.ended_us, t.result_sent_us, {}))
     name = f"plan {step.number}"
     return out + _overlapping(

@@ -29,6 +29,12 @@ class StageTimes:
     compute_us: float
     wait_send_us: float
     compute_cpu_us: float
+    draft_us: float
+
+    @property
+    def handed_over_us(self) -> float:
+        """When the output was on its way; what is left of the step is the draft model's."""
+        return self.ended_us - self.draft_us
 
     @property
     def ready_us(self) -> float:

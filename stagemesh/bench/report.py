@@ -37,7 +37,7 @@ def _clocks(trace: Trace) -> str:
 
 
 def _stages(summary: Summary) -> list[str]:
-    header = ["stage", "busy", "has step", "CPU", "compute", "hand over", "hop in", "wait input", "wait send",
+    header = ["stage", "busy", "has step", "CPU", "compute", "hand over", "guess", "hop in", "wait input", "wait send",
               "plan waits", "ready waits"]  # fmt: skip
     rows = [
         [
@@ -45,7 +45,7 @@ def _stages(summary: Summary) -> list[str]:
             f"{s.busy_share:.2f}",
             f"{s.has_step_share:.2f}",
             f"{s.compute_cpu_share:.2f}",
-            *map(_ms, (s.compute, s.hand_over, s.hop, s.wait_input, s.wait_send, s.queued, s.ready)),
+            *map(_ms, (s.compute, s.hand_over, s.draft, s.hop, s.wait_input, s.wait_send, s.queued, s.ready)),
         ]
         for s in summary.stages
     ]

@@ -41,7 +41,9 @@ class StageSummary:
     compute_cpu_share: float
     """Processor time of the rank by wall time of its steps: below its threads, something else had the core."""
     hand_over: Spread
-    """Output to end: the send call; small on the last stage, which sends nothing."""
+    """Output to what comes behind the send call; small on the last stage, which sends tokens."""
+    draft: Spread
+    """The draft model's time behind it; 0 where there is none."""
     queued: Spread
     """The plan's arrival to the step's begin."""
     ready: Spread
@@ -121,7 +123,8 @@ def _stage(trace: Trace, index: int) -> StageSummary:
         compute=spread(t.output_us - t.began_us for t in times),
         compute_total_us=sum(t.output_us - t.began_us for t in times),
         compute_cpu_share=_share(sum(t.compute_cpu_us for t in times), ran_us),
-        hand_over=spread(t.ended_us - t.output_us for t in times),
+        hand_over=spread(t.handed_over_us - t.output_us for t in times),
+        draft=spread(t.draft_us for t in times),
         queued=spread(t.began_us - t.plan_arrived_us for t in times),
         ready=spread(t.began_us - t.ready_us for t in times),
         wait_input=spread(t.wait_input_us for t in times),

@@ -16,13 +16,14 @@ WIDTH, LEFT, RIGHT, TOP = 1400, 190, 20, 74
 ROW, GAP = 16, 12
 MIN_BOX = 0.6
 
-PREFILL, DECODE, SEND, READY, LINK, PLAN, TOKENS = (
-    "#c2571a", "#2f6db3", "#1b1f24", "#c9d3de", "#5b9a68", "#8a63b0", "#b8860b",
+PREFILL, DECODE, SEND, DRAFT, READY, LINK, PLAN, TOKENS = (
+    "#c2571a", "#2f6db3", "#1b1f24", "#a8326e", "#c9d3de", "#5b9a68", "#8a63b0", "#b8860b",
 )  # fmt: skip
 LEGEND = (
     (DECODE, "computes (decode)"),
     (PREFILL, "computes (prefill rows)"),
     (SEND, "hands over"),
+    (DRAFT, "guesses (draft model)"),
     (READY, "ready, engine busy"),
     (LINK, "on the link"),
     (PLAN, "plan on its way"),
@@ -124,7 +125,9 @@ def _lanes(trace: Trace, steps: tuple[Step, ...]) -> list[Lane]:
             t = s.stages[i]
             boxes.append(_box(s, t.began_us, t.output_us, PREFILL if s.prefill_tokens else DECODE, "computes"))
             if i < last:
-                boxes.append(_box(s, t.output_us, t.ended_us, SEND, "hands its output over"))
+                boxes.append(_box(s, t.output_us, t.handed_over_us, SEND, "hands its output over"))
+            if t.draft_us > 0:
+                boxes.append(_box(s, t.handed_over_us, t.ended_us, DRAFT, "guesses what follows"))
         engine.add(boxes)
         ready = Lane("")
         ready.add(_box(s, s.stages[i].ready_us, s.stages[i].began_us, READY, "ready, engine busy") for s in steps)

@@ -26,6 +26,7 @@ from stagemesh.errors import ConfigError, InvalidRequest
 COLUMNS = [
     "plan_arrived_us", "input_complete_us", "began_us", "output_us", "ended_us", "result_sent_us",
     "result_received_us", "wait_input_us", "compute_us", "wait_send_us", "compute_cpu_us",
+    "draft_us",
 ]  # fmt: skip
 SKEW = (0, 5_000_000_000)
 """The second stage's host was booted an hour and a half before the gateway's."""
@@ -52,7 +53,7 @@ def raw(steps: int = 40, skew: tuple[int, int] = SKEW, seed: int = 1) -> dict[st
             sent = times["ended"] + 15
             stages.append(
                 [times[k] + offset for k in ("arrived", "complete", "began", "output", "ended")]
-                + [sent + offset, sent + way(), 7, 1000, 0, 800]
+                + [sent + offset, sent + way(), 7, 1000, 0, 800, 40 if times is first else 0]
             )
         received = stages[1][6]
         records.append(
@@ -164,6 +165,7 @@ def test_events_of_gateway_stages_and_link(trace: Trace) -> None:
             opened[event["id"]] = math.inf
     assert set(opened.values()) == {math.inf}
     assert {pid: per_pid[pid] for pid in (10, 11, 12)} == {10: 40, 11: 40, 12: 40}
+    assert sum(event.get("cat") == "draft" for event in events) == 40
     # What one thread does never overlaps: a viewer would nest it.
     for lane in spans.values():
         lane.sort()
@@ -177,7 +179,12 @@ def test_the_picture_is_svg_with_a_box_for_each_step(trace: Trace) -> None:
     root = ET.fromstring(waterfall.draw(trace, summarize(trace)))
     boxes = [e for e in root.findall(".//{*}rect") if e.find("{*}title") is not None]
     said = [e.findtext("{*}title") or "" for e in boxes]
-    for what, count in (("computes", 80), ("hands its output over", 40), ("activation on the link", 40)):
+    for what, count in (
+        ("computes", 80),
+        ("hands its output over", 40),
+        ("guesses what follows", 40),
+        ("activation on the link", 40),
+    ):
         assert sum(what in text for text in said) == count
     width, height = float(root.attrib["width"]), float(root.attrib["height"])
     for box in boxes:
@@ -200,7 +207,7 @@ def test_the_figures(trace: Trace) -> None:
     # 1000 us of every 1100 are a step's.
     assert first.busy_share == pytest.approx(1 / 1.1, abs=0.01)
     assert first.has_step_share > first.busy_share
-    assert (first.compute.p50_ms, first.hand_over.p50_ms) == (0.9, 0.1)
+    assert (first.compute.p50_ms, first.hand_over.p50_ms, first.draft.p50_ms) == (0.9, 0.06, 0.04)
     assert math.isnan(first.hop.p50_ms)
     assert second.hop.p50_ms == pytest.approx(0.06, abs=trace.clocks[1].uncertainty_us / 1000)
     assert first.compute_cpu_share == 0.8

@@ -40,7 +40,7 @@ def result(step: int, stage: int) -> stage_pb2.StepResult:
     """What a stage says of a step; the last one brings the decode row's token."""
     timing = types_pb2.StepTiming(
         plan_arrived_us=10 + stage, input_complete_us=20, began_us=30, output_us=40, ended_us=50, result_sent_us=60,
-        wait_input_us=1, compute_us=2, wait_send_us=3, compute_cpu_us=4,
+        wait_input_us=1, compute_us=2, wait_send_us=3, compute_cpu_us=4, draft_us=5,
     )  # fmt: skip
     tokens: dict[str, Any] = {"sequences": [2], "positions": [4], "tokens": [8]} if stage == 1 else {}
     return stage_pb2.StepResult(step=step, epoch=3, timing=timing, **tokens)
