@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from stagemesh.gateway.openai.app import build_app
 from stagemesh.gateway.request import Delta, GenerationRequest, ModelCard, TokenLogprob
 from stagemesh.gateway.tokenizer import Tokenizer
 from stagemesh.protos.v1 import gateway_pb2_grpc
+
+# Lets the tests here share `prefix_world`.
+sys.path.insert(0, str(Path(__file__).parent))
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}"
