@@ -1,6 +1,7 @@
 """The gateway's hot loop: plan, send, take results. One pipeline at one epoch; a new epoch gets a new loop.
 
-The scheduler decides; this file turns its plans into messages, and results into tokens of requests.
+The scheduler decides; this file turns its plans into messages, and results into tokens of requests. Both the scheduler
+and the requests are the work's (work.py), which goes from one epoch's loop to the next.
 """
 
 from __future__ import annotations
@@ -17,24 +18,20 @@ from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from .bubbles import Bubbles
-from .budget import StepCosts
-from .draft_model import DraftModelGuesser, GuessCosts
 from .live import LiveRequest
-from .lookup import LookupGuesser, LookupLimits
 from .metrics import Metrics
-from .pages import PageAllocator
+from .recovery import StageKv
 from .request import Sampling, TokenLogprob
 from .run_stream import RunStream
 from .scheduler import Plan, Row, Scheduler
 from .sequence import Sequence, State
-from .speculation import Guesser
 from .trace import Recorder
+from .work import Shape, Work
 
 log = logging.getLogger(__name__)
 
 STEP_TIMEOUT_S = 60.0
 """A step that is out longer means a worker that hangs with its sockets open."""
-RETRY_AFTER_S = 5.0
 LOOK_S = 1.0
 """How often an idle loop looks for such a step."""
 
@@ -45,21 +42,23 @@ class BatchLoop:
     def __init__(
         self,
         view: types_pb2.PipelineView,
+        work: Work,
         metrics: Metrics,
         bubbles: Bubbles,
         recorder: Recorder,
+        on_crossed: Callable[[BatchLoop], None],
         on_lost: Callable[[BatchLoop, StagemeshError], None],
     ) -> None:
         self.view = view
-        self.scheduler: Scheduler
+        self.crossed = False
+        """A token has crossed every stage."""
+        self._work = work
         self._metrics = metrics
         self._bubbles = bubbles
-        self._costs = StepCosts()
-        self._guess_costs = GuessCosts()
         self._recorder = recorder
+        self._on_crossed = on_crossed
         self._on_lost = on_lost
         self._streams = [RunStream(stage, self._on_result, self._on_stream_lost) for stage in view.stages]
-        self._live: dict[Sequence, LiveRequest] = {}
         self._sent_at: dict[int, float] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -71,10 +70,13 @@ class BatchLoop:
         """Pipeline and epoch."""
         return self.view.pipeline_id, self.view.epoch
 
-    async def start(
-        self, gateway_id: str, instance: int, slot: int, *, prefix_caching: bool, lookup: LookupLimits | None
-    ) -> None:
-        """Opens a session on every stage. Raises the first stage's error."""
+    @property
+    def scheduler(self) -> Scheduler:
+        """The work's."""
+        return self._work.scheduler
+
+    async def start(self, gateway_id: str, instance: int, slot: int) -> None:
+        """Opens a session on every stage, and goes on with the work. Raises the first stage's error."""
         opened = await asyncio.gather(
             *(
                 stream.open(
@@ -90,53 +92,16 @@ class BatchLoop:
                 for stream in self._streams
             )
         )
-        batches = min(o.steps_in_flight for o in opened)
-        self.scheduler = Scheduler(
-            PageAllocator(min(o.num_pages for o in opened), opened[0].page_size),
-            steps_in_flight=batches,
-            max_num_seqs=self.view.limits.max_num_seqs,
-            max_num_batched_tokens=self.view.limits.max_num_batched_tokens,
-            prefix_caching=prefix_caching,
-            guesser=self._guesser(lookup, batches),
-        )
+        if self.lost is not None:
+            raise self.lost
+        shape = Shape(min(o.num_pages for o in opened), opened[0].page_size, min(o.steps_in_flight for o in opened))
+        self._work.begin(shape, [StageKv(o.kv_generation, o.journal) for o in opened])
+        self._preemptions_told = self.scheduler.preemptions
         self._task = asyncio.create_task(self._run())
 
-    def _guesser(self, lookup: LookupLimits | None, batches: int) -> Guesser | None:
-        """The gateway's own settings come before the pipeline's draft model."""
-        if lookup is not None:
-            return LookupGuesser(lookup)
-        if self.view.model.HasField("draft"):
-            return DraftModelGuesser(self.view.model.draft.num_tokens, batches, self._guess_costs)
-        return None
-
-    # -- requests ---------------------------------------------------------------------------------------------------
-
-    def add(self, live: LiveRequest) -> None:
-        """Queues all choices of a request; one that comes after the loss ends at once."""
-        if self.lost is not None:
-            live.fail(StageLost(self.lost.message, retry_after_s=RETRY_AFTER_S))
-            return
-        for choice in live.choices:
-            self._live[choice.sequence] = live
-            self.scheduler.add(choice.sequence)
+    def wake(self) -> None:
+        """There is something new in the work."""
         self._wake.set()
-
-    def remove(self, live: LiveRequest) -> None:
-        """The request ended: its sequences leave, their pages follow when no step names them."""
-        for choice in live.choices:
-            if self._live.pop(choice.sequence, None) is not None:
-                self.scheduler.finish(choice.sequence)
-        self._wake.set()
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences in the queue."""
-        return len(self.scheduler.waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Sequences that hold pages."""
-        return len(self.scheduler.running)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -150,7 +115,7 @@ class BatchLoop:
     async def _plan_and_send(self) -> None:
         while self.lost is None:
             self._check_deadline()
-            while (plan := self.scheduler.next_plan()) is not None:
+            while self.lost is None and (plan := self.scheduler.next_plan()) is not None:
                 self._send(plan)
             self._send_closed()
             self._wake.clear()
@@ -162,14 +127,16 @@ class BatchLoop:
         """One plan to every worker, behind the sequences it needs them to forget and to know."""
         self._send_closed()
         for sequence in plan.opened:
-            live = self._live[sequence]
+            live = self._work.live[sequence]
             live.started()
-            if self.scheduler.prefix.enabled:
+            if self.scheduler.prefix.enabled and sequence.confirmed == sequence.taken_over:
                 self._metrics.prefix_looked_up(sequence.length, sequence.taken_over)
             self._broadcast(stage_pb2.RunRequest(open_sequence=open_message(sequence, live)))
         message = plan_message(plan, self.view.epoch, alone=self.view.limits.gateways <= 1)
         self._sent_at[plan.step] = time.monotonic()
         self._broadcast(stage_pb2.RunRequest(plan=message))
+        if plan.replay is not None:
+            self._work.note_replay(plan.step, plan.replay[1])
         if self._recorder.active:
             self._recorder.sent(self.view, plan, message.planned_us)
         if self.scheduler.preemptions > self._preemptions_told:
@@ -194,7 +161,11 @@ class BatchLoop:
             return
         self._bubbles.add(stage, result.timing)
         timing = result.timing
-        self._costs.add(stage, timing.tokens, (timing.compute_us - timing.draft_us) * 1e-6)
+        self._work.note_result(stage, result.step)
+        if not self._work.is_replay(result.step):
+            self._work.costs.add(stage, timing.tokens, (timing.compute_us - timing.draft_us) * 1e-6)
+        if self._work.recovered():
+            log.info("%s epoch %d holds everything again", *self.key)
         if self._recorder.active:
             self._recorder.result(self.view, stage, result)
         if stage != len(self._streams) - 1:
@@ -209,7 +180,7 @@ class BatchLoop:
         for at, (ident, position, token) in enumerate(entries, start=1):
             sequence = by_ident[ident]
             logprob = next(logprobs)
-            live = self._live.get(sequence)
+            live = self._work.live.get(sequence)
             if live is None:
                 continue  # It ended while this step was out, or by an earlier token of it.
             # Of a draft row, the tokens before the last one are good.
@@ -220,16 +191,18 @@ class BatchLoop:
             elif self.scheduler.append_token(sequence, position, token):
                 wanted = logprob if live.request.sampling.logprobs else None
                 if live.on_token(sequence.choice, token, wanted):
-                    self._live.pop(sequence, None)
-                    self.scheduler.finish(sequence)
+                    self._work.finish(sequence)
+        if result.tokens and not self.crossed:
+            self.crossed = True
+            self._on_crossed(self)
         self._take_guesses(plan, result)
         if self._recorder.active:
             self._recorder.delivered(self.view, result.step)
         self.scheduler.step_done(result.step)
         if any(counts := self.scheduler.speculation.take_counts()):
             self._metrics.speculated(*counts)
-        self.scheduler.prefill_budget = self._costs.prefill_budget()
-        self._guess_costs.stages = self._costs.lines()
+        self.scheduler.prefill_budget = self._work.costs.prefill_budget()
+        self._work.guess_costs.stages = self._work.costs.lines()
         del self._sent_at[result.step]
         self._wake.set()
 
@@ -246,7 +219,7 @@ class BatchLoop:
         # Only those that guessed a step ago as well have next to nothing to catch up with.
         most = max(result.guess_counts)
         if most and all(row.draft for row in asked):
-            self._guess_costs.add(most, result.timing.draft_us * 1e-6)
+            self._work.guess_costs.add(most, result.timing.draft_us * 1e-6)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -259,14 +232,15 @@ class BatchLoop:
             self.fail(StageLost(f"a step of {self.view.pipeline_id} is not back after {STEP_TIMEOUT_S:.0f} s"))
 
     def fail(self, error: StagemeshError) -> None:
-        """The pipeline is lost at this epoch: every live request ends with a typed error, at once."""
+        """The pipeline is lost at this epoch. Requests wait for the next one; a bug of ours ends them at once."""
         if self.lost is not None:
             return
         self.lost = error
         self._wake.set()
-        ending = error if isinstance(error, InternalError) else StageLost(error.message, retry_after_s=RETRY_AFTER_S)
-        for live in set(self._live.values()):
-            live.fail(ending)
+        if self._task is not None:
+            self._work.end()
+        if isinstance(error, InternalError):
+            self._work.fail(error)
         self._on_lost(self, error)
 
     async def close(self) -> None:
@@ -319,7 +293,7 @@ def plan_message(plan: Plan, epoch: int, *, alone: bool = True) -> stage_pb2.Ste
     return stage_pb2.StepPlan(
         step=plan.step,
         epoch=epoch,
-        kind=stage_pb2.STEP_KIND_RUN,
+        kind=stage_pb2.STEP_KIND_RUN if plan.replay is None else stage_pb2.STEP_KIND_REPLAY,
         sequences=[row.sequence.ident for row in rows],
         starts=[row.start for row in rows],
         counts=[row.count for row in rows],
@@ -334,6 +308,8 @@ def plan_message(plan: Plan, epoch: int, *, alone: bool = True) -> stage_pb2.Ste
         alone=plan.alone and alone,
         guess_rows=[i for i, row in enumerate(rows) if row.guesses],
         guess_counts=[row.guesses for row in rows if row.guesses],
+        replay_first=plan.replay[0] if plan.replay else 0,
+        replay_last=plan.replay[1] if plan.replay else 0,
     )
 
 

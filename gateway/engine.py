@@ -18,6 +18,7 @@ from stagemesh import checkpoint, rpc
 from stagemesh.config import GatewaySettings
 from stagemesh.errors import (
     DeadlineExceeded,
+    InternalError,
     InvalidRequest,
     PromptTooLong,
     QueueFull,
@@ -29,12 +30,17 @@ from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
 from .batch_loop import BatchLoop
 from .bubbles import Bubbles
+from .draft_model import DraftModelGuesser
 from .live import LiveRequest
-from .lookup import lookup_limits
+from .lookup import LookupGuesser, lookup_limits
 from .metrics import Load, Metrics
+from .pages import PageAllocator
 from .request import GenerationRequest, ModelCard, Sampling
+from .scheduler import Scheduler
+from .speculation import Guesser
 from .tokenizer import Tokenizer
 from .trace import Recorder
+from .work import Shape, Work
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +64,14 @@ class MeshEngine:
         self._slot = 0
         self._watching: asyncio.Task[None] | None = None
         self._loop: BatchLoop | None = None
-        self._crossed: tuple[str, int] | None = None
-        """Pipeline and epoch of which a token has crossed every stage."""
+        self._work: Work | None = None
+        """What was accepted, from the first loop on."""
+        self._warm_up: LiveRequest | None = None
+        self._lost_at: float | None = None
+        """When the pipeline was lost that is not yet made good."""
+        self._giving_up: asyncio.TimerHandle | None = None
+        self._down = False
+        """There is nothing to make a pipeline of."""
         self._reason = "no coordinator has been reached yet"
         self._draining = self._stopping = False
         self._live: dict[str, LiveRequest] = {}
@@ -90,6 +102,8 @@ class MeshEngine:
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
+        if self._work is not None:
+            self._work.fail(StageLost("the gateway is stopping"))
         if self._loop is not None:
             await self._loop.close()
 
@@ -101,17 +115,19 @@ class MeshEngine:
             return False, "the gateway is stopping"
         if self._draining:
             return False, f"a stage is being drained: {self._reason}"
-        if self._loop is not None and self._loop.lost is None and self._loop.key == self._crossed:
+        if self._loop is not None and self._loop.lost is None and self._loop.crossed:
             return True, ""
         return False, self._reason
 
     def submit(self, request: GenerationRequest) -> LiveRequest:
-        """Accepts a request into the queue: from here on it ends exactly once.
+        """Accepts a request into the queue: from here on it ends exactly once. While a lost stage is being made good it
+        waits there.
 
         Raises Unavailable, QueueFull, PromptTooLong or InvalidRequest.
         """
         ready, reason = self.ready()
-        if not ready or self._loop is None or self.model is None:
+        recovering = self._lost_at is not None and not (self._down or self._stopping or self._draining)
+        if not (ready or recovering) or self._work is None or self.model is None:
             raise Unavailable(f"no pipeline can serve now: {reason}", retry_after_s=RETRY_AFTER_S)
         if len(request.prompt) + request.max_tokens > self.model.max_model_len:
             raise PromptTooLong(
@@ -121,18 +137,19 @@ class MeshEngine:
             )
         if request.request_id in self._live:
             raise InvalidRequest(f"a request named {request.request_id} is running", param="request_id")
-        most = self.settings.max_waiting + self._loop.scheduler.max_num_seqs
+        scheduler = self._work.scheduler
+        most = self.settings.max_waiting + scheduler.max_num_seqs
         if request.n > most:
             raise InvalidRequest(f"n is {request.n}, and this gateway holds at most {most} choices at once", param="n")
-        waiting = self._loop.num_waiting
-        if waiting + request.n > most - self._loop.num_running:
+        waiting = len(scheduler.waiting)
+        if waiting + request.n > most - len(scheduler.running):
             raise QueueFull(
                 f"{waiting} requests are waiting, and at most {self.settings.max_waiting} may",
                 retry_after_s=RETRY_AFTER_S,
             )
-        return self._submit(request, self._loop)
+        return self._submit(request, self._work)
 
-    def _submit(self, request: GenerationRequest, loop: BatchLoop) -> LiveRequest:
+    def _submit(self, request: GenerationRequest, work: Work) -> LiveRequest:
         assert self.tokenizer is not None
         seed = request.sampling.seed
         if seed is None:
@@ -144,13 +161,17 @@ class MeshEngine:
             bound_s, live.fail, DeadlineExceeded(f"request {request.request_id} took longer than {bound_s:g} s")
         )
         self._live[request.request_id] = live
-        loop.add(live)
+        work.add(live)
+        if self._loop is not None:
+            self._loop.wake()
         return live
 
     def _on_end(self, live: LiveRequest) -> None:
         self._live.pop(live.request.request_id, None)
+        if self._work is not None:
+            self._work.remove(live)
         if self._loop is not None:
-            self._loop.remove(live)
+            self._loop.wake()
 
     def cancel(self, request_id: str) -> bool:
         """Cancels by name; False when it is not running."""
@@ -164,7 +185,7 @@ class MeshEngine:
         """The mesh as this gateway sees it, JSON-ready."""
         ready, reason = self.ready()
         load = self._load()
-        scheduler = self._loop.scheduler if self._loop is not None and self._loop.lost is None else None
+        scheduler = self._work.scheduler if self._work is not None else None
         seen: dict[str, Any] = MessageToDict(
             self.mesh, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
@@ -183,11 +204,12 @@ class MeshEngine:
         }
 
     def _load(self) -> Load:
-        loop = self._loop
-        if loop is None or loop.lost is not None:
+        if self._work is None:
             return Load()
-        pages = loop.scheduler.pages
-        return Load(loop.num_running, loop.num_waiting, 1 - pages.num_free / pages.num_pages, len(loop.scheduler.out))
+        scheduler = self._work.scheduler
+        pages = scheduler.pages
+        used = 1 - pages.num_free / pages.num_pages
+        return Load(len(scheduler.running), len(scheduler.waiting), used, len(scheduler.out))
 
     # -- the coordinator's side -------------------------------------------------------------------------------------
 
@@ -236,10 +258,12 @@ class MeshEngine:
         if pipeline is None:
             self._wanted = None
             self._draining = False
+            self._down = all(p.state == types_pb2.PIPELINE_STATE_DOWN for p in response.pipelines)
             reasons = [p.reason for p in response.pipelines if p.reason]
             self._reason = "; ".join(reasons) or "no pipeline is formed yet"
         else:
             self._draining = pipeline.state == types_pb2.PIPELINE_STATE_DRAINING
+            self._down = False
             self._wanted = pipeline
         if self._loop is not None and (pipeline is None or self._loop.key != (pipeline.pipeline_id, pipeline.epoch)):
             reason = self._reason if pipeline is None else f"{pipeline.pipeline_id} is at epoch {pipeline.epoch} now"
@@ -264,17 +288,16 @@ class MeshEngine:
                 continue
 
     async def _open(self, view: types_pb2.PipelineView) -> None:
-        loop = BatchLoop(view, self.metrics, self._bubbles, self.recorder, self._on_lost)
+        work = self._work or self._make_work(view)
+        loop = BatchLoop(view, work, self.metrics, self._bubbles, self.recorder, self._on_crossed, self._on_lost)
         try:
             await self._load_model(view)
-            caching, lookup = self.settings.enable_prefix_caching, lookup_limits(self.settings.speculative_config)
-            await loop.start(
-                self.settings.gateway_id, self._instance, self._slot, prefix_caching=caching, lookup=lookup
-            )
+            await loop.start(self.settings.gateway_id, self._instance, self._slot)
+            self._loop, self._work = loop, work
             if self._wanted is None or loop.key != (self._wanted.pipeline_id, self._wanted.epoch):
                 raise StageLost("the pipeline changed while its sessions were opened")
-            self._loop = loop
-            await self._cross(loop)
+            if not work.live:
+                await self._cross(loop, work)
         except StagemeshError as e:
             self._reason = f"{view.pipeline_id} epoch {view.epoch} cannot be driven yet: {e.message}"
             log.warning("%s", self._reason)
@@ -296,7 +319,30 @@ class MeshEngine:
             info = await asyncio.to_thread(checkpoint.inspect, path, "dummy")
             self.model = ModelCard(view.model.name, view.limits.max_model_len, info.vocab_size, int(time.time()))
 
-    async def _cross(self, loop: BatchLoop) -> None:
+    def _make_work(self, view: types_pb2.PipelineView) -> Work:
+        def make(shape: Shape) -> Scheduler:
+            return Scheduler(
+                PageAllocator(shape.num_pages, shape.page_size),
+                steps_in_flight=shape.steps_in_flight,
+                max_num_seqs=view.limits.max_num_seqs,
+                max_num_batched_tokens=view.limits.max_num_batched_tokens,
+                prefix_caching=self.settings.enable_prefix_caching,
+                guesser=guesser(shape),
+            )
+
+        def guesser(shape: Shape) -> Guesser | None:
+            """The gateway's own settings come before the pipeline's draft model."""
+            lookup = lookup_limits(self.settings.speculative_config)
+            if lookup is not None:
+                return LookupGuesser(lookup)
+            if view.model.HasField("draft"):
+                return DraftModelGuesser(view.model.draft.num_tokens, shape.steps_in_flight, work.guess_costs)
+            return None
+
+        work = Work(make)
+        return work
+
+    async def _cross(self, loop: BatchLoop, work: Work) -> None:
         """Sends a token across every stage; two, so that a decode step has run as well. Raises what ended them."""
         request = GenerationRequest(
             request_id=f"warm-up-{loop.view.epoch}-{secrets.token_hex(4)}",
@@ -305,13 +351,46 @@ class MeshEngine:
             max_tokens=2,
             deadline_s=WARM_UP_TIMEOUT_S,
         )
-        async for _ in self._submit(request, loop):
-            pass
-        self._crossed = loop.key
+        self._warm_up = self._submit(request, work)
+        try:
+            async for _ in self._warm_up:
+                pass
+        finally:
+            self._warm_up = None
+
+    def _on_crossed(self, loop: BatchLoop) -> None:
         log.info("a token has crossed all %d stages of %s epoch %d", len(loop.view.stages), *loop.key)
+        if self._lost_at is not None:
+            log.info("recovered after %.0f ms", (time.monotonic() - self._lost_at) * 1000)
+            self._lost_at = None
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
 
     def _on_lost(self, loop: BatchLoop, error: StagemeshError) -> None:
         if loop is self._loop:
             self._reason = error.message
             log.warning("%s epoch %d is lost: %s", *loop.key, error.message)
+            if self._warm_up is not None:
+                self._warm_up.fail(error)
+            if isinstance(error, InternalError):
+                self._work = None
+            elif not self._stopping:
+                self._rest(error)
         self._changed.set()
+
+    def _rest(self, error: StagemeshError) -> None:
+        """Requests wait from here on, up to a deadline."""
+        if self._lost_at is None:
+            self._lost_at = time.monotonic()
+        if self._giving_up is None:
+            within_s = self.settings.recovery_deadline
+            self._giving_up = asyncio.get_running_loop().call_later(within_s, self._give_up, error)
+
+    def _give_up(self, error: StagemeshError) -> None:
+        self._giving_up = self._lost_at = None
+        if self._work is not None:
+            within_s = self.settings.recovery_deadline
+            log.warning("not recovered within %.0f s: %d requests end", within_s, len(set(self._work.live.values())))
+            message = f"{error.message}; no stage took its place within {within_s:g} s (--recovery-deadline)"
+            self._work.fail(StageLost(message, retry_after_s=RETRY_AFTER_S))

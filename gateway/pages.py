@@ -127,6 +127,13 @@ class PageAllocator:
         for page in pages:
             self._forget(page)
 
+    def empty_idle(self) -> None:
+        """What lies in pages that nobody holds is gone."""
+        for page in self._idle:
+            self._forget(page)
+        self._empty.extend(self._idle)
+        self._idle.clear()
+
     def _forget(self, page: int) -> None:
         offer, self._offers[page] = self._offers[page], None
         if offer is not None:

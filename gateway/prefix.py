@@ -38,7 +38,7 @@ class PrefixCache:
         if found:
             sequence.offered += len(found)
             sequence.node = self.pages.node_of(found[-1])
-            sequence.computed = sequence.taken_over = sequence.offered * self.pages.page_size
+            sequence.computed = sequence.confirmed = sequence.taken_over = sequence.offered * self.pages.page_size
 
     def confirm(self, sequence: Sequence, computed: int) -> None:
         """The last stage has run its positions up to `computed`: the pages that are full by now are offered."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from .budget import LONGER
 from .pages import PageAllocator
 from .prefix import PrefixCache
+from .recovery import Recovery, Stages
 from .sequence import Sequence, State
 from .speculation import Guesser, Speculation
 
@@ -55,6 +56,8 @@ class Plan:
     opened: list[Sequence] = field(default_factory=list)
     alone: bool = False
     """No other step computes while this one does."""
+    replay: Stages | None = None
+    """The rows were computed before, and these stages alone compute them again."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Scheduler:
         """Steps in flight."""
         self.closed: list[Closed] = []
         """What the workers have not yet been told to forget; the caller takes it."""
+        self.recovery: Recovery | None = None
+        """What stages have to compute again before anything else; set behind `rewind`."""
         self.preemptions = 0
         self._next_step = 1
         self._guesses_a_row = 0
@@ -122,13 +127,15 @@ class Scheduler:
             if row.samples:
                 row.sequence.unsampled -= 1
             if row.draft:
-                self._rewind(row)
-            self.prefix.confirm(row.sequence, min(row.start + row.count, row.sequence.computed))
+                self._drop_guesses(row)
+            done = min(row.start + row.count, row.sequence.computed)
+            row.sequence.confirmed = max(row.sequence.confirmed, done)
+            self.prefix.confirm(row.sequence, done)
         for row in plan.rows:
             self._settle(row.sequence)
         return plan
 
-    def _rewind(self, row: Row) -> None:
+    def _drop_guesses(self, row: Row) -> None:
         """What was computed behind a guess that did not hold is dead: the sequence goes on where the drawn tokens end.
 
         The newest token of the log is never computed yet, drawn as guessed or not.
@@ -139,6 +146,22 @@ class Scheduler:
     def failed(self, sequence: Sequence) -> None:
         """What a sequence computed is not finite; its end is told by `finish`. To be called before `step_done`."""
         self.prefix.fail(sequence, self.running)
+
+    def rewind(self) -> None:
+        """The steps that are out will never come back: every sequence goes on behind what is confirmed of it.
+
+        Steps are numbered anew, and the workers know nothing of any sequence.
+        """
+        self.out.clear()
+        self.closed.clear()
+        self.recovery = None
+        self._next_step = 1
+        for sequence in list(self.running):
+            sequence.in_flight = sequence.unsampled = sequence.last_step = sequence.pages_sent = 0
+            sequence.opened = False
+            sequence.computed = sequence.confirmed = min(sequence.confirmed, sequence.length - 1)
+            self.speculation.forget(sequence)
+            self._settle(sequence)
 
     def append_token(self, sequence: Sequence, position: int, token: int) -> bool:
         """Enters a token into the log, if it is the next one of a sequence that still wants it."""
@@ -171,28 +194,55 @@ class Scheduler:
         """The next step, or None: the pipeline is full, or nothing can run before something comes back."""
         if len(self.out) >= STEPS_AHEAD * self.steps_in_flight:
             return None
-        self._admit()
-        prefilling = self._prefilling()
-        rows = self._decode_rows(beside_prompts=bool(prefilling))
-        left = self.max_num_batched_tokens - sum(row.count for row in rows)
-        rows += self._prefill_rows(prefilling, min(self.prefill_budget, left))
-        if not rows:
+        plan = self._next_replay() or self._next_run()
+        if plan is None:
             return None
-        plan = Plan(self._next_step, rows, alone=self._runs_alone(rows))
         self._next_step += 1
-        for row in rows:
+        for row in plan.rows:
             sequence = row.sequence
             if not sequence.opened:
                 sequence.opened = True
                 if sequence.cached_tokens is None:
                     sequence.cached_tokens = sequence.taken_over
                 plan.opened.append(sequence)
-            sequence.computed = row.start + row.count
+            if plan.replay is None:
+                sequence.computed = row.start + row.count
             sequence.in_flight += 1
             sequence.last_step = plan.step
             sequence.unsampled += row.samples
         self.out[plan.step] = plan
         return plan
+
+    def _next_run(self) -> Plan | None:
+        self._admit()
+        prefilling = self._prefilling()
+        rows = self._decode_rows(beside_prompts=bool(prefilling))
+        left = self.max_num_batched_tokens - sum(row.count for row in rows)
+        rows += self._prefill_rows(prefilling, min(self.prefill_budget, left))
+        return Plan(self._next_step, rows, alone=self._runs_alone(rows)) if rows else None
+
+    def _next_replay(self) -> Plan | None:
+        if self.recovery is None:
+            return None
+        found = self.recovery.next(self.running, self.max_num_batched_tokens)
+        if found is None:
+            # Pages that nobody holds have not been filled.
+            self.pages.empty_idle()
+            self.recovery = None
+            return None
+        parts, stages = found
+        rows = [
+            Row(p.sequence, p.start, p.count, self._new_pages(p.sequence, p.start + p.count), samples=False)
+            for p in parts
+        ]
+        return Plan(self._next_step, rows, replay=stages)
+
+    def _new_pages(self, sequence: Sequence, end: int) -> list[int]:
+        """Those of the positions before `end` that the workers have not been told of; now they are."""
+        last_page = self.pages.pages_for(end)
+        new_pages = sequence.pages[sequence.pages_sent : last_page]
+        sequence.pages_sent = max(sequence.pages_sent, last_page)
+        return new_pages
 
     def _runs_alone(self, rows: list[Row]) -> bool:
         """Whether nothing is out but what the step waits for, and nothing will be planned beside it by itself."""
@@ -346,8 +396,6 @@ class Scheduler:
         samples = start + count - len(draft) == sequence.expected
         guesses = self.speculation.ask(sequence, len(self.running), self._guesses_a_row) if samples else 0
         end = start + count + guesses
-        last_page = self.pages.pages_for(min(end, self._reserve(sequence, end)) if guesses else end)
-        new_pages = sequence.pages[sequence.pages_sent : last_page]
-        sequence.pages_sent = max(sequence.pages_sent, last_page)
+        new_pages = self._new_pages(sequence, min(end, self._reserve(sequence, end)) if guesses else end)
         result_of = sequence.last_step if start >= sequence.length else 0
         return Row(sequence, start, count, new_pages, samples, result_of, draft, guesses)

@@ -45,6 +45,8 @@ class Sequence:
     """How many of `pages` the workers have been told of."""
     computed: int = 0
     """Positions covered by plans that were sent, guessed tokens among them until their row is back."""
+    confirmed: int = 0
+    """Positions that every stage has computed for certain: their step is back."""
     in_flight: int = 0
     """Steps that name it and are not back."""
     unsampled: int = 0
@@ -115,7 +117,7 @@ class Sequence:
     def forget_pages(self) -> list[int]:
         """Takes its pages away, and with them everything that was computed; it comes back as another number."""
         pages, self.pages = self.pages, []
-        self.pages_sent = self.computed = self.last_step = 0
+        self.pages_sent = self.computed = self.confirmed = self.last_step = 0
         self.offered = self.taken_over = 0
         self.node = ROOT
         self.follows = None

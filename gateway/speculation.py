@@ -29,7 +29,7 @@ class Guesser(Protocol):
         """Of so many guessed tokens, the first so many were drawn."""
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence ended."""
+        """The sequence ended, or what was asked for it will never be answered."""
 
 
 class Speculation:
@@ -90,6 +90,6 @@ class Speculation:
         return counts
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence ended."""
+        """The sequence ended, or what was asked for it will never be answered."""
         if self._guesser is not None:
             self._guesser.forget(sequence)

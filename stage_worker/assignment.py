@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from stagemesh.errors import StagemeshError, Unavailable
+from stagemesh.errors import StageLost, StagemeshError, Unavailable
 from stagemesh.protos.v1 import stage_pb2
 
 from .drafter import Drafter
+from .journal import Journal
 from .kv import KvPool
 from .links import LinkReceiver, LinkSender
+from .page_ranges import PageRanges
 from .session import Session, SessionContext, Step
 from .shard.choose import Shard
 
@@ -27,6 +29,8 @@ class Held:
     shard: Shard
     pool: KvPool
     drafter: Drafter | None
+    ranges: PageRanges
+    journal: Journal | None
 
     @property
     def page_bytes(self) -> int:
@@ -52,6 +56,8 @@ class Assignment:
         self.shard = held.shard
         self.pool = held.pool
         self.drafter = held.drafter
+        self.ranges = held.ranges
+        self.journal = held.journal
         self.active = False
         self.sessions: dict[int, Session] = {}
         self.receiver: LinkReceiver | None = None
@@ -61,8 +67,8 @@ class Assignment:
         self.token_sender: LinkSender | None = None
         """On rank 0 of the last stage of several."""
         self._tp_rank = tp_rank
-        self._page_ranges: dict[int, int] = {}
-        """Session -> which of the `gateways` equal ranges of pages it holds."""
+        self._holders: dict[int, str] = {}
+        """Session -> who holds its range of pages."""
         self._told_broken = False
 
     # -- links ------------------------------------------------------------------------------------------------------
@@ -127,41 +133,49 @@ class Assignment:
     @property
     def pages_per_gateway(self) -> int:
         """Pages that each gateway is granted."""
-        return self.pool.num_pages // max(1, self.limits.gateways)
+        return self.pool.num_pages // self.ranges.count
 
-    def open_session(self, ident: int, slot: int) -> Session:
-        """A gateway's session with a free range of pages. Raises Unavailable (retry) when all ranges are held."""
+    def open_session(self, ident: int, request: stage_pb2.RunOpen) -> stage_pb2.RunOpened:
+        """Opens a gateway's session with its range of pages; returns what the gateway is told of it.
+
+        Raises Unavailable (retry) when all ranges are held, TransportError when a lane cannot be opened.
+        """
         if not self.active:
             raise Unavailable(f"{self.pipeline_id} epoch {self.epoch} is not active here yet", retry_after_s=0.2)
-        taken = set(self._page_ranges.values())
-        free = next((i for i in range(max(1, self.limits.gateways)) if i not in taken), None)
-        if free is None:
-            raise Unavailable(
-                f"all {max(1, self.limits.gateways)} page ranges of {self.pipeline_id} are held by gateways: start the "
-                "coordinator with --gateways for more",
-                retry_after_s=0.5,
-            )
+        holder = f"{self.pipeline_id}/{request.gateway_id}"
+        grant = self.ranges.open(holder)
+        try:
+            self._open_lanes(request.slot)
+        except StagemeshError:
+            self.ranges.close(holder)
+            raise
+        base = grant.index * self.pages_per_gateway
         session = Session(
             ident,
-            slot,
+            request.slot,
             SessionContext(
                 epoch=self.epoch,
-                is_first=self.is_first,
+                stage=self.stage,
                 is_last=self.is_last,
                 samples=self.is_last and self._tp_rank == 0,
                 guesses=self.drafter is not None,
                 vocab_size=self.shard.vocab_size,
                 page_size=self.limits.page_size,
-                page_base=free * self.pages_per_gateway,
+                page_base=base,
                 num_pages=self.pages_per_gateway,
                 max_tokens=self.limits.max_num_batched_tokens,
                 device=torch.device(self.shard.device),
             ),
         )
-        self._open_lanes(slot)
-        self._page_ranges[ident] = free
+        self._holders[ident] = holder
         self.sessions[ident] = session
-        return session
+        return stage_pb2.RunOpened(
+            num_pages=self.pages_per_gateway,
+            page_size=self.limits.page_size,
+            steps_in_flight=self.limits.steps_in_flight,
+            kv_generation=grant.generation,
+            journal=self.journal.held(base, self.pages_per_gateway) if self.journal is not None else b"",
+        )
 
     def _open_lanes(self, slot: int) -> None:
         """A lane for the session on every link. Raises TransportError, with none of them open."""
@@ -190,7 +204,7 @@ class Assignment:
         session = self.sessions.pop(ident, None)
         if session is None:
             return
-        del self._page_ranges[ident]
+        self.ranges.close(self._holders.pop(ident))
         for end in self._ends():
             end.close_lane(session.slot)
 
@@ -199,8 +213,9 @@ class Assignment:
     def add_plan(self, session: Session, plan: stage_pb2.StepPlan) -> None:
         """Prepares a step and posts its receive."""
         step = session.add_plan(plan)
-        self.shard.prepare(step.batch)
-        if self.receiver is not None:
+        if step.computes:
+            self.shard.prepare(step.batch)
+        if self.receiver is not None and step.receives:
             self.receiver.post(session.slot, step.number, (step.num_tokens, self.shard.hidden_size), self.shard.dtype)
         if self.token_receiver is not None and step.sampled_sequences:
             self.token_receiver.post(session.slot, step.number, (len(step.sampled_sequences),), torch.int32)
@@ -223,31 +238,50 @@ class Assignment:
         """Whether the step's input has come and every outgoing link has a credit for it."""
         if session.failed or self.broken or not session.knows_tokens(step):
             return False
-        if self.receiver is not None and self.receiver.ready(session.slot, step.number) is None:
+        if self.receiver is not None and step.receives and self.receiver.ready(session.slot, step.number) is None:
             return False
         if step.sampled and self.token_sender is not None and not self.token_sender.can_send(session.slot):
             return False
-        return all(sender.can_send(session.slot) for sender in self.senders)
+        return not step.sends or all(sender.can_send(session.slot) for sender in self.senders)
 
-    def input_of(self, session: Session, step: Step) -> torch.Tensor | None:
-        """[T, H] that came over the link; None on the first stage."""
-        return self.receiver.ready(session.slot, step.number) if self.receiver is not None else None
+    def output_of(self, session: Session, step: Step) -> torch.Tensor | None:
+        """[T, H], or [R, V] on the last stage: what the step's rows come to. None where it has no part in a replay.
+
+        Raises:
+            StageLost: the journal no longer holds what it is to send again.
+        """
+        if step.computes:
+            if self.receiver is not None and step.receives:
+                step.batch.hidden = self.receiver.ready(session.slot, step.number)
+            return self.shard.forward(step.batch)
+        if not step.sends or not self.senders:
+            return None
+        sent = self.journal.read(step.batch) if self.journal is not None else None
+        if sent is None:
+            raise StageLost(f"stage {self.stage} no longer holds what step {step.number} is to send again")
+        return sent.to(self.shard.device)
+
+    def keep_output(self, step: Step, output: torch.Tensor) -> None:
+        """Remembers what goes to the next stage, also where this step does not send it."""
+        if self.journal is not None and step.computes and self.senders:
+            self.journal.write(step.batch, output)
 
     def input_complete_at(self, session: Session, step: Step) -> float:
         """When the whole input was there (`time.monotonic()`); on the first stage the plan and all its tokens."""
-        if self.receiver is None:
+        if self.receiver is None or not step.receives:
             return max(step.arrived_at, step.tokens_known_at)
         return self.receiver.completed_at(session.slot, step.number)
 
     def release_input(self, session: Session, step: Step) -> None:
         """Gives the receive buffer back, and the sender its credit."""
-        if self.receiver is not None:
+        if self.receiver is not None and step.receives:
             self.receiver.release(session.slot, step.number)
 
     def send(self, session: Session, step: Step, output: torch.Tensor) -> None:
         """Sends [T, H] on to every receiving rank that reads from this one."""
-        for sender in self.senders:
-            sender.send(session.slot, step.number, output)
+        if step.sends:
+            for sender in self.senders:
+                sender.send(session.slot, step.number, output)
 
     def send_tokens(self, session: Session, step: Step, tokens: list[int]) -> None:
         """Makes sampled tokens known to the first stage, which may be waiting for them."""

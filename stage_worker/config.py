@@ -21,6 +21,8 @@ class RankConfig:
     """Socket to the agent."""
     order_fds: list[int]
     """Rank 0: a socket to each other rank; others: one to rank 0."""
+    heart_fd: int
+    """Memory in which the ranks tell their agent that they go on (heartbeat.py)."""
     store_path: str
     """File over which the ranks find each other (torch.distributed.FileStore)."""
     device: Literal["cpu", "cuda"]
@@ -36,6 +38,7 @@ class RankConfig:
     net_device: str | None = None
     kv_cache_gib: float | None = None
     gpu_memory_utilization: float = 0.9
+    journal_gib: float = 1.0
     exchange_fd: int | None = None
     """Memory that the ranks of a group share (native/exchange.py)."""
     enforce_eager: bool = False

@@ -13,20 +13,22 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from stagemesh.errors import InternalError, StagemeshError
+from stagemesh.errors import InternalError, StageLost, StagemeshError
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.transport.base import Transport
 
 from .assignment import Assignment
 from .control import Kind, Socket, dumps
 from .guessing import follow
+from .heartbeat import Heart
 from .order import Follower, Leader, TakeCall
 from .reports import Reports
 from .sampler import sample
 from .session import Session, Step
 
 SPIN_S = 50e-6
-IDLE_POLL_S = 1.0
+IDLE_POLL_S = 0.2
+"""How long an idle rank sleeps: well within the time in which its agent wants to hear of it."""
 LINK_POLL_S = 0.01
 """How often links are looked at while a handshake is under way: its deadline has no descriptor."""
 
@@ -35,9 +37,15 @@ class Engine:
     """Runs steps of the assignments it is given until the control socket closes."""
 
     def __init__(
-        self, control: Socket, transports: dict[str, Transport], leader: Leader | None, follower: Follower | None
+        self,
+        control: Socket,
+        transports: dict[str, Transport],
+        leader: Leader | None,
+        follower: Follower | None,
+        heart: Heart,
     ) -> None:
         self.control = control
+        self.heart = heart
         self.transports = transports
         self.assignments: dict[tuple[str, int], Assignment] = {}
         self.stopping = False
@@ -63,6 +71,7 @@ class Engine:
             worked |= self.run_next_step()
             now = time.monotonic()
             self._reports.send_due(now)
+            self.heart.beat()
             if worked:
                 spin_until = now + SPIN_S
             elif now > spin_until:
@@ -99,6 +108,7 @@ class Engine:
             transport.progress()
         for assignment in self.assignments.values():
             assignment.note_completed()
+        self.heart.beat()
 
     def sleep(self, *, with_control: bool = True) -> None:
         """Waits for a message or an event of a transport; without the control socket in the midst of a call of it."""
@@ -178,17 +188,26 @@ class Engine:
                 return assignment, session, session.steps[number]
         return None
 
-    @torch.inference_mode()
     def run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
-        """Input, compute, output: one step of one stage. Output and credit go first: others wait for them."""
+        """One step of one stage."""
+        self.heart.work(step.num_tokens)
+        self._run_step(assignment, session, step)
+        self.heart.rest()
+
+    @torch.inference_mode()
+    def _run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
+        """Input, compute, output. Output and credit go first: others wait for them."""
         began, cpu_before = time.monotonic(), time.process_time()
         complete_at = assignment.input_complete_at(session, step)
-        step.batch.hidden = assignment.input_of(session, step)
-        output = assignment.shard.forward(step.batch)
+        try:
+            output = assignment.output_of(session, step)
+        except StageLost as e:
+            self.end_session(session, e)
+            return
         result = stage_pb2.StepResult(step=step.number, epoch=step.epoch)
-        certain = self._sample(step, output, result) if assignment.is_last else []
+        certain = self._sample(step, output, result) if step.sampled and output is not None else []
         output_at = time.monotonic()
-        if not assignment.is_last:
+        if output is not None and not assignment.is_last:
             assignment.send(session, step, output)
         elif certain:
             assignment.send_tokens(session, step, certain)
@@ -203,6 +222,8 @@ class Engine:
             result.timing.CopyFrom(timing)
             result.timing.result_sent_us = time.monotonic_ns() // 1000
             self._reports.add(session.ident, result, at_once=assignment.is_last)
+        if output is not None and not assignment.is_last:
+            assignment.keep_output(step, output)
         session.finish(step)
         self._free_at = time.monotonic()
 

@@ -26,6 +26,7 @@ from .assignment import Assignment
 from .config import RankConfig
 from .control import Kind, Socket, dumps, pack_error
 from .engine import Engine
+from .heartbeat import Heart
 from .link_commands import LinkCommands
 from .measure import measure
 from .order import Follower, Leader
@@ -65,6 +66,7 @@ class Rank:
         elif kind == Kind.SHUTDOWN:
             self.engine.stopping = True
         else:
+            self.engine.heart.pause()
             try:
                 reply = self._calls[kind](ident, payload)
             except StagemeshError as e:
@@ -134,13 +136,9 @@ class Rank:
         """Opens a gateway's session; the payload is the gateway's RunOpen, the id names the session from now on."""
         request = stage_pb2.RunOpen.FromString(payload)
         held = self._assignment(request.key, request.stage)
-        session = held.open_session(ident, request.slot)
+        opened = held.open_session(ident, request)
         self._sessions[ident] = held
-        return stage_pb2.RunOpened(
-            num_pages=session.context.num_pages,
-            page_size=session.context.page_size,
-            steps_in_flight=held.limits.steps_in_flight,
-        ).SerializeToString()
+        return opened.SerializeToString()
 
     def close_session(self, ident: int, payload: bytes) -> bytes:
         """Closes the session that the payload's number names."""
@@ -222,6 +220,7 @@ def main(argv: list[str]) -> int:
             transports,
             Leader(order) if config.size > 1 and config.rank == 0 else None,
             Follower(order[0]) if config.rank > 0 else None,
+            Heart(config.heart_fd, config.rank, config.size, cuda=device.type == "cuda"),
         )
         Rank(config, engine, device, parallel)
         info = measure(device)

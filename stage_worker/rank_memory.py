@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import secrets
 import time
 from dataclasses import dataclass
 
@@ -16,8 +17,10 @@ from .config import RankConfig
 from .control import Kind
 from .drafter import Drafter
 from .engine import Engine
+from .journal import Journal
 from .kv import KvPool
 from .measure import available_memory_bytes
+from .page_ranges import PageRanges
 from .parallel import TensorParallel
 from .shard.choose import Shard, load_shard
 from .shard.spec import ShardSpec
@@ -46,6 +49,8 @@ class RankMemory:
         self._draft: _Loaded | None = None
         self._pool: KvPool | None = None
         self._drafter: Drafter | None = None
+        self._ranges = PageRanges(1, _nonce)
+        self._journal: Journal | None = None
 
     def hold(self, ident: int, request: stage_pb2.AssignRequest) -> Held:
         """Shard, pages, and on rank 0 of the last stage the draft model; the agent is told of the progress of `ident`.
@@ -63,7 +68,7 @@ class RankMemory:
         same = _is(self._loaded, spec, model.fingerprint) and _is(self._draft, draft, model.draft.model.fingerprint)
         if not same:
             # All of it: a shard keeps the pages that it was given, and the next ones are made of what memory is left.
-            self._loaded = self._draft = self._drafter = self._pool = None
+            self._loaded = self._draft = self._drafter = self._pool = self._journal = None
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -72,7 +77,9 @@ class RankMemory:
         if self._draft is None and draft is not None:
             self._draft = _Loaded(draft, model.draft.model.fingerprint, self._load(draft, ident))
         pool = self._pages(limits)
-        return Held(self._loaded.shard, pool, self._drafter)
+        if self._journal is None and request.layers.last < model.num_layers:
+            self._journal = self._make_journal(pool, self._loaded.shard)
+        return Held(self._loaded.shard, pool, self._drafter, self._ranges, self._journal)
 
     def _spec(
         self, model: types_pb2.ModelRef, limits: types_pb2.RunLimits, layers: tuple[int, int], *, whole: bool = False
@@ -117,11 +124,12 @@ class RankMemory:
             pool is not None
             and pool.page_size == limits.page_size
             and limits.num_pages in (0, pool.num_pages)
+            and self._ranges.count == gateways
             and pool.num_pages // gateways * limits.page_size >= limits.max_model_len
         ):
             # Made for these shards from the memory there was; asked again, its own pages would count as taken.
             return pool
-        self._pool = self._drafter = pool = None
+        self._pool = self._drafter = self._journal = pool = None
         shards = [loaded.shard for loaded in (self._loaded, self._draft) if loaded is not None]
         page_bytes = sum(KvPool.page_bytes(s.kv_layers, limits.page_size, s.dtype) for s in shards)
         one_sequence = -(-limits.max_model_len // limits.page_size)
@@ -139,7 +147,14 @@ class RankMemory:
         shard.bind_kv(pool)
         self._drafter = Drafter(shards[1], pool) if len(shards) > 1 else None
         self._pool = pool
+        self._ranges = PageRanges(gateways, _nonce)
         return pool
+
+    def _make_journal(self, pool: KvPool, shard: Shard) -> Journal | None:
+        """As much of it as --journal-gib allows; nothing where that is not one page."""
+        page_bytes = Journal.page_bytes(pool.page_size, shard.hidden_size, shard.dtype)
+        pages = min(pool.num_pages, int(self.config.journal_gib * 2**30) // page_bytes)
+        return Journal(pages, pool.page_size, shard.hidden_size, shard.dtype) if pages else None
 
     def _kv_budget_bytes(self) -> int:
         if self.config.kv_cache_gib is not None:
@@ -148,6 +163,10 @@ class RankMemory:
             free, total = torch.cuda.mem_get_info(self.device)
             return max(0, int(total * self.config.gpu_memory_utilization) - (total - free))
         return int(available_memory_bytes() * CPU_KV_SHARE / self.config.size)
+
+
+def _nonce() -> int:
+    return secrets.randbits(63) | 1
 
 
 def _is(loaded: _Loaded | None, spec: ShardSpec | None, fingerprint: str) -> bool:

@@ -23,12 +23,15 @@ from stagemesh.protos.v1 import types_pb2
 
 from .config import RankConfig
 from .control import HEADER, Kind, pack, unpack_error
+from .heartbeat import HeartWatch, make_heartbeats
 from .shared_memory import make_shared_memory
 
 log = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 2.0
+LOOK_S = 0.1
+"""How often the ranks' heartbeats are looked at."""
 
 _idents = itertools.count(1)
 """Over all groups of this worker: a late message about a session of a lost group must not meet one of the next."""
@@ -55,6 +58,7 @@ class RankGroup:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._writers: list[asyncio.StreamWriter] = []
         self._readers: list[asyncio.Task[None]] = []
+        self._watching: asyncio.Task[None] | None = None
         self._calls: dict[tuple[int, int], asyncio.Future[bytes]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="stagemesh-ranks-")
         self.ready: list[RankReady] = []
@@ -71,12 +75,13 @@ class RankGroup:
         controls = [socket.socketpair() for _ in range(self.size)]
         orders = [socket.socketpair() for _ in range(self.size - 1)]
         shared = make_shared_memory(self.size) if self.size > 1 and self._device != "cuda" else None
+        hearts = make_heartbeats(self.size)
         loop = asyncio.get_running_loop()
         up: list[asyncio.Future[bytes]] = []
         for rank in range(self.size):
             order = [pair[0] for pair in orders] if rank == 0 else [orders[rank - 1][1]]
             order = order if self.size > 1 else []
-            self._spawn(rank, controls[rank][1], order, shared)
+            self._spawn(rank, controls[rank][1], order, hearts, shared)
             reader, writer = await asyncio.open_unix_connection(sock=controls[rank][0])
             future: asyncio.Future[bytes] = loop.create_future()
             self._calls[rank, 0] = future
@@ -87,6 +92,8 @@ class RankGroup:
             end.close()
         if shared is not None:
             os.close(shared)
+        self._watching = asyncio.create_task(self._watch(HeartWatch(hearts, self.size, LOOK_S)))
+        os.close(hearts)
         try:
             said = await asyncio.wait_for(asyncio.gather(*up), READY_TIMEOUT_S)
         except TimeoutError as e:
@@ -100,7 +107,21 @@ class RankGroup:
                 )
             )
 
-    def _spawn(self, rank: int, control: socket.socket, order: list[socket.socket], shared: int | None) -> None:
+    async def _watch(self, hearts: HeartWatch) -> None:
+        """Kills a rank that hangs, which is then lost like one that died."""
+        while not self.lost.done():
+            found = hearts.hanging()
+            # A call has its own deadline, and what comes behind it takes a moment.
+            if found is not None and not self._calls:
+                rank, overdue_s = found
+                log.error("rank %d of %s hangs: %.1f s overdue; it is killed", rank, self._label, overdue_s)
+                self._processes[rank].kill()
+                self._lose(f"rank {rank} of {self._label} did not go on")
+            await asyncio.sleep(LOOK_S)
+
+    def _spawn(
+        self, rank: int, control: socket.socket, order: list[socket.socket], hearts: int, shared: int | None
+    ) -> None:
         s = self._settings
         config = RankConfig(
             label=self._label,
@@ -109,6 +130,7 @@ class RankGroup:
             parent_pid=os.getpid(),
             control_fd=control.fileno(),
             order_fds=[sock.fileno() for sock in order],
+            heart_fd=hearts,
             store_path=str(Path(self._folder.name) / "store"),
             device="cuda" if self._device == "cuda" else "cpu",
             threads=s.threads,
@@ -121,6 +143,7 @@ class RankGroup:
             net_device=s.net_device,
             kv_cache_gib=s.kv_cache_gib,
             gpu_memory_utilization=s.gpu_memory_utilization,
+            journal_gib=s.journal_gib,
             model=s.model,
             exchange_fd=shared,
             enforce_eager=s.enforce_eager,
@@ -131,7 +154,7 @@ class RankGroup:
         self._processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", "stagemesh.stage_worker.rank", config.to_json()],
-                pass_fds=[control.fileno(), *config.order_fds, *([shared] if shared is not None else [])],
+                pass_fds=[control.fileno(), *config.order_fds, hearts, *([shared] if shared is not None else [])],
                 stdin=subprocess.DEVNULL,
                 env=env,
             )
@@ -248,9 +271,10 @@ class RankGroup:
             if process.poll() is None:
                 process.kill()
             process.wait()
-        for reader in self._readers:
-            reader.cancel()
-        await asyncio.gather(*self._readers, return_exceptions=True)
+        tasks = [*self._readers, *([self._watching] if self._watching is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for writer in self._writers:
             writer.close()
         for future in self._calls.values():

@@ -78,6 +78,11 @@ class Step:
     """When the last result that it refers to was here."""
     followed: list[FollowedRow] = field(default_factory=list)
     """Its rows as the draft model sees them, where there is one."""
+    receives: bool = True
+    """An activation comes over the link."""
+    computes: bool = True
+    sends: bool = True
+    """Its output, or what the journal holds of its rows, goes on over the links."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class SessionContext:
     """What a session needs to know of the stage it runs on."""
 
     epoch: int
-    is_first: bool
+    stage: int
     is_last: bool
     samples: bool
     """Whether this rank draws tokens: rank 0 of the last stage."""
@@ -97,6 +102,11 @@ class SessionContext:
     device: torch.device
     guesses: bool = False
     """Whether this rank has a draft model."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it embeds tokens."""
+        return self.stage == 0
 
 
 class Session:
@@ -145,8 +155,8 @@ class Session:
         """Prepares a step. Raises StaleEpoch, or InvalidRequest for a plan that contradicts itself or the session."""
         if plan.epoch != self.context.epoch:
             raise StaleEpoch(f"plan of epoch {plan.epoch} in a session of epoch {self.context.epoch}")
-        if plan.kind != stage_pb2.STEP_KIND_RUN:
-            raise InvalidRequest("this release runs plans of STEP_KIND_RUN only")
+        if plan.kind not in (stage_pb2.STEP_KIND_RUN, stage_pb2.STEP_KIND_REPLAY):
+            raise InvalidRequest(f"step {plan.step} is of kind {plan.kind}, which this release does not know")
         if plan.step != self.last_planned + 1:
             raise InvalidRequest(f"plan of step {plan.step} after step {self.last_planned}")
         counts, starts = list(plan.counts), list(plan.starts)
@@ -189,14 +199,27 @@ class Session:
             references=[],
             referred_tokens=[],
             arrived_at=time.monotonic(),
+            receives=not self.context.is_first,
+            sends=not self.context.is_last,
         )
+        if plan.kind == stage_pb2.STEP_KIND_REPLAY:
+            self._take_part(plan, step)
         if self.context.is_first:
             self._refer(plan, counts, step)
-        if self.context.guesses:
+        if self.context.guesses and step.computes:
             step.followed = followed_rows(plan, tables, self._drafted)
         self.last_planned = plan.step
         self.steps[plan.step] = step
         return step
+
+    def _take_part(self, plan: stage_pb2.StepPlan, step: Step) -> None:
+        """What this stage does in a replay."""
+        first, last, own = plan.replay_first, plan.replay_last, self.context.stage
+        if first > last or plan.sample_rows or plan.ref_rows:
+            raise InvalidRequest(f"step {plan.step} replays stages {first} to {last}, or samples: a replay cannot")
+        step.computes = first <= own <= last
+        step.receives = step.computes and own > 0
+        step.sends = first - 1 <= own < last
 
     # -- tokens that are not known yet -------------------------------------------------------------------------------
 
@@ -258,13 +281,13 @@ class Session:
         """Gives each row's sequence its new pages; returns the block table of each row."""
         tables: list[list[int]] = []
         base, limit, at = self.context.page_base, self.context.num_pages, 0
-        drafts = set(plan.draft_rows)
+        drafts, replays = set(plan.draft_rows), plan.kind == stage_pb2.STEP_KIND_REPLAY
         for i, ident in enumerate(plan.sequences):
             sequence = self.sequences.get(ident)
             if sequence is None:
                 raise InvalidRequest(f"step {plan.step} names sequence {ident}, which is not open")
-            if not sequence.length:
-                # Behind a prefix that pages of another sequence hold already.
+            if not sequence.length or replays:
+                # Behind a prefix that pages of another sequence hold already, or that was computed at an earlier epoch.
                 sequence.length = sequence.certain = starts[i]
             if not sequence.certain <= starts[i] <= sequence.length:
                 raise InvalidRequest(

@@ -232,6 +232,9 @@ class StageSettings(ListenSettings):
     --gpu-memory-utilization on CUDA."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of a card's memory that may be used."""
+    journal_gib: float = Field(1.0, ge=0)
+    """Memory of one rank for activations that it sent, so that a lost neighbour can be refilled; 0: none, and the
+    stages before a lost one compute again."""
     enforce_eager: bool = False
     """Run transformers' modules as they are, without compiled kernels."""
     threads: int | None = Field(None, ge=1)
@@ -273,6 +276,8 @@ class GatewaySettings(ListenSettings):
     """Largest HTTP body."""
     drain_timeout: float = Field(30.0, ge=0)
     """Seconds that SIGTERM gives running requests to finish."""
+    recovery_deadline: float = Field(60.0, ge=0)
+    """Seconds that running requests wait for a lost stage to be made good; then they end with STAGE_LOST."""
 
     _json = field_validator("speculative_config", mode="before")(_parse_json)
 
@@ -307,6 +312,10 @@ class ServeSettings(Loopback, ModelSettings):
     """Extra workers that hold no stage until one is lost."""
     kv_cache_gib: float | None = Field(None, gt=0)
     """Memory for KV pages of one rank."""
+    journal_gib: float = Field(1.0, ge=0)
+    """Memory of one rank for activations that it sent, so that a lost neighbour can be refilled."""
+    recovery_deadline: float = Field(60.0, ge=0)
+    """Seconds that running requests wait for a lost stage to be made good."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of a card's memory that may be used."""
     enforce_eager: bool = False

@@ -172,17 +172,21 @@ class RunOpen(_message.Message):
     def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., gateway_id: _Optional[str] = ..., instance: _Optional[int] = ..., slot: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class RunOpened(_message.Message):
-    __slots__ = ("num_pages", "page_size", "steps_in_flight")
+    __slots__ = ("num_pages", "page_size", "steps_in_flight", "kv_generation", "journal")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     STEPS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    KV_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    JOURNAL_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     page_size: int
     steps_in_flight: int
-    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., steps_in_flight: _Optional[int] = ...) -> None: ...
+    kv_generation: int
+    journal: bytes
+    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., steps_in_flight: _Optional[int] = ..., kv_generation: _Optional[int] = ..., journal: _Optional[bytes] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("step", "epoch", "kind", "sequences", "starts", "counts", "tokens", "new_page_counts", "new_pages", "sample_rows", "ref_rows", "ref_steps", "planned_us", "draft_rows", "guess_rows", "guess_counts", "alone")
+    __slots__ = ("step", "epoch", "kind", "sequences", "starts", "counts", "tokens", "new_page_counts", "new_pages", "sample_rows", "ref_rows", "ref_steps", "planned_us", "draft_rows", "guess_rows", "guess_counts", "alone", "replay_first", "replay_last")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +204,8 @@ class StepPlan(_message.Message):
     GUESS_ROWS_FIELD_NUMBER: _ClassVar[int]
     GUESS_COUNTS_FIELD_NUMBER: _ClassVar[int]
     ALONE_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_FIRST_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_LAST_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     kind: StepKind
@@ -217,7 +223,9 @@ class StepPlan(_message.Message):
     guess_rows: _containers.RepeatedScalarFieldContainer[int]
     guess_counts: _containers.RepeatedScalarFieldContainer[int]
     alone: bool
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., kind: _Optional[_Union[StepKind, str]] = ..., sequences: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., new_page_counts: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., sample_rows: _Optional[_Iterable[int]] = ..., ref_rows: _Optional[_Iterable[int]] = ..., ref_steps: _Optional[_Iterable[int]] = ..., planned_us: _Optional[int] = ..., draft_rows: _Optional[_Iterable[int]] = ..., guess_rows: _Optional[_Iterable[int]] = ..., guess_counts: _Optional[_Iterable[int]] = ..., alone: bool = ...) -> None: ...
+    replay_first: int
+    replay_last: int
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., kind: _Optional[_Union[StepKind, str]] = ..., sequences: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., new_page_counts: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., sample_rows: _Optional[_Iterable[int]] = ..., ref_rows: _Optional[_Iterable[int]] = ..., ref_steps: _Optional[_Iterable[int]] = ..., planned_us: _Optional[int] = ..., draft_rows: _Optional[_Iterable[int]] = ..., guess_rows: _Optional[_Iterable[int]] = ..., guess_counts: _Optional[_Iterable[int]] = ..., alone: bool = ..., replay_first: _Optional[int] = ..., replay_last: _Optional[int] = ...) -> None: ...
 
 class OpenSequence(_message.Message):
     __slots__ = ("sequence", "sampling", "choice", "prompt", "log", "prompt_len")

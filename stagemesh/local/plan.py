@@ -50,6 +50,7 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
         "device": serve.device,
         "transport": serve.transport,
         "kv_cache_gib": serve.kv_cache_gib,
+        "journal_gib": serve.journal_gib,
         "gpu_memory_utilization": serve.gpu_memory_utilization,
         "threads": threads,
         "enforce_eager": serve.enforce_eager,
@@ -95,6 +96,7 @@ def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
         speculative_config=_if_method(serve, "ngram"),
         max_waiting=serve.max_waiting,
         request_timeout=serve.request_timeout,
+        recovery_deadline=serve.recovery_deadline,
         drain_timeout=serve.drain_timeout,
     )
 

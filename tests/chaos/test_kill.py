@@ -1,4 +1,4 @@
-"""kill -9 of each kind of process under load: every request ends, typed and soon; the mesh comes back; nothing is left.
+"""kill -9 of each kind of process under load: what was accepted is finished, the mesh comes back, nothing is left.
 
 CI kills each kind twice on the shipped model; `make chaos` ten times on a 100 M-parameter model, and writes the figures
 to benchmarks/results/kill.json.
@@ -75,25 +75,27 @@ async def kill_once(mesh: Mesh, role: str, load: Load, count: int) -> dict[str, 
         back_s = time.monotonic() - killed_at
         assert mesh.epoch() == epoch, "a coordinator's restart must not change a running pipeline"
     else:
-        await wait_until("every live request ends", lambda: all(e.ended for e in live), TYPED_S + 1)
-        late = [e.ended - killed_at for e in live if e.error is not None and e.ended - killed_at > TYPED_S]
-        assert not late, f"typed errors after {late} s"
-        if role != "gateway":
-            assert any(e.error is not None for e in live), "the kill hit nobody: the test tests nothing"
-            # A request that had no token yet may have come a moment too late to be accepted at all.
-            reasons = {(e.error.reason, e.tokens > 0) for e in live if e.error is not None}
-            assert reasons <= {("STAGE_LOST", True), ("STAGE_LOST", False), ("UNAVAILABLE", False)}, reasons
-        if role != "gateway" and (said := await asyncio.to_thread(mesh.health))[0] != 200:
-            assert said[0] == 503, said
-            assert said[1], "a 503 must say why"
+        if role == "gateway":
+            await wait_until("every live request ends", lambda: all(e.ended for e in live), TYPED_S)
+        else:
+            if (said := await asyncio.to_thread(mesh.health))[0] != 200:
+                assert said[0] == 503, said
+                assert said[1], "a 503 must say why"
+            await wait_until("every live request ends", lambda: all(e.ended for e in live), BACK_S)
+            # One that had no token yet may have come while there was nothing to make a pipeline of: never accepted.
+            assert {(e.error.reason, e.tokens) for e in live if e.error is not None} <= {("UNAVAILABLE", 0)}
         began = load.finished()
         await wait_until("the mesh serves again", lambda: load.finished() > began and mesh.ready, BACK_S)
         back_s = time.monotonic() - killed_at
         if role != "gateway":
             assert mesh.epoch() > epoch, "a new epoch fences the old one"
     await wait_until("as many processes as before", lambda: len(mesh.children()) == count, BACK_S)
-    ends = [e.ended - killed_at for e in live if e.error is not None]
-    return {"back_s": round(back_s, 2), "last_typed_error_s": round(max(ends, default=0.0), 3)}
+    ends = [e.ended - killed_at for e in live]
+    return {
+        "back_s": round(back_s, 2),
+        "last_ended_s": round(max(ends), 3),
+        "failed": sum(e.error is not None for e in live),
+    }
 
 
 async def kill_repeatedly(mesh: Mesh, role: str, times: int) -> list[dict[str, float]]:

@@ -1,0 +1,115 @@
+"""What has to be computed again at a new epoch: the KV of stages that have none of what the sequences had. Pure.
+
+A stage that kept its pages goes on with them. One that is new is refilled: the stage before it sends what its journal
+holds, and the lost layers alone are computed. Where that journal has gaps the next one up is asked, and in front of the
+first stage are the tokens themselves. A page that several sequences share is filled once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .sequence import Sequence as TokenSequence
+from .sequence import State
+
+Stages = tuple[int, int]
+"""Stages first .. last, both included."""
+
+
+@dataclass(frozen=True)
+class StageKv:
+    """What a stage says of its pages when a session is opened."""
+
+    generation: int
+    """The same as before: they hold what was written."""
+    journal: bytes
+    """One bit a page: what it sent for the page's positions can be sent again."""
+
+    def covers(self, pages: Iterable[int]) -> bool:
+        """Whether the journal holds all of `pages`."""
+        return all(page >> 3 < len(self.journal) and self.journal[page >> 3] >> (page & 7) & 1 for page in pages)
+
+
+def lost_stages(filled: Sequence[int], now: Sequence[StageKv]) -> list[Stages]:
+    """Runs of stages whose pages do not hold what the sequences computed. `filled`: the generations that did, in order;
+    another number of stages means other layers on each."""
+    if len(filled) != len(now):
+        return [(0, len(now) - 1)]
+    runs: list[Stages] = []
+    for stage, kv in enumerate(now):
+        if kv.generation == filled[stage]:
+            continue
+        if runs and runs[-1][1] == stage - 1:
+            runs[-1] = runs[-1][0], stage
+        else:
+            runs.append((stage, stage))
+    return runs
+
+
+@dataclass(frozen=True)
+class Part:
+    """Positions of a sequence to compute again."""
+
+    sequence: TokenSequence
+    start: int
+    count: int
+
+
+class Recovery:
+    """Hands out what is to be computed again, a step at a time, as long as the sequences want it."""
+
+    def __init__(self, runs: Sequence[Stages], stages: Sequence[StageKv], page_size: int) -> None:
+        self._runs = list(runs)
+        self._stages = stages
+        self._size = page_size
+        self._filled: set[int] = set()
+        """Pages that the current run has, or will have when the steps before are done."""
+        self._reached: dict[TokenSequence, int] = {}
+        """Positions done of sequences that did not fit into a step as a whole."""
+        self.tokens = 0
+        """Positions handed out so far, one for each run that computes them."""
+
+    def next(self, sequences: Iterable[TokenSequence], max_tokens: int) -> tuple[list[Part], Stages] | None:
+        """The next step's parts and the stages that compute them; None when nothing is left. The shortest go first."""
+        ordered = sorted((s for s in sequences if s.state is State.RUNNING), key=lambda s: s.computed)
+        while self._runs:
+            parts, stages, left = list[Part](), None, max_tokens
+            for sequence in ordered:
+                start = self._start(sequence)
+                if not left or start >= sequence.computed:
+                    continue
+                source = self._source(sequence, start)
+                if stages not in (None, source):
+                    continue
+                stages = source
+                count = min(sequence.computed - start, left)
+                left -= count
+                parts.append(Part(sequence, start, count))
+                self._note(sequence, start + count)
+            if stages is not None:
+                self.tokens += sum(part.count for part in parts)
+                return parts, stages
+            self._runs.pop(0)
+            self._filled.clear()
+            self._reached.clear()
+        return None
+
+    def _start(self, sequence: TokenSequence) -> int:
+        page = self._reached.get(sequence, 0) // self._size
+        while page * self._size < sequence.computed and sequence.pages[page] in self._filled:
+            page += 1
+        return max(page * self._size, self._reached.get(sequence, 0))
+
+    def _source(self, sequence: TokenSequence, start: int) -> Stages:
+        """From the stage behind the nearest one that can send the positions again."""
+        first, last = self._runs[0]
+        pages = sequence.pages[start // self._size : -(-sequence.computed // self._size)]
+        while first > 0 and not self._stages[first - 1].covers(pages):
+            first -= 1
+        return first, last
+
+    def _note(self, sequence: TokenSequence, end: int) -> None:
+        whole = -(-end // self._size) if end == sequence.computed else end // self._size
+        self._filled.update(sequence.pages[:whole])
+        self._reached[sequence] = end

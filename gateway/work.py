@@ -1,0 +1,131 @@
+"""Requests and their sequences on one pipeline: what outlives an epoch, and goes on at the next.
+
+A sequence keeps its pages and what every stage has confirmed of it. A new epoch tells which stages still hold that; the
+others are refilled (recovery.py) before anything new is computed. Pure, but for the requests that it tells of errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stagemesh.errors import StagemeshError
+
+from .budget import StepCosts
+from .draft_model import GuessCosts
+from .live import LiveRequest
+from .recovery import Recovery, StageKv, lost_stages
+from .scheduler import Scheduler
+from .sequence import Sequence as TokenSequence
+from .sequence import State
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a scheduler is made for."""
+
+    num_pages: int
+    page_size: int
+    steps_in_flight: int
+
+
+class Work:
+    """What one gateway has accepted, and its scheduler."""
+
+    def __init__(self, make_scheduler: Callable[[Shape], Scheduler]) -> None:
+        self._make_scheduler = make_scheduler
+        self._shape: Shape | None = None
+        self._filled: list[int] = []
+        """Generations of the stages' pages that hold what is confirmed of the sequences; 0: being refilled."""
+        self._now: list[int] = []
+        self._replays: dict[int, int] = {}
+        """Step -> the last stage that computes it again, of this epoch."""
+        self._replaying: set[int] = set()
+        """Those that this stage has not reported yet."""
+        self.scheduler: Scheduler
+        self.live: dict[TokenSequence, LiveRequest] = {}
+        self.costs = StepCosts()
+        self.guess_costs = GuessCosts()
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def add(self, live: LiveRequest) -> None:
+        """Queues all choices of a request."""
+        for choice in live.choices:
+            self.live[choice.sequence] = live
+            self.scheduler.add(choice.sequence)
+
+    def remove(self, live: LiveRequest) -> None:
+        """The request ended: its sequences leave, their pages follow when no step names them."""
+        for choice in live.choices:
+            if self.live.pop(choice.sequence, None) is not None:
+                self.scheduler.finish(choice.sequence)
+
+    def finish(self, sequence: TokenSequence) -> None:
+        """One choice ended."""
+        if self.live.pop(sequence, None) is not None:
+            self.scheduler.finish(sequence)
+
+    def fail(self, error: StagemeshError) -> None:
+        """Every request ends with an error."""
+        for live in set(self.live.values()):
+            live.fail(error)
+
+    # -- epochs -----------------------------------------------------------------------------------------------------
+
+    def begin(self, shape: Shape, stages: Sequence[StageKv]) -> None:
+        """An epoch begins, at which the stages' pages hold what they say."""
+        if shape != self._shape:
+            self._start_over(shape)
+        runs = lost_stages(self._filled, stages)
+        lost = {stage for first, last in runs for stage in range(first, last + 1)}
+        self._now = [kv.generation for kv in stages]
+        self._filled = [0 if stage in lost else generation for stage, generation in enumerate(self._now)]
+        self._replays.clear()
+        self._replaying.clear()
+        if runs:
+            self.scheduler.recovery = Recovery(runs, stages, shape.page_size)
+
+    def _start_over(self, shape: Shape) -> None:
+        """Other pages than before: every sequence is computed anew, in the order in which they came."""
+        before = self.scheduler if self._shape is not None else None
+        self.scheduler, self._shape, self._filled = self._make_scheduler(shape), shape, []
+        if before is None:
+            return
+        for sequence in before.running:
+            sequence.forget_pages()
+            sequence.state = State.WAITING
+        for sequence in [*before.running, *before.waiting]:
+            self.scheduler.add(sequence)
+
+    def end(self) -> None:
+        """The epoch is over: what is out will never come back."""
+        self.scheduler.rewind()
+
+    # -- what is computed again -------------------------------------------------------------------------------------
+
+    @property
+    def recovering(self) -> bool:
+        """Whether stages are being refilled."""
+        return self._filled != self._now
+
+    def note_replay(self, step: int, last: int) -> None:
+        """A step went out that stages up to `last` compute again."""
+        self._replays[step] = last
+        self._replaying.add(step)
+
+    def is_replay(self, step: int) -> bool:
+        """Whether a step of this epoch computes what was computed before."""
+        return step in self._replays
+
+    def note_result(self, stage: int, step: int) -> None:
+        """A stage is done with a step."""
+        if self._replays.get(step) == stage:
+            self._replaying.discard(step)
+
+    def recovered(self) -> bool:
+        """True once: when the stages that were lost hold everything again."""
+        if not self.recovering or self._replaying or self.scheduler.recovery is not None:
+            return False
+        self._filled = list(self._now)
+        return True

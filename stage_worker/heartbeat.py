@@ -1,0 +1,97 @@
+"""How an agent learns that a rank hangs: the rank writes into shared memory until when it will be heard of again.
+
+A process that hangs keeps its sockets open, so only a deadline sees it. The rank sets that deadline itself, before each
+stretch of work, from what such stretches were measured to take: a large prompt on a slow core is not a hang, and a
+decode step that takes half a second longer than ever is one. No thread, no message: eight bytes a rank.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import time
+
+ALIVE_S = 0.4
+"""A rank that has nothing to do, or very little, is heard of within this time."""
+MARGIN = 10.0
+"""How many times longer than ever a stretch of work may take, beyond that."""
+FIRST_S = 30.0
+"""The first stretch of work, before one was measured: much is made when it is needed for the first time."""
+CUDA_S = 5.0
+"""Beyond that on a CUDA device, where a decode step of a new size is captured first."""
+FORGET = 0.998
+
+SLOT = 8
+
+
+def make_heartbeats(size: int) -> int:
+    """A descriptor of memory for `size` ranks, to be handed to each; nothing is due yet."""
+    fd = os.memfd_create("stagemesh-heartbeats", os.MFD_CLOEXEC)
+    os.ftruncate(fd, size * SLOT)
+    with mmap.mmap(fd, size * SLOT) as memory, memoryview(memory).cast("d") as values:
+        for rank in range(size):
+            values[rank] = math.inf
+    return fd
+
+
+class Heart:
+    """The rank's side."""
+
+    def __init__(self, fd: int, rank: int, size: int, *, cuda: bool = False) -> None:
+        self._values = memoryview(mmap.mmap(fd, size * SLOT)).cast("d")
+        os.close(fd)
+        self._rank = rank
+        self._slack_s = ALIVE_S + (CUDA_S if cuda else 0.0)
+        self._tokens = 0
+        self._beat_at = 0.0
+        self._s_per_token: float | None = None
+        """Of the slowest stretch of late."""
+
+    def beat(self) -> None:
+        """This rank goes on: it is between two layers, or has nothing to do."""
+        now = time.monotonic()
+        within_s = self._slack_s
+        if self._tokens:
+            self._s_per_token = max((self._s_per_token or 0.0) * FORGET, (now - self._beat_at) / self._tokens)
+            within_s += MARGIN * self._s_per_token * self._tokens
+        self._beat_at = now
+        self._values[self._rank] = now + within_s
+
+    def work(self, tokens: int) -> None:
+        """A step of so many tokens begins."""
+        self._beat_at, self._tokens = time.monotonic(), tokens
+        within_s = FIRST_S if self._s_per_token is None else MARGIN * self._s_per_token * tokens
+        self._values[self._rank] = self._beat_at + self._slack_s + within_s
+
+    def rest(self) -> None:
+        """The step is over."""
+        self.beat()
+        self._tokens = 0
+        self._values[self._rank] = self._beat_at + self._slack_s
+
+    def pause(self) -> None:
+        """Nothing is heard for as long as it takes: a call of the agent, which has a deadline of its own."""
+        self._values[self._rank] = math.inf
+
+
+class HeartWatch:
+    """The agent's side: whose time is up. Asked again and again; a look that itself comes late says nothing."""
+
+    def __init__(self, fd: int, size: int, every_s: float) -> None:
+        self._values = memoryview(mmap.mmap(fd, size * SLOT)).cast("d")
+        self._every_s = every_s
+        self._looked_at = 0.0
+        self._suspects: set[int] = set()
+
+    def hanging(self) -> tuple[int, float] | None:
+        """A rank that was overdue at the last look as well, and for how many seconds it is."""
+        now = time.monotonic()
+        late, self._looked_at = now - self._looked_at > 2 * self._every_s, now
+        overdue = {rank for rank, due in enumerate(self._values) if due < now}
+        # Where this process was not run either, the machine is busy or was asleep: nobody can be blamed for that.
+        confirmed = set() if late else overdue & self._suspects
+        self._suspects = set() if late else overdue
+        for rank in sorted(confirmed):
+            return rank, now - self._values[rank]
+        return None

@@ -1,0 +1,93 @@
+"""The boundary journal: the activations that a stage sent on, kept in host memory page by page like the KV cache.
+
+When the next stage is lost and another worker takes its layers, this stage sends them again, and only the lost layers
+are computed. An entry is named by the page that holds the same positions, so a page that several sequences share has
+one, and a prefix that was taken over leaves no hole. Nothing is ever freed: a page that is used anew writes over its
+entry. When the memory is full, the entry that was begun longest ago goes.
+
+Shapes: T tokens of a step, S positions a page, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import torch
+
+from .shard.batch import StepBatch
+
+
+class Journal:
+    """Rows [S, H] of at most `max_pages` pages."""
+
+    def __init__(self, max_pages: int, page_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+        self.page_size = page_size
+        # Memory is the system's until it is written.
+        self._rows = torch.empty((max_pages * page_size, hidden_size), dtype=dtype)
+        self._unused = list(range(max_pages - 1, -1, -1))
+        self._entries: OrderedDict[int, int] = OrderedDict()
+        """Page -> place of its entry, the one begun longest ago first."""
+
+    @staticmethod
+    def page_bytes(page_size: int, hidden_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one entry."""
+        return page_size * hidden_size * dtype.itemsize
+
+    def write(self, batch: StepBatch, output: torch.Tensor) -> None:
+        """Keeps what a step sent on, `output` [T, H]. A page that was begun before its entry went stays without."""
+        sources: list[int] = []
+        targets: list[int] = []
+        for at, page, offset, count in _parts(batch):
+            place = self._begin(page) if offset == 0 else self._entries.get(page)
+            if place is not None:
+                sources.extend(range(at, at + count))
+                targets.extend(range(place + offset, place + offset + count))
+        if len(sources) < len(output):
+            output = output[torch.tensor(sources, dtype=torch.int64, device=output.device)]
+        if targets:
+            self._rows[torch.tensor(targets, dtype=torch.int64)] = output.to(self._rows.device)
+
+    def _begin(self, page: int) -> int | None:
+        place = self._entries.pop(page, None)
+        if place is None:
+            if self._unused:
+                place = self._unused.pop() * self.page_size
+            elif self._entries:
+                _, place = self._entries.popitem(last=False)
+            else:
+                return None
+        self._entries[page] = place
+        return place
+
+    def read(self, batch: StepBatch) -> torch.Tensor | None:
+        """[T, H] of the step's rows as they were sent before; None when a page's entry has gone."""
+        places: list[int] = []
+        for _, page, offset, count in _parts(batch):
+            place = self._entries.get(page)
+            if place is None:
+                return None
+            places.extend(range(place + offset, place + offset + count))
+        return self._rows[torch.tensor(places, dtype=torch.int64)]
+
+    def held(self, base: int, num_pages: int) -> bytes:
+        """One bit for each of `num_pages` pages from `base` on, the lowest first: whether its entry is there."""
+        bits = bytearray(-(-num_pages // 8))
+        for page in self._entries:
+            at = page - base
+            if 0 <= at < num_pages:
+                bits[at >> 3] |= 1 << (at & 7)
+        return bytes(bits)
+
+
+def _parts(batch: StepBatch) -> Iterator[tuple[int, int, int, int]]:
+    """(first of the step's tokens, page, offset in it, count) of every stretch that lies in one page."""
+    at, size = 0, batch.page_size
+    for start, count, table in zip(batch.starts, batch.counts, batch.tables, strict=True):
+        position, end = start, start + count
+        while position < end:
+            offset = position % size
+            length = min(size - offset, end - position)
+            yield at, table[position // size], offset, length
+            at += length
+            position += length

@@ -1,0 +1,235 @@
+"""What is computed again when stages were lost: which stages, which positions, and what the scheduler makes of it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from prefix_world import SIZE, make
+
+from stagemesh.gateway.recovery import Recovery, StageKv, lost_stages
+from stagemesh.gateway.scheduler import Plan, Scheduler
+from stagemesh.gateway.sequence import Sequence, State
+
+EVERYTHING = b"\xff" * 16
+
+
+def running(*computed: int, prompt: int = 40) -> list[Sequence]:
+    """Sequences with pages of their own, of which so many positions are computed."""
+    sequences = []
+    for number, count in enumerate(computed):
+        pages = list(range(20 * number, 20 * number + 20))
+        sequence = Sequence(tuple(range(prompt)), 0, 10, state=State.RUNNING, pages=pages)
+        sequence.computed = sequence.confirmed = count
+        sequences.append(sequence)
+    return sequences
+
+
+def taken(
+    recovery: Recovery, sequences: list[Sequence], budget: int
+) -> list[tuple[list[tuple[int, int, int]], tuple[int, int]]]:
+    """All steps: (index of the sequence, start, count) of each part, and the stages."""
+    steps = []
+    while (found := recovery.next(sequences, budget)) is not None:
+        parts, stages = found
+        steps.append(([(sequences.index(p.sequence), p.start, p.count) for p in parts], stages))
+    return steps
+
+
+def kept(*journals: bytes) -> list[StageKv]:
+    return [StageKv(1, journal) for journal in journals]
+
+
+@pytest.mark.parametrize(
+    ("filled", "now", "lost"),
+    [
+        ((1, 2, 3), (1, 2, 3), []),
+        ((1, 2, 3), (1, 9, 3), [(1, 1)]),
+        ((1, 2, 3, 4), (1, 9, 9, 4), [(1, 2)]),
+        ((1, 2, 3), (9, 2, 9), [(0, 0), (2, 2)]),
+        ((1, 0, 3), (1, 2, 3), [(1, 1)]),
+        ((1, 2), (1, 2, 3), [(0, 2)]),
+        ((), (1, 2), [(0, 1)]),
+    ],
+)
+def test_stages_that_are_not_what_they_were(
+    filled: tuple[int, ...], now: tuple[int, ...], lost: list[tuple[int, int]]
+) -> None:
+    assert lost_stages(filled, [StageKv(generation, b"") for generation in now]) == lost
+
+
+def test_a_lost_stage_is_refilled_from_the_one_before_it_the_shortest_first() -> None:
+    sequences = running(9, 5, 0)
+    recovery = Recovery([(1, 1)], kept(EVERYTHING, b"", b""), SIZE)
+    assert taken(recovery, sequences, 100) == [([(1, 0, 5), (0, 0, 9)], (1, 1))]
+    assert recovery.tokens == 14
+
+
+def test_steps_are_bounded_and_a_sequence_goes_on_where_it_was_cut() -> None:
+    sequences = running(11, 18)
+    recovery = Recovery([(1, 1)], kept(EVERYTHING, b""), SIZE)
+    assert [parts for parts, _ in taken(recovery, sequences, 7)] == [
+        [(0, 0, 7)], [(0, 7, 4), (1, 0, 3)], [(1, 3, 7)], [(1, 10, 7)], [(1, 17, 1)],
+    ]  # fmt: skip
+
+
+def test_shared_pages_are_filled_once() -> None:
+    sequences = running(12, 14)
+    sequences[1].pages[:2] = sequences[0].pages[:2]
+    recovery = Recovery([(0, 0)], kept(b"", b""), SIZE)
+    assert taken(recovery, sequences, 100) == [([(0, 0, 12), (1, 8, 6)], (0, 0))]
+
+
+def test_where_the_journal_has_gaps_the_stage_before_is_asked_and_at_last_the_tokens() -> None:
+    sequences = running(8, 8, 8)
+    # Stage 1 has the first sequence's pages, stage 0 those of the first two.
+    low, both = bytes([0b11, 0, 0, 0, 0, 0]), bytes([0b11, 0, 0b110000, 0, 0, 0])
+    steps = taken(Recovery([(2, 2)], kept(both, low, b""), SIZE), sequences, 100)
+    assert steps == [([(0, 0, 8)], (2, 2)), ([(1, 0, 8)], (1, 2)), ([(2, 0, 8)], (0, 2))]
+
+
+def test_two_losses_that_are_apart_are_refilled_one_after_the_other() -> None:
+    sequences = running(8)
+    stages = kept(EVERYTHING, EVERYTHING, EVERYTHING, EVERYTHING)
+    assert taken(Recovery([(1, 1), (3, 3)], stages, SIZE), sequences, 5) == [
+        ([(0, 0, 5)], (1, 1)), ([(0, 5, 3)], (1, 1)), ([(0, 0, 5)], (3, 3)), ([(0, 5, 3)], (3, 3)),
+    ]  # fmt: skip
+
+
+def test_who_ended_is_not_computed_again() -> None:
+    sequences = running(8, 9)
+    recovery = Recovery([(1, 1)], kept(EVERYTHING, b""), SIZE)
+    sequences[1].state = State.FINISHED
+    assert taken(recovery, sequences, 100) == [([(0, 0, 8)], (1, 1))]
+
+
+# -- the scheduler ---------------------------------------------------------------------------------------------------
+
+
+class Stages:
+    """The workers' memory: what every slot of every page holds on each stage, as the prefix it was computed from."""
+
+    def __init__(self, count: int, rng: random.Random) -> None:
+        self.slots: list[dict[tuple[int, int], tuple[int, ...]]] = [{} for _ in range(count)]
+        self.journals: list[dict[int, int]] = [{} for _ in range(count)]
+        self.generations = list(range(1, count + 1))
+        self.rng = rng
+
+    def lose(self, stage: int) -> None:
+        """Another worker takes its place."""
+        self.slots[stage], self.journals[stage] = {}, {}
+        self.generations[stage] = self.rng.getrandbits(60)
+
+    def told(self) -> list[StageKv]:
+        """What they say when sessions are opened. Of each journal, some pages have gone."""
+        told = []
+        for journal, generation in zip(self.journals, self.generations, strict=True):
+            bits = bytearray(13)
+            for page in journal:
+                if self.rng.random() < 0.8:
+                    bits[page >> 3] |= 1 << (page & 7)
+            told.append(StageKv(generation, bytes(bits)))
+        return told
+
+    def run(self, plan: Plan, stage: int, tokens: dict[Sequence, list[int]]) -> None:
+        """One stage's part of a step."""
+        first, last = plan.replay or (0, len(self.slots) - 1)
+        if not first <= stage <= last:
+            return
+        for row in plan.rows:
+            known = tokens[row.sequence]
+            pages = row.sequence.pages
+            for position in range(row.start):
+                slot = pages[position // SIZE], position % SIZE
+                assert self.slots[stage].get(slot) == tuple(known[: position + 1]), "reads what is not there"
+            for position in range(row.start, row.start + row.count):
+                self.slots[stage][pages[position // SIZE], position % SIZE] = tuple(known[: position + 1])
+                self.journals[stage][pages[position // SIZE]] = 1
+
+
+def draw(prefix: list[int]) -> int:
+    """A greedy model: the token follows from all before it."""
+    return hash(tuple(prefix)) % 50
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_sequences_survive_losses_at_any_moment(seed: int) -> None:
+    """Random losses, also while stages are being refilled: no position is read that was not written, and every sequence
+    gets the tokens that it gets without losses."""
+    print("seed", seed)
+    rng = random.Random(seed)
+    stages = Stages(rng.randint(1, 4), rng)
+    scheduler = make(pages=rng.randint(30, 100), steps=rng.randint(1, 4), tokens=rng.choice((5, 16, 64)), seqs=6)
+    filled = list(stages.generations)
+    common = tuple(rng.randrange(50) for _ in range(24))
+    sequences: list[Sequence] = []
+    out: list[tuple[Plan, list[int]]] = []
+    for _ in range(20_000):
+        if len(sequences) == 16 and all(s.state is State.FINISHED for s in sequences) and not scheduler.out:
+            break
+        if len(sequences) < 16 and rng.random() < 0.03:
+            own = tuple(rng.randrange(50) for _ in range(rng.randint(1, 20)))
+            sequences.append(Sequence(common[: rng.randint(0, 24)] + own, 0, rng.randint(1, 30)))
+            scheduler.add(sequences[-1])
+        what = rng.random()
+        if what < 0.02:
+            for _ in range(rng.randint(0, 2)):
+                stages.lose(rng.randrange(len(stages.slots)))
+            out.clear()
+            scheduler.rewind()
+            told = stages.told()
+            runs = lost_stages(filled, told)
+            lost = {stage for first, last in runs for stage in range(first, last + 1)}
+            filled = [0 if stage in lost else kv.generation for stage, kv in enumerate(told)]
+            if runs:
+                scheduler.recovery = Recovery(runs, told, SIZE)
+        elif what < 0.03 and sequences:
+            scheduler.finish(rng.choice(sequences))
+        elif what < 0.5 and (plan := scheduler.next_plan()) is not None:
+            out.append((plan, [0] * len(stages.slots)))
+        elif out:
+            step(out, rng, stages, scheduler)
+            if scheduler.recovery is None and not any(plan.replay for plan, _ in out):
+                filled = list(stages.generations)
+    for sequence in sequences:
+        assert sequence.state is State.FINISHED
+        known = list(sequence.prompt)
+        for token in sequence.log:
+            assert token == draw(known)
+            known.append(token)
+    assert scheduler.pages.num_free == scheduler.pages.num_pages
+
+
+def step(out: list[tuple[Plan, list[int]]], rng: random.Random, stages: Stages, scheduler: Scheduler) -> None:
+    """One stage runs the next step that it can: in their order, behind the stage before."""
+    last = len(stages.slots) - 1
+    ready = []
+    for stage in range(last + 1):
+        at = next((i for i, (_, done) in enumerate(out) if not done[stage]), None)
+        if at is not None and (stage == 0 or out[at][1][stage - 1]):
+            ready.append((at, stage))
+    at, stage = rng.choice(ready)
+    plan, done = out[at]
+    # Tokens that the plan does not know come from the step before, which has run everywhere or is before it on stage 0.
+    tokens = {row.sequence: expected(row.sequence, row.start + row.count) for row in plan.rows}
+    stages.run(plan, stage, tokens)
+    done[stage] = 1
+    if stage == last:
+        out.pop(at)
+        for row in plan.rows:
+            sequence = row.sequence
+            if (
+                row.samples
+                and scheduler.append_token(sequence, row.start + row.count, draw(sequence.tokens(0, sequence.length)))
+                and len(sequence.log) >= sequence.max_tokens
+            ):
+                scheduler.finish(sequence)
+        scheduler.step_done(plan.step)
+
+
+def expected(sequence: Sequence, count: int) -> list[int]:
+    """The first `count` tokens, those on their way among them."""
+    known = sequence.tokens(0, min(count, sequence.length))
+    while len(known) < count:
+        known.append(draw(known))
+    return known

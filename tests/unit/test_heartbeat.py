@@ -1,0 +1,94 @@
+"""A rank that hangs is told from one that is at a long piece of work, or on a machine that stood still."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+from stagemesh.stage_worker import heartbeat
+from stagemesh.stage_worker.heartbeat import ALIVE_S, FIRST_S, MARGIN, Heart, HeartWatch, make_heartbeats
+
+EVERY_S = 0.1
+
+
+class Clock:
+    """Time that goes on when it is told to; a watch looks every tenth of a second meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(heartbeat.time, "monotonic", lambda: self.now)
+        fd = make_heartbeats(2)
+        self.watch = HeartWatch(fd, 2, EVERY_S)
+        self.heart = Heart(os.dup(fd), 1, 2)
+        os.close(fd)
+
+    def hangs_after(self, most_s: float = 1000) -> float:
+        """Seconds until the watch says that the rank hangs."""
+        began = self.now
+        while (found := self.watch.hanging()) is None:
+            assert self.now - began < most_s, "nothing is noticed"
+            self.now += EVERY_S
+        assert found[0] == 1
+        return self.now - began
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def step(clock: Clock, tokens: int, s_per_token: float, layers: int = 4) -> None:
+    clock.heart.work(tokens)
+    for _ in range(layers - 1):
+        clock.now += s_per_token * tokens
+        clock.heart.beat()
+    clock.now += s_per_token * tokens
+    clock.heart.rest()
+
+
+def test_before_it_is_up_and_in_calls_nothing_is_due(clock: Clock) -> None:
+    for prepare in (lambda: None, clock.heart.pause):
+        prepare()
+        with pytest.raises(AssertionError, match="nothing is noticed"):
+            clock.hangs_after(100)
+
+
+def test_an_idle_rank_is_missed_in_under_a_second(clock: Clock) -> None:
+    clock.heart.beat()
+    assert ALIVE_S < clock.hangs_after() < 1.0
+
+
+@pytest.mark.parametrize(
+    ("act", "allowed_s"),
+    [
+        (lambda c: c.heart.work(8), ALIVE_S + MARGIN * 8 * 1e-3),
+        (lambda c: c.heart.work(2000), ALIVE_S + MARGIN * 2000 * 1e-3),
+        (lambda c: (c.heart.work(2000), c.heart.beat()), ALIVE_S + MARGIN * 2000 * 1e-3),
+        (lambda c: (c.heart.work(2000), c.heart.rest()), ALIVE_S),
+    ],
+)
+def test_a_stretch_of_work_gets_what_such_stretches_took(
+    clock: Clock, act: Callable[[Clock], object], allowed_s: float
+) -> None:
+    for _ in range(5):
+        step(clock, 8, 1e-3)
+    act(clock)
+    assert allowed_s * 0.97 < clock.hangs_after() < allowed_s + 3 * EVERY_S
+
+
+def test_the_first_step_may_take_long(clock: Clock) -> None:
+    clock.heart.work(1)
+    assert FIRST_S < clock.hangs_after() < FIRST_S + 1
+
+
+def test_a_watch_that_stood_still_itself_blames_nobody(clock: Clock) -> None:
+    clock.heart.beat()
+    assert clock.watch.hanging() is None
+    for _ in range(10):
+        clock.now += 5
+        assert clock.watch.hanging() is None
+    clock.heart.beat()
+    clock.now += EVERY_S
+    assert clock.watch.hanging() is None

@@ -1,0 +1,81 @@
+"""The boundary journal, and the ranges of pages that outlive a session."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from stagemesh.errors import Unavailable
+from stagemesh.stage_worker.journal import Journal
+from stagemesh.stage_worker.page_ranges import PageRanges
+from stagemesh.stage_worker.shard.batch import StepBatch
+
+SIZE, HIDDEN = 4, 3
+
+
+def batch(*rows: tuple[int, int, list[int]]) -> StepBatch:
+    """(start, count, pages) of each row."""
+    starts, counts, tables = zip(*rows, strict=True)
+    return StepBatch(starts=starts, counts=counts, tables=tables, page_size=SIZE)
+
+
+def values(first: int, count: int) -> torch.Tensor:
+    return torch.arange(first, first + count, dtype=torch.float32)[:, None].expand(count, HIDDEN).to(torch.bfloat16)
+
+
+def test_what_was_sent_is_read_again_in_other_pieces() -> None:
+    journal = Journal(8, SIZE, HIDDEN, torch.bfloat16)
+    journal.write(batch((0, 6, [5, 7]), (0, 2, [1])), values(0, 8))
+    journal.write(batch((6, 1, [5, 7]), (2, 3, [1, 2])), values(20, 4))
+    found = journal.read(batch((0, 5, [1, 2]), (0, 7, [5, 7])))
+    assert found is not None
+    assert found[:, 0].tolist() == [6, 7, 21, 22, 23, 0, 1, 2, 3, 4, 5, 20]
+    assert found.dtype is torch.bfloat16
+    assert journal.held(0, 8) == bytes([0b10100110])
+    assert journal.held(5, 3) == bytes([0b101])
+
+
+def test_when_it_is_full_the_oldest_entry_goes_and_is_not_begun_in_the_middle() -> None:
+    journal = Journal(2, SIZE, HIDDEN, torch.bfloat16)
+    journal.write(batch((0, 2, [0])), values(0, 2))
+    journal.write(batch((0, 8, [1, 2])), values(10, 8))
+    assert journal.read(batch((0, 2, [0]))) is None
+    journal.write(batch((2, 2, [0])), values(2, 2))
+    assert journal.held(0, 8) == bytes([0b110]), "a page without its beginning is of no use"
+    journal.write(batch((0, 1, [1])), values(50, 1))
+    journal.write(batch((0, 1, [3])), values(60, 1))
+    assert journal.held(0, 8) == bytes([0b1010]), "page 1 was begun anew: page 2 is the oldest"
+    found = journal.read(batch((0, 1, [1]), (0, 1, [3])))
+    assert found is not None
+    assert found[:, 0].tolist() == [50, 60]
+
+
+def test_without_memory_nothing_is_kept() -> None:
+    journal = Journal(0, SIZE, HIDDEN, torch.bfloat16)
+    journal.write(batch((0, 3, [0])), values(0, 3))
+    assert journal.held(0, 8) == b"\0"
+
+
+def test_a_gateway_that_comes_back_finds_its_pages_as_it_left_them() -> None:
+    ranges = PageRanges(2, itertools.count(1).__next__)
+    first, second = ranges.open("a"), ranges.open("b")
+    assert {first.index, second.index} == {0, 1}
+    with pytest.raises(Unavailable, match="all 2 page ranges are held"):
+        ranges.open("c")
+    ranges.close("a")
+    ranges.close("b")
+    assert ranges.open("b") == second
+    assert ranges.open("a") == first
+
+
+def test_a_range_that_another_gateway_had_is_not_what_it_was() -> None:
+    ranges = PageRanges(1, itertools.count(1).__next__)
+    first = ranges.open("a")
+    ranges.close("a")
+    other = ranges.open("b")
+    assert other.index == first.index
+    assert other.generation != first.generation
+    ranges.close("b")
+    assert ranges.open("a").generation not in (first.generation, other.generation)
