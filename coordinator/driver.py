@@ -31,7 +31,7 @@ Post = Callable[[v.Event], None]
 
 
 class Driver:
-    """Executes Assign, MakeLink, Activate, Release, Forget and Disconnect; answers come back through `post`."""
+    """Executes Assign, Prepare, MakeLink, Activate, Release, Forget and Disconnect; answers come through `post`."""
 
     def __init__(self, post: Post, model: types_pb2.ModelRef, limits: types_pb2.RunLimits) -> None:
         self._post = post
@@ -45,6 +45,8 @@ class Driver:
         match action:
             case v.Assign():
                 self._start(action, action.plan.stage, "assign", self._assign(action))
+            case v.Prepare():
+                self._spawn(self._prepare(action), ("", 0))
             case v.MakeLink():
                 self._start(action, action.stage, "link", self._make_link(action))
             case v.Activate():
@@ -129,6 +131,23 @@ class Driver:
         finally:
             call.cancel()
         raise ValueError("the worker ended its Assign without `done`")
+
+    async def _prepare(self, action: v.Prepare) -> None:
+        at = (action.worker_id, action.incarnation, action.layers)
+        request = stage_pb2.PrepareRequest(layers=layer_range(action.layers), model=self._model, limits=self._limits)
+        call = self._stub(action.address).Prepare(request)
+        try:
+            async for response in _each(call, ASSIGN_SILENCE_S):
+                if response.HasField("done"):
+                    self._post(v.Prepared(*at, response.done.fingerprint))
+                    return
+            self._post(v.PrepareFailed(*at, "it ended its Prepare without `done`"))
+        except grpc.RpcError as e:
+            self._post(v.PrepareFailed(*at, rpc.from_rpc_error(e).message))
+        except TimeoutError:
+            self._post(v.PrepareFailed(*at, "no answer to prepare in time"))
+        finally:
+            call.cancel()
 
     async def _make_link(self, action: v.MakeLink) -> None:
         key = stage_pb2.PipelineKey(pipeline_id=action.pipeline_id, epoch=action.epoch)

@@ -68,10 +68,14 @@ class Mesh(Former):
                 self._drain(worker_id)
             case v.LinkBroken():
                 self._link_broken(event)
+            case v.Prepared() | v.PrepareFailed():
+                self._prepared(event)
             case _:
                 self._order_answered(event)
         for pipeline in self.pipelines.values():
+            self._move_if_due(pipeline)
             self._form_if_due(pipeline)
+        self._warm_standbys()
         return self._actions
 
     # Membership
@@ -168,9 +172,7 @@ class Mesh(Former):
             stage = pipeline.stage_of(worker_id)
             if stage is None:
                 continue
-            if pipeline.state is State.SERVING:
-                pipeline.state, pipeline.reason = State.DRAINING, f"stage {stage}: worker {worker_id} drains"
-            elif pipeline.state is State.FORMING:
+            if pipeline.state is State.FORMING:
                 self._interrupt(pipeline, f"stage {stage}: worker {worker_id} drains")
         self._publish()
 

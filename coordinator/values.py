@@ -150,6 +150,26 @@ class AssignDone:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A standby has loaded layers."""
+
+    worker_id: str
+    incarnation: int
+    layers: Range
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class PrepareFailed:
+    """A standby could not load layers."""
+
+    worker_id: str
+    incarnation: int
+    layers: Range
+    reason: str
+
+
+@dataclass(frozen=True)
 class LinkUp:
     """The link from `stage` to the next stands."""
 
@@ -191,6 +211,8 @@ Event = (
     | LinkBroken
     | AssignProgress
     | AssignDone
+    | Prepared
+    | PrepareFailed
     | LinkUp
     | Activated
     | StepFailed
@@ -224,6 +246,16 @@ class Assign:
     num_stages: int
     plan: StagePlan
     address: str
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Tell a standby to load layers."""
+
+    worker_id: str
+    incarnation: int
+    address: str
+    layers: Range
 
 
 @dataclass(frozen=True)
@@ -296,7 +328,9 @@ class Log:
     warning: bool = False
 
 
-Action = PersistEpoch | PersistPlan | Assign | MakeLink | Activate | Release | Forget | Disconnect | Publish | Log
+Action = (
+    PersistEpoch | PersistPlan | Assign | Prepare | MakeLink | Activate | Release | Forget | Disconnect | Publish | Log
+)
 
 
 @dataclass(frozen=True)
@@ -334,6 +368,8 @@ class Worker:
     """Clock time at which its lease ends."""
     kept: Range | None = None
     """Layers whose weights it has loaded."""
+    preparing: Range | None = None
+    """Layers that it loads as a standby."""
     draining: bool = False
     refusals: dict[tuple[int, Range], str] = field(default_factory=dict)
     """(stage, layers) that this incarnation cannot hold, and why."""

@@ -132,7 +132,7 @@ def mesh_view(
 
 
 def _worker_view(mesh: Mesh, worker: v.Worker) -> types_pb2.WorkerView:
-    info, state, layers = worker.info, "standby", None
+    info, state, layers = worker.info, "standby", worker.kept or worker.preparing
     for pipeline in mesh.pipelines.values():
         stage = pipeline.stage_of(info.worker_id)
         if stage is not None:

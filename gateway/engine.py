@@ -194,6 +194,7 @@ class MeshEngine:
             "reason": reason,
             "gateway": {
                 "id": self.settings.gateway_id,
+                "coordinator": self.settings.coordinator,
                 "running": load.running,
                 "waiting": load.waiting,
                 "steps_in_flight": load.steps_in_flight,

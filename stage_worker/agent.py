@@ -120,6 +120,30 @@ class Agent:
     async def assign(self, request: stage_pb2.AssignRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
         """Stage.Assign."""
         self._fence(request.key, "assignment")
+        self._group()
+        held = self.held[request.key.pipeline_id] = Held(request)
+        self._end_sessions(request.key.pipeline_id, request.key.epoch - 1, f"epoch {request.key.epoch} begins")
+        try:
+            async for response in self._load(Kind.ASSIGN, request):
+                if response.HasField("done"):
+                    held.done = response.done
+                yield response
+        except BaseException:
+            if self.held.get(request.key.pipeline_id) is held:
+                del self.held[request.key.pipeline_id]
+            raise
+
+    async def prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
+        """Stage.Prepare."""
+        if self.held:
+            raise Unavailable(f"{self.worker_id} holds a stage, and can prepare no other", retry_after_s=1)
+        async for response in self._load(Kind.PREPARE, request):
+            yield response
+
+    async def _load(
+        self, kind: Kind, request: stage_pb2.AssignRequest | stage_pb2.PrepareRequest
+    ) -> AsyncIterator[stage_pb2.AssignResponse]:
+        """Has the ranks load what the request names; progress, and at the end what they hold together."""
         group = self._group()
         if self.settings.model is not None:
             request.model.path = self.settings.model
@@ -128,10 +152,8 @@ class Agent:
         request.model.fingerprint = await asyncio.to_thread(checkpoint.fingerprint, model, request.model.load_format)
         if theirs and theirs != request.model.fingerprint:
             log.warning("checkpoint %s has fingerprint %s here, %s there", model, request.model.fingerprint, theirs)
-        held = self.held[request.key.pipeline_id] = Held(request)
-        self._end_sessions(request.key.pipeline_id, request.key.epoch - 1, f"epoch {request.key.epoch} begins")
         ident = group.take_id()
-        call = asyncio.create_task(group.call_as(ident, Kind.ASSIGN, request.SerializeToString(), ASSIGN_TIMEOUT_S))
+        call = asyncio.create_task(group.call_as(ident, kind, request.SerializeToString(), ASSIGN_TIMEOUT_S))
         try:
             while not call.done():
                 await asyncio.wait([call], timeout=0.1)
@@ -142,21 +164,16 @@ class Agent:
                         total_bytes=sum(p.total_bytes for p in progress),
                     )
             ranks = [stage_pb2.AssignDone.FromString(reply) for reply in call.result()]
-        except BaseException:
-            if self.held.get(request.key.pipeline_id) is held:
-                del self.held[request.key.pipeline_id]
-            raise
         finally:
             # The coordinator may have gone while the ranks load: the answer is nobody's then.
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
             for key in [key for key in self._progress if key[0] == ident]:
                 del self._progress[key]
-        held.done = stage_pb2.AssignDone()
-        held.done.CopyFrom(ranks[0])
-        held.done.num_pages = min(done.num_pages for done in ranks)
-        held.done.tensor_bytes_read = sum(done.tensor_bytes_read for done in ranks)
-        yield stage_pb2.AssignResponse(done=held.done)
+        done = ranks[0]
+        done.num_pages = min(rank.num_pages for rank in ranks)
+        done.tensor_bytes_read = sum(rank.tensor_bytes_read for rank in ranks)
+        yield stage_pb2.AssignResponse(done=done)
 
     async def offer_link(self, request: stage_pb2.OfferLinkRequest, context: Any) -> stage_pb2.OfferLinkResponse:
         """Stage.OfferLink."""
@@ -326,6 +343,11 @@ def add_to_server(agent: Agent, server: grpc.aio.Server) -> None:
         "Assign": grpc.unary_stream_rpc_method_handler(
             agent.assign,
             request_deserializer=p.AssignRequest.FromString,
+            response_serializer=p.AssignResponse.SerializeToString,
+        ),
+        "Prepare": grpc.unary_stream_rpc_method_handler(
+            agent.prepare,
+            request_deserializer=p.PrepareRequest.FromString,
             response_serializer=p.AssignResponse.SerializeToString,
         ),
         "OfferLink": unary(agent.offer_link, p.OfferLinkRequest, p.OfferLinkResponse),

@@ -21,7 +21,7 @@ HEADER = struct.Struct("<IBI")
 
 
 class Kind(enum.IntEnum):
-    """What a frame says. The id names a call (ASSIGN..CLOSE_SESSION and their replies) or a session (RUN, RESULT)."""
+    """What a frame says. The id names a call (ASSIGN..PREPARE and their replies) or a session (RUN, RESULT)."""
 
     # agent -> rank
     ASSIGN = 1
@@ -31,8 +31,9 @@ class Kind(enum.IntEnum):
     RELEASE = 5
     OPEN_SESSION = 6
     CLOSE_SESSION = 7
-    RUN = 8
-    SHUTDOWN = 9
+    PREPARE = 8
+    RUN = 10
+    SHUTDOWN = 11
     # rank -> agent
     READY = 20
     PROGRESS = 21
@@ -48,7 +49,7 @@ class Kind(enum.IntEnum):
     @property
     def is_call(self) -> bool:
         """Whether the agent waits for a REPLY or an ERROR of the same id."""
-        return self <= Kind.CLOSE_SESSION
+        return self <= Kind.PREPARE
 
 
 def pack(kind: Kind, ident: int, payload: bytes = b"") -> bytes:

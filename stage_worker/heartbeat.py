@@ -17,10 +17,11 @@ ALIVE_S = 0.4
 MARGIN = 10.0
 """How many times longer than ever a stretch of work may take, beyond that."""
 FIRST_S = 30.0
-"""The first stretch of work, before one was measured: much is made when it is needed for the first time."""
+"""A stretch of a step smaller than any before: much is made when it is needed for the first time."""
 CUDA_S = 5.0
 """Beyond that on a CUDA device, where a decode step of a new size is captured first."""
-FORGET = 0.998
+FORGET = 0.7
+"""Of the slowest stretch of a step, for each step of its size: the first of a kind take many times as long."""
 
 SLOT = 8
 
@@ -43,32 +44,41 @@ class Heart:
         os.close(fd)
         self._rank = rank
         self._slack_s = ALIVE_S + (CUDA_S if cuda else 0.0)
-        self._tokens = 0
-        self._beat_at = 0.0
-        self._s_per_token: float | None = None
-        """Of the slowest stretch of late."""
+        self._size: int | None = None
+        """Of the step under way: its tokens' number of bits."""
+        self._beat_at = self._slowest_s = self._allowed_s = 0.0
+        self._stretch_s: dict[int, float] = {}
+        """Size -> the slowest stretch of such steps of late."""
 
     def beat(self) -> None:
         """This rank goes on: it is between two layers, or has nothing to do."""
         now = time.monotonic()
-        within_s = self._slack_s
-        if self._tokens:
-            self._s_per_token = max((self._s_per_token or 0.0) * FORGET, (now - self._beat_at) / self._tokens)
-            within_s += MARGIN * self._s_per_token * self._tokens
+        if self._size is not None:
+            self._slowest_s = max(self._slowest_s, now - self._beat_at)
         self._beat_at = now
-        self._values[self._rank] = now + within_s
+        self._values[self._rank] = now + self._slack_s + self._allowed_s
 
     def work(self, tokens: int) -> None:
         """A step of so many tokens begins."""
-        self._beat_at, self._tokens = time.monotonic(), tokens
-        within_s = FIRST_S if self._s_per_token is None else MARGIN * self._s_per_token * tokens
-        self._values[self._rank] = self._beat_at + self._slack_s + within_s
+        size = tokens.bit_length()
+        self._allowed_s = self._most_s(size)
+        self.beat()
+        self._size, self._slowest_s = size, 0.0
 
     def rest(self) -> None:
         """The step is over."""
+        assert self._size is not None
+        self._allowed_s = 0.0
         self.beat()
-        self._tokens = 0
-        self._values[self._rank] = self._beat_at + self._slack_s
+        self._stretch_s[self._size] = max(self._slowest_s, FORGET * self._stretch_s.get(self._size, 0.0))
+        self._size = None
+
+    def _most_s(self, size: int) -> float:
+        """What a stretch of such a step may take: measured, or in proportion to the next smaller that was."""
+        smaller = max((s for s in self._stretch_s if s <= size), default=None)
+        if smaller is None:
+            return FIRST_S
+        return MARGIN * self._stretch_s[smaller] * float(1 << (size - smaller))
 
     def pause(self) -> None:
         """Nothing is heard for as long as it takes: a call of the agent, which has a deadline of its own."""

@@ -17,12 +17,12 @@ import torch
 from google.protobuf.message import DecodeError
 
 from stagemesh import process
-from stagemesh.errors import InvalidRequest, NotFound, StagemeshError, StaleEpoch, TransportError
+from stagemesh.errors import ConfigError, InvalidRequest, NotFound, StagemeshError, StaleEpoch, TransportError
 from stagemesh.protos.v1 import stage_pb2
 from stagemesh.transport.base import Transport
 from stagemesh.transport.select import open_transport
 
-from .assignment import Assignment
+from .assignment import Assignment, Held
 from .config import RankConfig
 from .control import Kind, Socket, dumps, pack_error
 from .engine import Engine
@@ -56,6 +56,7 @@ class Rank:
             Kind.RELEASE: self.release,
             Kind.OPEN_SESSION: self.open_session,
             Kind.CLOSE_SESSION: self.close_session,
+            Kind.PREPARE: self.prepare,
         }
         engine.handle = self.handle
 
@@ -87,7 +88,7 @@ class Rank:
                 before.close()
                 del self.engine.assignments[key]
         held = self._memory.hold(ident, request)
-        shard, pool = held.shard, held.pool
+        pool = held.pool
         assignment = Assignment(request, held, self.config.rank)
         self.engine.assignments[request.key.pipeline_id, request.stage] = assignment
         layers = f"layers {request.layers.first}-{request.layers.last - 1}"
@@ -98,14 +99,16 @@ class Rank:
             request.stage, layers, pool.num_pages, pool.page_size, tokens,
             tokens / request.limits.max_model_len, request.limits.max_model_len,
         )  # fmt: skip
-        return stage_pb2.AssignDone(
-            num_pages=pool.num_pages // max(1, request.limits.gateways),
-            page_bytes=held.page_bytes,
-            weight_bytes=held.weight_bytes,
-            tensor_bytes_read=shard.tensor_bytes_read,
-            fingerprint=request.model.fingerprint,
-            vocab_size=shard.vocab_size,
-        ).SerializeToString()
+        return _done(held, request).SerializeToString()
+
+    def prepare(self, ident: int, payload: bytes) -> bytes:
+        """Loads a range and allocates its pages, for an assignment that may come."""
+        request = stage_pb2.PrepareRequest.FromString(payload)
+        if self.engine.assignments:
+            raise ConfigError("this worker holds a stage, and can prepare no other")
+        held = self._memory.hold(ident, request)
+        process.set_title(f"standby layers {request.layers.first}-{request.layers.last - 1} rank {self.config.rank}")
+        return _done(held, request).SerializeToString()
 
     def activate(self, ident: int, payload: bytes) -> bytes:
         """Starts taking sessions."""
@@ -169,6 +172,17 @@ class Rank:
             self.engine.end_session(session, e)
         except DecodeError as e:
             self.engine.end_session(session, InvalidRequest(f"a message of the session cannot be read: {e}"))
+
+
+def _done(held: Held, request: stage_pb2.AssignRequest | stage_pb2.PrepareRequest) -> stage_pb2.AssignDone:
+    return stage_pb2.AssignDone(
+        num_pages=held.pool.num_pages // max(1, request.limits.gateways),
+        page_bytes=held.page_bytes,
+        weight_bytes=held.weight_bytes,
+        tensor_bytes_read=held.shard.tensor_bytes_read,
+        fingerprint=request.model.fingerprint,
+        vocab_size=held.shard.vocab_size,
+    )
 
 
 def open_transports(config: RankConfig) -> dict[str, Transport]:

@@ -52,7 +52,7 @@ class RankMemory:
         self._ranges = PageRanges(1, _nonce)
         self._journal: Journal | None = None
 
-    def hold(self, ident: int, request: stage_pb2.AssignRequest) -> Held:
+    def hold(self, ident: int, request: stage_pb2.AssignRequest | stage_pb2.PrepareRequest) -> Held:
         """Shard, pages, and on rank 0 of the last stage the draft model; the agent is told of the progress of `ident`.
 
         What is in memory and fits the request stays; everything else goes first, as both together may not fit.

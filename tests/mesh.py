@@ -99,6 +99,13 @@ class Mesh:
             time.sleep(0.05)
         return time.monotonic() - began
 
+    def wait_standbys(self, count: int, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Waits until so many standbys have a stage's layers loaded."""
+        deadline = time.monotonic() + timeout_s
+        while self.log.read_text(errors="replace").count(" ready\n") < count:
+            assert time.monotonic() < deadline, f"no standby:\n{self.tail()}"
+            time.sleep(0.02)
+
     def epoch(self) -> int:
         """Epoch of the pipeline as the gateway sees it."""
         return int(self.get("/mesh")["pipelines"][0]["epoch"])

@@ -43,6 +43,16 @@ class AssignRequest(_message.Message):
     limits: _types_pb2.RunLimits
     def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., layers: _Optional[_Union[_types_pb2.LayerRange, _Mapping]] = ..., generation: _Optional[int] = ..., model: _Optional[_Union[_types_pb2.ModelRef, _Mapping]] = ..., limits: _Optional[_Union[_types_pb2.RunLimits, _Mapping]] = ...) -> None: ...
 
+class PrepareRequest(_message.Message):
+    __slots__ = ("layers", "model", "limits")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    layers: _types_pb2.LayerRange
+    model: _types_pb2.ModelRef
+    limits: _types_pb2.RunLimits
+    def __init__(self, layers: _Optional[_Union[_types_pb2.LayerRange, _Mapping]] = ..., model: _Optional[_Union[_types_pb2.ModelRef, _Mapping]] = ..., limits: _Optional[_Union[_types_pb2.RunLimits, _Mapping]] = ...) -> None: ...
+
 class AssignResponse(_message.Message):
     __slots__ = ("loaded_bytes", "total_bytes", "done")
     LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]

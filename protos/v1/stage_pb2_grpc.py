@@ -40,6 +40,11 @@ class StageStub(object):
                 request_serializer=stagemesh_dot_protos_dot_v1_dot_stage__pb2.AssignRequest.SerializeToString,
                 response_deserializer=stagemesh_dot_protos_dot_v1_dot_stage__pb2.AssignResponse.FromString,
                 _registered_method=True)
+        self.Prepare = channel.unary_stream(
+                '/stagemesh.v1.Stage/Prepare',
+                request_serializer=stagemesh_dot_protos_dot_v1_dot_stage__pb2.PrepareRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_protos_dot_v1_dot_stage__pb2.AssignResponse.FromString,
+                _registered_method=True)
         self.OfferLink = channel.unary_unary(
                 '/stagemesh.v1.Stage/OfferLink',
                 request_serializer=stagemesh_dot_protos_dot_v1_dot_stage__pb2.OfferLinkRequest.SerializeToString,
@@ -73,6 +78,14 @@ class StageServicer(object):
 
     def Assign(self, request, context):
         """Loads a layer range; streams progress, ends with `done`. Errors: FAILED_PRECONDITION (checkpoint, support, memory), ABORTED (stale epoch).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prepare(self, request, context):
+        """Loads a layer range beside whatever is served elsewhere, so that an Assign of it takes no time; a worker that holds an
+        assignment refuses another range. Streams progress, ends with `done`. Errors: as Assign.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,6 +132,11 @@ def add_StageServicer_to_server(servicer, server):
             'Assign': grpc.unary_stream_rpc_method_handler(
                     servicer.Assign,
                     request_deserializer=stagemesh_dot_protos_dot_v1_dot_stage__pb2.AssignRequest.FromString,
+                    response_serializer=stagemesh_dot_protos_dot_v1_dot_stage__pb2.AssignResponse.SerializeToString,
+            ),
+            'Prepare': grpc.unary_stream_rpc_method_handler(
+                    servicer.Prepare,
+                    request_deserializer=stagemesh_dot_protos_dot_v1_dot_stage__pb2.PrepareRequest.FromString,
                     response_serializer=stagemesh_dot_protos_dot_v1_dot_stage__pb2.AssignResponse.SerializeToString,
             ),
             'OfferLink': grpc.unary_unary_rpc_method_handler(
@@ -174,6 +192,33 @@ class Stage(object):
             target,
             '/stagemesh.v1.Stage/Assign',
             stagemesh_dot_protos_dot_v1_dot_stage__pb2.AssignRequest.SerializeToString,
+            stagemesh_dot_protos_dot_v1_dot_stage__pb2.AssignResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prepare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/stagemesh.v1.Stage/Prepare',
+            stagemesh_dot_protos_dot_v1_dot_stage__pb2.PrepareRequest.SerializeToString,
             stagemesh_dot_protos_dot_v1_dot_stage__pb2.AssignResponse.FromString,
             options,
             channel_credentials,

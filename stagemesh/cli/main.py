@@ -20,7 +20,7 @@ from stagemesh.config import (
 )
 from stagemesh.errors import CheckpointError, ConfigError, StagemeshError
 
-from . import bench
+from . import bench, operate
 from .flags import add_flags, given
 
 USAGE_ERROR = 2
@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_parser(commands)
     status = commands.add_parser("status", help="show the mesh that a gateway sees")
     status.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway's HTTP address")
+    operate.add_parsers(commands)
     return top
 
 
@@ -89,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return show(namespace.url)
         if namespace.command == "bench":
             return bench.run(namespace)
+        if namespace.command in operate.COMMANDS:
+            return operate.run(namespace)
         cls, run, _ = SERVICES[namespace.command]
         values = given(namespace, cls)
         if namespace.command == "serve" and namespace.config and values["model"] == str(DEMO_MODEL):

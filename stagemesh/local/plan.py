@@ -34,29 +34,16 @@ def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSet
 
 
 def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSettings]:
-    """One worker a stage, and the standbys. Compute threads: the machine's cores, shared among the ranks.
+    """One worker a stage. Compute threads: the machine's cores, shared among the ranks.
 
     Where there is a core for each rank, ranks are pinned: left to itself, the kernel wakes the receiver of an
-    activation on the sender's core, and two stages share one while another idles. Standbys float. When nothing else
-    computes, as with one stream, a step uses the others' cores, too.
+    activation on the sender's core, and two stages share one while another idles. When nothing else computes, as with
+    one stream, a step uses the others' cores, too.
     """
     ranks = sum(serve.tp_sizes)
     cores = sorted(os.sched_getaffinity(0))
-    threads = max(1, len(cores) // ranks)
+    threads = _threads(serve)
     pinned = serve.device != "cuda" and len(cores) >= ranks
-    common: dict[str, Any] = {
-        "coordinator": coordinator,
-        "host": LOOPBACK,
-        "device": serve.device,
-        "transport": serve.transport,
-        "kv_cache_gib": serve.kv_cache_gib,
-        "journal_gib": serve.journal_gib,
-        "gpu_memory_utilization": serve.gpu_memory_utilization,
-        "threads": threads,
-        "enforce_eager": serve.enforce_eager,
-        "model": serve.model,
-        "drain_timeout": 0.0,
-    }
     groups = [",".join(map(str, cores[rank * threads : (rank + 1) * threads])) for rank in range(ranks)]
     stages = []
     for i, size in enumerate(serve.tp_sizes):
@@ -68,7 +55,7 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
         idle_cpu_list = "|".join(",".join(others[rank::size]) for rank in range(size)) if pinned and others else None
         stages.append(
             StageSettings(
-                **common,
+                **_common(serve, coordinator),
                 worker_id=f"stage-{i}",
                 stage=i,
                 tensor_parallel_size=size,
@@ -76,11 +63,36 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
                 idle_cpu_list=idle_cpu_list,
             )
         )
-    standbys = [
+    return stages
+
+
+def standby_settings(serve: ServeSettings, coordinator: str) -> list[StageSettings]:
+    """Workers that may take any stage's place. They are not pinned: whose core will be free is not known."""
+    common = _common(serve, coordinator)
+    return [
         StageSettings(**common, worker_id=f"standby-{i}", tensor_parallel_size=max(serve.tp_sizes))
         for i in range(serve.standby)
     ]
-    return stages + standbys
+
+
+def _common(serve: ServeSettings, coordinator: str) -> dict[str, Any]:
+    return {
+        "coordinator": coordinator,
+        "host": LOOPBACK,
+        "device": serve.device,
+        "transport": serve.transport,
+        "kv_cache_gib": serve.kv_cache_gib,
+        "journal_gib": serve.journal_gib,
+        "gpu_memory_utilization": serve.gpu_memory_utilization,
+        "threads": _threads(serve),
+        "enforce_eager": serve.enforce_eager,
+        "model": serve.model,
+        "drain_timeout": 0.0,
+    }
+
+
+def _threads(serve: ServeSettings) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // sum(serve.tp_sizes))
 
 
 def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:

@@ -16,14 +16,15 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
 from stagemesh import process
-from stagemesh.config import ServeSettings
+from stagemesh.config import ServeSettings, StageSettings
 from stagemesh.errors import ConfigError
 
 from .children import Child
-from .plan import LOOPBACK, coordinator_settings, gateway_settings, worker_settings
+from .plan import LOOPBACK, coordinator_settings, gateway_settings, standby_settings, worker_settings
 from .progress import Progress, banner
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class _Supervisor:
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
         self.children: list[Child] = []
+        self._gateway: Child
+        self._coordinator = ""
         self.stop = asyncio.Event()
         self.started_at = time.monotonic()
         # On a terminal, bars and the banner tell the story; elsewhere the services' own log lines do.
@@ -59,17 +62,20 @@ class _Supervisor:
             try:
                 if not await self._started(state_dir):
                     return 0
-                watching = asyncio.create_task(self._watch())
+                watching = [asyncio.create_task(self._watch(list(self.children)))]
                 try:
-                    await self._until_ready(watching)
-                    await asyncio.wait(
-                        [watching, asyncio.create_task(self.stop.wait())], return_when=asyncio.FIRST_COMPLETED
-                    )
-                    if watching.done() and not self.stop.is_set():
-                        watching.result()
+                    await self._until_ready(watching[0])
+                    if not self.stop.is_set():
+                        standbys = await self._start_standbys()
+                        watching += [asyncio.create_task(self._keep(child)) for child in standbys]
+                    stopped = asyncio.create_task(self.stop.wait())
+                    done, _ = await asyncio.wait([*watching, stopped], return_when=asyncio.FIRST_COMPLETED)
+                    if not self.stop.is_set():
+                        done.pop().result()
                 finally:
-                    watching.cancel()
-                    await asyncio.gather(watching, return_exceptions=True)
+                    for task in watching:
+                        task.cancel()
+                    await asyncio.gather(*watching, return_exceptions=True)
             finally:
                 await self._end()
         return 0
@@ -91,12 +97,25 @@ class _Supervisor:
         await coordinator.start()
         coordinator.pin_ports()
         address = f"{LOOPBACK}:{coordinator.ports['port']}"
-        for worker in worker_settings(self.settings, address):
-            self._child("stage", f"worker {worker.worker_id}", worker)
-        self._child("gateway", "gateway", gateway_settings(self.settings, address))
+        self._coordinator = address
+        workers = [self._worker(settings) for settings in worker_settings(self.settings, address)]
+        self._gateway = self._child("gateway", "gateway", gateway_settings(self.settings, address))
         # Services import for seconds: all at once.
-        await asyncio.gather(*(child.start() for child in self.children[1:]))
-        for child in self.children[1:]:
+        await self._start_all([*workers, self._gateway])
+
+    async def _start_standbys(self) -> list[Child]:
+        """When everything serves: before that they would take the place of a stage that registers a moment later."""
+        standbys = [self._worker(settings) for settings in standby_settings(self.settings, self._coordinator)]
+        await self._start_all(standbys)
+        return standbys
+
+    def _worker(self, settings: StageSettings) -> Child:
+        return self._child("stage", f"worker {settings.worker_id}", settings)
+
+    @staticmethod
+    async def _start_all(children: Sequence[Child]) -> None:
+        await asyncio.gather(*(child.start() for child in children))
+        for child in children:
             child.pin_ports()
 
     def _child(self, role: str, label: str, settings: Any) -> Child:
@@ -104,9 +123,9 @@ class _Supervisor:
         self.children.append(child)
         return child
 
-    async def _watch(self) -> None:
+    async def _watch(self, children: Sequence[Child]) -> None:
         """Restarts what dies, each child on its own."""
-        await asyncio.gather(*(self._keep(child) for child in self.children), self._reap())
+        await asyncio.gather(*(self._keep(child) for child in children), self._reap())
 
     async def _reap(self) -> None:
         """The ranks of an agent that was killed come to this process when they die."""
@@ -129,7 +148,7 @@ class _Supervisor:
     def url(self) -> str:
         """Where the gateway can be reached from this machine."""
         host = self.settings.host if self.settings.host not in ("0.0.0.0", "::") else LOOPBACK
-        return f"http://{host}:{self.children[-1].ports['port']}"
+        return f"http://{host}:{self._gateway.ports['port']}"
 
     async def _until_ready(self, watching: asyncio.Task[None]) -> None:
         progress = Progress()
@@ -155,7 +174,7 @@ class _Supervisor:
         finally:
             progress.close()
         if not self.stop.is_set():
-            grpc_address = f"{self.settings.host}:{self.children[-1].ports['grpc_port']}"
+            grpc_address = f"{self.settings.host}:{self._gateway.ports['grpc_port']}"
             text = banner(mesh, self.url, grpc_address, self.started_at, self.settings.api_key is not None)
             print(text, flush=True)
 

@@ -34,6 +34,7 @@ def expected() -> list[streams.Stream]:
 def mesh() -> Iterator[Mesh]:
     """Three stages and a worker to spare."""
     with serve(*COMMON, "--standby", "1") as mesh:
+        mesh.wait_standbys(1)
         yield mesh
 
 

@@ -285,17 +285,97 @@ class TestFailures:
         assert sorted(world.holders) == ["big", "bigger"]
 
 
-class TestDrain:
-    def test_keeps_the_epoch_and_takes_nothing_new_until_the_worker_goes(self) -> None:
+class TestStandby:
+    def told(self, world: World) -> dict[str, v.Range]:
+        return {action.worker_id: action.layers for action in world.took(v.Prepare)}
+
+    def test_standbys_load_different_stages_once_everything_serves(self) -> None:
+        world = World()
+        for name in ("a", "b", "s1", "s2", "s3"):
+            world.join(name)
+        assert self.told(world) == {}
+        world.serve()
+        assert self.told(world) == {"s1": (0, 3), "s2": (3, 6), "s3": (0, 3)}
+        world.prepared("s2")
+        world.lose("b")
+        assert world.holders == ["a", "s2"], "the one that has the layers loaded"
+
+    def test_one_that_is_bound_to_a_stage_loads_that_one(self) -> None:
+        world = serving()
+        world.join("bound", pool=1)
+        assert self.told(world) == {"bound": (3, 6)}
+
+    def test_what_it_cannot_load_it_is_not_asked_for_again(self) -> None:
+        world = serving()
+        world.join("spare")
+        assert self.told(world) == {"spare": (0, 3)}
+        world.prepared("spare", failed="no such file")
+        assert self.told(world) == {"spare": (3, 6)}
+        world.prepared("spare", revision="e" * 64)
+        assert self.told(world) == {}
+        world.wait(5, "a", "b", "spare")
+        assert self.told(world) == {}
+        assert "another revision" in world.mesh.workers["spare"].refusals[1, (3, 6)]
+
+    def test_an_answer_that_comes_after_it_was_given_a_stage_changes_nothing(self) -> None:
         world = serving("spare")
+        life, layers = world.lives["spare"], world.mesh.workers["spare"].preparing
+        assert layers == (0, 3)
+        world.lose("b")
+        assert world.holders == ["a", "spare"]
+        world.send(v.Prepared("spare", life, layers, REVISION))
+        assert world.mesh.workers["spare"].kept is None
+
+
+class TestDrain:
+    def test_its_layers_move_when_another_worker_has_loaded_them(self) -> None:
+        world = serving("spare")
+        world.prepared("spare")
+        before = world.epoch
+        world.send(v.DrainRequested("b"))
+        assert (world.state, world.epoch) == (State.SERVING, before), "what runs goes on, and new requests are taken"
+        assert [(p.worker_id, p.layers) for p in world.took(v.Prepare)] == [("spare", (3, 6))]
+        world.prepared("spare")
+        assert (world.holders, world.epoch, world.state) == (["a", "spare"], before + 1, State.FORMING)
+        world.serve()
+        assert [r.worker_id for r in world.took(v.Release)] == ["b"]
+        world.wait(5, "a", "b", "spare")
+        assert (world.state, world.epoch) == (State.SERVING, before + 1)
+        assert world.took(v.Prepare) == [], "a worker that drains is no standby"
+
+    def test_at_once_to_one_that_has_them(self) -> None:
+        world = serving("spare")
+        world.prepared("spare")
+        world.send(v.DrainRequested("a"))
+        assert world.holders == ["spare", "b"]
+
+    def test_without_another_worker_nothing_new_is_taken_until_one_comes(self) -> None:
+        world = serving()
         before = world.epoch
         world.send(v.DrainRequested("b"))
         assert (world.state, world.epoch) == (State.DRAINING, before)
         assert "stage 1: worker b drains" in world.reason
-        world.wait(5, "a", "b", "spare")
+        world.wait(5, "a", "b")
         assert world.state is State.DRAINING
+        world.join("late")
+        assert (world.state, world.reason) == (State.SERVING, "")
+        world.prepared("late")
+        assert (world.holders, world.epoch) == (["a", "late"], before + 1)
+
+    def test_one_that_goes_before_it_has_moved(self) -> None:
+        world = serving("spare")
+        before = world.epoch
+        world.send(v.DrainRequested("b"))
         world.lose("b")
         assert (world.holders, world.epoch) == (["a", "spare"], before + 1)
+
+    def test_another_that_cannot_load_them(self) -> None:
+        world = serving("spare")
+        world.prepared("spare")
+        world.send(v.DrainRequested("b"))
+        world.prepared("spare", failed="no memory")
+        assert world.state is State.DRAINING
+        assert world.holders == ["a", "b"]
 
     def test_a_draining_worker_gets_no_stage(self) -> None:
         world = World()

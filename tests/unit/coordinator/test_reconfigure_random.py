@@ -48,6 +48,10 @@ class Stories(RuleBasedStateMachine):
                     assert action.plan.worker_id not in [a.plan.worker_id for a in held.values()]
                     held[action.plan.stage] = action
                     self.nonces.append(action.plan.generation)
+                case v.Prepare():
+                    worker = world.mesh.workers.get(action.worker_id)
+                    if worker is not None and worker.preparing == action.layers:
+                        assert not world.mesh.pipelines_of(action.worker_id), "told to load beside a stage"
                 case v.MakeLink():
                     self.nonces += action.nonces
                 case v.Activate():
@@ -74,6 +78,12 @@ class Stories(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES))
     def drain(self, name: str) -> None:
         self.send(v.DrainRequested(name))
+
+    @rule(name=st.sampled_from(NAMES), good=st.booleans())
+    def prepared(self, name: str, good: bool) -> None:
+        if name in self.world.mesh.workers:
+            self.world.prepared(name, failed="" if good else "boom")
+            self.check()
 
     @rule(
         pipeline=st.sampled_from(("pipeline-0", "pipeline-1")),
