@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 # Between two messages of an Assign: a worker reports progress several times a second while it loads.
 ASSIGN_SILENCE_S = 60.0
-OFFER_S, CONNECT_S, ACTIVATE_S, RELEASE_S = 5.0, 15.0, 5.0, 2.0
+OFFER_S, CONNECT_S, ACTIVATE_S, RELEASE_S = 5.0, 8.0, 5.0, 2.0
 # At shutdown: calls that were cancelled get this long to end.
 CLOSE_S = 0.5
 Post = Callable[[v.Event], None]

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from . import values as v
-from .planning import CannotForm, Choice, Target, choose, transport
+from .planning import CannotForm, Choice, Target, choose, choose_apart, transport
 from .warming import copies
 
 RETRY_MIN_S, RETRY_MAX_S = 0.2, 2.0
 # A pipeline that served this long was sound: what breaks it is a new failure, not the last one again.
 SOUND_S = 10.0
+# For so long after a link failed to come up its two workers are not made neighbours, if there are others.
+APART_S = 30.0
 
 
 class State(Enum):
@@ -92,6 +94,9 @@ class Former:
         self._actions: list[v.Action] = []
         self._version = 0  # of the membership
         self._ucx_failed: dict[frozenset[int], list[str]] = {}  # incarnations of a link's ends -> errors
+        self._apart: dict[
+            frozenset[str], float
+        ] = {}  # workers that do not reach each other -> until when it is believed
 
     def knows(self, worker_id: str, incarnation: int) -> bool:
         """Whether this life of the worker is a member."""
@@ -109,8 +114,9 @@ class Former:
             return
         if pipeline.state is State.FORMING and (pipeline.phase is not Phase.RETRY or self._now < pipeline.retry_at):
             return
+        self._apart = {pair: until for pair, until in self._apart.items() if until > self._now}
         try:
-            chosen = choose(self.target, self._free_for(pipeline), pipeline.last_stages)
+            chosen = choose_apart(self.target, self._free_for(pipeline), pipeline.last_stages, self._apart.keys())
         except CannotForm as e:
             self._down(pipeline, str(e), final=e.final)
             return
@@ -319,6 +325,8 @@ class Former:
             after = (event.stage + 1) % len(pipeline.stages)
             ends = frozenset(pipeline.stages[s].incarnation for s in (event.stage, after))
             self._ucx_failed.setdefault(ends, []).append(event.reason)
+            names = frozenset(pipeline.stages[s].worker_id for s in (event.stage, after))
+            self._apart[names] = self._now + APART_S
         if event.final:
             self._refuse(pipeline, event.stage, f"cannot {event.what}: {event.reason}")
             return
@@ -340,6 +348,12 @@ class Former:
         if stage is not None and pipeline.phase is not Phase.RETRY:
             # The neighbour's death breaks a link before its own stream breaks: wait for that, so that it is replaced.
             self._interrupt(pipeline, f"stage {stage}: a link broke: {event.reason}", self._backoff_s(pipeline))
+
+    def _steps_stuck(self, event: v.StepsStuck) -> None:
+        pipeline = self.pipelines.get(event.pipeline_id)
+        if pipeline is None or pipeline.epoch != event.epoch or pipeline.state not in (State.SERVING, State.DRAINING):
+            return
+        self._interrupt(pipeline, f"gateway {event.gateway_id}: {event.reason}", self._backoff_s(pipeline))
 
     def _backoff_s(self, pipeline: Pipeline) -> float:
         """Counts a failure; how long to wait before the next attempt."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from stagemesh.errors import ConfigError
@@ -68,6 +68,29 @@ def choose(target: Target, workers: Sequence[Worker], previous: Sequence[StagePl
         if not placed.missing and fit:
             return [Choice(by_id[placed.workers[s].worker_id], old[s]) for s in range(target.num_stages)]
     return _anew(target, by_id, candidates, holders)
+
+
+def choose_apart(
+    target: Target, workers: Sequence[Worker], previous: Sequence[StagePlan], apart: Collection[frozenset[str]]
+) -> list[Choice]:
+    """`choose`, without two workers in `apart` next to each other where that can be had. Raises CannotForm."""
+    chosen = choose(target, workers, previous)
+    for pair in _neighbours(chosen) & set(apart):
+        # The receiver first: what it has to be refilled with lies with the sender.
+        for name in [c.worker.info.worker_id for c in reversed(chosen) if c.worker.info.worker_id in pair]:
+            try:
+                other = choose(target, [w for w in workers if w.info.worker_id != name], previous)
+            except CannotForm:
+                continue
+            if not _neighbours(other) & set(apart):
+                return other
+    return chosen
+
+
+def _neighbours(chosen: Sequence[Choice]) -> set[frozenset[str]]:
+    """Workers with a link between them: each stage and the next, the last and the first."""
+    names = [choice.worker.info.worker_id for choice in chosen]
+    return {frozenset(pair) for pair in zip(names, names[1:] + names[:1], strict=True) if pair[0] != pair[1]}
 
 
 def _anew(

@@ -68,6 +68,8 @@ class Mesh(Former):
                 self._drain(worker_id)
             case v.LinkBroken():
                 self._link_broken(event)
+            case v.StepsStuck():
+                self._steps_stuck(event)
             case v.Prepared() | v.PrepareFailed():
                 self._prepared(event)
             case _:

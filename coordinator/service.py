@@ -189,6 +189,11 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         """The mesh as it stands."""
         return pb.DescribeMeshResponse(mesh=mesh_view(self._mesh, self._model, self._stale))
 
+    async def ReportStuck(self, request: pb.ReportStuckRequest, context: Context) -> pb.ReportStuckResponse:
+        """A gateway's steps do not come back."""
+        self.post(v.StepsStuck(request.gateway_id, request.pipeline_id, request.epoch, request.reason))
+        return pb.ReportStuckResponse()
+
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         """Takes a worker out of service."""
         if request.worker_id not in self._mesh.workers:

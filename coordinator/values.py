@@ -129,6 +129,16 @@ class LinkBroken:
 
 
 @dataclass(frozen=True)
+class StepsStuck:
+    """A gateway reports that steps of a pipeline do not come back."""
+
+    gateway_id: str
+    pipeline_id: str
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class AssignProgress:
     """Bytes loaded so far."""
 
@@ -209,6 +219,7 @@ Event = (
     | WorkerLost
     | DrainRequested
     | LinkBroken
+    | StepsStuck
     | AssignProgress
     | AssignDone
     | Prepared

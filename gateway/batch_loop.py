@@ -31,9 +31,11 @@ from .work import Shape, Work
 log = logging.getLogger(__name__)
 
 STEP_TIMEOUT_S = 60.0
-"""A step that is out longer means a worker that hangs with its sockets open."""
-LOOK_S = 1.0
-"""How often an idle loop looks for such a step."""
+"""A step that is out longer means a link or a worker that hangs with its sockets open."""
+STEP_SLACK_S, STEP_MARGIN = 1.0, 20.0
+"""Once steps were measured: so long, and so many times what all that are out should take."""
+LOOK_S = 0.2
+"""How often a loop that waits for steps looks for such a one."""
 
 
 class BatchLoop:
@@ -60,6 +62,10 @@ class BatchLoop:
         self._on_lost = on_lost
         self._streams = [RunStream(stage, self._on_result, self._on_stream_lost) for stage in view.stages]
         self._sent_at: dict[int, float] = {}
+        self._heard_at = 0.0
+        """When a step came back last."""
+        self.stuck = False
+        """Lost because steps do not come back, which nobody but this side sees."""
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._preemptions_told = 0
@@ -120,7 +126,7 @@ class BatchLoop:
             self._send_closed()
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(LOOK_S if self._sent_at else None):
                     await self._wake.wait()
 
     def _send(self, plan: Plan) -> None:
@@ -135,8 +141,7 @@ class BatchLoop:
         message = plan_message(plan, self.view.epoch, alone=self.view.limits.gateways <= 1)
         self._sent_at[plan.step] = time.monotonic()
         self._broadcast(stage_pb2.RunRequest(plan=message))
-        if plan.replay is not None:
-            self._work.note_replay(plan.step, plan.replay[1])
+        self._work.note_sent(plan)
         if self._recorder.active:
             self._recorder.sent(self.view, plan, message.planned_us)
         if self.scheduler.preemptions > self._preemptions_told:
@@ -170,6 +175,7 @@ class BatchLoop:
             self._recorder.result(self.view, stage, result)
         if stage != len(self._streams) - 1:
             return
+        self._heard_at = time.monotonic()
         plan = self.scheduler.out[result.step]
         by_ident = {row.sequence.ident: row.sequence for row in plan.rows}
         failed = set(result.failed_sequences)
@@ -228,8 +234,16 @@ class BatchLoop:
 
     def _check_deadline(self) -> None:
         oldest = min(self._sent_at.values(), default=None)
-        if oldest is not None and time.monotonic() - oldest > STEP_TIMEOUT_S:
-            self.fail(StageLost(f"a step of {self.view.pipeline_id} is not back after {STEP_TIMEOUT_S:.0f} s"))
+        if oldest is None:
+            return
+        out_s = time.monotonic() - max(oldest, self._heard_at)
+        if out_s < STEP_SLACK_S:
+            return
+        expected_s = self._work.expected_s(max(1, self.view.limits.gateways))
+        most_s = STEP_TIMEOUT_S if expected_s is None else min(STEP_TIMEOUT_S, STEP_SLACK_S + STEP_MARGIN * expected_s)
+        if out_s > most_s:
+            self.stuck = True
+            self.fail(StageLost(f"no step of {self.view.pipeline_id} came back within {most_s:.1f} s"))
 
     def fail(self, error: StagemeshError) -> None:
         """The pipeline is lost at this epoch. Requests wait for the next one; a bug of ours ends them at once."""

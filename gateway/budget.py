@@ -29,11 +29,13 @@ class _Fit:
     seconds: float = 0.0
     tokens_squared: float = 0.0
     tokens_seconds: float = 0.0
+    most_tokens: int = 0
 
     def add(self, tokens: int, seconds: float) -> None:
         line = self.line()
         if line is not None:
             seconds = min(seconds, OUTLIER * (line[0] + line[1] * tokens))
+        self.most_tokens = max(self.most_tokens, tokens)
         self.weight = self.weight * FORGET + 1
         self.tokens = self.tokens * FORGET + tokens
         self.seconds = self.seconds * FORGET + seconds
@@ -67,6 +69,19 @@ class StepCosts:
         A stage whose steps were all alike so far is taken for one where a token costs nothing.
         """
         return [fit.line() or (fit.seconds / fit.weight, 0.0) for _, fit in sorted(self._stages.items())]
+
+    def expected_s(self, tokens: int) -> float | None:
+        """Seconds of a step of so many tokens, one stage after the other; None while nothing like it was seen."""
+        total_s = 0.0
+        for fit in self._stages.values():
+            line = fit.line()
+            if line is not None:
+                total_s += line[0] + line[1] * tokens
+            elif fit.weight >= ENOUGH and tokens <= fit.most_tokens:
+                total_s += fit.seconds / fit.weight
+            else:
+                return None
+        return total_s if self._stages else None
 
     def prefill_budget(self) -> int:
         """Prompt tokens of one step, by the stage that would be slowed most."""

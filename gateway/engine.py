@@ -34,6 +34,7 @@ from .draft_model import DraftModelGuesser
 from .live import LiveRequest
 from .lookup import LookupGuesser, lookup_limits
 from .metrics import Load, Metrics
+from .outage import Outage
 from .pages import PageAllocator
 from .request import GenerationRequest, ModelCard, Sampling
 from .scheduler import Scheduler
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.2
 WARM_UP_TIMEOUT_S = 120.0
 RETRY_AFTER_S = 2.0
+REPORT_TIMEOUT_S = 5.0
 
 
 class MeshEngine:
@@ -67,9 +69,9 @@ class MeshEngine:
         self._work: Work | None = None
         """What was accepted, from the first loop on."""
         self._warm_up: LiveRequest | None = None
-        self._lost_at: float | None = None
-        """When the pipeline was lost that is not yet made good."""
-        self._giving_up: asyncio.TimerHandle | None = None
+        self._outage = Outage(metrics, settings.recovery_deadline, self._give_up)
+        self._stuck: asyncio.Queue[tuple[str, int, str]] = asyncio.Queue(1)
+        """What the coordinator is to be told: pipeline, epoch and reason."""
         self._down = False
         """There is nothing to make a pipeline of."""
         self._reason = "no coordinator has been reached yet"
@@ -92,6 +94,7 @@ class MeshEngine:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch())
             group.create_task(self._keep_loop())
+            group.create_task(self._report_stuck())
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Takes nothing new, lets live requests finish for a while, then ends."""
@@ -102,6 +105,7 @@ class MeshEngine:
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
+        self._outage.close()
         if self._work is not None:
             self._work.fail(StageLost("the gateway is stopping"))
         if self._loop is not None:
@@ -126,7 +130,7 @@ class MeshEngine:
         Raises Unavailable, QueueFull, PromptTooLong or InvalidRequest.
         """
         ready, reason = self.ready()
-        recovering = self._lost_at is not None and not (self._down or self._stopping or self._draining)
+        recovering = self._outage.open and not (self._down or self._stopping or self._draining)
         if not (ready or recovering) or self._work is None or self.model is None:
             raise Unavailable(f"no pipeline can serve now: {reason}", retry_after_s=RETRY_AFTER_S)
         if len(request.prompt) + request.max_tokens > self.model.max_model_len:
@@ -201,6 +205,7 @@ class MeshEngine:
                 "free_pages": scheduler.pages.num_free if scheduler else 0,
                 "total_pages": scheduler.pages.num_pages if scheduler else 0,
             },
+            "events": list(self._outage.events),
             **seen,
         }
 
@@ -240,6 +245,24 @@ class MeshEngine:
                     if self._loop is None:
                         self._reason = f"the coordinator at {self.settings.coordinator} cannot be reached"
                 await asyncio.sleep(RETRY_S)
+        finally:
+            await channel.close(None)
+
+    async def _report_stuck(self) -> None:
+        """Tells the coordinator of pipelines whose steps do not come back; while it is away, nothing can be done."""
+        channel = rpc.channel(self.settings.coordinator)
+        stub = coordinator_pb2_grpc.CoordinatorStub(channel)
+        try:
+            while True:
+                pipeline_id, epoch, reason = await self._stuck.get()
+                request = coordinator_pb2.ReportStuckRequest(
+                    gateway_id=self.settings.gateway_id, pipeline_id=pipeline_id, epoch=epoch, reason=reason
+                )
+                try:
+                    with rpc.mapped():
+                        await stub.ReportStuck(request, timeout=REPORT_TIMEOUT_S)
+                except StagemeshError as e:
+                    log.warning("the coordinator could not be told that %s is stuck: %s", pipeline_id, e.message)
         finally:
             await channel.close(None)
 
@@ -361,37 +384,22 @@ class MeshEngine:
 
     def _on_crossed(self, loop: BatchLoop) -> None:
         log.info("a token has crossed all %d stages of %s epoch %d", len(loop.view.stages), *loop.key)
-        if self._lost_at is not None:
-            log.info("recovered after %.0f ms", (time.monotonic() - self._lost_at) * 1000)
-            self._lost_at = None
-        if self._giving_up is not None:
-            self._giving_up.cancel()
-            self._giving_up = None
+        if self._work is not None:
+            self._outage.recovered(*loop.key, len(self._live), self._work.replayed_tokens)
 
     def _on_lost(self, loop: BatchLoop, error: StagemeshError) -> None:
         if loop is self._loop:
             self._reason = error.message
-            log.warning("%s epoch %d is lost: %s", *loop.key, error.message)
             if self._warm_up is not None:
                 self._warm_up.fail(error)
             if isinstance(error, InternalError):
                 self._work = None
             elif not self._stopping:
-                self._rest(error)
+                self._outage.lost(*loop.key, error.message, len(self._live))
+            if loop.stuck and not self._stuck.full():
+                self._stuck.put_nowait((*loop.key, error.message))
         self._changed.set()
 
-    def _rest(self, error: StagemeshError) -> None:
-        """Requests wait from here on, up to a deadline."""
-        if self._lost_at is None:
-            self._lost_at = time.monotonic()
-        if self._giving_up is None:
-            within_s = self.settings.recovery_deadline
-            self._giving_up = asyncio.get_running_loop().call_later(within_s, self._give_up, error)
-
-    def _give_up(self, error: StagemeshError) -> None:
-        self._giving_up = self._lost_at = None
+    def _give_up(self, cause: str) -> None:
         if self._work is not None:
-            within_s = self.settings.recovery_deadline
-            log.warning("not recovered within %.0f s: %d requests end", within_s, len(set(self._work.live.values())))
-            message = f"{error.message}; no stage took its place within {within_s:g} s (--recovery-deadline)"
-            self._work.fail(StageLost(message, retry_after_s=RETRY_AFTER_S))
+            self._work.fail(StageLost(cause, retry_after_s=RETRY_AFTER_S))

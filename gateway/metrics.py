@@ -16,6 +16,7 @@ Ending = Literal["stop", "length", "abort", "error"]
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 E2E_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+RECOVERY_S = (0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 40, 60, 120)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
@@ -50,6 +51,9 @@ class Metrics:
         self._drafts = self._counter("spec_decode_num_drafts", "Rows of guessed tokens that were verified.")
         self._draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens guessed in them.")
         self._accepted = self._counter("spec_decode_num_accepted_tokens", "Those that were what was drawn.")
+        self._losses = self._counter("pipeline_losses", "Pipelines that were lost while requests ran.")
+        self._replayed = self._counter("replayed_tokens", "Positions computed again on stages that were replaced.")
+        self._recovery_s = self._histogram("recovery_seconds", "Seconds from a loss to the next token.", RECOVERY_S)
         self._success = Counter(
             "stagemesh_request_success",
             "Requests that ended, by why.",
@@ -116,6 +120,15 @@ class Metrics:
     def preempted(self) -> None:
         """A sequence gave its pages back."""
         self._preemptions.inc()
+
+    def pipeline_lost(self) -> None:
+        """A pipeline was lost."""
+        self._losses.inc()
+
+    def pipeline_recovered(self, lasted_s: float, replayed_tokens: int) -> None:
+        """It goes on after `lasted_s`, so many positions were computed again."""
+        self._recovery_s.observe(lasted_s)
+        self._replayed.inc(replayed_tokens)
 
     def prefix_looked_up(self, queries: int, hits: int) -> None:
         """A sequence of `queries` known tokens starts with `hits` of them taken over."""

@@ -15,7 +15,7 @@ from .budget import StepCosts
 from .draft_model import GuessCosts
 from .live import LiveRequest
 from .recovery import Recovery, StageKv, lost_stages
-from .scheduler import Scheduler
+from .scheduler import Plan, Scheduler
 from .sequence import Sequence as TokenSequence
 from .sequence import State
 
@@ -42,6 +42,8 @@ class Work:
         """Step -> the last stage that computes it again, of this epoch."""
         self._replaying: set[int] = set()
         """Those that this stage has not reported yet."""
+        self.replayed_tokens = 0
+        """Positions that this epoch computes again."""
         self.scheduler: Scheduler
         self.live: dict[TokenSequence, LiveRequest] = {}
         self.costs = StepCosts()
@@ -83,6 +85,7 @@ class Work:
         self._filled = [0 if stage in lost else generation for stage, generation in enumerate(self._now)]
         self._replays.clear()
         self._replaying.clear()
+        self.replayed_tokens = 0
         if runs:
             self.scheduler.recovery = Recovery(runs, stages, shape.page_size)
 
@@ -109,10 +112,22 @@ class Work:
         """Whether stages are being refilled."""
         return self._filled != self._now
 
-    def note_replay(self, step: int, last: int) -> None:
-        """A step went out that stages up to `last` compute again."""
-        self._replays[step] = last
-        self._replaying.add(step)
+    def note_sent(self, plan: Plan) -> None:
+        """A step went out."""
+        if plan.replay is not None:
+            self._replays[plan.step] = plan.replay[1]
+            self._replaying.add(plan.step)
+            self.replayed_tokens += sum(row.count for row in plan.rows)
+
+    def expected_s(self, gateways: int) -> float | None:
+        """What all steps that are out take, one stage after the other; None while that is not known."""
+        total_s = 0.0
+        for plan in self.scheduler.out.values():
+            step_s = self.costs.expected_s(sum(row.count for row in plan.rows))
+            if step_s is None:
+                return None
+            total_s += step_s
+        return gateways * total_s
 
     def is_replay(self, step: int) -> bool:
         """Whether a step of this epoch computes what was computed before."""

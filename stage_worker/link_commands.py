@@ -20,7 +20,7 @@ from .links import LinkIdentity, LinkReceiver, LinkSender, sending_rank
 
 log = logging.getLogger(__name__)
 
-LINK_TIMEOUT_S = 10.0
+LINK_TIMEOUT_S = 4.0
 
 
 class LinkCommands:

@@ -55,6 +55,11 @@ class CoordinatorStub(object):
                 request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DescribeMeshRequest.SerializeToString,
                 response_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DescribeMeshResponse.FromString,
                 _registered_method=True)
+        self.ReportStuck = channel.unary_unary(
+                '/stagemesh.v1.Coordinator/ReportStuck',
+                request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStuckRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStuckResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/stagemesh.v1.Coordinator/Drain',
                 request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DrainRequest.SerializeToString,
@@ -94,8 +99,17 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportStuck(self, request, context):
+        """A gateway whose steps do not come back, though every stream of its sessions is whole: links are made anew, at a new
+        epoch. Nothing happens when the pipeline is at another epoch by now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
-        """Takes a worker out of service: its pipeline takes nothing new and finishes what it holds.
+        """Takes a worker out of service: its layers move to another worker while requests go on. Where there is none, its
+        pipeline takes nothing new and finishes what it holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +137,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.DescribeMesh,
                     request_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DescribeMeshRequest.FromString,
                     response_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DescribeMeshResponse.SerializeToString,
+            ),
+            'ReportStuck': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportStuck,
+                    request_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStuckRequest.FromString,
+                    response_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStuckResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -239,6 +258,33 @@ class Coordinator(object):
             '/stagemesh.v1.Coordinator/DescribeMesh',
             stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DescribeMeshRequest.SerializeToString,
             stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DescribeMeshResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportStuck(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Coordinator/ReportStuck',
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStuckRequest.SerializeToString,
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStuckResponse.FromString,
             options,
             channel_credentials,
             insecure,

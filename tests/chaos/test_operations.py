@@ -5,21 +5,11 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import streams
-from mesh import Mesh, serve
-from test_recovery import COMMON, check, disturbed, expected
-
-__all__ = ["expected"]
-
-
-@pytest.fixture
-def mesh() -> Iterator[Mesh]:
-    with serve(*COMMON, "--standby", "1") as mesh:
-        mesh.wait_standbys(1)
-        yield mesh
+from disturb import check, disturbed
+from mesh import Mesh
 
 
 def stagemesh(*args: str, status: int = 0) -> str:

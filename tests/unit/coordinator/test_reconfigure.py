@@ -327,6 +327,37 @@ class TestStandby:
         assert world.mesh.workers["spare"].kept is None
 
 
+class TestStuck:
+    def test_a_gateway_whose_steps_do_not_come_back_has_the_links_made_anew(self) -> None:
+        world = serving()
+        before = world.epoch
+        world.send(v.StepsStuck("g", "pipeline-0", before - 1, "late"))
+        assert (world.state, world.epoch) == (State.SERVING, before)
+        world.send(v.StepsStuck("g", "pipeline-0", before, "no step came back"))
+        assert world.state is State.FORMING
+        assert "gateway g: no step came back" in world.reason
+        world.wait(0.3, "a", "b")
+        assert (world.epoch, world.holders) == (before + 1, ["a", "b"])
+
+    def test_two_that_do_not_reach_each_other_are_not_made_neighbours(self) -> None:
+        world = serving("spare")
+        world.send(v.StepsStuck("g", "pipeline-0", world.epoch, "no step came back"))
+        world.wait(0.3, "a", "b", "spare")
+        assert world.holders == ["a", "b"], "nobody knows yet what is to blame"
+        world.load(0), world.load(1)
+        world.fail(0, "link", "no handshake", transport_failed=True)
+        world.wait(1, "a", "b", "spare")
+        assert world.holders == ["a", "spare"]
+
+    def test_without_another_they_go_on_trying(self) -> None:
+        world = World()
+        world.join("a"), world.join("b")
+        world.load(0), world.load(1)
+        world.fail(0, "link", "no handshake", transport_failed=True)
+        world.wait(1, "a", "b")
+        assert world.holders == ["a", "b"]
+
+
 class TestDrain:
     def test_its_layers_move_when_another_worker_has_loaded_them(self) -> None:
         world = serving("spare")

@@ -1,0 +1,68 @@
+"""A mesh of three stages whose streams are disturbed, and what must hold of them afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import psutil
+import streams
+from mesh import Mesh
+
+SEED = 23
+STREAMS = 16
+MAX_TOKENS = 400
+COMMON = ("-pp", "3", "--max-model-len", "1024")
+
+
+def rank_of(mesh: Mesh, stage: int) -> psutil.Process:
+    """The rank that holds a stage now; after a loss the standby may."""
+    (found,) = mesh.named(f"stage {stage} layers")
+    return found
+
+
+def agent_of(mesh: Mesh, stage: int) -> psutil.Process:
+    """Its agent."""
+    parent = rank_of(mesh, stage).parent()
+    assert parent is not None
+    return parent
+
+
+async def until(check: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    """Waits for something to hold."""
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        await asyncio.sleep(0.01)
+
+
+async def disturbed(mesh: Mesh, disturb: Callable[[list[streams.Stream]], object]) -> list[streams.Stream]:
+    """All streams, with `disturb` in their midst."""
+    told = streams.make(STREAMS, MAX_TOKENS, SEED)
+    running = asyncio.create_task(streams.run_all(mesh.grpc_address, told))
+    await until(lambda: all(s.length > 8 for s in told), "every stream has begun")
+    assert not any(s.ended for s in told)
+    await asyncio.to_thread(disturb, told)
+    await asyncio.wait_for(running, 120)
+    return told
+
+
+def check(told: list[streams.Stream], expected: list[streams.Stream]) -> None:
+    """No error, and no other token."""
+    for stream, other in zip(told, expected, strict=True):
+        assert stream.error is None, stream.error
+        assert stream.tokens == other.tokens, f"{stream.params}: other tokens"
+        assert stream.finished == other.finished
+
+
+def wait_longer(mesh: Mesh, told: list[streams.Stream], epoch: int, timeout_s: float = 30) -> None:
+    """Until a later epoch serves, and each stream has gone on."""
+    deadline = time.monotonic() + timeout_s
+    while mesh.epoch() <= epoch or not mesh.ready:
+        assert time.monotonic() < deadline, "not recovered"
+        time.sleep(0.01)
+    before = [s.length for s in told]
+    while any(s.length <= length and not s.ended for s, length in zip(told, before, strict=True)):
+        assert time.monotonic() < deadline, "a stream stands still"
+        time.sleep(0.01)

@@ -1,0 +1,140 @@
+"""Links between hosts are cut, one way and both, for a moment and for long: no request fails, no token changes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import streams
+from hosts import Hosts, hosts, services
+
+SEED = 5
+STREAMS = 6
+MAX_TOKENS = 300
+FRONT, WORKERS = 0, {"first": 1, "second": 2, "spare": 3}
+"""Hosts: coordinator and gateway; the workers."""
+CUTS = {
+    "front to stage": ((None, 1),),
+    "stage to front": ((1, None),),
+    "front and stage": ((None, 1), (1, None)),
+    "stage to stage": ((0, 1),),
+    "stage and stage": ((0, 1), (1, 0)),
+}
+"""From whom to whom nothing comes any more: the stage of a number, or None for the front."""
+
+
+class Mesh:
+    """Services on hosts of their own."""
+
+    def __init__(self, net: Hosts) -> None:
+        self.net = net
+        front = net.hosts[FRONT].address
+        self.url, self.grpc_address = f"http://{front}:8000", f"{front}:50051"
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=5) as response:
+            return json.load(response)
+
+    def wait(self, what: str, check: Any, timeout_s: float = 60) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                if check():
+                    return
+            except OSError:
+                pass
+            assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    folder: Path = tmp_path_factory.mktemp("hosts")
+    with hosts(4) as net:
+        front = net.hosts[FRONT]
+        coordinator = f"{front.address}:50050"
+        common = ["--insecure", "--coordinator", coordinator]
+        commands = [
+            (front, ["coordinator", "--host", front.address, "--insecure", "--port", "50050", "-pp", "2",
+                     "--max-model-len", "1024", "--state-dir", str(folder)]),
+            (front, ["gateway", "--host", front.address, *common, "--port", "8000", "--grpc-port", "50051",
+                     "--recovery-deadline", "200"]),
+        ]  # fmt: skip
+        for name, number in WORKERS.items():
+            host = net.hosts[number]
+            commands.append((host, ["stage", *common, "--host", host.address, "--worker-id", name, "--threads", "1",
+                                    "--ucx-tls", "tcp", "--net-device", "eth0"]))  # fmt: skip
+        made = Mesh(net)
+        with services(folder, commands[:4]):
+            made.wait("ready", lambda: made.get("/mesh")["ready"], 90)
+            with services(folder, commands[4:]):
+                yield made
+
+
+@pytest.fixture(scope="module")
+def expected(mesh: Mesh) -> list[streams.Stream]:
+    """What the streams bring when nothing happens."""
+    told = streams.make(STREAMS, MAX_TOKENS, SEED)
+    asyncio.run(streams.run_all(mesh.grpc_address, told))
+    assert all(s.error is None for s in told)
+    return told
+
+
+def spare_is_ready(mesh: Mesh) -> bool:
+    """Whether all three workers are there, and the one that holds no stage has layers loaded."""
+    seen = mesh.get("/mesh")
+    standbys = [w for w in seen["workers"] if w["state"] == "standby" and w.get("layers", {}).get("last")]
+    return bool(seen["ready"]) and len(standbys) == 1
+
+
+def ways(mesh: Mesh, what: str) -> list[tuple[int, int]]:
+    """A cut's ways between the hosts that hold the stages now."""
+    held = {stage["stage"]: WORKERS[stage["worker_id"]] for stage in mesh.get("/mesh")["pipelines"][0]["stages"]}
+    return [(FRONT if a is None else held[a], FRONT if b is None else held[b]) for a, b in CUTS[what]]
+
+
+async def cut_within(mesh: Mesh, what: str, seconds: float) -> list[streams.Stream]:
+    told = streams.make(STREAMS, MAX_TOKENS, SEED)
+    running = asyncio.create_task(streams.run_all(mesh.grpc_address, told))
+    deadline = time.monotonic() + 30
+    while not all(s.length > 8 for s in told):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    with mesh.net.cut(*ways(mesh, what)):
+        began = time.monotonic()
+        await asyncio.wait([running], timeout=seconds)
+        # A cut that nobody needed is not worth its name; one that is over early, as all went on, is what is wanted.
+        print(f"cut for {time.monotonic() - began:.1f} s")
+    await asyncio.wait_for(running, 120)
+    return told
+
+
+def cut_and_check(mesh: Mesh, expected: list[streams.Stream], what: str, seconds: float) -> None:
+    mesh.wait("a standby", lambda: spare_is_ready(mesh))
+    told = asyncio.run(cut_within(mesh, what, seconds))
+    for stream, other in zip(told, expected, strict=True):
+        assert stream.error is None, stream.error
+        assert stream.tokens == other.tokens
+    print(f"{what}, {seconds:g} s: longest pause {max(s.longest_s for s in told):.2f} s")
+
+
+@pytest.mark.parametrize("what", CUTS)
+def test_a_cut_of_a_second(mesh: Mesh, expected: list[streams.Stream], what: str) -> None:
+    cut_and_check(mesh, expected, what, 1)
+
+
+@pytest.mark.parametrize("what", CUTS)
+def test_a_cut_of_twenty_seconds(mesh: Mesh, expected: list[streams.Stream], what: str) -> None:
+    cut_and_check(mesh, expected, what, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", CUTS)
+def test_a_cut_of_two_minutes(mesh: Mesh, expected: list[streams.Stream], what: str) -> None:
+    cut_and_check(mesh, expected, what, 120)
