@@ -81,6 +81,7 @@ def model_ref(path: str, settings: CoordinatorSettings, info: CheckpointInfo, dt
         dtype=dtype,
         load_format=settings.load_format,
         seed=settings.seed,
+        deterministic=settings.deterministic,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stagemesh.errors import ConfigError
+from stagemesh.faults import point
 
 from .values import Loaded, StagePlan, StoredPlan
 
@@ -57,11 +58,13 @@ class Store:
 
     def save_epoch(self, pipeline_id: str, epoch: int) -> None:
         """Writes an epoch down; it never falls."""
+        point("coordinator.before_epoch_write")
         self._db.execute(
             "INSERT INTO epochs VALUES (?, ?) "
             "ON CONFLICT (pipeline_id) DO UPDATE SET epoch = max(epoch, excluded.epoch)",
             (pipeline_id, epoch),
         )
+        point("coordinator.after_epoch_write")
 
     def plans(self) -> dict[str, StoredPlan]:
         """Pipeline -> the plan that last served."""
@@ -70,7 +73,9 @@ class Store:
 
     def save_plan(self, plan: StoredPlan) -> None:
         """Writes down a pipeline that serves."""
+        point("coordinator.before_plan_write")
         self._db.execute("INSERT OR REPLACE INTO plans VALUES (?, ?)", (plan.pipeline_id, json.dumps(asdict(plan))))
+        point("coordinator.after_plan_write")
 
     def slots(self) -> dict[int, tuple[str, int]]:
         """Slot -> (gateway, instance) that had it last."""

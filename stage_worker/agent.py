@@ -20,6 +20,7 @@ import grpc.aio
 from stagemesh import checkpoint
 from stagemesh.config import StageSettings
 from stagemesh.errors import InvalidRequest, NotFound, StageLost, StagemeshError, StaleEpoch, Unavailable
+from stagemesh.faults import point
 from stagemesh.protocol import check_protocol
 from stagemesh.protos.v1 import coordinator_pb2, stage_pb2
 
@@ -119,6 +120,7 @@ class Agent:
 
     async def assign(self, request: stage_pb2.AssignRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
         """Stage.Assign."""
+        point("agent.assign")
         self._fence(request.key, "assignment")
         self._group()
         held = self.held[request.key.pipeline_id] = Held(request)
@@ -135,6 +137,7 @@ class Agent:
 
     async def prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
         """Stage.Prepare."""
+        point("agent.prepare")
         if self.held:
             raise Unavailable(f"{self.worker_id} holds a stage, and can prepare no other", retry_after_s=1)
         async for response in self._load(Kind.PREPARE, request):
@@ -207,6 +210,7 @@ class Agent:
 
     async def release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseResponse:
         """Stage.Release."""
+        point("agent.release")
         key = request.key
         held = self.held.get(key.pipeline_id)
         if held is not None and held.request.key.epoch <= key.epoch:
@@ -247,6 +251,7 @@ class Agent:
             yield item
 
     async def _open(self, request: stage_pb2.RunOpen) -> tuple[GatewaySession, stage_pb2.RunOpened]:
+        point("agent.open_session")
         check_protocol(request.protocol, f"gateway {request.gateway_id}")
         held = self.held.get(request.key.pipeline_id)
         known = held.request.key.epoch if held is not None else self.epochs.get(request.key.pipeline_id, 0)

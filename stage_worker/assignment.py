@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from stagemesh.errors import StageLost, StagemeshError, Unavailable
+from stagemesh.faults import point
 from stagemesh.protos.v1 import stage_pb2
 
 from .drafter import Drafter
@@ -212,6 +213,7 @@ class Assignment:
 
     def add_plan(self, session: Session, plan: stage_pb2.StepPlan) -> None:
         """Prepares a step and posts its receive."""
+        point("rank.plan")
         step = session.add_plan(plan)
         if step.computes:
             self.shard.prepare(step.batch)
@@ -256,6 +258,7 @@ class Assignment:
             return self.shard.forward(step.batch)
         if not step.sends or not self.senders:
             return None
+        point("rank.replay")
         sent = self.journal.read(step.batch) if self.journal is not None else None
         if sent is None:
             raise StageLost(f"stage {self.stage} no longer holds what step {step.number} is to send again")

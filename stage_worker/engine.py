@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from stagemesh.errors import InternalError, StageLost, StagemeshError
+from stagemesh.faults import point
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.transport.base import Transport
 
@@ -199,6 +200,7 @@ class Engine:
         """Input, compute, output. Output and credit go first: others wait for them."""
         began, cpu_before = time.monotonic(), time.process_time()
         complete_at = assignment.input_complete_at(session, step)
+        point("rank.before_compute")
         try:
             output = assignment.output_of(session, step)
         except StageLost as e:
@@ -207,13 +209,17 @@ class Engine:
         result = stage_pb2.StepResult(step=step.number, epoch=step.epoch)
         certain = self._sample(step, output, result) if step.sampled and output is not None else []
         output_at = time.monotonic()
+        point("rank.before_send")
         if output is not None and not assignment.is_last:
             assignment.send(session, step, output)
         elif certain:
             assignment.send_tokens(session, step, certain)
+        point("rank.after_send")
         assignment.release_input(session, step)
+        point("rank.after_release")
         guessed_s = follow(assignment.drafter, step.followed, result) if assignment.drafter is not None else 0.0
         ended = time.monotonic()
+        point("rank.before_report")
         if self._follower is None:
             timing = self._timing(step, began, ended, assignment.take_wait_send_s(session))
             timing.input_complete_us, timing.output_us = int(complete_at * 1e6), int(output_at * 1e6)
@@ -223,6 +229,7 @@ class Engine:
             result.timing.result_sent_us = time.monotonic_ns() // 1000
             self._reports.add(session.ident, result, at_once=assignment.is_last)
         if output is not None and not assignment.is_last:
+            point("rank.before_journal")
             assignment.keep_output(step, output)
         session.finish(step)
         self._free_at = time.monotonic()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from stagemesh.errors import NotFound, TransportError
+from stagemesh.faults import point
 from stagemesh.protos.v1 import stage_pb2
 from stagemesh.transport.base import Transport
 
@@ -40,6 +41,7 @@ class LinkCommands:
 
     def offer(self, ident: int, payload: bytes) -> bytes:
         """Makes this rank's receiving end."""
+        point("rank.offer_link")
         request = stage_pb2.OfferLinkRequest.FromString(payload)
         held = self._find(request.key, request.stage)
         if request.tokens and self.config.rank > 0:
@@ -63,6 +65,7 @@ class LinkCommands:
 
     def connect(self, ident: int, payload: bytes) -> bytes:
         """Makes this rank's sending ends and shakes hands; receiving ranks that read from another rank are not ours."""
+        point("rank.connect_link")
         request = stage_pb2.ConnectLinkRequest.FromString(payload)
         held = self._find(request.key, request.stage)
         transport = self._transport(request.transport)

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from stagemesh import process
 from stagemesh.errors import ConfigError, InvalidRequest, NotFound, StagemeshError, StaleEpoch, TransportError
+from stagemesh.faults import point
 from stagemesh.protos.v1 import stage_pb2
 from stagemesh.transport.base import Transport
 from stagemesh.transport.select import open_transport
@@ -82,6 +83,7 @@ class Rank:
 
     def assign(self, ident: int, payload: bytes) -> bytes:
         """Loads the range (or keeps it, when it is the one in memory) and allocates KV pages."""
+        point("rank.assign")
         request = stage_pb2.AssignRequest.FromString(payload)
         for key, before in list(self.engine.assignments.items()):
             if before.pipeline_id == request.key.pipeline_id:
@@ -112,6 +114,7 @@ class Rank:
 
     def activate(self, ident: int, payload: bytes) -> bytes:
         """Starts taking sessions."""
+        point("rank.activate")
         request = stage_pb2.ActivateRequest.FromString(payload)
         self._assignment(request.key, request.stage).active = True
         return stage_pb2.ActivateResponse().SerializeToString()
@@ -137,6 +140,7 @@ class Rank:
 
     def open_session(self, ident: int, payload: bytes) -> bytes:
         """Opens a gateway's session; the payload is the gateway's RunOpen, the id names the session from now on."""
+        point("rank.open_session")
         request = stage_pb2.RunOpen.FromString(payload)
         held = self._assignment(request.key, request.stage)
         opened = held.open_session(ident, request)

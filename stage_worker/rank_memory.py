@@ -95,6 +95,7 @@ class RankMemory:
             tp_size=1 if whole else self.config.size,
             load_format=model.load_format or "auto",  # type: ignore[arg-type]
             seed=model.seed,
+            deterministic=model.deterministic,
             page_size=limits.page_size,
             threads=self.config.compute_threads,
             idle_cores=() if whole else tuple(self.config.idle_cpus),

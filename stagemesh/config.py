@@ -111,6 +111,9 @@ class ModelSettings(Base):
     """Token positions of one KV page."""
     num_kv_pages: int | None = Field(None, ge=1)
     """KV pages of each stage; default: from the memory there is."""
+    deterministic: bool = False
+    """The same tokens, bit for bit, whatever else is served meanwhile and after any recovery. Costs nothing with the
+    compiled kernels; models without them are computed token by token."""
 
     @property
     def name(self) -> str:

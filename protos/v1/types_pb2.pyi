@@ -29,7 +29,7 @@ class LayerRange(_message.Message):
     def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class ModelRef(_message.Message):
-    __slots__ = ("name", "path", "fingerprint", "num_layers", "hidden_size", "dtype", "load_format", "seed", "draft")
+    __slots__ = ("name", "path", "fingerprint", "num_layers", "hidden_size", "dtype", "load_format", "seed", "draft", "deterministic")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class ModelRef(_message.Message):
     LOAD_FORMAT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
+    DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     fingerprint: str
@@ -48,7 +49,8 @@ class ModelRef(_message.Message):
     load_format: str
     seed: int
     draft: DraftModel
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., load_format: _Optional[str] = ..., seed: _Optional[int] = ..., draft: _Optional[_Union[DraftModel, _Mapping]] = ...) -> None: ...
+    deterministic: bool
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., load_format: _Optional[str] = ..., seed: _Optional[int] = ..., draft: _Optional[_Union[DraftModel, _Mapping]] = ..., deterministic: bool = ...) -> None: ...
 
 class DraftModel(_message.Message):
     __slots__ = ("model", "num_tokens")

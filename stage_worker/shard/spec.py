@@ -32,5 +32,7 @@ class ShardSpec:
     """That compute, where the shard has threads of its own."""
     idle_cores: tuple[int, ...] = ()
     """Cores of others, a thread on each of them for steps beside which nothing else computes (`StepBatch.alone`)."""
+    deterministic: bool = False
+    """A token's result shall have the same bits whatever else is in its step."""
     enforce_eager: bool = False
     """Serve through transformers' modules, without compiled kernels."""

@@ -24,7 +24,7 @@ BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
 STABLE_S = 5.0
 """A process that was up for so long before it died is started again at once."""
 POLL_S = 0.02
-KEPT = ("STAGEMESH_LOG_LEVEL",)
+KEPT = ("STAGEMESH_LOG_LEVEL", "STAGEMESH_FAULT_DIR")
 SECRETS = ("api_key",)
 """Passed by environment: a command line can be read by everybody on the machine."""
 

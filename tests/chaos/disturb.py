@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -66,3 +68,16 @@ def wait_longer(mesh: Mesh, told: list[streams.Stream], epoch: int, timeout_s: f
     while any(s.length <= length and not s.ended for s, length in zip(told, before, strict=True)):
         assert time.monotonic() < deadline, "a stream stands still"
         time.sleep(0.01)
+
+
+def stagemesh(*args: str, status: int = 0) -> str:
+    """Runs the command; what it printed."""
+    command = [sys.executable, "-m", "stagemesh.cli.main", *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == status, done.stderr
+    return done.stdout + done.stderr
+
+
+def holders(mesh: Mesh) -> list[str]:
+    """The workers of the stages, in order."""
+    return [stage["worker_id"] for stage in mesh.get("/mesh")["pipelines"][0]["stages"]]

@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 
 import pytest
 import streams
-from disturb import check, disturbed
+from disturb import check, disturbed, holders, stagemesh
 from mesh import Mesh
-
-
-def stagemesh(*args: str, status: int = 0) -> str:
-    """Runs the command; what it printed."""
-    command = [sys.executable, "-m", "stagemesh.cli.main", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    assert done.returncode == status, done.stderr
-    return done.stdout + done.stderr
-
-
-def holders(mesh: Mesh) -> list[str]:
-    return [stage["worker_id"] for stage in mesh.get("/mesh")["pipelines"][0]["stages"]]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -7,6 +7,8 @@ import os
 import random
 import signal
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 import streams
@@ -84,3 +86,33 @@ def test_a_rank_that_hangs_is_noticed_though_its_sockets_are_open(mesh: Mesh, ex
     print(f"longest pause: {max(s.longest_s for s in told):.2f} s")
     assert max(s.longest_s for s in told) < 3.0
     assert "hangs" in mesh.log.read_text()
+
+
+def test_with_nothing_to_recover_with_requests_end_typed_and_new_ones_are_refused() -> None:
+    with serve("-pp", "2", "--recovery-deadline", "3") as mesh:
+        stopped = [agent_of(mesh, 1), rank_of(mesh, 1)]
+
+        def disturb(told: list[streams.Stream]) -> None:
+            began = time.monotonic()
+            for process in stopped:
+                process.send_signal(signal.SIGSTOP)
+            try:
+                while not all(s.ended for s in told):
+                    assert time.monotonic() - began < 10
+                    time.sleep(0.01)
+                assert time.monotonic() - began > 3
+                with pytest.raises(urllib.error.HTTPError) as caught:
+                    mesh.post("/v1/completions", {"model": mesh.model, "prompt": "a", "max_tokens": 1})
+                with caught.value as refused:
+                    assert (refused.code, int(refused.headers["Retry-After"]) > 0) == (503, True)
+                assert mesh.health()[0] == 503
+                urllib.request.urlopen(f"{mesh.url}/livez", timeout=5).close()
+            finally:
+                for process in reversed(stopped):
+                    process.send_signal(signal.SIGCONT)
+            mesh.wait_ready()
+
+        told = asyncio.run(disturbed(mesh, disturb))
+        assert {s.error.reason if s.error else None for s in told} == {"STAGE_LOST"}
+        assert len(mesh.greedy([5, 6, 7], 4)) == 4
+        mesh.check_pages_are_free()

@@ -42,6 +42,7 @@ class Chain:
         parallel: TensorParallel | None = None,
         load_format: str = "auto",
         enforce_eager: bool = False,
+        deterministic: bool = False,
         threads: int = 1,
         idle_cores: tuple[int, ...] = (),
     ) -> None:
@@ -62,6 +63,7 @@ class Chain:
                 load_format,  # type: ignore[arg-type]
                 page_size=PAGE_SIZE,
                 enforce_eager=enforce_eager,
+                deterministic=deterministic,
                 threads=threads,
                 idle_cores=idle_cores,
             )

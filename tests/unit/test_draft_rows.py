@@ -109,7 +109,7 @@ def session() -> Session:
     """Of a stage that is all there is: 10 positions of a sequence are computed, in step 1, and one token is drawn."""
     context = SessionContext(
         epoch=1,
-        is_first=True,
+        stage=0,
         is_last=True,
         samples=True,
         vocab_size=VOCAB,

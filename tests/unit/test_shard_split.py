@@ -63,6 +63,26 @@ def test_prefill_and_decode_share_a_step(llama: Path, eager: bool) -> None:
     assert logits.dtype == torch.float32
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deterministic_logits_have_the_same_bits_whatever_is_beside_them(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
+    """A prompt as a whole through the unsplit model, and in chunks beside others through a split one."""
+    folder = make_checkpoint(family, tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    prompt = torch.randint(5, 250, (50,), generator=generator).tolist()
+    pages, others = list(range(4)), [list(range(at, at + 4)) for at in (4, 8)]
+    whole = Chain(folder, (0, 6), dtype=dtype, deterministic=True).step([Row(prompt, 0, pages, True)])
+    chain = Chain(folder, (0, 2, 6), dtype=dtype, deterministic=True)
+    for start, end in ((0, 17), (17, 18), (18, 49)):
+        beside = [Row(prompt[:6], 0, own, True) for own in others]
+        chain.step([*beside, Row(prompt[start:end], start, pages, False)])
+    decode = [Row([7], 6, own, True) for own in others]
+    split = chain.step([decode[0], Row(prompt[49:], 49, pages, True), decode[1]])
+    assert torch.equal(split[1], whole[0])
+
+
 def test_a_step_in_the_middle_of_a_prompt_has_no_logits(llama: Path, eager: bool) -> None:
     logits = Chain(llama, (0, 3, 6), enforce_eager=eager).step([Row([1, 2, 3], 0, [0], False)])
     assert logits.shape == (0, 260)

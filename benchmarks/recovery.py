@@ -1,0 +1,313 @@
+"""What clients see when parts of a mesh are killed, stopped or drained under live streams.
+
+    python benchmarks/recovery.py MODEL [--what rank,agent,hang,coordinator,drain] [--times 50] [--streams 20]
+
+Streams run all the time: each asks one of a fixed set of requests, again and again, and its tokens are compared with
+those of a run in which nothing happened. A disturbance comes when every stream has begun and a standby has its weights
+loaded. Told are, of every kind: requests that failed, wrong tokens, the time until the gateway knew (`lost`), until a
+token came again (`recovered`, from the loss), and the longest pause of any stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import facts
+import psutil
+from vllm_venv import BenchmarkError
+
+from stagemesh import Client
+from stagemesh.errors import StagemeshError
+
+READY_S, BACK_S = 120.0, 60.0
+KINDS = ("rank", "agent", "hang", "coordinator", "drain")
+SEED = 17
+
+
+@dataclass
+class Stream:
+    """One client: its request, what it should bring, and how it went so far."""
+
+    prompt: list[int]
+    params: dict[str, Any]
+    expected: list[int] = field(default_factory=list)
+    tokens: int = 0
+    finished: int = 0
+    failed: list[str] = field(default_factory=list)
+    wrong: int = 0
+    last_at: float = 0.0
+    pause_s: float = 0.0
+    """Longest since it was looked at last."""
+
+    async def run(self, client: Client, stop: asyncio.Event | None) -> None:
+        """Asks once, or again and again until `stop`."""
+        while stop is None or not stop.is_set():
+            got: list[int] = []
+            self.last_at = 0.0
+            try:
+                async for delta in client.stream(self.prompt, ignore_eos=True, timeout_s=120, **self.params):
+                    now = time.monotonic()
+                    if self.last_at:
+                        self.pause_s = max(self.pause_s, now - self.last_at)
+                    self.last_at = now
+                    got += delta.token_ids
+                    self.tokens += len(delta.token_ids)
+                self.finished += 1
+                if stop is None:
+                    self.expected = got
+                    return
+                self.wrong += got != self.expected
+            except StagemeshError as e:
+                self.failed.append(f"{e.reason}: {e.message}")
+                await asyncio.sleep(0.1)
+
+
+def make_streams(count: int) -> list[Stream]:
+    """Greedy and seeded requests of 64 to 128 tokens in and 256 out."""
+    rng = random.Random(SEED)
+    return [
+        Stream(
+            [rng.randrange(5, 200) for _ in range(rng.randrange(64, 128))],
+            {"max_tokens": 256, "temperature": 0.0 if i % 2 else 0.8, "seed": i},
+        )
+        for i in range(count)
+    ]
+
+
+@dataclass
+class Mesh:
+    """A `stagemesh serve` with a standby."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    url: str = ""
+    grpc_address: str = ""
+
+    def get(self) -> dict[str, Any]:
+        """/mesh."""
+        with urllib.request.urlopen(f"{self.url}/mesh", timeout=10) as response:
+            seen: dict[str, Any] = json.load(response)
+            return seen
+
+    def wait_whole(self) -> dict[str, Any]:
+        """Until it serves and a standby has layers loaded."""
+        deadline = time.monotonic() + BACK_S
+        while True:
+            seen = self.get()
+            states = [w["state"] for w in seen["workers"] if w.get("layers", {}).get("last")]
+            if seen["ready"] and "standby" in states:
+                return seen
+            if time.monotonic() > deadline:
+                raise BenchmarkError(f"the mesh did not become whole again: {seen['reason']}")
+            time.sleep(0.05)
+
+    def named(self, title: str) -> list[psutil.Process]:
+        """Processes by their titles."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+
+@contextmanager
+def serving(model: Path, folder: Path) -> Iterator[Mesh]:
+    """The mesh, with nothing left of it behind."""
+    log = folder / "log"
+    command = [sys.executable, "-m", "stagemesh.cli.main", "serve", str(model), "-pp", "2", "--standby", "1",
+               "--max-model-len", "1024", "--port", "0", "--grpc-port", "0"]  # fmt: skip
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + READY_S
+        while "HTTP on " not in (text := log.read_text(errors="replace")):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise BenchmarkError(f"serve did not start:\n{text[-2000:]}")
+            time.sleep(0.1)
+        line = next(line for line in text.splitlines() if "HTTP on " in line)
+        http, grpc_address = line.split("HTTP on ")[1].split(", gRPC on ")
+        yield Mesh(process, log, f"http://{http}", grpc_address)
+    except BaseException:
+        print(log.read_text(errors="replace")[-6000:], file=sys.stderr)
+        raise
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def disturb(mesh: Mesh, kind: str, rng: random.Random) -> None:
+    """Does it to one stage, or to the coordinator."""
+    stage = rng.randrange(2)
+    if kind == "coordinator":
+        mesh.named("stagemesh coordinator")[0].kill()
+        return
+    (rank,) = mesh.named(f"stage {stage} layers")
+    if kind == "rank":
+        rank.kill()
+    elif kind == "hang":
+        rank.send_signal(signal.SIGSTOP)
+    elif kind == "agent":
+        agent = rank.parent()
+        assert agent is not None
+        agent.kill()
+    else:
+        seen = mesh.get()
+        worker = seen["pipelines"][0]["stages"][stage]["worker_id"]
+        command = [sys.executable, "-m", "stagemesh.cli.main", "drain", worker, "--url", mesh.url]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+async def measure(mesh: Mesh, kind: str, times: int, streams: list[Stream]) -> list[dict[str, float]]:
+    """Disturbs `times` times; seconds of each."""
+    rng, stop, figures = random.Random(SEED), asyncio.Event(), []
+    async with Client(mesh.grpc_address) as client:
+        running = [asyncio.create_task(stream.run(client, stop)) for stream in streams]
+        for _ in range(times):
+            seen = await asyncio.to_thread(mesh.wait_whole)
+            before = [s.tokens for s in streams]
+            while any(s.tokens <= at for s, at in zip(streams, before, strict=True)):
+                await asyncio.sleep(0.05)
+            # At another moment of a step each time.
+            await asyncio.sleep(rng.random() * 0.2)
+            for stream in streams:
+                stream.pause_s = 0.0
+            known, began_at = len(seen["events"]), time.time()
+            await asyncio.to_thread(disturb, mesh, kind, rng)
+            figures.append(await after(mesh, kind, streams, known, began_at))
+            if kind == "drain":
+                await asyncio.to_thread(bring_back, mesh)
+        stop.set()
+        await asyncio.wait(running, timeout=BACK_S)
+    return figures
+
+
+async def after(mesh: Mesh, kind: str, streams: list[Stream], known: int, began_at: float) -> dict[str, float]:
+    """Waits until every stream has gone on."""
+    told: dict[str, float] = {}
+    deadline = time.monotonic() + BACK_S
+    while kind != "coordinator":
+        new = [e for e in (await asyncio.to_thread(mesh.get))["events"] if e["at"] >= began_at]
+        ends = [e for e in new if e["event"] == "recovered"]
+        if ends:
+            lost = next(e for e in new if e["event"] == "lost")
+            told = {"known_s": lost["at"] - began_at, "recovered_s": ends[-1]["duration_ms"] / 1000,
+                    "replayed_tokens": ends[-1]["replayed_tokens"]}  # fmt: skip
+            break
+        if time.monotonic() > deadline:
+            raise BenchmarkError(f"{kind}: not recovered within {BACK_S:g} s")
+        await asyncio.sleep(0.05)
+    before = [s.tokens for s in streams]
+    while any(s.tokens <= at for s, at in zip(streams, before, strict=True)):
+        if time.monotonic() > deadline:
+            raise BenchmarkError(f"{kind}: a stream stands still")
+        await asyncio.sleep(0.02)
+    return {**told, "pause_s": max(s.pause_s for s in streams)}
+
+
+def bring_back(mesh: Mesh) -> None:
+    """A worker that was drained is ended; the supervisor starts it again as a standby."""
+    for worker in [w for w in mesh.get()["workers"] if w["state"] == "draining"]:
+        port = int(worker["address"].rsplit(":", 1)[1])
+        for process in mesh.named("stagemesh stage") + mesh.named("stagemesh standby"):
+            if any(c.laddr.port == port for c in process.net_connections() if c.status == psutil.CONN_LISTEN):
+                process.kill()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """p50, p99 (the worst of fewer than 100) and the worst."""
+    ordered = sorted(values)
+    pick = [ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.99)]
+    return {"p50": round(pick[0], 3), "p99": round(pick[1], 3), "max": round(ordered[-1], 3)}
+
+
+async def run(model: Path, kinds: list[str], times: int, count: int) -> dict[str, Any]:
+    """All kinds, each on a mesh of its own."""
+    results: dict[str, Any] = {}
+    for kind in kinds:
+        with tempfile.TemporaryDirectory(prefix="stagemesh-recovery-") as folder, serving(model, Path(folder)) as mesh:
+            await asyncio.to_thread(mesh.wait_whole)
+            streams = make_streams(count)
+            async with Client(mesh.grpc_address) as client:
+                await asyncio.gather(*(stream.run(client, None) for stream in streams))
+            for stream in streams:
+                stream.finished = stream.tokens = 0
+            figures = await measure(mesh, kind, times, streams)
+        results[kind] = {
+            "times": len(figures),
+            "requests": sum(s.finished for s in streams),
+            "failed": sum(len(s.failed) for s in streams),
+            "errors": sorted({e for s in streams for e in s.failed})[:5],
+            "wrong": sum(s.wrong for s in streams),
+            **{key: spread([f[key] for f in figures]) for key in figures[0]},
+        }
+        print(kind, json.dumps(results[kind]), flush=True)
+    return results
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """Markdown."""
+    lines = [
+        "| what | times | requests | failed | wrong tokens | known, s: p50 / p99 | next token after, s "
+        "| longest pause, s | tokens computed again, p50 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for kind, r in results.items():
+        cells = [kind, r["times"], r["requests"], r["failed"], r["wrong"]]
+        for key in ("known_s", "recovered_s", "pause_s"):
+            cells.append(f"{r[key]['p50']:.2f} / {r[key]['p99']:.2f}" if key in r else "-")
+        cells.append(f"{r['replayed_tokens']['p50']:.0f}" if "replayed_tokens" in r else "-")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def main() -> int:
+    """Measures and writes `results/recovery.*`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--what", default=",".join(KINDS))
+    parser.add_argument("--times", type=int, default=50)
+    parser.add_argument("--streams", type=int, default=20)
+    given = parser.parse_args()
+    kinds = given.what.split(",")
+    if unknown := set(kinds) - set(KINDS):
+        parser.error(f"{', '.join(unknown)}: not of {', '.join(KINDS)}")
+    results = asyncio.run(run(given.model, kinds, given.times, given.streams))
+    command = f"python benchmarks/recovery.py MODEL --what {given.what} --times {given.times} --streams {given.streams}"
+    about = {"machine": facts.machine(), "versions": facts.own_versions(), "command": command, "seed": SEED}
+    (facts.RESULTS / "recovery.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    machine = about["machine"]
+    text = [
+        "# What clients see of a loss", "",
+        f"Written by `{command}`: two stages and a standby, {given.streams} streams of 256 tokens, greedy and seeded, "
+        f"each compared token by token with a run in which nothing happened. {machine['cores']} cores, "
+        f"{machine['cpu']}, which the streams' client shares.", "",
+        *table(results), "",
+        "`known`: from the kill to the gateway's `lost`. `next token after`: from there to the first token that "
+        "crossed all stages. `longest pause`: of any stream, between two of its messages.", "",
+    ]  # fmt: skip
+    (facts.RESULTS / "recovery.md").write_text("\n".join(text))
+    return 0 if not any(r["failed"] or r["wrong"] for r in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
