@@ -235,7 +235,8 @@ class Scheduler:
             Row(p.sequence, p.start, p.count, self._new_pages(p.sequence, p.start + p.count), samples=False)
             for p in parts
         ]
-        return Plan(self._next_step, rows, replay=stages)
+        # Nothing else can go on before it: a single stage that is refilled has its neighbours' cores.
+        return Plan(self._next_step, rows, alone=stages[0] == stages[1], replay=stages)
 
     def _new_pages(self, sequence: Sequence, end: int) -> list[int]:
         """Those of the positions before `end` that the workers have not been told of; now they are."""

@@ -67,10 +67,17 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
 
 
 def standby_settings(serve: ServeSettings, coordinator: str) -> list[StageSettings]:
-    """Workers that may take any stage's place. They are not pinned: whose core will be free is not known."""
-    common = _common(serve, coordinator)
+    """Workers that may take any stage's place. They are not pinned: whose core will be free is not known. To one of one
+    rank the other cores are lent, most of all for being refilled."""
+    size, cores = max(serve.tp_sizes), sorted(os.sched_getaffinity(0))
+    lent = cores[1:] if serve.device != "cuda" and size == 1 else []
     return [
-        StageSettings(**common, worker_id=f"standby-{i}", tensor_parallel_size=max(serve.tp_sizes))
+        StageSettings(
+            **_common(serve, coordinator),
+            worker_id=f"standby-{i}",
+            tensor_parallel_size=size,
+            idle_cpu_list=",".join(map(str, lent)) or None,
+        )
         for i in range(serve.standby)
     ]
 
