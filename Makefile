@@ -46,7 +46,7 @@ helm: $(DEV)
 numerics: $(DEV)  ## every combination of the token-for-token tests (the pairwise part is in `make test`)
 	$(BIN)/python -m pytest tests/numerics -m "slow or not slow" --timeout 3600 $(ARGS)
 
-chaos: $(DEV)  ## kills of every kind of process, ten times each
+chaos: $(DEV)  ## kills, hangs, cuts and operations under live streams, at every named point
 	$(BIN)/python -m pytest tests/chaos -m "slow or not slow" --timeout 3600 $(ARGS)
 
 bench: $(DEV)

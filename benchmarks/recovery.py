@@ -159,7 +159,10 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> None:
     """Does it to one stage, or to the coordinator."""
     stage = rng.randrange(2)
     if kind == "coordinator":
-        mesh.named("stagemesh coordinator")[0].kill()
+        # One that was started again has its title when it has read its settings.
+        while not (found := mesh.named("stagemesh coordinator")):
+            time.sleep(0.02)
+        found[0].kill()
         return
     (rank,) = mesh.named(f"stage {stage} layers")
     if kind == "rank":

@@ -131,7 +131,8 @@ class Agent:
                     held.done = response.done
                 yield response
         except BaseException:
-            if self.held.get(request.key.pipeline_id) is held:
+            # The coordinator ends the call when it has heard of `done`, which is no failure.
+            if held.done is None and self.held.get(request.key.pipeline_id) is held:
                 del self.held[request.key.pipeline_id]
             raise
 

@@ -108,7 +108,8 @@ class _Worker:
                     )
                 log.error("%s; starting the group anew", group.lost.result() if group.lost.done() else failure)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(stopped), RESTART_BACKOFF_S[failures - 1] if failures else 0)
+                    backoff_s = RESTART_BACKOFF_S[failures - 1] if failures else 0
+                    await asyncio.wait_for(asyncio.shield(stopped), max(backoff_s, self.settings.restart_delay))
         finally:
             stopped.cancel()
 

@@ -89,7 +89,7 @@ class Child:
         assert self.process is not None
         how = _how(self.process.returncode)
         self.restarts = 0 if time.monotonic() - self.started_at > STABLE_S else self.restarts + 1
-        delay_s = BACKOFF_S[min(self.restarts, len(BACKOFF_S) - 1)]
+        delay_s = max(BACKOFF_S[min(self.restarts, len(BACKOFF_S) - 1)], getattr(self.settings, "restart_delay", 0.0))
         log.warning("the %s %s; starting it again%s", self.label, how, f" in {delay_s} s" if delay_s else "")
         await asyncio.sleep(delay_s)
         with contextlib.suppress(ConfigError):  # Its own message is on stderr, and the watch loop sees it dead.

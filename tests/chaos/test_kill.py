@@ -1,19 +1,15 @@
 """kill -9 of each kind of process under load: what was accepted is finished, the mesh comes back, nothing is left.
 
-CI kills each kind twice on the shipped model; `make chaos` ten times on a 100 M-parameter model, and writes the figures
-to benchmarks/results/kill.json.
+Figures of many kills of a larger model: benchmarks/recovery.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,7 +17,6 @@ import pytest
 from load import Load
 from mesh import Mesh, serve
 
-ROOT = Path(__file__).resolve().parents[2]
 SEED = 11
 CLIENTS = 12
 BACK_S = 15.0
@@ -118,28 +113,6 @@ def test_a_killed_process_comes_back(role: str) -> None:
         # Work that was cut off must not hold pages.
         mesh.check_pages_are_free()
     assert shared_memory() <= before
-
-
-@pytest.fixture(scope="module")
-def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("large") / "100m"
-    command = [sys.executable, str(ROOT / "tools/make_model.py"), "--preset", "100m", "--out", str(out)]
-    subprocess.run(command, check=True, timeout=120)
-    return out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("role", [role for role in ROLES if role != "one of two ranks"])
-def test_ten_kills_of_a_large_model(role: str, large_model: Path) -> None:
-    before = shared_memory()
-    with serve(str(large_model), "-pp", "2", "--max-model-len", "2048") as mesh:
-        figures = asyncio.run(kill_repeatedly(mesh, role, 10))
-    assert shared_memory() <= before
-    path = ROOT / "benchmarks/results/kill.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results[role] = figures
-    results["about"] = f"make chaos: kill -9, {CLIENTS} streams, 100 M parameters, 2 stages, {os.cpu_count()} cores"
-    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def test_the_supervisor_killed_leaves_nothing() -> None:
