@@ -21,7 +21,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,8 +232,9 @@ def bring_back(mesh: Mesh) -> None:
     for worker in [w for w in mesh.get()["workers"] if w["state"] == "draining"]:
         port = int(worker["address"].rsplit(":", 1)[1])
         for process in mesh.named("stagemesh stage") + mesh.named("stagemesh standby"):
-            if any(c.laddr.port == port for c in process.net_connections() if c.status == psutil.CONN_LISTEN):
-                process.kill()
+            with suppress(psutil.NoSuchProcess):
+                if any(c.laddr.port == port for c in process.net_connections() if c.status == psutil.CONN_LISTEN):
+                    process.kill()
 
 
 def spread(values: list[float]) -> dict[str, float]:
