@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 
 from stagemesh import rpc
-from stagemesh.errors import CheckpointError, ConfigError, TransportError
+from stagemesh.errors import CheckpointError, ConfigError, StagemeshError, TransportError
 from stagemesh.protos.v1 import stage_pb2, stage_pb2_grpc, types_pb2
 
 from . import values as v
@@ -96,8 +96,7 @@ class Driver:
                 await work
             except grpc.RpcError as e:
                 error = rpc.from_rpc_error(e)
-                final = isinstance(error, (ConfigError, CheckpointError))
-                final = final or e.code() is grpc.StatusCode.FAILED_PRECONDITION
+                final = _is_final(e, error)
                 self._post(v.StepFailed(*failed, error.message, final, isinstance(error, TransportError)))
             except TimeoutError:
                 self._post(v.StepFailed(*failed, f"no answer to {what} in time"))
@@ -143,9 +142,13 @@ class Driver:
                     return
             self._post(v.PrepareFailed(*at, "it ended its Prepare without `done`"))
         except grpc.RpcError as e:
-            self._post(v.PrepareFailed(*at, rpc.from_rpc_error(e).message))
+            error = rpc.from_rpc_error(e)
+            self._post(v.PrepareFailed(*at, error.message, _is_final(e, error)))
         except TimeoutError:
             self._post(v.PrepareFailed(*at, "no answer to prepare in time"))
+        except Exception as e:
+            log.exception("an order ended in an unexpected error")
+            self._post(v.PrepareFailed(*at, f"{type(e).__name__}: {e}"))
         finally:
             call.cancel()
 
@@ -196,6 +199,11 @@ class Driver:
             await self._stub(action.address).Release(request, timeout=RELEASE_S)
         except grpc.RpcError as e:
             log.info("worker %s did not take its release: %s", action.worker_id, rpc.from_rpc_error(e).message)
+
+
+def _is_final(call: grpc.RpcError, error: StagemeshError) -> bool:
+    """Whether the same worker would fail the same way again."""
+    return isinstance(error, (ConfigError, CheckpointError)) or call.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
 async def _each(call: Any, silence_s: float) -> AsyncIterator[Any]:

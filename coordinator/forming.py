@@ -135,7 +135,7 @@ class Former:
             self._prepare(self.workers[name], layers)
 
     def _prepare(self, worker: v.Worker, layers: v.Range) -> None:
-        if worker.kept != layers and worker.preparing is None:
+        if worker.kept != layers and worker.preparing is None and self._now >= worker.prepare_after:
             worker.preparing, worker.kept = layers, None
             info = worker.info
             self._act(v.Prepare(info.worker_id, info.incarnation, info.address, layers))
@@ -150,6 +150,9 @@ class Former:
         if isinstance(event, v.Prepared) and event.fingerprint == self.target.fingerprint:
             worker.kept = event.layers
             self._log(f"worker {event.worker_id} has layers {event.layers[0]}-{event.layers[1] - 1} ready")
+        elif isinstance(event, v.PrepareFailed) and not event.final:
+            worker.prepare_after = self._now + RETRY_MAX_S
+            self._log(f"worker {event.worker_id} has not loaded layers {event.layers}: {event.reason}", warning=True)
         else:
             what = event.reason if isinstance(event, v.PrepareFailed) else "it has another revision of the checkpoint"
             reason = f"worker {event.worker_id} cannot load layers {event.layers[0]}-{event.layers[1] - 1}: {what}"

@@ -171,12 +171,13 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PrepareFailed:
-    """A standby could not load layers."""
+    """A standby could not load layers. `final`: it would fail the same way again."""
 
     worker_id: str
     incarnation: int
     layers: Range
     reason: str
+    final: bool = False
 
 
 @dataclass(frozen=True)
@@ -381,6 +382,8 @@ class Worker:
     """Layers whose weights it has loaded."""
     preparing: Range | None = None
     """Layers that it loads as a standby."""
+    prepare_after: float = 0.0
+    """Clock time before which it is not asked to, as it just failed."""
     draining: bool = False
     refusals: dict[tuple[int, Range], str] = field(default_factory=dict)
     """(stage, layers) that this incarnation cannot hold, and why."""

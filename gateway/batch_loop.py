@@ -34,6 +34,8 @@ STEP_TIMEOUT_S = 60.0
 """A step that is out longer means a link or a worker that hangs with its sockets open."""
 STEP_SLACK_S, STEP_MARGIN = 1.0, 20.0
 """Once steps were measured: so long, and so many times what all that are out should take."""
+RECOVERING_S = 20.0
+"""Before a token has crossed, and while stages are being refilled."""
 LOOK_S = 0.2
 """How often a loop that waits for steps looks for such a one."""
 
@@ -166,14 +168,11 @@ class BatchLoop:
             return
         self._bubbles.add(stage, result.timing)
         timing = result.timing
-        self._work.note_result(stage, result.step)
         if not self._work.is_replay(result.step):
             self._work.costs.add(stage, timing.tokens, (timing.compute_us - timing.draft_us) * 1e-6)
-        if self._work.recovered():
-            log.info("%s epoch %d holds everything again", *self.key)
         if self._recorder.active:
             self._recorder.result(self.view, stage, result)
-        if stage != len(self._streams) - 1:
+        if stage != self._work.last_stage(result.step):
             return
         self._heard_at = time.monotonic()
         plan = self.scheduler.out[result.step]
@@ -205,6 +204,8 @@ class BatchLoop:
         if self._recorder.active:
             self._recorder.delivered(self.view, result.step)
         self.scheduler.step_done(result.step)
+        if self._work.recovered():
+            log.info("%s epoch %d holds everything again", *self.key)
         if any(counts := self.scheduler.speculation.take_counts()):
             self._metrics.speculated(*counts)
         self.scheduler.prefill_budget = self._work.costs.prefill_budget()
@@ -240,7 +241,13 @@ class BatchLoop:
         if out_s < STEP_SLACK_S:
             return
         expected_s = self._work.expected_s(max(1, self.view.limits.gateways))
-        most_s = STEP_TIMEOUT_S if expected_s is None else min(STEP_TIMEOUT_S, STEP_SLACK_S + STEP_MARGIN * expected_s)
+        if not self.crossed or self._work.recovering:
+            # What steps took was measured on another worker, maybe, and a first one takes longer.
+            most_s = RECOVERING_S
+        elif expected_s is None:
+            most_s = STEP_TIMEOUT_S
+        else:
+            most_s = min(STEP_TIMEOUT_S, STEP_SLACK_S + STEP_MARGIN * expected_s)
         if out_s > most_s:
             self.stuck = True
             self.fail(StageLost(f"no step of {self.view.pipeline_id} came back within {most_s:.1f} s"))

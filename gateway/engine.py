@@ -302,8 +302,9 @@ class MeshEngine:
                 await ended.close()
                 self._renew_slot()
             wanted = self._wanted
-            if self._loop is None and wanted is not None and self._slot and not self._draining:
+            if self._loop is None and wanted is not None and self._slot and (self._live or not self._draining):
                 await self._open(wanted)
+            await self._cross_if_idle()
             self._changed.clear()
             try:
                 async with asyncio.timeout(RETRY_S):
@@ -342,6 +343,16 @@ class MeshEngine:
         if self.model is None:
             info = await asyncio.to_thread(checkpoint.inspect, path, "dummy")
             self.model = ModelCard(view.model.name, view.limits.max_model_len, info.vocab_size, int(time.time()))
+
+    async def _cross_if_idle(self) -> None:
+        """Those whose tokens were to cross have ended before they could."""
+        loop, work = self._loop, self._work
+        if loop is None or loop.lost is not None or loop.crossed or work is None or work.live:
+            return
+        try:
+            await self._cross(loop, work)
+        except StagemeshError as e:
+            log.warning("no token has crossed %s epoch %d: %s", *loop.key, e.message)
 
     def _make_work(self, view: types_pb2.PipelineView) -> Work:
         def make(shape: Shape) -> Scheduler:

@@ -61,7 +61,7 @@ class Recovery:
 
     def __init__(self, runs: Sequence[Stages], stages: Sequence[StageKv], page_size: int) -> None:
         self._runs = list(runs)
-        self._stages = stages
+        self._stages = list(stages)
         self._size = page_size
         self._filled: set[int] = set()
         """Pages that the current run has, or will have when the steps before are done."""
@@ -88,6 +88,7 @@ class Recovery:
                 parts.append(Part(sequence, start, count))
                 self._note(sequence, start + count)
             if stages is not None:
+                self._forget_journals(stages)
                 self.tokens += sum(part.count for part in parts)
                 return parts, stages
             self._runs.pop(0)
@@ -108,6 +109,11 @@ class Recovery:
         while first > 0 and not self._stages[first - 1].covers(pages):
             first -= 1
         return first, last
+
+    def _forget_journals(self, stages: Stages) -> None:
+        """Stages that were not lost and compute again write into their journals, and older entries may go."""
+        for stage in range(stages[0], self._runs[0][0]):
+            self._stages[stage] = StageKv(self._stages[stage].generation, b"")
 
     def _note(self, sequence: TokenSequence, end: int) -> None:
         whole = -(-end // self._size) if end == sequence.computed else end // self._size

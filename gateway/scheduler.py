@@ -226,7 +226,10 @@ class Scheduler:
             return None
         found = self.recovery.next(self.running, self.max_num_batched_tokens)
         if found is None:
-            # Pages that nobody holds have not been filled.
+            # Pages that nobody holds have not been filled, nor those of sequences that ended meanwhile.
+            for sequence in self.running:
+                if sequence.state is State.FINISHED:
+                    self.pages.withdraw(sequence.pages)
             self.pages.empty_idle()
             self.recovery = None
             return None

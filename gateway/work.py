@@ -40,8 +40,6 @@ class Work:
         self._now: list[int] = []
         self._replays: dict[int, int] = {}
         """Step -> the last stage that computes it again, of this epoch."""
-        self._replaying: set[int] = set()
-        """Those that this stage has not reported yet."""
         self.replayed_tokens = 0
         """Positions that this epoch computes again."""
         self.scheduler: Scheduler
@@ -84,7 +82,6 @@ class Work:
         self._now = [kv.generation for kv in stages]
         self._filled = [0 if stage in lost else generation for stage, generation in enumerate(self._now)]
         self._replays.clear()
-        self._replaying.clear()
         self.replayed_tokens = 0
         if runs:
             self.scheduler.recovery = Recovery(runs, stages, shape.page_size)
@@ -116,7 +113,6 @@ class Work:
         """A step went out."""
         if plan.replay is not None:
             self._replays[plan.step] = plan.replay[1]
-            self._replaying.add(plan.step)
             self.replayed_tokens += sum(row.count for row in plan.rows)
 
     def expected_s(self, gateways: int) -> float | None:
@@ -133,14 +129,14 @@ class Work:
         """Whether a step of this epoch computes what was computed before."""
         return step in self._replays
 
-    def note_result(self, stage: int, step: int) -> None:
-        """A stage is done with a step."""
-        if self._replays.get(step) == stage:
-            self._replaying.discard(step)
+    def last_stage(self, step: int) -> int:
+        """The stage behind which nothing of a step is left to do."""
+        return self._replays.get(step, len(self._now) - 1)
 
     def recovered(self) -> bool:
         """True once: when the stages that were lost hold everything again."""
-        if not self.recovering or self._replaying or self.scheduler.recovery is not None:
+        replaying = any(plan.replay is not None for plan in self.scheduler.out.values())
+        if not self.recovering or replaying or self.scheduler.recovery is not None:
             return False
         self._filled = list(self._now)
         return True

@@ -7,8 +7,10 @@ passes bytes on, unparsed, in both directions.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
+import operator
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,6 +219,8 @@ class Agent:
         if held is not None and held.request.key.epoch <= key.epoch:
             del self.held[key.pipeline_id]
             self._end_sessions(key.pipeline_id, key.epoch, request.reason or "the pipeline is being changed")
+        if held is None or held.request.key.epoch <= key.epoch:
+            # Also what ranks hold of an order that was called off while they carried it out.
             await self._group().call(Kind.RELEASE, request.SerializeToString(), CALL_TIMEOUT_S)
         return stage_pb2.ReleaseResponse()
 
@@ -276,7 +280,7 @@ class Agent:
             # A rank may have opened it, or may still: what comes behind the open closes it.
             self._close_soon(session, None)
             raise
-        return session, stage_pb2.RunOpened.FromString(replies[0])
+        return session, _together([stage_pb2.RunOpened.FromString(reply) for reply in replies])
 
     async def _pump(self, session: GatewaySession, requests: AsyncIterator[bytes]) -> None:
         reason = "the gateway closed its stream"
@@ -334,6 +338,15 @@ class Agent:
             for held in self.held.values()
             if held.done is not None
         ]
+
+
+def _together(ranks: list[stage_pb2.RunOpened]) -> stage_pb2.RunOpened:
+    """What the ranks of a group say of a session; a page is in the journal where all of them have it."""
+    opened = ranks[0]
+    opened.journal = bytes(
+        functools.reduce(operator.and_, bits) for bits in zip(*(r.journal for r in ranks), strict=False)
+    )
+    return opened
 
 
 def add_to_server(agent: Agent, server: grpc.aio.Server) -> None:

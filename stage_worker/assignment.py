@@ -266,7 +266,7 @@ class Assignment:
 
     def keep_output(self, step: Step, output: torch.Tensor) -> None:
         """Remembers what goes to the next stage, also where this step does not send it."""
-        if self.journal is not None and step.computes and self.senders:
+        if self.journal is not None and step.computes:
             self.journal.write(step.batch, output)
 
     def input_complete_at(self, session: Session, step: Step) -> float:

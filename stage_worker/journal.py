@@ -36,11 +36,15 @@ class Journal:
 
     def write(self, batch: StepBatch, output: torch.Tensor) -> None:
         """Keeps what a step sent on, `output` [T, H]. A page that was begun before its entry went stays without."""
+        found = [
+            (page, self._begin(page) if offset == 0 else self._entries.get(page), at, offset, count)
+            for at, page, offset, count in _parts(batch)
+        ]
         sources: list[int] = []
         targets: list[int] = []
-        for at, page, offset, count in _parts(batch):
-            place = self._begin(page) if offset == 0 else self._entries.get(page)
-            if place is not None:
+        for page, place, at, offset, count in found:
+            # A page of a step that begins more than there is room for may have lost its place to a later one.
+            if place is not None and self._entries.get(page) == place:
                 sources.extend(range(at, at + count))
                 targets.extend(range(place + offset, place + offset + count))
         if len(sources) < len(output):

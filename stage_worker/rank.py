@@ -17,7 +17,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from stagemesh import process
-from stagemesh.errors import ConfigError, InvalidRequest, NotFound, StagemeshError, StaleEpoch, TransportError
+from stagemesh.errors import InvalidRequest, NotFound, StagemeshError, StaleEpoch, TransportError
 from stagemesh.faults import point
 from stagemesh.protos.v1 import stage_pb2
 from stagemesh.transport.base import Transport
@@ -106,8 +106,10 @@ class Rank:
     def prepare(self, ident: int, payload: bytes) -> bytes:
         """Loads a range and allocates its pages, for an assignment that may come."""
         request = stage_pb2.PrepareRequest.FromString(payload)
-        if self.engine.assignments:
-            raise ConfigError("this worker holds a stage, and can prepare no other")
+        # The agent holds nothing: what is left is of an order that was called off while it was carried out.
+        for held_before in self.engine.assignments.values():
+            held_before.close()
+        self.engine.assignments.clear()
         held = self._memory.hold(ident, request)
         process.set_title(f"standby layers {request.layers.first}-{request.layers.last - 1} rank {self.config.rank}")
         return _done(held, request).SerializeToString()

@@ -66,8 +66,7 @@ class _Supervisor:
                 try:
                     await self._until_ready(watching[0])
                     if not self.stop.is_set():
-                        standbys = await self._start_standbys()
-                        watching += [asyncio.create_task(self._keep(child)) for child in standbys]
+                        watching += [asyncio.create_task(self._bring_up(child)) for child in self._standbys()]
                     stopped = asyncio.create_task(self.stop.wait())
                     done, _ = await asyncio.wait([*watching, stopped], return_when=asyncio.FIRST_COMPLETED)
                     if not self.stop.is_set():
@@ -103,11 +102,17 @@ class _Supervisor:
         # Services import for seconds: all at once.
         await self._start_all([*workers, self._gateway])
 
-    async def _start_standbys(self) -> list[Child]:
-        """When everything serves: before that they would take the place of a stage that registers a moment later."""
-        standbys = [self._worker(settings) for settings in standby_settings(self.settings, self._coordinator)]
-        await self._start_all(standbys)
-        return standbys
+    def _standbys(self) -> list[Child]:
+        """For when everything serves: before, they would take the place of a stage that registers a moment later."""
+        return [self._worker(settings) for settings in standby_settings(self.settings, self._coordinator)]
+
+    async def _bring_up(self, child: Child) -> None:
+        """Starts a child without which everything goes on, and keeps it."""
+        try:
+            await self._start_all([child])
+        except ConfigError as e:
+            log.warning("%s", e.message)
+        await self._keep(child)
 
     def _worker(self, settings: StageSettings) -> Child:
         return self._child("stage", f"worker {settings.worker_id}", settings)

@@ -52,6 +52,15 @@ def test_when_it_is_full_the_oldest_entry_goes_and_is_not_begun_in_the_middle() 
     assert found[:, 0].tolist() == [50, 60]
 
 
+def test_a_step_that_begins_more_pages_than_there_is_room_for_keeps_the_last() -> None:
+    journal = Journal(2, SIZE, HIDDEN, torch.bfloat16)
+    journal.write(batch((0, 16, [4, 5, 6, 7])), values(0, 16))
+    assert journal.held(0, 8) == bytes([0b11000000])
+    found = journal.read(batch((8, 8, [4, 5, 6, 7])))
+    assert found is not None
+    assert found[:, 0].tolist() == list(range(8, 16))
+
+
 def test_without_memory_nothing_is_kept() -> None:
     journal = Journal(0, SIZE, HIDDEN, torch.bfloat16)
     journal.write(batch((0, 3, [0])), values(0, 3))

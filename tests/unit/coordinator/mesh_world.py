@@ -79,11 +79,11 @@ class World:
     def ack(self, stage: int, epoch: int | None = None) -> None:
         self.send(v.Activated("pipeline-0", self.epoch if epoch is None else epoch, stage))
 
-    def prepared(self, name: str, *, revision: str = REVISION, failed: str = "") -> None:
+    def prepared(self, name: str, *, revision: str = REVISION, failed: str = "", final: bool = True) -> None:
         """A standby has loaded what it was told to, or could not."""
         layers = self.mesh.workers[name].preparing or (0, 0)
         if failed:
-            self.send(v.PrepareFailed(name, self.lives[name], layers, failed))
+            self.send(v.PrepareFailed(name, self.lives[name], layers, failed, final))
         else:
             self.send(v.Prepared(name, self.lives[name], layers, revision))
 

@@ -317,6 +317,16 @@ class TestStandby:
         assert self.told(world) == {}
         assert "another revision" in world.mesh.workers["spare"].refusals[1, (3, 6)]
 
+    def test_what_failed_for_the_moment_is_tried_again_a_little_later(self) -> None:
+        world = serving()
+        world.join("spare")
+        assert self.told(world) == {"spare": (0, 3)}
+        world.prepared("spare", failed="its ranks are being started", final=False)
+        world.wait(1, "a", "b", "spare")
+        assert self.told(world) == {}
+        world.wait(2, "a", "b", "spare")
+        assert self.told(world) == {"spare": (0, 3)}
+
     def test_an_answer_that_comes_after_it_was_given_a_stage_changes_nothing(self) -> None:
         world = serving("spare")
         life, layers = world.lives["spare"], world.mesh.workers["spare"].preparing

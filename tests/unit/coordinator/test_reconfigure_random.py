@@ -79,10 +79,10 @@ class Stories(RuleBasedStateMachine):
     def drain(self, name: str) -> None:
         self.send(v.DrainRequested(name))
 
-    @rule(name=st.sampled_from(NAMES), good=st.booleans())
-    def prepared(self, name: str, good: bool) -> None:
+    @rule(name=st.sampled_from(NAMES), good=st.booleans(), final=st.booleans())
+    def prepared(self, name: str, good: bool, final: bool) -> None:
         if name in self.world.mesh.workers:
-            self.world.prepared(name, failed="" if good else "boom")
+            self.world.prepared(name, failed="" if good else "boom", final=final)
             self.check()
 
     @rule(

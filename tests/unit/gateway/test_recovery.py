@@ -81,11 +81,21 @@ def test_shared_pages_are_filled_once() -> None:
 
 
 def test_where_the_journal_has_gaps_the_stage_before_is_asked_and_at_last_the_tokens() -> None:
-    sequences = running(8, 8, 8)
     # Stage 1 has the first sequence's pages, stage 0 those of the first two.
     low, both = bytes([0b11, 0, 0, 0, 0, 0]), bytes([0b11, 0, 0b110000, 0, 0, 0])
-    steps = taken(Recovery([(2, 2)], kept(both, low, b""), SIZE), sequences, 100)
-    assert steps == [([(0, 0, 8)], (2, 2)), ([(1, 0, 8)], (1, 2)), ([(2, 0, 8)], (0, 2))]
+    for number, stages in ((0, (2, 2)), (1, (1, 2)), (2, (0, 2))):
+        sequences = running(8, 8, 8)
+        for other in sequences:
+            other.computed *= other is sequences[number]
+        steps = taken(Recovery([(2, 2)], kept(both, low, b""), SIZE), sequences, 100)
+        assert steps == [([(number, 0, 8)], stages)]
+
+
+def test_a_stage_that_computes_again_though_it_was_not_lost_promises_no_journal_any_more() -> None:
+    sequences = running(8, 12)
+    # Stage 1 has the second sequence's pages alone; the first is computed by stages 1 and 2 before.
+    steps = taken(Recovery([(2, 2)], kept(EVERYTHING, bytes([0, 0, 0b1110000]), b""), SIZE), sequences, 100)
+    assert steps == [([(0, 0, 8)], (1, 2)), ([(1, 0, 12)], (1, 2))]
 
 
 def test_two_losses_that_are_apart_are_refilled_one_after_the_other() -> None:
@@ -104,6 +114,28 @@ def test_who_ended_is_not_computed_again() -> None:
 
 
 # -- the scheduler ---------------------------------------------------------------------------------------------------
+
+
+def test_pages_of_one_that_ended_half_refilled_are_not_taken_over() -> None:
+    scheduler = make(tokens=16, steps=2)
+    first = Sequence(tuple(range(40)), 0, 5)
+    scheduler.add(first)
+    for _ in range(3):
+        plan = scheduler.next_plan()
+        assert plan is not None
+        scheduler.step_done(plan.step)
+    assert first.offered == 10
+    scheduler.rewind()
+    scheduler.recovery = Recovery([(0, 0)], kept(b""), SIZE)
+    plan = scheduler.next_plan()
+    assert plan is not None
+    assert (plan.replay, plan.rows[0].count) == ((0, 0), 16)
+    scheduler.finish(first)
+    assert scheduler.next_plan() is None
+    scheduler.step_done(plan.step)
+    scheduler.add(again := Sequence(first.prompt, 0, 5))
+    scheduler.next_plan()
+    assert again.taken_over == 0, "what lies behind the first chunk was never computed again"
 
 
 class Stages:
@@ -169,7 +201,11 @@ def test_sequences_survive_losses_at_any_moment(seed: int) -> None:
             break
         if len(sequences) < 16 and rng.random() < 0.03:
             own = tuple(rng.randrange(50) for _ in range(rng.randint(1, 20)))
-            sequences.append(Sequence(common[: rng.randint(0, 24)] + own, 0, rng.randint(1, 30)))
+            prompt = common[: rng.randint(0, 24)] + own
+            if sequences and rng.random() < 0.3:
+                # A client that asks the same again.
+                prompt = rng.choice(sequences).prompt
+            sequences.append(Sequence(prompt, 0, rng.randint(1, 30)))
             scheduler.add(sequences[-1])
         what = rng.random()
         if what < 0.02:
@@ -205,6 +241,7 @@ def step(out: list[tuple[Plan, list[int]]], rng: random.Random, stages: Stages, 
     last = len(stages.slots) - 1
     ready = []
     for stage in range(last + 1):
+        # The first step that this stage has a part in and has not run.
         at = next((i for i, (_, done) in enumerate(out) if not done[stage]), None)
         if at is not None and (stage == 0 or out[at][1][stage - 1]):
             ready.append((at, stage))
@@ -214,7 +251,7 @@ def step(out: list[tuple[Plan, list[int]]], rng: random.Random, stages: Stages, 
     tokens = {row.sequence: expected(row.sequence, row.start + row.count) for row in plan.rows}
     stages.run(plan, stage, tokens)
     done[stage] = 1
-    if stage == last:
+    if stage == (plan.replay[1] if plan.replay else last):
         out.pop(at)
         for row in plan.rows:
             sequence = row.sequence
