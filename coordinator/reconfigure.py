@@ -1,7 +1,7 @@
 """The coordinator's core: events in, actions out; no I/O, and the clock is an argument.
 
-This half is membership: leases, registrations, and what a coordinator takes up again after a restart. The other half,
-the life of a pipeline, is in forming.py.
+This part is membership: leases, registrations, and what a coordinator takes up again after a restart. The life of a
+pipeline is in forming.py, standbys and moves in moving.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from . import values as v
-from .forming import Former, Phase, Pipeline, State
+from .forming import Phase, Pipeline, State
+from .moving import Mover
 from .planning import Target
 
 # After a restart: one lease, and the longest that a worker may take to call again (its channel's back-off of 1 s and a
@@ -20,7 +21,7 @@ STALL_S = 0.3
 LOST_SHOWN = 64
 
 
-class Mesh(Former):
+class Mesh(Mover):
     """Membership and pipelines."""
 
     def __init__(

@@ -30,18 +30,13 @@ from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
 from .batch_loop import BatchLoop
 from .bubbles import Bubbles
-from .draft_model import DraftModelGuesser
 from .live import LiveRequest
-from .lookup import LookupGuesser, lookup_limits
 from .metrics import Load, Metrics
 from .outage import Outage
-from .pages import PageAllocator
 from .request import GenerationRequest, ModelCard, Sampling
-from .scheduler import Scheduler
-from .speculation import Guesser
 from .tokenizer import Tokenizer
 from .trace import Recorder
-from .work import Shape, Work
+from .work import Work, make_work
 
 log = logging.getLogger(__name__)
 
@@ -313,7 +308,7 @@ class MeshEngine:
                 continue
 
     async def _open(self, view: types_pb2.PipelineView) -> None:
-        work = self._work or self._make_work(view)
+        work = self._work or make_work(view, self.settings)
         loop = BatchLoop(view, work, self.metrics, self._bubbles, self.recorder, self._on_crossed, self._on_lost)
         try:
             await self._load_model(view)
@@ -353,29 +348,6 @@ class MeshEngine:
             await self._cross(loop, work)
         except StagemeshError as e:
             log.warning("no token has crossed %s epoch %d: %s", *loop.key, e.message)
-
-    def _make_work(self, view: types_pb2.PipelineView) -> Work:
-        def make(shape: Shape) -> Scheduler:
-            return Scheduler(
-                PageAllocator(shape.num_pages, shape.page_size),
-                steps_in_flight=shape.steps_in_flight,
-                max_num_seqs=view.limits.max_num_seqs,
-                max_num_batched_tokens=view.limits.max_num_batched_tokens,
-                prefix_caching=self.settings.enable_prefix_caching,
-                guesser=guesser(shape),
-            )
-
-        def guesser(shape: Shape) -> Guesser | None:
-            """The gateway's own settings come before the pipeline's draft model."""
-            lookup = lookup_limits(self.settings.speculative_config)
-            if lookup is not None:
-                return LookupGuesser(lookup)
-            if view.model.HasField("draft"):
-                return DraftModelGuesser(view.model.draft.num_tokens, shape.steps_in_flight, work.guess_costs)
-            return None
-
-        work = Work(make)
-        return work
 
     async def _cross(self, loop: BatchLoop, work: Work) -> None:
         """Sends a token across every stage; two, so that a decode step has run as well. Raises what ended them."""

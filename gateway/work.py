@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from stagemesh.config import GatewaySettings
 from stagemesh.errors import StagemeshError
+from stagemesh.protos.v1 import types_pb2
 
 from .budget import StepCosts
-from .draft_model import GuessCosts
+from .draft_model import DraftModelGuesser, GuessCosts
 from .live import LiveRequest
+from .lookup import LookupGuesser, lookup_limits
+from .pages import PageAllocator
 from .recovery import Recovery, StageKv, lost_stages
 from .scheduler import Plan, Scheduler
 from .sequence import Sequence as TokenSequence
 from .sequence import State
+from .speculation import Guesser
 
 
 @dataclass(frozen=True)
@@ -140,3 +145,29 @@ class Work:
             return False
         self._filled = list(self._now)
         return True
+
+
+def make_work(view: types_pb2.PipelineView, settings: GatewaySettings) -> Work:
+    """None yet, with a scheduler as the settings want it."""
+
+    def make(shape: Shape) -> Scheduler:
+        return Scheduler(
+            PageAllocator(shape.num_pages, shape.page_size),
+            steps_in_flight=shape.steps_in_flight,
+            max_num_seqs=view.limits.max_num_seqs,
+            max_num_batched_tokens=view.limits.max_num_batched_tokens,
+            prefix_caching=settings.enable_prefix_caching,
+            guesser=guesser(shape),
+        )
+
+    def guesser(shape: Shape) -> Guesser | None:
+        """The gateway's own settings come before the pipeline's draft model."""
+        lookup = lookup_limits(settings.speculative_config)
+        if lookup is not None:
+            return LookupGuesser(lookup)
+        if view.model.HasField("draft"):
+            return DraftModelGuesser(view.model.draft.num_tokens, shape.steps_in_flight, work.guess_costs)
+        return None
+
+    work = Work(make)
+    return work

@@ -64,7 +64,7 @@ def test_a_process_that_dies_at(point: str, armed: tuple[Mesh, Path], expected: 
         while (folder / point).exists():
             if point in OF_STANDBYS and all(s.ended for s in told):
                 break
-            assert time.monotonic() < deadline, f"nobody comes to {point}"
+            assert time.monotonic() < deadline, f"nobody comes to {point}:\n{mesh.tail(150)}"
             time.sleep(0.01)
         wait_longer(mesh, told, epoch)
 
