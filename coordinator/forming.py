@@ -93,9 +93,7 @@ class Former:
         self._actions: list[v.Action] = []
         self._version = 0  # of the membership
         self._ucx_failed: dict[frozenset[int], list[str]] = {}  # incarnations of a link's ends -> errors
-        self._apart: dict[
-            frozenset[str], float
-        ] = {}  # workers that do not reach each other -> until when it is believed
+        self._apart: dict[frozenset[str], float] = {}  # workers that do not reach each other -> believed until
 
     def knows(self, worker_id: str, incarnation: int) -> bool:
         """Whether this life of the worker is a member."""

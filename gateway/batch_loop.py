@@ -20,10 +20,11 @@ from stagemesh.protos.v1 import stage_pb2, types_pb2
 from .bubbles import Bubbles
 from .live import LiveRequest
 from .metrics import Metrics
+from .plan import Plan, Row
 from .recovery import StageKv
 from .request import Sampling, TokenLogprob
 from .run_stream import RunStream
-from .scheduler import Plan, Row, Scheduler
+from .scheduler import Scheduler
 from .sequence import Sequence, State
 from .trace import Recorder
 from .work import Shape, Work

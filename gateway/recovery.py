@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from .plan import Stages
 from .sequence import Sequence as TokenSequence
 from .sequence import State
-
-Stages = tuple[int, int]
-"""Stages first .. last, both included."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,6 @@ class Recovery:
         """Pages that the current run has, or will have when the steps before are done."""
         self._reached: dict[TokenSequence, int] = {}
         """Positions done of sequences that did not fit into a step as a whole."""
-        self.tokens = 0
-        """Positions handed out so far, one for each run that computes them."""
 
     def next(self, sequences: Iterable[TokenSequence], max_tokens: int) -> tuple[list[Part], Stages] | None:
         """The next step's parts and the stages that compute them; None when nothing is left. The shortest go first."""
@@ -89,7 +85,6 @@ class Recovery:
                 self._note(sequence, start + count)
             if stages is not None:
                 self._forget_journals(stages)
-                self.tokens += sum(part.count for part in parts)
                 return parts, stages
             self._runs.pop(0)
             self._filled.clear()

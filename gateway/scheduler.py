@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from .budget import LONGER
 from .pages import PageAllocator
+from .plan import Closed, Plan, Row
 from .prefix import PrefixCache
-from .recovery import Recovery, Stages
+from .recovery import Recovery
 from .sequence import Sequence, State
 from .speculation import Guesser, Speculation
 
@@ -29,47 +29,8 @@ STEPS_AHEAD = 2
 """Steps of one sequence that may be out: one runs, the next waits for its token."""
 
 
-@dataclass
-class Row:
-    """`count` tokens of a sequence from position `start`."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    new_pages: list[int]
-    samples: bool
-    """Whether the row ends at the last token there is, so that the next one is drawn."""
-    result_of: int = 0
-    """The step whose result the row's token is; 0: it is known."""
-    draft: list[int] = field(default_factory=list)
-    """Guesses for all tokens of the row but the first."""
-    guesses: int = 0
-    """How many tokens the last stage shall guess behind what the row draws."""
-
-
-@dataclass
-class Plan:
-    """One step: its rows, and the sequences that the workers must know of before it, or can forget."""
-
-    step: int
-    rows: list[Row]
-    opened: list[Sequence] = field(default_factory=list)
-    alone: bool = False
-    """No other step computes while this one does."""
-    replay: Stages | None = None
-    """The rows were computed before, and these stages alone compute them again."""
-
-
-@dataclass(frozen=True)
-class Closed:
-    """A sequence number that the workers can forget."""
-
-    ident: int
-    after_step: int
-
-
 class Scheduler:
-    """Sequences that wait, run and end on one pipeline at one epoch."""
+    """Sequences that wait, run and end on one pipeline, over its epochs."""
 
     def __init__(
         self,

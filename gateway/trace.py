@@ -18,7 +18,7 @@ from stagemesh import process
 from stagemesh.errors import DeadlineExceeded, InvalidRequest, QueueFull
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
-from .scheduler import Plan
+from .plan import Plan
 
 MAX_STEPS = 4096
 """Steps of one trace: a few megabytes of JSON."""

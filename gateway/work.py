@@ -18,8 +18,9 @@ from .draft_model import DraftModelGuesser, GuessCosts
 from .live import LiveRequest
 from .lookup import LookupGuesser, lookup_limits
 from .pages import PageAllocator
+from .plan import Plan
 from .recovery import Recovery, StageKv, lost_stages
-from .scheduler import Plan, Scheduler
+from .scheduler import Scheduler
 from .sequence import Sequence as TokenSequence
 from .sequence import State
 from .speculation import Guesser
@@ -140,8 +141,9 @@ class Work:
 
     def recovered(self) -> bool:
         """True once: when the stages that were lost hold everything again."""
-        replaying = any(plan.replay is not None for plan in self.scheduler.out.values())
-        if not self.recovering or replaying or self.scheduler.recovery is not None:
+        if not self.recovering or self.scheduler.recovery is not None:
+            return False
+        if any(plan.replay is not None for plan in self.scheduler.out.values()):
             return False
         self._filled = list(self._now)
         return True

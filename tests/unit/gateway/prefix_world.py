@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 
 from stagemesh.gateway.pages import PageAllocator
+from stagemesh.gateway.plan import Plan
 from stagemesh.gateway.scheduler import Scheduler
 
 SIZE = 4
@@ -24,3 +25,16 @@ def make(pages: int = 100, steps: int = 3, tokens: int = 64, seqs: int = 8, cach
 def draw(prefix: list[int]) -> int:
     """The token behind a prefix: a function of all of it, as a greedy model's is."""
     return zlib.crc32(bytes(prefix)) % 3
+
+
+def come_back(scheduler: Scheduler, plan: Plan) -> None:
+    """Every stage has run the step: its tokens are drawn."""
+    for row in plan.rows:
+        sequence = row.sequence
+        if (
+            row.samples
+            and scheduler.append_token(sequence, row.start + row.count, draw(sequence.tokens(0, sequence.length)))
+            and len(sequence.log) >= sequence.max_tokens
+        ):
+            scheduler.finish(sequence)
+    scheduler.step_done(plan.step)

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from prefix_world import SIZE, draw, make
+from prefix_world import SIZE, come_back, make
 
-from stagemesh.gateway.scheduler import Plan, Scheduler
+from stagemesh.gateway.scheduler import Scheduler
 from stagemesh.gateway.sequence import Sequence, State
-
-
-def come_back(scheduler: Scheduler, plan: Plan) -> None:
-    for row in plan.rows:
-        sequence = row.sequence
-        if (
-            row.samples
-            and scheduler.append_token(sequence, row.start + row.count, draw(sequence.tokens(0, sequence.length)))
-            and len(sequence.log) >= sequence.max_tokens
-        ):
-            scheduler.finish(sequence)
-    scheduler.step_done(plan.step)
 
 
 def run_all(scheduler: Scheduler) -> list[tuple[Sequence, int, int]]:

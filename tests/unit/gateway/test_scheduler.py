@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagemesh.gateway.pages import PageAllocator
-from stagemesh.gateway.scheduler import Plan, Scheduler
+from stagemesh.gateway.plan import Plan
+from stagemesh.gateway.scheduler import Scheduler
 from stagemesh.gateway.sequence import Sequence, State
 
 _first = itertools.count(1000)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from stagemesh.gateway.lookup import INDEXED_AT_ONCE, PLACES, LookupGuesser, LookupLimits, PromptLookup
 from stagemesh.gateway.pages import PageAllocator
-from stagemesh.gateway.scheduler import Plan, Row, Scheduler
+from stagemesh.gateway.plan import Plan, Row
+from stagemesh.gateway.scheduler import Scheduler
 from stagemesh.gateway.sequence import Sequence, State
 from stagemesh.gateway.speculation import Speculation
 

@@ -13,7 +13,7 @@ import pytest
 
 from stagemesh.errors import DeadlineExceeded, InvalidRequest, QueueFull
 from stagemesh.gateway.openai.app import build_app
-from stagemesh.gateway.scheduler import Plan, Row
+from stagemesh.gateway.plan import Plan, Row
 from stagemesh.gateway.sequence import Sequence
 from stagemesh.gateway.trace import MAX_OPEN, MAX_STEPS, STAGE_COLUMNS, Recorder, now_us
 from stagemesh.protos.v1 import stage_pb2, types_pb2
