@@ -18,7 +18,7 @@ from stagemesh.errors import CheckpointError, ConfigError, StagemeshError, Trans
 from stagemesh.protos.v1 import stage_pb2, stage_pb2_grpc, types_pb2
 
 from . import values as v
-from .views import layer_range
+from .views import copy_message, layer_range
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ class Driver:
             generation=plan.generation,
             model=self._model,
             limits=self._limits,
+            beside=action.beside,
         )
         at = (action.pipeline_id, action.epoch, plan.stage)
         call = self._stub(action.address).Assign(request)
@@ -123,7 +124,9 @@ class Driver:
             async for response in _each(call, ASSIGN_SILENCE_S):
                 if response.HasField("done"):
                     done = response.done
-                    loaded = v.Loaded(done.num_pages, done.weight_bytes, done.tensor_bytes_read, done.fingerprint)
+                    loaded = v.Loaded(
+                        done.num_pages, done.weight_bytes, done.tensor_bytes_read, done.fingerprint, done.kv_layout
+                    )
                     self._post(v.AssignDone(*at, loaded))
                     return
                 self._post(v.AssignProgress(*at, response.loaded_bytes, response.total_bytes))
@@ -154,6 +157,7 @@ class Driver:
 
     async def _make_link(self, action: v.MakeLink) -> None:
         key = stage_pb2.PipelineKey(pipeline_id=action.pipeline_id, epoch=action.epoch)
+        copy = copy_message(action.copy) if action.copy is not None else None
         offer = await self._stub(action.receiver_address).OfferLink(
             stage_pb2.OfferLinkRequest(
                 key=key,
@@ -162,6 +166,7 @@ class Driver:
                 sender_addresses=action.sender_rank_addresses,
                 nonces=action.nonces,
                 tokens=action.tokens,
+                copy=copy,
             ),
             timeout=OFFER_S,
         )
@@ -180,11 +185,13 @@ class Driver:
                 nonces=action.nonces,
                 receiver_id=action.receiver_id,
                 tokens=action.tokens,
+                copy=copy,
             ),
             timeout=CONNECT_S,
         )
         route = connected.route or action.transport
-        self._post(v.LinkUp(action.pipeline_id, action.epoch, action.stage, route))
+        index = action.copy.index if action.copy is not None else None
+        self._post(v.LinkUp(action.pipeline_id, action.epoch, action.stage, route, index))
 
     async def _activate(self, action: v.Activate) -> None:
         key = stage_pb2.PipelineKey(pipeline_id=action.pipeline_id, epoch=action.epoch)
@@ -194,7 +201,7 @@ class Driver:
 
     async def _release(self, action: v.Release) -> None:
         key = stage_pb2.PipelineKey(pipeline_id=action.pipeline_id, epoch=action.epoch)
-        request = stage_pb2.ReleaseRequest(key=key, reason=action.reason)
+        request = stage_pb2.ReleaseRequest(key=key, reason=action.reason, alone=action.alone)
         try:
             await self._stub(action.address).Release(request, timeout=RELEASE_S)
         except grpc.RpcError as e:

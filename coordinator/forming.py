@@ -121,8 +121,12 @@ class Former:
 
     def _free_for(self, pipeline: Pipeline) -> list[v.Worker]:
         """Workers that the pipeline may be made of."""
-        busy = {s.worker_id for other in self.pipelines.values() if other is not pipeline for s in other.stages}
+        busy = self._busy(pipeline)
         return [w for name, w in self.workers.items() if not w.draining and name not in busy]
+
+    def _busy(self, pipeline: Pipeline) -> set[str]:
+        """Workers that other pipelines use."""
+        return {s.worker_id for other in self.pipelines.values() if other is not pipeline for s in other.stages}
 
     def _assign(self, pipeline: Pipeline, chosen: Sequence[Choice]) -> None:
         names = {choice.worker.info.worker_id for choice in chosen}
@@ -136,14 +140,15 @@ class Former:
         self._log(f"{pipeline.pipeline_id} forms at epoch {pipeline.epoch}: {shown}")
         for plan, choice in zip(pipeline.stages, chosen, strict=True):
             choice.worker.progress, choice.worker.preparing = v.Progress(), None
+            choice.worker.beside = None
             if choice.worker.kept != plan.layers:
                 choice.worker.kept = None
             self._act(v.Assign(pipeline.pipeline_id, pipeline.epoch, len(chosen), plan, choice.worker.info.address))
         self._publish()
 
     def _order_answered(self, event: v.AssignProgress | v.AssignDone | v.LinkUp | v.Activated | v.StepFailed) -> None:
-        pipeline = self.pipelines.get(event.pipeline_id)
-        if pipeline is None or pipeline.epoch != event.epoch or pipeline.state is not State.FORMING:
+        pipeline = self._at(event.pipeline_id, event.epoch)
+        if pipeline is None or pipeline.state is not State.FORMING:
             return
         match event:
             case v.AssignProgress() if pipeline.phase is Phase.ASSIGN:
@@ -152,9 +157,7 @@ class Former:
             case v.AssignDone() if pipeline.phase is Phase.ASSIGN:
                 self._assign_done(pipeline, event.stage, event.loaded)
             case v.LinkUp() if pipeline.phase is Phase.LINK:
-                pipeline.routes[event.stage] = event.route
-                if len(pipeline.routes) == _num_links(pipeline):
-                    self._activate(pipeline)
+                self._link_up(pipeline, event)
             case v.Activated() if pipeline.phase is Phase.ACTIVATE:
                 pipeline.acked.add(event.stage)
                 if len(pipeline.acked) == len(pipeline.stages):
@@ -176,7 +179,7 @@ class Former:
             return
         pipeline.phase, pipeline.reason = Phase.LINK, Phase.LINK.value
         try:
-            links = [self._link(pipeline, stage) for stage in range(_num_links(pipeline))]
+            links = self._links(pipeline)
         except CannotForm as e:
             self._down(pipeline, str(e), final=e.final)
             return
@@ -202,14 +205,19 @@ class Former:
             )
         return ""
 
+    def _links(self, pipeline: Pipeline) -> list[v.MakeLink]:
+        """One behind every stage: the last sends its tokens to the first. None where one stage is both."""
+        return [self._link(pipeline, stage) for stage in range(num_links(pipeline))]
+
+    def _link_up(self, pipeline: Pipeline, event: v.LinkUp) -> None:
+        pipeline.routes[event.stage] = event.route
+        if len(pipeline.routes) == num_links(pipeline):
+            self._activate(pipeline)
+
     def _link(self, pipeline: Pipeline, stage: int) -> v.MakeLink:
         to = (stage + 1) % len(pipeline.stages)
         sender, receiver = (self._worker_at(pipeline, s).info for s in (stage, to))
-        failures = self._ucx_failed.get(frozenset((sender.incarnation, receiver.incarnation)), [])
-        ucx_failed = failures[-1] if len(failures) > 1 else ""
-        name, warning = transport(self.target.transport, sender, receiver, ucx_failed=ucx_failed)
-        if warning and to:  # said of the way there, true of the tokens' way back
-            self._log(warning, warning=True)
+        name = self._transport(sender, receiver, quiet=to == 0)
         return v.MakeLink(
             pipeline.pipeline_id,
             pipeline.epoch,
@@ -224,6 +232,15 @@ class Former:
             tokens=to == 0,
         )
 
+    def _transport(self, sender: v.WorkerInfo, receiver: v.WorkerInfo, *, quiet: bool) -> str:
+        """Raises CannotForm. `quiet`: a warning was said of the same two already."""
+        failures = self._ucx_failed.get(frozenset((sender.incarnation, receiver.incarnation)), [])
+        ucx_failed = failures[-1] if len(failures) > 1 else ""
+        name, warning = transport(self.target.transport, sender, receiver, ucx_failed=ucx_failed)
+        if warning and not quiet:
+            self._log(warning, warning=True)
+        return name
+
     def _activate(self, pipeline: Pipeline) -> None:
         pipeline.phase, pipeline.reason = Phase.ACTIVATE, Phase.ACTIVATE.value
         for plan in pipeline.stages:
@@ -233,6 +250,12 @@ class Former:
     def _serve(self, pipeline: Pipeline) -> None:
         pipeline.state, pipeline.phase, pipeline.reason = State.SERVING, Phase.IDLE, ""
         pipeline.serving_since = self._now
+        self._persist(pipeline)
+        self._log(f"{pipeline.pipeline_id} serves at epoch {pipeline.epoch}")
+        self._publish()
+
+    def _persist(self, pipeline: Pipeline) -> None:
+        """Writes down what serves."""
         stages = range(len(pipeline.stages))
         plan = v.StoredPlan(
             pipeline.pipeline_id,
@@ -243,8 +266,6 @@ class Former:
             self.target.terms,
         )
         self._act(v.PersistPlan(plan))
-        self._log(f"{pipeline.pipeline_id} serves at epoch {pipeline.epoch}")
-        self._publish()
 
     # Failing
 
@@ -270,8 +291,8 @@ class Former:
         self._interrupt(pipeline, f"stage {stage}: {reason}")
 
     def _link_broken(self, event: v.LinkBroken) -> None:
-        pipeline = self.pipelines.get(event.pipeline_id)
-        if pipeline is None or pipeline.epoch != event.epoch or pipeline.state is State.DOWN:
+        pipeline = self._at(event.pipeline_id, event.epoch)
+        if pipeline is None or pipeline.state is State.DOWN:
             return
         stage = pipeline.stage_of(event.worker_id)
         if stage is not None and pipeline.phase is not Phase.RETRY:
@@ -279,8 +300,8 @@ class Former:
             self._interrupt(pipeline, f"stage {stage}: a link broke: {event.reason}", self._backoff_s(pipeline))
 
     def _steps_stuck(self, event: v.StepsStuck) -> None:
-        pipeline = self.pipelines.get(event.pipeline_id)
-        if pipeline is None or pipeline.epoch != event.epoch or pipeline.state not in (State.SERVING, State.DRAINING):
+        pipeline = self._at(event.pipeline_id, event.epoch)
+        if pipeline is None or pipeline.state not in (State.SERVING, State.DRAINING):
             return
         self._interrupt(pipeline, f"gateway {event.gateway_id}: {event.reason}", self._backoff_s(pipeline))
 
@@ -320,7 +341,7 @@ class Former:
     def _new_epoch(self, pipeline: Pipeline, keep: set[str], reason: str) -> None:
         """Raises the epoch; members of the old attempt outside `keep` are released."""
         old, members = pipeline.epoch, pipeline.stages
-        pipeline.epoch += 1
+        pipeline.epoch = self._next_epoch(pipeline)
         pipeline.loaded, pipeline.routes, pipeline.acked = {}, {}, set()
         self._act(v.PersistEpoch(pipeline.pipeline_id, pipeline.epoch))
         self._act(v.Forget(pipeline.pipeline_id, pipeline.epoch))
@@ -330,11 +351,21 @@ class Former:
 
     # Small words
 
+    def _at(self, pipeline_id: str, epoch: int) -> Pipeline | None:
+        """The pipeline, if that is its epoch."""
+        pipeline = self.pipelines.get(pipeline_id)
+        return pipeline if pipeline is not None and pipeline.epoch == epoch else None
+
+    def _next_epoch(self, pipeline: Pipeline) -> int:
+        """One that it never had."""
+        return pipeline.epoch + 1
+
     def _worker_at(self, pipeline: Pipeline, stage: int) -> v.Worker:
         return self.workers[pipeline.stages[stage].worker_id]
 
-    def _release(self, pipeline: Pipeline, epoch: int, info: v.WorkerInfo, reason: str) -> None:
-        self._act(v.Release(pipeline.pipeline_id, epoch, info.worker_id, info.address, reason))
+    def _release(self, pipeline: Pipeline, epoch: int, info: v.WorkerInfo, reason: str, *, alone: bool = False) -> None:
+        """`alone`: that epoch, and none before it."""
+        self._act(v.Release(pipeline.pipeline_id, epoch, info.worker_id, info.address, reason, alone))
 
     def _act(self, action: v.Action) -> None:
         self._actions.append(action)
@@ -346,6 +377,6 @@ class Former:
         self._act(v.Log(message, warning))
 
 
-def _num_links(pipeline: Pipeline) -> int:
+def num_links(pipeline: Pipeline) -> int:
     """One behind every stage: the last sends its tokens to the first. None where one stage is both."""
     return len(pipeline.stages) if len(pipeline.stages) > 1 else 0

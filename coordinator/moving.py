@@ -1,79 +1,341 @@
-"""Standbys that load what they may have to take over, and stages that leave workers which drain."""
+"""Pipelines whose layers change hands while they serve.
+
+A move forms the next epoch of a pipeline beside the one that serves: the workers load what they lack, links are made,
+among them those over which KV pages go from who holds a layer to who is going to hold it. Then gateways are told. Each
+copies its pages, goes over between two steps and says so; when all have, the epoch before is over. Until gateways have
+been told, a move that fails is forgotten, and nothing has happened. From then on its failure is the pipeline's, which
+is made good like any other.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from stagemesh.errors import Unavailable
+
 from . import values as v
-from .forming import RETRY_MAX_S, Former, Pipeline, State
-from .planning import CannotForm, choose
-from .warming import copies
+from .cost import kinds
+from .forming import RETRY_MAX_S, Phase, Pipeline, State, num_links
+from .partition import partition
+from .planning import CannotForm, Choice, choose
+from .standbys import Warmer
+
+MOVE_S = 60.0
+"""How long the workers may take to link, and then how long gateways may take to go over."""
+GONE_S = 2.0
+"""A gateway whose stream ended is waited for so long: it starts over often."""
+VERDICT_S = 3.0
+"""How long gateways may take to say that they stayed, when a move fails late."""
+TRIES = 2
+"""A move that failed so often is not tried again: a stage that drains goes the hard way, other ranges are given up."""
 
 
-class Mover(Former):
-    """Weights are loaded beside whatever is served; a pipeline changes only when its next workers have them."""
+@dataclass
+class Move(Pipeline):
+    """The next epoch of a pipeline, while the one before serves."""
 
-    def _warm_standbys(self) -> None:
-        """Has standbys load what they may have to take over, once everything serves."""
-        if any(p.state is not State.SERVING for p in self.pipelines.values()):
-            return
-        stages = [plan for p in self.pipelines.values() for plan in p.stages]
-        members = {plan.worker_id for plan in stages}
-        standbys = [w for name, w in self.workers.items() if name not in members and not w.draining]
-        for name, layers in copies(stages, standbys).items():
-            self._prepare(self.workers[name], layers)
+    why: str = ""
+    copies: tuple[v.Copy, ...] = ()
+    copied: set[int] = field(default_factory=set)
+    """Copies whose link stands."""
+    published: bool = False
+    moved: set[str] = field(default_factory=set)
+    """Gateways that have gone over."""
+    stayed: set[str] = field(default_factory=set)
+    """Gateways that could not."""
+    fault: str = ""
+    """Why it is not to be, though gateways have been told."""
+    deadline: float = 0.0
 
-    def _prepare(self, worker: v.Worker, layers: v.Range) -> None:
-        if worker.kept != layers and worker.preparing is None and self._now >= worker.prepare_after:
-            worker.preparing, worker.kept = layers, None
-            info = worker.info
-            self._act(v.Prepare(info.worker_id, info.incarnation, info.address, layers))
 
-    def _prepared(self, event: v.Prepared | v.PrepareFailed) -> None:
-        if not self.knows(event.worker_id, event.incarnation):
-            return
-        worker = self.workers[event.worker_id]
-        if worker.preparing != event.layers:
-            return  # It was given a stage meanwhile.
-        worker.preparing = None
-        if isinstance(event, v.Prepared) and event.fingerprint == self.target.fingerprint:
-            worker.kept = event.layers
-            self._log(f"worker {event.worker_id} has layers {event.layers[0]}-{event.layers[1] - 1} ready")
-        elif isinstance(event, v.PrepareFailed) and not event.final:
-            worker.prepare_after = self._now + RETRY_MAX_S
-            self._log(f"worker {event.worker_id} has not loaded layers {event.layers}: {event.reason}", warning=True)
-        else:
-            what = event.reason if isinstance(event, v.PrepareFailed) else "it has another revision of the checkpoint"
-            reason = f"worker {event.worker_id} cannot load layers {event.layers[0]}-{event.layers[1] - 1}: {what}"
-            self._log(reason, warning=True)
-            for pipeline in self.pipelines.values():
-                for plan in pipeline.stages:
-                    if plan.layers == event.layers:
-                        worker.refusals[plan.stage, plan.layers] = reason
+def pages_to_copy(old: Sequence[v.StagePlan], new: Sequence[v.StagePlan], epoch: int) -> tuple[v.Copy, ...]:
+    """What has to go from worker to worker when the stages change; `epoch` is the old one's."""
+    found: list[v.Copy] = []
+    for to in new:
+        for source in old:
+            first, last = max(to.layers[0], source.layers[0]), min(to.layers[1], source.layers[1])
+            if first < last and source.worker_id != to.worker_id:
+                found.append(v.Copy(len(found), epoch, source.stage, to.stage, (first, last)))
+    return tuple(found)
+
+
+class Mover(Warmer):
+    """Changes of a pipeline beside the pipeline."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.moves: dict[str, Move] = {}
+        """By pipeline."""
+        self.ranges: tuple[v.Range, ...] | None = None
+        """What an operator wants the stages to hold, and they do not yet."""
+        self.given_up = ""
+        """Why what an operator wanted last will not be."""
+        self._highest = {name: pipeline.epoch for name, pipeline in self.pipelines.items()}
+        """Pipeline -> the highest epoch that it, or a move of it, ever had."""
+        self._failed: dict[str, int] = {}
+        """Pipeline -> moves that failed in a row."""
+        self._why_failed = ""
+        self._move_after: dict[str, float] = {}
+        self._gateways: dict[str, tuple[int, float]] = {}
+        """Gateway -> streams, and when the last of them ended."""
+
+    # -- what is to change ------------------------------------------------------------------------------------------
+
+    def ranges_for(self, counts: Sequence[int]) -> tuple[v.Range, ...]:
+        """Ranges of so many layers; none: what the cost model takes for the best.
+
+        Raises ConfigError when they do not fit the model or the workers, Unavailable when nothing serves.
+        """
+        pipeline = next((p for p in self.pipelines.values() if p.state is State.SERVING), None)
+        if pipeline is None:
+            raise Unavailable("no pipeline serves whose layers could move", retry_after_s=RETRY_MAX_S)
+        of = kinds([self._worker_at(pipeline, plan.stage).info for plan in pipeline.stages])
+        return tuple(partition(self.target.cost, of, counts or None))
+
+    def _repartition(self, ranges: tuple[v.Range, ...]) -> None:
+        """An operator's wish; it holds for what is formed from now on as well."""
+        self.ranges, self.given_up = ranges, ""
+        self.target = replace(self.target, layer_partition=tuple(last - first for first, last in ranges))
+        self._failed.clear()
+        self._log("other ranges are wanted: " + _shown(ranges))
+
+    def _cannot_load(self, layers: v.Range, reason: str) -> None:
+        if self.ranges is not None and layers in self.ranges:
+            self._give_ranges_up(reason)
+
+    def _give_ranges_up(self, why: str) -> None:
+        self._log(f"the ranges stay as they are: {why}", warning=True)
+        self.ranges, self.given_up = None, why
         self._publish()
 
     def _move_if_due(self, pipeline: Pipeline) -> None:
-        """Stages of workers that drain go to others, once these have loaded them; where there are none, what runs is
-        finished and nothing new is taken."""
+        """Stages of workers that drain go to others, and layers to where they are wanted, once these have loaded them;
+        where nobody can take a draining worker's, what runs is finished and nothing new is taken."""
+        name = pipeline.pipeline_id
         if pipeline.state not in (State.SERVING, State.DRAINING):
             return
-        leaving = [plan for plan in pipeline.stages if self._worker_at(pipeline, plan.stage).draining]
-        if not leaving:
+        if name in self.moves:
+            self._move_on(pipeline, self.moves[name])
             return
+        leaving = [plan for plan in pipeline.stages if self._worker_at(pipeline, plan.stage).draining]
         state, reason = State.SERVING, ""
         try:
-            chosen = choose(self.target, self._free_for(pipeline), pipeline.stages)
+            chosen, why = self._wanted(pipeline, leaving)
         except CannotForm:
             state, reason = State.DRAINING, f"stage {leaving[0].stage}: worker {leaving[0].worker_id} drains"
         else:
-            # One that holds another stage of it loads when that stage is given up.
-            lacking = [
-                c for c in chosen if c.worker.kept != c.layers and pipeline.stage_of(c.worker.info.worker_id) is None
-            ]
+            lacking = [c for c in chosen if c.layers not in (c.worker.kept, c.worker.beside)]
             for choice in lacking:
                 self._prepare(choice.worker, choice.layers)
-            if not lacking:
-                moves = ", ".join(f"stage {plan.stage} leaves worker {plan.worker_id}" for plan in leaving)
-                self._interrupt(pipeline, f"{moves}, which drains")
-                return
-        if pipeline.state is not state:
+            if chosen and not lacking and self._now >= self._move_after.get(name, 0.0):
+                if self._failed.get(name, 0) < TRIES:
+                    self._begin(pipeline, chosen, why)
+                elif leaving:
+                    self._interrupt(pipeline, why)
+                else:
+                    self._give_ranges_up(f"{TRIES} moves failed, the last one because {self._why_failed}")
+        if pipeline.state is not state and pipeline.state in (State.SERVING, State.DRAINING):
             pipeline.state, pipeline.reason = state, reason
             self._publish()
+
+    def _wanted(self, pipeline: Pipeline, leaving: Sequence[v.StagePlan]) -> tuple[list[Choice], str]:
+        """Who is to hold what, and why; nobody, if nothing is to change. Raises CannotForm."""
+        if leaving:
+            chosen = choose(self.target, self._free_for(pipeline), pipeline.stages)
+            return chosen, ", ".join(f"stage {p.stage} leaves worker {p.worker_id}" for p in leaving) + ", which drains"
+        held = tuple(plan.layers for plan in pipeline.stages)
+        if self.ranges == held:
+            self.ranges = None
+        if self.ranges is None:
+            return [], ""
+        workers = [self._worker_at(pipeline, plan.stage) for plan in pipeline.stages]
+        return [Choice(w, r) for w, r in zip(workers, self.ranges, strict=True)], "other ranges are wanted"
+
+    # -- moves ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, pipeline: Pipeline, chosen: Sequence[Choice], why: str) -> None:
+        """Has the next epoch assigned beside this one."""
+        epoch = self._next_epoch(pipeline)
+        stages = tuple(
+            v.StagePlan(stage, c.worker.info.worker_id, c.worker.info.incarnation, c.layers, self._nonce())
+            for stage, c in enumerate(chosen)
+        )
+        move = Move(
+            pipeline.pipeline_id, epoch, State.FORMING, Phase.ASSIGN, Phase.ASSIGN.value, stages,
+            why=why,
+            copies=pages_to_copy(pipeline.stages, stages, pipeline.epoch),
+            deadline=self._now + MOVE_S,
+        )  # fmt: skip
+        self.moves[pipeline.pipeline_id] = move
+        self._act(v.PersistEpoch(pipeline.pipeline_id, epoch))
+        self._log(f"{pipeline.pipeline_id} is to go to epoch {epoch}: {why}")
+        for plan, choice in zip(stages, chosen, strict=True):
+            address = choice.worker.info.address
+            self._act(v.Assign(pipeline.pipeline_id, epoch, len(stages), plan, address, beside=True))
+
+    def _move_on(self, pipeline: Pipeline, move: Move) -> None:
+        """Time has passed, or a gateway has said where it is."""
+        waits_for = self._followers() - move.moved - move.stayed
+        if self._now >= move.deadline:
+            self._fail(move, move.fault or f"not there in time: {', '.join(sorted(waits_for)) or move.phase.value}")
+        elif move.published and not waits_for:
+            if move.fault:
+                self._fail(move, move.fault)
+            else:
+                self._complete(pipeline, move)
+
+    def _followers(self) -> set[str]:
+        """Gateways that may drive pipelines."""
+        return {name for name, (streams, at) in self._gateways.items() if streams or self._now < at + GONE_S}
+
+    def _gateway_came(self, gateway_id: str) -> None:
+        streams, at = self._gateways.get(gateway_id, (0, 0.0))
+        self._gateways[gateway_id] = streams + 1, at
+
+    def _gateway_gone(self, gateway_id: str) -> None:
+        streams, _ = self._gateways[gateway_id]
+        self._gateways[gateway_id] = streams - 1, self._now
+        here = self._followers()
+        self._gateways = {name: seen for name, seen in self._gateways.items() if name in here}
+
+    def _gateway_moved(self, event: v.GatewayMoved) -> None:
+        move = self.moves.get(event.pipeline_id)
+        if move is None or move.epoch != event.epoch or not move.published:
+            return
+        if event.error:
+            move.stayed.add(event.gateway_id)
+            self._interrupt(move, f"gateway {event.gateway_id}: {event.error}")
+        else:
+            move.moved.add(event.gateway_id)
+
+    def _complete(self, pipeline: Pipeline, move: Move) -> None:
+        """The move's epoch is the pipeline's."""
+        old, before = pipeline.epoch, pipeline.stages
+        del self.moves[pipeline.pipeline_id]
+        self._failed.pop(pipeline.pipeline_id, None)
+        pipeline.epoch, pipeline.stages, pipeline.last_stages = move.epoch, move.stages, move.stages
+        pipeline.loaded, pipeline.routes, pipeline.acked = move.loaded, move.routes, move.acked
+        pipeline.state, pipeline.reason, pipeline.serving_since = State.SERVING, "", self._now
+        for plan in move.stages:
+            worker = self.workers[plan.worker_id]
+            worker.kept, worker.beside = plan.layers, None
+        self._version += 1
+        self._persist(pipeline)
+        self._log(f"{pipeline.pipeline_id} has gone to epoch {pipeline.epoch}: {move.why}")
+        for plan in before:
+            if self.knows(plan.worker_id, plan.incarnation):
+                info = self.workers[plan.worker_id].info
+                self._release(pipeline, old, info, f"{pipeline.pipeline_id} is at epoch {pipeline.epoch} now")
+        self._publish()
+
+    def _end_move(self, pipeline_id: str) -> Move | None:
+        """Forgets a move, and has its workers forget it."""
+        move = self.moves.pop(pipeline_id, None)
+        if move is None:
+            return None
+        self._act(v.Forget(pipeline_id, move.epoch + 1))
+        for plan in move.stages:
+            if self.knows(plan.worker_id, plan.incarnation):
+                info = self.workers[plan.worker_id].info
+                reason = "the pipeline is not moved"
+                self._act(v.Release(pipeline_id, move.epoch, info.worker_id, info.address, reason, alone=True))
+        return move
+
+    # -- what forming does otherwise for a move ---------------------------------------------------------------------
+
+    def _busy(self, pipeline: Pipeline) -> set[str]:
+        moves = [move for name, move in self.moves.items() if name != pipeline.pipeline_id]
+        return super()._busy(pipeline) | {plan.worker_id for move in moves for plan in move.stages}
+
+    def _at(self, pipeline_id: str, epoch: int) -> Pipeline | None:
+        move = self.moves.get(pipeline_id)
+        return move if move is not None and move.epoch == epoch else super()._at(pipeline_id, epoch)
+
+    def _next_epoch(self, pipeline: Pipeline) -> int:
+        epoch = max(pipeline.epoch, self._highest.get(pipeline.pipeline_id, 0)) + 1
+        self._highest[pipeline.pipeline_id] = epoch
+        return epoch
+
+    def _links(self, pipeline: Pipeline) -> list[v.MakeLink]:
+        links = super()._links(pipeline)
+        if isinstance(pipeline, Move):
+            links += [self._copy_link(pipeline, copy) for copy in pipeline.copies]
+        return links
+
+    def _copy_link(self, move: Move, copy: v.Copy) -> v.MakeLink:
+        pipeline = self.pipelines[move.pipeline_id]
+        sender, receiver = self._worker_at(pipeline, copy.from_stage).info, self._worker_at(move, copy.to_stage).info
+        theirs, ours = pipeline.loaded[copy.from_stage].kv_layout, move.loaded[copy.to_stage].kv_layout
+        if theirs != ours or sender.tp_size != receiver.tp_size:
+            raise CannotForm(
+                f"worker {receiver.worker_id} ({ours}, {receiver.tp_size} ranks) cannot take KV pages of "
+                f"{sender.worker_id} ({theirs}, {sender.tp_size} ranks)"
+            )
+        name = self._transport(sender, receiver, quiet=False)
+        return v.MakeLink(
+            move.pipeline_id, move.epoch, copy.from_stage, name, sender.address, receiver.address, receiver.worker_id,
+            sender.addresses(name) or (),
+            tuple(self._nonce() for _ in range(receiver.tp_size)),
+            copy.to_stage,
+            tokens=False,
+            copy=copy,
+        )  # fmt: skip
+
+    def _link_up(self, pipeline: Pipeline, event: v.LinkUp) -> None:
+        if not isinstance(pipeline, Move):
+            super()._link_up(pipeline, event)
+            return
+        if event.copy is not None:
+            pipeline.copied.add(event.copy)
+        else:
+            pipeline.routes[event.stage] = event.route
+        if len(pipeline.routes) + len(pipeline.copied) == num_links(pipeline) + len(pipeline.copies):
+            self._activate(pipeline)
+
+    def _step_failed(self, pipeline: Pipeline, event: v.StepFailed) -> None:
+        if isinstance(pipeline, Move):
+            self._interrupt(pipeline, f"stage {event.stage}: {event.what}: {event.reason}")
+        else:
+            super()._step_failed(pipeline, event)
+
+    def _serve(self, pipeline: Pipeline) -> None:
+        if not isinstance(pipeline, Move):
+            super()._serve(pipeline)
+            return
+        pipeline.state, pipeline.phase, pipeline.published = State.SERVING, Phase.IDLE, True
+        pipeline.deadline = self._now + MOVE_S
+        self._publish()
+
+    def _interrupt(self, pipeline: Pipeline, reason: str, delay_s: float = 0.0) -> None:
+        if not isinstance(pipeline, Move):
+            self._end_move(pipeline.pipeline_id)
+            super()._interrupt(pipeline, reason, delay_s)
+        elif not pipeline.published:
+            self._fail(pipeline, reason)
+        elif not pipeline.fault:
+            # Gateways may have gone over, and will say so soon.
+            pipeline.fault, pipeline.deadline = reason, self._now + VERDICT_S
+
+    def _fail(self, move: Move, reason: str) -> None:
+        """The move is not to be. Gateways that went over nevertheless lose the pipeline, and with them the others."""
+        name = move.pipeline_id
+        self._end_move(name)
+        self._failed[name], self._why_failed = self._failed.get(name, 0) + 1, reason
+        self._move_after[name] = self._now + RETRY_MAX_S
+        self._log(f"{name} has not gone to epoch {move.epoch}: {reason}", warning=True)
+        if move.published and not self._followers() <= move.stayed:
+            super()._interrupt(self.pipelines[name], reason)
+        self._publish()
+
+    def _down(self, pipeline: Pipeline, reason: str, *, final: bool) -> None:
+        if isinstance(pipeline, Move):
+            self._interrupt(pipeline, reason)
+            return
+        self._end_move(pipeline.pipeline_id)
+        super()._down(pipeline, reason, final=final)
+
+
+def _shown(ranges: Sequence[v.Range]) -> str:
+    return ", ".join(f"{first}-{last - 1}" for first, last in ranges)

@@ -42,7 +42,8 @@ class Mesh(Mover):
         self._restore_until = now + lease_s + RECONNECT_S
         for name, plan in (plans or {}).items():
             pipeline = self.pipelines.get(name)
-            if pipeline and plan.epoch == pipeline.epoch and plan.terms == target.terms:
+            # A later epoch may have been begun beside it; if it was begun instead, the workers will not hold this one.
+            if pipeline and plan.epoch <= pipeline.epoch and plan.terms == target.terms:
                 pipeline.restored = plan
                 pipeline.reason = "the coordinator restarted and waits for the workers to report"
 
@@ -73,6 +74,14 @@ class Mesh(Mover):
                 self._steps_stuck(event)
             case v.Prepared() | v.PrepareFailed():
                 self._prepared(event)
+            case v.GatewayCame(gateway_id):
+                self._gateway_came(gateway_id)
+            case v.GatewayGone(gateway_id):
+                self._gateway_gone(gateway_id)
+            case v.GatewayMoved():
+                self._gateway_moved(event)
+            case v.RepartitionRequested(ranges):
+                self._repartition(ranges)
             case _:
                 self._order_answered(event)
         for pipeline in self.pipelines.values():
@@ -124,9 +133,9 @@ class Mesh(Mover):
                 self._act(v.Release(held.pipeline_id, held.epoch, info.worker_id, info.address, "no such pipeline"))
         for pipeline in self.pipelines.values():
             held_epoch = max((h.epoch for h in info.held if h.pipeline_id == pipeline.pipeline_id), default=0)
-            if held_epoch > pipeline.epoch:
+            if held_epoch > self._highest[pipeline.pipeline_id]:
                 pipeline.restored = None
-                pipeline.epoch = held_epoch
+                pipeline.epoch = self._highest[pipeline.pipeline_id] = held_epoch
                 self._act(v.PersistEpoch(pipeline.pipeline_id, held_epoch))
                 self._interrupt(pipeline, f"worker {info.worker_id} knows the later epoch {held_epoch}")
             stage = pipeline.stage_of(info.worker_id)
@@ -140,9 +149,10 @@ class Mesh(Mover):
 
     def _release_stale(self, pipeline: Pipeline, worker: v.Worker) -> None:
         for held in worker.info.held:
-            current = held.epoch == pipeline.epoch and pipeline.stage_of(worker.info.worker_id) is not None
+            at = self._at(held.pipeline_id, held.epoch)
+            current = at is not None and at.stage_of(worker.info.worker_id) is not None
             if held.pipeline_id == pipeline.pipeline_id and not current:
-                self._release(pipeline, held.epoch, worker.info, "its epoch has passed")
+                self._release(pipeline, held.epoch, worker.info, "its epoch has passed", alone=True)
 
     @staticmethod
     def _holds(info: v.WorkerInfo, pipeline_id: str, epoch: int, plan: v.StagePlan) -> bool:
@@ -162,6 +172,7 @@ class Mesh(Mover):
             stage = pipeline.stage_of(worker_id)
             if stage is not None:
                 self._interrupt(pipeline, f"stage {stage}: worker {worker_id} is lost: {reason}")
+        self._leaves_moves(worker_id, f"worker {worker_id} is lost: {reason}")
         self._publish()
 
     def _drain(self, worker_id: str) -> None:
@@ -177,7 +188,12 @@ class Mesh(Mover):
                 continue
             if pipeline.state is State.FORMING:
                 self._interrupt(pipeline, f"stage {stage}: worker {worker_id} drains")
+        self._leaves_moves(worker_id, f"worker {worker_id} drains")
         self._publish()
+
+    def _leaves_moves(self, worker_id: str, reason: str) -> None:
+        for move in [m for m in self.moves.values() if m.stage_of(worker_id) is not None]:
+            self._interrupt(move, reason)
 
     # After a restart
 
@@ -193,8 +209,10 @@ class Mesh(Mover):
             if not same_life or not self._holds(worker.info, pipeline.pipeline_id, plan.epoch, stage):
                 self._give_up_restoring(pipeline, f"worker {stage.worker_id} no longer holds stage {stage.stage}")
                 return
-        pipeline.restored = None
+        pipeline.restored, pipeline.epoch = None, plan.epoch
         pipeline.stages = pipeline.last_stages = plan.stages
+        for stage in plan.stages:
+            self.workers[stage.worker_id].kept = stage.layers
         pipeline.loaded, pipeline.routes = dict(enumerate(plan.loaded)), dict(enumerate(plan.routes))
         pipeline.acked = {stage.stage for stage in plan.stages}
         pipeline.state, pipeline.phase, pipeline.reason = State.SERVING, Phase.IDLE, ""

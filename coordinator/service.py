@@ -164,6 +164,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         slot = self._slots.acquire(request.gateway_id, request.instance, self._clock())
         self._store.save_slot(slot, request.gateway_id, request.instance)
         log.info("gateway %s watches, slot %d", request.gateway_id, slot)
+        self.post(v.GatewayCame(request.gateway_id))
         try:
             sent = -1
             while not self._stopping:
@@ -177,6 +178,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                     await self._changed.wait()
         finally:
             self._slots.release(slot, self._clock())
+            self.post(v.GatewayGone(request.gateway_id))
 
     async def _progress_pause(self, sent: int) -> None:
         """Waits for an urgent change, at most `PROGRESS_S`."""
@@ -193,6 +195,17 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         """A gateway's steps do not come back."""
         self.post(v.StepsStuck(request.gateway_id, request.pipeline_id, request.epoch, request.reason))
         return pb.ReportStuckResponse()
+
+    async def ReportMoved(self, request: pb.ReportMovedRequest, context: Context) -> pb.ReportMovedResponse:
+        """A gateway has gone over to the next epoch of a pipeline, or cannot."""
+        self.post(v.GatewayMoved(request.gateway_id, request.pipeline_id, request.epoch, request.error))
+        return pb.ReportMovedResponse()
+
+    async def Repartition(self, request: pb.RepartitionRequest, context: Context) -> pb.RepartitionResponse:
+        """Other layer ranges."""
+        ranges = self._mesh.ranges_for(list(request.counts))
+        self.post(v.RepartitionRequested(ranges))
+        return pb.RepartitionResponse(counts=[last - first for first, last in ranges])
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         """Takes a worker out of service."""

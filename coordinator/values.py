@@ -64,6 +64,19 @@ class Loaded:
     weight_bytes: int = 0
     tensor_bytes_read: int = 0
     fingerprint: str = ""
+    kv_layout: str = ""
+    """Pages can be copied between workers that say the same."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """KV pages of layers that change hands: from a stage of the epoch that serves to one of the next."""
+
+    index: int
+    from_epoch: int
+    from_stage: int
+    to_stage: int
+    layers: Range
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,37 @@ class StepsStuck:
 
 
 @dataclass(frozen=True)
+class GatewayCame:
+    """A gateway follows the mesh."""
+
+    gateway_id: str
+
+
+@dataclass(frozen=True)
+class GatewayGone:
+    """It does no longer, or starts over."""
+
+    gateway_id: str
+
+
+@dataclass(frozen=True)
+class GatewayMoved:
+    """A gateway drives the next epoch of a pipeline; with an `error`, it cannot."""
+
+    gateway_id: str
+    pipeline_id: str
+    epoch: int
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class RepartitionRequested:
+    """An operator wants other layer ranges, one a stage."""
+
+    ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True)
 class AssignProgress:
     """Bytes loaded so far."""
 
@@ -182,12 +226,13 @@ class PrepareFailed:
 
 @dataclass(frozen=True)
 class LinkUp:
-    """The link from `stage` to the next stands."""
+    """The link from `stage` to the next stands, or the one of a copy to `stage`."""
 
     pipeline_id: str
     epoch: int
     stage: int
     route: str
+    copy: int | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +266,10 @@ Event = (
     | DrainRequested
     | LinkBroken
     | StepsStuck
+    | GatewayCame
+    | GatewayGone
+    | GatewayMoved
+    | RepartitionRequested
     | AssignProgress
     | AssignDone
     | Prepared
@@ -258,6 +307,8 @@ class Assign:
     num_stages: int
     plan: StagePlan
     address: str
+    beside: bool = False
+    """The pipeline goes on at an earlier epoch meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +338,8 @@ class MakeLink:
     receiver_stage: int
     tokens: bool
     """From the last stage to the first go sampled tokens, not activations."""
+    copy: Copy | None = None
+    """KV pages go over it; `stage` is the sender's at the epoch that serves."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +361,8 @@ class Release:
     worker_id: str
     address: str
     reason: str
+    alone: bool = False
+    """What it holds at earlier epochs goes on."""
 
 
 @dataclass(frozen=True)
@@ -380,8 +435,10 @@ class Worker:
     """Clock time at which its lease ends."""
     kept: Range | None = None
     """Layers whose weights it has loaded."""
+    beside: Range | None = None
+    """Further layers that it has loaded, beside those that it holds."""
     preparing: Range | None = None
-    """Layers that it loads as a standby."""
+    """Layers that it loads, to hold them later."""
     prepare_after: float = 0.0
     """Clock time before which it is not asked to, as it just failed."""
     draining: bool = False

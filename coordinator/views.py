@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from stagemesh.protos.v1 import coordinator_pb2, types_pb2
+from stagemesh.protos.v1 import coordinator_pb2, stage_pb2, types_pb2
 
 from . import values as v
 from .forming import Pipeline, State
@@ -64,6 +64,17 @@ def layer_range(layers: v.Range) -> types_pb2.LayerRange:
     return types_pb2.LayerRange(first=layers[0], last=layers[1])
 
 
+def copy_message(copy: v.Copy) -> stage_pb2.KvCopy:
+    """Pages that change hands, as workers are told."""
+    return stage_pb2.KvCopy(
+        index=copy.index,
+        from_epoch=copy.from_epoch,
+        from_stage=copy.from_stage,
+        to_stage=copy.to_stage,
+        layers=layer_range(copy.layers),
+    )
+
+
 def limits(values: v.Limits) -> types_pb2.RunLimits:
     """Bounds of a pipeline."""
     return types_pb2.RunLimits(
@@ -88,11 +99,27 @@ def pipeline_view(mesh: Mesh, pipeline: Pipeline, model: types_pb2.ModelRef) -> 
         model=model,
         limits=limits(mesh.target.limits),
     )
+    view.stages.extend(_stage_views(mesh, pipeline))
+    move = mesh.moves.get(pipeline.pipeline_id)
+    if move is not None and move.published:
+        view.next.epoch = move.epoch
+        view.next.stages.extend(_stage_views(mesh, move))
+        for copy in move.copies:
+            view.next.copies.add(
+                index=copy.index,
+                from_stage=copy.from_stage,
+                to_stage=copy.to_stage,
+                layers=layer_range(copy.layers),
+            )
+    return view
+
+
+def _stage_views(mesh: Mesh, pipeline: Pipeline) -> Iterator[types_pb2.StageView]:
     for plan in pipeline.stages:
         worker = mesh.workers.get(plan.worker_id)
         info = worker.info if worker else mesh.lost.get(plan.worker_id)
         loaded = pipeline.loaded.get(plan.stage, v.Loaded(0))
-        view.stages.add(
+        yield types_pb2.StageView(
             stage=plan.stage,
             worker_id=plan.worker_id,
             address=info.address if info else "",
@@ -105,7 +132,6 @@ def pipeline_view(mesh: Mesh, pipeline: Pipeline, model: types_pb2.ModelRef) -> 
             weight_bytes=loaded.weight_bytes,
             tensor_bytes_read=loaded.tensor_bytes_read,
         )
-    return view
 
 
 def mesh_view(
@@ -113,6 +139,8 @@ def mesh_view(
 ) -> types_pb2.MeshView:
     """The whole mesh. `stale_refused`: worker -> kind -> count."""
     view = types_pb2.MeshView(pipelines=[pipeline_view(mesh, p, model) for p in mesh.pipelines.values()])
+    view.wanted_counts.extend(last - first for first, last in mesh.ranges or ())
+    view.given_up = mesh.given_up
     for worker in mesh.workers.values():
         view.workers.append(_worker_view(mesh, worker))
     for info in mesh.lost.values():

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from stagemesh.errors import InternalError, NumericalError, StageLost, StagemeshError
 from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from .bubbles import Bubbles
-from .live import LiveRequest
+from .messages import open_message, plan_message
 from .metrics import Metrics
-from .plan import Plan, Row
+from .plan import Plan
+from .probe import Probe
 from .recovery import StageKv
-from .request import Sampling, TokenLogprob
+from .request import TokenLogprob
 from .run_stream import RunStream
 from .scheduler import Scheduler
-from .sequence import Sequence, State
+from .sequence import State
 from .trace import Recorder
 from .work import Shape, Work
 
@@ -63,12 +63,23 @@ class BatchLoop:
         self._recorder = recorder
         self._on_crossed = on_crossed
         self._on_lost = on_lost
-        self._streams = [RunStream(stage, self._on_result, self._on_stream_lost) for stage in view.stages]
+        self._streams = [
+            RunStream(stage, self._on_result, self._on_copied, self._on_stream_lost) for stage in view.stages
+        ]
         self._sent_at: dict[int, float] = {}
         self._heard_at = 0.0
         """When a step came back last."""
         self.stuck = False
         """Lost because steps do not come back, which nobody but this side sees."""
+        self._opened: list[stage_pb2.RunOpened] = []
+        self._paused = False
+        self.copied: set[tuple[int, int]] = set()
+        """Pages that have come from other workers: (copy, number)."""
+        self.on_planned: Callable[[Plan], None] = lambda plan: None
+        """Told of every step that goes out."""
+        self.on_progress: Callable[[], None] = lambda: None
+        """Told when something came back."""
+        self._probe: Probe | None = None
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._preemptions_told = 0
@@ -86,7 +97,13 @@ class BatchLoop:
 
     async def start(self, gateway_id: str, instance: int, slot: int) -> None:
         """Opens a session on every stage, and goes on with the work. Raises the first stage's error."""
-        opened = await asyncio.gather(
+        await self.open(gateway_id, instance, slot)
+        self._work.begin(self.shape, [StageKv(o.kv_generation, o.journal) for o in self._opened])
+        self._go()
+
+    async def open(self, gateway_id: str, instance: int, slot: int) -> None:
+        """Opens a session on every stage. Raises the first stage's error."""
+        self._opened = await asyncio.gather(
             *(
                 stream.open(
                     stage_pb2.RunOpen(
@@ -103,14 +120,62 @@ class BatchLoop:
         )
         if self.lost is not None:
             raise self.lost
-        shape = Shape(min(o.num_pages for o in opened), opened[0].page_size, min(o.steps_in_flight for o in opened))
-        self._work.begin(shape, [StageKv(o.kv_generation, o.journal) for o in opened])
+
+    @property
+    def shape(self) -> Shape:
+        """What the stages' sessions have in common."""
+        o = self._opened
+        return Shape(min(s.num_pages for s in o), o[0].page_size, min(s.steps_in_flight for s in o))
+
+    def copy_pages(self, stage: int) -> int:
+        """How many pages may go to a stage at once."""
+        return self._opened[stage].copy_pages
+
+    def _go(self) -> None:
         self._preemptions_told = self.scheduler.preemptions
         self._task = asyncio.create_task(self._run())
 
     def wake(self) -> None:
         """There is something new in the work."""
         self._wake.set()
+
+    # -- from one epoch to the next while requests run ----------------------------------------------------------------
+
+    def tell(self, stage: int, message: stage_pb2.RunRequest) -> None:
+        """A message to one stage."""
+        self._streams[stage].send(message.SerializeToString())
+
+    def pause(self) -> None:
+        """Plans nothing more, until `resume`; what is out comes back."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Plans again."""
+        self._paused = False
+        self._wake.set()
+
+    def begin_probe(self, page: int) -> Probe:
+        """Sends a token across all stages, before anything else; `page` is nobody's."""
+        self._probe = Probe(page, len(self.view.stages) - 1)
+        for message in self._probe.messages(self.view.epoch):
+            self._broadcast(message)
+        return self._probe
+
+    def take_over(self, expecting: Iterable[int]) -> None:
+        """Goes on with the work, whose pages all stages hold, or are `expecting`. Nothing of it is out."""
+        first = 1 if self._probe is None else self._probe.STEPS + 1
+        self._work.move([o.kv_generation for o in self._opened], first, expecting)
+        self._probe = None
+        self._go()
+
+    def retire(self) -> None:
+        """Another loop has taken the work over; this one is only to be closed."""
+        self.lost = StageLost(f"{self.view.pipeline_id} has gone to another epoch")
+        self._wake.set()
+
+    def _on_copied(self, copied: stage_pb2.PagesCopied) -> None:
+        self.copied.add((copied.index, copied.number))
+        self.on_progress()
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -124,7 +189,7 @@ class BatchLoop:
     async def _plan_and_send(self) -> None:
         while self.lost is None:
             self._check_deadline()
-            while self.lost is None and (plan := self.scheduler.next_plan()) is not None:
+            while self.lost is None and not self._paused and (plan := self.scheduler.next_plan()) is not None:
                 self._send(plan)
             self._send_closed()
             self._wake.clear()
@@ -145,6 +210,7 @@ class BatchLoop:
         self._sent_at[plan.step] = time.monotonic()
         self._broadcast(stage_pb2.RunRequest(plan=message))
         self._work.note_sent(plan)
+        self.on_planned(plan)
         if self._recorder.active:
             self._recorder.sent(self.view, plan, message.planned_us)
         if self.scheduler.preemptions > self._preemptions_told:
@@ -167,6 +233,13 @@ class BatchLoop:
         """A stage is done with a step; the last one's result brings tokens and ends the step."""
         if result.epoch != self.view.epoch or self.lost is not None:
             return
+        if self._probe is not None:
+            if self._probe.result(stage, result):
+                self.crossed = True
+                self.on_progress()
+            return
+        if self._task is None or result.step not in self.scheduler.out:
+            return  # Of the probe, from a stage that reports late.
         self._bubbles.add(stage, result.timing)
         timing = result.timing
         if not self._work.is_replay(result.step):
@@ -213,6 +286,7 @@ class BatchLoop:
         self._work.guess_costs.stages = self._work.costs.lines()
         del self._sent_at[result.step]
         self._wake.set()
+        self.on_progress()
 
     def _take_guesses(self, plan: Plan, result: stage_pb2.StepResult) -> None:
         """What the draft model guessed behind the drawn tokens, and what it took."""
@@ -259,6 +333,7 @@ class BatchLoop:
             return
         self.lost = error
         self._wake.set()
+        self.on_progress()
         if self._task is not None:
             self._work.end()
         if isinstance(error, InternalError):
@@ -272,74 +347,6 @@ class BatchLoop:
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
         await asyncio.gather(*(stream.close() for stream in self._streams))
-
-
-def open_message(sequence: Sequence, live: LiveRequest) -> stage_pb2.OpenSequence:
-    """What the workers are told of a sequence that starts, or comes back after a preemption."""
-    sampling = live.request.sampling
-    message = stage_pb2.OpenSequence(
-        sequence=sequence.ident,
-        sampling=sampling_message(sampling, live),
-        choice=sequence.choice,
-        prompt_len=len(sequence.prompt),
-        log=sequence.log,
-    )
-    if sampling.repetition_penalty != 1.0:
-        message.prompt.extend(sequence.prompt)
-    return message
-
-
-def sampling_message(sampling: Sampling, live: LiveRequest) -> types_pb2.SamplingParams:
-    """Sampling parameters as the wire says them."""
-    return types_pb2.SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=max(0, sampling.top_k),
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=live.seed,
-        logprobs=sampling.logprobs,
-        top_logprobs=sampling.top_logprobs,
-        min_tokens=live.request.min_tokens,
-        suppressed_ids=sorted(live.request.stop_token_ids) if live.request.min_tokens else [],
-        bias_ids=[ident for ident, _ in sampling.logit_bias],
-        bias_values=[value for _, value in sampling.logit_bias],
-    )
-
-
-def plan_message(plan: Plan, epoch: int, *, alone: bool = True) -> stage_pb2.StepPlan:
-    """A plan in packed arrays: one message a step, no message a row. `alone`: no other gateway plans steps."""
-    rows = plan.rows
-    return stage_pb2.StepPlan(
-        step=plan.step,
-        epoch=epoch,
-        kind=stage_pb2.STEP_KIND_RUN if plan.replay is None else stage_pb2.STEP_KIND_REPLAY,
-        sequences=[row.sequence.ident for row in rows],
-        starts=[row.start for row in rows],
-        counts=[row.count for row in rows],
-        tokens=list(itertools.chain.from_iterable(_tokens(row) for row in rows)),
-        new_page_counts=[len(row.new_pages) for row in rows],
-        new_pages=list(itertools.chain.from_iterable(row.new_pages for row in rows)),
-        sample_rows=[i for i, row in enumerate(rows) if row.samples],
-        ref_rows=[i for i, row in enumerate(rows) if row.result_of],
-        ref_steps=[row.result_of for row in rows if row.result_of],
-        planned_us=time.monotonic_ns() // 1000,
-        draft_rows=[i for i, row in enumerate(rows) if row.draft],
-        alone=plan.alone and alone,
-        guess_rows=[i for i, row in enumerate(rows) if row.guesses],
-        guess_counts=[row.guesses for row in rows if row.guesses],
-        replay_first=plan.replay[0] if plan.replay else 0,
-        replay_last=plan.replay[1] if plan.replay else 0,
-    )
-
-
-def _tokens(row: Row) -> list[int]:
-    """The row's tokens; 0 stands for one that is still to be sampled."""
-    if row.result_of:
-        return [0]
-    return row.sequence.tokens(row.start, row.count - len(row.draft)) + row.draft
 
 
 def _logprobs(result: stage_pb2.StepResult) -> Iterator[TokenLogprob | None]:

@@ -30,9 +30,11 @@ from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
 from .batch_loop import BatchLoop
 from .bubbles import Bubbles
+from .handover import Handover, next_view
 from .live import LiveRequest
 from .metrics import Load, Metrics
 from .outage import Outage
+from .reporter import Reporter
 from .request import GenerationRequest, ModelCard, Sampling
 from .tokenizer import Tokenizer
 from .trace import Recorder
@@ -43,7 +45,6 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.2
 WARM_UP_TIMEOUT_S = 120.0
 RETRY_AFTER_S = 2.0
-REPORT_TIMEOUT_S = 5.0
 
 
 class MeshEngine:
@@ -65,8 +66,12 @@ class MeshEngine:
         """What was accepted, from the first loop on."""
         self._warm_up: LiveRequest | None = None
         self._outage = Outage(metrics, settings.recovery_deadline, self._give_up)
-        self._stuck: asyncio.Queue[tuple[str, int, str]] = asyncio.Queue(1)
-        """What the coordinator is to be told: pipeline, epoch and reason."""
+        self._reporter = Reporter(settings.coordinator, settings.gateway_id)
+        self._moving: asyncio.Task[None] | None = None
+        self._moved: tuple[str, int] | None = None
+        """The next epoch of a pipeline that was gone over to."""
+        self._not_moved: tuple[str, int] | None = None
+        """One that could not be gone over to."""
         self._down = False
         """There is nothing to make a pipeline of."""
         self._reason = "no coordinator has been reached yet"
@@ -89,7 +94,7 @@ class MeshEngine:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch())
             group.create_task(self._keep_loop())
-            group.create_task(self._report_stuck())
+            group.create_task(self._reporter.run())
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Takes nothing new, lets live requests finish for a while, then ends."""
@@ -97,6 +102,9 @@ class MeshEngine:
         deadline = time.monotonic() + drain_timeout_s
         while self._live and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        if self._moving is not None:
+            self._moving.cancel()
+            await asyncio.gather(self._moving, return_exceptions=True)
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
@@ -243,24 +251,6 @@ class MeshEngine:
         finally:
             await channel.close(None)
 
-    async def _report_stuck(self) -> None:
-        """Tells the coordinator of pipelines whose steps do not come back; while it is away, nothing can be done."""
-        channel = rpc.channel(self.settings.coordinator)
-        stub = coordinator_pb2_grpc.CoordinatorStub(channel)
-        try:
-            while True:
-                pipeline_id, epoch, reason = await self._stuck.get()
-                request = coordinator_pb2.ReportStuckRequest(
-                    gateway_id=self.settings.gateway_id, pipeline_id=pipeline_id, epoch=epoch, reason=reason
-                )
-                try:
-                    with rpc.mapped():
-                        await stub.ReportStuck(request, timeout=REPORT_TIMEOUT_S)
-                except StagemeshError as e:
-                    log.warning("the coordinator could not be told that %s is stuck: %s", pipeline_id, e.message)
-        finally:
-            await channel.close(None)
-
     async def _watch_once(self, stub: coordinator_pb2_grpc.CoordinatorStub) -> None:
         """One stream of the mesh, until the coordinator ends it. Raises its error, or Unavailable."""
         request = coordinator_pb2.WatchPipelinesRequest(gateway_id=self.settings.gateway_id, instance=self._instance)
@@ -284,7 +274,7 @@ class MeshEngine:
             self._draining = pipeline.state == types_pb2.PIPELINE_STATE_DRAINING
             self._down = False
             self._wanted = pipeline
-        if self._loop is not None and (pipeline is None or self._loop.key != (pipeline.pipeline_id, pipeline.epoch)):
+        if self._loop is not None and (pipeline is None or not self._is_at(self._loop, pipeline)):
             reason = self._reason if pipeline is None else f"{pipeline.pipeline_id} is at epoch {pipeline.epoch} now"
             self._loop.fail(StageLost(reason))
         self._changed.set()
@@ -292,14 +282,23 @@ class MeshEngine:
     async def _keep_loop(self) -> None:
         """Keeps a batch loop on the pipeline that is wanted; tries again while it cannot be opened."""
         while True:
-            if self._loop is not None and (self._loop.lost is not None or (self._draining and not self._live)):
+            moving = self._moving is not None and not self._moving.done()
+            if self._moving is not None and not moving:
+                self._moving.result()
+            over = self._draining and not self._live and not moving
+            if self._loop is not None and (self._loop.lost is not None or over):
                 ended, self._loop = self._loop, None
                 await ended.close()
                 self._renew_slot()
             wanted = self._wanted
-            if self._loop is None and wanted is not None and self._slot and (self._live or not self._draining):
+            behind = wanted is not None and (wanted.pipeline_id, wanted.next.epoch) == self._moved
+            # Behind: what was gone over to has been lost, of which the coordinator is about to hear.
+            wants = wanted is not None and not behind and bool(self._live or not self._draining)
+            if self._loop is None and wanted is not None and wants and self._slot:
                 await self._open(wanted)
             await self._cross_if_idle()
+            if wanted is not None and wanted.HasField("next") and not moving:
+                self._moving = asyncio.create_task(self._move(wanted))
             self._changed.clear()
             try:
                 async with asyncio.timeout(RETRY_S):
@@ -330,6 +329,38 @@ class MeshEngine:
         self._instance, self._slot = secrets.randbits(63), 0
         if self._watching is not None:
             self._watching.cancel()
+
+    @staticmethod
+    def _is_at(loop: BatchLoop, view: types_pb2.PipelineView) -> bool:
+        """Whether the loop drives the pipeline as published, or as it is about to be."""
+        following = view.next.epoch if view.HasField("next") else view.epoch
+        return loop.key[0] == view.pipeline_id and loop.key[1] in (view.epoch, following)
+
+    async def _move(self, view: types_pb2.PipelineView) -> None:
+        """Goes over to the pipeline's next epoch, and says so; says so again if it has."""
+        key = view.pipeline_id, view.next.epoch
+        loop, work = self._loop, self._work
+        if loop is None or work is None or key == self._moved:
+            self._reporter.moved(*key)
+            return
+        if loop.lost is not None or key == self._not_moved:
+            return
+        after = next_view(view)
+        new = BatchLoop(after, work, self.metrics, self._bubbles, self.recorder, self._on_crossed, self._on_lost)
+        handover = Handover(loop, new, work, view.next.copies)
+        try:
+            await handover.run(self.settings.gateway_id, self._instance, self._slot)
+        except StagemeshError as e:
+            self._not_moved = key
+            log.warning("%s is not driven at epoch %d: %s", *key, e.message)
+            self._reporter.moved(*key, error=e.message)
+            await new.close()
+            return
+        self._loop, self._moved = new, key
+        await handover.finish()
+        self._outage.moved(*key, handover.paused_s, len(self._live), handover.pages)
+        self._reporter.moved(*key)
+        await loop.close()
 
     async def _load_model(self, view: types_pb2.PipelineView) -> None:
         path = Path(self.settings.model or view.model.path)
@@ -379,8 +410,8 @@ class MeshEngine:
                 self._work = None
             elif not self._stopping:
                 self._outage.lost(*loop.key, error.message, len(self._live))
-            if loop.stuck and not self._stuck.full():
-                self._stuck.put_nowait((*loop.key, error.message))
+            if loop.stuck:
+                self._reporter.stuck(*loop.key, error.message)
         self._changed.set()
 
     def _give_up(self, cause: str) -> None:

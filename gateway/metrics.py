@@ -54,6 +54,7 @@ class Metrics:
         self._losses = self._counter("pipeline_losses", "Pipelines that were lost while requests ran.")
         self._replayed = self._counter("replayed_tokens", "Positions computed again on stages that were replaced.")
         self._recovery_s = self._histogram("recovery_seconds", "Seconds from a loss to the next token.", RECOVERY_S)
+        self._move_s = self._histogram("move_seconds", "Seconds without a new step when a pipeline moved.", ITL_S)
         self._success = Counter(
             "stagemesh_request_success",
             "Requests that ended, by why.",
@@ -129,6 +130,10 @@ class Metrics:
         """It goes on after `lasted_s`, so many positions were computed again."""
         self._recovery_s.observe(lasted_s)
         self._replayed.inc(replayed_tokens)
+
+    def pipeline_moved(self, paused_s: float) -> None:
+        """It has gone over to another epoch; no step was planned for `paused_s`."""
+        self._move_s.observe(paused_s)
 
     def prefix_looked_up(self, queries: int, hits: int) -> None:
         """A sequence of `queries` known tokens starts with `hits` of them taken over."""

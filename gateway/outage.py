@@ -61,6 +61,17 @@ class Outage:
         )  # fmt: skip
         self._metrics.pipeline_recovered(lasted_s, replayed_tokens)
 
+    def moved(self, pipeline_id: str, epoch: int, paused_s: float, requests: int, pages: int) -> None:
+        """A pipeline has gone over to its next epoch as it was planned; nothing was planned for `paused_s`."""
+        log.info(
+            "%s has gone to epoch %d: no step was planned for %.0f ms, %d requests, %d pages copied",
+            pipeline_id, epoch, paused_s * 1000, requests, pages,
+        )  # fmt: skip
+        self._note(
+            "moved", pipeline_id, epoch, duration_ms=round(paused_s * 1000), requests=requests, pages_copied=pages
+        )
+        self._metrics.pipeline_moved(paused_s)
+
     def close(self) -> None:
         """Nobody waits any more."""
         self._end()

@@ -90,6 +90,15 @@ class PageAllocator:
             else:
                 self._idle[page] = None
 
+    def in_use(self, page: int) -> bool:
+        """Whether somebody holds it, or can find what lies in it."""
+        return self._holders[page] > 0 or page in self._idle
+
+    @property
+    def idle(self) -> list[int]:
+        """Pages that nobody holds, with something in them that can be found."""
+        return list(self._idle)
+
     # -- sharing ----------------------------------------------------------------------------------------------------
 
     def find(self, node: int, tokens: Iterable[bytes]) -> list[int]:

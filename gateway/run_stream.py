@@ -26,10 +26,12 @@ class RunStream:
         self,
         stage: types_pb2.StageView,
         on_result: Callable[[int, stage_pb2.StepResult], None],
+        on_copied: Callable[[stage_pb2.PagesCopied], None],
         on_lost: Callable[[StagemeshError], None],
     ) -> None:
         self.stage = stage
         self._on_result = on_result
+        self._on_copied = on_copied
         self._on_lost = on_lost
         self._channel = rpc.channel(stage.address)
         self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue(OUTBOX_MESSAGES)
@@ -84,6 +86,8 @@ class RunStream:
                     if response.WhichOneof("message") == "results":
                         for result in response.results.results:
                             self._on_result(self.stage.stage, result)
+                    elif response.WhichOneof("message") == "copied":
+                        self._on_copied(response.copied)
                     elif response.WhichOneof("message") == "ended":
                         raise StageLost(f"{self.who}: {response.ended.message}")
             raise StageLost(f"{self.who} closed the stream")

@@ -108,15 +108,15 @@ class Scheduler:
         """What a sequence computed is not finite; its end is told by `finish`. To be called before `step_done`."""
         self.prefix.fail(sequence, self.running)
 
-    def rewind(self) -> None:
+    def rewind(self, next_step: int = 1) -> None:
         """The steps that are out will never come back: every sequence goes on behind what is confirmed of it.
 
-        Steps are numbered anew, and the workers know nothing of any sequence.
+        Steps are numbered anew, from `next_step` on, and the workers know nothing of any sequence.
         """
         self.out.clear()
         self.closed.clear()
         self.recovery = None
-        self._next_step = 1
+        self._next_step = next_step
         for sequence in list(self.running):
             sequence.in_flight = sequence.unsampled = sequence.last_step = sequence.pages_sent = 0
             sequence.opened = False

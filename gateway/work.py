@@ -6,7 +6,7 @@ others are refilled (recovery.py) before anything new is computed. Pure, but for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from stagemesh.config import GatewaySettings
@@ -44,10 +44,14 @@ class Work:
         self._filled: list[int] = []
         """Generations of the stages' pages that hold what is confirmed of the sequences; 0: being refilled."""
         self._now: list[int] = []
+        self._expecting: set[int] = set()
+        """Stages to whose pages some are still on their way from others."""
         self._replays: dict[int, int] = {}
         """Step -> the last stage that computes it again, of this epoch."""
         self.replayed_tokens = 0
         """Positions that this epoch computes again."""
+        self.quarantined: list[int] = []
+        """Pages that nobody holds, and that may still be written at this epoch."""
         self.scheduler: Scheduler
         self.live: dict[TokenSequence, LiveRequest] = {}
         self.costs = StepCosts()
@@ -81,9 +85,12 @@ class Work:
 
     def begin(self, shape: Shape, stages: Sequence[StageKv]) -> None:
         """An epoch begins, at which the stages' pages hold what they say."""
-        if shape != self._shape:
+        self.release_quarantined()
+        if not self.fits(shape):
             self._start_over(shape)
-        runs = lost_stages(self._filled, stages)
+        filled = [0 if stage in self._expecting else generation for stage, generation in enumerate(self._filled)]
+        self._expecting.clear()
+        runs = lost_stages(filled, stages)
         lost = {stage for first, last in runs for stage in range(first, last + 1)}
         self._now = [kv.generation for kv in stages]
         self._filled = [0 if stage in lost else generation for stage, generation in enumerate(self._now)]
@@ -91,6 +98,33 @@ class Work:
         self.replayed_tokens = 0
         if runs:
             self.scheduler.recovery = Recovery(runs, stages, shape.page_size)
+
+    def arrived(self) -> None:
+        """All pages that were on their way have come."""
+        self._expecting.clear()
+
+    def release_quarantined(self) -> None:
+        """The epoch is over at which they were written."""
+        if self.quarantined:
+            self.scheduler.pages.free(self.quarantined)
+            self.quarantined = []
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether what runs can go on with such pages: as many as before, or more."""
+        before = self._shape
+        if before is None or shape.num_pages < before.num_pages:
+            return False
+        return (shape.page_size, shape.steps_in_flight) == (before.page_size, before.steps_in_flight)
+
+    def move(self, generations: Sequence[int], next_step: int, expecting: Iterable[int]) -> None:
+        """An epoch begins whose stages hold all that is confirmed of every sequence; nothing is out. Those that are
+        `expecting` some of it have it when `arrived` is called."""
+        self._expecting = set(expecting)
+        self.scheduler.rewind(next_step)
+        self._now = list(generations)
+        self._filled = list(generations)
+        self._replays.clear()
+        self.replayed_tokens = 0
 
     def _start_over(self, shape: Shape) -> None:
         """Other pages than before: every sequence is computed anew, in the order in which they came."""

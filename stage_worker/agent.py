@@ -71,7 +71,8 @@ class Agent:
         self.settings = settings
         self.worker_id = worker_id
         self.ranks: RankGroup | None = None
-        self.held: dict[str, Held] = {}
+        self.held: dict[tuple[str, int], Held] = {}
+        """By pipeline and epoch; while a pipeline moves to another epoch, both."""
         self.epochs: dict[str, int] = {}
         """Highest epoch seen of each pipeline: an order of an older one is refused."""
         self.sessions: dict[int, GatewaySession] = {}
@@ -98,7 +99,7 @@ class Agent:
         elif kind == Kind.LINK_BROKEN:
             said = json.loads(payload)
             self.broken[said["pipeline_id"]] = (said["epoch"], said["reason"])
-            self._end_sessions(said["pipeline_id"], said["epoch"], f"a link broke: {said['reason']}")
+            self._end_sessions(said["pipeline_id"], said["epoch"], f"a link broke: {said['reason']}", said["epoch"])
             log.warning("link of %s broke: %s", said["pipeline_id"], said["reason"])
 
     def ranks_lost(self, reason: str) -> None:
@@ -107,10 +108,10 @@ class Agent:
         for session in self.sessions.values():
             session.put(StageLost(f"{self.worker_id}: {reason}"))
 
-    def _end_sessions(self, pipeline_id: str, epoch: int, reason: str) -> None:
-        """Tells gateways that their sessions up to an epoch are over; closing them follows from that."""
+    def _end_sessions(self, pipeline_id: str, epoch: int, reason: str, since: int = 0) -> None:
+        """Tells gateways that their sessions of epochs `since` to `epoch` are over; closing them follows from that."""
         for session in self.sessions.values():
-            if session.open.key.pipeline_id == pipeline_id and session.open.key.epoch <= epoch:
+            if session.open.key.pipeline_id == pipeline_id and since <= session.open.key.epoch <= epoch:
                 session.put(StageLost(reason))
 
     def _group(self) -> RankGroup:
@@ -125,8 +126,10 @@ class Agent:
         point("agent.assign")
         self._fence(request.key, "assignment")
         self._group()
-        held = self.held[request.key.pipeline_id] = Held(request)
-        self._end_sessions(request.key.pipeline_id, request.key.epoch - 1, f"epoch {request.key.epoch} begins")
+        key = _key(request.key)
+        if not request.beside:
+            self._drop(request.key, request.key.epoch - 1, f"epoch {request.key.epoch} begins")
+        held = self.held[key] = Held(request)
         try:
             async for response in self._load(Kind.ASSIGN, request):
                 if response.HasField("done"):
@@ -134,15 +137,22 @@ class Agent:
                 yield response
         except BaseException:
             # The coordinator ends the call when it has heard of `done`, which is no failure.
-            if held.done is None and self.held.get(request.key.pipeline_id) is held:
-                del self.held[request.key.pipeline_id]
+            if held.done is None and self.held.get(key) is held:
+                del self.held[key]
             raise
+
+    def _drop(self, key: stage_pb2.PipelineKey, until: int, reason: str, since: int = 0) -> bool:
+        """What is held of a pipeline at epochs `since` to `until` is over; whether there was any."""
+        ended = [k for k in self.held if k[0] == key.pipeline_id and since <= k[1] <= until]
+        for k in ended:
+            del self.held[k]
+        self._end_sessions(key.pipeline_id, until, reason, since)
+        return bool(ended)
 
     async def prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
         """Stage.Prepare."""
         point("agent.prepare")
-        if self.held:
-            raise Unavailable(f"{self.worker_id} holds a stage, and can prepare no other", retry_after_s=1)
+        request.beside = bool(self.held)
         async for response in self._load(Kind.PREPARE, request):
             yield response
 
@@ -205,8 +215,8 @@ class Agent:
         """Stage.Activate."""
         self._fence(request.key, "activation")
         await self._group().call(Kind.ACTIVATE, request.SerializeToString(), CALL_TIMEOUT_S)
-        held = self.held.get(request.key.pipeline_id)
-        if held is None or held.request.key.epoch != request.key.epoch:
+        held = self.held.get(_key(request.key))
+        if held is None:
             raise StaleEpoch(f"{request.key.pipeline_id} epoch {request.key.epoch} is no longer held here")
         held.active = True
         return stage_pb2.ActivateResponse()
@@ -215,13 +225,10 @@ class Agent:
         """Stage.Release."""
         point("agent.release")
         key = request.key
-        held = self.held.get(key.pipeline_id)
-        if held is not None and held.request.key.epoch <= key.epoch:
-            del self.held[key.pipeline_id]
-            self._end_sessions(key.pipeline_id, key.epoch, request.reason or "the pipeline is being changed")
-        if held is None or held.request.key.epoch <= key.epoch:
-            # Also what ranks hold of an order that was called off while they carried it out.
-            await self._group().call(Kind.RELEASE, request.SerializeToString(), CALL_TIMEOUT_S)
+        since = key.epoch if request.alone else 0
+        self._drop(key, key.epoch, request.reason or "the pipeline is being changed", since)
+        # Also what ranks hold of an order that was called off while they carried it out.
+        await self._group().call(Kind.RELEASE, request.SerializeToString(), CALL_TIMEOUT_S)
         return stage_pb2.ReleaseResponse()
 
     def _fence(self, key: stage_pb2.PipelineKey, kind: str) -> None:
@@ -258,12 +265,12 @@ class Agent:
     async def _open(self, request: stage_pb2.RunOpen) -> tuple[GatewaySession, stage_pb2.RunOpened]:
         point("agent.open_session")
         check_protocol(request.protocol, f"gateway {request.gateway_id}")
-        held = self.held.get(request.key.pipeline_id)
-        known = held.request.key.epoch if held is not None else self.epochs.get(request.key.pipeline_id, 0)
-        if request.key.epoch < known:
+        held = self.held.get(_key(request.key))
+        known = self.epochs.get(request.key.pipeline_id, 0)
+        if held is None and request.key.epoch < known:
             self.stale_refused["session"] = self.stale_refused.get("session", 0) + 1
             raise StaleEpoch(f"{request.key.pipeline_id} is at epoch {known} here, not {request.key.epoch}")
-        if held is None or request.key.epoch > known or not held.active:
+        if held is None or not held.active:
             raise Unavailable(f"{request.key.pipeline_id} is not active here yet; try again", retry_after_s=0.2)
         if held.request.stage != request.stage:
             raise NotFound(f"{self.worker_id} holds stage {held.request.stage}, not {request.stage}")
@@ -340,9 +347,14 @@ class Agent:
         ]
 
 
+def _key(key: stage_pb2.PipelineKey) -> tuple[str, int]:
+    return key.pipeline_id, key.epoch
+
+
 def _together(ranks: list[stage_pb2.RunOpened]) -> stage_pb2.RunOpened:
     """What the ranks of a group say of a session; a page is in the journal where all of them have it."""
     opened = ranks[0]
+    opened.copy_pages = min(r.copy_pages for r in ranks)
     opened.journal = bytes(
         functools.reduce(operator.and_, bits) for bits in zip(*(r.journal for r in ranks), strict=False)
     )

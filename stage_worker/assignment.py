@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from stagemesh.errors import StageLost, StagemeshError, Unavailable
+from stagemesh.errors import InvalidRequest, StageLost, StagemeshError, Unavailable
 from stagemesh.faults import point
-from stagemesh.protos.v1 import stage_pb2
+from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from .drafter import Drafter
 from .journal import Journal
 from .kv import KvPool
+from .kv_copy import PageFrames, PageReceiver, PageSender
 from .links import LinkReceiver, LinkSender
 from .page_ranges import PageRanges
 from .session import Session, SessionContext, Step
@@ -23,7 +24,7 @@ TOKEN_CREDITS = 64
 """Frames of tokens that may be under way on a lane; the first stage takes them as they come."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Held:
     """What one assignment runs on."""
 
@@ -32,6 +33,8 @@ class Held:
     drafter: Drafter | None
     ranges: PageRanges
     journal: Journal | None
+    salt: int
+    """Of the generations of its pages: other layers' pages never look like these, though they have ranges in common."""
 
     @property
     def page_bytes(self) -> int:
@@ -42,6 +45,13 @@ class Held:
     def weight_bytes(self) -> int:
         """Of all weights, the draft model's included."""
         return self.shard.weight_bytes + (self.drafter.shard.weight_bytes if self.drafter else 0)
+
+    def frames(self, layers: types_pb2.LayerRange) -> PageFrames:
+        """Pages of some layers, as they go to another worker. The last layer's bring the draft model's along."""
+        parts: list[tuple[KvPool, list[int]]] = [(self.pool, list(range(layers.first, layers.last)))]
+        if self.drafter is not None and layers.last == self.shard.kv_layers[-1].layer_idx + 1:
+            parts.append((self.drafter.pool, [layer.layer_idx for layer in self.drafter.pool.layers]))
+        return PageFrames(parts)
 
 
 class Assignment:
@@ -54,6 +64,7 @@ class Assignment:
         self.is_first = request.stage == 0
         self.is_last = request.stage == request.num_stages - 1
         self.limits = request.limits
+        self.held = held
         self.shard = held.shard
         self.pool = held.pool
         self.drafter = held.drafter
@@ -67,6 +78,10 @@ class Assignment:
         """On rank 0 of the first stage of several: what the last one sampled."""
         self.token_sender: LinkSender | None = None
         """On rank 0 of the last stage of several."""
+        self.page_senders: dict[tuple[int, int], PageSender] = {}
+        """(epoch, KvCopy) -> pages that go to workers of a later epoch."""
+        self.page_receivers: dict[int, PageReceiver] = {}
+        """KvCopy -> pages that come from workers of the epoch before."""
         self._tp_rank = tp_rank
         self._holders: dict[int, str] = {}
         """Session -> who holds its range of pages."""
@@ -77,7 +92,7 @@ class Assignment:
     @property
     def links_pending(self) -> bool:
         """Whether a handshake is under way."""
-        return any(end.state == "connecting" for end in self._ends())
+        return any(end.state == "connecting" for end in [*self._ends(), *self._copy_ends()])
 
     def note_completed(self) -> None:
         """Writes down what has come by now: called between layers, `progress_links` does it else."""
@@ -89,10 +104,21 @@ class Assignment:
         """Lets the links do what has become possible."""
         for end in self._ends():
             end.progress()
+        for index, copy in list(self.page_receivers.items()):
+            copy.link.progress()
+            if copy.link.drained and not self._awaited(index):
+                # The sender's epoch is over, and with it what this was for.
+                del self.page_receivers[index]
+        for out in list(self.page_senders.values()):
+            out.progress()
 
     def _ends(self) -> list[LinkSender | LinkReceiver]:
         ends = [*self.senders, self.receiver, self.token_sender, self.token_receiver]
         return [end for end in ends if end is not None]
+
+    def _copy_ends(self) -> list[LinkSender | LinkReceiver]:
+        out: list[LinkSender | LinkReceiver] = [copy.link for copy in self.page_senders.values()]
+        return out + [copy.link for copy in self.page_receivers.values()]
 
     def take_receiver(self, link: LinkReceiver, *, tokens: bool) -> None:
         """A receiving end for this epoch, in place of one that was offered before."""
@@ -118,16 +144,23 @@ class Assignment:
         """The error of a link that broke while the assignment was active; told once."""
         if self._told_broken or not self.active:
             return None
-        for end in self._ends():
-            if end.error is not None:
-                self._told_broken = True
-                return end.error
-        return None
+        error = self._error()
+        self._told_broken = error is not None
+        return error
+
+    def _error(self) -> StagemeshError | None:
+        """Of a link without which nothing can run."""
+        copies = [copy.link for index, copy in self.page_receivers.items() if self._awaited(index)]
+        return next((end.error for end in [*self._ends(), *copies] if end.error is not None), None)
+
+    def _awaited(self, index: int) -> bool:
+        """Whether pages of a KvCopy have been announced that have not come."""
+        return any(copy == index for session in self.sessions.values() for copy, _ in session.copies)
 
     @property
     def broken(self) -> bool:
         """Whether a link has failed: nothing can run any more."""
-        return any(end.error is not None for end in self._ends())
+        return self._error() is not None
 
     # -- sessions ---------------------------------------------------------------------------------------------------
 
@@ -144,11 +177,11 @@ class Assignment:
         if not self.active:
             raise Unavailable(f"{self.pipeline_id} epoch {self.epoch} is not active here yet", retry_after_s=0.2)
         holder = f"{self.pipeline_id}/{request.gateway_id}"
-        grant = self.ranges.open(holder)
+        grant = self.ranges.open(holder, self.epoch)
         try:
             self._open_lanes(request.slot)
         except StagemeshError:
-            self.ranges.close(holder)
+            self.ranges.close(holder, self.epoch)
             raise
         base = grant.index * self.pages_per_gateway
         session = Session(
@@ -174,8 +207,9 @@ class Assignment:
             num_pages=self.pages_per_gateway,
             page_size=self.limits.page_size,
             steps_in_flight=self.limits.steps_in_flight,
-            kv_generation=grant.generation,
+            kv_generation=grant.generation ^ self.held.salt,
             journal=self.journal.held(base, self.pages_per_gateway) if self.journal is not None else b"",
+            copy_pages=min((copy.most_pages for copy in self.page_receivers.values()), default=0),
         )
 
     def _open_lanes(self, slot: int) -> None:
@@ -195,6 +229,10 @@ class Assignment:
                 opened.append(self.token_sender)
             if self.token_receiver is not None:
                 self.token_receiver.open_lane(slot, TOKEN_CREDITS, 4 * self.limits.max_num_batched_tokens)
+                opened.append(self.token_receiver)
+            for copy in self.page_receivers.values():
+                copy.open_lane(slot)
+                opened.append(copy.link)
         except StagemeshError:
             for end in opened:
                 end.close_lane(slot)
@@ -205,9 +243,40 @@ class Assignment:
         session = self.sessions.pop(ident, None)
         if session is None:
             return
-        self.ranges.close(self._holders.pop(ident))
+        self.ranges.close(self._holders.pop(ident), self.epoch)
         for end in self._ends():
             end.close_lane(session.slot)
+        for copy in self.page_receivers.values():
+            copy.link.close_lane(session.slot)
+
+    # -- pages that go to another worker ----------------------------------------------------------------------------
+
+    def copy_pages(self, session: Session, request: stage_pb2.CopyPages) -> None:
+        """Sends pages, or has their receive posted, as this is the one end or the other.
+
+        Raises InvalidRequest for pages or a copy that are not there, TransportError when the link is over.
+        """
+        base, limit = session.context.page_base, session.context.num_pages
+        if any(page >= limit for page in request.pages):
+            raise InvalidRequest(f"a page beyond the {limit} granted is to be copied")
+        pages = [base + page for page in request.pages]
+        if request.epoch == self.epoch and request.index in self.page_receivers:
+            self.page_receivers[request.index].expect(session.slot, request.number, pages)
+            session.copies.add((request.index, request.number))
+        elif (request.epoch, request.index) in self.page_senders:
+            self.page_senders[request.epoch, request.index].send(request.slot, request.number, pages)
+        else:
+            raise InvalidRequest(f"there is no link for copy {request.index} of epoch {request.epoch} here")
+
+    def take_pages(self) -> list[tuple[int, int, int]]:
+        """Pages that have come: (session, KvCopy, number)."""
+        took: list[tuple[int, int, int]] = []
+        for session in self.sessions.values() if self.page_receivers else ():
+            for index, copy in self.page_receivers.items():
+                while (number := copy.take(session.slot)) is not None:
+                    session.copies.discard((index, number))
+                    took.append((session.ident, index, number))
+        return took
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -239,6 +308,8 @@ class Assignment:
     def can_run(self, session: Session, step: Step) -> bool:
         """Whether the step's input has come and every outgoing link has a credit for it."""
         if session.failed or self.broken or not session.knows_tokens(step):
+            return False
+        if step.behind and not step.behind.isdisjoint(session.copies):
             return False
         if self.receiver is not None and step.receives and self.receiver.ready(session.slot, step.number) is None:
             return False
@@ -304,5 +375,8 @@ class Assignment:
             self.close_session(ident)
         for end in self._ends():
             end.close()
+        for link in self._copy_ends():
+            link.close()
+        self.page_senders, self.page_receivers = {}, {}
         self.senders, self.receiver = [], None
         self.token_sender = self.token_receiver = None

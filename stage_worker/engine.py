@@ -49,9 +49,12 @@ class Engine:
         self.heart = heart
         self.transports = transports
         self.assignments: dict[tuple[str, int], Assignment] = {}
+        """By pipeline and epoch."""
         self.stopping = False
         self.handle: Callable[[Kind, int, bytes], None] = lambda kind, ident, payload: None
         """What to do with a control frame; set by the rank's commands."""
+        self.background: Callable[[], bool] = lambda: False
+        """Looks at what other threads do, and says whether that was news; likewise."""
         self._leader = leader
         self._follower = follower
         self._held_calls: dict[int, tuple[Kind, bytes]] = {}
@@ -70,6 +73,7 @@ class Engine:
             worked = self.take_messages()
             worked |= self.progress()
             worked |= self.run_next_step()
+            worked |= self.background()
             now = time.monotonic()
             self._reports.send_due(now)
             self.heart.beat()
@@ -98,10 +102,19 @@ class Engine:
         for assignment in self.assignments.values():
             assignment.progress_links()
             worked |= assignment.take_tokens()
+            worked |= self._take_pages(assignment)
             broken = assignment.take_broken_link()
             if broken is not None:
                 self.report_broken(assignment, broken)
         return worked
+
+    def _take_pages(self, assignment: Assignment) -> bool:
+        """Pages that have come are told to their gateway by one rank; each lets steps wait for its own."""
+        took = assignment.take_pages()
+        for ident, index, number in took if self._follower is None else ():
+            message = stage_pb2.RunResponse(copied=stage_pb2.PagesCopied(index=index, number=number))
+            self.control.send(Kind.RESULT, ident, message.SerializeToString())
+        return bool(took)
 
     def drive_transports(self) -> None:
         """What the shard calls between layers, so that a long computation never stalls a neighbour's rendezvous."""

@@ -48,7 +48,12 @@ class KvPool:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        beside: KvPool | None = None,
     ) -> None:
+        """`beside`: a pool of as many equal pages, whose layers are these where both have them.
+
+        Raises ConfigError for no page, or none of a position.
+        """
         if num_pages < 1 or page_size < 1:
             raise ConfigError(f"a KV pool needs at least one page of one position, not {num_pages} of {page_size}")
         self.layers = tuple(layers)
@@ -59,6 +64,12 @@ class KvPool:
         self._k: dict[int, torch.Tensor] = {}
         self._v: dict[int, torch.Tensor] = {}
         for layer in self.layers:
+            if beside is not None and layer in beside.layers:
+                self._k[layer.layer_idx], self._v[layer.layer_idx] = (
+                    beside.k(layer.layer_idx),
+                    beside.v(layer.layer_idx),
+                )
+                continue
             heads = (num_pages, layer.num_kv_heads, page_size)
             self._k[layer.layer_idx] = self._allocate((*heads, layer.k_head_dim))
             self._v[layer.layer_idx] = self._allocate((*heads, layer.v_head_dim))

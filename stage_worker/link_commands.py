@@ -17,6 +17,7 @@ from stagemesh.transport.base import Transport
 from .assignment import Assignment
 from .config import RankConfig
 from .engine import Engine
+from .kv_copy import PageFrames, PageReceiver, PageSender
 from .links import LinkIdentity, LinkReceiver, LinkSender, sending_rank
 
 log = logging.getLogger(__name__)
@@ -51,14 +52,18 @@ class LinkCommands:
         source = 0
         if not request.tokens:
             source = sending_rank(self.config.rank, len(request.sender_addresses), self.config.size)
+        frames = held.held.frames(request.copy.layers) if request.HasField("copy") else None
         link = LinkReceiver(
             transport,
             request.sender_addresses[source],
-            self._identity(held, request.nonces[self.config.rank], secret, request.tokens),
+            self._identity(held, request.key, request.nonces[self.config.rank], secret, request.tokens, frames),
             device="cpu" if request.tokens else self.device,
             timeout_s=LINK_TIMEOUT_S,
         )
-        held.take_receiver(link, tokens=request.tokens)
+        if frames is not None:
+            held.page_receivers[request.copy.index] = PageReceiver(request.copy, link, frames)
+        else:
+            held.take_receiver(link, tokens=request.tokens)
         return stage_pb2.OfferLinkResponse(
             receiver_addresses=[transport.address()], secrets=[secret]
         ).SerializeToString()
@@ -67,8 +72,11 @@ class LinkCommands:
         """Makes this rank's sending ends and shakes hands; receiving ranks that read from another rank are not ours."""
         point("rank.connect_link")
         request = stage_pb2.ConnectLinkRequest.FromString(payload)
-        held = self._find(request.key, request.stage)
+        copies = request.HasField("copy")
+        key = stage_pb2.PipelineKey(pipeline_id=request.key.pipeline_id, epoch=request.copy.from_epoch)
+        held = self._find(key if copies else request.key, request.stage)
         transport = self._transport(request.transport)
+        frames = held.held.frames(request.copy.layers) if copies else None
         receivers = len(request.receiver_addresses)
         mine = [r for r in range(receivers) if sending_rank(r, self.config.size, receivers) == self.config.rank]
         if request.tokens:
@@ -77,12 +85,18 @@ class LinkCommands:
             LinkSender(
                 transport,
                 request.receiver_addresses[r],
-                self._identity(held, request.nonces[r], request.secrets[r], request.tokens),
+                self._identity(held, request.key, request.nonces[r], request.secrets[r], request.tokens, frames),
                 timeout_s=LINK_TIMEOUT_S,
             )
             for r in mine
         ]
-        held.take_senders(senders, tokens=request.tokens)
+        if frames is not None:
+            (sender,) = senders
+            held.page_senders[request.key.epoch, request.copy.index] = PageSender(
+                request.copy, request.key.epoch, sender, frames
+            )
+        else:
+            held.take_senders(senders, tokens=request.tokens)
         deadline = time.monotonic() + LINK_TIMEOUT_S
         while not all(sender.ready for sender in senders):
             self.engine.progress()
@@ -98,10 +112,19 @@ class LinkCommands:
         return stage_pb2.ConnectLinkResponse(route=route).SerializeToString()
 
     @staticmethod
-    def _identity(held: Assignment, nonce: int, secret: bytes, tokens: bool) -> LinkIdentity:
+    def _identity(
+        held: Assignment,
+        key: stage_pb2.PipelineKey,
+        nonce: int,
+        secret: bytes,
+        tokens: bool,
+        frames: PageFrames | None,
+    ) -> LinkIdentity:
         if tokens:
-            return LinkIdentity(nonce, held.epoch, secret, 1, torch.int32)
-        return LinkIdentity(nonce, held.epoch, secret, held.shard.hidden_size, held.shard.dtype)
+            return LinkIdentity(nonce, key.epoch, secret, 1, torch.int32)
+        if frames is not None:
+            return LinkIdentity(nonce, key.epoch, secret, frames.page_bytes, torch.uint8)
+        return LinkIdentity(nonce, key.epoch, secret, held.shard.hidden_size, held.shard.dtype)
 
     def _transport(self, name: str) -> Transport:
         if name not in self.engine.transports:

@@ -26,7 +26,7 @@ LANE_MASK = 0xFFFFFFFF_FF000000
 LINK_MASK = 0xFFFFFFFF_00000000
 SECRET_BYTES = 16
 
-_DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 4}
+_DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 4, torch.uint8: 5}
 _HELLO = struct.Struct("<4sHHIIQ16s24x")
 _ACK = struct.Struct("<4sH2xB3x116s")
 _COUNT = struct.Struct("<QB7x")
@@ -62,7 +62,9 @@ class LinkIdentity:
         if not 0 <= self.nonce < 1 << 32 or len(self.secret) != SECRET_BYTES:
             raise TransportError(f"a link needs a 32-bit nonce and a secret of {SECRET_BYTES} bytes")
         if self.dtype not in _DTYPE_CODES:
-            raise TransportError(f"rows of {self.dtype} cannot be sent; float32, bfloat16, float16 and int32 can")
+            raise TransportError(
+                f"rows of {self.dtype} cannot be sent; float32, bfloat16, float16, int32 and uint8 can"
+            )
 
     def hello(self) -> bytes:
         """The first message of the sender."""

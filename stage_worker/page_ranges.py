@@ -1,7 +1,8 @@
 """Which gateway holds which of the equal ranges of a worker's pages. Pure.
 
 A range stays its gateway's after the session ended, with what was written into its pages, until another gateway needs
-one: so a gateway that comes back at a later epoch goes on where it was.
+one: so a gateway that comes back at a later epoch goes on where it was. One that moves to a later epoch has it open at
+both for a while.
 """
 
 from __future__ import annotations
@@ -29,18 +30,20 @@ class PageRanges:
         self._nonce = nonce
         self._grants: dict[str, Grant] = {}
         """By holder, the one that came longest ago first."""
-        self._open: set[str] = set()
+        self._open: set[tuple[str, int]] = set()
+        """Holders and epochs."""
 
-    def open(self, holder: str) -> Grant:
+    def open(self, holder: str, epoch: int) -> Grant:
         """The holder's own range, else a free one, else that of one that has gone. Raises Unavailable (retry)."""
-        if holder in self._open:
+        if (holder, epoch) in self._open:
             raise Unavailable(f"{holder} holds a range of pages already", retry_after_s=0.2)
         grant = self._grants.pop(holder, None)
         if grant is None:
             taken = {other.index for other in self._grants.values()}
             free = next((i for i in range(self.count) if i not in taken), None)
             if free is None:
-                gone = next((name for name in self._grants if name not in self._open), None)
+                here = {name for name, _ in self._open}
+                gone = next((name for name in self._grants if name not in here), None)
                 if gone is None:
                     raise Unavailable(
                         f"all {self.count} page ranges are held by gateways: start the coordinator with --gateways for "
@@ -50,9 +53,9 @@ class PageRanges:
                 free = self._grants.pop(gone).index
             grant = Grant(free, self._nonce())
         self._grants[holder] = grant
-        self._open.add(holder)
+        self._open.add((holder, epoch))
         return grant
 
-    def close(self, holder: str) -> None:
+    def close(self, holder: str, epoch: int) -> None:
         """The holder's session is over; it may come back."""
-        self._open.discard(holder)
+        self._open.discard((holder, epoch))

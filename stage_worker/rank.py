@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -32,12 +33,16 @@ from .link_commands import LinkCommands
 from .measure import measure
 from .order import Follower, Leader
 from .parallel import TensorParallel
+from .preparing import Preparing
 from .rank_memory import RankMemory
 from .session import Session
-from .shard.choose import preload
+from .shard.choose import Shard, preload
 from .shard.spec import ShardSpec
 
 log = logging.getLogger(__name__)
+
+PROGRESS_S = 0.05
+"""Between two messages of the progress of a load."""
 
 
 class Rank:
@@ -47,9 +52,11 @@ class Rank:
         self.config = config
         self.engine = engine
         self._memory = RankMemory(config, engine, device, parallel)
+        self._preparing = Preparing(self._memory, self._tell_progress, self._prepared)
         links = LinkCommands(config, engine, device, self._assignment)
         self._sessions: dict[int, Assignment] = {}
-        self._calls: dict[Kind, Callable[[int, bytes], bytes]] = {
+        self._told_at = 0.0
+        self._calls: dict[Kind, Callable[[int, bytes], bytes | None]] = {
             Kind.ASSIGN: self.assign,
             Kind.OFFER_LINK: links.offer,
             Kind.CONNECT_LINK: links.connect,
@@ -60,6 +67,7 @@ class Rank:
             Kind.PREPARE: self.prepare,
         }
         engine.handle = self.handle
+        engine.background = self._preparing.poll
 
     def handle(self, kind: Kind, ident: int, payload: bytes) -> None:
         """One frame of the agent. A call is answered by REPLY or ERROR; a message of a session by results."""
@@ -71,13 +79,16 @@ class Rank:
             self.engine.heart.pause()
             try:
                 reply = self._calls[kind](ident, payload)
-            except StagemeshError as e:
-                self.engine.control.send_packed(pack_error(ident, e))
-            except (RuntimeError, OSError, ValueError, MemoryError) as e:
-                log.exception("%s failed", kind.name)
-                self.engine.control.send_packed(pack_error(ident, e))
+            except (StagemeshError, RuntimeError, OSError, ValueError, MemoryError) as e:
+                self._failed(kind, ident, e)
             else:
-                self.engine.control.send(Kind.REPLY, ident, reply)
+                if reply is not None:
+                    self.engine.control.send(Kind.REPLY, ident, reply)
+
+    def _failed(self, kind: Kind, ident: int, error: BaseException) -> None:
+        if not isinstance(error, StagemeshError):
+            log.error("%s failed", kind.name, exc_info=error)
+        self.engine.control.send_packed(pack_error(ident, error))
 
     # -- assignments ------------------------------------------------------------------------------------------------
 
@@ -85,14 +96,14 @@ class Rank:
         """Loads the range (or keeps it, when it is the one in memory) and allocates KV pages."""
         point("rank.assign")
         request = stage_pb2.AssignRequest.FromString(payload)
-        for key, before in list(self.engine.assignments.items()):
-            if before.pipeline_id == request.key.pipeline_id:
-                before.close()
-                del self.engine.assignments[key]
-        held = self._memory.hold(ident, request)
+        self._preparing.join()
+        if not request.beside:
+            self._close(request.key.pipeline_id, request.key.epoch)
+        held = self._memory.hold(request, lambda done, total: self._tell_progress(ident, done, total))
         pool = held.pool
         assignment = Assignment(request, held, self.config.rank)
-        self.engine.assignments[request.key.pipeline_id, request.stage] = assignment
+        self.engine.assignments[request.key.pipeline_id, request.key.epoch] = assignment
+        self._memory.trim()
         layers = f"layers {request.layers.first}-{request.layers.last - 1}"
         process.set_title(f"stage {request.stage} {layers} rank {self.config.rank}")
         tokens = pool.num_pages * pool.page_size
@@ -103,16 +114,42 @@ class Rank:
         )  # fmt: skip
         return _done(held, request).SerializeToString()
 
-    def prepare(self, ident: int, payload: bytes) -> bytes:
-        """Loads a range and allocates its pages, for an assignment that may come."""
+    def prepare(self, ident: int, payload: bytes) -> bytes | None:
+        """Loads a range and allocates its pages, for an assignment that may come; answers when that is done."""
         request = stage_pb2.PrepareRequest.FromString(payload)
-        # The agent holds nothing: what is left is of an order that was called off while it was carried out.
-        for held_before in self.engine.assignments.values():
-            held_before.close()
-        self.engine.assignments.clear()
-        held = self._memory.hold(ident, request)
-        process.set_title(f"standby layers {request.layers.first}-{request.layers.last - 1} rank {self.config.rank}")
+        if not request.beside:
+            # What is left is of an order that was called off while it was carried out.
+            for held_before in self.engine.assignments.values():
+                held_before.close()
+            self.engine.assignments.clear()
+        held = self._memory.find(request)
+        if held is None:
+            self._preparing.start(ident, request)
+            return None
         return _done(held, request).SerializeToString()
+
+    def _prepared(self, ident: int, request: stage_pb2.PrepareRequest, outcome: list[Shard] | BaseException) -> None:
+        """The weights are in memory."""
+        if not isinstance(outcome, BaseException):
+            try:
+                held = self._memory.make(request, outcome)
+            except (StagemeshError, RuntimeError, MemoryError) as e:
+                outcome = e
+            else:
+                layers = f"layers {request.layers.first}-{request.layers.last - 1}"
+                if not self.engine.assignments:
+                    process.set_title(f"standby {layers} rank {self.config.rank}")
+                log.info("%s are loaded, and wait for an assignment", layers)
+                self.engine.control.send(Kind.REPLY, ident, _done(held, request).SerializeToString())
+                return
+        self._failed(Kind.PREPARE, ident, outcome)
+
+    def _tell_progress(self, ident: int, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._told_at > PROGRESS_S or done == total:
+            self._told_at = now
+            progress = stage_pb2.AssignResponse(loaded_bytes=done, total_bytes=total)
+            self.engine.control.send(Kind.PROGRESS, ident, progress.SerializeToString())
 
     def activate(self, ident: int, payload: bytes) -> bytes:
         """Starts taking sessions."""
@@ -124,19 +161,25 @@ class Rank:
     def release(self, ident: int, payload: bytes) -> bytes:
         """Ends an assignment; the weights stay in memory for the next one that wants them."""
         request = stage_pb2.ReleaseRequest.FromString(payload)
-        for key, held in list(self.engine.assignments.items()):
-            if held.pipeline_id == request.key.pipeline_id and held.epoch <= request.key.epoch:
-                held.close()
-                del self.engine.assignments[key]
+        self._close(request.key.pipeline_id, request.key.epoch, request.key.epoch if request.alone else 0)
+        self._memory.trim()
         return stage_pb2.ReleaseResponse().SerializeToString()
 
+    def _close(self, pipeline_id: str, until: int, since: int = 0) -> None:
+        """What is held of a pipeline at epochs `since` to `until` is over."""
+        for key, held in list(self.engine.assignments.items()):
+            if held.pipeline_id == pipeline_id and since <= held.epoch <= until:
+                held.close()
+                del self.engine.assignments[key]
+
     def _assignment(self, key: stage_pb2.PipelineKey, stage: int) -> Assignment:
-        held = self.engine.assignments.get((key.pipeline_id, stage))
-        if held is None:
+        held = self.engine.assignments.get((key.pipeline_id, key.epoch))
+        if held is not None and held.stage == stage:
+            return held
+        others = [str(epoch) for name, epoch in self.engine.assignments if name == key.pipeline_id]
+        if not others or held is not None:
             raise NotFound(f"this worker does not hold stage {stage} of {key.pipeline_id}")
-        if held.epoch != key.epoch:
-            raise StaleEpoch(f"{key.pipeline_id} is at epoch {held.epoch} here, not {key.epoch}")
-        return held
+        raise StaleEpoch(f"{key.pipeline_id} is at epoch {', '.join(others)} here, not {key.epoch}")
 
     # -- sessions ---------------------------------------------------------------------------------------------------
 
@@ -174,6 +217,8 @@ class Rank:
                     session.open_sequence(request.open_sequence)
                 case "close_sequence":
                     session.close_sequence(request.close_sequence)
+                case "copy":
+                    held.copy_pages(session, request.copy)
         except StagemeshError as e:
             self.engine.end_session(session, e)
         except DecodeError as e:
@@ -188,6 +233,7 @@ def _done(held: Held, request: stage_pb2.AssignRequest | stage_pb2.PrepareReques
         tensor_bytes_read=held.shard.tensor_bytes_read,
         fingerprint=request.model.fingerprint,
         vocab_size=held.shard.vocab_size,
+        kv_layout=f"{held.shard.kv_layout}, {held.shard.dtype}, pages of {held.pool.page_size}",
     )
 
 

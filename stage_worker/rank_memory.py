@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import secrets
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from .assignment import Held
 from .config import RankConfig
-from .control import Kind
 from .drafter import Drafter
 from .engine import Engine
 from .journal import Journal
@@ -30,56 +29,147 @@ CPU_KV_SHARE = 0.25
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The shard in memory and what it was loaded as; kept over epochs that want the same."""
+    """A shard in memory and what it was loaded as."""
 
     spec: ShardSpec
     fingerprint: str
     shard: Shard
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a request asks for."""
+
+    main: tuple[ShardSpec, str]
+    draft: tuple[ShardSpec, str] | None
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Shards, and what was made for them."""
+
+    wanted: _Wanted
+    held: Held
+
+
+Request = stage_pb2.AssignRequest | stage_pb2.PrepareRequest
+Progress = Callable[[int, int], None]
+
+
 class RankMemory:
-    """Loads what an assignment asks for, and makes the pages."""
+    """Loads what an assignment asks for, and makes the pages.
+
+    As a rule it has one set of them, kept over epochs that want the same. While the worker's layers change beside
+    serving it has two: the next one has the weights and the pages of the layers that stay in common with the first.
+    """
 
     def __init__(self, config: RankConfig, engine: Engine, device: torch.device, parallel: TensorParallel) -> None:
         self.config = config
         self.engine = engine
         self.device = device
         self.parallel = parallel
-        self._loaded: _Loaded | None = None
-        self._draft: _Loaded | None = None
-        self._pool: KvPool | None = None
-        self._drafter: Drafter | None = None
-        self._ranges = PageRanges(1, _nonce)
-        self._journal: Journal | None = None
+        self._sets: list[_Set] = []
+        """The newest last."""
 
-    def hold(self, ident: int, request: stage_pb2.AssignRequest | stage_pb2.PrepareRequest) -> Held:
-        """Shard, pages, and on rank 0 of the last stage the draft model; the agent is told of the progress of `ident`.
+    def hold(self, request: Request, tell: Progress) -> Held:
+        """Shard, pages, and on rank 0 of the last stage the draft model; `tell(done, total)` counts bytes of weights.
 
-        What is in memory and fits the request stays; everything else goes first, as both together may not fit.
+        What is in memory and fits the request stays; all that nothing runs on goes first, as both may not fit.
 
         Raises:
             StagemeshError: the checkpoint, the settings or the memory do not allow it.
         """
+        held = self.find(request)
+        if held is None:
+            held = self.make(request, self.load(request, tell))
+        return held
+
+    def find(self, request: Request) -> Held | None:
+        """What is in memory and fits."""
+        wanted = self._wanted(request)
+        found = next((s for s in self._sets if s.wanted == wanted and self._fits(s.held, request.limits)), None)
+        if found is None:
+            return None
+        self._sets.remove(found)
+        self._sets.append(found)
+        self.trim()
+        return found.held
+
+    def load(self, request: Request, tell: Progress) -> list[Shard]:
+        """The shards that a request asks for, the draft model's behind the model's; on any thread.
+
+        Layers that a shard in memory has are that one's.
+        """
+        self.trim(keep_one=False)
+        wanted = self._wanted(request)
+        before = self._sets[-1].held.shard if self._sets else None
+        drafters = [s.held.drafter.shard for s in self._sets if s.held.drafter and s.wanted.draft == wanted.draft]
+        shards = [load_shard(wanted.main[0], self.parallel, tell, before)]
+        if wanted.draft is not None:
+            shards.append(drafters[0] if drafters else load_shard(wanted.draft[0], self.parallel, tell))
+        for shard in shards:
+            shard.on_layer = self.engine.drive_transports
+        return shards
+
+    def make(self, request: Request, shards: list[Shard]) -> Held:
+        """Pages and journal for loaded shards. Raises ConfigError when not one request would fit."""
+        limits, shard = request.limits, shards[0]
+        before = self._sets[-1].held if self._sets else None
+        if before is not None and not self._fits(before, limits):
+            raise ConfigError("the worker serves with other bounds: they cannot change beside that")
+        if before is None:
+            pages = self._num_pages(limits, shards)
+            pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)
+            ranges = PageRanges(max(1, limits.gateways), _nonce)
+        else:
+            self._check_room(before.pool, shards)
+            pool = KvPool(
+                shard.kv_layers, before.pool.num_pages, limits.page_size, shard.dtype, self.device, before.pool
+            )
+            ranges = before.ranges
+        shard.bind_kv(pool)
+        drafter = None
+        if len(shards) > 1:
+            known = before.drafter if before is not None else None
+            drafter = known if known is not None and known.shard is shards[1] else Drafter(shards[1], pool)
+        journal = None
+        if request.layers.last < request.model.num_layers:
+            same_boundary = before is not None and before.shard.kv_layers[-1].layer_idx == request.layers.last - 1
+            journal = before.journal if before is not None and same_boundary else self._make_journal(pool, shard)
+        held = Held(shard, pool, drafter, ranges, journal, _nonce())
+        self._sets.append(_Set(self._wanted(request), held))
+        return held
+
+    def trim(self, *, keep_one: bool = True) -> None:
+        """Lets go of what nothing runs on, but for the newest."""
+        used = {id(assignment.held) for assignment in self.engine.assignments.values()}
+        kept = [s for s in self._sets if id(s.held) in used or (keep_one and s is self._sets[-1])]
+        if len(kept) == len(self._sets):
+            return
+        self._sets = kept
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _wanted(self, request: Request) -> _Wanted:
         limits, model = request.limits, request.model
-        spec = self._spec(model, limits, (request.layers.first, request.layers.last))
+        main = self._spec(model, limits, (request.layers.first, request.layers.last)), model.fingerprint
         draft = None
         if model.HasField("draft") and request.layers.last == model.num_layers and self.config.rank == 0:
-            draft = self._spec(model.draft.model, limits, (0, model.draft.model.num_layers), whole=True)
-        same = _is(self._loaded, spec, model.fingerprint) and _is(self._draft, draft, model.draft.model.fingerprint)
-        if not same:
-            # All of it: a shard keeps the pages that it was given, and the next ones are made of what memory is left.
-            self._loaded = self._draft = self._drafter = self._pool = self._journal = None
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        if self._loaded is None:
-            self._loaded = _Loaded(spec, model.fingerprint, self._load(spec, ident))
-        if self._draft is None and draft is not None:
-            self._draft = _Loaded(draft, model.draft.model.fingerprint, self._load(draft, ident))
-        pool = self._pages(limits)
-        if self._journal is None and request.layers.last < model.num_layers:
-            self._journal = self._make_journal(pool, self._loaded.shard)
-        return Held(self._loaded.shard, pool, self._drafter, self._ranges, self._journal)
+            theirs = model.draft.model
+            draft = self._spec(theirs, limits, (0, theirs.num_layers), whole=True), theirs.fingerprint
+        return _Wanted(main, draft)
+
+    @staticmethod
+    def _fits(held: Held, limits: types_pb2.RunLimits) -> bool:
+        """Whether its pages are what the bounds want; where those name no count, the one that was found room for is."""
+        gateways = max(1, limits.gateways)
+        return (
+            held.pool.page_size == limits.page_size
+            and limits.num_pages in (0, held.pool.num_pages)
+            and held.ranges.count == gateways
+            and held.pool.num_pages // gateways * limits.page_size >= limits.max_model_len
+        )
 
     def _spec(
         self, model: types_pb2.ModelRef, limits: types_pb2.RunLimits, layers: tuple[int, int], *, whole: bool = False
@@ -102,37 +192,10 @@ class RankMemory:
             enforce_eager=self.config.enforce_eager,
         )
 
-    def _load(self, spec: ShardSpec, ident: int) -> Shard:
-        last_told = 0.0
-
-        def on_progress(done: int, total: int) -> None:
-            nonlocal last_told
-            now = time.monotonic()
-            if now - last_told > 0.05 or done == total:
-                last_told = now
-                progress = stage_pb2.AssignResponse(loaded_bytes=done, total_bytes=total)
-                self.engine.control.send(Kind.PROGRESS, ident, progress.SerializeToString())
-
-        shard = load_shard(spec, self.parallel, on_progress)
-        shard.on_layer = self.engine.drive_transports
-        return shard
-
-    def _pages(self, limits: types_pb2.RunLimits) -> KvPool:
-        """The pages, shared by all gateways. Raises ConfigError when not one request of --max-model-len would fit."""
+    def _num_pages(self, limits: types_pb2.RunLimits, shards: list[Shard]) -> int:
+        """For all gateways. Raises ConfigError when not one request of --max-model-len would fit."""
         gateways = max(1, limits.gateways)
-        pool = self._pool
-        if (
-            pool is not None
-            and pool.page_size == limits.page_size
-            and limits.num_pages in (0, pool.num_pages)
-            and self._ranges.count == gateways
-            and pool.num_pages // gateways * limits.page_size >= limits.max_model_len
-        ):
-            # Made for these shards from the memory there was; asked again, its own pages would count as taken.
-            return pool
-        self._pool = self._drafter = self._journal = pool = None
-        shards = [loaded.shard for loaded in (self._loaded, self._draft) if loaded is not None]
-        page_bytes = sum(KvPool.page_bytes(s.kv_layers, limits.page_size, s.dtype) for s in shards)
+        page_bytes = _page_bytes(shards, limits.page_size)
         one_sequence = -(-limits.max_model_len // limits.page_size)
         budget = self._kv_budget_bytes()
         pages = limits.num_pages or min(one_sequence * limits.max_num_seqs * gateways, budget // page_bytes)
@@ -143,13 +206,18 @@ class RankMemory:
                 f"{pages // gateways * limits.page_size}, or raise --num-kv-pages / --kv-cache-gib (now "
                 f"{budget / 2**30:.2f} GiB)"
             )
-        shard = shards[0]
-        pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)
-        shard.bind_kv(pool)
-        self._drafter = Drafter(shards[1], pool) if len(shards) > 1 else None
-        self._pool = pool
-        self._ranges = PageRanges(gateways, _nonce)
-        return pool
+        return pages
+
+    def _check_room(self, pool: KvPool, shards: list[Shard]) -> None:
+        """Raises ConfigError where the pages of layers that come do not fit beside those that are there."""
+        new = [layer for layer in shards[0].kv_layers if layer not in pool.layers]
+        need = KvPool.page_bytes(new, pool.page_size, pool.dtype) * pool.num_pages
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else available_memory_bytes()
+        if need > free:
+            raise ConfigError(
+                f"{len(new)} more layers need {need / 2**30:.2f} GiB for {pool.num_pages} KV pages beside what runs, "
+                f"and {free / 2**30:.2f} GiB are free: move fewer layers, or start with fewer pages (--num-kv-pages)"
+            )
 
     def _make_journal(self, pool: KvPool, shard: Shard) -> Journal | None:
         """As much of it as --journal-gib allows; nothing where that is not one page."""
@@ -170,8 +238,5 @@ def _nonce() -> int:
     return secrets.randbits(63) | 1
 
 
-def _is(loaded: _Loaded | None, spec: ShardSpec | None, fingerprint: str) -> bool:
-    """Whether what is loaded is what is wanted; nothing, where nothing is."""
-    if loaded is None or spec is None:
-        return loaded is None and spec is None
-    return (loaded.spec, loaded.fingerprint) == (spec, fingerprint)
+def _page_bytes(shards: list[Shard], page_size: int) -> int:
+    return sum(KvPool.page_bytes(s.kv_layers, page_size, s.dtype) for s in shards)

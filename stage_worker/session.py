@@ -83,6 +83,8 @@ class Step:
     computes: bool = True
     sends: bool = True
     """Its output, or what the journal holds of its rows, goes on over the links."""
+    behind: frozenset[tuple[int, int]] = frozenset()
+    """Pages that have to be there before: (KvCopy, number)."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class Session:
         self.last_planned = 0
         self.failed = False
         """Nothing runs any more; the gateway has been told, and will have the session closed."""
+        self.copies: set[tuple[int, int]] = set()
+        """Pages that are announced and have not come: (KvCopy, number)."""
         self.awaited: deque[int] = deque()
         """Steps whose tokens the last stage will send, in order; on the first stage."""
         self._tokens: dict[int, tuple[float, dict[int, int]]] = {}
@@ -201,6 +205,7 @@ class Session:
             arrived_at=time.monotonic(),
             receives=not self.context.is_first,
             sends=not self.context.is_last,
+            behind=frozenset(self.copies),
         )
         if plan.kind == stage_pb2.STEP_KIND_REPLAY:
             self._take_part(plan, step)

@@ -130,6 +130,38 @@ class ReportStuckResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ReportMovedRequest(_message.Message):
+    __slots__ = ("gateway_id", "pipeline_id", "epoch", "error")
+    GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    gateway_id: str
+    pipeline_id: str
+    epoch: int
+    error: str
+    def __init__(self, gateway_id: _Optional[str] = ..., pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+
+class ReportMovedResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RepartitionRequest(_message.Message):
+    __slots__ = ("counts",)
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, counts: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RepartitionResponse(_message.Message):
+    __slots__ = ("counts", "slowest_us", "expected_us")
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SLOWEST_US_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_US_FIELD_NUMBER: _ClassVar[int]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    slowest_us: int
+    expected_us: int
+    def __init__(self, counts: _Optional[_Iterable[int]] = ..., slowest_us: _Optional[int] = ..., expected_us: _Optional[int] = ...) -> None: ...
+
 class DrainRequest(_message.Message):
     __slots__ = ("worker_id",)
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]

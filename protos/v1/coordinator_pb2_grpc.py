@@ -60,6 +60,16 @@ class CoordinatorStub(object):
                 request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStuckRequest.SerializeToString,
                 response_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStuckResponse.FromString,
                 _registered_method=True)
+        self.ReportMoved = channel.unary_unary(
+                '/stagemesh.v1.Coordinator/ReportMoved',
+                request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportMovedRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportMovedResponse.FromString,
+                _registered_method=True)
+        self.Repartition = channel.unary_unary(
+                '/stagemesh.v1.Coordinator/Repartition',
+                request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/stagemesh.v1.Coordinator/Drain',
                 request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DrainRequest.SerializeToString,
@@ -107,6 +117,21 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportMoved(self, request, context):
+        """A gateway drives the next epoch of a pipeline that is being moved, or could not get there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Repartition(self, request, context):
+        """Gives the stages of every pipeline other layer ranges, while requests go on. Errors: FAILED_PRECONDITION for ranges that
+        do not fit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Takes a worker out of service: its layers move to another worker while requests go on. Where there is none, its
         pipeline takes nothing new and finishes what it holds.
@@ -142,6 +167,16 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.ReportStuck,
                     request_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStuckRequest.FromString,
                     response_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStuckResponse.SerializeToString,
+            ),
+            'ReportMoved': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportMoved,
+                    request_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportMovedRequest.FromString,
+                    response_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportMovedResponse.SerializeToString,
+            ),
+            'Repartition': grpc.unary_unary_rpc_method_handler(
+                    servicer.Repartition,
+                    request_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionRequest.FromString,
+                    response_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -285,6 +320,60 @@ class Coordinator(object):
             '/stagemesh.v1.Coordinator/ReportStuck',
             stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStuckRequest.SerializeToString,
             stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStuckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportMoved(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Coordinator/ReportMoved',
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportMovedRequest.SerializeToString,
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportMovedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Repartition(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Coordinator/Repartition',
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionRequest.SerializeToString,
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,7 +26,7 @@ class PipelineKey(_message.Message):
     def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class AssignRequest(_message.Message):
-    __slots__ = ("key", "stage", "num_stages", "layers", "generation", "model", "limits")
+    __slots__ = ("key", "stage", "num_stages", "layers", "generation", "model", "limits", "beside")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class AssignRequest(_message.Message):
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    BESIDE_FIELD_NUMBER: _ClassVar[int]
     key: PipelineKey
     stage: int
     num_stages: int
@@ -41,17 +42,20 @@ class AssignRequest(_message.Message):
     generation: int
     model: _types_pb2.ModelRef
     limits: _types_pb2.RunLimits
-    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., layers: _Optional[_Union[_types_pb2.LayerRange, _Mapping]] = ..., generation: _Optional[int] = ..., model: _Optional[_Union[_types_pb2.ModelRef, _Mapping]] = ..., limits: _Optional[_Union[_types_pb2.RunLimits, _Mapping]] = ...) -> None: ...
+    beside: bool
+    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., layers: _Optional[_Union[_types_pb2.LayerRange, _Mapping]] = ..., generation: _Optional[int] = ..., model: _Optional[_Union[_types_pb2.ModelRef, _Mapping]] = ..., limits: _Optional[_Union[_types_pb2.RunLimits, _Mapping]] = ..., beside: bool = ...) -> None: ...
 
 class PrepareRequest(_message.Message):
-    __slots__ = ("layers", "model", "limits")
+    __slots__ = ("layers", "model", "limits", "beside")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    BESIDE_FIELD_NUMBER: _ClassVar[int]
     layers: _types_pb2.LayerRange
     model: _types_pb2.ModelRef
     limits: _types_pb2.RunLimits
-    def __init__(self, layers: _Optional[_Union[_types_pb2.LayerRange, _Mapping]] = ..., model: _Optional[_Union[_types_pb2.ModelRef, _Mapping]] = ..., limits: _Optional[_Union[_types_pb2.RunLimits, _Mapping]] = ...) -> None: ...
+    beside: bool
+    def __init__(self, layers: _Optional[_Union[_types_pb2.LayerRange, _Mapping]] = ..., model: _Optional[_Union[_types_pb2.ModelRef, _Mapping]] = ..., limits: _Optional[_Union[_types_pb2.RunLimits, _Mapping]] = ..., beside: bool = ...) -> None: ...
 
 class AssignResponse(_message.Message):
     __slots__ = ("loaded_bytes", "total_bytes", "done")
@@ -64,36 +68,54 @@ class AssignResponse(_message.Message):
     def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., done: _Optional[_Union[AssignDone, _Mapping]] = ...) -> None: ...
 
 class AssignDone(_message.Message):
-    __slots__ = ("num_pages", "page_bytes", "weight_bytes", "tensor_bytes_read", "fingerprint", "vocab_size")
+    __slots__ = ("num_pages", "page_bytes", "weight_bytes", "tensor_bytes_read", "fingerprint", "vocab_size", "kv_layout")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     TENSOR_BYTES_READ_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     page_bytes: int
     weight_bytes: int
     tensor_bytes_read: int
     fingerprint: str
     vocab_size: int
-    def __init__(self, num_pages: _Optional[int] = ..., page_bytes: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., tensor_bytes_read: _Optional[int] = ..., fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+    kv_layout: str
+    def __init__(self, num_pages: _Optional[int] = ..., page_bytes: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., tensor_bytes_read: _Optional[int] = ..., fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., kv_layout: _Optional[str] = ...) -> None: ...
+
+class KvCopy(_message.Message):
+    __slots__ = ("index", "from_epoch", "from_stage", "to_stage", "layers")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    FROM_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FROM_STAGE_FIELD_NUMBER: _ClassVar[int]
+    TO_STAGE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    from_epoch: int
+    from_stage: int
+    to_stage: int
+    layers: _types_pb2.LayerRange
+    def __init__(self, index: _Optional[int] = ..., from_epoch: _Optional[int] = ..., from_stage: _Optional[int] = ..., to_stage: _Optional[int] = ..., layers: _Optional[_Union[_types_pb2.LayerRange, _Mapping]] = ...) -> None: ...
 
 class OfferLinkRequest(_message.Message):
-    __slots__ = ("key", "stage", "transport", "sender_addresses", "nonces", "tokens")
+    __slots__ = ("key", "stage", "transport", "sender_addresses", "nonces", "tokens", "copy")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     SENDER_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     NONCES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
     key: PipelineKey
     stage: int
     transport: str
     sender_addresses: _containers.RepeatedScalarFieldContainer[bytes]
     nonces: _containers.RepeatedScalarFieldContainer[int]
     tokens: bool
-    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., transport: _Optional[str] = ..., sender_addresses: _Optional[_Iterable[bytes]] = ..., nonces: _Optional[_Iterable[int]] = ..., tokens: bool = ...) -> None: ...
+    copy: KvCopy
+    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., transport: _Optional[str] = ..., sender_addresses: _Optional[_Iterable[bytes]] = ..., nonces: _Optional[_Iterable[int]] = ..., tokens: bool = ..., copy: _Optional[_Union[KvCopy, _Mapping]] = ...) -> None: ...
 
 class OfferLinkResponse(_message.Message):
     __slots__ = ("receiver_addresses", "secrets")
@@ -104,7 +126,7 @@ class OfferLinkResponse(_message.Message):
     def __init__(self, receiver_addresses: _Optional[_Iterable[bytes]] = ..., secrets: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ConnectLinkRequest(_message.Message):
-    __slots__ = ("key", "stage", "transport", "receiver_addresses", "secrets", "nonces", "receiver_id", "tokens")
+    __slots__ = ("key", "stage", "transport", "receiver_addresses", "secrets", "nonces", "receiver_id", "tokens", "copy")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +135,7 @@ class ConnectLinkRequest(_message.Message):
     NONCES_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
     key: PipelineKey
     stage: int
     transport: str
@@ -121,7 +144,8 @@ class ConnectLinkRequest(_message.Message):
     nonces: _containers.RepeatedScalarFieldContainer[int]
     receiver_id: str
     tokens: bool
-    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., transport: _Optional[str] = ..., receiver_addresses: _Optional[_Iterable[bytes]] = ..., secrets: _Optional[_Iterable[bytes]] = ..., nonces: _Optional[_Iterable[int]] = ..., receiver_id: _Optional[str] = ..., tokens: bool = ...) -> None: ...
+    copy: KvCopy
+    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., transport: _Optional[str] = ..., receiver_addresses: _Optional[_Iterable[bytes]] = ..., secrets: _Optional[_Iterable[bytes]] = ..., nonces: _Optional[_Iterable[int]] = ..., receiver_id: _Optional[str] = ..., tokens: bool = ..., copy: _Optional[_Union[KvCopy, _Mapping]] = ...) -> None: ...
 
 class ConnectLinkResponse(_message.Message):
     __slots__ = ("route",)
@@ -142,28 +166,32 @@ class ActivateResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("key", "reason")
+    __slots__ = ("key", "reason", "alone")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     key: PipelineKey
     reason: str
-    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+    alone: bool
+    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., reason: _Optional[str] = ..., alone: bool = ...) -> None: ...
 
 class ReleaseResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class RunRequest(_message.Message):
-    __slots__ = ("open", "plan", "open_sequence", "close_sequence")
+    __slots__ = ("open", "plan", "open_sequence", "close_sequence", "copy")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     OPEN_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CLOSE_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
     open: RunOpen
     plan: StepPlan
     open_sequence: OpenSequence
     close_sequence: CloseSequence
-    def __init__(self, open: _Optional[_Union[RunOpen, _Mapping]] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., open_sequence: _Optional[_Union[OpenSequence, _Mapping]] = ..., close_sequence: _Optional[_Union[CloseSequence, _Mapping]] = ...) -> None: ...
+    copy: CopyPages
+    def __init__(self, open: _Optional[_Union[RunOpen, _Mapping]] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., open_sequence: _Optional[_Union[OpenSequence, _Mapping]] = ..., close_sequence: _Optional[_Union[CloseSequence, _Mapping]] = ..., copy: _Optional[_Union[CopyPages, _Mapping]] = ...) -> None: ...
 
 class RunOpen(_message.Message):
     __slots__ = ("key", "stage", "gateway_id", "instance", "slot", "protocol")
@@ -182,18 +210,42 @@ class RunOpen(_message.Message):
     def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., gateway_id: _Optional[str] = ..., instance: _Optional[int] = ..., slot: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class RunOpened(_message.Message):
-    __slots__ = ("num_pages", "page_size", "steps_in_flight", "kv_generation", "journal")
+    __slots__ = ("num_pages", "page_size", "steps_in_flight", "kv_generation", "journal", "copy_pages")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     STEPS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     KV_GENERATION_FIELD_NUMBER: _ClassVar[int]
     JOURNAL_FIELD_NUMBER: _ClassVar[int]
+    COPY_PAGES_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     page_size: int
     steps_in_flight: int
     kv_generation: int
     journal: bytes
-    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., steps_in_flight: _Optional[int] = ..., kv_generation: _Optional[int] = ..., journal: _Optional[bytes] = ...) -> None: ...
+    copy_pages: int
+    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., steps_in_flight: _Optional[int] = ..., kv_generation: _Optional[int] = ..., journal: _Optional[bytes] = ..., copy_pages: _Optional[int] = ...) -> None: ...
+
+class CopyPages(_message.Message):
+    __slots__ = ("epoch", "index", "number", "pages", "slot")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    index: int
+    number: int
+    pages: _containers.RepeatedScalarFieldContainer[int]
+    slot: int
+    def __init__(self, epoch: _Optional[int] = ..., index: _Optional[int] = ..., number: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., slot: _Optional[int] = ...) -> None: ...
+
+class PagesCopied(_message.Message):
+    __slots__ = ("index", "number")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    number: int
+    def __init__(self, index: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("step", "epoch", "kind", "sequences", "starts", "counts", "tokens", "new_page_counts", "new_pages", "sample_rows", "ref_rows", "ref_steps", "planned_us", "draft_rows", "guess_rows", "guess_counts", "alone", "replay_first", "replay_last")
@@ -262,14 +314,16 @@ class CloseSequence(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., after_step: _Optional[int] = ...) -> None: ...
 
 class RunResponse(_message.Message):
-    __slots__ = ("opened", "results", "ended")
+    __slots__ = ("opened", "results", "ended", "copied")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
+    COPIED_FIELD_NUMBER: _ClassVar[int]
     opened: RunOpened
     results: StepResults
     ended: RunEnded
-    def __init__(self, opened: _Optional[_Union[RunOpened, _Mapping]] = ..., results: _Optional[_Union[StepResults, _Mapping]] = ..., ended: _Optional[_Union[RunEnded, _Mapping]] = ...) -> None: ...
+    copied: PagesCopied
+    def __init__(self, opened: _Optional[_Union[RunOpened, _Mapping]] = ..., results: _Optional[_Union[StepResults, _Mapping]] = ..., ended: _Optional[_Union[RunEnded, _Mapping]] = ..., copied: _Optional[_Union[PagesCopied, _Mapping]] = ...) -> None: ...
 
 class StepResults(_message.Message):
     __slots__ = ("results",)

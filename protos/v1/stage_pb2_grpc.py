@@ -84,8 +84,8 @@ class StageServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Prepare(self, request, context):
-        """Loads a layer range beside whatever is served elsewhere, so that an Assign of it takes no time; a worker that holds an
-        assignment refuses another range. Streams progress, ends with `done`. Errors: as Assign.
+        """Loads a layer range while everything goes on, so that an Assign of it takes no time. A worker that holds an assignment
+        shares with it the layers that both have. Streams progress, ends with `done`. Errors: as Assign.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

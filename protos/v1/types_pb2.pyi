@@ -187,7 +187,7 @@ class StageView(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., worker_id: _Optional[str] = ..., address: _Optional[str] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ..., tp_size: _Optional[int] = ..., generation: _Optional[int] = ..., num_pages: _Optional[int] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., route: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., tensor_bytes_read: _Optional[int] = ...) -> None: ...
 
 class PipelineView(_message.Message):
-    __slots__ = ("pipeline_id", "epoch", "state", "reason", "model", "limits", "stages", "final")
+    __slots__ = ("pipeline_id", "epoch", "state", "reason", "model", "limits", "stages", "final", "next")
     PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +196,7 @@ class PipelineView(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     FINAL_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FIELD_NUMBER: _ClassVar[int]
     pipeline_id: str
     epoch: int
     state: PipelineState
@@ -204,7 +205,30 @@ class PipelineView(_message.Message):
     limits: RunLimits
     stages: _containers.RepeatedCompositeFieldContainer[StageView]
     final: bool
-    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[PipelineState, str]] = ..., reason: _Optional[str] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., limits: _Optional[_Union[RunLimits, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ..., final: bool = ...) -> None: ...
+    next: NextEpoch
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[PipelineState, str]] = ..., reason: _Optional[str] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., limits: _Optional[_Union[RunLimits, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ..., final: bool = ..., next: _Optional[_Union[NextEpoch, _Mapping]] = ...) -> None: ...
+
+class NextEpoch(_message.Message):
+    __slots__ = ("epoch", "stages", "copies")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    stages: _containers.RepeatedCompositeFieldContainer[StageView]
+    copies: _containers.RepeatedCompositeFieldContainer[PagesToCopy]
+    def __init__(self, epoch: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ..., copies: _Optional[_Iterable[_Union[PagesToCopy, _Mapping]]] = ...) -> None: ...
+
+class PagesToCopy(_message.Message):
+    __slots__ = ("index", "from_stage", "to_stage", "layers")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    FROM_STAGE_FIELD_NUMBER: _ClassVar[int]
+    TO_STAGE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    from_stage: int
+    to_stage: int
+    layers: LayerRange
+    def __init__(self, index: _Optional[int] = ..., from_stage: _Optional[int] = ..., to_stage: _Optional[int] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ...) -> None: ...
 
 class WorkerView(_message.Message):
     __slots__ = ("worker_id", "address", "pool", "tp_size", "device", "state", "loaded_bytes", "total_bytes", "layers", "version")
@@ -231,7 +255,7 @@ class WorkerView(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., pool: _Optional[int] = ..., tp_size: _Optional[int] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., state: _Optional[str] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
 
 class MeshView(_message.Message):
-    __slots__ = ("pipelines", "workers", "stale_refused")
+    __slots__ = ("pipelines", "workers", "stale_refused", "wanted_counts", "given_up")
     class StaleRefusedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -242,7 +266,11 @@ class MeshView(_message.Message):
     PIPELINES_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     STALE_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    WANTED_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_UP_FIELD_NUMBER: _ClassVar[int]
     pipelines: _containers.RepeatedCompositeFieldContainer[PipelineView]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerView]
     stale_refused: _containers.ScalarMap[str, int]
-    def __init__(self, pipelines: _Optional[_Iterable[_Union[PipelineView, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerView, _Mapping]]] = ..., stale_refused: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    wanted_counts: _containers.RepeatedScalarFieldContainer[int]
+    given_up: str
+    def __init__(self, pipelines: _Optional[_Iterable[_Union[PipelineView, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerView, _Mapping]]] = ..., stale_refused: _Optional[_Mapping[str, int]] = ..., wanted_counts: _Optional[_Iterable[int]] = ..., given_up: _Optional[str] = ...) -> None: ...

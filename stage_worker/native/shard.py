@@ -9,6 +9,7 @@ Shapes: T tokens in the step, R rows whose logits are wanted, H hidden, V vocabu
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from ..shard.spec import ShardSpec
 from . import ops
 from .architecture import Architecture, dtype_of
 from .exchange import Exchange
-from .weights import Reader, part
+from .weights import LayerWeights, Reader, part
 
 
 @dataclass
@@ -41,6 +42,15 @@ class NativeShard:
 
     on_layer: Callable[[], None] | None = None
     """Called between layers: the caller can drive its transport there."""
+    kv_layout = "compiled kernels"
+    """See `Shard`."""
+    _embedding: Tensor | None
+    _packed_embedding: Tensor | None
+    """The head's panels, where those serve as the embedding."""
+    _norm: Tensor
+    _head: ops.Linear
+    _end_tensors: list[Tensor]
+    """What the head keeps in memory."""
 
     def __init__(
         self,
@@ -48,8 +58,12 @@ class NativeShard:
         architecture: Architecture,
         exchange: Exchange | None,
         on_progress: Callable[[int, int], None] | None = None,
+        before: NativeShard | None = None,
     ) -> None:
-        """Reads the weights. Raises CheckpointError; ConfigError when there is no exchange for several ranks."""
+        """Reads the weights that `before`, of the same model, does not have.
+
+        Raises CheckpointError; ConfigError when there is no exchange for several ranks.
+        """
         a = architecture
         self.num_layers, self.first, self.last = a.num_layers, spec.first, spec.last
         self.is_first, self.is_last = spec.first == 0, spec.last == a.num_layers
@@ -60,13 +74,20 @@ class NativeShard:
         if spec.tp_size > 1 and (exchange is None or exchange.size != spec.tp_size):
             raise ConfigError(f"{spec.tp_size} ranks need shared memory to meet in")
         self._spec, self._tensors = spec, list[Tensor]()
-        reader = Reader(spec, a, self.dtype, checkpoint, on_progress)
-        self._layers: list[ops.Layer] = []
+        known = before._weights if before is not None else {}
+        new = [index for index in range(spec.first, spec.last) if index not in known]
+        reader = Reader(
+            spec, a, self.dtype, checkpoint, on_progress,
+            layers=new,
+            embeds=self.is_first and not (before is not None and before.is_first),
+            heads=self.is_last and not (before is not None and before.is_last),
+        )  # fmt: skip
+        self._weights: dict[int, LayerWeights] = {}
         for index in range(spec.first, spec.last):
-            weights = reader.layer(index)
-            self._tensors += weights.tensors
-            self._layers.append(weights.layer)
-        self._read_ends(reader, a)
+            self._weights[index] = known[index].again() if index in known else reader.layer(index)
+            self._tensors += self._weights[index].tensors
+        self._layers = [weights.layer for weights in self._weights.values()]
+        self._read_ends(reader, a, before)
         self.weight_bytes = sum(tensor.nbytes for tensor in self._tensors)
         self.tensor_bytes_read = checkpoint.tensor_bytes_read if checkpoint is not None else 0
         self._heads = part(a.heads, spec)[1] - part(a.heads, spec)[0]
@@ -81,12 +102,25 @@ class NativeShard:
         self._exchange = exchange
         self._pool: KvPool | None = None
 
-    def _read_ends(self, reader: Reader, a: Architecture) -> None:
+    def same_model(self, spec: ShardSpec) -> bool:
+        """Whether a shard of `spec` has the same layers where both have them."""
+        return dataclasses.replace(spec, first=self.first, last=self.last) == self._spec
+
+    def _read_ends(self, reader: Reader, a: Architecture, before: NativeShard | None) -> None:
+        """Embedding, and norm and head; those of `before`, where that has them."""
         name, shape = "model.embed_tokens.weight", (a.vocab, a.hidden)
         first, last = part(a.vocab, self._spec)
-        embedding = reader.read(name, shape) if self.is_first else None
-        self._embedding, self._packed_embedding = embedding, None
-        if self.is_last:
+        embedding: Tensor | None = None
+        packed_embedding: Tensor | None = None
+        if self.is_first and before is not None and before.is_first:
+            embedding, packed_embedding = before._embedding, before._packed_embedding
+        elif self.is_first:
+            embedding = reader.read(name, shape)
+        self._embedding, self._packed_embedding = embedding, packed_embedding
+        if self.is_last and before is not None and before.is_last:
+            self._norm, self._head, self._end_tensors = before._norm, before._head, before._end_tensors
+            self._tensors += self._end_tensors
+        elif self.is_last:
             self._norm = reader.read("model.norm.weight", (a.hidden,))
             if a.tied and embedding is not None:
                 head = embedding[first:last]
@@ -94,7 +128,8 @@ class NativeShard:
                 head = reader.read(name if a.tied else "lm_head.weight", shape, (0, first, last))
             packed = ops.pack(head)
             self._head = ops.Linear(packed.data_ptr(), None, *head.shape)
-            self._tensors += [self._norm, packed]
+            self._end_tensors = [self._norm, packed]
+            self._tensors += self._end_tensors
             if a.tied and embedding is not None and last - first == a.vocab:
                 # One copy serves both ends: a token's row is gathered from the panels.
                 self._embedding, self._packed_embedding = None, _panels(packed)

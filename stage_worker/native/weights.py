@@ -7,7 +7,7 @@ kernel that has both at hand multiplies them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,10 @@ class LayerWeights:
     layer: ops.Layer
     tensors: list[Tensor]
 
+    def again(self) -> LayerWeights:
+        """The same weights for another shard, with pages of its own."""
+        return LayerWeights(ops.Layer.from_buffer_copy(self.layer), self.tensors)
+
 
 class Reader:
     """Reads, or for dummy weights invents, tensors by checkpoint name."""
@@ -46,7 +50,13 @@ class Reader:
         dtype: torch.dtype,
         checkpoint: Checkpoint | None,
         on_progress: Callable[[int, int], None] | None,
+        *,
+        layers: Sequence[int],
+        embeds: bool,
+        heads: bool,
     ) -> None:
+        """`layers`, and whether the embedding, and norm and head are wanted."""
+        self._layers, self._embeds, self._heads = layers, embeds, heads
         self._spec, self._a, self._dtype, self._checkpoint = spec, architecture, dtype, checkpoint
         self._on_progress = on_progress
         names = checkpoint.names if checkpoint is not None else []
@@ -61,12 +71,12 @@ class Reader:
         """Every tensor of this stage: its whole shape, and this rank's part."""
         spec, a = self._spec, self._a
         plan: dict[str, tuple[tuple[int, ...], Cut]] = {}
-        for index in range(spec.first, spec.last):
+        for index in self._layers:
             plan |= {f"model.layers.{index}.{name}": entry for name, entry in _layer_plan(spec, a).items()}
         embedding = "model.embed_tokens.weight"
-        if spec.first == 0:
+        if self._embeds:
             plan[embedding] = ((a.vocab, a.hidden), None)
-        if spec.last == a.num_layers:
+        if self._heads:
             plan["model.norm.weight"] = ((a.hidden,), None)
             head = embedding if a.tied else "lm_head.weight"
             plan.setdefault(head, ((a.vocab, a.hidden), (0, *part(a.vocab, spec))))

@@ -55,6 +55,10 @@ class Shard(Protocol):
     def kv_layers(self) -> Sequence[KvLayerSpec]:
         """What each own layer keeps of a token."""
 
+    @property
+    def kv_layout(self) -> str:
+        """Names the order of what lies in a page: the same for shards that read each other's."""
+
     def bind_kv(self, pool: KvPool) -> None:
         """Use these pages from now on."""
 
@@ -66,9 +70,14 @@ class Shard(Protocol):
 
 
 def load_shard(
-    spec: ShardSpec, parallel: TensorParallel, on_progress: Callable[[int, int], None] | None = None
+    spec: ShardSpec,
+    parallel: TensorParallel,
+    on_progress: Callable[[int, int], None] | None = None,
+    before: Shard | None = None,
 ) -> Shard:
     """Build the shard that `spec` describes and fill it; `on_progress(done, total)` counts bytes of weights.
+
+    `before`: another range of the same model, if there is one in memory; the compiled kernels share its layers.
 
     Compiled kernels where they know the model, else transformers' own modules. With `tp_size` above one, every rank
     calls this with its own rank and its place in the same group.
@@ -104,7 +113,9 @@ def load_shard(
         return GraphedShard(plain)
     from ..native.shard import NativeShard
 
-    return NativeShard(spec, architecture, parallel.exchange() if spec.tp_size > 1 else None, on_progress)
+    exchange = parallel.exchange() if spec.tp_size > 1 else None
+    shared = before if isinstance(before, NativeShard) and before.same_model(spec) else None
+    return NativeShard(spec, architecture, exchange, on_progress, shared)
 
 
 def native_architecture(spec: ShardSpec) -> Architecture:

@@ -58,6 +58,7 @@ class GraphedShard:
     def __init__(self, shard: ModelShard) -> None:
         """Fuses what can be fused of the shard's model, and takes over its attention on a device without graphs."""
         self._shard = shard
+        self.kv_layout = shard.kv_layout
         self._on_cuda = shard.device.type == "cuda"
         if not isinstance(shard.attention_backend, CudaAttention):
             shard.attention_backend = CudaAttention()

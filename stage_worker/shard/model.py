@@ -40,6 +40,8 @@ class ModelShard:
 
     on_layer: Callable[[], None] | None = None
     """Called after attention and after every layer: the caller can drive its transport between them."""
+    kv_layout = "heads, positions, size"
+    """See `Shard`."""
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ class OneByOneShard:
 
     def __init__(self, shard: ModelShard) -> None:
         self._shard = shard
+        self.kv_layout = shard.kv_layout
         self.hidden_size, self.vocab_size = shard.hidden_size, shard.vocab_size
         self.dtype, self.device = shard.dtype, shard.device
         self.weight_bytes, self.tensor_bytes_read = shard.weight_bytes, shard.tensor_bytes_read

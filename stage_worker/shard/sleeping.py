@@ -60,6 +60,8 @@ class SleepShard:
 
     on_layer: Callable[[], None] | None = None
     """Called between slices of the sleep: the caller can drive its transport."""
+    kv_layout = "nothing"
+    """See `Shard`."""
 
     def __init__(self, spec: ShardSpec) -> None:
         """Raises ConfigError where config.json lacks a number, or for more than one rank a stage."""

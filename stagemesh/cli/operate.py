@@ -1,16 +1,18 @@
-"""What an operator tells the coordinator: `stagemesh drain`."""
+"""What an operator tells the coordinator: `stagemesh drain`, `stagemesh repartition`."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from stagemesh.errors import DeadlineExceeded
+from stagemesh.errors import ConfigError, DeadlineExceeded, Unavailable
 
 from .status import fetch
 
-COMMANDS = ("drain",)
+COMMANDS = ("drain", "repartition")
 CALL_TIMEOUT_S = 10.0
 LOOK_S = 0.05
 
@@ -20,38 +22,89 @@ def add_parsers(commands: Any) -> None:
     drain = commands.add_parser(
         "drain",
         help="take a worker out of service; its layers move to another one that can hold them",
-        description="Takes a worker out of service. Its layers move to a standby or another worker of its pool, while "
-        "requests go on. Where there is none, what runs is finished and nothing new is taken.",
+        description="Takes a worker out of service. Its layers move to a standby or another worker of its pool, with "
+        "what they hold of running requests, while these go on. Where there is none, what runs is finished and nothing "
+        "new is taken.",
     )
     drain.add_argument("worker", metavar="WORKER", help="its name, as `stagemesh status` shows it")
-    drain.add_argument("--url", default="http://127.0.0.1:8000", help="a gateway's HTTP address")
-    drain.add_argument("--coordinator", help="the coordinator's gRPC address [what the gateway says]")
-    drain.add_argument("--timeout", type=float, default=120.0, help="seconds to wait until it holds nothing [120]")
+    repartition = commands.add_parser(
+        "repartition",
+        help="give the stages other layers while requests go on",
+        description="Gives the stages other layers. Those that change hands move, with what they hold of running "
+        "requests, while these go on.",
+    )
+    repartition.add_argument("counts", metavar="COUNTS", help="layers of each stage, such as 5,7; or auto")
+    for command in (drain, repartition):
+        command.add_argument("--url", default="http://127.0.0.1:8000", help="a gateway's HTTP address")
+        command.add_argument("--coordinator", help="the coordinator's gRPC address [what the gateway says]")
+        command.add_argument("--timeout", type=float, default=120.0, help="seconds to wait until it is done [120]")
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Runs one of the commands. Raises NotFound, Unavailable, DeadlineExceeded."""
-    return _drain(namespace.worker, namespace.url, namespace.coordinator, namespace.timeout)
+    """Runs one of the commands. Raises NotFound, ConfigError, Unavailable, DeadlineExceeded."""
+    operation = {"drain": _drain, "repartition": _repartition}[namespace.command]
+    with _coordinator(namespace.coordinator or fetch(namespace.url)["gateway"]["coordinator"]) as stub:
+        operation(namespace, stub)
+    return 0
 
 
-def _drain(worker: str, url: str, coordinator: str | None, timeout_s: float) -> int:
+@contextmanager
+def _coordinator(address: str) -> Iterator[Any]:
     import grpc
 
     from stagemesh import rpc
-    from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
+    from stagemesh.protos.v1 import coordinator_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel, rpc.mapped():
+        yield coordinator_pb2_grpc.CoordinatorStub(channel)
+
+
+def _wait(stub: Any, timeout_s: float, left: Callable[[Any], str]) -> float:
+    """Until nothing is `left` to do on the mesh, in seconds. Raises DeadlineExceeded with what is."""
+    from stagemesh.protos.v1 import coordinator_pb2
 
     began = time.monotonic()
-    with grpc.insecure_channel(coordinator or fetch(url)["gateway"]["coordinator"]) as channel, rpc.mapped():
-        stub: Any = coordinator_pb2_grpc.CoordinatorStub(channel)
-        stub.Drain(coordinator_pb2.DrainRequest(worker_id=worker), timeout=CALL_TIMEOUT_S)
-        while True:
-            mesh = stub.DescribeMesh(coordinator_pb2.DescribeMeshRequest(), timeout=CALL_TIMEOUT_S).mesh
-            stages = [(p, s) for p in mesh.pipelines for s in p.stages if s.worker_id == worker]
-            if not stages:
-                break
-            if time.monotonic() - began > timeout_s:
-                said = "; ".join(f"{p.pipeline_id} stage {s.stage}: {p.reason or 'moving'}" for p, s in stages)
-                raise DeadlineExceeded(f"{worker} still holds a stage after {timeout_s:g} s: {said}")
-            time.sleep(LOOK_S)
-    print(f"{worker} holds no stage, after {time.monotonic() - began:.1f} s")
-    return 0
+    while what := left(stub.DescribeMesh(coordinator_pb2.DescribeMeshRequest(), timeout=CALL_TIMEOUT_S).mesh):
+        if time.monotonic() - began > timeout_s:
+            raise DeadlineExceeded(f"after {timeout_s:g} s, {what}")
+        time.sleep(LOOK_S)
+    return time.monotonic() - began
+
+
+def _drain(namespace: argparse.Namespace, stub: Any) -> None:
+    from stagemesh.protos.v1 import coordinator_pb2
+
+    worker: str = namespace.worker
+
+    def left(mesh: Any) -> str:
+        stages = [(p, s) for p in mesh.pipelines for s in p.stages if s.worker_id == worker]
+        said = "; ".join(f"{p.pipeline_id} stage {s.stage}: {p.reason or 'moving'}" for p, s in stages)
+        return f"{worker} still holds a stage: {said}" if stages else ""
+
+    stub.Drain(coordinator_pb2.DrainRequest(worker_id=worker), timeout=CALL_TIMEOUT_S)
+    print(f"{worker} holds no stage, after {_wait(stub, namespace.timeout, left):.1f} s")
+
+
+def _repartition(namespace: argparse.Namespace, stub: Any) -> None:
+    from stagemesh.protos.v1 import coordinator_pb2
+
+    request = coordinator_pb2.RepartitionRequest()
+    if namespace.counts != "auto":
+        try:
+            request.counts.extend(int(count) for count in namespace.counts.split(","))
+        except ValueError:
+            raise ConfigError(f"{namespace.counts!r} is neither auto nor counts of layers, such as 5,7") from None
+    answer = stub.Repartition(request, timeout=CALL_TIMEOUT_S)
+    wanted = list(answer.counts)
+    shown = ",".join(map(str, wanted))
+    if answer.slowest_us:
+        print(f"the slowest stage takes {answer.slowest_us / 1000:.1f} ms a step; with {shown} layers it is expected "
+              f"to take {answer.expected_us / 1000:.1f} ms")  # fmt: skip
+
+    def left(mesh: Any) -> str:
+        if mesh.given_up:
+            raise Unavailable(f"the stages keep their layers: {mesh.given_up}")
+        held = [[s.layers.last - s.layers.first for s in p.stages] for p in mesh.pipelines]
+        return "" if all(counts == wanted for counts in held) else f"the stages hold {held} layers"
+
+    print(f"the stages hold {shown} layers, after {_wait(stub, namespace.timeout, left):.1f} s")

@@ -29,7 +29,7 @@ from stagemesh.errors import TransportError
 
 from .base import FENCES, Buffer, cuda_bytes, host_view, is_cuda, tensor_array
 from .frame import cancelled
-from .ucx_peer import ProcessIdentity, UcxPeer, endpoint_route, pack_address, unpack_address
+from .ucx_peer import Endpoint, ProcessIdentity, UcxPeer, endpoint_route, pack_address, unpack_address
 
 HOST_DEFAULTS = {"MM_ERROR_HANDLING": "y", "KEEPALIVE_INTERVAL": "1s", "RNDV_THRESH": "262144"}
 """Below 256 KiB a host message goes eagerly: it needs no progress of a sender that is deep in compute."""
@@ -148,6 +148,7 @@ class UcxTransport:
         self._identity = ProcessIdentity.own()
         self._live: dict[int, UcxRequest] = {}
         self._peers: list[UcxPeer] = []
+        self._endpoints: dict[bytes, Endpoint] = {}
         self._self_peer: Any = None
         self._fences: list[tuple[int, int]] = []
         self._strays: dict[int, UcxRequest] = {}  # by the tag of the cancelled receive
@@ -169,8 +170,12 @@ class UcxTransport:
 
     def connect(self, address: bytes, *, timeout_s: float = 5.0) -> UcxPeer:
         identity, ucx_address = unpack_address(address)
-        endpoint = self._endpoint(ucx_address)
         pidfd = identity.watch(self._identity)
+        self._peers = [peer for peer in self._peers if not peer.closed]
+        self._endpoints = {key: used for key, used in self._endpoints.items() if used.users}
+        endpoint = self._endpoints.get(ucx_address)
+        if endpoint is None or not endpoint.alive:
+            endpoint = self._endpoints[ucx_address] = Endpoint(self._endpoint(ucx_address))
         peer = UcxPeer(self, endpoint, pidfd)
         if pidfd is not None:
             self._deaths.register(pidfd, select.EPOLLIN)

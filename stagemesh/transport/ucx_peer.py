@@ -82,11 +82,38 @@ def unpack_address(address: bytes) -> tuple[ProcessIdentity, bytes]:
     return ProcessIdentity(boot_id, namespace, pid, start_ticks), address[_ADDRESS.size :]
 
 
+class Endpoint:
+    """One UCX endpoint for all peers of a transport that have the same address.
+
+    UCX pairs the endpoints of two workers in the order in which each made its own. With one for each link, closing one
+    would break whichever link the other side's happens to be for.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self.raw = raw
+        self.users = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether UCX has not given it up."""
+        return bool(self.raw.alive)
+
+    def release(self) -> None:
+        """One user less; without any it is closed."""
+        self.users -= 1
+        if not self.users and self.alive:
+            # Forced: ends the requests under way, also a rendezvous that waits for a dead peer, which `close` would
+            # leave open. It takes microseconds.
+            self.raw.close_blocking(_CLOSE_PERIOD_NS, 1)
+
+
 class UcxPeer:
     """See `Peer`."""
 
-    def __init__(self, transport: UcxTransport, endpoint: Any, pidfd: int | None) -> None:
-        self._transport, self._endpoint = transport, endpoint
+    def __init__(self, transport: UcxTransport, endpoint: Endpoint, pidfd: int | None) -> None:
+        self._transport = transport
+        self._endpoint: Endpoint | None = endpoint
+        endpoint.users += 1
         self.pidfd = pidfd
         self._error: TransportError | None = None
         self._route = "unknown"
@@ -100,14 +127,14 @@ class UcxPeer:
     @property
     def route(self) -> str:
         if self._endpoint is not None and self.error is None:
-            self._route = self._transport.route_of(self._endpoint)
+            self._route = self._transport.route_of(self._endpoint.raw)
         return self._route
 
     def send(self, tag: int, buffer: Buffer) -> UcxRequest:
         if self.error is not None or self._endpoint is None:
             raise self._error or TransportError("this peer was closed")
         array, nbytes = self._transport.array(buffer, writable=False)
-        raw = self._endpoint.tag_send(array, self._transport.tag(tag))
+        raw = self._endpoint.raw.tag_send(array, self._transport.tag(tag))
         return self._transport.track(raw, (array, buffer), nbytes, None)
 
     @property
@@ -130,10 +157,8 @@ class UcxPeer:
             self._transport.unwatch(self.pidfd)
             os.close(self.pidfd)
             self.pidfd = None
-        if endpoint is not None and endpoint.alive:
-            # Forced: ends the requests under way, also a rendezvous that waits for a dead peer, which `close` would
-            # leave open. It takes microseconds.
-            endpoint.close_blocking(_CLOSE_PERIOD_NS, 1)
+        if endpoint is not None:
+            endpoint.release()
 
 
 def endpoint_route(handle: int) -> str:

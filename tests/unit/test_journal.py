@@ -69,22 +69,33 @@ def test_without_memory_nothing_is_kept() -> None:
 
 def test_a_gateway_that_comes_back_finds_its_pages_as_it_left_them() -> None:
     ranges = PageRanges(2, itertools.count(1).__next__)
-    first, second = ranges.open("a"), ranges.open("b")
+    first, second = ranges.open("a", 1), ranges.open("b", 1)
     assert {first.index, second.index} == {0, 1}
     with pytest.raises(Unavailable, match="all 2 page ranges are held"):
-        ranges.open("c")
-    ranges.close("a")
-    ranges.close("b")
-    assert ranges.open("b") == second
-    assert ranges.open("a") == first
+        ranges.open("c", 1)
+    ranges.close("a", 1)
+    ranges.close("b", 1)
+    assert ranges.open("b", 2) == second
+    assert ranges.open("a", 2) == first
+
+
+def test_a_gateway_that_moves_has_its_pages_at_both_epochs() -> None:
+    ranges = PageRanges(1, itertools.count(1).__next__)
+    first = ranges.open("a", 1)
+    assert ranges.open("a", 2) == first
+    with pytest.raises(Unavailable, match="a holds a range of pages already"):
+        ranges.open("a", 2)
+    ranges.close("a", 1)
+    with pytest.raises(Unavailable, match="all 1 page ranges are held"):
+        ranges.open("b", 2)
 
 
 def test_a_range_that_another_gateway_had_is_not_what_it_was() -> None:
     ranges = PageRanges(1, itertools.count(1).__next__)
-    first = ranges.open("a")
-    ranges.close("a")
-    other = ranges.open("b")
+    first = ranges.open("a", 1)
+    ranges.close("a", 1)
+    other = ranges.open("b", 1)
     assert other.index == first.index
     assert other.generation != first.generation
-    ranges.close("b")
-    assert ranges.open("a").generation not in (first.generation, other.generation)
+    ranges.close("b", 1)
+    assert ranges.open("a", 1).generation not in (first.generation, other.generation)

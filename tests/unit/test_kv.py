@@ -7,6 +7,7 @@ import torch
 
 from stagemesh.errors import ConfigError
 from stagemesh.stage_worker.kv import KvLayerSpec, KvPool
+from stagemesh.stage_worker.kv_copy import PageFrames
 
 LAYERS = [KvLayerSpec(3, 2, 8, 6), KvLayerSpec(4, 1, 8, 8, sliding_window=16)]
 
@@ -38,3 +39,30 @@ def test_zero_forgets_everything() -> None:
 def test_an_empty_pool_is_refused(num_pages: int, page_size: int) -> None:
     with pytest.raises(ConfigError, match=f"{num_pages} of {page_size}"):
         KvPool(LAYERS, num_pages, page_size, torch.float32, "cpu")
+
+
+def test_a_pool_beside_another_has_the_layers_in_common_with_it() -> None:
+    before = KvPool([KvLayerSpec(i, 2, 4, 4) for i in (0, 1, 2)], 3, 8, torch.float32, "cpu")
+    after = KvPool([KvLayerSpec(i, 2, 4, 4) for i in (1, 2, 3)], 3, 8, torch.float32, "cpu", before)
+    before.k(1)[0] = 5.0
+    assert after.k(1)[0].eq(5.0).all()
+    assert after.k(3).eq(0.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pages_that_are_read_as_a_frame_are_the_same_elsewhere(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    layers = [KvLayerSpec(i, 2, 4, 6) for i in (4, 5, 6)]
+    source, target = (KvPool(layers, pages, 8, dtype, "cpu") for pages in (5, 9))
+    for layer in layers:
+        source.k(layer.layer_idx).copy_(torch.randn(5, 2, 8, 4))
+        source.v(layer.layer_idx).copy_(torch.randn(5, 2, 8, 6))
+    here, there = (PageFrames([(pool, [5, 6])]) for pool in (source, target))
+    frame = here.read([4, 1, 2])
+    assert frame.nbytes == 3 * here.page_bytes == 3 * KvPool.page_bytes(layers[1:], 8, dtype)
+    there.write([8, 0, 3], frame)
+    for layer in (5, 6):
+        assert target.k(layer)[[8, 0, 3]].equal(source.k(layer)[[4, 1, 2]])
+        assert target.v(layer)[[8, 0, 3]].equal(source.v(layer)[[4, 1, 2]])
+        assert target.k(layer)[[1, 2, 4]].eq(0).all()
+    assert target.k(4).eq(0).all()

@@ -100,6 +100,27 @@ class World:
         for stage in range(stages):
             self.ack(stage)
 
+    def gateway(self, name: str = "g") -> None:
+        """One follows the mesh."""
+        self.send(v.GatewayCame(name))
+
+    def prepare_move(self, *, layout: str = "") -> None:
+        """The next epoch's workers do what they are told, until gateways are."""
+        move = self.mesh.moves["pipeline-0"]
+        at = ("pipeline-0", move.epoch)
+        for stage in range(len(move.stages)):
+            self.send(v.AssignDone(*at, stage, v.Loaded(4, 10, 20, REVISION, layout)))
+        for link in self.took(v.MakeLink):
+            assert link.epoch == move.epoch
+            index = link.copy.index if link.copy is not None else None
+            self.send(v.LinkUp(*at, link.stage, "shared memory", index))
+        for stage in range(len(move.stages)):
+            self.send(v.Activated(*at, stage))
+
+    def moved(self, gateway: str = "g", error: str = "") -> None:
+        """A gateway has gone over, or says why it could not."""
+        self.send(v.GatewayMoved(gateway, "pipeline-0", self.mesh.moves["pipeline-0"].epoch, error))
+
     def wait(self, seconds: float, *alive: str) -> None:
         """Time passes in ticks of 50 ms; `alive` workers renew."""
         end = self.now + seconds
@@ -124,6 +145,10 @@ class World:
     @property
     def final(self) -> bool:
         return self.mesh.pipelines["pipeline-0"].final
+
+    @property
+    def ranges(self) -> list[v.Range]:
+        return [plan.layers for plan in self.mesh.pipelines["pipeline-0"].stages]
 
     @property
     def holders(self) -> list[str]:

@@ -377,9 +377,13 @@ class TestDrain:
         assert (world.state, world.epoch) == (State.SERVING, before), "what runs goes on, and new requests are taken"
         assert [(p.worker_id, p.layers) for p in world.took(v.Prepare)] == [("spare", (3, 6))]
         world.prepared("spare")
-        assert (world.holders, world.epoch, world.state) == (["a", "spare"], before + 1, State.FORMING)
-        world.serve()
-        assert [r.worker_id for r in world.took(v.Release)] == ["b"]
+        assert (world.holders, world.epoch, world.state) == (["a", "b"], before, State.SERVING), "it goes on meanwhile"
+        world.prepare_move()
+        assert (world.holders, world.epoch) == (["a", "spare"], before + 1)
+        assert [(r.worker_id, r.epoch, r.alone) for r in world.took(v.Release)] == [
+            ("a", before, False),
+            ("b", before, False),
+        ]
         world.wait(5, "a", "b", "spare")
         assert (world.state, world.epoch) == (State.SERVING, before + 1)
         assert world.took(v.Prepare) == [], "a worker that drains is no standby"
@@ -388,6 +392,7 @@ class TestDrain:
         world = serving("spare")
         world.prepared("spare")
         world.send(v.DrainRequested("a"))
+        world.prepare_move()
         assert world.holders == ["spare", "b"]
 
     def test_without_another_worker_nothing_new_is_taken_until_one_comes(self) -> None:
@@ -401,6 +406,7 @@ class TestDrain:
         world.join("late")
         assert (world.state, world.reason) == (State.SERVING, "")
         world.prepared("late")
+        world.prepare_move()
         assert (world.holders, world.epoch) == (["a", "late"], before + 1)
 
     def test_one_that_goes_before_it_has_moved(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from mesh_world import LAYERS, REVISION, World, target
 
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.forming import Phase, State
+from stagemesh.coordinator.moving import Move
 
 NAMES = ("a", "b", "c", "d")
 
@@ -27,6 +29,7 @@ class Stories(RuleBasedStateMachine):
         self.persisted: dict[str, int] = {}
         self.highest: dict[str, int] = {}
         self.nonces: list[int] = []
+        self.streams: Counter[str] = Counter()
         self.seen = 0
         for name in NAMES:  # most stories begin with enough workers
             self.world.join(name)
@@ -49,9 +52,7 @@ class Stories(RuleBasedStateMachine):
                     held[action.plan.stage] = action
                     self.nonces.append(action.plan.generation)
                 case v.Prepare():
-                    worker = world.mesh.workers.get(action.worker_id)
-                    if worker is not None and worker.preparing == action.layers:
-                        assert not world.mesh.pipelines_of(action.worker_id), "told to load beside a stage"
+                    assert 0 <= action.layers[0] < action.layers[1] <= LAYERS
                 case v.MakeLink():
                     self.nonces += action.nonces
                 case v.Activate():
@@ -107,12 +108,15 @@ class Stories(RuleBasedStateMachine):
             self.answer(pipeline, back)
 
     def answer(self, pipeline: str, back: int) -> None:
-        at = self.world.mesh.pipelines[pipeline]
+        at = self.world.mesh.moves.get(pipeline) or self.world.mesh.pipelines[pipeline]
         epoch, phase = at.epoch - back, at.phase
+        if isinstance(at, Move) and phase is Phase.LINK:
+            for copy in at.copies:
+                self.send(v.LinkUp(pipeline, epoch, copy.from_stage, "tcp", copy.index))
         for stage in range(len(at.stages)):
             if phase is Phase.ASSIGN:
                 self.send(v.AssignDone(pipeline, epoch, stage, v.Loaded(4, fingerprint=REVISION)))
-            elif phase is Phase.LINK and stage < len(at.stages) - 1:
+            elif phase is Phase.LINK and len(at.stages) > 1:
                 self.send(v.LinkUp(pipeline, epoch, stage, "tcp"))
             elif phase is Phase.ACTIVATE:
                 self.acked.setdefault((pipeline, epoch), set()).add(stage)
@@ -129,6 +133,26 @@ class Stories(RuleBasedStateMachine):
         at = self.world.mesh.pipelines[pipeline]
         if stage < self.stages - (what == "link"):
             self.send(v.StepFailed(pipeline, at.epoch - back, stage, what, "boom", final, what == "link"))
+
+    @rule(cuts=st.lists(st.integers(1, LAYERS - 1), min_size=2, max_size=2, unique=True))
+    def repartition(self, cuts: list[int]) -> None:
+        edges = [0, *sorted(cuts[: self.stages - 1]), LAYERS]
+        self.send(v.RepartitionRequested(tuple(pairwise(edges))))
+
+    @rule(name=st.sampled_from(("g", "h")), comes=st.booleans())
+    def gateway(self, name: str, comes: bool) -> None:
+        if comes:
+            self.streams[name] += 1
+            self.send(v.GatewayCame(name))
+        elif self.streams[name]:
+            self.streams[name] -= 1
+            self.send(v.GatewayGone(name))
+
+    @rule(name=st.sampled_from(("g", "h")), pipeline=st.sampled_from(("pipeline-0", "pipeline-1")), good=st.booleans())
+    def gateway_moved(self, name: str, pipeline: str, good: bool) -> None:
+        move = self.world.mesh.moves.get(pipeline)
+        if move is not None:
+            self.send(v.GatewayMoved(name, pipeline, move.epoch, "" if good else "boom"))
 
     @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
     def break_link(self, name: str, back: int) -> None:
@@ -148,6 +172,11 @@ class Stories(RuleBasedStateMachine):
             assert pipeline.epoch >= self.highest.get(name, 0)
             self.highest[name] = pipeline.epoch
             users.update(plan.worker_id for plan in pipeline.stages)
+            if (move := mesh.moves.get(name)) is not None:
+                assert pipeline.state in (State.SERVING, State.DRAINING), "a move of what does not serve"
+                assert move.epoch > pipeline.epoch
+                mine = {plan.worker_id for plan in pipeline.stages}
+                users.update(plan.worker_id for plan in move.stages if plan.worker_id not in mine)
             if pipeline.state in (State.SERVING, State.DRAINING):
                 ranges = [plan.layers for plan in pipeline.stages]
                 assert [r[0] for r in ranges] == [0, *(r[1] for r in ranges[:-1])]

@@ -1,0 +1,60 @@
+"""Standbys load what they may have to take over, and workers what they are going to hold."""
+
+from __future__ import annotations
+
+from . import values as v
+from .forming import RETRY_MAX_S, Former, State
+from .warming import copies
+
+
+class Warmer(Former):
+    """Weights are loaded beside whatever is served."""
+
+    def _warm_standbys(self) -> None:
+        """Has standbys load what they may have to take over, once everything serves."""
+        if any(p.state is not State.SERVING for p in self.pipelines.values()):
+            return
+        stages = [plan for p in self.pipelines.values() for plan in p.stages]
+        members = {plan.worker_id for plan in stages}
+        standbys = [w for name, w in self.workers.items() if name not in members and not w.draining]
+        for name, layers in copies(stages, standbys).items():
+            self._prepare(self.workers[name], layers)
+
+    def _prepare(self, worker: v.Worker, layers: v.Range) -> None:
+        if layers in (worker.kept, worker.beside) or worker.preparing is not None or self._now < worker.prepare_after:
+            return
+        worker.preparing, worker.beside = layers, None
+        if not self.pipelines_of(worker.info.worker_id):
+            worker.kept = None
+        info = worker.info
+        self._act(v.Prepare(info.worker_id, info.incarnation, info.address, layers))
+
+    def _prepared(self, event: v.Prepared | v.PrepareFailed) -> None:
+        if not self.knows(event.worker_id, event.incarnation):
+            return
+        worker = self.workers[event.worker_id]
+        if worker.preparing != event.layers:
+            return  # It was given a stage meanwhile.
+        worker.preparing = None
+        if isinstance(event, v.Prepared) and event.fingerprint == self.target.fingerprint:
+            if self.pipelines_of(event.worker_id):
+                worker.beside = event.layers
+            else:
+                worker.kept = event.layers
+            self._log(f"worker {event.worker_id} has layers {event.layers[0]}-{event.layers[1] - 1} ready")
+        elif isinstance(event, v.PrepareFailed) and not event.final:
+            worker.prepare_after = self._now + RETRY_MAX_S
+            self._log(f"worker {event.worker_id} has not loaded layers {event.layers}: {event.reason}", warning=True)
+        else:
+            what = event.reason if isinstance(event, v.PrepareFailed) else "it has another revision of the checkpoint"
+            reason = f"worker {event.worker_id} cannot load layers {event.layers[0]}-{event.layers[1] - 1}: {what}"
+            self._log(reason, warning=True)
+            for pipeline in self.pipelines.values():
+                for plan in pipeline.stages:
+                    if plan.layers == event.layers:
+                        worker.refusals[plan.stage, plan.layers] = reason
+            self._cannot_load(event.layers, reason)
+        self._publish()
+
+    def _cannot_load(self, layers: v.Range, reason: str) -> None:
+        """A worker never will."""

@@ -1,0 +1,63 @@
+"""What this gateway tells the coordinator. While that is away nothing is lost: what still holds is said again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from stagemesh import rpc
+from stagemesh.errors import StagemeshError
+from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 5.0
+WAITING = 16
+
+Report = coordinator_pb2.ReportStuckRequest | coordinator_pb2.ReportMovedRequest
+
+
+class Reporter:
+    """Sends reports, one after the other. `run` must run."""
+
+    def __init__(self, coordinator: str, gateway_id: str) -> None:
+        self._coordinator, self._gateway_id = coordinator, gateway_id
+        self._queue: asyncio.Queue[Report] = asyncio.Queue(WAITING)
+
+    def stuck(self, pipeline_id: str, epoch: int, reason: str) -> None:
+        """Steps do not come back, which nobody but this side sees."""
+        self._put(
+            coordinator_pb2.ReportStuckRequest(
+                gateway_id=self._gateway_id, pipeline_id=pipeline_id, epoch=epoch, reason=reason
+            )
+        )
+
+    def moved(self, pipeline_id: str, epoch: int, error: str = "") -> None:
+        """This gateway has gone over to an epoch, or cannot."""
+        self._put(
+            coordinator_pb2.ReportMovedRequest(
+                gateway_id=self._gateway_id, pipeline_id=pipeline_id, epoch=epoch, error=error
+            )
+        )
+
+    def _put(self, report: Report) -> None:
+        if not self._queue.full():
+            self._queue.put_nowait(report)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        channel = rpc.channel(self._coordinator)
+        stub = coordinator_pb2_grpc.CoordinatorStub(channel)
+        try:
+            while True:
+                report = await self._queue.get()
+                try:
+                    with rpc.mapped():
+                        if isinstance(report, coordinator_pb2.ReportStuckRequest):
+                            await stub.ReportStuck(report, timeout=TIMEOUT_S)
+                        else:
+                            await stub.ReportMoved(report, timeout=TIMEOUT_S)
+                except StagemeshError as e:
+                    log.warning("the coordinator was not told of %s: %s", report.pipeline_id, e.message)
+        finally:
+            await channel.close(None)

@@ -1,0 +1,138 @@
+"""KV pages on their way from the worker that holds a layer to the one that is going to hold it.
+
+The gateway says which pages go when, to both ends: the sender reads them between two steps and sends them as one frame,
+the receiver knows what will come and has its receive posted, as with a step. Pages that are written meanwhile are sent
+again. Frames are paced by the link's credits, and by the gateway, which waits for what is out.
+
+Shapes: N pages of a frame; for each layer K of all pages, then V; then the draft model's layers, where there is one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from stagemesh.errors import InvalidRequest
+from stagemesh.faults import point
+from stagemesh.protos.v1 import stage_pb2
+
+from .kv import KvPool
+from .links import LinkReceiver, LinkSender
+
+CREDITS = 4
+"""Frames under way on a lane."""
+FRAME_BYTES = 2 << 20
+"""Of one frame at most, unless a single page is larger."""
+
+
+class PageFrames:
+    """Pages of some layers as frames: uint8 [N x page_bytes]."""
+
+    def __init__(self, parts: Sequence[tuple[KvPool, Sequence[int]]]) -> None:
+        """`parts`: pools, and the layers of each."""
+        self._tensors = [
+            tensor.view(pool.num_pages, -1).view(torch.uint8)
+            for pool, layers in parts
+            for layer in layers
+            for tensor in (pool.k(layer), pool.v(layer))
+        ]
+        self.device = parts[0][0].device
+        self.num_pages = parts[0][0].num_pages
+        self.page_bytes = sum(tensor.shape[1] for tensor in self._tensors)
+
+    @property
+    def most_pages(self) -> int:
+        """Of one frame."""
+        return max(1, FRAME_BYTES // self.page_bytes)
+
+    def read(self, pages: Sequence[int]) -> torch.Tensor:
+        """A frame of what `pages` hold now."""
+        index, at = self._index(pages), 0
+        frame = torch.empty(len(pages) * self.page_bytes, dtype=torch.uint8, device=self.device)
+        for tensor in self._tensors:
+            size = len(pages) * tensor.shape[1]
+            torch.index_select(tensor, 0, index, out=frame[at : at + size].view(len(pages), -1))
+            at += size
+        return frame
+
+    def write(self, pages: Sequence[int], frame: torch.Tensor) -> None:
+        """Puts a frame into `pages`."""
+        index, at = self._index(pages), 0
+        for tensor in self._tensors:
+            size = len(pages) * tensor.shape[1]
+            tensor.index_copy_(0, index, frame[at : at + size].view(len(pages), -1))
+            at += size
+
+    def _index(self, pages: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(pages, dtype=torch.int64, device=self.device)
+
+
+class PageSender:
+    """The sending end of a KvCopy on one rank."""
+
+    def __init__(self, copy: stage_pb2.KvCopy, epoch: int, link: LinkSender, frames: PageFrames) -> None:
+        self.copy, self.epoch, self.link = copy, epoch, link
+        self._frames = frames
+        self._lanes: set[int] = set()
+        self._waiting: deque[tuple[int, int, list[int]]] = deque()
+
+    def send(self, slot: int, number: int, pages: list[int]) -> None:
+        """Sends what `pages` hold, now or when there is a credit. Raises TransportError when the link is over."""
+        if slot not in self._lanes:
+            self.link.open_lane(slot, CREDITS)
+            self._lanes.add(slot)
+        self._waiting.append((slot, number, pages))
+        self.progress()
+
+    def progress(self) -> bool:
+        """Drives the link; sends what has a credit."""
+        happened = self.link.progress()
+        while self._waiting and self.link.up and self.link.can_send(self._waiting[0][0]):
+            slot, number, pages = self._waiting.popleft()
+            point("rank.copy_send")
+            self.link.send(slot, number, self._frames.read(pages))
+            happened = True
+        return happened
+
+
+class PageReceiver:
+    """The receiving end of a KvCopy on one rank."""
+
+    def __init__(self, copy: stage_pb2.KvCopy, link: LinkReceiver, frames: PageFrames) -> None:
+        self.copy, self.link = copy, link
+        self._frames = frames
+        self._coming: dict[int, deque[tuple[int, list[int]]]] = {}
+        """Slot -> what was announced, in order."""
+
+    @property
+    def most_pages(self) -> int:
+        """Of one frame."""
+        return self._frames.most_pages
+
+    def open_lane(self, slot: int) -> None:
+        """A session may have pages sent. Raises TransportError when the link is over."""
+        self.link.open_lane(slot, CREDITS, self._frames.most_pages * self._frames.page_bytes)
+
+    def expect(self, slot: int, number: int, pages: list[int]) -> None:
+        """These will come. Raises InvalidRequest for more than a frame may hold."""
+        if not 0 < len(pages) <= self._frames.most_pages:
+            raise InvalidRequest(f"{len(pages)} pages in a frame that holds 1 to {self._frames.most_pages}")
+        self.link.post(slot, number, (len(pages) * self._frames.page_bytes,), torch.uint8)
+        self._coming.setdefault(slot, deque()).append((number, pages))
+
+    def take(self, slot: int) -> int | None:
+        """The number of the next frame that has come for a session, now in its pages; None when there is none."""
+        coming = self._coming.get(slot)
+        if not coming:
+            return None
+        number, pages = coming[0]
+        frame = self.link.ready(slot, number)
+        if frame is None:
+            return None
+        point("rank.copy_land")
+        self._frames.write(pages, frame)
+        coming.popleft()
+        self.link.release(slot, number)
+        return number

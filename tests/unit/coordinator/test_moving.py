@@ -1,0 +1,183 @@
+"""A pipeline whose layers change hands while it serves."""
+
+from __future__ import annotations
+
+import pytest
+from mesh_world import World, serving
+
+from stagemesh.coordinator import values as v
+from stagemesh.coordinator.forming import State
+from stagemesh.coordinator.moving import pages_to_copy
+from stagemesh.errors import ConfigError
+
+
+def plans(*ranges: v.Range, names: str = "abc") -> list[v.StagePlan]:
+    return [v.StagePlan(i, name, 1, r, 0) for i, (name, r) in enumerate(zip(names, ranges, strict=False))]
+
+
+class TestPagesToCopy:
+    def test_of_a_stage_that_goes_to_another_worker(self) -> None:
+        found = pages_to_copy(plans((0, 3), (3, 6)), plans((0, 3), (3, 6), names="ax"), 7)
+        assert found == (v.Copy(0, 7, 1, 1, (3, 6)),)
+
+    def test_of_layers_that_go_to_a_neighbour(self) -> None:
+        assert pages_to_copy(plans((0, 3), (3, 6)), plans((0, 4), (4, 6)), 7) == (v.Copy(0, 7, 1, 0, (3, 4)),)
+
+    def test_from_several_to_one_and_from_one_to_several(self) -> None:
+        old, new = plans((0, 2), (2, 4), (4, 6)), plans((0, 1), (1, 5), (5, 6))
+        assert [(c.from_stage, c.to_stage, c.layers) for c in pages_to_copy(old, new, 7)] == [
+            (0, 1, (1, 2)),
+            (2, 1, (4, 5)),
+        ]
+        assert [(c.from_stage, c.to_stage, c.layers) for c in pages_to_copy(new, old, 7)] == [
+            (1, 0, (1, 2)),
+            (1, 2, (4, 5)),
+        ]
+
+
+def repartitioned() -> World:
+    """Two stages of three layers, told to become four and two, with a gateway."""
+    world = serving()
+    world.gateway()
+    world.send(v.RepartitionRequested(((0, 4), (4, 6))))
+    return world
+
+
+class TestRepartition:
+    def test_members_load_what_they_lack_beside_serving_then_gateways_go_over(self) -> None:
+        world = repartitioned()
+        before = world.epoch
+        assert [(p.worker_id, p.layers) for p in world.took(v.Prepare)] == [("a", (0, 4)), ("b", (4, 6))]
+        world.prepared("a")
+        assert "pipeline-0" not in world.mesh.moves, "not before all have loaded"
+        world.prepared("b")
+        assigned = world.took(v.Assign)
+        assert [(a.plan.worker_id, a.plan.layers, a.epoch, a.beside) for a in assigned] == [
+            ("a", (0, 4), before + 1, True),
+            ("b", (4, 6), before + 1, True),
+        ]
+        world.prepare_move()
+        assert (world.epoch, world.ranges, world.state) == (before, [(0, 3), (3, 6)], State.SERVING)
+        world.wait(5, "a", "b")
+        assert world.epoch == before, "it waits for its gateway"
+        world.actions.clear()
+        world.moved()
+        assert (world.epoch, world.ranges, world.state) == (before + 1, [(0, 4), (4, 6)], State.SERVING)
+        assert [(r.worker_id, r.epoch) for r in world.took(v.Release)] == [("a", before), ("b", before)]
+
+    def test_a_pipeline_that_is_lost_afterwards_keeps_the_ranges(self) -> None:
+        world = repartitioned()
+        world.prepared("a"), world.prepared("b")
+        world.took(v.Assign)
+        world.prepare_move()
+        world.moved()
+        world.lose("b")
+        world.join("b")
+        assert world.ranges == [(0, 4), (4, 6)]
+
+    def test_ranges_that_do_not_fit_are_refused(self) -> None:
+        world = serving()
+        with pytest.raises(ConfigError, match="adds up to 7 layers, the model has 6"):
+            world.mesh.ranges_for([4, 3])
+        with pytest.raises(ConfigError, match="names 3 stages"):
+            world.mesh.ranges_for([2, 2, 2])
+        assert world.mesh.ranges_for([]) == ((0, 3), (3, 6))
+
+    def test_a_worker_that_cannot_load_them_changes_nothing(self) -> None:
+        world = repartitioned()
+        before = world.epoch
+        world.prepared("a", failed="no memory")
+        world.prepared("b")
+        world.wait(10, "a", "b")
+        assert (world.epoch, world.ranges, world.state) == (before, [(0, 3), (3, 6)], State.SERVING)
+        assert world.mesh.ranges is None
+
+
+class TestWhatGoesWrong:
+    def ready(self, *gateways: str) -> World:
+        """Gateways have been told."""
+        world = serving("spare")
+        for name in gateways:
+            world.gateway(name)
+        world.prepared("spare")
+        world.send(v.DrainRequested("a"))
+        world.took(v.Assign)
+        world.prepare_move()
+        world.actions.clear()
+        return world
+
+    def test_before_gateways_know_nothing_has_happened(self) -> None:
+        world = serving("spare")
+        world.prepared("spare")
+        before = world.epoch
+        world.send(v.DrainRequested("a"))
+        world.actions.clear()
+        world.lose("spare")
+        assert (world.epoch, world.state, world.holders) == (before, State.DRAINING, ["a", "b"])
+        released = world.took(v.Release)
+        assert [(r.worker_id, r.epoch, r.alone) for r in released] == [("b", before + 1, True)]
+
+    def test_a_worker_whose_pages_are_laid_out_otherwise_takes_over_the_hard_way(self) -> None:
+        world = serving("spare")
+        world.prepared("spare")
+        before = world.epoch
+        world.send(v.DrainRequested("a"))
+        world.took(v.Assign)
+        for _ in range(2):
+            move = world.mesh.moves["pipeline-0"]
+            for stage in range(2):
+                loaded = v.Loaded(4, 10, 20, world.mesh.target.fingerprint, "otherwise")
+                world.send(v.AssignDone("pipeline-0", move.epoch, stage, loaded))
+            world.wait(2.5, "a", "b", "spare")
+        assert (world.state, world.holders) == (State.FORMING, ["spare", "b"])
+        assert world.epoch > before + 2, "no epoch is used twice"
+
+    def test_gateways_that_stay_have_lost_nothing(self) -> None:
+        world = self.ready("g", "h")
+        before = world.epoch
+        world.moved("g", error="the pages did not come")
+        assert "pipeline-0" in world.mesh.moves
+        world.moved("h", error="nor here")
+        assert "pipeline-0" not in world.mesh.moves
+        assert (world.epoch, world.state, world.holders) == (before, State.SERVING, ["a", "b"])
+
+    def test_where_one_has_gone_and_another_has_not_all_meet_at_a_later_epoch(self) -> None:
+        world = self.ready("g", "h")
+        before = world.epoch
+        world.moved("g")
+        world.moved("h", error="the pages did not come")
+        assert (world.state, world.holders) == (State.FORMING, ["spare", "b"])
+        assert world.epoch == before + 2
+
+    def test_a_worker_lost_when_gateways_know_waits_for_their_word(self) -> None:
+        world = self.ready("g")
+        before = world.epoch
+        world.lose("spare")
+        assert world.epoch == before
+        world.moved("g", error="a link broke")
+        assert (world.epoch, world.holders) == (before, ["a", "b"])
+
+    def test_a_gateway_that_says_nothing_is_not_waited_for_for_ever(self) -> None:
+        world = self.ready("g")
+        before = world.epoch
+        world.wait(61, "a", "b", "spare")
+        assert world.epoch > before + 1
+
+    def test_a_gateway_that_goes_is_not_waited_for(self) -> None:
+        world = self.ready("g")
+        before = world.epoch
+        world.send(v.GatewayGone("g"))
+        world.wait(1, "a", "b", "spare")
+        assert world.epoch == before, "it may come back"
+        world.wait(1.5, "a", "b", "spare")
+        assert (world.epoch, world.holders) == (before + 1, ["spare", "b"])
+
+    def test_a_loss_of_the_pipeline_ends_the_move(self) -> None:
+        world = self.ready("g")
+        before = world.epoch
+        world.lose("b")
+        assert "pipeline-0" not in world.mesh.moves
+        world.join("b")
+        assert world.epoch > before + 1
+        world.send(v.GatewayMoved("g", "pipeline-0", before + 1))
+        assert world.state is State.FORMING, "late news"
