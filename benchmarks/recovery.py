@@ -1,6 +1,7 @@
 """What clients see when parts of a mesh are killed, stopped or drained under live streams.
 
-    python benchmarks/recovery.py MODEL [--what rank,agent,hang,coordinator,drain] [--times 50] [--streams 20]
+    python benchmarks/recovery.py MODEL [--what rank,agent,hang,coordinator,drain,repartition,nothing] [--times 50]
+                                  [--streams 20]
 
 Streams run all the time: each asks one of a fixed set of requests, again and again, and its tokens are compared with
 those of a run in which nothing happened. A disturbance comes when every stream has begun and a standby has its weights
@@ -34,7 +35,9 @@ from stagemesh import Client
 from stagemesh.errors import StagemeshError
 
 READY_S, BACK_S = 120.0, 60.0
-KINDS = ("rank", "agent", "hang", "coordinator", "drain")
+KINDS = ("rank", "agent", "hang", "coordinator", "drain", "repartition", "nothing")
+NOTHING_S = 1.0
+PLANNED = ("drain", "repartition")
 SEED = 17
 
 
@@ -158,6 +161,15 @@ def serving(model: Path, folder: Path) -> Iterator[Mesh]:
 def disturb(mesh: Mesh, kind: str, rng: random.Random) -> None:
     """Does it to one stage, or to the coordinator."""
     stage = rng.randrange(2)
+    if kind == "nothing":
+        time.sleep(NOTHING_S)
+        return
+    if kind == "repartition":
+        layers = [s["layers"] for s in mesh.get()["pipelines"][0]["stages"]]
+        total, here = layers[-1]["last"], layers[0]["last"]
+        there = rng.choice([count for count in range(total // 4, total - total // 4 + 1) if count != here])
+        operate(mesh, "repartition", f"{there},{total - there}")
+        return
     if kind == "coordinator":
         # One that was started again has its title when it has read its settings.
         while not (found := mesh.named("stagemesh coordinator")):
@@ -175,9 +187,13 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> None:
         agent.kill()
     else:
         seen = mesh.get()
-        worker = seen["pipelines"][0]["stages"][stage]["worker_id"]
-        command = [sys.executable, "-m", "stagemesh.cli.main", "drain", worker, "--url", mesh.url]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+        operate(mesh, "drain", seen["pipelines"][0]["stages"][stage]["worker_id"])
+
+
+def operate(mesh: Mesh, *words: str) -> None:
+    """As an operator does it."""
+    command = [sys.executable, "-m", "stagemesh.cli.main", *words, "--url", mesh.url]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
 
 
 async def measure(mesh: Mesh, kind: str, times: int, streams: list[Stream]) -> list[dict[str, float]]:
@@ -208,9 +224,13 @@ async def after(mesh: Mesh, kind: str, streams: list[Stream], known: int, began_
     """Waits until every stream has gone on."""
     told: dict[str, float] = {}
     deadline = time.monotonic() + BACK_S
-    while kind != "coordinator":
+    while kind not in ("coordinator", "nothing"):
         new = [e for e in (await asyncio.to_thread(mesh.get))["events"] if e["at"] >= began_at]
-        ends = [e for e in new if e["event"] == "recovered"]
+        ends = [e for e in new if e["event"] in ("recovered", "moved")]
+        if ends and kind in PLANNED:
+            told = {"paused_s": ends[-1]["duration_ms"] / 1000, "pages": ends[-1].get("pages_copied", 0),
+                    "hard_way": float(any(e["event"] == "lost" for e in new))}  # fmt: skip
+            break
         if ends:
             lost = next(e for e in new if e["event"] == "lost")
             told = {"known_s": lost["at"] - began_at, "recovered_s": ends[-1]["duration_ms"] / 1000,

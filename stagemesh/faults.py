@@ -34,6 +34,8 @@ POINTS = (
     "rank.before_report",
     "rank.before_journal",
     "rank.replay",
+    "rank.copy_send",
+    "rank.copy_land",
 )
 """All of them."""
 

@@ -39,9 +39,14 @@ async def until(check: Callable[[], bool], what: str, timeout_s: float = 30) -> 
         await asyncio.sleep(0.01)
 
 
-async def disturbed(mesh: Mesh, disturb: Callable[[list[streams.Stream]], object]) -> list[streams.Stream]:
+async def disturbed(
+    mesh: Mesh,
+    disturb: Callable[[list[streams.Stream]], object],
+    count: int = STREAMS,
+    max_tokens: int = MAX_TOKENS,
+) -> list[streams.Stream]:
     """All streams, with `disturb` in their midst."""
-    told = streams.make(STREAMS, MAX_TOKENS, SEED)
+    told = streams.make(count, max_tokens, SEED)
     running = asyncio.create_task(streams.run_all(mesh.grpc_address, told))
     await until(lambda: all(s.length > 8 for s in told), "every stream has begun")
     assert not any(s.ended for s in told)

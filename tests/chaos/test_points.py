@@ -21,9 +21,10 @@ IN_EVERY_STEP = tuple(
 )  # fmt: skip
 OF_STANDBYS = ("agent.prepare",)
 OF_DRAINS = ("agent.release",)
+OF_MOVES = ("rank.copy_send", "rank.copy_land")
 IN_CI = {
     "coordinator.before_epoch_write", "coordinator.after_plan_write", "agent.release", "rank.connect_link",
-    "rank.before_send", "rank.replay",
+    "rank.before_send", "rank.replay", "rank.copy_land",
 }  # fmt: skip
 """One of each kind; `make chaos` goes through all."""
 
@@ -67,6 +68,10 @@ def test_a_process_that_dies_at(point: str, armed: tuple[Mesh, Path], expected: 
         (folder / point).touch()
         if point in OF_DRAINS:
             stagemesh("drain", holders(mesh)[1], "--url", mesh.url)
+        elif point in OF_MOVES:
+            stages = mesh.get("/mesh")["pipelines"][0]["stages"]
+            wanted = "2,4,2" if stages[0]["layers"]["last"] == 3 else "3,3,2"
+            assert f"the stages hold {wanted} layers" in stagemesh("repartition", wanted, "--url", mesh.url)
         elif point not in IN_EVERY_STEP:
             rank_of(mesh, replaceable(mesh)).kill()
         deadline = time.monotonic() + 30
