@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
 import random
 import signal
@@ -22,7 +23,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ import psutil
 from vllm_venv import BenchmarkError
 
 from stagemesh import Client
+from stagemesh.cli import main as cli
 from stagemesh.errors import StagemeshError
 
 READY_S, BACK_S = 120.0, 60.0
@@ -191,9 +193,10 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> None:
 
 
 def operate(mesh: Mesh, *words: str) -> None:
-    """As an operator does it."""
-    command = [sys.executable, "-m", "stagemesh.cli.main", *words, "--url", mesh.url]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    """As an operator does it, but for a process of his own: its start would be measured, too."""
+    with redirect_stdout(io.StringIO()):
+        if cli.main([*words, "--url", mesh.url, "--timeout", "60"]):
+            raise BenchmarkError(f"{words} failed")
 
 
 async def measure(mesh: Mesh, kind: str, times: int, streams: list[Stream]) -> list[dict[str, float]]:

@@ -20,6 +20,7 @@ from stagemesh.config import CoordinatorSettings
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
+from .charge import Charge
 from .cost import CostModel
 from .driver import Driver
 from .nonce import Nonces
@@ -153,20 +154,32 @@ def run(settings: CoordinatorSettings, ready_fd: int | None = None) -> int:
     process.set_title("coordinator")
     process.set_up_logging("coordinator")
     process.prefer()
-    built = build(settings)
-    store = Store(settings.state_dir)
-    try:
-        uvloop.run(_serve(settings, built, store, ready_fd))
-    finally:
-        store.close()
+    uvloop.run(_run(settings, build(settings), ready_fd))
     return 0
 
 
-async def _serve(settings: CoordinatorSettings, built: Build, store: Store, ready_fd: int | None) -> None:
+async def _run(settings: CoordinatorSettings, built: Build, ready_fd: int | None) -> None:
+    """Serves once no other coordinator has the state."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    charge = Charge(settings.state_dir) if settings.state_dir is not None else None
+    try:
+        if charge is None or await charge.take(stop):
+            store = Store(settings.state_dir)
+            try:
+                await _serve(settings, built, store, ready_fd, stop)
+            finally:
+                store.close()
+    finally:
+        if charge is not None:
+            charge.close()
+
+
+async def _serve(
+    settings: CoordinatorSettings, built: Build, store: Store, ready_fd: int | None, stop: asyncio.Event
+) -> None:
     service = make_service(built, store)
     model, limits = built.model, built.target.limits
     log.info(
