@@ -47,6 +47,8 @@ class Move(Pipeline):
     """Gateways that could not."""
     fault: str = ""
     """Why it is not to be, though gateways have been told."""
+    counts: bool = True
+    """Whether its failure says something of the next try: not, where a worker was lost."""
     deadline: float = 0.0
 
 
@@ -302,6 +304,7 @@ class Mover(Warmer):
 
     def _serve(self, pipeline: Pipeline) -> None:
         if not isinstance(pipeline, Move):
+            self._failed.pop(pipeline.pipeline_id, None)
             super()._serve(pipeline)
             return
         pipeline.state, pipeline.phase, pipeline.published = State.SERVING, Phase.IDLE, True
@@ -322,7 +325,7 @@ class Mover(Warmer):
         """The move is not to be. Gateways that went over nevertheless lose the pipeline, and with them the others."""
         name = move.pipeline_id
         self._end_move(name)
-        self._failed[name], self._why_failed = self._failed.get(name, 0) + 1, reason
+        self._failed[name], self._why_failed = self._failed.get(name, 0) + move.counts, reason
         self._move_after[name] = self._now + RETRY_MAX_S
         self._log(f"{name} has not gone to epoch {move.epoch}: {reason}", warning=True)
         if move.published and not self._followers() <= move.stayed:

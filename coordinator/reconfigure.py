@@ -193,6 +193,7 @@ class Mesh(Mover):
 
     def _leaves_moves(self, worker_id: str, reason: str) -> None:
         for move in [m for m in self.moves.values() if m.stage_of(worker_id) is not None]:
+            move.counts = False
             self._interrupt(move, reason)
 
     # After a restart

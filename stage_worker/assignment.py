@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -268,15 +269,15 @@ class Assignment:
         else:
             raise InvalidRequest(f"there is no link for copy {request.index} of epoch {request.epoch} here")
 
-    def take_pages(self) -> list[tuple[int, int, int]]:
-        """Pages that have come: (session, KvCopy, number)."""
-        took: list[tuple[int, int, int]] = []
+    def take_pages(self, beat: Callable[[], None]) -> tuple[int, int, int] | None:
+        """Pages that have come: (session, KvCopy, number). One frame at a time: steps wait meanwhile."""
         for session in self.sessions.values() if self.page_receivers else ():
             for index, copy in self.page_receivers.items():
-                while (number := copy.take(session.slot)) is not None:
+                number = copy.take(session.slot, beat)
+                if number is not None:
                     session.copies.discard((index, number))
-                    took.append((session.ident, index, number))
-        return took
+                    return session.ident, index, number
+        return None
 
     # -- steps ------------------------------------------------------------------------------------------------------
 

@@ -110,11 +110,12 @@ class Engine:
 
     def _take_pages(self, assignment: Assignment) -> bool:
         """Pages that have come are told to their gateway by one rank; each lets steps wait for its own."""
-        took = assignment.take_pages()
-        for ident, index, number in took if self._follower is None else ():
+        took = assignment.take_pages(self.heart.beat)
+        if took is not None and self._follower is None:
+            ident, index, number = took
             message = stage_pb2.RunResponse(copied=stage_pb2.PagesCopied(index=index, number=number))
             self.control.send(Kind.RESULT, ident, message.SerializeToString())
-        return bool(took)
+        return took is not None
 
     def drive_transports(self) -> None:
         """What the shard calls between layers, so that a long computation never stalls a neighbour's rendezvous."""

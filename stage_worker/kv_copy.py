@@ -10,7 +10,7 @@ Shapes: N pages of a frame; for each layer K of all pages, then V; then the draf
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -57,13 +57,15 @@ class PageFrames:
             at += size
         return frame
 
-    def write(self, pages: Sequence[int], frame: torch.Tensor) -> None:
-        """Puts a frame into `pages`."""
+    def write(self, pages: Sequence[int], frame: torch.Tensor, beat: Callable[[], None] = lambda: None) -> None:
+        """Puts a frame into `pages`. `beat` is called now and then: pages that nobody has touched yet cost the system
+        much more than the copy."""
         index, at = self._index(pages), 0
         for tensor in self._tensors:
             size = len(pages) * tensor.shape[1]
             tensor.index_copy_(0, index, frame[at : at + size].view(len(pages), -1))
             at += size
+            beat()
 
     def _index(self, pages: Sequence[int]) -> torch.Tensor:
         return torch.tensor(pages, dtype=torch.int64, device=self.device)
@@ -122,7 +124,7 @@ class PageReceiver:
         self.link.post(slot, number, (len(pages) * self._frames.page_bytes,), torch.uint8)
         self._coming.setdefault(slot, deque()).append((number, pages))
 
-    def take(self, slot: int) -> int | None:
+    def take(self, slot: int, beat: Callable[[], None]) -> int | None:
         """The number of the next frame that has come for a session, now in its pages; None when there is none."""
         coming = self._coming.get(slot)
         if not coming:
@@ -132,7 +134,7 @@ class PageReceiver:
         if frame is None:
             return None
         point("rank.copy_land")
-        self._frames.write(pages, frame)
+        self._frames.write(pages, frame, beat)
         coming.popleft()
         self.link.release(slot, number)
         return number
