@@ -1,7 +1,7 @@
 """What clients see when parts of a mesh are killed, stopped or drained under live streams.
 
     python benchmarks/recovery.py MODEL [--what rank,agent,hang,coordinator,drain,repartition,nothing] [--times 50]
-                                  [--streams 20]
+                                  [--streams 20] [--tokens 256]
 
 Streams run all the time: each asks one of a fixed set of requests, again and again, and its tokens are compared with
 those of a run in which nothing happened. A disturbance comes when every stream has begun and a standby has its weights
@@ -81,13 +81,13 @@ class Stream:
                 await asyncio.sleep(0.1)
 
 
-def make_streams(count: int) -> list[Stream]:
-    """Greedy and seeded requests of 64 to 128 tokens in and 256 out."""
+def make_streams(count: int, tokens: int) -> list[Stream]:
+    """Greedy and seeded requests of 64 to 128 tokens in and so many out."""
     rng = random.Random(SEED)
     return [
         Stream(
             [rng.randrange(5, 200) for _ in range(rng.randrange(64, 128))],
-            {"max_tokens": 256, "temperature": 0.0 if i % 2 else 0.8, "seed": i},
+            {"max_tokens": tokens, "temperature": 0.0 if i % 2 else 0.8, "seed": i},
         )
         for i in range(count)
     ]
@@ -267,13 +267,13 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"p50": round(pick[0], 3), "p99": round(pick[1], 3), "max": round(ordered[-1], 3)}
 
 
-async def run(model: Path, kinds: list[str], times: int, count: int) -> dict[str, Any]:
+async def run(model: Path, kinds: list[str], times: int, count: int, tokens: int) -> dict[str, Any]:
     """All kinds, each on a mesh of its own."""
     results: dict[str, Any] = {}
     for kind in kinds:
         with tempfile.TemporaryDirectory(prefix="stagemesh-recovery-") as folder, serving(model, Path(folder)) as mesh:
             await asyncio.to_thread(mesh.wait_whole)
-            streams = make_streams(count)
+            streams = make_streams(count, tokens)
             async with Client(mesh.grpc_address) as client:
                 await asyncio.gather(*(stream.run(client, None) for stream in streams))
             for stream in streams:
@@ -314,25 +314,30 @@ def main() -> int:
     parser.add_argument("--what", default=",".join(KINDS))
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--streams", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=256, help="of each answer")
+    parser.add_argument("--name", default="recovery", help="of the files under results")
     given = parser.parse_args()
     kinds = given.what.split(",")
     if unknown := set(kinds) - set(KINDS):
         parser.error(f"{', '.join(unknown)}: not of {', '.join(KINDS)}")
-    results = asyncio.run(run(given.model, kinds, given.times, given.streams))
-    command = f"python benchmarks/recovery.py MODEL --what {given.what} --times {given.times} --streams {given.streams}"
+    results = asyncio.run(run(given.model, kinds, given.times, given.streams, given.tokens))
+    command = (
+        f"python benchmarks/recovery.py MODEL --what {given.what} --times {given.times} --streams {given.streams} "
+        f"--tokens {given.tokens} --name {given.name}"
+    )
     about = {"machine": facts.machine(), "versions": facts.own_versions(), "command": command, "seed": SEED}
-    (facts.RESULTS / "recovery.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    (facts.RESULTS / f"{given.name}.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
     machine = about["machine"]
     text = [
         "# What clients see of a loss", "",
-        f"Written by `{command}`: two stages and a standby, {given.streams} streams of 256 tokens, greedy and seeded, "
-        f"each compared token by token with a run in which nothing happened. {machine['cores']} cores, "
+        f"Written by `{command}`: two stages and a standby, {given.streams} streams of {given.tokens} tokens, greedy "
+        f"and seeded, each compared token by token with a run in which nothing happened. {machine['cores']} cores, "
         f"{machine['cpu']}, which the streams' client shares.", "",
         *table(results), "",
         "`known`: from the kill to the gateway's `lost`. `next token after`: from there to the first token that "
         "crossed all stages. `longest pause`: of any stream, between two of its messages.", "",
     ]  # fmt: skip
-    (facts.RESULTS / "recovery.md").write_text("\n".join(text))
+    (facts.RESULTS / f"{given.name}.md").write_text("\n".join(text))
     return 0 if not any(r["failed"] or r["wrong"] for r in results.values()) else 1
 
 

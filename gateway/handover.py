@@ -20,7 +20,7 @@ from .batch_loop import BatchLoop
 from .copying import PageCopier
 from .work import Work
 
-OUT = 4
+OUT = 2
 """Messages of a copy that may be under way."""
 FEW = 8
 """Pages that are not worth another round while steps go on."""
@@ -106,7 +106,7 @@ class Handover:
 
     async def _copy(self, copier: PageCopier) -> None:
         """Rounds of pages, until few are left that no step writes."""
-        at_once = min((self._new.copy_pages(copy.to_stage) for copy in self._copies), default=0)
+        at_once = max([2 * FEW, *(self._new.copy_pages(copy.to_stage) for copy in self._copies)])
         while self._copies:
             pages = copier.next(at_once)
             self._send(pages)

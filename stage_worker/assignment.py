@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +93,11 @@ class Assignment:
     def links_pending(self) -> bool:
         """Whether a handshake is under way."""
         return any(end.state == "connecting" for end in [*self._ends(), *self._copy_ends()])
+
+    @property
+    def awaits_pages(self) -> bool:
+        """Whether pages are on their way here."""
+        return any(session.copies for session in self.sessions.values())
 
     def note_completed(self) -> None:
         """Writes down what has come by now: called between layers, `progress_links` does it else."""
@@ -248,7 +252,7 @@ class Assignment:
         for end in self._ends():
             end.close_lane(session.slot)
         for copy in self.page_receivers.values():
-            copy.link.close_lane(session.slot)
+            copy.close_lane(session.slot)
 
     # -- pages that go to another worker ----------------------------------------------------------------------------
 
@@ -269,15 +273,15 @@ class Assignment:
         else:
             raise InvalidRequest(f"there is no link for copy {request.index} of epoch {request.epoch} here")
 
-    def take_pages(self, beat: Callable[[], None]) -> tuple[int, int, int] | None:
-        """Pages that have come: (session, KvCopy, number). One frame at a time: steps wait meanwhile."""
+    def take_pages(self) -> list[tuple[int, int, int]]:
+        """Pages that have come: (session, KvCopy, number)."""
+        took: list[tuple[int, int, int]] = []
         for session in self.sessions.values() if self.page_receivers else ():
             for index, copy in self.page_receivers.items():
-                number = copy.take(session.slot, beat)
-                if number is not None:
+                if (number := copy.take(session.slot)) is not None:
                     session.copies.discard((index, number))
-                    return session.ident, index, number
-        return None
+                    took.append((session.ident, index, number))
+        return took
 
     # -- steps ------------------------------------------------------------------------------------------------------
 

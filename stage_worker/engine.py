@@ -30,6 +30,8 @@ from .session import Session, Step
 SPIN_S = 50e-6
 IDLE_POLL_S = 0.2
 """How long an idle rank sleeps: well within the time in which its agent wants to hear of it."""
+PAGES_POLL_S = 0.001
+"""How often pages are looked at that a thread puts where they belong."""
 LINK_POLL_S = 0.01
 """How often links are looked at while a handshake is under way: its deadline has no descriptor."""
 
@@ -110,12 +112,11 @@ class Engine:
 
     def _take_pages(self, assignment: Assignment) -> bool:
         """Pages that have come are told to their gateway by one rank; each lets steps wait for its own."""
-        took = assignment.take_pages(self.heart.beat)
-        if took is not None and self._follower is None:
-            ident, index, number = took
+        took = assignment.take_pages()
+        for ident, index, number in took if self._follower is None else ():
             message = stage_pb2.RunResponse(copied=stage_pb2.PagesCopied(index=index, number=number))
             self.control.send(Kind.RESULT, ident, message.SerializeToString())
-        return took is not None
+        return bool(took)
 
     def drive_transports(self) -> None:
         """What the shard calls between layers, so that a long computation never stalls a neighbour's rendezvous."""
@@ -132,6 +133,8 @@ class Engine:
         timeout_s = IDLE_POLL_S if due_s is None else due_s
         if any(a.links_pending for a in self.assignments.values()):
             timeout_s = min(timeout_s, LINK_POLL_S)
+        if any(a.awaits_pages for a in self.assignments.values()):
+            timeout_s = min(timeout_s, PAGES_POLL_S)
         if self._leader is None and self._follower is not None:
             self._watch(self._follower.fileno())
         for transport in self.transports.values():

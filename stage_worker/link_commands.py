@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from stagemesh.errors import NotFound, TransportError
+from stagemesh.errors import NotFound, StagemeshError, TransportError
 from stagemesh.faults import point
 from stagemesh.protos.v1 import stage_pb2
 from stagemesh.transport.base import Transport
 
 from .assignment import Assignment
 from .config import RankConfig
+from .control import Kind, pack_error
 from .engine import Engine
 from .kv_copy import PageFrames, PageReceiver, PageSender
 from .links import LinkIdentity, LinkReceiver, LinkSender, sending_rank
@@ -23,6 +24,31 @@ from .links import LinkIdentity, LinkReceiver, LinkSender, sending_rank
 log = logging.getLogger(__name__)
 
 LINK_TIMEOUT_S = 4.0
+
+
+@dataclass
+class _Handshake:
+    """The sending ends of a link, before the other side has answered; each has a deadline of its own."""
+
+    ident: int
+    senders: list[LinkSender]
+    what: str
+    transport: str
+
+    @property
+    def over(self) -> bool:
+        """Whether all have been answered, or one will not be."""
+        return any(s.state in ("failed", "closed") for s in self.senders) or all(s.ready for s in self.senders)
+
+    def answer(self) -> bytes:
+        """Raises what went wrong."""
+        for sender in self.senders:
+            if not sender.ready:
+                raise sender.error or TransportError(f"the {self.what} was closed before it stood")
+        route = ", ".join(sorted({sender.route for sender in self.senders}))
+        if route:
+            log.info("%s goes over %s: %s", self.what, self.transport, route)
+        return stage_pb2.ConnectLinkResponse(route=route).SerializeToString()
 
 
 class LinkCommands:
@@ -39,6 +65,7 @@ class LinkCommands:
         self.engine = engine
         self.device = device
         self._find = find
+        self._handshakes: list[_Handshake] = []
 
     def offer(self, ident: int, payload: bytes) -> bytes:
         """Makes this rank's receiving end."""
@@ -68,8 +95,9 @@ class LinkCommands:
             receiver_addresses=[transport.address()], secrets=[secret]
         ).SerializeToString()
 
-    def connect(self, ident: int, payload: bytes) -> bytes:
-        """Makes this rank's sending ends and shakes hands; receiving ranks that read from another rank are not ours."""
+    def connect(self, ident: int, payload: bytes) -> bytes | None:
+        """Makes this rank's sending ends; receiving ranks that read from another rank are not ours. It is answered when
+        hands are shaken: other steps run meanwhile."""
         point("rank.connect_link")
         request = stage_pb2.ConnectLinkRequest.FromString(payload)
         copies = request.HasField("copy")
@@ -97,19 +125,22 @@ class LinkCommands:
             )
         else:
             held.take_senders(senders, tokens=request.tokens)
-        deadline = time.monotonic() + LINK_TIMEOUT_S
-        while not all(sender.ready for sender in senders):
-            self.engine.progress()
-            failed = next((sender.error for sender in senders if sender.error is not None), None)
-            if failed is not None:
-                raise failed
-            if time.monotonic() > deadline:
-                raise TransportError(f"no handshake from {request.receiver_id} over {request.transport}")
-            self.engine.sleep(with_control=False)
-        route = ", ".join(sorted({sender.route for sender in senders}))
-        if route:
-            log.info("link of stage %d to %s goes over %s: %s", held.stage, request.receiver_id, transport.name, route)
-        return stage_pb2.ConnectLinkResponse(route=route).SerializeToString()
+        shaking = _Handshake(ident, senders, f"link of stage {held.stage} to {request.receiver_id}", transport.name)
+        if not shaking.over:
+            self._handshakes.append(shaking)
+            return None
+        return shaking.answer()
+
+    def poll(self) -> bool:
+        """Answers for the links that stand, or will not; True when there were any."""
+        over = [shaking for shaking in self._handshakes if shaking.over]
+        for shaking in over:
+            self._handshakes.remove(shaking)
+            try:
+                self.engine.control.send(Kind.REPLY, shaking.ident, shaking.answer())
+            except StagemeshError as e:
+                self.engine.control.send_packed(pack_error(shaking.ident, e))
+        return bool(over)
 
     @staticmethod
     def _identity(

@@ -6,6 +6,7 @@ Release and gateways' sessions, until the agent is gone.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -67,7 +68,7 @@ class Rank:
             Kind.PREPARE: self.prepare,
         }
         engine.handle = self.handle
-        engine.background = self._preparing.poll
+        engine.background = lambda: self._preparing.poll() | links.poll()
 
     def handle(self, kind: Kind, ident: int, payload: bytes) -> None:
         """One frame of the agent. A call is answered by REPLY or ERROR; a message of a session by results."""
@@ -276,6 +277,8 @@ def main(argv: list[str]) -> int:
     preload(
         ShardSpec(config.model or "", 0, 1, device=str(device), tp_size=config.size, enforce_eager=config.enforce_eager)
     )
+    # What is imported by now stays: a later collection looks at nothing but what came behind it.
+    gc.freeze()
     parallel = TensorParallel(
         config.rank, config.size, store_path=config.store_path, exchange_fd=config.exchange_fd, device=str(device)
     )

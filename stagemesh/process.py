@@ -76,7 +76,7 @@ def set_up_logging(role: str) -> None:
     """One line a record on stderr, with the role in front."""
     logging.basicConfig(
         level=os.environ.get("STAGEMESH_LOG_LEVEL", "INFO").upper(),
-        format=f"%(asctime)s %(levelname).1s {role} %(name)s: %(message)s",
+        format=f"%(asctime)s.%(msecs)03d %(levelname).1s {role} %(name)s: %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
         force=True,

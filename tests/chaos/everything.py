@@ -1,0 +1,230 @@
+"""Everything at random, for as long as is wanted: what is done to a mesh, and the history that its clients write.
+
+The history is checked against what was promised: each request that was accepted ends once, its tokens are those of a run in
+which nothing happened (so none is missing, twice or rewritten), and in the end nothing is held that was held for it. What
+is done follows from the seed alone, but for the moment's state: a seed brings the same faults in the same order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import streams
+from disturb import stagemesh
+from mesh import Mesh
+
+from stagemesh import Client
+from stagemesh.errors import StagemeshError
+
+REST_S = (0.2, 2.5)
+"""Between two faults."""
+WHOLE_S = 90.0
+LEAVES = 0.1
+"""Of requests, those whose client goes away in the midst."""
+
+
+@dataclass
+class History:
+    """What all clients saw."""
+
+    finished: int = 0
+    left: int = 0
+    """Requests whose client went away."""
+    refused: int = 0
+    """Not accepted: there was nothing that could serve."""
+    wrong: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    longest_s: float = 0.0
+    done: Counter[str] = field(default_factory=Counter)
+    """What was done to the mesh."""
+
+
+@dataclass
+class Everything:
+    """`clients` streams and one fault after the other on a mesh of `stages` stages."""
+
+    mesh: Mesh
+    expected: list[streams.Stream]
+    seed: int
+    clients: int
+    stages: int = 3
+    history: History = field(default_factory=History)
+
+    async def run(self, seconds: float) -> None:
+        """Until the time is up, and every request has ended."""
+        stop = asyncio.Event()
+        async with Client(self.mesh.grpc_address) as client:
+            running = [
+                asyncio.create_task(self._client(client, random.Random(f"{self.seed} {i}"), stop))
+                for i in range(self.clients)
+            ]
+            try:
+                await self._disturb(time.monotonic() + seconds)
+            finally:
+                stop.set()
+                await asyncio.wait_for(asyncio.gather(*running), 180)
+
+    # -- clients ----------------------------------------------------------------------------------------------------
+
+    async def _client(self, client: Client, rng: random.Random, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            other = rng.choice(self.expected)
+            leaves = rng.random() < LEAVES
+            await self._request(client, other, rng.randrange(1, 40) if leaves else None)
+
+    async def _request(self, client: Client, other: streams.Stream, leave_after: int | None) -> None:
+        stream = streams.Stream(other.prompt, other.params)
+        running = asyncio.create_task(stream.run(client))
+        while leave_after is not None and not running.done():
+            if stream.length >= leave_after:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+                self.history.left += 1
+                return
+            await asyncio.sleep(0.01)
+        await running
+        self.history.longest_s = max(self.history.longest_s, stream.longest_s)
+        error = stream.error
+        if error is None and (stream.tokens, stream.finished) == (other.tokens, other.finished):
+            self.history.finished += 1
+        elif error is None:
+            self.history.wrong.append(f"{stream.params}: other tokens")
+        elif not stream.length and error.reason == "UNAVAILABLE":
+            self.history.refused += 1
+            await asyncio.sleep(0.1)
+        else:
+            self.history.failed.append(f"after {stream.length} tokens: {error.reason}: {error.message}")
+
+    # -- faults -----------------------------------------------------------------------------------------------------
+
+    async def _disturb(self, until: float) -> None:
+        rng = random.Random(self.seed)
+        kinds = [
+            (self._kill_rank, 6), (self._kill_agent, 3), (self._stop_rank, 2), (self._stop_agent, 1),
+            (self._kill_coordinator, 2), (self._drain, 2), (self._repartition, 3),
+        ]  # fmt: skip
+        while time.monotonic() < until:
+            await asyncio.sleep(rng.uniform(*REST_S))
+            fault = rng.choices([kind for kind, _ in kinds], [weight for _, weight in kinds])[0]
+            words = random.Random(rng.random())
+            name = fault.__name__.removeprefix("_")
+            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+            if await asyncio.to_thread(fault, words):
+                self.history.done[name] += 1
+            if rng.random() < 0.6:
+                # Else the next one comes into the midst of what this one has done.
+                await asyncio.to_thread(self.wait_whole)
+
+    def _ranks(self) -> list[psutil.Process]:
+        return self.mesh.named(" layers ")
+
+    def _kill_rank(self, rng: random.Random) -> bool:
+        ranks = self._ranks()
+        if ranks:
+            rng.choice(ranks).kill()
+        return bool(ranks)
+
+    def _kill_agent(self, rng: random.Random) -> bool:
+        ranks = self._ranks()
+        agent = rng.choice(ranks).parent() if ranks else None
+        if agent is None or agent.pid == self.mesh.process.pid:
+            return False
+        agent.kill()
+        return True
+
+    def _stop_rank(self, rng: random.Random) -> bool:
+        ranks = self._ranks()
+        if ranks:
+            rng.choice(ranks).send_signal(signal.SIGSTOP)
+        return bool(ranks)
+
+    def _stop_agent(self, rng: random.Random) -> bool:
+        """For a moment or for longer than its lease; then it goes on."""
+        ranks = self._ranks()
+        agent = rng.choice(ranks).parent() if ranks else None
+        if agent is None or agent.pid == self.mesh.process.pid:
+            return False
+        agent.send_signal(signal.SIGSTOP)
+        time.sleep(rng.choice((0.2, 1.0, 3.0)))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            agent.send_signal(signal.SIGCONT)
+        return True
+
+    def _kill_coordinator(self, rng: random.Random) -> bool:
+        found = self.mesh.named("stagemesh coordinator")
+        if found:
+            found[0].kill()
+        return bool(found)
+
+    def _drain(self, rng: random.Random) -> bool:
+        """The worker is ended when it holds nothing, and comes back: so an upgrade goes, stage by stage."""
+        self.wait_whole()
+        worker = rng.choice(self.mesh.get("/mesh")["pipelines"][0]["stages"])["worker_id"]
+        address = next(w["address"] for w in self.mesh.get("/mesh")["workers"] if w["worker_id"] == worker)
+        stagemesh("drain", worker, "--url", self.mesh.url)
+        port = int(address.rsplit(":", 1)[1])
+        for process in self.mesh.children():
+            with contextlib.suppress(psutil.Error):
+                if any(c.laddr.port == port for c in process.net_connections() if c.status == psutil.CONN_LISTEN):
+                    process.kill()
+        return True
+
+    def _repartition(self, rng: random.Random) -> bool:
+        self.wait_whole()
+        layers = self.expected_layers()
+        cuts = sorted(rng.sample(range(1, layers), self.stages - 1))
+        counts = [b - a for a, b in itertools.pairwise([0, *cuts, layers])]
+        stagemesh("repartition", ",".join(map(str, counts)), "--url", self.mesh.url)
+        return True
+
+    # -- afterwards -------------------------------------------------------------------------------------------------
+
+    def expected_layers(self) -> int:
+        """Of the model."""
+        return int(self.mesh.get("/mesh")["pipelines"][0]["stages"][-1]["layers"]["last"])
+
+    def wait_whole(self) -> dict[str, Any]:
+        """Until it serves, nobody drains, and every worker that is not in the pipeline has layers loaded."""
+        deadline = time.monotonic() + WHOLE_S
+        while True:
+            with contextlib.suppress(OSError):
+                seen: dict[str, Any] = self.mesh.get("/mesh")
+                states = [w["state"] for w in seen["workers"] if w["state"] != "lost"]
+                spare = [w for w in seen["workers"] if w["state"] == "standby" and w.get("layers", {}).get("last")]
+                if seen["ready"] and "draining" not in states and len(spare) == len(states) - self.stages >= 1:
+                    return seen
+            assert time.monotonic() < deadline, f"not whole again:\n{self.mesh.tail(100)}"
+            time.sleep(0.05)
+
+    def check(self) -> None:
+        """What was promised."""
+        history = self.history
+        print(f"seed {self.seed}:", history)
+        assert not history.wrong, history.wrong[:5]
+        assert not history.failed, history.failed[:5]
+        assert history.finished > 0
+
+
+def held(mesh: Mesh) -> dict[str, dict[str, float]]:
+    """What the processes that live through everything hold: the gateway's and the supervisor's."""
+    processes = {"gateway": mesh.named("stagemesh gateway")[0], "serve": psutil.Process(mesh.process.pid)}
+    return {
+        name: {
+            "rss_mib": process.memory_info().rss / 2**20,
+            "fds": float(process.num_fds()),
+            "threads": float(process.num_threads()),
+        }
+        for name, process in processes.items()
+    }
+
+
+__all__ = ["Everything", "History", "StagemeshError", "held"]

@@ -1,0 +1,54 @@
+"""Everything at random: five minutes in CI, an hour with `make chaos-hour`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import streams
+from disturb import COMMON
+from everything import Everything, held
+from mesh import serve
+from test_kill import shared_memory
+
+SEED = int(os.environ.get("STAGEMESH_CHAOS_SEED", "41"))
+SECONDS = float(os.environ.get("STAGEMESH_CHAOS_S", "240"))
+CLIENTS = int(os.environ.get("STAGEMESH_CHAOS_STREAMS", "24"))
+RESULT = os.environ.get("STAGEMESH_CHAOS_RESULT")
+"""A file for the figures."""
+REQUESTS, MAX_TOKENS = 20, 120
+
+
+def test_everything_at_random() -> None:
+    print(f"seed {SEED}, {SECONDS:g} s, {CLIENTS} streams: STAGEMESH_CHAOS_SEED, _S, _STREAMS change them")
+    before = shared_memory()
+    with serve(*COMMON, "--standby", "2", "--max-num-seqs", str(max(32, CLIENTS))) as mesh:
+        mesh.wait_standbys(2)
+        expected = streams.make(REQUESTS, MAX_TOKENS, SEED)
+        asyncio.run(streams.run_all(mesh.grpc_address, expected))
+        assert all(s.error is None for s in expected)
+        story = Everything(mesh, expected, SEED, CLIENTS)
+        asyncio.run(story.run(min(20.0, SECONDS / 4)))
+        first = held(mesh)
+        asyncio.run(story.run(SECONDS))
+        story.wait_whole()
+        last = held(mesh)
+        story.check()
+        mesh.check_pages_are_free()
+        events = mesh.get("/mesh")["events"]
+        epochs = [e["epoch"] for e in events if e["event"] in ("recovered", "moved")]
+        assert epochs == sorted(epochs), "an epoch that came back"
+        told = {"seed": SEED, "seconds": SECONDS, "streams": CLIENTS, "finished": story.history.finished,
+                "left": story.history.left, "refused": story.history.refused, "failed": 0, "wrong": 0,
+                "longest_pause_s": round(story.history.longest_s, 2), "done": dict(story.history.done),
+                "after_20_s": first, "at_the_end": last}  # fmt: skip
+        print(json.dumps(told, indent=1))
+        for name, values in last.items():
+            assert values["fds"] <= first[name]["fds"] + 30, f"descriptors of {name} grow: {first} {last}"
+            assert values["threads"] <= first[name]["threads"] + 8, f"threads of {name} grow: {first} {last}"
+            assert values["rss_mib"] <= 1.3 * first[name]["rss_mib"] + 50, f"memory of {name} grows: {first} {last}"
+    assert shared_memory() <= before, "shared memory was left behind"
+    if RESULT:
+        Path(RESULT).write_text(json.dumps(told, indent=1) + "\n")
