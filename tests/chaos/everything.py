@@ -1,8 +1,8 @@
 """Everything at random, for as long as is wanted: what is done to a mesh, and the history that its clients write.
 
-The history is checked against what was promised: each request that was accepted ends once, its tokens are those of a run in
-which nothing happened (so none is missing, twice or rewritten), and in the end nothing is held that was held for it. What
-is done follows from the seed alone, but for the moment's state: a seed brings the same faults in the same order.
+The history is checked against what was promised: each request that was accepted ends once, its tokens are those of a run
+in which nothing happened (so none is missing, twice or rewritten), and in the end nothing is held that was held for it.
+What is done follows from the seed, but for the moment's state: a seed brings the same faults in the same order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from disturb import stagemesh
 from mesh import Mesh
 
 from stagemesh import Client
-from stagemesh.errors import StagemeshError
 
 REST_S = (0.2, 2.5)
 """Between two faults."""
@@ -225,6 +224,3 @@ def held(mesh: Mesh) -> dict[str, dict[str, float]]:
         }
         for name, process in processes.items()
     }
-
-
-__all__ = ["Everything", "History", "StagemeshError", "held"]
