@@ -1,8 +1,8 @@
 """Everything at random, for as long as is wanted: what is done to a mesh, and the history that its clients write.
 
-The history is checked against what was promised: each request that was accepted ends once, its tokens are those of a run
-in which nothing happened (so none is missing, twice or rewritten), and in the end nothing is held that was held for it.
-What is done follows from the seed, but for the moment's state: a seed brings the same faults in the same order.
+The history is checked against what was promised: each request that was accepted ends once, its tokens are those of a
+run in which nothing happened (so none is missing, twice or rewritten), and in the end nothing is held that was held for
+it. What is done follows from the seed, but for the moment's state: a seed brings the same faults in the same order.
 """
 
 from __future__ import annotations
