@@ -1,6 +1,6 @@
 # One image for every service: `stagemesh coordinator|stage|gateway|serve`. Needs BuildKit (the default builder).
 #
-#   docker build -t stagemesh:0.1.0 .
+#   docker build -t stagemesh:0.3.0 .
 #
 # PyPI's PyTorch for Linux brings CUDA along. For a smaller image without it, or for another CUDA, name PyTorch's own
 # index for the platform with --build-arg PIP_EXTRA_INDEX_URL=...; --build-arg CONSTRAINTS= leaves the pins out.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stagemesh.errors import Unavailable
+from stagemesh.protocol import MOVES
 
 from . import values as v
 from .cost import kinds
@@ -82,6 +83,8 @@ class Mover(Warmer):
         self._move_after: dict[str, float] = {}
         self._gateways: dict[str, tuple[int, float]] = {}
         """Gateway -> streams, and when the last of them ended."""
+        self._old_gateways: set[str] = set()
+        """Those that know nothing of moves."""
 
     # -- what is to change ------------------------------------------------------------------------------------------
 
@@ -128,14 +131,21 @@ class Mover(Warmer):
         except CannotForm:
             state, reason = State.DRAINING, f"stage {leaving[0].stage}: worker {leaving[0].worker_id} drains"
         else:
-            lacking = [c for c in chosen if c.layers not in (c.worker.kept, c.worker.beside)]
+            beside = self._knows_moves(pipeline, chosen)
+            lacking = [
+                c
+                for c in chosen
+                if c.layers not in (c.worker.kept, c.worker.beside)
+                # One that cannot load beside what it holds loads when that is over.
+                and (beside or pipeline.stage_of(c.worker.info.worker_id) is None)
+            ]
             for choice in lacking:
                 self._prepare(choice.worker, choice.layers)
             if chosen and not lacking and self._now >= self._move_after.get(name, 0.0):
-                if self._failed.get(name, 0) < TRIES:
+                if beside and self._failed.get(name, 0) < TRIES:
                     self._begin(pipeline, chosen, why)
-                elif leaving:
-                    self._interrupt(pipeline, why)
+                elif leaving or not beside:
+                    self._move_hard(pipeline, chosen, why)
                 else:
                     self._give_ranges_up(f"{TRIES} moves failed, the last one because {self._why_failed}")
         if pipeline.state is not state and pipeline.state in (State.SERVING, State.DRAINING):
@@ -154,6 +164,19 @@ class Mover(Warmer):
             return [], ""
         workers = [self._worker_at(pipeline, plan.stage) for plan in pipeline.stages]
         return [Choice(w, r) for w, r in zip(workers, self.ranges, strict=True)], "other ranges are wanted"
+
+    def _knows_moves(self, pipeline: Pipeline, chosen: Sequence[Choice]) -> bool:
+        """Whether all whom it takes speak a protocol that has moves: not in the midst of an upgrade to it."""
+        workers = [self._worker_at(pipeline, plan.stage) for plan in pipeline.stages] + [c.worker for c in chosen]
+        return all(w.info.protocol >= MOVES for w in workers) and not self._followers() & self._old_gateways
+
+    def _move_hard(self, pipeline: Pipeline, chosen: Sequence[Choice], why: str) -> None:
+        """The pipeline is formed anew, and what its stages lack is computed again."""
+        pipeline.last_stages = tuple(
+            v.StagePlan(stage, c.worker.info.worker_id, c.worker.info.incarnation, c.layers, 0)
+            for stage, c in enumerate(chosen)
+        )
+        self._interrupt(pipeline, why)
 
     # -- moves ------------------------------------------------------------------------------------------------------
 
@@ -192,7 +215,8 @@ class Mover(Warmer):
         """Gateways that may drive pipelines."""
         return {name for name, (streams, at) in self._gateways.items() if streams or self._now < at + GONE_S}
 
-    def _gateway_came(self, gateway_id: str) -> None:
+    def _gateway_came(self, gateway_id: str, protocol: int) -> None:
+        (self._old_gateways.discard if protocol >= MOVES else self._old_gateways.add)(gateway_id)
         streams, at = self._gateways.get(gateway_id, (0, 0.0))
         self._gateways[gateway_id] = streams + 1, at
 

@@ -52,6 +52,10 @@ class Mesh(Mover):
         """Whether a pipeline from before a restart may still turn out to be active."""
         return any(pipeline.restored for pipeline in self.pipelines.values())
 
+    def settles(self, now: float) -> bool:
+        """Whether it has started so recently that workers of before may still have to come back."""
+        return now < self._restore_until
+
     def handle(self, event: v.Event, now: float) -> list[v.Action]:
         """Takes one event at clock time `now` (seconds, monotonic); returns what is to be done, in order."""
         self._now, self._actions = max(now, self._now), []
@@ -74,8 +78,8 @@ class Mesh(Mover):
                 self._steps_stuck(event)
             case v.Prepared() | v.PrepareFailed():
                 self._prepared(event)
-            case v.GatewayCame(gateway_id):
-                self._gateway_came(gateway_id)
+            case v.GatewayCame(gateway_id, protocol):
+                self._gateway_came(gateway_id, protocol)
             case v.GatewayGone(gateway_id):
                 self._gateway_gone(gateway_id)
             case v.GatewayMoved():

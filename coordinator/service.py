@@ -11,8 +11,8 @@ from typing import Any
 
 import grpc.aio
 
-from stagemesh.errors import ConfigError, InvalidRequest, NotFound
-from stagemesh.protocol import check_protocol
+from stagemesh.errors import ConfigError, InvalidRequest, NotFound, Unavailable
+from stagemesh.protocol import check_protocol, spoken
 from stagemesh.protos.v1 import coordinator_pb2 as pb
 from stagemesh.protos.v1 import coordinator_pb2_grpc, types_pb2
 
@@ -161,10 +161,12 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         """The mesh at once, then at every change; progress alone at most five times a second."""
         if not request.gateway_id or not request.instance:
             raise InvalidRequest("WatchPipelines: gateway_id and instance must be set")
+        if request.protocol:
+            check_protocol(request.protocol, f"gateway {request.gateway_id}")
         slot = self._slots.acquire(request.gateway_id, request.instance, self._clock())
         self._store.save_slot(slot, request.gateway_id, request.instance)
         log.info("gateway %s watches, slot %d", request.gateway_id, slot)
-        self.post(v.GatewayCame(request.gateway_id))
+        self.post(v.GatewayCame(request.gateway_id, spoken(request.protocol)))
         try:
             sent = -1
             while not self._stopping:
@@ -210,6 +212,8 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         """Takes a worker out of service."""
         if request.worker_id not in self._mesh.workers:
+            if self._mesh.settles(self._clock()):
+                raise Unavailable("this coordinator has just started: workers are still coming back", retry_after_s=1)
             known = ", ".join(sorted(self._mesh.workers)) or "none"
             raise NotFound(f"no worker {request.worker_id!r} is registered; registered: {known}")
         pipelines = self._mesh.pipelines_of(request.worker_id)

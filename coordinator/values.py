@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from stagemesh.protocol import PROTOCOL
+
 Range = tuple[int, int]
 """Decoder layers [first, last)."""
 
@@ -39,6 +41,7 @@ class WorkerInfo:
     """(name, one address per rank)."""
     held: tuple[Held, ...] = ()
     version: str = ""
+    protocol: int = PROTOCOL
 
     def addresses(self, transport: str) -> tuple[bytes, ...] | None:
         """Addresses of its ranks on `transport`, or None where it has not opened it."""
@@ -156,6 +159,7 @@ class GatewayCame:
     """A gateway follows the mesh."""
 
     gateway_id: str
+    protocol: int = PROTOCOL
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def worker_info(request: coordinator_pb2.RegisterRequest) -> v.WorkerInfo:
             for h in request.held
         ),
         version=request.version,
+        protocol=request.protocol,
     )
 
 
@@ -131,6 +132,7 @@ def _stage_views(mesh: Mesh, pipeline: Pipeline) -> Iterator[types_pb2.StageView
             route=pipeline.routes.get(plan.stage, ""),
             weight_bytes=loaded.weight_bytes,
             tensor_bytes_read=loaded.tensor_bytes_read,
+            protocol=info.protocol if info else 0,
         )
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from stagemesh.errors import InternalError, NumericalError, StageLost, StagemeshError
-from stagemesh.protocol import PROTOCOL
+from stagemesh.protocol import spoken
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from .bubbles import Bubbles
@@ -112,7 +112,7 @@ class BatchLoop:
                         gateway_id=gateway_id,
                         instance=instance,
                         slot=slot,
-                        protocol=PROTOCOL,
+                        protocol=spoken(stream.stage.protocol),
                     )
                 )
                 for stream in self._streams

@@ -26,6 +26,7 @@ from stagemesh.errors import (
     StagemeshError,
     Unavailable,
 )
+from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
 from .batch_loop import BatchLoop
@@ -253,7 +254,9 @@ class MeshEngine:
 
     async def _watch_once(self, stub: coordinator_pb2_grpc.CoordinatorStub) -> None:
         """One stream of the mesh, until the coordinator ends it. Raises its error, or Unavailable."""
-        request = coordinator_pb2.WatchPipelinesRequest(gateway_id=self.settings.gateway_id, instance=self._instance)
+        request = coordinator_pb2.WatchPipelinesRequest(
+            gateway_id=self.settings.gateway_id, instance=self._instance, protocol=PROTOCOL
+        )
         with rpc.mapped():
             async for response in stub.WatchPipelines(request):
                 self._take(response)

@@ -13,7 +13,7 @@ import stagemesh
 from stagemesh import rpc
 from stagemesh.config import StageSettings
 from stagemesh.errors import ConfigError, StagemeshError
-from stagemesh.protocol import PROTOCOL
+from stagemesh.protocol import OLDEST, PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 from .agent import Agent
@@ -36,6 +36,8 @@ class Membership:
         self._channel = rpc.channel(settings.coordinator)
         self._stub = coordinator_pb2_grpc.CoordinatorStub(self._channel)
         self._task: asyncio.Task[None] | None = None
+        self._protocol = PROTOCOL
+        """What is said to the coordinator, which may be of the release before."""
 
     def register(self, group: RankGroup, incarnation: int) -> None:
         """Starts registering this life of the rank group, and renewing its lease."""
@@ -69,8 +71,10 @@ class Membership:
                 with rpc.mapped():
                     await self._renew(incarnation, response.renew_ms / 1000)
             except StagemeshError as e:
-                if not told:
-                    heard = isinstance(e, ConfigError)
+                heard = isinstance(e, ConfigError)
+                if heard:
+                    self._protocol = OLDEST if self._protocol == PROTOCOL else PROTOCOL
+                if not told and not (heard and self._protocol == OLDEST):
                     log.warning(
                         "the coordinator at %s %s: %s",
                         self._settings.coordinator,
@@ -116,7 +120,7 @@ class Membership:
             tp_size=group.size,
             device=group.ready[0].device,
             held=self._agent.held_assignments(),
-            protocol=PROTOCOL,
+            protocol=self._protocol,
             version=stagemesh.__version__,
         )
         for name in sorted(names):

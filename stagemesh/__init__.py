@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stagemesh.client import Client as Client
 
-__version__ = "0.1.0"
+__version__ = "0.3.0"
 __all__ = ["Client", "__version__"]
 
 _LAZY = {"Client": "stagemesh.client"}

@@ -161,7 +161,7 @@ class TransportEndpoints(_message.Message):
     def __init__(self, name: _Optional[str] = ..., rank_addresses: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class StageView(_message.Message):
-    __slots__ = ("stage", "worker_id", "address", "layers", "tp_size", "generation", "num_pages", "device", "route", "weight_bytes", "tensor_bytes_read")
+    __slots__ = ("stage", "worker_id", "address", "layers", "tp_size", "generation", "num_pages", "device", "route", "weight_bytes", "tensor_bytes_read", "protocol")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +173,7 @@ class StageView(_message.Message):
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     TENSOR_BYTES_READ_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     stage: int
     worker_id: str
     address: str
@@ -184,7 +185,8 @@ class StageView(_message.Message):
     route: str
     weight_bytes: int
     tensor_bytes_read: int
-    def __init__(self, stage: _Optional[int] = ..., worker_id: _Optional[str] = ..., address: _Optional[str] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ..., tp_size: _Optional[int] = ..., generation: _Optional[int] = ..., num_pages: _Optional[int] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., route: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., tensor_bytes_read: _Optional[int] = ...) -> None: ...
+    protocol: int
+    def __init__(self, stage: _Optional[int] = ..., worker_id: _Optional[str] = ..., address: _Optional[str] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ..., tp_size: _Optional[int] = ..., generation: _Optional[int] = ..., num_pages: _Optional[int] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., route: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., tensor_bytes_read: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class PipelineView(_message.Message):
     __slots__ = ("pipeline_id", "epoch", "state", "reason", "model", "limits", "stages", "final", "next")

@@ -14,7 +14,9 @@ from .status import fetch
 
 COMMANDS = ("drain", "repartition")
 CALL_TIMEOUT_S = 10.0
-LOOK_S = 0.05
+LOOK_S, RETRY_S = 0.05, 0.2
+AWAY_S = 5.0
+"""How long a coordinator is waited for that does not answer."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -52,11 +54,25 @@ def run(namespace: argparse.Namespace) -> int:
 def _coordinator(address: str) -> Iterator[Any]:
     import grpc
 
-    from stagemesh import rpc
     from stagemesh.protos.v1 import coordinator_pb2_grpc
 
-    with grpc.insecure_channel(address) as channel, rpc.mapped():
+    with grpc.insecure_channel(address) as channel:
         yield coordinator_pb2_grpc.CoordinatorStub(channel)
+
+
+def _call(rpc: Any, request: Any, timeout_s: float) -> Any:
+    """Asks the coordinator, again while it is away: one that is started again comes back within a second or two."""
+    from stagemesh import rpc as rpcs
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            with rpcs.mapped():
+                return rpc(request, timeout=CALL_TIMEOUT_S)
+        except Unavailable:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(RETRY_S)
 
 
 def _wait(stub: Any, timeout_s: float, left: Callable[[Any], str]) -> float:
@@ -64,7 +80,7 @@ def _wait(stub: Any, timeout_s: float, left: Callable[[Any], str]) -> float:
     from stagemesh.protos.v1 import coordinator_pb2
 
     began = time.monotonic()
-    while what := left(stub.DescribeMesh(coordinator_pb2.DescribeMeshRequest(), timeout=CALL_TIMEOUT_S).mesh):
+    while what := left(_call(stub.DescribeMesh, coordinator_pb2.DescribeMeshRequest(), timeout_s).mesh):
         if time.monotonic() - began > timeout_s:
             raise DeadlineExceeded(f"after {timeout_s:g} s, {what}")
         time.sleep(LOOK_S)
@@ -81,7 +97,7 @@ def _drain(namespace: argparse.Namespace, stub: Any) -> None:
         said = "; ".join(f"{p.pipeline_id} stage {s.stage}: {p.reason or 'moving'}" for p, s in stages)
         return f"{worker} still holds a stage: {said}" if stages else ""
 
-    stub.Drain(coordinator_pb2.DrainRequest(worker_id=worker), timeout=CALL_TIMEOUT_S)
+    _call(stub.Drain, coordinator_pb2.DrainRequest(worker_id=worker), AWAY_S)
     print(f"{worker} holds no stage, after {_wait(stub, namespace.timeout, left):.1f} s")
 
 
@@ -94,7 +110,7 @@ def _repartition(namespace: argparse.Namespace, stub: Any) -> None:
             request.counts.extend(int(count) for count in namespace.counts.split(","))
         except ValueError:
             raise ConfigError(f"{namespace.counts!r} is neither auto nor counts of layers, such as 5,7") from None
-    answer = stub.Repartition(request, timeout=CALL_TIMEOUT_S)
+    answer = _call(stub.Repartition, request, AWAY_S)
     wanted = list(answer.counts)
     shown = ",".join(map(str, wanted))
     if answer.slowest_us:

@@ -1,0 +1,59 @@
+"""Services started one by one, as on a cluster, on ports that the system gives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 90.0
+
+
+@dataclass
+class Service:
+    """A running `stagemesh` service and the ports that it got."""
+
+    process: subprocess.Popen[bytes]
+    ports: dict[str, int]
+
+
+@contextlib.contextmanager
+def service(folder: Path, *args: str, env: dict[str, str] | None = None) -> Iterator[Service]:
+    """One service until the block ends; `env`: another environment than ours."""
+    read_fd, write_fd = os.pipe()
+    log = (folder / f"{args[0]}-{time.monotonic_ns()}.log").open("wb")
+    command = [sys.executable, "-m", "stagemesh.cli.main", *args, "--ready-fd", str(write_fd)]
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[write_fd], env=env)
+    os.close(write_fd)
+    try:
+        with os.fdopen(read_fd) as pipe:
+            ports = json.loads(pipe.readline() or "{}")
+        assert ports, Path(log.name).read_text()
+        yield Service(process, ports)
+    except BaseException:
+        print(Path(log.name).read_text()[-4000:], file=sys.stderr)
+        raise
+    finally:
+        process.terminate()
+        process.wait(15)
+        log.close()
+
+
+def mesh_of(gateway: Service) -> Any:
+    with urllib.request.urlopen(f"http://127.0.0.1:{gateway.ports['port']}/mesh", timeout=10) as response:
+        return json.load(response)
+
+
+def wait_ready(gateway: Service) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not mesh_of(gateway)["ready"]:
+        assert time.monotonic() < deadline, mesh_of(gateway)["reason"]
+        time.sleep(0.05)
