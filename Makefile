@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test check install protos bench bench-vllm bench-scale numerics chaos breadth helm models-doc clean
+.PHONY: serve test check install protos bench bench-vllm bench-scale numerics chaos chaos-hour breadth helm models-doc clean
 
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
@@ -48,6 +48,11 @@ numerics: $(DEV)  ## every combination of the token-for-token tests (the pairwis
 
 chaos: $(DEV)  ## kills, hangs, cuts and operations under live streams, at every named point
 	$(BIN)/python -m pytest tests/chaos -m "slow or not slow" --timeout 3600 $(ARGS)
+
+chaos-hour: $(DEV)  ## everything at random for an hour, 256 streams; writes benchmarks/results/chaos-hour.json
+	STAGEMESH_CHAOS_S=3600 STAGEMESH_CHAOS_STREAMS=256 \
+	STAGEMESH_CHAOS_RESULT=$(CURDIR)/benchmarks/results/chaos-hour.json \
+	$(BIN)/python -m pytest tests/chaos/test_everything.py -s $(ARGS)
 
 bench: $(DEV)
 	$(BIN)/python benchmarks/links.py

@@ -164,6 +164,8 @@ class MeshEngine:
             seed = secrets.randbits(32)
             log.debug("request %s draws with seed %d", request.request_id, seed)
         live = LiveRequest(request, seed % 2**64, self.tokenizer, self.metrics, self._on_end)
+        if live.ended:
+            return live  # All of it was promised before.
         bound_s = min(request.deadline_s or self.settings.request_timeout, self.settings.request_timeout)
         live.deadline = asyncio.get_running_loop().call_later(
             bound_s, live.fail, DeadlineExceeded(f"request {request.request_id} took longer than {bound_s:g} s")

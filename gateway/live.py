@@ -67,6 +67,18 @@ class LiveRequest:
         self._pending: dict[int, Delta] = {}
         self._wake = asyncio.Event()
         metrics.request_queued(len(request.prompt))
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Enters what was promised before, and forgets of it what the client has."""
+        for number, logged in enumerate(self.request.log):
+            for at, (token, logprob) in enumerate(logged):
+                if at == self.request.seen[number]:
+                    self._pending.pop(number, None)
+                self.choices[number].sequence.log.append(token)
+                self._enter(number, token, logprob)
+            if len(logged) == self.request.seen[number]:
+                self._pending.pop(number, None)
 
     # -- from the batch loop ----------------------------------------------------------------------------------------
 
@@ -78,8 +90,11 @@ class LiveRequest:
 
     def on_token(self, number: int, token: int, logprob: TokenLogprob | None) -> bool:
         """A token entered the log of choice `number`; True when that ends the choice."""
+        self._measure(self.choices[number])
+        return self._enter(number, token, logprob)
+
+    def _enter(self, number: int, token: int, logprob: TokenLogprob | None) -> bool:
         choice, request = self.choices[number], self.request
-        self._measure(choice)
         log = choice.sequence.log
         reason: FinishReason | None = None
         stopped_by: str | int | None = None

@@ -33,6 +33,19 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of one token that came, and the likeliest at its position, likeliest first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+Logged = tuple[int, TokenLogprob | None]
+"""A token of an answer, and its log-probability where that was asked for."""
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One request, checked and tokenized: `n` choices of at most `max_tokens` tokens each."""
 
@@ -50,15 +63,10 @@ class GenerationRequest:
     skip_special_tokens: bool = True
     deadline_s: float | None = None
     """Seconds from submission until the request ends with DeadlineExceeded; None takes the gateway's bound."""
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """Log-probability of one token that came, and the likeliest at its position, likeliest first."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    log: tuple[tuple[Logged, ...], ...] = ()
+    """Of each choice, what was promised before: the answer goes on behind it. Empty: nothing was."""
+    seen: tuple[int, ...] = ()
+    """Of each choice, how many of those tokens the client has: they are not told again."""
 
 
 @dataclass

@@ -62,8 +62,9 @@ class Work:
     def add(self, live: LiveRequest) -> None:
         """Queues all choices of a request."""
         for choice in live.choices:
-            self.live[choice.sequence] = live
-            self.scheduler.add(choice.sequence)
+            if not choice.finished:
+                self.live[choice.sequence] = live
+                self.scheduler.add(choice.sequence)
 
     def remove(self, live: LiveRequest) -> None:
         """The request ended: its sequences leave, their pages follow when no step names them."""

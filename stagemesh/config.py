@@ -283,6 +283,8 @@ class GatewaySettings(ListenSettings):
     """Seconds that SIGTERM gives running requests to finish."""
     recovery_deadline: float = Field(60.0, ge=0)
     """Seconds that running requests wait for a lost stage to be made good; then they end with STAGE_LOST."""
+    token_log: str | None = None
+    """Folder in which streams are written down, so that a client can resume them at any gateway that shares it."""
 
     _json = field_validator("speculative_config", mode="before")(_parse_json)
 
@@ -321,6 +323,8 @@ class ServeSettings(Loopback, ModelSettings):
     """Memory of one rank for activations that it sent, so that a lost neighbour can be refilled."""
     recovery_deadline: float = Field(60.0, ge=0)
     """Seconds that running requests wait for a lost stage to be made good."""
+    token_log: str | None = None
+    """Folder in which streams are written down, so that a client can resume them."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of a card's memory that may be used."""
     enforce_eager: bool = False

@@ -16,6 +16,7 @@ from stagemesh.config import GatewaySettings
 from stagemesh.errors import NotFound
 from stagemesh.gateway.metrics import CONTENT_TYPE, Metrics
 from stagemesh.gateway.request import Engine, ModelCard
+from stagemesh.gateway.token_log import TokenLog
 from stagemesh.gateway.trace import Recorder
 
 from .call import Api
@@ -25,7 +26,11 @@ from .endpoint import Endpoint
 from .errors import json_response, response_of, shape
 from .http import ABORT, abort_of
 from .middleware import Front
+from .resume import ResumeEndpoint
 from .trace import TraceEndpoint
+
+PARSERS = {"/v1/completions": CompletionCall.parse, "/v1/chat/completions": ChatCall.parse}
+"""Endpoints that generate."""
 
 
 class App(Starlette):
@@ -42,13 +47,12 @@ def build_app(
     engine: Engine, settings: GatewaySettings, metrics: Metrics, recorder: Recorder | None = None
 ) -> Starlette:
     """The application over `engine`; traces where there is a recorder."""
-    api = Api(engine, settings, metrics)
+    api = Api(engine, settings, metrics, TokenLog(settings.token_log) if settings.token_log else None)
     get = Handlers(api)
     routes = [
         Route("/v1/models", get.models),
         Route("/v1/models/{name:path}", get.model),
-        Route("/v1/completions", Endpoint(api, CompletionCall.parse), methods=["POST"]),
-        Route("/v1/chat/completions", Endpoint(api, ChatCall.parse), methods=["POST"]),
+        *(Route(path, Endpoint(api, parse, path), methods=["POST"]) for path, parse in PARSERS.items()),
         Route("/health", get.ready),
         Route("/readyz", get.ready),
         Route("/livez", get.live),
@@ -56,6 +60,8 @@ def build_app(
         Route("/metrics", get.metrics),
         Route("/version", get.version),
     ]
+    if api.token_log is not None:
+        routes.append(Route("/v1/streams/{id}", ResumeEndpoint(api, PARSERS), methods=["GET"]))
     if recorder is not None:
         routes.append(Route("/trace", TraceEndpoint(recorder), methods=["POST"]))
     return App(

@@ -12,6 +12,7 @@ from typing import Any
 from stagemesh.config import GatewaySettings
 from stagemesh.gateway.metrics import Metrics
 from stagemesh.gateway.request import Delta, Engine, GenerationRequest, ModelCard
+from stagemesh.gateway.token_log import TokenLog
 from stagemesh.gateway.tokenizer import Tokenizer
 
 from .errors import dumps
@@ -28,6 +29,7 @@ class Api:
     engine: Engine
     settings: GatewaySettings
     metrics: Metrics
+    token_log: TokenLog | None = None
 
 
 def event(payload: str) -> str:
@@ -43,6 +45,8 @@ class Call(ABC):
     id_prefix: str
 
     def __init__(self, body: Common, model: ModelCard, tokenizer: Tokenizer) -> None:
+        self.numbered = False
+        """Whether its events tell in their ids how far the stream is, so that it can be resumed behind them."""
         self.body = body
         self.model = model
         self.tokenizer = tokenizer
@@ -56,8 +60,10 @@ class Call(ABC):
         self._include_usage = options is not None and bool(options.include_usage)
         self._continuous_usage = self._include_usage and bool(options and options.continuous_usage_stats)
         self._completion_tokens = 0
+        self._told: list[int] = []
+        """Tokens of each choice, of streams that can be resumed."""
         self._opened: set[int] = set()
-        self._head = dumps(self._base(self.object_chunk))[:-1] + ',"choices":['
+        self._head = self._make_head()
 
     @abstractmethod
     def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -70,6 +76,22 @@ class Call(ABC):
     @abstractmethod
     def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
         """A choice of a chunk."""
+
+    def number(self) -> None:
+        """Its events get ids."""
+        self.numbered = True
+        self._told = [0] * sum(request.n for request in self.requests)
+
+    def take_up(self, call_id: str, created: int, seen: Sequence[int]) -> None:
+        """It is the rest of an earlier call, of whose choices the client has so many tokens."""
+        self.id, self.created = call_id, created
+        self._head = self._make_head()
+        self._told = list(seen)
+        self._completion_tokens = sum(seen)
+        self._opened = {index for index, count in enumerate(seen) if count}
+
+    def _make_head(self) -> str:
+        return dumps(self._base(self.object_chunk))[:-1] + ',"choices":['
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -90,6 +112,8 @@ class Call(ABC):
                 if opening is not None:
                     lines.append(self._chunk(dumps(opening)))
             self._completion_tokens += len(delta.tokens)
+            if self.numbered:
+                self._told[index] += len(delta.tokens)
             if delta.text or delta.tokens or delta.finish_reason is not None:
                 lines.append(self._chunk(dumps(self.chunk_choice(index, delta))))
         return "".join(lines).encode()
@@ -117,6 +141,8 @@ class Call(ABC):
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
 
     def _chunk(self, choice: str) -> str:
+        number = f"id: {','.join(map(str, self._told))}\n" if self.numbered else ""
         if self._continuous_usage:
-            return event(f'{self._head}{choice}],"usage":{dumps(self.usage())}}}')
-        return event(f'{self._head}{choice}],"usage":null}}' if self._include_usage else f"{self._head}{choice}]}}")
+            return number + event(f'{self._head}{choice}],"usage":{dumps(self.usage())}}}')
+        end = '],"usage":null}' if self._include_usage else "]}"
+        return number + event(f"{self._head}{choice}{end}")

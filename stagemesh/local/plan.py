@@ -119,6 +119,7 @@ def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
         max_waiting=serve.max_waiting,
         request_timeout=serve.request_timeout,
         recovery_deadline=serve.recovery_deadline,
+        token_log=serve.token_log,
         drain_timeout=serve.drain_timeout,
     )
 

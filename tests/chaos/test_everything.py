@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import streams
 from disturb import COMMON
 from everything import Everything, held
@@ -21,6 +22,7 @@ RESULT = os.environ.get("STAGEMESH_CHAOS_RESULT")
 REQUESTS, MAX_TOKENS = 20, 120
 
 
+@pytest.mark.timeout(SECONDS + 300)
 def test_everything_at_random() -> None:
     print(f"seed {SEED}, {SECONDS:g} s, {CLIENTS} streams: STAGEMESH_CHAOS_SEED, _S, _STREAMS change them")
     before = shared_memory()

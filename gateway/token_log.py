@@ -1,0 +1,152 @@
+"""Streams on disk, so that a client whose gateway is gone can go on at another one: `--token-log DIR`.
+
+One file a call, of JSON lines: first what was asked, then each piece of the answer before it is sent; made with the
+first piece. What a gateway that was killed had drawn and not written is drawn again, and is the same: a token depends
+on seed, choice and position alone. Nothing waits for the disk itself: a file outlives the process that wrote it, not
+the power of the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stagemesh.errors import ConfigError, NotFound
+
+from .request import Delta, Logged, TokenLogprob
+
+log = logging.getLogger(__name__)
+
+KEEP_S = 3600.0
+"""How long a stream can be resumed after its last token."""
+SWEEP_S = 60.0
+NAME = re.compile(r"(?:chatcmpl|cmpl)-[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What was asked."""
+
+    call_id: str
+    path: str
+    """The endpoint's."""
+    body: bytes
+    created: int
+    seeds: tuple[int, ...]
+    """Of each prompt's request."""
+
+
+@dataclass
+class Recorded:
+    """A call, and its answer as far as it was sent."""
+
+    call: Call
+    choices: dict[int, list[Logged]] = field(default_factory=dict)
+    """Choice -> its tokens."""
+
+
+class TokenLog:
+    """The files of one folder, which gateways may share."""
+
+    def __init__(self, folder: str) -> None:
+        """Raises ConfigError where the folder cannot be written."""
+        self._folder = Path(folder)
+        self._swept_at = 0.0
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            probe = self._folder / f".{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as e:
+            raise ConfigError(f"--token-log {folder}: {e}: give a folder that this user can write") from e
+
+    def begin(self, call: Call) -> Writing:
+        """For a call that may be accepted."""
+        self._sweep()
+        head = {"id": call.call_id, "path": call.path, "body": call.body.decode(), "created": call.created,
+                "seeds": call.seeds}  # fmt: skip
+        return Writing(self._path(call.call_id), head)
+
+    def resume(self, call_id: str) -> tuple[Recorded, Writing]:
+        """What is known of a call, and its file to go on with. Raises NotFound."""
+        path = self._path(call_id) if NAME.fullmatch(call_id) else None
+        lines: list[Any] = []
+        with contextlib.suppress(OSError):
+            # The last line may be half a line: its writer was killed within it.
+            whole, _, _ = path.read_bytes().rpartition(b"\n") if path is not None else (b"", b"", b"")
+            lines = [json.loads(line) for line in whole.splitlines()]
+        if not lines or path is None:
+            raise NotFound(f"no stream {call_id!r} is known here: it never began, or ended over {KEEP_S:g} s ago")
+        head = lines[0]
+        call = Call(head["id"], head["path"], head["body"].encode(), head["created"], tuple(head["seeds"]))
+        recorded = Recorded(call)
+        for choice, start, entries in lines[1:]:
+            known = recorded.choices.setdefault(choice, [])
+            # Two gateways may have written of the same positions, and then the same.
+            known += [_entry(raw) for raw in entries[max(0, len(known) - start) :]]
+        os.truncate(path, len(whole) + 1)
+        return recorded, Writing(path)
+
+    def _path(self, call_id: str) -> Path:
+        return self._folder / f"{call_id}.jsonl"
+
+    def _sweep(self) -> None:
+        now = time.time()
+        if now < self._swept_at + SWEEP_S:
+            return
+        self._swept_at = now
+        for path in self._folder.glob("*.jsonl"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < now - KEEP_S:
+                    path.unlink()
+
+
+class Writing:
+    """The file of one call."""
+
+    def __init__(self, path: Path, head: object = None) -> None:
+        """`head` is the first line of a file that is not there yet."""
+        self._path, self._head = path, head
+        self._fd: int | None = None
+        self._lengths: dict[int, int] = {}
+
+    def add(self, choice: int, delta: Delta) -> None:
+        """A piece of a choice's answer, before it is sent. Raises OSError."""
+        start = self._lengths.get(choice, 0)
+        self._lengths[choice] = start + len(delta.tokens)
+        told: list[object] = [[p.logprob, p.top] for p in delta.logprobs]
+        logprobs = told or [None] * len(delta.tokens)
+        self._line([choice, start, list(zip(delta.tokens, logprobs, strict=True))])
+
+    def go_on_behind(self, lengths: Sequence[int]) -> None:
+        """The next piece of each choice begins there: what comes is written again where it was."""
+        self._lengths = dict(enumerate(lengths))
+
+    def _line(self, value: object) -> None:
+        lines = json.dumps(value).encode() + b"\n"
+        if self._fd is None:
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            if self._head is not None:
+                lines = json.dumps(self._head).encode() + b"\n" + lines
+        os.write(self._fd, lines)
+
+    def close(self) -> None:
+        """Nothing more is written."""
+        if self._fd is not None:
+            os.close(self._fd)
+
+
+def _entry(raw: Any) -> Logged:
+    token, told = raw
+    if told is None:
+        return token, None
+    logprob, top = told
+    return token, TokenLogprob(token, logprob, tuple((int(ident), float(value)) for ident, value in top))
