@@ -10,18 +10,15 @@ is made good like any other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from stagemesh.errors import Unavailable
 from stagemesh.protocol import MOVES
 
 from . import values as v
-from .cost import kinds
 from .forming import RETRY_MAX_S, Phase, Pipeline, State, num_links
-from .partition import partition
-from .planning import CannotForm, Choice, choose
-from .standbys import Warmer
+from .planning import CannotForm, Choice
+from .wishes import Wishes
 
 MOVE_S = 60.0
 """How long the workers may take to link, and then how long gateways may take to go over."""
@@ -64,17 +61,13 @@ def pages_to_copy(old: Sequence[v.StagePlan], new: Sequence[v.StagePlan], epoch:
     return tuple(found)
 
 
-class Mover(Warmer):
+class Mover(Wishes):
     """Changes of a pipeline beside the pipeline."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self.moves: dict[str, Move] = {}
         """By pipeline."""
-        self.ranges: tuple[v.Range, ...] | None = None
-        """What an operator wants the stages to hold, and they do not yet."""
-        self.given_up = ""
-        """Why what an operator wanted last will not be."""
         self._highest = {name: pipeline.epoch for name, pipeline in self.pipelines.items()}
         """Pipeline -> the highest epoch that it, or a move of it, ever had."""
         self._failed: dict[str, int] = {}
@@ -88,32 +81,13 @@ class Mover(Warmer):
 
     # -- what is to change ------------------------------------------------------------------------------------------
 
-    def ranges_for(self, counts: Sequence[int]) -> tuple[v.Range, ...]:
-        """Ranges of so many layers; none: what the cost model takes for the best.
-
-        Raises ConfigError when they do not fit the model or the workers, Unavailable when nothing serves.
-        """
-        pipeline = next((p for p in self.pipelines.values() if p.state is State.SERVING), None)
-        if pipeline is None:
-            raise Unavailable("no pipeline serves whose layers could move", retry_after_s=RETRY_MAX_S)
-        of = kinds([self._worker_at(pipeline, plan.stage).info for plan in pipeline.stages])
-        return tuple(partition(self.target.cost, of, counts or None))
-
     def _repartition(self, ranges: tuple[v.Range, ...]) -> None:
-        """An operator's wish; it holds for what is formed from now on as well."""
-        self.ranges, self.given_up = ranges, ""
-        self.target = replace(self.target, layer_partition=tuple(last - first for first, last in ranges))
         self._failed.clear()
-        self._log("other ranges are wanted: " + _shown(ranges))
+        super()._repartition(ranges)
 
-    def _cannot_load(self, layers: v.Range, reason: str) -> None:
-        if self.ranges is not None and layers in self.ranges:
-            self._give_ranges_up(reason)
-
-    def _give_ranges_up(self, why: str) -> None:
-        self._log(f"the ranges stay as they are: {why}", warning=True)
-        self.ranges, self.given_up = None, why
-        self._publish()
+    def _rebalance_if_due(self, pipeline: Pipeline) -> None:
+        if not self.moves:
+            super()._rebalance_if_due(pipeline)
 
     def _move_if_due(self, pipeline: Pipeline) -> None:
         """Stages of workers that drain go to others, and layers to where they are wanted, once these have loaded them;
@@ -151,19 +125,6 @@ class Mover(Warmer):
         if pipeline.state is not state and pipeline.state in (State.SERVING, State.DRAINING):
             pipeline.state, pipeline.reason = state, reason
             self._publish()
-
-    def _wanted(self, pipeline: Pipeline, leaving: Sequence[v.StagePlan]) -> tuple[list[Choice], str]:
-        """Who is to hold what, and why; nobody, if nothing is to change. Raises CannotForm."""
-        if leaving:
-            chosen = choose(self.target, self._free_for(pipeline), pipeline.stages)
-            return chosen, ", ".join(f"stage {p.stage} leaves worker {p.worker_id}" for p in leaving) + ", which drains"
-        held = tuple(plan.layers for plan in pipeline.stages)
-        if self.ranges == held:
-            self.ranges = None
-        if self.ranges is None:
-            return [], ""
-        workers = [self._worker_at(pipeline, plan.stage) for plan in pipeline.stages]
-        return [Choice(w, r) for w, r in zip(workers, self.ranges, strict=True)], "other ranges are wanted"
 
     def _knows_moves(self, pipeline: Pipeline, chosen: Sequence[Choice]) -> bool:
         """Whether all whom it takes speak a protocol that has moves: not in the midst of an upgrade to it."""
@@ -248,6 +209,9 @@ class Mover(Warmer):
             worker = self.workers[plan.worker_id]
             worker.kept, worker.beside = plan.layers, None
         self._version += 1
+        advised = self._advised.pop(pipeline.pipeline_id, None)
+        if advised is not None and advised.ranges == tuple(plan.layers for plan in move.stages):
+            self.step_times[pipeline.pipeline_id].moved(move.epoch, advised, self._now)
         self._persist(pipeline)
         self._log(f"{pipeline.pipeline_id} has gone to epoch {pipeline.epoch}: {move.why}")
         for plan in before:
@@ -362,7 +326,3 @@ class Mover(Warmer):
             return
         self._end_move(pipeline.pipeline_id)
         super()._down(pipeline, reason, final=final)
-
-
-def _shown(ranges: Sequence[v.Range]) -> str:
-    return ", ".join(f"{first}-{last - 1}" for first, last in ranges)

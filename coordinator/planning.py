@@ -34,6 +34,8 @@ class Target:
     transport: str = "auto"
     terms: str = ""
     """Digest of model and bounds."""
+    rebalance: bool = False
+    """Layers move by themselves when steps would be faster for it."""
 
 
 @dataclass(frozen=True)

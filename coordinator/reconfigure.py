@@ -84,14 +84,18 @@ class Mesh(Mover):
                 self._gateway_gone(gateway_id)
             case v.GatewayMoved():
                 self._gateway_moved(event)
+            case v.StepsMeasured():
+                self._steps_measured(event)
             case v.RepartitionRequested(ranges):
                 self._repartition(ranges)
             case _:
                 self._order_answered(event)
         for pipeline in self.pipelines.values():
+            self._rebalance_if_due(pipeline)
             self._move_if_due(pipeline)
             self._form_if_due(pipeline)
         self._warm_standbys()
+        self._advise_if_due()
         return self._actions
 
     # Membership

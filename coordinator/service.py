@@ -206,8 +206,18 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
     async def Repartition(self, request: pb.RepartitionRequest, context: Context) -> pb.RepartitionResponse:
         """Other layer ranges."""
         ranges = self._mesh.ranges_for(list(request.counts))
+        advice = next((a for p in self._mesh.pipelines.values() if (a := self._mesh.advice(p)) is not None), None)
         self.post(v.RepartitionRequested(ranges))
-        return pb.RepartitionResponse(counts=[last - first for first, last in ranges])
+        answer = pb.RepartitionResponse(counts=[last - first for first, last in ranges])
+        if advice is not None and advice.ranges == ranges:
+            answer.slowest_us, answer.expected_us = round(advice.now_s * 1e6), round(advice.then_s * 1e6)
+        return answer
+
+    async def ReportSteps(self, request: pb.ReportStepsRequest, context: Context) -> pb.ReportStepsResponse:
+        """What a pipeline's steps take."""
+        seconds = tuple(us * 1e-6 for us in request.step_us)
+        self.post(v.StepsMeasured(request.gateway_id, request.pipeline_id, request.epoch, seconds))
+        return pb.ReportStepsResponse()
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         """Takes a worker out of service."""

@@ -180,6 +180,16 @@ class GatewayMoved:
 
 
 @dataclass(frozen=True)
+class StepsMeasured:
+    """A gateway reports what a step takes on each stage, in seconds."""
+
+    gateway_id: str
+    pipeline_id: str
+    epoch: int
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class RepartitionRequested:
     """An operator wants other layer ranges, one a stage."""
 
@@ -273,6 +283,7 @@ Event = (
     | GatewayCame
     | GatewayGone
     | GatewayMoved
+    | StepsMeasured
     | RepartitionRequested
     | AssignProgress
     | AssignDone

@@ -143,6 +143,16 @@ def mesh_view(
     view = types_pb2.MeshView(pipelines=[pipeline_view(mesh, p, model) for p in mesh.pipelines.values()])
     view.wanted_counts.extend(last - first for first, last in mesh.ranges or ())
     view.given_up = mesh.given_up
+    for name, times in mesh.step_times.items():
+        for outcome in times.outcomes:
+            view.rebalances.add(
+                pipeline_id=name,
+                epoch=outcome.epoch,
+                before_us=round(outcome.before_s * 1e6),
+                expected_us=round(outcome.expected_s * 1e6),
+                after_us=round(outcome.after_s * 1e6),
+            )
+    view.advice.extend(mesh.advices)
     for worker in mesh.workers.values():
         view.workers.append(_worker_view(mesh, worker))
     for info in mesh.lost.values():

@@ -70,6 +70,17 @@ class StepCosts:
         """
         return [fit.line() or (fit.seconds / fit.weight, 0.0) for _, fit in sorted(self._stages.items())]
 
+    def typical_s(self) -> list[float] | None:
+        """Seconds of a step of the size that steps have, on each stage; None while few were seen."""
+        fits = [fit for _, fit in sorted(self._stages.items())]
+        if not fits or any(fit.weight < ENOUGH for fit in fits):
+            return None
+        return [fit.seconds / fit.weight for fit in fits]
+
+    def forget(self) -> None:
+        """Stages hold other layers now."""
+        self._stages.clear()
+
     def expected_s(self, tokens: int) -> float | None:
         """Seconds of a step of so many tokens, one stage after the other; None while nothing like it was seen."""
         total_s = 0.0

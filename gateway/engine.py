@@ -44,6 +44,8 @@ from .work import Work, make_work
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.2
+STEPS_S = 2.0
+"""Between two reports of what steps take."""
 WARM_UP_TIMEOUT_S = 120.0
 RETRY_AFTER_S = 2.0
 
@@ -96,6 +98,7 @@ class MeshEngine:
             group.create_task(self._watch())
             group.create_task(self._keep_loop())
             group.create_task(self._reporter.run())
+            group.create_task(self._report_steps())
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Takes nothing new, lets live requests finish for a while, then ends."""
@@ -254,6 +257,17 @@ class MeshEngine:
         finally:
             await channel.close(None)
 
+    async def _report_steps(self) -> None:
+        """While requests run."""
+        while True:
+            await asyncio.sleep(STEPS_S)
+            loop, work = self._loop, self._work
+            if loop is None or work is None or loop.lost is not None or work.recovering or not work.live:
+                continue
+            seconds = work.costs.typical_s()
+            if seconds is not None and len(seconds) == len(loop.view.stages):
+                self._reporter.steps(*loop.key, seconds)
+
     async def _watch_once(self, stub: coordinator_pb2_grpc.CoordinatorStub) -> None:
         """One stream of the mesh, until the coordinator ends it. Raises its error, or Unavailable."""
         request = coordinator_pb2.WatchPipelinesRequest(
@@ -362,6 +376,8 @@ class MeshEngine:
             await new.close()
             return
         self._loop, self._moved = new, key
+        if [stage.layers for stage in after.stages] != [stage.layers for stage in view.stages]:
+            work.costs.forget()
         await handover.finish()
         self._outage.moved(*key, handover.paused_s, len(self._live), handover.pages)
         self._reporter.moved(*key)

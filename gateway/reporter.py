@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 from stagemesh import rpc
 from stagemesh.errors import StagemeshError
@@ -14,7 +15,7 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 5.0
 WAITING = 16
 
-Report = coordinator_pb2.ReportStuckRequest | coordinator_pb2.ReportMovedRequest
+Report = coordinator_pb2.ReportStuckRequest | coordinator_pb2.ReportMovedRequest | coordinator_pb2.ReportStepsRequest
 
 
 class Reporter:
@@ -40,6 +41,17 @@ class Reporter:
             )
         )
 
+    def steps(self, pipeline_id: str, epoch: int, seconds: Sequence[float]) -> None:
+        """What a step takes on each stage."""
+        self._put(
+            coordinator_pb2.ReportStepsRequest(
+                gateway_id=self._gateway_id,
+                pipeline_id=pipeline_id,
+                epoch=epoch,
+                step_us=[round(s * 1e6) for s in seconds],
+            )
+        )
+
     def _put(self, report: Report) -> None:
         if not self._queue.full():
             self._queue.put_nowait(report)
@@ -55,9 +67,13 @@ class Reporter:
                     with rpc.mapped():
                         if isinstance(report, coordinator_pb2.ReportStuckRequest):
                             await stub.ReportStuck(report, timeout=TIMEOUT_S)
-                        else:
+                        elif isinstance(report, coordinator_pb2.ReportMovedRequest):
                             await stub.ReportMoved(report, timeout=TIMEOUT_S)
+                        else:
+                            await stub.ReportSteps(report, timeout=TIMEOUT_S)
                 except StagemeshError as e:
-                    log.warning("the coordinator was not told of %s: %s", report.pipeline_id, e.message)
+                    # One of the release before does not know what steps are for.
+                    level = logging.DEBUG if isinstance(report, coordinator_pb2.ReportStepsRequest) else logging.WARNING
+                    log.log(level, "the coordinator was not told of %s: %s", report.pipeline_id, e.message)
         finally:
             await channel.close(None)

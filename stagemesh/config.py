@@ -183,6 +183,8 @@ class CoordinatorSettings(ListenSettings, ModelSettings):
     """Number of stages."""
     layer_partition: list[int] | None = None
     """Layers of each stage, such as 5,7; default: chosen by the cost model."""
+    rebalance: Literal["off", "auto"] = "off"
+    """auto: layers move between stages by themselves when measured steps would be a tenth faster for it."""
     transport: Literal["auto", "ucx", "tcp"] = "auto"
     """What links are made of; auto takes UCX where both ends have it."""
     state_dir: str | None = None
@@ -311,6 +313,8 @@ class ServeSettings(Loopback, ModelSettings):
     """Ranks of each stage: one number for all, or one a stage, such as 2,1."""
     layer_partition: list[int] | None = None
     """Layers of each stage, such as 5,7."""
+    rebalance: Literal["off", "auto"] = "off"
+    """auto: layers move between stages by themselves when measured steps would be a tenth faster for it."""
     transport: Literal["auto", "ucx", "tcp"] = "auto"
     """What links are made of."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

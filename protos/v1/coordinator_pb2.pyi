@@ -148,6 +148,22 @@ class ReportMovedResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ReportStepsRequest(_message.Message):
+    __slots__ = ("gateway_id", "pipeline_id", "epoch", "step_us")
+    GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_US_FIELD_NUMBER: _ClassVar[int]
+    gateway_id: str
+    pipeline_id: str
+    epoch: int
+    step_us: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, gateway_id: _Optional[str] = ..., pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., step_us: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ReportStepsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class RepartitionRequest(_message.Message):
     __slots__ = ("counts",)
     COUNTS_FIELD_NUMBER: _ClassVar[int]

@@ -65,6 +65,11 @@ class CoordinatorStub(object):
                 request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportMovedRequest.SerializeToString,
                 response_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportMovedResponse.FromString,
                 _registered_method=True)
+        self.ReportSteps = channel.unary_unary(
+                '/stagemesh.v1.Coordinator/ReportSteps',
+                request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStepsRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStepsResponse.FromString,
+                _registered_method=True)
         self.Repartition = channel.unary_unary(
                 '/stagemesh.v1.Coordinator/Repartition',
                 request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionRequest.SerializeToString,
@@ -124,6 +129,13 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportSteps(self, request, context):
+        """What a pipeline's steps take; said every few seconds while there are any.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Repartition(self, request, context):
         """Gives the stages of every pipeline other layer ranges, while requests go on. Errors: FAILED_PRECONDITION for ranges that
         do not fit.
@@ -172,6 +184,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.ReportMoved,
                     request_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportMovedRequest.FromString,
                     response_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportMovedResponse.SerializeToString,
+            ),
+            'ReportSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportSteps,
+                    request_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStepsRequest.FromString,
+                    response_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStepsResponse.SerializeToString,
             ),
             'Repartition': grpc.unary_unary_rpc_method_handler(
                     servicer.Repartition,
@@ -347,6 +364,33 @@ class Coordinator(object):
             '/stagemesh.v1.Coordinator/ReportMoved',
             stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportMovedRequest.SerializeToString,
             stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportMovedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Coordinator/ReportSteps',
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStepsRequest.SerializeToString,
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,

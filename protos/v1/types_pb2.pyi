@@ -256,8 +256,22 @@ class WorkerView(_message.Message):
     version: str
     def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., pool: _Optional[int] = ..., tp_size: _Optional[int] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., state: _Optional[str] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
 
+class Rebalance(_message.Message):
+    __slots__ = ("pipeline_id", "epoch", "before_us", "expected_us", "after_us")
+    PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_US_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_US_FIELD_NUMBER: _ClassVar[int]
+    AFTER_US_FIELD_NUMBER: _ClassVar[int]
+    pipeline_id: str
+    epoch: int
+    before_us: int
+    expected_us: int
+    after_us: int
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., before_us: _Optional[int] = ..., expected_us: _Optional[int] = ..., after_us: _Optional[int] = ...) -> None: ...
+
 class MeshView(_message.Message):
-    __slots__ = ("pipelines", "workers", "stale_refused", "wanted_counts", "given_up")
+    __slots__ = ("pipelines", "workers", "stale_refused", "wanted_counts", "given_up", "rebalances", "advice")
     class StaleRefusedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -270,9 +284,13 @@ class MeshView(_message.Message):
     STALE_REFUSED_FIELD_NUMBER: _ClassVar[int]
     WANTED_COUNTS_FIELD_NUMBER: _ClassVar[int]
     GIVEN_UP_FIELD_NUMBER: _ClassVar[int]
+    REBALANCES_FIELD_NUMBER: _ClassVar[int]
+    ADVICE_FIELD_NUMBER: _ClassVar[int]
     pipelines: _containers.RepeatedCompositeFieldContainer[PipelineView]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerView]
     stale_refused: _containers.ScalarMap[str, int]
     wanted_counts: _containers.RepeatedScalarFieldContainer[int]
     given_up: str
-    def __init__(self, pipelines: _Optional[_Iterable[_Union[PipelineView, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerView, _Mapping]]] = ..., stale_refused: _Optional[_Mapping[str, int]] = ..., wanted_counts: _Optional[_Iterable[int]] = ..., given_up: _Optional[str] = ...) -> None: ...
+    rebalances: _containers.RepeatedCompositeFieldContainer[Rebalance]
+    advice: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, pipelines: _Optional[_Iterable[_Union[PipelineView, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerView, _Mapping]]] = ..., stale_refused: _Optional[_Mapping[str, int]] = ..., wanted_counts: _Optional[_Iterable[int]] = ..., given_up: _Optional[str] = ..., rebalances: _Optional[_Iterable[_Union[Rebalance, _Mapping]]] = ..., advice: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -38,4 +38,11 @@ def show(url: str) -> int:
                   f"tp {stage['tp_size']}{route}")  # fmt: skip
     for worker in mesh.get("workers", []):
         print(f"worker {worker['worker_id']} at {worker['address']}: {worker['state']}, {worker['device']['name']}")
+    for change in mesh.get("rebalances", []):
+        after = f"{change['after_us'] / 1000:.1f} ms" if change["after_us"] else "not measured yet"
+        print(f"{change['pipeline_id']} epoch {change['epoch']} got other ranges: the slowest stage took "
+              f"{change['before_us'] / 1000:.1f} ms a step, {change['expected_us'] / 1000:.1f} ms were expected, "
+              f"it takes {after}")  # fmt: skip
+    for advice in mesh.get("advice", []):
+        print(f"advice: {advice}")
     return 0 if mesh["ready"] else 1

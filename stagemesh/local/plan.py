@@ -28,6 +28,7 @@ def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSet
         port=0,
         pipeline_parallel_size=serve.pipeline_parallel_size,
         layer_partition=serve.layer_partition,
+        rebalance=serve.rebalance,
         transport=serve.transport,
         steps_in_flight=serve.steps_in_flight,
         speculative_config=_if_method(serve, "draft_model"),

@@ -89,3 +89,24 @@ def test_whatever_computes_them(args: tuple[str, ...], first: str, then: str) ->
         assert [e["event"] for e in mesh.get("/mesh")["events"]] == ["moved", "moved"]
         print(f"longest: {max(s.longest_s for s in told):.3f} s")
         mesh.check_pages_are_free()
+
+
+def test_layers_move_by_themselves_to_where_steps_take_less() -> None:
+    with serve("-pp", "2", *COMMON[2:], "--layer-partition", "1,7", "--rebalance", "auto") as mesh:
+        expected = streams.make(8, 400, SEED)
+        asyncio.run(streams.run_all(mesh.grpc_address, expected))
+
+        async def until_moved() -> None:
+            deadline = asyncio.get_running_loop().time() + 90
+            while counts(mesh) == [1, 7]:
+                assert asyncio.get_running_loop().time() < deadline, mesh.tail()
+                told = streams.make(8, 400, SEED)
+                await streams.run_all(mesh.grpc_address, told)
+                check(told, expected)
+
+        asyncio.run(until_moved())
+        (change,) = mesh.get("/mesh")["rebalances"]
+        print(change)
+        assert change["expected_us"] < 0.9 * change["before_us"]
+        assert counts(mesh)[0] > 1
+        mesh.check_pages_are_free()
