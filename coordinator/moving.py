@@ -292,7 +292,6 @@ class Mover(Wishes):
 
     def _serve(self, pipeline: Pipeline) -> None:
         if not isinstance(pipeline, Move):
-            self._failed.pop(pipeline.pipeline_id, None)
             super()._serve(pipeline)
             return
         pipeline.state, pipeline.phase, pipeline.published = State.SERVING, Phase.IDLE, True

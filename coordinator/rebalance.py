@@ -148,6 +148,10 @@ class StepTimes:
         in_vain = last is not None and last.after_s > last.before_s * (1 - GAIN / 2)
         return self._better >= TIMES and now >= self._moved_at + (LONGER_REST_S if in_vain else REST_S)
 
+    def rest(self, now: float) -> None:
+        """Layers could not move: not again for long."""
+        self._better, self._moved_at = 0, now + LONGER_REST_S - REST_S
+
     def moved(self, epoch: int, advice: Advice, now: float) -> None:
         """The pipeline has gone to these ranges."""
         self._better, self._moved_at = 0, now

@@ -188,6 +188,7 @@ class Mesh(Mover):
         if worker is None or worker.draining:
             return
         worker.draining = True
+        self._failed.clear()
         self._version += 1
         self._log(f"worker {worker_id} drains")
         for pipeline in self.pipelines.values():
@@ -225,6 +226,9 @@ class Mesh(Mover):
         pipeline.loaded, pipeline.routes = dict(enumerate(plan.loaded)), dict(enumerate(plan.routes))
         pipeline.acked = {stage.stage for stage in plan.stages}
         pipeline.state, pipeline.phase, pipeline.reason = State.SERVING, Phase.IDLE, ""
+        for worker in self.workers.values():
+            # What a move that was under way has left behind.
+            self._release_stale(pipeline, worker)
         self._log(f"{pipeline.pipeline_id} goes on at epoch {pipeline.epoch}: all of its workers are still active")
         self._publish()
 

@@ -191,6 +191,8 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def DescribeMesh(self, request: pb.DescribeMeshRequest, context: Context) -> pb.DescribeMeshResponse:
         """The mesh as it stands."""
+        if self._mesh.restoring:
+            raise Unavailable("this coordinator has just started: workers are still coming back", retry_after_s=1)
         return pb.DescribeMeshResponse(mesh=mesh_view(self._mesh, self._model, self._stale))
 
     async def ReportStuck(self, request: pb.ReportStuckRequest, context: Context) -> pb.ReportStuckResponse:

@@ -44,7 +44,9 @@ class Warmer(Former):
             self._log(f"worker {event.worker_id} has layers {event.layers[0]}-{event.layers[1] - 1} ready")
         elif isinstance(event, v.PrepareFailed) and not event.final:
             worker.prepare_after = self._now + RETRY_MAX_S
-            self._log(f"worker {event.worker_id} has not loaded layers {event.layers}: {event.reason}", warning=True)
+            reason = f"worker {event.worker_id} has not loaded layers {event.layers}: {event.reason}"
+            self._log(reason, warning=True)
+            self._cannot_load(event.layers, reason, final=False)
         else:
             what = event.reason if isinstance(event, v.PrepareFailed) else "it has another revision of the checkpoint"
             reason = f"worker {event.worker_id} cannot load layers {event.layers[0]}-{event.layers[1] - 1}: {what}"
@@ -53,8 +55,8 @@ class Warmer(Former):
                 for plan in pipeline.stages:
                     if plan.layers == event.layers:
                         worker.refusals[plan.stage, plan.layers] = reason
-            self._cannot_load(event.layers, reason)
+            self._cannot_load(event.layers, reason, final=True)
         self._publish()
 
-    def _cannot_load(self, layers: v.Range, reason: str) -> None:
-        """A worker never will."""
+    def _cannot_load(self, layers: v.Range, reason: str, *, final: bool) -> None:
+        """A worker has not; `final`: it never will."""

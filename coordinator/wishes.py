@@ -16,6 +16,9 @@ from .planning import Choice, choose
 from .rebalance import GAIN, LOOK_S, Advice, StepTimes, advise, better_worker
 from .standbys import Warmer
 
+LOADS = 3
+"""Layers that failed to load so often, for a reason of the moment, are given up."""
+
 
 class Wishes(Warmer):
     """Layer ranges that are wanted and not there yet; how they come to be is the business of moves."""
@@ -26,6 +29,8 @@ class Wishes(Warmer):
         """What an operator wants the stages to hold, and they do not yet."""
         self.given_up = ""
         """Why what an operator wanted last will not be."""
+        self._partition_before = self.target.layer_partition
+        self._load_failures = 0
         self.step_times = {name: StepTimes() for name in self.pipelines}
         self.advices: list[str] = []
         """What would make the pipelines faster, for people."""
@@ -106,18 +111,26 @@ class Wishes(Warmer):
 
     def _repartition(self, ranges: tuple[v.Range, ...]) -> None:
         """An operator's wish; it holds for what is formed from now on as well."""
+        if self.ranges is None:
+            self._partition_before = self.target.layer_partition
         self.ranges, self.given_up = ranges, ""
         self._advised = {name: a for name, p in self.pipelines.items() if (a := self.advice(p)) is not None}
+        self._load_failures = 0
         self.target = replace(self.target, layer_partition=tuple(last - first for first, last in ranges))
         self._log("other ranges are wanted: " + _shown(ranges))
 
-    def _cannot_load(self, layers: v.Range, reason: str) -> None:
+    def _cannot_load(self, layers: v.Range, reason: str, *, final: bool) -> None:
         if self.ranges is not None and layers in self.ranges:
-            self._give_ranges_up(reason)
+            self._load_failures += 1
+            if final or self._load_failures >= LOADS:
+                self._give_ranges_up(reason)
 
     def _give_ranges_up(self, why: str) -> None:
         self._log(f"the ranges stay as they are: {why}", warning=True)
         self.ranges, self.given_up = None, why
+        self.target = replace(self.target, layer_partition=self._partition_before)
+        for times in self.step_times.values():
+            times.rest(self._now)
         self._publish()
 
     def _wanted(self, pipeline: Pipeline, leaving: Sequence[v.StagePlan]) -> tuple[list[Choice], str]:

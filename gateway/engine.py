@@ -24,6 +24,7 @@ from stagemesh.errors import (
     QueueFull,
     StageLost,
     StagemeshError,
+    TransportError,
     Unavailable,
 )
 from stagemesh.protocol import PROTOCOL
@@ -44,6 +45,8 @@ from .work import Work, make_work
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.2
+IN_VAIN_S = 3.0
+"""How long sessions of an epoch that serves may fail to open."""
 STEPS_S = 2.0
 """Between two reports of what steps take."""
 WARM_UP_TIMEOUT_S = 120.0
@@ -70,6 +73,8 @@ class MeshEngine:
         self._warm_up: LiveRequest | None = None
         self._outage = Outage(metrics, settings.recovery_deadline, self._give_up)
         self._reporter = Reporter(settings.coordinator, settings.gateway_id)
+        self._in_vain: tuple[float, tuple[str, int]] | None = None
+        """Since when sessions of which epoch cannot be opened."""
         self._moving: asyncio.Task[None] | None = None
         self._moved: tuple[str, int] | None = None
         """The next epoch of a pipeline that was gone over to."""
@@ -337,11 +342,20 @@ class MeshEngine:
             if not work.live:
                 await self._cross(loop, work)
         except StagemeshError as e:
+            self._not_opened(loop.key, e)
             self._reason = f"{view.pipeline_id} epoch {view.epoch} cannot be driven yet: {e.message}"
             log.warning("%s", self._reason)
             self._loop = None
             await loop.close()
             self._renew_slot()
+
+    def _not_opened(self, key: tuple[str, int], error: StagemeshError) -> None:
+        """A link of it may be gone without the coordinator knowing: it hears of it when that lasts."""
+        since, _ = self._in_vain if self._in_vain is not None and self._in_vain[1] == key else (time.monotonic(), key)
+        self._in_vain = since, key
+        if isinstance(error, TransportError) and time.monotonic() - since > IN_VAIN_S:
+            self._in_vain = None
+            self._reporter.stuck(*key, f"no session can be opened: {error.message}")
 
     def _renew_slot(self) -> None:
         """Asks for a fresh slot: on lanes of the old one, frames that nobody waits for may still be under way."""
@@ -369,15 +383,20 @@ class MeshEngine:
         handover = Handover(loop, new, work, view.next.copies)
         try:
             await handover.run(self.settings.gateway_id, self._instance, self._slot)
-        except StagemeshError as e:
+        except Exception as e:
+            if not isinstance(e, StagemeshError):
+                log.exception("going over failed")
             self._not_moved = key
-            log.warning("%s is not driven at epoch %d: %s", *key, e.message)
-            self._reporter.moved(*key, error=e.message)
+            why = e.message if isinstance(e, StagemeshError) else f"{type(e).__name__}: {e}"
+            log.warning("%s is not driven at epoch %d: %s", *key, why)
+            self._reporter.moved(*key, error=why)
             await new.close()
             return
         self._loop, self._moved = new, key
         if [stage.layers for stage in after.stages] != [stage.layers for stage in view.stages]:
             work.costs.forget()
+        # A token has crossed the next epoch: whatever was waited for is over.
+        self._outage.recovered(*key, len(self._live), 0)
         await handover.finish()
         self._outage.moved(*key, handover.paused_s, len(self._live), handover.pages)
         self._reporter.moved(*key)

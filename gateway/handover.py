@@ -78,17 +78,16 @@ class Handover:
             paused_at = time.monotonic()
             async with asyncio.timeout(PAUSE_S):
                 await self._until(lambda: not self._work.scheduler.out)
-        except TimeoutError as e:
-            raise Unavailable(
-                f"pages were not copied within {COPY_S:g} s, or steps not back within {PAUSE_S:g} s"
-            ) from e
-        except BaseException:
+            self._send(copier.rest())
+        except BaseException as e:
             # The probe may still be under way.
             self._work.quarantined += page
+            if isinstance(e, TimeoutError):
+                what = f"pages were not copied within {COPY_S:g} s, or steps not back within {PAUSE_S:g} s"
+                raise Unavailable(what) from e
             raise
         else:
             self._work.scheduler.pages.free(page)
-            self._send(copier.rest())
             old.retire()
             new.take_over({copy.to_stage for copy in self._copies})
             self.paused_s = time.monotonic() - paused_at
@@ -122,6 +121,8 @@ class Handover:
         """Tells both ends of every copy."""
         for copy in self._copies:
             most = self._new.copy_pages(copy.to_stage)
+            if not most:
+                raise Unavailable(f"stage {copy.to_stage} of the next epoch takes no pages: its link is gone")
             for at in range(0, len(pages), most):
                 self._numbers[copy.index] += 1
                 message = stage_pb2.RunRequest(

@@ -79,10 +79,13 @@ class TokenLog:
         """What is known of a call, and its file to go on with. Raises NotFound."""
         path = self._path(call_id) if NAME.fullmatch(call_id) else None
         lines: list[Any] = []
+        half = False
         with contextlib.suppress(OSError):
-            # The last line may be half a line: its writer was killed within it.
-            whole, _, _ = path.read_bytes().rpartition(b"\n") if path is not None else (b"", b"", b"")
-            lines = [json.loads(line) for line in whole.splitlines()]
+            data = path.read_bytes() if path is not None else b""
+            half = not data.endswith(b"\n")
+            for line in data.splitlines():
+                with contextlib.suppress(ValueError):  # half a line: its writer was killed within it
+                    lines.append(json.loads(line))
         if not lines or path is None:
             raise NotFound(f"no stream {call_id!r} is known here: it never began, or ended over {KEEP_S:g} s ago")
         head = lines[0]
@@ -90,10 +93,10 @@ class TokenLog:
         recorded = Recorded(call)
         for choice, start, entries in lines[1:]:
             known = recorded.choices.setdefault(choice, [])
-            # Two gateways may have written of the same positions, and then the same.
-            known += [_entry(raw) for raw in entries[max(0, len(known) - start) :]]
-        os.truncate(path, len(whole) + 1)
-        return recorded, Writing(path)
+            # Two gateways may have written of the same positions, and then the same; behind a gap nothing is of use.
+            if start <= len(known):
+                known += [_entry(raw) for raw in entries[len(known) - start :]]
+        return recorded, Writing(path, behind_half=half)
 
     def _path(self, call_id: str) -> Path:
         return self._folder / f"{call_id}.jsonl"
@@ -112,9 +115,10 @@ class TokenLog:
 class Writing:
     """The file of one call."""
 
-    def __init__(self, path: Path, head: object = None) -> None:
-        """`head` is the first line of a file that is not there yet."""
+    def __init__(self, path: Path, head: object = None, *, behind_half: bool = False) -> None:
+        """`head` is the first line of a file that is not there yet; `behind_half`: the file's last line has no end."""
         self._path, self._head = path, head
+        self._begin = b"\n" if behind_half else b""
         self._fd: int | None = None
         self._lengths: dict[int, int] = {}
 
@@ -136,6 +140,7 @@ class Writing:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             if self._head is not None:
                 lines = json.dumps(self._head).encode() + b"\n" + lines
+            lines = self._begin + lines
         os.write(self._fd, lines)
 
     def close(self) -> None:

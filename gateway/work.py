@@ -120,6 +120,7 @@ class Work:
     def move(self, generations: Sequence[int], next_step: int, expecting: Iterable[int]) -> None:
         """An epoch begins whose stages hold all that is confirmed of every sequence; nothing is out. Those that are
         `expecting` some of it have it when `arrived` is called."""
+        self.release_quarantined()
         self._expecting = set(expecting)
         self.scheduler.rewind(next_step)
         self._now = list(generations)

@@ -53,6 +53,8 @@ class GatewaySession:
     ident: int
     open: stage_pb2.RunOpen
     outbox: asyncio.Queue[bytes | StagemeshError] = field(default_factory=lambda: asyncio.Queue(OUTBOX_FRAMES))
+    copied: dict[bytes, set[int]] = field(default_factory=dict)
+    """Pages that have come on some ranks, not yet on all."""
 
     def put(self, item: bytes | StagemeshError) -> None:
         """Queues a frame; a gateway that does not read is dropped rather than buffered without bound."""
@@ -77,8 +79,8 @@ class Agent:
         """Highest epoch seen of each pipeline: an order of an older one is refused."""
         self.sessions: dict[int, GatewaySession] = {}
         self.stale_refused: dict[str, int] = {}
-        self.broken: dict[str, tuple[int, str]] = {}
-        """Pipelines whose link broke here: (epoch, reason); carried to the coordinator by the next KeepAlive."""
+        self.broken: dict[tuple[str, int], str] = {}
+        """Pipelines and epochs of which a link broke here, and why; carried to the coordinator by KeepAlives."""
         self._closing: set[asyncio.Task[None]] = set()
         self._progress: dict[tuple[int, int], stage_pb2.AssignResponse] = {}
 
@@ -96,11 +98,25 @@ class Agent:
                 session.put(unpack_error(payload))
         elif kind == Kind.PROGRESS:
             self._progress[ident, rank] = stage_pb2.AssignResponse.FromString(payload)
+        elif kind == Kind.PAGES_COPIED:
+            self._on_pages(rank, ident, payload)
         elif kind == Kind.LINK_BROKEN:
             said = json.loads(payload)
-            self.broken[said["pipeline_id"]] = (said["epoch"], said["reason"])
+            self.broken[said["pipeline_id"], said["epoch"]] = said["reason"]
             self._end_sessions(said["pipeline_id"], said["epoch"], f"a link broke: {said['reason']}", said["epoch"])
             log.warning("link of %s broke: %s", said["pipeline_id"], said["reason"])
+
+    def _on_pages(self, rank: int, ident: int, payload: bytes) -> None:
+        """Pages have come on one rank; the gateway is told when they have on all."""
+        session = self.sessions.get(ident)
+        if session is None:
+            return
+        ranks = session.copied.setdefault(payload, set())
+        ranks.add(rank)
+        if len(ranks) == self._group().size:
+            del session.copied[payload]
+            copied = stage_pb2.PagesCopied.FromString(payload)
+            session.put(stage_pb2.RunResponse(copied=copied).SerializeToString())
 
     def ranks_lost(self, reason: str) -> None:
         """The rank group died: everything it held is gone."""
@@ -355,6 +371,7 @@ def _together(ranks: list[stage_pb2.RunOpened]) -> stage_pb2.RunOpened:
     """What the ranks of a group say of a session; a page is in the journal where all of them have it."""
     opened = ranks[0]
     opened.copy_pages = min(r.copy_pages for r in ranks)
+    opened.kv_generation = functools.reduce(operator.xor, (r.kv_generation for r in ranks))
     opened.journal = bytes(
         functools.reduce(operator.and_, bits) for bits in zip(*(r.journal for r in ranks), strict=False)
     )

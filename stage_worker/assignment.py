@@ -114,8 +114,10 @@ class Assignment:
             if copy.link.drained and not self._awaited(index):
                 # The sender's epoch is over, and with it what this was for.
                 del self.page_receivers[index]
-        for out in list(self.page_senders.values()):
+        for key, out in list(self.page_senders.items()):
             out.progress()
+            if out.link.drained:
+                del self.page_senders[key]
 
     def _ends(self) -> list[LinkSender | LinkReceiver]:
         ends = [*self.senders, self.receiver, self.token_sender, self.token_receiver]
@@ -268,8 +270,10 @@ class Assignment:
         if request.epoch == self.epoch and request.index in self.page_receivers:
             self.page_receivers[request.index].expect(session.slot, request.number, pages)
             session.copies.add((request.index, request.number))
-        elif (request.epoch, request.index) in self.page_senders:
-            self.page_senders[request.epoch, request.index].send(request.slot, request.number, pages)
+        elif request.epoch > self.epoch:
+            # Without its link nothing goes: who waits for the pages notices, and what is served here goes on.
+            if (sender := self.page_senders.get((request.epoch, request.index))) is not None:
+                sender.send(request.slot, request.number, pages)
         else:
             raise InvalidRequest(f"there is no link for copy {request.index} of epoch {request.epoch} here")
 

@@ -42,6 +42,7 @@ class Kind(enum.IntEnum):
     RESULT = 24
     SESSION_ENDED = 25
     LINK_BROKEN = 26
+    PAGES_COPIED = 27
     # rank 0 -> other ranks
     ORDER_STEP = 40
     ORDER_CALL = 41

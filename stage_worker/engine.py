@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from stagemesh.errors import InternalError, StageLost, StagemeshError
+from stagemesh.errors import InternalError, StageLost, StagemeshError, TransportError
 from stagemesh.faults import point
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.transport.base import Transport
@@ -111,11 +111,11 @@ class Engine:
         return worked
 
     def _take_pages(self, assignment: Assignment) -> bool:
-        """Pages that have come are told to their gateway by one rank; each lets steps wait for its own."""
+        """Tells the agent of pages that have come; it tells the gateway when all ranks have theirs."""
         took = assignment.take_pages()
-        for ident, index, number in took if self._follower is None else ():
-            message = stage_pb2.RunResponse(copied=stage_pb2.PagesCopied(index=index, number=number))
-            self.control.send(Kind.RESULT, ident, message.SerializeToString())
+        for ident, index, number in took:
+            copied = stage_pb2.PagesCopied(index=index, number=number)
+            self.control.send(Kind.PAGES_COPIED, ident, copied.SerializeToString())
         return bool(took)
 
     def drive_transports(self) -> None:
@@ -227,10 +227,16 @@ class Engine:
         certain = self._sample(step, output, result) if step.sampled and output is not None else []
         output_at = time.monotonic()
         point("rank.before_send")
-        if output is not None and not assignment.is_last:
-            assignment.send(session, step, output)
-        elif certain:
-            assignment.send_tokens(session, step, certain)
+        try:
+            if output is not None and not assignment.is_last:
+                assignment.send(session, step, output)
+            elif certain:
+                assignment.send_tokens(session, step, certain)
+        except TransportError as e:
+            if self._leader is not None or self._follower is not None:
+                raise  # The other ranks are in step with this one: only together can they stop.
+            self.end_session(session, StageLost(e.message))
+            return
         point("rank.after_send")
         assignment.release_input(session, step)
         point("rank.after_release")

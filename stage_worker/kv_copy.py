@@ -9,18 +9,18 @@ Shapes: N pages of a frame; for each layer K of all pages, then V; then the draf
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 
 import torch
 
-from stagemesh.errors import InvalidRequest
+from stagemesh.errors import InvalidRequest, TransportError
 from stagemesh.faults import point
 from stagemesh.protos.v1 import stage_pb2
 
 from .kv import KvPool
-from .landing import land
+from .landing import Landed, land
 from .links import LinkReceiver, LinkSender
 
 CREDITS = 4
@@ -83,26 +83,28 @@ class PageSender:
     def __init__(self, copy: stage_pb2.KvCopy, epoch: int, link: LinkSender, frames: PageFrames) -> None:
         self.copy, self.epoch, self.link = copy, epoch, link
         self._frames = frames
-        self._lanes: set[int] = set()
-        self._waiting: deque[tuple[int, int, list[int]]] = deque()
+        self._waiting: dict[int, deque[tuple[int, list[int]]]] = {}
+        """Slot -> frames without a credit: one gateway's never wait for another's."""
 
     def send(self, slot: int, number: int, pages: list[int]) -> None:
-        """Sends what `pages` hold, now or when there is a credit. Raises TransportError when the link is over."""
-        if slot not in self._lanes:
-            self.link.open_lane(slot, CREDITS)
-            self._lanes.add(slot)
-        self._waiting.append((slot, number, pages))
-        self.progress()
+        """Sends what `pages` hold, now or when there is a credit. Where the link is over nothing is sent: the receiving
+        end waits for it and says so, and this end goes on with what it serves."""
+        with contextlib.suppress(TransportError):
+            if slot not in self._waiting:
+                self.link.open_lane(slot, CREDITS)
+                self._waiting[slot] = deque()
+            self._waiting[slot].append((number, pages))
+            self.progress()
 
-    def progress(self) -> bool:
+    def progress(self) -> None:
         """Drives the link; sends what has a credit."""
-        happened = self.link.progress()
-        while self._waiting and self.link.up and self.link.can_send(self._waiting[0][0]):
-            slot, number, pages = self._waiting.popleft()
-            point("rank.copy_send")
-            self.link.send(slot, number, self._frames.read(pages))
-            happened = True
-        return happened
+        self.link.progress()
+        with contextlib.suppress(TransportError):
+            for slot, frames in self._waiting.items():
+                while frames and self.link.up and self.link.can_send(slot):
+                    number, pages = frames.popleft()
+                    point("rank.copy_send")
+                    self.link.send(slot, number, self._frames.read(pages))
 
 
 class PageReceiver:
@@ -113,7 +115,7 @@ class PageReceiver:
         self._frames = frames
         self._coming: dict[int, deque[tuple[int, list[int]]]] = {}
         """Slot -> what was announced, in order."""
-        self._landing: dict[int, threading.Event] = {}
+        self._landing: dict[int, Landed] = {}
         """Slot -> whether its next frame is in its pages; where that has come."""
 
     @property
@@ -145,8 +147,10 @@ class PageReceiver:
                 point("rank.copy_land")
                 self._landing[slot] = land(lambda: self._frames.write(pages, frame))
             return None
-        if not landing.is_set():
+        if not landing.done.is_set():
             return None
+        if landing.error is not None:
+            raise landing.error  # A rank that cannot write its pages is of no use.
         del self._landing[slot]
         coming.popleft()
         self.link.release(slot, number)
@@ -157,5 +161,5 @@ class PageReceiver:
         self._coming.pop(slot, None)
         landing = self._landing.pop(slot, None)
         if landing is not None:
-            landing.wait()
+            landing.done.wait()
         self.link.close_lane(slot)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 RESTART_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 STABLE_S = 5.0
+ASK_AGAIN_S = 1.0
 """A rank group that was up for so long before it died does not count as failing."""
 
 
@@ -124,8 +125,13 @@ class _Worker:
             log.warning("the coordinator cannot be told of the drain: %s", e.message)
             return
         deadline = asyncio.get_running_loop().time() + self.settings.drain_timeout
-        while agent.sessions and asyncio.get_running_loop().time() < deadline:
+        asked_at = asyncio.get_running_loop().time()
+        while agent.sessions and (now := asyncio.get_running_loop().time()) < deadline:
             await asyncio.sleep(0.05)
+            if now > asked_at + ASK_AGAIN_S:
+                asked_at = now
+                with contextlib.suppress(StagemeshError):  # one that was started again has forgotten
+                    await membership.drain()
 
 
 def _device(wanted: str) -> str:

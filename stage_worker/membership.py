@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import AsyncIterator
 
 import grpc
@@ -36,6 +37,8 @@ class Membership:
         self._channel = rpc.channel(settings.coordinator)
         self._stub = coordinator_pb2_grpc.CoordinatorStub(self._channel)
         self._task: asyncio.Task[None] | None = None
+        self._carried: deque[tuple[str, int] | None] = deque()
+        """Which broken link each renewal told of that is not answered yet."""
         self._protocol = PROTOCOL
         """What is said to the coordinator, which may be of the release before."""
 
@@ -88,13 +91,16 @@ class Membership:
 
     async def _renew(self, incarnation: int, every_s: float) -> None:
         """Renews until the coordinator goes away or no longer knows this incarnation."""
+        self._carried.clear()
         call = self._stub.KeepAlive(self._renewals(incarnation, every_s))
         try:
             async for response in call:
                 if not response.known:
                     return
-                # Every answer follows a renewal that carried the first report: that one has been heard.
-                self._agent.broken.pop(next(iter(self._agent.broken), ""), None)
+                # Answers come in the order of the renewals: what this one's carried has been heard.
+                heard = self._carried.popleft()
+                if heard is not None:
+                    self._agent.broken.pop(heard, None)
         finally:
             call.cancel()
             with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
@@ -104,9 +110,11 @@ class Membership:
         while True:
             request = coordinator_pb2.KeepAliveRequest(worker_id=self._worker_id, incarnation=incarnation)
             request.stale_refused.update(self._agent.stale_refused)
-            if self._agent.broken:
-                pipeline_id, (epoch, reason) = next(iter(self._agent.broken.items()))
-                request.broken_pipeline, request.broken_epoch, request.broken_reason = pipeline_id, epoch, reason
+            carried = next(iter(self._agent.broken), None)
+            if carried is not None:
+                request.broken_pipeline, request.broken_epoch = carried
+                request.broken_reason = self._agent.broken[carried]
+            self._carried.append(carried)
             yield request
             await asyncio.sleep(every_s)
 

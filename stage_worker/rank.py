@@ -97,10 +97,18 @@ class Rank:
         """Loads the range (or keeps it, when it is the one in memory) and allocates KV pages."""
         point("rank.assign")
         request = stage_pb2.AssignRequest.FromString(payload)
-        self._preparing.join()
         if not request.beside:
             self._close(request.key.pipeline_id, request.key.epoch)
-        held = self._memory.hold(request, lambda done, total: self._tell_progress(ident, done, total))
+        # Of orders that were called off while they were carried out.
+        for key, before in list(self.engine.assignments.items()):
+            if before.pipeline_id == request.key.pipeline_id and not before.active:
+                before.close()
+                del self.engine.assignments[key]
+        held = self._memory.find(request)
+        if held is None:
+            # Not before: what is in memory already need not wait for what is being loaded beside it.
+            self._preparing.join()
+            held = self._memory.hold(request, lambda done, total: self._tell_progress(ident, done, total))
         pool = held.pool
         assignment = Assignment(request, held, self.config.rank)
         self.engine.assignments[request.key.pipeline_id, request.key.epoch] = assignment

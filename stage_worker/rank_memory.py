@@ -102,7 +102,8 @@ class RankMemory:
         """
         self.trim(keep_one=False)
         wanted = self._wanted(request)
-        before = self._sets[-1].held.shard if self._sets else None
+        serving = self._serving()
+        before = serving.shard if serving is not None else None
         drafters = [s.held.drafter.shard for s in self._sets if s.held.drafter and s.wanted.draft == wanted.draft]
         shards = [load_shard(wanted.main[0], self.parallel, tell, before)]
         if wanted.draft is not None:
@@ -114,7 +115,7 @@ class RankMemory:
     def make(self, request: Request, shards: list[Shard]) -> Held:
         """Pages and journal for loaded shards. Raises ConfigError when not one request would fit."""
         limits, shard = request.limits, shards[0]
-        before = self._sets[-1].held if self._sets else None
+        before = self._serving()
         if before is not None and not self._fits(before, limits):
             raise ConfigError("the worker serves with other bounds: they cannot change beside that")
         if before is None:
@@ -139,6 +140,11 @@ class RankMemory:
         held = Held(shard, pool, drafter, ranges, journal, _nonce())
         self._sets.append(_Set(self._wanted(request), held))
         return held
+
+    def _serving(self) -> Held | None:
+        """What the newest assignment runs on that takes steps: further layers are made beside it."""
+        active = [assignment for assignment in self.engine.assignments.values() if assignment.active]
+        return max(active, key=lambda assignment: assignment.epoch).held if active else None
 
     def trim(self, *, keep_one: bool = True) -> None:
         """Lets go of what nothing runs on, but for the newest."""

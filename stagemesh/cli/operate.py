@@ -93,6 +93,10 @@ def _drain(namespace: argparse.Namespace, stub: Any) -> None:
     worker: str = namespace.worker
 
     def left(mesh: Any) -> str:
+        if any(w.worker_id == worker and w.state not in ("draining", "lost") for w in mesh.workers):
+            # A coordinator that was started again has forgotten.
+            _call(stub.Drain, coordinator_pb2.DrainRequest(worker_id=worker), AWAY_S)
+            return f"{worker} is asked to drain"
         stages = [(p, s) for p in mesh.pipelines for s in p.stages if s.worker_id == worker]
         said = "; ".join(f"{p.pipeline_id} stage {s.stage}: {p.reason or 'moving'}" for p, s in stages)
         return f"{worker} still holds a stage: {said}" if stages else ""

@@ -170,12 +170,17 @@ class UcxTransport:
 
     def connect(self, address: bytes, *, timeout_s: float = 5.0) -> UcxPeer:
         identity, ucx_address = unpack_address(address)
-        pidfd = identity.watch(self._identity)
         self._peers = [peer for peer in self._peers if not peer.closed]
         self._endpoints = {key: used for key, used in self._endpoints.items() if used.users}
+        pidfd = identity.watch(self._identity)
         endpoint = self._endpoints.get(ucx_address)
         if endpoint is None or not endpoint.alive:
-            endpoint = self._endpoints[ucx_address] = Endpoint(self._endpoint(ucx_address))
+            try:
+                endpoint = self._endpoints[ucx_address] = Endpoint(self._endpoint(ucx_address))
+            except TransportError:
+                if pidfd is not None:
+                    os.close(pidfd)
+                raise
         peer = UcxPeer(self, endpoint, pidfd)
         if pidfd is not None:
             self._deaths.register(pidfd, select.EPOLLIN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mesh_world import World, serving
+from mesh_world import REVISION, World, serving
 
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.forming import State
@@ -181,3 +181,59 @@ class TestWhatGoesWrong:
         assert world.epoch > before + 1
         world.send(v.GatewayMoved("g", "pipeline-0", before + 1))
         assert world.state is State.FORMING, "late news"
+
+    def test_other_ranges_that_a_gateway_cannot_follow_are_given_up(self) -> None:
+        world = repartitioned()
+        world.gateway("h")
+        world.prepared("a"), world.prepared("b")
+        epochs = set()
+        for _ in range(4):
+            if "pipeline-0" not in world.mesh.moves:
+                break
+            world.took(v.Assign)
+            world.prepare_move()
+            epochs.add(world.mesh.moves["pipeline-0"].epoch)
+            world.moved("g")
+            world.moved("h", error="the pages do not come")
+            world.wait(3, "a", "b")
+            world.serve()
+            world.wait(3, "a", "b")
+            for name in "ab":
+                if world.mesh.workers[name].preparing:
+                    world.prepared(name)
+        assert len(epochs) == 2, "it is tried twice, and not for ever"
+        assert (world.mesh.ranges, world.ranges, world.state) == (None, [(0, 3), (3, 6)], State.SERVING)
+        assert "moves failed" in world.mesh.given_up
+        assert world.mesh.target.layer_partition is None, "what is formed later is not bound to them"
+
+    def test_layers_that_fail_to_load_again_and_again_are_given_up(self) -> None:
+        world = repartitioned()
+        for _ in range(3):
+            world.prepared("a", failed="no memory just now", final=False)
+            world.wait(2.5, "a", "b")
+        assert world.mesh.ranges is None
+        assert "no memory just now" in world.mesh.given_up
+
+    def test_what_a_move_left_behind_at_a_restart_is_released_everywhere(self) -> None:
+        world = serving()
+        world.gateway()
+        world.send(v.RepartitionRequested(((0, 4), (4, 6))))
+        world.prepared("a"), world.prepared("b")
+        move, pipeline = world.mesh.moves["pipeline-0"], world.mesh.pipelines["pipeline-0"]
+        plan = v.StoredPlan(
+            "pipeline-0", world.epoch, pipeline.stages, tuple(pipeline.loaded[s] for s in range(2)), ("", ""), "terms"
+        )
+        new = World(epochs={"pipeline-0": move.epoch}, plans={"pipeline-0": plan})
+        new.lives = world.lives
+        for name in ("a", "b"):
+            held = tuple(
+                v.Held("pipeline-0", at.epoch, p.stage, p.layers, p.generation, at is pipeline, REVISION)
+                for at in (pipeline, move)
+                for p in at.stages
+                if p.worker_id == name
+            )
+            new.join(name, same_life=True, held=held)
+        assert (new.state, new.epoch, new.ranges) == (State.SERVING, world.epoch, [(0, 3), (3, 6)])
+        released = [(r.worker_id, r.epoch, r.alone) for r in new.took(v.Release)]
+        assert {("a", move.epoch, True), ("b", move.epoch, True)} <= set(released)
+        assert not [r for r in released if r[1] == world.epoch]
