@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 import time
@@ -81,6 +82,16 @@ def stagemesh(*args: str, status: int = 0) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert done.returncode == status, done.stderr
     return done.stdout + done.stderr
+
+
+def end_worker(mesh: Mesh, worker_id: str) -> None:
+    """Ends a worker that was drained: it comes back as one that may hold a stage."""
+    address = next((w["address"] for w in mesh.get("/mesh")["workers"] if w["worker_id"] == worker_id), "")
+    port = int(address.rsplit(":", 1)[1]) if address else -1
+    for process in mesh.children():
+        with contextlib.suppress(psutil.Error):
+            if any(c.laddr.port == port for c in process.net_connections() if c.status == psutil.CONN_LISTEN):
+                process.kill()
 
 
 def holders(mesh: Mesh) -> list[str]:

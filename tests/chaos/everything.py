@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import streams
-from disturb import stagemesh
+from disturb import end_worker, stagemesh
 from mesh import Mesh
 
 from stagemesh import Client
@@ -168,7 +168,6 @@ class Everything:
         """The worker is ended when it holds nothing, and comes back: so an upgrade goes, stage by stage."""
         self.wait_whole()
         worker = rng.choice(self.mesh.get("/mesh")["pipelines"][0]["stages"])["worker_id"]
-        address = next(w["address"] for w in self.mesh.get("/mesh")["workers"] if w["worker_id"] == worker)
         try:
             stagemesh("drain", worker, "--url", self.mesh.url)
         except AssertionError as e:
@@ -176,11 +175,7 @@ class Everything:
             if f"no worker '{worker}'" in str(e):
                 return False
             raise
-        port = int(address.rsplit(":", 1)[1])
-        for process in self.mesh.children():
-            with contextlib.suppress(psutil.Error):
-                if any(c.laddr.port == port for c in process.net_connections() if c.status == psutil.CONN_LISTEN):
-                    process.kill()
+        end_worker(self.mesh, worker)
         return True
 
     def _repartition(self, rng: random.Random) -> bool:

@@ -19,7 +19,7 @@ import grpc.aio
 import pytest
 
 from stagemesh import rpc
-from stagemesh.errors import ConfigError, InvalidRequest, NotFound, StagemeshError
+from stagemesh.errors import ConfigError, InvalidRequest, NotFound, StagemeshError, Unavailable
 from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2 as pb
 from stagemesh.protos.v1 import coordinator_pb2_grpc, types_pb2
@@ -310,8 +310,19 @@ def test_an_introduction_that_cannot_be(
 def test_draining_an_unknown_worker(coordinator: Process) -> None:
     async def story(stub: Any) -> None:
         await stub.Register(introduction("w0"))
-        with pytest.raises(NotFound, match="registered: w0"), rpc.mapped():
+        # It may be a worker of before that has not come back yet.
+        with pytest.raises(Unavailable, match="has just started"), rpc.mapped():
             await stub.Drain(pb.DrainRequest(worker_id="w9"))
+
+        async def drain_when_all_are_back() -> None:
+            async with asyncio.timeout(10):
+                while True:
+                    with contextlib.suppress(Unavailable), rpc.mapped():
+                        await stub.Drain(pb.DrainRequest(worker_id="w9"))
+                    await asyncio.sleep(0.05)
+
+        with pytest.raises(NotFound, match="no worker 'w9' is registered; registered: none"):
+            await drain_when_all_are_back()
 
     talk(coordinator.port, story)
 
