@@ -295,12 +295,12 @@ def table(results: dict[str, Any]) -> list[str]:
     """Markdown."""
     lines = [
         "| what | times | requests | failed | wrong tokens | known, s: p50 / p99 | next token after, s "
-        "| longest pause, s | tokens computed again, p50 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| no step planned, s | longest pause, s | tokens computed again, p50 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for kind, r in results.items():
         cells = [kind, r["times"], r["requests"], r["failed"], r["wrong"]]
-        for key in ("known_s", "recovered_s", "pause_s"):
+        for key in ("known_s", "recovered_s", "paused_s", "pause_s"):
             cells.append(f"{r[key]['p50']:.2f} / {r[key]['p99']:.2f}" if key in r else "-")
         cells.append(f"{r['replayed_tokens']['p50']:.0f}" if "replayed_tokens" in r else "-")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -335,7 +335,8 @@ def main() -> int:
         f"{machine['cpu']}, which the streams' client shares.", "",
         *table(results), "",
         "`known`: from the kill to the gateway's `lost`. `next token after`: from there to the first token that "
-        "crossed all stages. `longest pause`: of any stream, between two of its messages.", "",
+        "crossed all stages. `no step planned`: while layers change hands. `longest pause`: of any stream, between two "
+        "of its messages; in the row `nothing`, within a second in which nothing is done.", "",
     ]  # fmt: skip
     (facts.RESULTS / f"{given.name}.md").write_text("\n".join(text))
     return 0 if not any(r["failed"] or r["wrong"] for r in results.values()) else 1
