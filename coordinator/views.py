@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from stagemesh.protos.v1 import coordinator_pb2, stage_pb2, types_pb2
+from stagemesh.protos.v1 import coordinator_pb2, types_pb2
 
 from . import values as v
 from .forming import Pipeline, State
@@ -65,9 +65,9 @@ def layer_range(layers: v.Range) -> types_pb2.LayerRange:
     return types_pb2.LayerRange(first=layers[0], last=layers[1])
 
 
-def copy_message(copy: v.Copy) -> stage_pb2.KvCopy:
-    """Pages that change hands, as workers are told."""
-    return stage_pb2.KvCopy(
+def copy_message(copy: v.Copy) -> types_pb2.KvCopy:
+    """Pages that change hands."""
+    return types_pb2.KvCopy(
         index=copy.index,
         from_epoch=copy.from_epoch,
         from_stage=copy.from_stage,
@@ -105,13 +105,7 @@ def pipeline_view(mesh: Mesh, pipeline: Pipeline, model: types_pb2.ModelRef) -> 
     if move is not None and move.published:
         view.next.epoch = move.epoch
         view.next.stages.extend(_stage_views(mesh, move))
-        for copy in move.copies:
-            view.next.copies.add(
-                index=copy.index,
-                from_stage=copy.from_stage,
-                to_stage=copy.to_stage,
-                layers=layer_range(copy.layers),
-            )
+        view.next.copies.extend(copy_message(copy) for copy in move.copies)
     return view
 
 

@@ -45,7 +45,7 @@ def next_view(view: types_pb2.PipelineView) -> types_pb2.PipelineView:
 class Handover:
     """From `old` to `new`. Until it has gone over, `old` goes on whatever happens."""
 
-    def __init__(self, old: BatchLoop, new: BatchLoop, work: Work, copies: Sequence[types_pb2.PagesToCopy]) -> None:
+    def __init__(self, old: BatchLoop, new: BatchLoop, work: Work, copies: Sequence[types_pb2.KvCopy]) -> None:
         self.paused_s = 0.0
         """From the last step's plan to the first one of the next epoch."""
         self.pages = 0

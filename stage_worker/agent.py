@@ -157,13 +157,11 @@ class Agent:
                 del self.held[key]
             raise
 
-    def _drop(self, key: stage_pb2.PipelineKey, until: int, reason: str, since: int = 0) -> bool:
-        """What is held of a pipeline at epochs `since` to `until` is over; whether there was any."""
-        ended = [k for k in self.held if k[0] == key.pipeline_id and since <= k[1] <= until]
-        for k in ended:
+    def _drop(self, key: stage_pb2.PipelineKey, until: int, reason: str, since: int = 0) -> None:
+        """What is held of a pipeline at epochs `since` to `until` is over."""
+        for k in [k for k in self.held if k[0] == key.pipeline_id and since <= k[1] <= until]:
             del self.held[k]
         self._end_sessions(key.pipeline_id, until, reason, since)
-        return bool(ended)
 
     async def prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
         """Stage.Prepare."""

@@ -17,7 +17,6 @@ import torch
 
 from stagemesh.errors import InvalidRequest, TransportError
 from stagemesh.faults import point
-from stagemesh.protos.v1 import stage_pb2
 
 from .kv import KvPool
 from .landing import Landed, land
@@ -80,8 +79,8 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
 class PageSender:
     """The sending end of a KvCopy on one rank."""
 
-    def __init__(self, copy: stage_pb2.KvCopy, epoch: int, link: LinkSender, frames: PageFrames) -> None:
-        self.copy, self.epoch, self.link = copy, epoch, link
+    def __init__(self, link: LinkSender, frames: PageFrames) -> None:
+        self.link = link
         self._frames = frames
         self._waiting: dict[int, deque[tuple[int, list[int]]]] = {}
         """Slot -> frames without a credit: one gateway's never wait for another's."""
@@ -110,8 +109,8 @@ class PageSender:
 class PageReceiver:
     """The receiving end of a KvCopy on one rank."""
 
-    def __init__(self, copy: stage_pb2.KvCopy, link: LinkReceiver, frames: PageFrames) -> None:
-        self.copy, self.link = copy, link
+    def __init__(self, link: LinkReceiver, frames: PageFrames) -> None:
+        self.link = link
         self._frames = frames
         self._coming: dict[int, deque[tuple[int, list[int]]]] = {}
         """Slot -> what was announced, in order."""

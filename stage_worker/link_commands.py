@@ -88,7 +88,7 @@ class LinkCommands:
             timeout_s=LINK_TIMEOUT_S,
         )
         if frames is not None:
-            held.page_receivers[request.copy.index] = PageReceiver(request.copy, link, frames)
+            held.page_receivers[request.copy.index] = PageReceiver(link, frames)
         else:
             held.take_receiver(link, tokens=request.tokens)
         return stage_pb2.OfferLinkResponse(
@@ -120,9 +120,7 @@ class LinkCommands:
         ]
         if frames is not None:
             (sender,) = senders
-            held.page_senders[request.key.epoch, request.copy.index] = PageSender(
-                request.copy, request.key.epoch, sender, frames
-            )
+            held.page_senders[request.key.epoch, request.copy.index] = PageSender(sender, frames)
         else:
             held.take_senders(senders, tokens=request.tokens)
         shaking = _Handshake(ident, senders, f"link of stage {held.stage} to {request.receiver_id}", transport.name)

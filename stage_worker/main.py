@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 
 RESTART_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 STABLE_S = 5.0
-ASK_AGAIN_S = 1.0
 """A rank group that was up for so long before it died does not count as failing."""
+ASK_AGAIN_S = 1.0
+"""Between two asks for a drain: a coordinator that was started again has forgotten the first."""
 
 
 def run(settings: StageSettings, ready_fd: int | None = None) -> int:
@@ -130,7 +131,7 @@ class _Worker:
             await asyncio.sleep(0.05)
             if now > asked_at + ASK_AGAIN_S:
                 asked_at = now
-                with contextlib.suppress(StagemeshError):  # one that was started again has forgotten
+                with contextlib.suppress(StagemeshError):
                     await membership.drain()
 
 

@@ -45,8 +45,6 @@ class Call(ABC):
     id_prefix: str
 
     def __init__(self, body: Common, model: ModelCard, tokenizer: Tokenizer) -> None:
-        self.numbered = False
-        """Whether its events tell in their ids how far the stream is, so that it can be resumed behind them."""
         self.body = body
         self.model = model
         self.tokenizer = tokenizer
@@ -61,7 +59,7 @@ class Call(ABC):
         self._continuous_usage = self._include_usage and bool(options and options.continuous_usage_stats)
         self._completion_tokens = 0
         self._told: list[int] = []
-        """Tokens of each choice, of streams that can be resumed."""
+        """Tokens of each choice so far, for the events' ids of a stream that can be resumed; empty for others."""
         self._opened: set[int] = set()
         self._head = self._make_head()
 
@@ -79,7 +77,6 @@ class Call(ABC):
 
     def number(self) -> None:
         """Its events get ids."""
-        self.numbered = True
         self._told = [0] * sum(request.n for request in self.requests)
 
     def take_up(self, call_id: str, created: int, seen: Sequence[int]) -> None:
@@ -112,7 +109,7 @@ class Call(ABC):
                 if opening is not None:
                     lines.append(self._chunk(dumps(opening)))
             self._completion_tokens += len(delta.tokens)
-            if self.numbered:
+            if self._told:
                 self._told[index] += len(delta.tokens)
             if delta.text or delta.tokens or delta.finish_reason is not None:
                 lines.append(self._chunk(dumps(self.chunk_choice(index, delta))))
@@ -141,7 +138,7 @@ class Call(ABC):
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
 
     def _chunk(self, choice: str) -> str:
-        number = f"id: {','.join(map(str, self._told))}\n" if self.numbered else ""
+        number = f"id: {','.join(map(str, self._told))}\n" if self._told else ""
         if self._continuous_usage:
             return number + event(f'{self._head}{choice}],"usage":{dumps(self.usage())}}}')
         end = '],"usage":null}' if self._include_usage else "]}"

@@ -45,7 +45,6 @@ class ResumeEndpoint(Endpoint):
             )
             for p, (request, seed) in enumerate(zip(call.requests, recorded.call.seeds, strict=True))
         ]
-        call.number()
         call.take_up(recorded.call.call_id, recorded.call.created, seen)
         writing.go_on_behind(seen)
         return await answer(self._api, call, writer, writing)

@@ -85,20 +85,6 @@ class AssignDone(_message.Message):
     kv_layout: str
     def __init__(self, num_pages: _Optional[int] = ..., page_bytes: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., tensor_bytes_read: _Optional[int] = ..., fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., kv_layout: _Optional[str] = ...) -> None: ...
 
-class KvCopy(_message.Message):
-    __slots__ = ("index", "from_epoch", "from_stage", "to_stage", "layers")
-    INDEX_FIELD_NUMBER: _ClassVar[int]
-    FROM_EPOCH_FIELD_NUMBER: _ClassVar[int]
-    FROM_STAGE_FIELD_NUMBER: _ClassVar[int]
-    TO_STAGE_FIELD_NUMBER: _ClassVar[int]
-    LAYERS_FIELD_NUMBER: _ClassVar[int]
-    index: int
-    from_epoch: int
-    from_stage: int
-    to_stage: int
-    layers: _types_pb2.LayerRange
-    def __init__(self, index: _Optional[int] = ..., from_epoch: _Optional[int] = ..., from_stage: _Optional[int] = ..., to_stage: _Optional[int] = ..., layers: _Optional[_Union[_types_pb2.LayerRange, _Mapping]] = ...) -> None: ...
-
 class OfferLinkRequest(_message.Message):
     __slots__ = ("key", "stage", "transport", "sender_addresses", "nonces", "tokens", "copy")
     KEY_FIELD_NUMBER: _ClassVar[int]
@@ -114,8 +100,8 @@ class OfferLinkRequest(_message.Message):
     sender_addresses: _containers.RepeatedScalarFieldContainer[bytes]
     nonces: _containers.RepeatedScalarFieldContainer[int]
     tokens: bool
-    copy: KvCopy
-    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., transport: _Optional[str] = ..., sender_addresses: _Optional[_Iterable[bytes]] = ..., nonces: _Optional[_Iterable[int]] = ..., tokens: bool = ..., copy: _Optional[_Union[KvCopy, _Mapping]] = ...) -> None: ...
+    copy: _types_pb2.KvCopy
+    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., transport: _Optional[str] = ..., sender_addresses: _Optional[_Iterable[bytes]] = ..., nonces: _Optional[_Iterable[int]] = ..., tokens: bool = ..., copy: _Optional[_Union[_types_pb2.KvCopy, _Mapping]] = ...) -> None: ...
 
 class OfferLinkResponse(_message.Message):
     __slots__ = ("receiver_addresses", "secrets")
@@ -144,8 +130,8 @@ class ConnectLinkRequest(_message.Message):
     nonces: _containers.RepeatedScalarFieldContainer[int]
     receiver_id: str
     tokens: bool
-    copy: KvCopy
-    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., transport: _Optional[str] = ..., receiver_addresses: _Optional[_Iterable[bytes]] = ..., secrets: _Optional[_Iterable[bytes]] = ..., nonces: _Optional[_Iterable[int]] = ..., receiver_id: _Optional[str] = ..., tokens: bool = ..., copy: _Optional[_Union[KvCopy, _Mapping]] = ...) -> None: ...
+    copy: _types_pb2.KvCopy
+    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., transport: _Optional[str] = ..., receiver_addresses: _Optional[_Iterable[bytes]] = ..., secrets: _Optional[_Iterable[bytes]] = ..., nonces: _Optional[_Iterable[int]] = ..., receiver_id: _Optional[str] = ..., tokens: bool = ..., copy: _Optional[_Union[_types_pb2.KvCopy, _Mapping]] = ...) -> None: ...
 
 class ConnectLinkResponse(_message.Message):
     __slots__ = ("route",)

@@ -217,20 +217,22 @@ class NextEpoch(_message.Message):
     COPIES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     stages: _containers.RepeatedCompositeFieldContainer[StageView]
-    copies: _containers.RepeatedCompositeFieldContainer[PagesToCopy]
-    def __init__(self, epoch: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ..., copies: _Optional[_Iterable[_Union[PagesToCopy, _Mapping]]] = ...) -> None: ...
+    copies: _containers.RepeatedCompositeFieldContainer[KvCopy]
+    def __init__(self, epoch: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ..., copies: _Optional[_Iterable[_Union[KvCopy, _Mapping]]] = ...) -> None: ...
 
-class PagesToCopy(_message.Message):
-    __slots__ = ("index", "from_stage", "to_stage", "layers")
+class KvCopy(_message.Message):
+    __slots__ = ("index", "from_epoch", "from_stage", "to_stage", "layers")
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    FROM_EPOCH_FIELD_NUMBER: _ClassVar[int]
     FROM_STAGE_FIELD_NUMBER: _ClassVar[int]
     TO_STAGE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     index: int
+    from_epoch: int
     from_stage: int
     to_stage: int
     layers: LayerRange
-    def __init__(self, index: _Optional[int] = ..., from_stage: _Optional[int] = ..., to_stage: _Optional[int] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ...) -> None: ...
+    def __init__(self, index: _Optional[int] = ..., from_epoch: _Optional[int] = ..., from_stage: _Optional[int] = ..., to_stage: _Optional[int] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ...) -> None: ...
 
 class WorkerView(_message.Message):
     __slots__ = ("worker_id", "address", "pool", "tp_size", "device", "state", "loaded_bytes", "total_bytes", "layers", "version")

@@ -117,6 +117,8 @@ class NativeShard:
         elif self.is_first:
             embedding = reader.read(name, shape)
         self._embedding, self._packed_embedding = embedding, packed_embedding
+        if packed_embedding is not None and not self.is_last:
+            self._tensors.append(packed_embedding)
         if self.is_last and before is not None and before.is_last:
             self._norm, self._head, self._end_tensors = before._norm, before._head, before._end_tensors
             self._tensors += self._end_tensors
