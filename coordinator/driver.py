@@ -108,6 +108,8 @@ class Driver:
 
     async def _assign(self, action: v.Assign) -> None:
         plan = action.plan
+        limits = types_pb2.RunLimits(pipelines=action.shares)
+        limits.MergeFrom(self._limits)
         request = stage_pb2.AssignRequest(
             key=stage_pb2.PipelineKey(pipeline_id=action.pipeline_id, epoch=action.epoch),
             stage=plan.stage,
@@ -115,7 +117,7 @@ class Driver:
             layers=layer_range(plan.layers),
             generation=plan.generation,
             model=self._model,
-            limits=self._limits,
+            limits=limits,
             beside=action.beside,
         )
         at = (action.pipeline_id, action.epoch, plan.stage)

@@ -67,6 +67,10 @@ class Pipeline:
     """Down, and waiting will not help."""
     restored: v.StoredPlan | None = None
     """A plan from before a restart whose workers may still be active."""
+    shares: int = 1
+    """Pipelines between which its workers' pages are split."""
+    leaving: bool = False
+    """It is to be no more."""
 
     def stage_of(self, worker_id: str) -> int | None:
         """The stage that a worker holds."""
@@ -113,11 +117,19 @@ class Former:
             return
         self._apart = {pair: until for pair, until in self._apart.items() if until > self._now}
         try:
-            chosen = choose_apart(self.target, self._free_for(pipeline), pipeline.last_stages, self._apart.keys())
+            chosen = self._choose(pipeline, pipeline.last_stages)
         except CannotForm as e:
             self._down(pipeline, str(e), final=e.final)
             return
         self._assign(pipeline, chosen)
+
+    def _choose(self, pipeline: Pipeline, previous: Sequence[v.StagePlan]) -> list[Choice]:
+        """Who is to hold what; `previous` stages keep their worker and layers where they can. Raises CannotForm."""
+        return choose_apart(self.target, self._free_for(pipeline), previous, self._apart.keys())
+
+    def _num_shares(self) -> int:
+        """Pipelines between which pages are to be split."""
+        return 1
 
     def _free_for(self, pipeline: Pipeline) -> list[v.Worker]:
         """Workers that the pipeline may be made of."""
@@ -136,6 +148,7 @@ class Former:
             for stage, c in enumerate(chosen)
         )
         pipeline.state, pipeline.phase, pipeline.reason = State.FORMING, Phase.ASSIGN, Phase.ASSIGN.value
+        pipeline.shares = self._num_shares()
         shown = ", ".join(f"{c.worker.info.worker_id}: layers {c.layers[0]}-{c.layers[1] - 1}" for c in chosen)
         self._log(f"{pipeline.pipeline_id} forms at epoch {pipeline.epoch}: {shown}")
         for plan, choice in zip(pipeline.stages, chosen, strict=True):
@@ -143,7 +156,8 @@ class Former:
             choice.worker.beside = None
             if choice.worker.kept != plan.layers:
                 choice.worker.kept = None
-            self._act(v.Assign(pipeline.pipeline_id, pipeline.epoch, len(chosen), plan, choice.worker.info.address))
+            address = choice.worker.info.address
+            self._act(v.Assign(pipeline.pipeline_id, pipeline.epoch, len(chosen), plan, address, pipeline.shares))
         self._publish()
 
     def _order_answered(self, event: v.AssignProgress | v.AssignDone | v.LinkUp | v.Activated | v.StepFailed) -> None:
@@ -264,6 +278,7 @@ class Former:
             tuple(pipeline.loaded[s] for s in stages),
             tuple(pipeline.routes.get(s, "") for s in stages),
             self.target.terms,
+            pipeline.shares,
         )
         self._act(v.PersistPlan(plan))
 

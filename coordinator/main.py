@@ -213,7 +213,14 @@ async def _serve(
 def make_service(built: Build, store: Store) -> CoordinatorService:
     """The service with its core; to be made on a running loop."""
     now = time.monotonic()
-    mesh = Mesh(built.target, now=now, nonce=Nonces().next, epochs=store.epochs(), plans=store.plans())
+    mesh = Mesh(
+        built.target,
+        now=now,
+        nonce=Nonces().next,
+        epochs=store.epochs(),
+        plans=store.plans(),
+        replicas=store.replicas(),
+    )
     stored = store.slots()
     # Without a store, a random start keeps a restarted coordinator off the slots of gateways that still live.
     first = max(stored, default=secrets.randbelow(MAX_SLOT)) % MAX_SLOT + 1

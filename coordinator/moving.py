@@ -68,7 +68,7 @@ class Mover(Wishes):
         super().__init__(*args, **named)
         self.moves: dict[str, Move] = {}
         """By pipeline."""
-        self._highest = {name: pipeline.epoch for name, pipeline in self.pipelines.items()}
+        self._highest: dict[str, int] = {**(named.get("epochs") or {}), **{name: p.epoch for name, p in self.pipelines.items()}}
         """Pipeline -> the highest epoch that it, or a move of it, ever had."""
         self._failed: dict[str, int] = {}
         """Pipeline -> moves that failed in a row."""
@@ -121,10 +121,14 @@ class Mover(Wishes):
                 elif leaving or not beside:
                     self._move_hard(pipeline, chosen, why)
                 else:
-                    self._give_ranges_up(f"{TRIES} moves failed, the last one because {self._why_failed}")
+                    self._give_up(pipeline, f"{TRIES} moves failed, the last one because {self._why_failed}")
         if pipeline.state is not state and pipeline.state in (State.SERVING, State.DRAINING):
             pipeline.state, pipeline.reason = state, reason
             self._publish()
+
+    def _give_up(self, pipeline: Pipeline, why: str) -> None:
+        """What a pipeline was to move for will not be."""
+        self._give_ranges_up(why)
 
     def _knows_moves(self, pipeline: Pipeline, chosen: Sequence[Choice]) -> bool:
         """Whether all whom it takes speak a protocol that has moves: not in the midst of an upgrade to it."""
@@ -152,6 +156,7 @@ class Mover(Wishes):
             pipeline.pipeline_id, epoch, State.FORMING, Phase.ASSIGN, Phase.ASSIGN.value, stages,
             why=why,
             copies=pages_to_copy(pipeline.stages, stages, pipeline.epoch),
+            shares=self._num_shares(),
             deadline=self._now + MOVE_S,
         )  # fmt: skip
         self.moves[pipeline.pipeline_id] = move
@@ -159,7 +164,7 @@ class Mover(Wishes):
         self._log(f"{pipeline.pipeline_id} is to go to epoch {epoch}: {why}")
         for plan, choice in zip(stages, chosen, strict=True):
             address = choice.worker.info.address
-            self._act(v.Assign(pipeline.pipeline_id, epoch, len(stages), plan, address, beside=True))
+            self._act(v.Assign(pipeline.pipeline_id, epoch, len(stages), plan, address, move.shares, beside=True))
 
     def _move_on(self, pipeline: Pipeline, move: Move) -> None:
         """Time has passed, or a gateway has said where it is."""
@@ -204,6 +209,7 @@ class Mover(Wishes):
         self._failed.pop(pipeline.pipeline_id, None)
         pipeline.epoch, pipeline.stages, pipeline.last_stages = move.epoch, move.stages, move.stages
         pipeline.loaded, pipeline.routes, pipeline.acked = move.loaded, move.routes, move.acked
+        pipeline.shares = move.shares
         pipeline.state, pipeline.reason, pipeline.serving_since = State.SERVING, "", self._now
         for plan in move.stages:
             worker = self.workers[plan.worker_id]

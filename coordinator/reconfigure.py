@@ -1,17 +1,17 @@
 """The coordinator's core: events in, actions out; no I/O, and the clock is an argument.
 
 This part is membership: leases, registrations, and what a coordinator takes up again after a restart. The life of a
-pipeline is in forming.py, standbys and moves in moving.py.
+pipeline is in forming.py, its changes beside serving in moving.py, how many there are in scaling.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from . import values as v
 from .forming import Phase, Pipeline, State
-from .moving import Mover
 from .planning import Target
+from .scaling import FIRST, Scaler
 
 # After a restart: one lease, and the longest that a worker may take to call again (its channel's back-off of 1 s and a
 # fifth, its own pause).
@@ -21,7 +21,7 @@ STALL_S = 0.3
 LOST_SHOWN = 64
 
 
-class Mesh(Mover):
+class Mesh(Scaler):
     """Membership and pipelines."""
 
     def __init__(
@@ -31,14 +31,17 @@ class Mesh(Mover):
         now: float,
         nonce: Callable[[], int],
         lease_s: float = 0.6,
-        pipeline_ids: Sequence[str] = ("pipeline-0",),
         epochs: Mapping[str, int] | None = None,
         plans: Mapping[str, v.StoredPlan] | None = None,
+        replicas: Mapping[int, int] | None = None,
     ) -> None:
-        super().__init__(target, now=now, nonce=nonce, pipeline_ids=pipeline_ids, epochs=epochs)
+        ids = sorted(plans or (FIRST,))
+        super().__init__(target, now=now, nonce=nonce, pipeline_ids=ids, epochs=epochs, replicas=replicas)
         self.lease_s = lease_s
         self.lost: dict[str, v.WorkerInfo] = {}
         self._last_tick = now
+        self._took_up = bool(plans)
+        """There were pipelines before a restart."""
         self._restore_until = now + lease_s + RECONNECT_S
         for name, plan in (plans or {}).items():
             pipeline = self.pipelines.get(name)
@@ -88,9 +91,15 @@ class Mesh(Mover):
                 self._steps_measured(event)
             case v.RepartitionRequested(ranges):
                 self._repartition(ranges)
+            case v.ScaleRequested(stage, count):
+                self._scale(stage, count)
+            case v.GatewayLeft():
+                self._gateway_left(event)
             case _:
                 self._order_answered(event)
-        for pipeline in self.pipelines.values():
+        if not (self._took_up and (self.restoring or self.settles(self._now))):
+            self._scale_if_due()
+        for pipeline in list(self.pipelines.values()):
             self._rebalance_if_due(pipeline)
             self._move_if_due(pipeline)
             self._form_if_due(pipeline)
@@ -138,6 +147,7 @@ class Mesh(Mover):
                 worker.kept = held.layers
         for held in info.held:
             if held.pipeline_id not in self.pipelines:
+                self._note_epoch(held.pipeline_id, held.epoch)
                 self._act(v.Release(held.pipeline_id, held.epoch, info.worker_id, info.address, "no such pipeline"))
         for pipeline in self.pipelines.values():
             held_epoch = max((h.epoch for h in info.held if h.pipeline_id == pipeline.pipeline_id), default=0)
@@ -175,6 +185,7 @@ class Mesh(Mover):
         while len(self.lost) > LOST_SHOWN:
             self.lost.pop(next(iter(self.lost)))
         self._version += 1
+        self._miss(worker)
         self._log(f"worker {worker_id} is lost: {reason}", warning=True)
         for pipeline in self.pipelines.values():
             stage = pipeline.stage_of(worker_id)
@@ -219,7 +230,7 @@ class Mesh(Mover):
             if not same_life or not self._holds(worker.info, pipeline.pipeline_id, plan.epoch, stage):
                 self._give_up_restoring(pipeline, f"worker {stage.worker_id} no longer holds stage {stage.stage}")
                 return
-        pipeline.restored, pipeline.epoch = None, plan.epoch
+        pipeline.restored, pipeline.epoch, pipeline.shares = None, plan.epoch, plan.shares
         pipeline.stages = pipeline.last_stages = plan.stages
         for stage in plan.stages:
             self.workers[stage.worker_id].kept = stage.layers

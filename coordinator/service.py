@@ -66,6 +66,10 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                     self._store.save_epoch(pipeline_id, epoch)
                 case v.PersistPlan(plan):
                     self._store.save_plan(plan)
+                case v.ForgetPlan(pipeline_id):
+                    self._store.forget_plan(pipeline_id)
+                case v.PersistReplicas(replicas):
+                    self._store.save_replicas(replicas)
                 case v.Publish(urgent):
                     self._version += 1
                     if urgent:
@@ -214,6 +218,19 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         if advice is not None and advice.ranges == ranges:
             answer.slowest_us, answer.expected_us = round(advice.now_s * 1e6), round(advice.then_s * 1e6)
         return answer
+
+    async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleResponse:
+        """More or fewer workers on a stage."""
+        if self._mesh.settles(self._clock()):
+            raise Unavailable("this coordinator has just started: workers are still coming back", retry_after_s=1)
+        pipelines = self._mesh.check_scale(request.stage, request.replicas)
+        self.post(v.ScaleRequested(request.stage, request.replicas))
+        return pb.ScaleResponse(pipelines=pipelines)
+
+    async def ReportLeft(self, request: pb.ReportLeftRequest, context: Context) -> pb.ReportLeftResponse:
+        """A gateway has left a pipeline."""
+        self.post(v.GatewayLeft(request.gateway_id, request.pipeline_id))
+        return pb.ReportLeftResponse()
 
     async def ReportSteps(self, request: pb.ReportStepsRequest, context: Context) -> pb.ReportStepsResponse:
         """What a pipeline's steps take."""

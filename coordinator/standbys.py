@@ -12,7 +12,9 @@ class Warmer(Former):
 
     def _warm_standbys(self) -> None:
         """Has standbys load what they may have to take over, once everything serves."""
-        if any(p.state is not State.SERVING for p in self.pipelines.values()):
+        states = {p.state for p in self.pipelines.values() if not p.leaving}
+        # One that is down for want of workers does not keep the others' standbys waiting.
+        if State.SERVING not in states or states & {State.FORMING, State.DRAINING}:
             return
         stages = [plan for p in self.pipelines.values() for plan in p.stages]
         members = {plan.worker_id for plan in stages}

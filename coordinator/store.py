@@ -1,4 +1,4 @@
-"""What must outlive a coordinator: epochs, the last plan of each pipeline, gateways' slots. SQLite, or memory.
+"""What must outlive a coordinator: epochs, plans, wished replicas, gateways' slots. SQLite, or memory.
 
 Write-ahead log with synchronous FULL: a commit that returned survives a crash of the machine, so an epoch that anyone
 heard of is never handed out again.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from .values import Loaded, StagePlan, StoredPlan
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS epochs (pipeline_id TEXT PRIMARY KEY, epoch INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS plans (pipeline_id TEXT PRIMARY KEY, plan TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS replicas (stage INTEGER PRIMARY KEY, count INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS slots (slot INTEGER PRIMARY KEY, gateway_id TEXT NOT NULL, instance TEXT NOT NULL);
 """
 VERSION = 1
@@ -77,6 +79,21 @@ class Store:
         self._db.execute("INSERT OR REPLACE INTO plans VALUES (?, ?)", (plan.pipeline_id, json.dumps(asdict(plan))))
         point("coordinator.after_plan_write")
 
+    def forget_plan(self, pipeline_id: str) -> None:
+        """The pipeline is no more; its epoch stays."""
+        self._db.execute("DELETE FROM plans WHERE pipeline_id = ?", (pipeline_id,))
+
+    def replicas(self) -> dict[int, int]:
+        """Stage -> workers that an operator wants on it at once."""
+        return dict(self._db.execute("SELECT stage, count FROM replicas").fetchall())
+
+    def save_replicas(self, replicas: Iterable[tuple[int, int]]) -> None:
+        """Writes down what an operator wants, in place of what he wanted before."""
+        with self._db:
+            self._db.execute("BEGIN")
+            self._db.execute("DELETE FROM replicas")
+            self._db.executemany("INSERT INTO replicas VALUES (?, ?)", list(replicas))
+
     def slots(self) -> dict[int, tuple[str, int]]:
         """Slot -> (gateway, instance) that had it last."""
         rows = self._db.execute("SELECT slot, gateway_id, instance FROM slots").fetchall()
@@ -100,4 +117,5 @@ def _decode(text: str) -> StoredPlan:
         tuple(Loaded(**loaded) for loaded in raw["loaded"]),
         tuple(raw["routes"]),
         raw["terms"],
+        raw.get("shares", 1),
     )

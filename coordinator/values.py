@@ -93,6 +93,8 @@ class StoredPlan:
     routes: tuple[str, ...]
     terms: str
     """Digest of model and bounds; a plan made for other terms is not taken up again."""
+    shares: int = 1
+    """Pipelines between which pages were split."""
 
 
 # Events
@@ -197,6 +199,22 @@ class RepartitionRequested:
 
 
 @dataclass(frozen=True)
+class ScaleRequested:
+    """An operator wants so many workers on a stage at once; 0: as many as are bound to it."""
+
+    stage: int
+    replicas: int
+
+
+@dataclass(frozen=True)
+class GatewayLeft:
+    """A gateway has nothing more to do with a pipeline that is to be no more."""
+
+    gateway_id: str
+    pipeline_id: str
+
+
+@dataclass(frozen=True)
 class AssignProgress:
     """Bytes loaded so far."""
 
@@ -285,6 +303,8 @@ Event = (
     | GatewayMoved
     | StepsMeasured
     | RepartitionRequested
+    | ScaleRequested
+    | GatewayLeft
     | AssignProgress
     | AssignDone
     | Prepared
@@ -314,6 +334,20 @@ class PersistPlan:
 
 
 @dataclass(frozen=True)
+class PersistReplicas:
+    """Write down what an operator wants of each stage."""
+
+    replicas: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ForgetPlan:
+    """A pipeline is no more: what was written down of it, but for its epoch, is not to be taken up again."""
+
+    pipeline_id: str
+
+
+@dataclass(frozen=True)
 class Assign:
     """Tell a worker to hold a layer range."""
 
@@ -322,6 +356,8 @@ class Assign:
     num_stages: int
     plan: StagePlan
     address: str
+    shares: int
+    """Pipelines between which its pages are split."""
     beside: bool = False
     """The pipeline goes on at an earlier epoch meanwhile."""
 
@@ -411,7 +447,19 @@ class Log:
 
 
 Action = (
-    PersistEpoch | PersistPlan | Assign | Prepare | MakeLink | Activate | Release | Forget | Disconnect | Publish | Log
+    PersistEpoch
+    | PersistPlan
+    | PersistReplicas
+    | ForgetPlan
+    | Assign
+    | Prepare
+    | MakeLink
+    | Activate
+    | Release
+    | Forget
+    | Disconnect
+    | Publish
+    | Log
 )
 
 

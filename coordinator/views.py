@@ -99,11 +99,13 @@ def pipeline_view(mesh: Mesh, pipeline: Pipeline, model: types_pb2.ModelRef) -> 
         final=pipeline.state is State.DOWN and pipeline.final,
         model=model,
         limits=limits(mesh.target.limits),
+        leaving=pipeline.leaving,
     )
+    view.limits.pipelines = pipeline.shares
     view.stages.extend(_stage_views(mesh, pipeline))
     move = mesh.moves.get(pipeline.pipeline_id)
     if move is not None and move.published:
-        view.next.epoch = move.epoch
+        view.next.epoch, view.next.pipelines = move.epoch, move.shares
         view.next.stages.extend(_stage_views(mesh, move))
         view.next.copies.extend(copy_message(copy) for copy in move.copies)
     return view

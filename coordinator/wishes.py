@@ -12,7 +12,7 @@ from . import values as v
 from .cost import Kind, kinds
 from .forming import RETRY_MAX_S, Pipeline, State
 from .partition import partition
-from .planning import Choice, choose
+from .planning import Choice
 from .rebalance import GAIN, LOOK_S, Advice, StepTimes, advise, better_worker
 from .standbys import Warmer
 
@@ -136,15 +136,19 @@ class Wishes(Warmer):
     def _wanted(self, pipeline: Pipeline, leaving: Sequence[v.StagePlan]) -> tuple[list[Choice], str]:
         """Who is to hold what, and why; nobody, if nothing is to change. Raises CannotForm."""
         if leaving:
-            chosen = choose(self.target, self._free_for(pipeline), pipeline.stages)
+            chosen = self._choose(pipeline, pipeline.stages)
             return chosen, ", ".join(f"stage {p.stage} leaves worker {p.worker_id}" for p in leaving) + ", which drains"
-        held = tuple(plan.layers for plan in pipeline.stages)
-        if self.ranges == held:
+        serving = [p for p in self.pipelines.values() if p.state is State.SERVING]
+        if self.ranges is not None and all(_ranges(p) == self.ranges for p in serving):
             self.ranges = None
-        if self.ranges is None:
+        if self.ranges is None or self.ranges == _ranges(pipeline):
             return [], ""
         workers = [self._worker_at(pipeline, plan.stage) for plan in pipeline.stages]
         return [Choice(w, r) for w, r in zip(workers, self.ranges, strict=True)], "other ranges are wanted"
+
+
+def _ranges(pipeline: Pipeline) -> tuple[v.Range, ...]:
+    return tuple(plan.layers for plan in pipeline.stages)
 
 
 def _shown(ranges: Sequence[v.Range]) -> str:

@@ -55,6 +55,8 @@ class BatchLoop:
         on_lost: Callable[[BatchLoop, StagemeshError], None],
     ) -> None:
         self.view = view
+        self._shares = max(1, view.limits.gateways) * max(1, view.limits.pipelines)
+        """How many may have steps on the same workers."""
         self.crossed = False
         """A token has crossed every stage."""
         self._work = work
@@ -164,7 +166,7 @@ class BatchLoop:
     def take_over(self, expecting: Iterable[int]) -> None:
         """Goes on with the work, whose pages all stages hold, or are `expecting`. Nothing of it is out."""
         first = 1 if self._probe is None else self._probe.STEPS + 1
-        self._work.move([o.kv_generation for o in self._opened], first, expecting)
+        self._work.move(self.shape, [o.kv_generation for o in self._opened], first, expecting)
         self._probe = None
         self._go()
 
@@ -206,7 +208,7 @@ class BatchLoop:
             if self.scheduler.prefix.enabled and sequence.confirmed == sequence.taken_over:
                 self._metrics.prefix_looked_up(sequence.length, sequence.taken_over)
             self._broadcast(stage_pb2.RunRequest(open_sequence=open_message(sequence, live)))
-        message = plan_message(plan, self.view.epoch, alone=self.view.limits.gateways <= 1)
+        message = plan_message(plan, self.view.epoch, alone=self._shares <= 1)
         self._sent_at[plan.step] = time.monotonic()
         self._broadcast(stage_pb2.RunRequest(plan=message))
         self._work.note_sent(plan)
@@ -315,7 +317,7 @@ class BatchLoop:
         out_s = time.monotonic() - max(oldest, self._heard_at)
         if out_s < STEP_SLACK_S:
             return
-        expected_s = self._work.expected_s(max(1, self.view.limits.gateways))
+        expected_s = self._work.expected_s(self._shares)
         if not self.crossed or self._work.recovering:
             # What steps took was measured on another worker, maybe, and a first one takes longer.
             most_s = RECOVERING_S

@@ -38,6 +38,7 @@ def next_view(view: types_pb2.PipelineView) -> types_pb2.PipelineView:
     after.ClearField("next")
     after.ClearField("stages")
     after.epoch = view.next.epoch
+    after.limits.pipelines = view.next.pipelines
     after.stages.extend(view.next.stages)
     return after
 
@@ -64,9 +65,11 @@ class Handover:
             async with asyncio.timeout(COPY_S):
                 await new.open(gateway_id, instance, slot)
                 if not self._work.fits(new.shape):
-                    raise Unavailable(f"the next workers have {new.shape.num_pages} pages, too few for what runs")
+                    raise Unavailable("the next workers have pages of another size")
                 # What is being refilled is not there to be copied.
                 await self._until(lambda: not self._work.recovering)
+                self._work.shrink(new.shape)
+                await self._until(lambda: self._work.scheduler.fits)
                 page = self._work.scheduler.pages.allocate(1) or []
                 if page:
                     probe = new.begin_probe(page[0])
@@ -82,6 +85,7 @@ class Handover:
         except BaseException as e:
             # The probe may still be under way.
             self._work.quarantined += page
+            self._work.stay()
             if isinstance(e, TimeoutError):
                 what = f"pages were not copied within {COPY_S:g} s, or steps not back within {PAUSE_S:g} s"
                 raise Unavailable(what) from e

@@ -17,14 +17,16 @@ from .metrics import Metrics
 log = logging.getLogger(__name__)
 
 KEPT = 64
-"""Events."""
+"""Events, of all pipelines."""
 
 
 class Outage:
     """At most one is open. `give_up(cause)` is called when it has lasted `deadline_s`, and it is over then."""
 
-    def __init__(self, metrics: Metrics, deadline_s: float, give_up: Callable[[str], None]) -> None:
-        self.events: deque[dict[str, Any]] = deque(maxlen=KEPT)
+    def __init__(
+        self, metrics: Metrics, deadline_s: float, give_up: Callable[[str], None], events: deque[dict[str, Any]]
+    ) -> None:
+        self.events = events
         self._metrics = metrics
         self._deadline_s = deadline_s
         self._give_up = give_up
@@ -71,6 +73,12 @@ class Outage:
             "moved", pipeline_id, epoch, duration_ms=round(paused_s * 1000), requests=requests, pages_copied=pages
         )
         self._metrics.pipeline_moved(paused_s)
+
+    def handed_over(self, pipeline_id: str, to: str, requests: int) -> None:
+        """What one pipeline ran goes on at another one."""
+        self._end()
+        log.info("%d requests of %s go on at %s", requests, pipeline_id, to)
+        self._note("handed_over", pipeline_id, 0, to=to, requests=requests)
 
     def close(self) -> None:
         """Nobody waits any more."""

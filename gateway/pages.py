@@ -85,10 +85,25 @@ class PageAllocator:
             self._holders[page] -= 1
             if self._holders[page]:
                 continue
-            if self._offers[page] is None:
+            if page >= self.num_pages:
+                self._forget(page)
+            elif self._offers[page] is None:
                 self._empty.append(page)
             else:
                 self._idle[page] = None
+
+    def resize(self, num_pages: int) -> None:
+        """Fewer pages, or more. What lies in those that go is gone; such as are held stay until they are let go."""
+        for page in [page for page in self._idle if page >= num_pages]:
+            del self._idle[page]
+            self._forget(page)
+        self._empty = [page for page in self._empty if page < num_pages]
+        more = num_pages - len(self._holders)
+        self._holders.extend([0] * more)
+        self._offers.extend([None] * more)
+        new = range(num_pages - 1, self.num_pages - 1, -1)
+        self._empty[:0] = [page for page in new if not self._holders[page]]
+        self.num_pages = num_pages
 
     def in_use(self, page: int) -> bool:
         """Whether somebody holds it, or can find what lies in it."""

@@ -15,7 +15,12 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 5.0
 WAITING = 16
 
-Report = coordinator_pb2.ReportStuckRequest | coordinator_pb2.ReportMovedRequest | coordinator_pb2.ReportStepsRequest
+Report = (
+    coordinator_pb2.ReportStuckRequest
+    | coordinator_pb2.ReportMovedRequest
+    | coordinator_pb2.ReportLeftRequest
+    | coordinator_pb2.ReportStepsRequest
+)
 
 
 class Reporter:
@@ -40,6 +45,10 @@ class Reporter:
                 gateway_id=self._gateway_id, pipeline_id=pipeline_id, epoch=epoch, error=error
             )
         )
+
+    def left(self, pipeline_id: str) -> None:
+        """This gateway has nothing more to do with a pipeline."""
+        self._put(coordinator_pb2.ReportLeftRequest(gateway_id=self._gateway_id, pipeline_id=pipeline_id))
 
     def steps(self, pipeline_id: str, epoch: int, seconds: Sequence[float]) -> None:
         """What a step takes on each stage."""
@@ -69,6 +78,8 @@ class Reporter:
                             await stub.ReportStuck(report, timeout=TIMEOUT_S)
                         elif isinstance(report, coordinator_pb2.ReportMovedRequest):
                             await stub.ReportMoved(report, timeout=TIMEOUT_S)
+                        elif isinstance(report, coordinator_pb2.ReportLeftRequest):
+                            await stub.ReportLeft(report, timeout=TIMEOUT_S)
                         else:
                             await stub.ReportSteps(report, timeout=TIMEOUT_S)
                 except StagemeshError as e:

@@ -124,6 +124,34 @@ class Scheduler:
             self.speculation.forget(sequence)
             self._settle(sequence)
 
+    def resize(self, num_pages: int) -> None:
+        """Fewer pages, or more. A sequence that has such as go is preempted; see `fits`."""
+        self.pages.resize(num_pages)
+        for sequence in reversed(self.running[:]):
+            if sequence.state is State.RUNNING and not sequence.preempted and self._exceeds(sequence):
+                sequence.preempted = True
+                self.preemptions += 1
+                self._settle(sequence)
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing that runs has a page beyond those there are: steps that were out are back."""
+        return not any(self._exceeds(sequence) for sequence in self.running)
+
+    def _exceeds(self, sequence: Sequence) -> bool:
+        return any(page >= self.pages.num_pages for page in sequence.pages)
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """It goes on elsewhere, from its log. Nothing of it may be out."""
+        assert not sequence.in_flight
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+            return
+        self.speculation.forget(sequence)
+        sequence.preempted = False
+        sequence.state = State.WAITING
+        self._release(sequence)
+
     def append_token(self, sequence: Sequence, position: int, token: int) -> bool:
         """Enters a token into the log, if it is the next one of a sequence that still wants it."""
         if sequence.state is not State.RUNNING or position != sequence.length:

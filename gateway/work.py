@@ -77,6 +77,12 @@ class Work:
         if self.live.pop(sequence, None) is not None:
             self.scheduler.finish(sequence)
 
+    def withdraw(self, live: LiveRequest) -> None:
+        """The request goes on elsewhere. Nothing may be out."""
+        for choice in live.choices:
+            if self.live.pop(choice.sequence, None) is not None:
+                self.scheduler.withdraw(choice.sequence)
+
     def fail(self, error: StagemeshError) -> None:
         """Every request ends with an error."""
         for live in set(self.live.values()):
@@ -87,7 +93,9 @@ class Work:
     def begin(self, shape: Shape, stages: Sequence[StageKv]) -> None:
         """An epoch begins, at which the stages' pages hold what they say."""
         self.release_quarantined()
-        if not self.fits(shape):
+        if self.fits(shape):
+            self._resize(shape)
+        else:
             self._start_over(shape)
         filled = [0 if stage in self._expecting else generation for stage, generation in enumerate(self._filled)]
         self._expecting.clear()
@@ -111,16 +119,31 @@ class Work:
             self.quarantined = []
 
     def fits(self, shape: Shape) -> bool:
-        """Whether what runs can go on with such pages: as many as before, or more."""
+        """Whether what runs can go on with such pages, though some of it anew where there are fewer."""
         before = self._shape
-        if before is None or shape.num_pages < before.num_pages:
+        if before is None:
             return False
         return (shape.page_size, shape.steps_in_flight) == (before.page_size, before.steps_in_flight)
 
-    def move(self, generations: Sequence[int], next_step: int, expecting: Iterable[int]) -> None:
+    def shrink(self, shape: Shape) -> None:
+        """Does without pages that a coming epoch has not; `stay` takes that back."""
+        self.scheduler.resize(min(shape.num_pages, self.scheduler.pages.num_pages))
+
+    def stay(self) -> None:
+        """The coming epoch does not come."""
+        assert self._shape is not None
+        self._resize(self._shape)
+
+    def _resize(self, shape: Shape) -> None:
+        self._shape = shape
+        if shape.num_pages != self.scheduler.pages.num_pages:
+            self.scheduler.resize(shape.num_pages)
+
+    def move(self, shape: Shape, generations: Sequence[int], next_step: int, expecting: Iterable[int]) -> None:
         """An epoch begins whose stages hold all that is confirmed of every sequence; nothing is out. Those that are
         `expecting` some of it have it when `arrived` is called."""
         self.release_quarantined()
+        self._resize(shape)
         self._expecting = set(expecting)
         self.scheduler.rewind(next_step)
         self._now = list(generations)

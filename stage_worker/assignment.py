@@ -171,11 +171,6 @@ class Assignment:
 
     # -- sessions ---------------------------------------------------------------------------------------------------
 
-    @property
-    def pages_per_gateway(self) -> int:
-        """Pages that each gateway is granted."""
-        return self.pool.num_pages // self.ranges.count
-
     def open_session(self, ident: int, request: stage_pb2.RunOpen) -> stage_pb2.RunOpened:
         """Opens a gateway's session with its range of pages; returns what the gateway is told of it.
 
@@ -184,13 +179,12 @@ class Assignment:
         if not self.active:
             raise Unavailable(f"{self.pipeline_id} epoch {self.epoch} is not active here yet", retry_after_s=0.2)
         holder = f"{self.pipeline_id}/{request.gateway_id}"
-        grant = self.ranges.open(holder, self.epoch)
+        grant = self.ranges.open(holder, self.epoch, page_share(self.pool.num_pages, self.limits))
         try:
             self._open_lanes(request.slot)
         except StagemeshError:
             self.ranges.close(holder, self.epoch)
             raise
-        base = grant.index * self.pages_per_gateway
         session = Session(
             ident,
             request.slot,
@@ -202,8 +196,7 @@ class Assignment:
                 guesses=self.drafter is not None,
                 vocab_size=self.shard.vocab_size,
                 page_size=self.limits.page_size,
-                page_base=base,
-                num_pages=self.pages_per_gateway,
+                pages=grant.pages,
                 max_tokens=self.limits.max_num_batched_tokens,
                 device=torch.device(self.shard.device),
             ),
@@ -211,11 +204,11 @@ class Assignment:
         self._holders[ident] = holder
         self.sessions[ident] = session
         return stage_pb2.RunOpened(
-            num_pages=self.pages_per_gateway,
+            num_pages=len(grant.pages),
             page_size=self.limits.page_size,
             steps_in_flight=self.limits.steps_in_flight,
             kv_generation=grant.generation ^ self.held.salt,
-            journal=self.journal.held(base, self.pages_per_gateway) if self.journal is not None else b"",
+            journal=self.journal.held(grant.pages) if self.journal is not None else b"",
             copy_pages=min((copy.most_pages for copy in self.page_receivers.values()), default=0),
         )
 
@@ -263,10 +256,10 @@ class Assignment:
 
         Raises InvalidRequest for pages or a copy that are not there, TransportError when the link is over.
         """
-        base, limit = session.context.page_base, session.context.num_pages
-        if any(page >= limit for page in request.pages):
-            raise InvalidRequest(f"a page beyond the {limit} granted is to be copied")
-        pages = [base + page for page in request.pages]
+        granted = session.context.pages
+        if any(page >= len(granted) for page in request.pages):
+            raise InvalidRequest(f"a page beyond the {len(granted)} granted is to be copied")
+        pages = [granted[page] for page in request.pages]
         if request.epoch == self.epoch and request.index in self.page_receivers:
             self.page_receivers[request.index].expect(session.slot, request.number, pages)
             session.copies.add((request.index, request.number))
@@ -389,3 +382,8 @@ class Assignment:
         self.page_senders, self.page_receivers = {}, {}
         self.senders, self.receiver = [], None
         self.token_sender = self.token_receiver = None
+
+
+def page_share(num_pages: int, limits: types_pb2.RunLimits) -> int:
+    """Pages that each gateway is granted on each pipeline."""
+    return num_pages // (max(1, limits.gateways) * max(1, limits.pipelines))

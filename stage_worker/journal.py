@@ -11,7 +11,7 @@ Shapes: T tokens of a step, S positions a page, H hidden.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -74,12 +74,11 @@ class Journal:
             places.extend(range(place + offset, place + offset + count))
         return self._rows[torch.tensor(places, dtype=torch.int64)]
 
-    def held(self, base: int, num_pages: int) -> bytes:
-        """One bit for each of `num_pages` pages from `base` on, the lowest first: whether its entry is there."""
-        bits = bytearray(-(-num_pages // 8))
-        for page in self._entries:
-            at = page - base
-            if 0 <= at < num_pages:
+    def held(self, pages: Sequence[int]) -> bytes:
+        """One bit for each of `pages`, the lowest first: whether its entry is there."""
+        bits = bytearray(-(-len(pages) // 8))
+        for at, page in enumerate(pages):
+            if page in self._entries:
                 bits[at >> 3] |= 1 << (at & 7)
         return bytes(bits)
 

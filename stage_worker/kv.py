@@ -48,9 +48,9 @@ class KvPool:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        beside: KvPool | None = None,
+        beside: Sequence[KvPool] = (),
     ) -> None:
-        """`beside`: a pool of as many equal pages, whose layers are these where both have them.
+        """`beside`: pools of as many equal pages, whose layers are these where they have them.
 
         Raises ConfigError for no page, or none of a position.
         """
@@ -64,11 +64,9 @@ class KvPool:
         self._k: dict[int, torch.Tensor] = {}
         self._v: dict[int, torch.Tensor] = {}
         for layer in self.layers:
-            if beside is not None and layer in beside.layers:
-                self._k[layer.layer_idx], self._v[layer.layer_idx] = (
-                    beside.k(layer.layer_idx),
-                    beside.v(layer.layer_idx),
-                )
+            other = next((pool for pool in beside if layer in pool.layers), None)
+            if other is not None:
+                self._k[layer.layer_idx], self._v[layer.layer_idx] = other.k(layer.layer_idx), other.v(layer.layer_idx)
                 continue
             heads = (num_pages, layer.num_kv_heads, page_size)
             self._k[layer.layer_idx] = self._allocate((*heads, layer.k_head_dim))

@@ -1,61 +1,86 @@
-"""Which gateway holds which of the equal ranges of a worker's pages. Pure.
+"""Which gateway holds which of a worker's pages, on which pipeline. Pure.
 
-A range stays its gateway's after the session ended, with what was written into its pages, until another gateway needs
-one: so a gateway that comes back at a later epoch goes on where it was. One that moves to a later epoch has it open at
-both for a while.
+Pages stay their holder's after the session ended, with what was written into them, until another one needs them: so a
+gateway that comes back at a later epoch goes on where it was. One that moves to a later epoch has them open at both for
+a while. They need not lie together, so they can be split anew: a holder that comes back for fewer keeps the first ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stagemesh.errors import Unavailable
 
 
 @dataclass(frozen=True)
 class Grant:
-    """A gateway's range."""
+    """What a session may use."""
 
-    index: int
+    pages: tuple[int, ...]
+    """The holder's page 0, 1, 2, ..."""
     generation: int
-    """The same as long as nobody else may have written into the range's pages."""
+    """The same as long as nobody else may have written into the pages."""
+
+
+@dataclass
+class _Holder:
+    generation: int
+    pages: list[int] = field(default_factory=list)
+    open: dict[int, int] = field(default_factory=dict)
+    """Epoch -> pages of the session."""
 
 
 class PageRanges:
-    """`count` ranges; `nonce` makes a generation that was never given before, and is not 0."""
+    """`num_pages` pages; `nonce` makes a generation that was never given before, and is not 0."""
 
-    def __init__(self, count: int, nonce: Callable[[], int]) -> None:
-        self.count = count
+    def __init__(self, num_pages: int, nonce: Callable[[], int]) -> None:
+        self.num_pages = num_pages
         self._nonce = nonce
-        self._grants: dict[str, Grant] = {}
-        """By holder, the one that came longest ago first."""
-        self._open: set[tuple[str, int]] = set()
-        """Holders and epochs."""
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._holders: dict[str, _Holder] = {}
+        """The one that came longest ago first."""
 
-    def open(self, holder: str, epoch: int) -> Grant:
-        """The holder's own range, else a free one, else that of one that has gone. Raises Unavailable (retry)."""
-        if (holder, epoch) in self._open:
-            raise Unavailable(f"{holder} holds a range of pages already", retry_after_s=0.2)
-        grant = self._grants.pop(holder, None)
-        if grant is None:
-            taken = {other.index for other in self._grants.values()}
-            free = next((i for i in range(self.count) if i not in taken), None)
-            if free is None:
-                here = {name for name, _ in self._open}
-                gone = next((name for name in self._grants if name not in here), None)
-                if gone is None:
-                    raise Unavailable(
-                        f"all {self.count} page ranges are held by gateways: start the coordinator with --gateways for "
-                        "more",
-                        retry_after_s=0.5,
-                    )
-                free = self._grants.pop(gone).index
-            grant = Grant(free, self._nonce())
-        self._grants[holder] = grant
-        self._open.add((holder, epoch))
-        return grant
+    def open(self, name: str, epoch: int, count: int) -> Grant:
+        """`count` pages: the holder's own as far as it has any, then free ones, then those of holders that have gone.
 
-    def close(self, holder: str, epoch: int) -> None:
+        One that has some goes on with what there is; one that has none raises Unavailable (retry).
+        """
+        holder = self._holders.pop(name, None) or _Holder(self._nonce())
+        try:
+            if epoch in holder.open:
+                raise Unavailable(f"{name} holds a range of pages already", retry_after_s=0.2)
+            self._reclaim(count - len(holder.pages))
+            if not holder.pages and len(self._free) < count:
+                raise Unavailable(
+                    f"all {self.num_pages} pages are held, {len(self._free)} are free and {count} wanted: start the "
+                    "coordinator with --gateways for more",
+                    retry_after_s=0.5,
+                )
+            while len(holder.pages) < count and self._free:
+                holder.pages.append(self._free.pop())
+            holder.open[epoch] = min(count, len(holder.pages))
+            self._trim(holder)
+        finally:
+            if holder.pages:
+                self._holders[name] = holder
+        return Grant(tuple(holder.pages[: holder.open[epoch]]), holder.generation)
+
+    def close(self, name: str, epoch: int) -> None:
         """The holder's session is over; it may come back."""
-        self._open.discard((holder, epoch))
+        holder = self._holders.get(name)
+        if holder is not None and holder.open.pop(epoch, None) is not None and holder.open:
+            self._trim(holder)
+
+    def _trim(self, holder: _Holder) -> None:
+        """Pages that none of its sessions has are free."""
+        most = max(holder.open.values())
+        while len(holder.pages) > most:
+            self._free.append(holder.pages.pop())
+
+    def _reclaim(self, count: int) -> None:
+        """Makes so many pages free, if those of holders that have gone are enough; the one longest gone loses first."""
+        for name in [name for name, holder in self._holders.items() if not holder.open]:
+            if len(self._free) >= count:
+                return
+            self._free.extend(reversed(self._holders.pop(name).pages))

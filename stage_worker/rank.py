@@ -25,7 +25,7 @@ from stagemesh.protos.v1 import stage_pb2
 from stagemesh.transport.base import Transport
 from stagemesh.transport.select import open_transport
 
-from .assignment import Assignment, Held
+from .assignment import Assignment, Held, page_share
 from .config import RankConfig
 from .control import Kind, Socket, dumps, pack_error
 from .engine import Engine
@@ -236,7 +236,7 @@ class Rank:
 
 def _done(held: Held, request: stage_pb2.AssignRequest | stage_pb2.PrepareRequest) -> stage_pb2.AssignDone:
     return stage_pb2.AssignDone(
-        num_pages=held.pool.num_pages // max(1, request.limits.gateways),
+        num_pages=page_share(held.pool.num_pages, request.limits),
         page_bytes=held.page_bytes,
         weight_bytes=held.weight_bytes,
         tensor_bytes_read=held.shard.tensor_bytes_read,

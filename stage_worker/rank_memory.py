@@ -12,7 +12,7 @@ import torch
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
-from .assignment import Held
+from .assignment import Held, page_share
 from .config import RankConfig
 from .drafter import Drafter
 from .engine import Engine
@@ -121,12 +121,12 @@ class RankMemory:
         if before is None:
             pages = self._num_pages(limits, shards)
             pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)
-            ranges = PageRanges(max(1, limits.gateways), _nonce)
+            ranges = PageRanges(pages, _nonce)
         else:
-            self._check_room(before.pool, shards)
-            pool = KvPool(
-                shard.kv_layers, before.pool.num_pages, limits.page_size, shard.dtype, self.device, before.pool
-            )
+            # A layer has the same pages for every assignment: a pipeline that goes from one to the other finds its own.
+            pools = [held.pool for held in self._in_use()]
+            self._check_room(pools, shards)
+            pool = KvPool(shard.kv_layers, before.pool.num_pages, limits.page_size, shard.dtype, self.device, pools)
             ranges = before.ranges
         shard.bind_kv(pool)
         drafter = None
@@ -135,8 +135,10 @@ class RankMemory:
             drafter = known if known is not None and known.shard is shards[1] else Drafter(shards[1], pool)
         journal = None
         if request.layers.last < request.model.num_layers:
-            same_boundary = before is not None and before.shard.kv_layers[-1].layer_idx == request.layers.last - 1
-            journal = before.journal if before is not None and same_boundary else self._make_journal(pool, shard)
+            boundary = request.layers.last - 1
+            same = (held for held in self._in_use() if held.shard.kv_layers[-1].layer_idx == boundary)
+            other = next(same, None) if before is not None else None
+            journal = other.journal if other is not None else self._make_journal(pool, shard)
         held = Held(shard, pool, drafter, ranges, journal, _nonce())
         self._sets.append(_Set(self._wanted(request), held))
         return held
@@ -145,6 +147,10 @@ class RankMemory:
         """What the newest assignment runs on that takes steps: further layers are made beside it."""
         active = [assignment for assignment in self.engine.assignments.values() if assignment.active]
         return max(active, key=lambda assignment: assignment.epoch).held if active else None
+
+    def _in_use(self) -> list[Held]:
+        """What assignments run on."""
+        return list({id(a.held): a.held for a in self.engine.assignments.values()}.values())
 
     def trim(self, *, keep_one: bool = True) -> None:
         """Lets go of what nothing runs on, but for the newest."""
@@ -169,12 +175,10 @@ class RankMemory:
     @staticmethod
     def _fits(held: Held, limits: types_pb2.RunLimits) -> bool:
         """Whether its pages are what the bounds want; where those name no count, the one that was found room for is."""
-        gateways = max(1, limits.gateways)
         return (
             held.pool.page_size == limits.page_size
             and limits.num_pages in (0, held.pool.num_pages)
-            and held.ranges.count == gateways
-            and held.pool.num_pages // gateways * limits.page_size >= limits.max_model_len
+            and page_share(held.pool.num_pages, limits) * limits.page_size >= limits.max_model_len
         )
 
     def _spec(
@@ -200,23 +204,24 @@ class RankMemory:
 
     def _num_pages(self, limits: types_pb2.RunLimits, shards: list[Shard]) -> int:
         """For all gateways. Raises ConfigError when not one request of --max-model-len would fit."""
-        gateways = max(1, limits.gateways)
+        shares = max(1, limits.gateways) * max(1, limits.pipelines)
         page_bytes = _page_bytes(shards, limits.page_size)
         one_sequence = -(-limits.max_model_len // limits.page_size)
         budget = self._kv_budget_bytes()
-        pages = limits.num_pages or min(one_sequence * limits.max_num_seqs * gateways, budget // page_bytes)
-        if pages // gateways < one_sequence:
+        pages = limits.num_pages or min(one_sequence * limits.max_num_seqs * shares, budget // page_bytes)
+        if pages // shares < one_sequence:
             raise ConfigError(
                 f"one request of --max-model-len {limits.max_model_len} needs {one_sequence} KV pages of {page_bytes} "
-                f"bytes here, and there are {pages} for {gateways} gateway(s): lower --max-model-len to "
-                f"{pages // gateways * limits.page_size}, or raise --num-kv-pages / --kv-cache-gib (now "
+                f"bytes here, and there are {pages} for {shares} gateway(s) and pipeline(s): lower --max-model-len to "
+                f"{pages // shares * limits.page_size}, or raise --num-kv-pages / --kv-cache-gib (now "
                 f"{budget / 2**30:.2f} GiB)"
             )
         return pages
 
-    def _check_room(self, pool: KvPool, shards: list[Shard]) -> None:
+    def _check_room(self, pools: list[KvPool], shards: list[Shard]) -> None:
         """Raises ConfigError where the pages of layers that come do not fit beside those that are there."""
-        new = [layer for layer in shards[0].kv_layers if layer not in pool.layers]
+        pool = pools[0]
+        new = [layer for layer in shards[0].kv_layers if not any(layer in other.layers for other in pools)]
         need = KvPool.page_bytes(new, pool.page_size, pool.dtype) * pool.num_pages
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else available_memory_bytes()
         if need > free:

@@ -98,8 +98,8 @@ class SessionContext:
     """Whether this rank draws tokens: rank 0 of the last stage."""
     vocab_size: int
     page_size: int
-    page_base: int
-    num_pages: int
+    pages: tuple[int, ...]
+    """Granted to it: a plan names them by their place here."""
     max_tokens: int
     device: torch.device
     guesses: bool = False
@@ -285,7 +285,7 @@ class Session:
     def _grow(self, plan: stage_pb2.StepPlan, starts: list[int], counts: list[int]) -> list[list[int]]:
         """Gives each row's sequence its new pages; returns the block table of each row."""
         tables: list[list[int]] = []
-        base, limit, at = self.context.page_base, self.context.num_pages, 0
+        granted, at = self.context.pages, 0
         drafts, replays = set(plan.draft_rows), plan.kind == stage_pb2.STEP_KIND_REPLAY
         for i, ident in enumerate(plan.sequences):
             sequence = self.sequences.get(ident)
@@ -301,9 +301,9 @@ class Session:
                 )
             new = plan.new_pages[at : at + plan.new_page_counts[i]] if plan.new_page_counts else []
             at += len(new)
-            if any(page >= limit for page in new):
-                raise InvalidRequest(f"step {plan.step} names a page beyond the {limit} granted")
-            sequence.pages.extend(base + page for page in new)
+            if any(page >= len(granted) for page in new):
+                raise InvalidRequest(f"step {plan.step} names a page beyond the {len(granted)} granted")
+            sequence.pages.extend(granted[page] for page in new)
             # Guesses that did not hold are dead: this row writes over them.
             sequence.length = starts[i] + counts[i]
             sequence.certain = starts[i] + 1 if i in drafts else sequence.length

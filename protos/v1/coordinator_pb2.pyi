@@ -180,6 +180,32 @@ class RepartitionResponse(_message.Message):
     expected_us: int
     def __init__(self, counts: _Optional[_Iterable[int]] = ..., slowest_us: _Optional[int] = ..., expected_us: _Optional[int] = ...) -> None: ...
 
+class ScaleRequest(_message.Message):
+    __slots__ = ("stage", "replicas")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    replicas: int
+    def __init__(self, stage: _Optional[int] = ..., replicas: _Optional[int] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ("pipelines",)
+    PIPELINES_FIELD_NUMBER: _ClassVar[int]
+    pipelines: int
+    def __init__(self, pipelines: _Optional[int] = ...) -> None: ...
+
+class ReportLeftRequest(_message.Message):
+    __slots__ = ("gateway_id", "pipeline_id")
+    GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
+    gateway_id: str
+    pipeline_id: str
+    def __init__(self, gateway_id: _Optional[str] = ..., pipeline_id: _Optional[str] = ...) -> None: ...
+
+class ReportLeftResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class DrainRequest(_message.Message):
     __slots__ = ("worker_id",)
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]

@@ -75,6 +75,16 @@ class CoordinatorStub(object):
                 request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionRequest.SerializeToString,
                 response_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/stagemesh.v1.Coordinator/Scale',
+                request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ScaleResponse.FromString,
+                _registered_method=True)
+        self.ReportLeft = channel.unary_unary(
+                '/stagemesh.v1.Coordinator/ReportLeft',
+                request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportLeftRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportLeftResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/stagemesh.v1.Coordinator/Drain',
                 request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DrainRequest.SerializeToString,
@@ -144,6 +154,21 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """Changes how many workers serve a stage at once: with each further one, one more pipeline runs over the stages that
+        have fewer. Errors: FAILED_PRECONDITION when workers lack.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportLeft(self, request, context):
+        """A gateway has left a pipeline that is to be no more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Takes a worker out of service: its layers move to another worker while requests go on. Where there is none, its
         pipeline takes nothing new and finishes what it holds.
@@ -194,6 +219,16 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Repartition,
                     request_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionRequest.FromString,
                     response_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ScaleRequest.FromString,
+                    response_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ScaleResponse.SerializeToString,
+            ),
+            'ReportLeft': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportLeft,
+                    request_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportLeftRequest.FromString,
+                    response_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportLeftResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -418,6 +453,60 @@ class Coordinator(object):
             '/stagemesh.v1.Coordinator/Repartition',
             stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionRequest.SerializeToString,
             stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.RepartitionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Coordinator/Scale',
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ScaleRequest.SerializeToString,
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportLeft(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Coordinator/ReportLeft',
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportLeftRequest.SerializeToString,
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.ReportLeftResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,7 +61,7 @@ class DraftModel(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelRef, _Mapping]] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class RunLimits(_message.Message):
-    __slots__ = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "steps_in_flight", "gateways")
+    __slots__ = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "steps_in_flight", "gateways", "pipelines")
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class RunLimits(_message.Message):
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     STEPS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     GATEWAYS_FIELD_NUMBER: _ClassVar[int]
+    PIPELINES_FIELD_NUMBER: _ClassVar[int]
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -76,7 +77,8 @@ class RunLimits(_message.Message):
     num_pages: int
     steps_in_flight: int
     gateways: int
-    def __init__(self, max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., steps_in_flight: _Optional[int] = ..., gateways: _Optional[int] = ...) -> None: ...
+    pipelines: int
+    def __init__(self, max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., steps_in_flight: _Optional[int] = ..., gateways: _Optional[int] = ..., pipelines: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "top_logprobs", "logprobs", "min_tokens", "suppressed_ids", "bias_ids", "bias_values")
@@ -189,7 +191,7 @@ class StageView(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., worker_id: _Optional[str] = ..., address: _Optional[str] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ..., tp_size: _Optional[int] = ..., generation: _Optional[int] = ..., num_pages: _Optional[int] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., route: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., tensor_bytes_read: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class PipelineView(_message.Message):
-    __slots__ = ("pipeline_id", "epoch", "state", "reason", "model", "limits", "stages", "final", "next")
+    __slots__ = ("pipeline_id", "epoch", "state", "reason", "model", "limits", "stages", "final", "next", "leaving")
     PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +201,7 @@ class PipelineView(_message.Message):
     STAGES_FIELD_NUMBER: _ClassVar[int]
     FINAL_FIELD_NUMBER: _ClassVar[int]
     NEXT_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     pipeline_id: str
     epoch: int
     state: PipelineState
@@ -208,17 +211,20 @@ class PipelineView(_message.Message):
     stages: _containers.RepeatedCompositeFieldContainer[StageView]
     final: bool
     next: NextEpoch
-    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[PipelineState, str]] = ..., reason: _Optional[str] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., limits: _Optional[_Union[RunLimits, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ..., final: bool = ..., next: _Optional[_Union[NextEpoch, _Mapping]] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[PipelineState, str]] = ..., reason: _Optional[str] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., limits: _Optional[_Union[RunLimits, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ..., final: bool = ..., next: _Optional[_Union[NextEpoch, _Mapping]] = ..., leaving: bool = ...) -> None: ...
 
 class NextEpoch(_message.Message):
-    __slots__ = ("epoch", "stages", "copies")
+    __slots__ = ("epoch", "stages", "copies", "pipelines")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
+    PIPELINES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     stages: _containers.RepeatedCompositeFieldContainer[StageView]
     copies: _containers.RepeatedCompositeFieldContainer[KvCopy]
-    def __init__(self, epoch: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ..., copies: _Optional[_Iterable[_Union[KvCopy, _Mapping]]] = ...) -> None: ...
+    pipelines: int
+    def __init__(self, epoch: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ..., copies: _Optional[_Iterable[_Union[KvCopy, _Mapping]]] = ..., pipelines: _Optional[int] = ...) -> None: ...
 
 class KvCopy(_message.Message):
     __slots__ = ("index", "from_epoch", "from_stage", "to_stage", "layers")

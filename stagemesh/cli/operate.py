@@ -1,4 +1,4 @@
-"""What an operator tells the coordinator: `stagemesh drain`, `stagemesh repartition`."""
+"""What an operator tells the coordinator: `stagemesh drain`, `stagemesh repartition`, `stagemesh scale`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stagemesh.errors import ConfigError, DeadlineExceeded, Unavailable
 
 from .status import fetch
 
-COMMANDS = ("drain", "repartition")
+COMMANDS = ("drain", "repartition", "scale")
 CALL_TIMEOUT_S = 10.0
 LOOK_S, RETRY_S = 0.05, 0.2
 AWAY_S = 5.0
@@ -36,7 +36,18 @@ def add_parsers(commands: Any) -> None:
         "requests, while these go on.",
     )
     repartition.add_argument("counts", metavar="COUNTS", help="layers of each stage, such as 5,7; or auto")
-    for command in (drain, repartition):
+    scale = commands.add_parser(
+        "scale",
+        help="have more or fewer workers serve a stage at once",
+        description="Has so many workers serve a stage at once. With each further one, one more pipeline runs over the "
+        "stages that have fewer, and requests are spread over all pipelines. With one fewer, a pipeline finishes what "
+        "it runs, or what is left of it after a while goes on at another one.",
+    )
+    scale.add_argument("stage", metavar="STAGE", type=int, help="the stage, from 0")
+    scale.add_argument(
+        "replicas", metavar="REPLICAS", help="how many workers; or auto: as many as were started for it with --stage"
+    )
+    for command in (drain, repartition, scale):
         command.add_argument("--url", default="http://127.0.0.1:8000", help="a gateway's HTTP address")
         command.add_argument("--coordinator", help="the coordinator's gRPC address [what the gateway says]")
         command.add_argument("--timeout", type=float, default=120.0, help="seconds to wait until it is done [120]")
@@ -44,7 +55,7 @@ def add_parsers(commands: Any) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Runs one of the commands. Raises NotFound, ConfigError, Unavailable, DeadlineExceeded."""
-    operation = {"drain": _drain, "repartition": _repartition}[namespace.command]
+    operation = {"drain": _drain, "repartition": _repartition, "scale": _scale}[namespace.command]
     with _coordinator(namespace.coordinator or fetch(namespace.url)["gateway"]["coordinator"]) as stub:
         operation(namespace, stub)
     return 0
@@ -128,3 +139,27 @@ def _repartition(namespace: argparse.Namespace, stub: Any) -> None:
         return "" if all(counts == wanted for counts in held) else f"the stages hold {held} layers"
 
     print(f"the stages hold {shown} layers, after {_wait(stub, namespace.timeout, left):.1f} s")
+
+
+def _scale(namespace: argparse.Namespace, stub: Any) -> None:
+    from stagemesh.protos.v1 import coordinator_pb2, types_pb2
+
+    automatic = namespace.replicas == "auto"
+    if namespace.stage < 0 or not (automatic or (namespace.replicas.isdigit() and int(namespace.replicas))):
+        raise ConfigError(f"scale {namespace.stage} {namespace.replicas}: a stage from 0 on, then 1 or more, or auto")
+    replicas = 0 if automatic else int(namespace.replicas)
+    request = coordinator_pb2.ScaleRequest(stage=namespace.stage, replicas=replicas)
+    wanted = _call(stub.Scale, request, AWAY_S).pipelines
+
+    def left(mesh: Any) -> str:
+        if mesh.given_up:
+            raise Unavailable(mesh.given_up)
+        serving = [p for p in mesh.pipelines if p.state == types_pb2.PIPELINE_STATE_SERVING and not p.HasField("next")]
+        settled = [p for p in serving if p.limits.pipelines == wanted]
+        if len(settled) == len(mesh.pipelines) == wanted:
+            return ""
+        others = [f"{p.pipeline_id}: {p.reason or 'pages are split anew'}" for p in mesh.pipelines if p not in settled]
+        return f"{len(settled)} of {wanted} pipelines serve: {'; '.join(others)}"
+
+    took_s = _wait(stub, namespace.timeout, left)
+    print(f"{wanted} pipeline(s) serve, after {took_s:.1f} s")

@@ -114,8 +114,7 @@ def session() -> Session:
         samples=True,
         vocab_size=VOCAB,
         page_size=4,
-        page_base=0,
-        num_pages=8,
+        pages=tuple(range(8)),
         max_tokens=64,
         device=CPU,
     )

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-
-import pytest
 import torch
 
-from stagemesh.errors import Unavailable
 from stagemesh.stage_worker.journal import Journal
-from stagemesh.stage_worker.page_ranges import PageRanges
 from stagemesh.stage_worker.shard.batch import StepBatch
 
 SIZE, HIDDEN = 4, 3
@@ -33,8 +28,8 @@ def test_what_was_sent_is_read_again_in_other_pieces() -> None:
     assert found is not None
     assert found[:, 0].tolist() == [6, 7, 21, 22, 23, 0, 1, 2, 3, 4, 5, 20]
     assert found.dtype is torch.bfloat16
-    assert journal.held(0, 8) == bytes([0b10100110])
-    assert journal.held(5, 3) == bytes([0b101])
+    assert journal.held(range(8)) == bytes([0b10100110])
+    assert journal.held(range(5, 8)) == bytes([0b101])
 
 
 def test_when_it_is_full_the_oldest_entry_goes_and_is_not_begun_in_the_middle() -> None:
@@ -43,10 +38,10 @@ def test_when_it_is_full_the_oldest_entry_goes_and_is_not_begun_in_the_middle() 
     journal.write(batch((0, 8, [1, 2])), values(10, 8))
     assert journal.read(batch((0, 2, [0]))) is None
     journal.write(batch((2, 2, [0])), values(2, 2))
-    assert journal.held(0, 8) == bytes([0b110]), "a page without its beginning is of no use"
+    assert journal.held(range(8)) == bytes([0b110]), "a page without its beginning is of no use"
     journal.write(batch((0, 1, [1])), values(50, 1))
     journal.write(batch((0, 1, [3])), values(60, 1))
-    assert journal.held(0, 8) == bytes([0b1010]), "page 1 was begun anew: page 2 is the oldest"
+    assert journal.held(range(8)) == bytes([0b1010]), "page 1 was begun anew: page 2 is the oldest"
     found = journal.read(batch((0, 1, [1]), (0, 1, [3])))
     assert found is not None
     assert found[:, 0].tolist() == [50, 60]
@@ -55,7 +50,7 @@ def test_when_it_is_full_the_oldest_entry_goes_and_is_not_begun_in_the_middle() 
 def test_a_step_that_begins_more_pages_than_there_is_room_for_keeps_the_last() -> None:
     journal = Journal(2, SIZE, HIDDEN, torch.bfloat16)
     journal.write(batch((0, 16, [4, 5, 6, 7])), values(0, 16))
-    assert journal.held(0, 8) == bytes([0b11000000])
+    assert journal.held(range(8)) == bytes([0b11000000])
     found = journal.read(batch((8, 8, [4, 5, 6, 7])))
     assert found is not None
     assert found[:, 0].tolist() == list(range(8, 16))
@@ -64,38 +59,4 @@ def test_a_step_that_begins_more_pages_than_there_is_room_for_keeps_the_last() -
 def test_without_memory_nothing_is_kept() -> None:
     journal = Journal(0, SIZE, HIDDEN, torch.bfloat16)
     journal.write(batch((0, 3, [0])), values(0, 3))
-    assert journal.held(0, 8) == b"\0"
-
-
-def test_a_gateway_that_comes_back_finds_its_pages_as_it_left_them() -> None:
-    ranges = PageRanges(2, itertools.count(1).__next__)
-    first, second = ranges.open("a", 1), ranges.open("b", 1)
-    assert {first.index, second.index} == {0, 1}
-    with pytest.raises(Unavailable, match="all 2 page ranges are held"):
-        ranges.open("c", 1)
-    ranges.close("a", 1)
-    ranges.close("b", 1)
-    assert ranges.open("b", 2) == second
-    assert ranges.open("a", 2) == first
-
-
-def test_a_gateway_that_moves_has_its_pages_at_both_epochs() -> None:
-    ranges = PageRanges(1, itertools.count(1).__next__)
-    first = ranges.open("a", 1)
-    assert ranges.open("a", 2) == first
-    with pytest.raises(Unavailable, match="a holds a range of pages already"):
-        ranges.open("a", 2)
-    ranges.close("a", 1)
-    with pytest.raises(Unavailable, match="all 1 page ranges are held"):
-        ranges.open("b", 2)
-
-
-def test_a_range_that_another_gateway_had_is_not_what_it_was() -> None:
-    ranges = PageRanges(1, itertools.count(1).__next__)
-    first = ranges.open("a", 1)
-    ranges.close("a", 1)
-    other = ranges.open("b", 1)
-    assert other.index == first.index
-    assert other.generation != first.generation
-    ranges.close("b", 1)
-    assert ranges.open("a", 1).generation not in (first.generation, other.generation)
+    assert journal.held(range(8)) == b"\0"

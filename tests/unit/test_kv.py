@@ -43,7 +43,7 @@ def test_an_empty_pool_is_refused(num_pages: int, page_size: int) -> None:
 
 def test_a_pool_beside_another_has_the_layers_in_common_with_it() -> None:
     before = KvPool([KvLayerSpec(i, 2, 4, 4) for i in (0, 1, 2)], 3, 8, torch.float32, "cpu")
-    after = KvPool([KvLayerSpec(i, 2, 4, 4) for i in (1, 2, 3)], 3, 8, torch.float32, "cpu", before)
+    after = KvPool([KvLayerSpec(i, 2, 4, 4) for i in (1, 2, 3)], 3, 8, torch.float32, "cpu", [before])
     before.k(1)[0] = 5.0
     assert after.k(1)[0].eq(5.0).all()
     assert after.k(3).eq(0.0).all()

@@ -25,7 +25,7 @@ def held(folder: Path) -> Held:
     )  # fmt: skip
     shard = SleepShard(ShardSpec(str(folder), 0, 1, load_format="dummy"))
     pool = KvPool(shard.kv_layers, 8, 16, torch.bfloat16, "cpu")
-    return Held(shard, pool, None, PageRanges(1, itertools.count(1).__next__), None, 0)
+    return Held(shard, pool, None, PageRanges(8, itertools.count(1).__next__), None, 0)
 
 
 def plan(step: int) -> stage_pb2.StepPlan:

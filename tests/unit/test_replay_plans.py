@@ -17,7 +17,7 @@ STAGES = 4
 def session(stage: int) -> Session:
     context = SessionContext(
         epoch=2, stage=stage, is_last=stage == STAGES - 1, samples=stage == STAGES - 1, vocab_size=50, page_size=4,
-        page_base=0, num_pages=8, max_tokens=64, device=torch.device("cpu"),
+        pages=tuple(range(8)), max_tokens=64, device=torch.device("cpu"),
     )  # fmt: skip
     made = Session(1, 1, context)
     made.open_sequence(stage_pb2.OpenSequence(sequence=1, sampling=types_pb2.SamplingParams(), prompt_len=10))

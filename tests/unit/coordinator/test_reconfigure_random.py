@@ -22,7 +22,7 @@ class Stories(RuleBasedStateMachine):
 
     @initialize(stages=st.integers(1, 3))
     def start(self, stages: int) -> None:
-        self.world = World(target(stages), pipeline_ids=("pipeline-0", "pipeline-1"))
+        self.world = World(target(stages), replicas=dict.fromkeys(range(stages), 2))
         self.stages = stages
         self.assigned: dict[tuple[str, int], dict[int, v.Assign]] = {}
         self.acked: dict[tuple[str, int], set[int]] = {}
@@ -93,6 +93,8 @@ class Stories(RuleBasedStateMachine):
         good=st.booleans(),
     )
     def loaded(self, pipeline: str, stage: int, back: int, good: bool) -> None:
+        if pipeline not in self.world.mesh.pipelines:
+            return
         epoch = self.world.mesh.pipelines[pipeline].epoch - back
         if stage in self.assigned.get((pipeline, epoch), {}):
             self.send(v.AssignDone(pipeline, epoch, stage, v.Loaded(4 if good else 1, fingerprint=REVISION)))
@@ -108,6 +110,8 @@ class Stories(RuleBasedStateMachine):
             self.answer(pipeline, back)
 
     def answer(self, pipeline: str, back: int) -> None:
+        if pipeline not in self.world.mesh.pipelines:
+            return
         at = self.world.mesh.moves.get(pipeline) or self.world.mesh.pipelines[pipeline]
         epoch, phase = at.epoch - back, at.phase
         if isinstance(at, Move) and phase is Phase.LINK:
@@ -130,14 +134,23 @@ class Stories(RuleBasedStateMachine):
         back=st.integers(0, 1),
     )
     def fail(self, pipeline: str, stage: int, what: str, final: bool, back: int) -> None:
-        at = self.world.mesh.pipelines[pipeline]
-        if stage < self.stages - (what == "link"):
+        at = self.world.mesh.pipelines.get(pipeline)
+        if at is not None and stage < self.stages - (what == "link"):
             self.send(v.StepFailed(pipeline, at.epoch - back, stage, what, "boom", final, what == "link"))
 
     @rule(cuts=st.lists(st.integers(1, LAYERS - 1), min_size=2, max_size=2, unique=True))
     def repartition(self, cuts: list[int]) -> None:
         edges = [0, *sorted(cuts[: self.stages - 1]), LAYERS]
         self.send(v.RepartitionRequested(tuple(pairwise(edges))))
+
+    @rule(stage=st.integers(0, 2), replicas=st.integers(0, 2))
+    def scale(self, stage: int, replicas: int) -> None:
+        if stage < self.stages:
+            self.send(v.ScaleRequested(stage, replicas))
+
+    @rule(name=st.sampled_from(("g", "h")), pipeline=st.sampled_from(("pipeline-0", "pipeline-1")))
+    def gateway_left(self, name: str, pipeline: str) -> None:
+        self.send(v.GatewayLeft(name, pipeline))
 
     @rule(name=st.sampled_from(("g", "h")), comes=st.booleans())
     def gateway(self, name: str, comes: bool) -> None:
@@ -156,7 +169,9 @@ class Stories(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
     def break_link(self, name: str, back: int) -> None:
-        self.send(v.LinkBroken(name, "pipeline-0", self.world.epoch - back, "reset"))
+        at = self.world.mesh.pipelines.get("pipeline-0")
+        if at is not None:
+            self.send(v.LinkBroken(name, "pipeline-0", at.epoch - back, "reset"))
 
     @rule(seconds=st.sampled_from((0.05, 0.3, 2.5)), alive=st.integers(0, 4))
     def wait(self, seconds: float, alive: int) -> None:
@@ -167,16 +182,18 @@ class Stories(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "world"))
     def nothing_is_shared_or_lost_from_sight(self) -> None:
         mesh = self.world.mesh
-        users: Counter[str] = Counter()
+        places: dict[str, set[int]] = {}
         for name, pipeline in mesh.pipelines.items():
             assert pipeline.epoch >= self.highest.get(name, 0)
             self.highest[name] = pipeline.epoch
-            users.update(plan.worker_id for plan in pipeline.stages)
+            assert len({plan.worker_id for plan in pipeline.stages}) == len(pipeline.stages)
+            for plan in pipeline.stages:
+                places.setdefault(plan.worker_id, set()).add(plan.stage)
             if (move := mesh.moves.get(name)) is not None:
                 assert pipeline.state in (State.SERVING, State.DRAINING), "a move of what does not serve"
                 assert move.epoch > pipeline.epoch
-                mine = {plan.worker_id for plan in pipeline.stages}
-                users.update(plan.worker_id for plan in move.stages if plan.worker_id not in mine)
+                for plan in move.stages:
+                    places.setdefault(plan.worker_id, set()).add(plan.stage)
             if pipeline.state in (State.SERVING, State.DRAINING):
                 ranges = [plan.layers for plan in pipeline.stages]
                 assert [r[0] for r in ranges] == [0, *(r[1] for r in ranges[:-1])]
@@ -185,7 +202,8 @@ class Stories(RuleBasedStateMachine):
             if pipeline.state is State.DOWN:
                 assert pipeline.reason
                 assert not pipeline.stages
-        assert all(count == 1 for count in users.values()), "a worker serves one pipeline"
+        assert all(len(stages) == 1 for stages in places.values()), "a worker has the same stage on every pipeline"
+        assert mesh.pipelines, "one pipeline at least"
         assert len(set(self.nonces)) == len(self.nonces), "no nonce twice"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 from stagemesh.gateway.metrics import Metrics
 from stagemesh.gateway.outage import KEPT, Outage
@@ -12,7 +13,7 @@ def test_it_begins_with_the_first_loss_and_ends_with_a_token() -> None:
     async def go() -> None:
         given_up: list[str] = []
         metrics = Metrics()
-        outage = Outage(metrics, 30, given_up.append)
+        outage = Outage(metrics, 30, given_up.append, deque())
         outage.recovered("p", 1, 0, 0)
         assert (outage.open, list(outage.events)) == (False, [])
         outage.lost("p", 1, "stage 1 went away", 4)
@@ -35,7 +36,7 @@ def test_it_begins_with_the_first_loss_and_ends_with_a_token() -> None:
 def test_it_is_given_up_at_its_deadline_which_a_second_loss_does_not_move() -> None:
     async def go() -> None:
         given_up: asyncio.Queue[str] = asyncio.Queue()
-        outage = Outage(Metrics(), 0.2, given_up.put_nowait)
+        outage = Outage(Metrics(), 0.2, given_up.put_nowait, deque())
         outage.lost("p", 1, "stage 1 went away", 4)
         await asyncio.sleep(0.05)
         outage.lost("p", 2, "and again", 4)
@@ -53,7 +54,7 @@ def test_it_is_given_up_at_its_deadline_which_a_second_loss_does_not_move() -> N
 
 def test_events_are_bounded() -> None:
     async def go() -> None:
-        outage = Outage(Metrics(), 30, print)
+        outage = Outage(Metrics(), 30, print, deque(maxlen=KEPT))
         for epoch in range(3 * KEPT):
             outage.lost("p", epoch, "", 0)
         outage.close()

@@ -1,0 +1,259 @@
+"""How many pipelines there are: as many as the stage with the most replicas has workers.
+
+A stage's replicas are what an operator wants (`stagemesh scale`), else the workers that were started for it
+(`--stage`). With one more, another pipeline is made over the stages that have fewer: first those that serve do with a
+smaller part of their workers' pages, then it is formed. With one fewer, a pipeline finishes what it runs, or its
+gateways have another one do that, and when all have left it, it is no more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stagemesh.errors import ConfigError
+from stagemesh.protocol import MOVES
+
+from . import values as v
+from .forming import Pipeline, State
+from .moving import Mover
+from .planning import Choice
+from .rebalance import StepTimes
+from .replicas import choose_beside, holders, pinned
+
+FIRST = "pipeline-0"
+MISSED_S = 30.0
+"""So long a worker that is lost counts as a replica: it may come back."""
+LEAVE_S = 90.0
+"""How long gateways may take to leave a pipeline."""
+
+
+class Scaler(Mover):
+    """Pipelines come and go."""
+
+    def __init__(self, *args: Any, replicas: Mapping[int, int] | None = None, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.replicas = dict(replicas or {})
+        """Stage -> workers that an operator wants on it at once."""
+        self._missed: dict[str, tuple[int, float]] = {}
+        """Workers that were lost, with the stage that they were started for, and until when they count."""
+        self._left: dict[str, set[str]] = {}
+        """Pipeline that is left -> gateways that have."""
+        self._leave_by: dict[str, float] = {}
+        self._no_shares: dict[str, int] = {}
+        """Pipelines whose pages cannot be split so."""
+
+    # -- how many there are to be -----------------------------------------------------------------------------------
+
+    def check_scale(self, stage: int, replicas: int) -> int:
+        """How many pipelines there would be. Raises ConfigError where workers or pages are too few."""
+        if stage >= self.target.num_stages:
+            raise ConfigError(f"there is no stage {stage}: the pipelines have stages 0 to {self.target.num_stages - 1}")
+        old = [w.info.worker_id for w in self.workers.values() if w.info.protocol < MOVES]
+        old += sorted(self._followers() & self._old_gateways)
+        if replicas > 1 and old:
+            raise ConfigError(f"{', '.join(old)} cannot share stages: finish the upgrade first")
+        holding = {name for p in self._kept() for name in self._held_by(p, stage)}
+        members = {plan.worker_id for p in self.pipelines.values() for plan in p.stages}
+        spare = [
+            name
+            for name, w in self.workers.items()
+            if name not in members and not w.draining and w.info.pool in (-1, stage)
+        ]
+        if replicas > len(holding) + len(spare):
+            raise ConfigError(
+                f"stage {stage} is held by {len(holding)} worker(s), and {len(spare)} more could take it: for "
+                f"{replicas} replicas start {replicas - len(holding) - len(spare)} more with `stagemesh stage --stage "
+                f"{stage}`, or standbys"
+            )
+        wanted = max(self._replicas({**self.replicas, stage: replicas}))
+        self._check_pages(wanted)
+        return wanted
+
+    def _check_pages(self, pipelines: int) -> None:
+        """Raises ConfigError where a share of the pages would not hold one sequence."""
+        need, size = self.target.limits.pages_per_sequence, self.target.limits.page_size
+        for pipeline in self.pipelines.values():
+            for stage, loaded in pipeline.loaded.items():
+                pages = loaded.num_pages * pipeline.shares // pipelines
+                if pages < need:
+                    raise ConfigError(
+                        f"worker {pipeline.stages[stage].worker_id} would have {pages} KV pages of {size} tokens for "
+                        f"each of {pipelines} pipelines, and one sequence of --max-model-len needs {need}: give the "
+                        "workers more (--kv-cache-gib, --num-kv-pages)"
+                    )
+
+    def _replicas(self, wishes: Mapping[int, int]) -> list[int]:
+        """Workers that each stage is to have at once."""
+        bound = Counter(worker.info.pool for worker in self.workers.values() if not worker.draining)
+        bound.update(stage for stage, until in self._missed.values() if self._now < until)
+        return [wishes.get(stage) or max(1, bound[stage]) for stage in range(self.target.num_stages)]
+
+    def _num_wanted(self) -> int:
+        wanted = max(self._replicas(self.replicas))
+        upgrading = any(w.info.protocol < MOVES for w in self.workers.values())
+        if upgrading or self._followers() & self._old_gateways:
+            return min(wanted, max(1, len(self._kept())))
+        return wanted
+
+    def _miss(self, worker: v.Worker) -> None:
+        """A worker is lost."""
+        if worker.info.pool >= 0 and not worker.draining:
+            self._missed[worker.info.worker_id] = worker.info.pool, self._now + MISSED_S
+
+    def _scale(self, stage: int, replicas: int) -> None:
+        """An operator's wish."""
+        self.replicas.pop(stage, None)
+        if replicas:
+            self.replicas[stage] = replicas
+        self.given_up = ""
+        self._no_shares.clear()
+        self._failed.clear()
+        self._version += 1
+        self._act(v.PersistReplicas(tuple(sorted(self.replicas.items()))))
+        self._log(f"stage {stage} is to have {replicas or 'as many replicas as were started for it'}")
+
+    def _scale_if_due(self) -> None:
+        """Makes pipelines, and has them left."""
+        self._missed = {
+            name: (stage, until)
+            for name, (stage, until) in self._missed.items()
+            if until > self._now and name not in self.workers
+        }
+        wanted, kept = self._num_wanted(), self._kept()
+        for pipeline in [p for p in self.pipelines.values() if p.leaving][: max(0, wanted - len(kept))]:
+            self._stay(pipeline)
+        for _ in range(wanted - len(self._kept())):
+            self._add()
+        for _ in range(len(self._kept()) - wanted):
+            self._leave(self._least_of_use())
+        for pipeline in [p for p in self.pipelines.values() if p.leaving]:
+            gone = self._followers() <= self._left[pipeline.pipeline_id]
+            if gone or pipeline.state is not State.DRAINING or self._now > self._leave_by[pipeline.pipeline_id]:
+                self._remove(pipeline)
+
+    def _kept(self) -> list[Pipeline]:
+        return [p for p in self.pipelines.values() if not p.leaving]
+
+    # -- one comes, one goes ----------------------------------------------------------------------------------------
+
+    def _add(self) -> None:
+        name = next(name for i in range(len(self.pipelines) + 1) if (name := f"pipeline-{i}") not in self.pipelines)
+        epoch = self._highest.setdefault(name, 0)
+        self.pipelines[name] = Pipeline(name, epoch, reason="it is to be formed")
+        self.step_times[name] = StepTimes()
+        self._version += 1
+        self._log(f"{name} is to be made, over stages that it shares with others")
+        self._publish()
+
+    def _note_epoch(self, pipeline_id: str, epoch: int) -> None:
+        """A pipeline that is not known had this epoch."""
+        if epoch > self._highest.get(pipeline_id, 0):
+            self._highest[pipeline_id] = epoch
+            self._act(v.PersistEpoch(pipeline_id, epoch))
+
+    def _least_of_use(self) -> Pipeline:
+        """The one that cannot serve, else the one whose worker drains, else the one that came last."""
+
+        def use(pipeline: Pipeline) -> tuple[bool, bool]:
+            drains = any(w.draining for name in self._names(pipeline) if (w := self.workers.get(name)))
+            return pipeline.state in (State.SERVING, State.DRAINING), not drains
+
+        return min(reversed(self._kept()), key=use)
+
+    def _leave(self, pipeline: Pipeline) -> None:
+        pipeline.leaving = True
+        self._left[pipeline.pipeline_id] = set()
+        self._leave_by[pipeline.pipeline_id] = self._now + LEAVE_S
+        self._end_move(pipeline.pipeline_id)
+        if pipeline.state is State.SERVING:
+            pipeline.state = State.DRAINING
+        pipeline.reason = "there are fewer replicas"
+        self._log(f"{pipeline.pipeline_id} is left: there are fewer replicas")
+        self._publish()
+
+    def _stay(self, pipeline: Pipeline) -> None:
+        """It is wanted again."""
+        pipeline.leaving = False
+        if pipeline.state is State.DRAINING:
+            pipeline.state, pipeline.reason = State.SERVING, ""
+        self._publish()
+
+    def _gateway_left(self, event: v.GatewayLeft) -> None:
+        if (pipeline := self.pipelines.get(event.pipeline_id)) is not None and pipeline.leaving:
+            self._left[event.pipeline_id].add(event.gateway_id)
+
+    def _remove(self, pipeline: Pipeline) -> None:
+        name = pipeline.pipeline_id
+        self._end_move(name)
+        self._new_epoch(pipeline, keep=set(), reason="the pipeline is no more")
+        del self.pipelines[name], self.step_times[name], self._left[name], self._leave_by[name]
+        for known in (self._advised, self._failed, self._move_after, self._no_shares):
+            known.pop(name, None)
+        self._act(v.ForgetPlan(name))
+        self._version += 1
+        self._log(f"{name} is no more")
+        self._publish()
+
+    # -- what moving and forming do otherwise for several -----------------------------------------------------------
+
+    def _num_shares(self) -> int:
+        return len(self.pipelines)
+
+    def _choose(self, pipeline: Pipeline, previous: Sequence[v.StagePlan]) -> list[Choice]:
+        others = self._others(pipeline)
+        if not any(others):
+            return super()._choose(pipeline, previous)
+        ranges = [plan.layers for plan in next(stages for stages in others if stages)]
+        pins = pinned(holders(others, self.workers), self._replicas(self.replicas), previous)
+        shared = {stage: self.workers[name] for stage, name in pins.items()}
+        return choose_beside(self.target, self._free_for(pipeline), shared, ranges, previous)
+
+    def _others(self, pipeline: Pipeline) -> list[Sequence[v.StagePlan]]:
+        """The stages of each of the others, as they are going to be."""
+        others = [p for p in self.pipelines.values() if p is not pipeline and not p.leaving]
+        return [(self.moves.get(p.pipeline_id) or p).stages for p in others]
+
+    def _form_if_due(self, pipeline: Pipeline) -> None:
+        others = [p for p in self.pipelines.values() if p is not pipeline]
+        waits_for = [p for p in others if p.state is State.SERVING and p.shares < self._num_shares()]
+        if not waits_for and not pipeline.leaving:
+            super()._form_if_due(pipeline)
+
+    def _move_if_due(self, pipeline: Pipeline) -> None:
+        if not pipeline.leaving:
+            super()._move_if_due(pipeline)
+
+    def _wanted(self, pipeline: Pipeline, leaving: Sequence[v.StagePlan]) -> tuple[list[Choice], str]:
+        chosen, why = super()._wanted(pipeline, leaving)
+        if chosen:
+            return chosen, why
+        pins = pinned(holders(self._others(pipeline), self.workers), self._replicas(self.replicas), pipeline.stages)
+        elsewhere = {s: name for s, name in pins.items() if pipeline.stages[s].worker_id != name}
+        shares = self._num_shares()
+        if not elsewhere and (pipeline.shares == shares or self._no_shares.get(pipeline.pipeline_id) == shares):
+            return [], ""
+        names = [elsewhere.get(plan.stage, plan.worker_id) for plan in pipeline.stages]
+        why = f"pages are split between {shares} pipeline(s)"
+        return [Choice(self.workers[n], plan.layers) for n, plan in zip(names, pipeline.stages, strict=True)], why
+
+    def _give_up(self, pipeline: Pipeline, why: str) -> None:
+        if self.ranges is not None:
+            super()._give_up(pipeline, why)
+            return
+        self._no_shares[pipeline.pipeline_id] = self._num_shares()
+        self._failed.pop(pipeline.pipeline_id, None)
+        self.given_up = f"the pages of {pipeline.pipeline_id} are not split anew: {why}"
+        self._log(self.given_up, warning=True)
+        self._publish()
+
+    # -- small words ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _names(pipeline: Pipeline) -> list[str]:
+        return [plan.worker_id for plan in pipeline.stages]
+
+    @staticmethod
+    def _held_by(pipeline: Pipeline, stage: int) -> list[str]:
+        return [plan.worker_id for plan in pipeline.stages if plan.stage == stage]

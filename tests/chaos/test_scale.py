@@ -1,0 +1,85 @@
+"""More and fewer workers on a stage under live streams: no request fails, and no token changes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import streams
+from disturb import COMMON, SEED, check, disturbed, stagemesh, until
+from mesh import Mesh, serve
+
+COUNT, TOKENS = 12, 300
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    """Two stages, and a standby that can be either."""
+    with serve("-pp", "2", *COMMON[2:], "--standby", "1") as mesh:
+        mesh.wait_standbys(1)
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def expected(mesh: Mesh) -> list[streams.Stream]:
+    """What streams bring when nothing happens."""
+    told = streams.make(COUNT, TOKENS, SEED)
+    asyncio.run(streams.run_all(mesh.grpc_address, told))
+    return told
+
+
+def scale(mesh: Mesh, stage: int, replicas: int | str, status: int = 0) -> str:
+    """As an operator does it."""
+    return stagemesh("scale", str(stage), str(replicas), "--url", mesh.url, status=status)
+
+
+def pipelines(mesh: Mesh) -> list[dict[str, Any]]:
+    """As the gateway sees them."""
+    found: list[dict[str, Any]] = mesh.get("/mesh")["pipelines"]
+    return found
+
+
+def holders(mesh: Mesh, stage: int) -> list[str]:
+    """Workers that hold a stage."""
+    return sorted({p["stages"][stage]["worker_id"] for p in pipelines(mesh) if p["stages"]})
+
+
+def busy(mesh: Mesh) -> dict[str, int]:
+    """Pipeline -> choices that it runs."""
+    told = mesh.get("/mesh")["gateway"]["pipelines"]
+    return {name: at["running"] for name, at in told.items()}
+
+
+def test_a_stage_gets_a_second_worker_and_loses_it_again(mesh: Mesh, expected: list[streams.Stream]) -> None:
+    whole = mesh.get("/mesh")["gateway"]["total_pages"]
+
+    def more_and_fewer(_: list[streams.Stream]) -> None:
+        assert "2 pipeline(s) serve" in scale(mesh, 1, 2)
+        assert (len(holders(mesh, 0)), len(holders(mesh, 1))) == (1, 2)
+        asyncio.run(until(lambda: mesh.get("/mesh")["gateway"]["total_pages"] == whole // 2 * 2, "both are driven"))
+        spread = streams.make(COUNT, TOKENS, SEED)
+
+        async def both_run() -> None:
+            running = asyncio.create_task(streams.run_all(mesh.grpc_address, spread))
+            await until(lambda: len(busy(mesh)) == 2 and min(busy(mesh).values()) > 0, "both run requests")
+            await asyncio.wait_for(running, 120)
+
+        asyncio.run(both_run())
+        check(spread, expected)
+
+    told = asyncio.run(disturbed(mesh, more_and_fewer, COUNT, TOKENS))
+    check(told, expected)
+    told = asyncio.run(disturbed(mesh, lambda _: scale(mesh, 1, 1), COUNT, TOKENS))
+    check(told, expected)
+    assert len(pipelines(mesh)) == 1
+    assert mesh.get("/mesh")["gateway"]["total_pages"] == whole
+    mesh.check_pages_are_free()
+
+
+def test_what_cannot_be_is_said(mesh: Mesh) -> None:
+    assert "there is no stage 7" in scale(mesh, 7, 2, status=2)
+    assert "start 2 more with `stagemesh stage --stage 1`" in scale(mesh, 1, 4, status=2)
+    assert "a stage from 0 on, then 1 or more, or auto" in scale(mesh, 1, 0, status=2)
+    assert len(pipelines(mesh)) == 1
