@@ -2,11 +2,13 @@
 
     python benchmarks/scale.py grid [--stages 1,2,4] [--at-once 1,8,64] [--step-ms 20,3]
     python benchmarks/scale.py many [--requests 20000]
+    python benchmarks/scale.py replicas
     python benchmarks/scale.py partition
 
 `grid`: the pipeline's efficiency against the requests at once and the number of stages, and what gateway and
-coordinator cost a step, a token and a worker. `many`: a run of short requests that must end as fast as it began, in
-the same memory. `partition`: how long the coordinator takes to place 400 layers on 1,000 workers of five kinds.
+coordinator cost a step, a token and a worker. `many`: a run of short requests that must end as fast as it began, in the
+same memory. `replicas`: a second worker for the slowest stage while requests run. `partition`: how long the coordinator
+takes to place 400 layers on 1,000 workers of five kinds.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 import facts
 import scale_many
 import scale_partition
+import scale_replicas
 import scale_report
 from http_load import HttpLoad
 from probe import cpu_seconds, processes, scrape, sums_of
@@ -193,8 +196,16 @@ def _arguments(argv: Iterable[str] | None) -> argparse.Namespace:
     many.add_argument("--max-tokens", type=int, default=4)
     many.add_argument("--step-ms", type=float, default=1.0)
     many.add_argument("--stream", action="store_true")
+    replicas = kinds.add_parser("replicas", help="a second worker for the slowest stage while requests run")
+    replicas.add_argument("--at-once", type=int, default=64)
+    replicas.add_argument("--max-tokens", type=int, default=100)
+    replicas.add_argument("--row-ms", type=float, default=1.5, help="milliseconds of a row over both stages")
+    replicas.add_argument("--window", type=float, default=8.0, help="seconds that each point is measured for")
+    replicas.add_argument("--pairs", type=int, default=3)
     kinds.add_parser("partition", help="placing 400 layers on 1,000 workers")
-    for kind, name in ((each, "scale"), (many, "scale-many"), (kinds.choices["partition"], "scale-partition")):
+    partition = kinds.choices["partition"]
+    outs = ((each, "scale"), (many, "scale-many"), (replicas, "scale-replicas"), (partition, "scale-partition"))
+    for kind, name in outs:
         kind.add_argument("--out", type=Path, default=facts.RESULTS / name, help="results, without suffix")
     return parser.parse_args(None if argv is None else list(argv))
 
@@ -211,6 +222,8 @@ def main(argv: Iterable[str] | None = None) -> int:
                 return scale_report.write_grid(arguments.out, points, told)
             if arguments.kind == "many":
                 return asyncio.run(scale_many.run(arguments, Path(scratch), told))
+            if arguments.kind == "replicas":
+                return asyncio.run(scale_replicas.run(arguments, Path(scratch), told))
             return scale_partition.run(arguments.out, told)
     except (BenchmarkError, StagemeshError, TimeoutError, RuntimeError) as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)

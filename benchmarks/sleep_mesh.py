@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,8 @@ class Shape:
     max_model_len: int = 4096
     steps_in_flight: int | None = None
     """Default: the coordinator's."""
+    row_s: tuple[float, ...] = ()
+    """Seconds that each row of a step takes more, by stage."""
 
 
 @dataclass
@@ -49,6 +51,8 @@ class SleepMesh:
     port: int
     start_s: float
     children: list[Child]
+    add: Callable[[int], Awaitable[None]]
+    """Starts one more worker for a stage."""
     steps_in_flight: int = 0
     """How many the coordinator allows."""
 
@@ -83,6 +87,7 @@ def write_model(folder: Path, shape: Shape) -> Path:
         "max_position_embeddings": 1 << 20,
         "torch_dtype": "bfloat16",
         "step_seconds": shape.step_s,
+        "row_seconds": list(shape.row_s or [0.0] * shape.stages),
     }
     (model / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return model
@@ -124,7 +129,14 @@ async def running(shape: Shape, folder: Path) -> AsyncIterator[SleepMesh]:
             gateway = Child("gateway", "gateway", gateway_settings(settings, address))
             children.append(gateway)
             await gateway.start()
-            mesh = SleepMesh(shape, gateway.ports["port"], 0.0, children)
+
+            async def add(stage: int) -> None:
+                more = worker_settings(settings, address)[stage]
+                name = f"{more.worker_id}-{len(children)}"
+                children.append(Child("stage", name, more.model_copy(update={**told, "worker_id": name})))
+                await children[-1].start()
+
+            mesh = SleepMesh(shape, gateway.ports["port"], 0.0, children, add)
             await _until_ready(mesh, began + READY_DEADLINE_S)
             mesh.start_s = time.monotonic() - began
             mesh.steps_in_flight = await asyncio.to_thread(_steps_in_flight, mesh.base_url)

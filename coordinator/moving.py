@@ -68,7 +68,10 @@ class Mover(Wishes):
         super().__init__(*args, **named)
         self.moves: dict[str, Move] = {}
         """By pipeline."""
-        self._highest: dict[str, int] = {**(named.get("epochs") or {}), **{name: p.epoch for name, p in self.pipelines.items()}}
+        self._highest: dict[str, int] = {
+            **(named.get("epochs") or {}),
+            **{name: p.epoch for name, p in self.pipelines.items()},
+        }
         """Pipeline -> the highest epoch that it, or a move of it, ever had."""
         self._failed: dict[str, int] = {}
         """Pipeline -> moves that failed in a row."""

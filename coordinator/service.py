@@ -167,6 +167,9 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             raise InvalidRequest("WatchPipelines: gateway_id and instance must be set")
         if request.protocol:
             check_protocol(request.protocol, f"gateway {request.gateway_id}")
+        if expired := self._slots.expire(self._clock()):
+            # A coordinator that is started again takes all that are written down for just gone.
+            self._store.forget_slots(expired)
         slot = self._slots.acquire(request.gateway_id, request.instance, self._clock())
         self._store.save_slot(slot, request.gateway_id, request.instance)
         log.info("gateway %s watches, slot %d", request.gateway_id, slot)

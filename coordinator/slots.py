@@ -50,6 +50,17 @@ class Slots:
             retry_after_s=QUARANTINE_S,
         )
 
+    def expire(self, now: float) -> list[int]:
+        """Forgets slots whose gateways have been out of sight for long enough, and says which."""
+        gone = [
+            slot
+            for slot, holder in self._holders.items()
+            if holder.streams == 0 and now - holder.gone_at >= QUARANTINE_S
+        ]
+        for slot in gone:
+            del self._holders[slot]
+        return gone
+
     def release(self, slot: int, now: float) -> None:
         """A stream of the slot's gateway ended."""
         holder = self._holders[slot]

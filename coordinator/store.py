@@ -103,6 +103,12 @@ class Store:
         """Writes down who has a slot."""
         self._db.execute("INSERT OR REPLACE INTO slots VALUES (?, ?, ?)", (slot, gateway_id, str(instance)))
 
+    def forget_slots(self, slots: Iterable[int]) -> None:
+        """Any gateway may have them now."""
+        with self._db:
+            self._db.execute("BEGIN")
+            self._db.executemany("DELETE FROM slots WHERE slot = ?", [(slot,) for slot in slots])
+
     def close(self) -> None:
         """Closes the file."""
         self._db.close()

@@ -1,9 +1,10 @@
 """A stage whose compute is a sleep of a stated length, for measuring everything around compute.
 
-The folder's config.json says so by its model type, with the seconds a step takes; there are no weights, so the
-coordinator is given `--load-format dummy`. All the rest is real: plans, pages, links, sampling. While such a stage
-sleeps the processor is free for others, as with an accelerator, and the transports are driven between slices, as
-between layers. It imports neither transformers nor any kernel: dozens of stages fit a small machine.
+The folder's config.json says so by its model type, with the seconds a step takes (`step_seconds`) and, where it has
+them, those that each row of a step takes more on each layer (`row_seconds`); there are no weights, so the coordinator
+is given `--load-format dummy`. All the rest is real: plans, pages, links, sampling. While such a stage sleeps the
+processor is free for others, as with an accelerator, and the transports are driven between slices, as between layers.
+It imports neither transformers nor any kernel: dozens of stages fit a small machine.
 
 The tokens can be foretold: the activation's first column carries the token through all stages, and the last stage
 answers with the one after it, so an activation that went astray shows in the text.
@@ -73,9 +74,11 @@ class SleepShard:
             self.hidden_size = int(config["hidden_size"])
             self.vocab_size = int(config["vocab_size"])
             self.sleep_s = float(config["step_seconds"])
+            each = [float(seconds) for seconds in config.get("row_seconds", [0.0] * self.num_layers)]
         except (KeyError, TypeError, ValueError) as e:
             raise ConfigError(f"{spec.model_dir}/config.json: a model that sleeps needs the number {e}") from e
         self.first, self.last = spec.first, spec.last
+        self.row_s = sum(each[spec.first : spec.last])
         self.is_first = spec.first == 0
         self.is_last = spec.last == self.num_layers
         self.dtype = _DTYPES[spec.dtype]
@@ -93,7 +96,7 @@ class SleepShard:
 
     def forward(self, batch: StepBatch) -> Tensor:
         """Sleeps; hidden states [T, H], or on the last stage logits [R, V] in fp32."""
-        wake_at = time.monotonic() + self.sleep_s
+        wake_at = time.monotonic() + self.sleep_s + self.row_s * sum(batch.counts)
         hidden = batch.hidden if not self.is_first else self._embed(batch)
         if hidden is None:
             raise InternalError("a stage behind the first needs hidden states")

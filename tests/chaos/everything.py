@@ -109,7 +109,7 @@ class Everything:
         rng = random.Random(self.seed)
         kinds = [
             (self._kill_rank, 6), (self._kill_agent, 3), (self._stop_rank, 2), (self._stop_agent, 1),
-            (self._kill_coordinator, 2), (self._drain, 2), (self._repartition, 3),
+            (self._kill_coordinator, 2), (self._drain, 2), (self._repartition, 3), (self._scale, 3),
         ]  # fmt: skip
         while time.monotonic() < until:
             await asyncio.sleep(rng.uniform(*REST_S))
@@ -167,7 +167,8 @@ class Everything:
     def _drain(self, rng: random.Random) -> bool:
         """The worker is ended when it holds nothing, and comes back: so an upgrade goes, stage by stage."""
         self.wait_whole()
-        worker = rng.choice(self.mesh.get("/mesh")["pipelines"][0]["stages"])["worker_id"]
+        pipelines = self.mesh.get("/mesh")["pipelines"]
+        worker = rng.choice(sorted({s["worker_id"] for p in pipelines for s in p["stages"]}))
         try:
             stagemesh("drain", worker, "--url", self.mesh.url)
         except AssertionError as e:
@@ -186,6 +187,22 @@ class Everything:
         stagemesh("repartition", ",".join(map(str, counts)), "--url", self.mesh.url)
         return True
 
+    def _scale(self, rng: random.Random) -> bool:
+        """A second worker for a stage, or no second one for any."""
+        self.wait_whole()
+        stage = rng.randrange(self.stages)
+        for other in range(self.stages):
+            if other != stage:
+                stagemesh("scale", str(other), "1", "--url", self.mesh.url)
+        try:
+            stagemesh("scale", str(stage), str(rng.choice((1, 2, 2))), "--url", self.mesh.url)
+        except AssertionError as e:
+            # Standbys may have taken stages by now, and workers that are bound to those be what is spare.
+            if "more could take it" in str(e):
+                return False
+            raise
+        return True
+
     # -- afterwards -------------------------------------------------------------------------------------------------
 
     def expected_layers(self) -> int:
@@ -193,14 +210,17 @@ class Everything:
         return int(self.mesh.get("/mesh")["pipelines"][0]["stages"][-1]["layers"]["last"])
 
     def wait_whole(self) -> dict[str, Any]:
-        """Until it serves, nobody drains, and every worker that is not in the pipeline has layers loaded."""
+        """Until all of it serves, nobody drains, and every worker that is in no pipeline has layers loaded."""
         deadline = time.monotonic() + WHOLE_S
         while True:
             with contextlib.suppress(OSError):
                 seen: dict[str, Any] = self.mesh.get("/mesh")
                 states = [w["state"] for w in seen["workers"] if w["state"] != "lost"]
                 spare = [w for w in seen["workers"] if w["state"] == "standby" and w.get("layers", {}).get("last")]
-                if seen["ready"] and "draining" not in states and len(spare) == len(states) - self.stages >= 1:
+                members = {s["worker_id"] for p in seen["pipelines"] for s in p["stages"]}
+                serving = all(p["state"] == "PIPELINE_STATE_SERVING" for p in seen["pipelines"])
+                whole = serving and "draining" not in states and len(spare) == len(states) - len(members) >= 1
+                if seen["ready"] and whole:
                     return seen
             assert time.monotonic() < deadline, f"not whole again:\n{self.mesh.tail(100)}"
             time.sleep(0.05)

@@ -40,6 +40,24 @@ class TestStore:
         assert again.slots() == {3: ("gateway-0", 2**64 - 1)}
         again.close()
 
+    def test_what_was_forgotten_is_not(self, tmp_path: Path) -> None:
+        store = Store(str(tmp_path))
+        store.save_plan(PLAN)
+        store.save_epoch("pipeline-0", 7)
+        for slot in (3, 4, 5):
+            store.save_slot(slot, "gateway-0", slot)
+        store.save_replicas([(0, 3), (1, 2)])
+        store.save_replicas([(1, 4)])
+        store.forget_plan("pipeline-0")
+        store.forget_slots([3, 5])
+        store.close()
+        again = Store(str(tmp_path))
+        assert again.plans() == {}
+        assert again.epochs() == {"pipeline-0": 7}, "no epoch is used again"
+        assert again.slots() == {4: ("gateway-0", 4)}
+        assert again.replicas() == {1: 4}
+        again.close()
+
     def test_an_epoch_never_falls(self) -> None:
         store = Store(None)
         store.save_epoch("p", 7)
@@ -98,6 +116,16 @@ class TestSlots:
         slots.release(slot, 0)
         others = {slots.acquire("h", n, 1000) for n in range(MAX_SLOT - 1)}
         assert slot not in others
+
+    def test_slots_that_are_free_for_all_are_said_once(self) -> None:
+        """So that they are not written down for ever: a coordinator that is started again would wait for them."""
+        slots = Slots({5: ("g", 1)}, now=0, first=5)
+        other = slots.acquire("g", 2, 0)
+        assert slots.expire(QUARANTINE_S - 1) == []
+        assert slots.expire(QUARANTINE_S) == [5]
+        assert slots.expire(QUARANTINE_S) == []
+        slots.release(other, QUARANTINE_S)
+        assert slots.expire(2 * QUARANTINE_S) == [other]
 
     def test_slots_of_before_a_restart_are_kept_for_their_gateways(self) -> None:
         slots = Slots({5: ("g", 1)}, now=0, first=5)
