@@ -199,7 +199,7 @@ def _arguments(argv: Iterable[str] | None) -> argparse.Namespace:
     replicas = kinds.add_parser("replicas", help="a second worker for the slowest stage while requests run")
     replicas.add_argument("--at-once", type=int, default=64)
     replicas.add_argument("--max-tokens", type=int, default=100)
-    replicas.add_argument("--row-ms", type=float, default=1.5, help="milliseconds of a row over both stages")
+    replicas.add_argument("--row-ms", type=float, default=4.0, help="milliseconds of a row over both stages")
     replicas.add_argument("--window", type=float, default=8.0, help="seconds that each point is measured for")
     replicas.add_argument("--pairs", type=int, default=3)
     kinds.add_parser("partition", help="placing 400 layers on 1,000 workers")

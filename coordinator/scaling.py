@@ -18,7 +18,7 @@ from stagemesh.protocol import MOVES
 from . import values as v
 from .forming import Pipeline, State
 from .moving import Mover
-from .planning import Choice
+from .planning import CannotForm, Choice, choose
 from .rebalance import StepTimes
 from .replicas import choose_beside, holders, pinned
 
@@ -27,6 +27,9 @@ MISSED_S = 30.0
 """So long a worker that is lost counts as a replica: it may come back."""
 LEAVE_S = 90.0
 """How long gateways may take to leave a pipeline."""
+
+
+UP = (State.SERVING, State.DRAINING)
 
 
 class Scaler(Mover):
@@ -158,7 +161,7 @@ class Scaler(Mover):
 
         def use(pipeline: Pipeline) -> tuple[bool, bool]:
             drains = any(w.draining for name in self._names(pipeline) if (w := self.workers.get(name)))
-            return pipeline.state in (State.SERVING, State.DRAINING), not drains
+            return pipeline.state in UP, not drains
 
         return min(reversed(self._kept()), key=use)
 
@@ -208,7 +211,17 @@ class Scaler(Mover):
         ranges = [plan.layers for plan in next(stages for stages in others if stages)]
         pins = pinned(holders(others, self.workers), self._replicas(self.replicas), previous)
         shared = {stage: self.workers[name] for stage, name in pins.items()}
-        return choose_beside(self.target, self._free_for(pipeline), shared, ranges, previous)
+        try:
+            return choose_beside(self.target, self._free_for(pipeline), shared, ranges, previous)
+        except CannotForm:
+            if pipeline.state in UP or any(p.state in UP for p in self.pipelines.values()):
+                raise
+        # Nothing serves: what another one was to have beside it is better used here.
+        choose(self.target, [w for w in self.workers.values() if not w.draining], previous)
+        for other in self.pipelines.values():
+            if other is not pipeline:
+                self._down(other, f"its workers are needed for {pipeline.pipeline_id}", final=False)
+        return super()._choose(pipeline, previous)
 
     def _others(self, pipeline: Pipeline) -> list[Sequence[v.StagePlan]]:
         """The stages of each of the others, as they are going to be."""

@@ -10,14 +10,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from stagemesh.errors import InternalError, NumericalError, StageLost, StagemeshError
+from stagemesh.errors import InternalError, NumericalError, StageLost, StagemeshError, Unavailable
 from stagemesh.protocol import spoken
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from .bubbles import Bubbles
-from .messages import open_message, plan_message
+from .messages import open_message, page_bits, plan_message
 from .metrics import Metrics
 from .plan import Plan
 from .probe import Probe
@@ -74,6 +74,7 @@ class BatchLoop:
         self.stuck = False
         """Lost because steps do not come back, which nobody but this side sees."""
         self._opened: list[stage_pb2.RunOpened] = []
+        self._pages: tuple[int, ...] = ()
         self._paused = False
         self.copied: set[tuple[int, int]] = set()
         """Pages that have come from other workers: (copy, number)."""
@@ -99,12 +100,17 @@ class BatchLoop:
 
     async def start(self, gateway_id: str, instance: int, slot: int) -> None:
         """Opens a session on every stage, and goes on with the work. Raises the first stage's error."""
-        await self.open(gateway_id, instance, slot)
+        await self.open(gateway_id, instance, slot, self._work.pages_for(self.share))
         self._work.begin(self.shape, [StageKv(o.kv_generation, o.journal) for o in self._opened])
         self._go()
 
-    async def open(self, gateway_id: str, instance: int, slot: int) -> None:
-        """Opens a session on every stage. Raises the first stage's error."""
+    @property
+    def share(self) -> int:
+        """KV pages that a gateway may have on every stage."""
+        return min(stage.num_pages for stage in self.view.stages)
+
+    async def open(self, gateway_id: str, instance: int, slot: int, pages: Sequence[int] | None) -> None:
+        """Opens a session on every stage, with these pages where some are named. Raises the first stage's error."""
         self._opened = await asyncio.gather(
             *(
                 stream.open(
@@ -115,6 +121,7 @@ class BatchLoop:
                         instance=instance,
                         slot=slot,
                         protocol=spoken(stream.stage.protocol),
+                        pages=page_bits(pages or ()),
                     )
                 )
                 for stream in self._streams
@@ -122,12 +129,16 @@ class BatchLoop:
         )
         if self.lost is not None:
             raise self.lost
+        granted = min(opened.num_pages for opened in self._opened)
+        self._pages = tuple(range(granted) if pages is None else pages)
+        if granted < len(self._pages):
+            raise Unavailable(f"{granted} KV pages are granted, and {len(self._pages)} were to be", retry_after_s=0.2)
 
     @property
     def shape(self) -> Shape:
         """What the stages' sessions have in common."""
         o = self._opened
-        return Shape(min(s.num_pages for s in o), o[0].page_size, min(s.steps_in_flight for s in o))
+        return Shape(self._pages, o[0].page_size, min(s.steps_in_flight for s in o))
 
     def copy_pages(self, stage: int) -> int:
         """How many pages may go to a stage at once."""
@@ -240,12 +251,15 @@ class BatchLoop:
                 self.crossed = True
                 self.on_progress()
             return
-        if self._task is None or result.step not in self.scheduler.out:
+        if self._task is None:
             return  # Of the probe, from a stage that reports late.
+        # Stages but the last report now and then: the step may be over by now.
         self._bubbles.add(stage, result.timing)
         timing = result.timing
         if not self._work.is_replay(result.step):
             self._work.costs.add(stage, timing.tokens, (timing.compute_us - timing.draft_us) * 1e-6)
+        if result.step not in self.scheduler.out:
+            return
         if self._recorder.active:
             self._recorder.result(self.view, stage, result)
         if stage != self._work.last_stage(result.step):

@@ -63,13 +63,16 @@ class Handover:
         page: list[int] = []
         try:
             async with asyncio.timeout(COPY_S):
-                await new.open(gateway_id, instance, slot)
-                if not self._work.fits(new.shape):
-                    raise Unavailable("the next workers have pages of another size")
                 # What is being refilled is not there to be copied.
                 await self._until(lambda: not self._work.recovering)
-                self._work.shrink(new.shape)
-                await self._until(lambda: self._work.scheduler.fits)
+                scheduler = self._work.scheduler
+                scheduler.fit(new.share)
+                await self._until(lambda: scheduler.fits)
+                pages = scheduler.pages.choose(new.share)
+                self._work.keep_to(pages)
+                await new.open(gateway_id, instance, slot, pages)
+                if not self._work.fits(new.shape):
+                    raise Unavailable("the next workers have pages of another size")
                 page = self._work.scheduler.pages.allocate(1) or []
                 if page:
                     probe = new.begin_probe(page[0])

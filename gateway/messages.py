@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterable
 
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
@@ -26,6 +27,15 @@ def open_message(sequence: Sequence, live: LiveRequest) -> stage_pb2.OpenSequenc
     if sampling.repetition_penalty != 1.0:
         message.prompt.extend(sequence.prompt)
     return message
+
+
+def page_bits(pages: Iterable[int]) -> bytes:
+    """One bit a page, the lowest first."""
+    bits = bytearray()
+    for page in pages:
+        bits.extend(bytes(max(0, (page >> 3) + 1 - len(bits))))
+        bits[page >> 3] |= 1 << (page & 7)
+    return bytes(bits)
 
 
 def sampling_message(sampling: Sampling, live: LiveRequest) -> types_pb2.SamplingParams:

@@ -29,11 +29,15 @@ class _Offer:
 
 
 class PageAllocator:
-    """Ids 0 .. num_pages-1. Empty pages go first (a stack keeps the hot ones hot), then offered ones nobody holds."""
+    """Ids 0 .. num_pages-1 at first. Empty pages go first (a stack keeps the hot ones hot), then offered ones nobody
+    holds."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        self.num_pages = num_pages
+        self.ids = frozenset(range(num_pages))
+        """The pages there are."""
         self.page_size = page_size
+        self.budget = num_pages
+        """Of them may be held at once."""
         self._empty = list(range(num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()
         """Offered pages that nobody holds, the one let go longest ago first."""
@@ -45,9 +49,19 @@ class PageAllocator:
     # -- holding ----------------------------------------------------------------------------------------------------
 
     @property
+    def num_pages(self) -> int:
+        """Of all."""
+        return len(self.ids)
+
+    @property
+    def num_held(self) -> int:
+        """Pages that somebody holds."""
+        return len(self.ids) - len(self._empty) - len(self._idle)
+
+    @property
     def num_free(self) -> int:
-        """Pages that nobody holds, empty or offered."""
-        return len(self._empty) + len(self._idle)
+        """Pages that can be had: nobody holds them, empty or offered."""
+        return max(0, self.budget - self.num_held)
 
     def num_free_beside(self, shared: Sequence[int]) -> int:
         """Pages that nobody holds, other than `shared`."""
@@ -85,25 +99,34 @@ class PageAllocator:
             self._holders[page] -= 1
             if self._holders[page]:
                 continue
-            if page >= self.num_pages:
-                self._forget(page)
-            elif self._offers[page] is None:
+            if self._offers[page] is None:
                 self._empty.append(page)
             else:
                 self._idle[page] = None
 
-    def resize(self, num_pages: int) -> None:
-        """Fewer pages, or more. What lies in those that go is gone; such as are held stay until they are let go."""
-        for page in [page for page in self._idle if page >= num_pages]:
+    def choose(self, count: int) -> list[int]:
+        """The ids of `count` pages, with all that are held, and of the others those that were of use last; beyond those
+        there are, new ones. To be given to `restrict`."""
+        if count < self.num_held:
+            raise AssertionError(f"{self.num_held} pages are held, more than {count}")
+        free = [*reversed(self._idle), *reversed(self._empty)]
+        chosen = self.ids.difference(free[max(0, count - self.num_held) :])
+        new = (page for page in itertools.count() if page not in self.ids)
+        return sorted([*chosen, *itertools.islice(new, max(0, count - len(chosen)))])
+
+    def restrict(self, ids: Iterable[int]) -> None:
+        """From now on these are the pages there are, held ones among them. What lies in the others is gone."""
+        wanted = frozenset(ids)
+        for page in [page for page in self._idle if page not in wanted]:
             del self._idle[page]
             self._forget(page)
-        self._empty = [page for page in self._empty if page < num_pages]
-        more = num_pages - len(self._holders)
+        self._empty = [page for page in self._empty if page in wanted]
+        new = sorted(wanted - self.ids, reverse=True)
+        more = max(wanted, default=-1) + 1 - len(self._holders)
         self._holders.extend([0] * more)
         self._offers.extend([None] * more)
-        new = range(num_pages - 1, self.num_pages - 1, -1)
-        self._empty[:0] = [page for page in new if not self._holders[page]]
-        self.num_pages = num_pages
+        self._empty[:0] = new
+        self.ids, self.budget = wanted, len(wanted)
 
     def in_use(self, page: int) -> bool:
         """Whether somebody holds it, or can find what lies in it."""

@@ -124,22 +124,24 @@ class Scheduler:
             self.speculation.forget(sequence)
             self._settle(sequence)
 
-    def resize(self, num_pages: int) -> None:
-        """Fewer pages, or more. A sequence that has such as go is preempted; see `fits`."""
-        self.pages.resize(num_pages)
+    def fit(self, num_pages: int) -> None:
+        """From now on at most so many pages are held: the youngest sequences are preempted until the others do with
+        them. See `fits`."""
+        self.pages.budget = min(num_pages, self.pages.num_pages)
+        others = self.pages.num_held - len({page for sequence in self.running for page in sequence.pages})
         for sequence in reversed(self.running[:]):
-            if sequence.state is State.RUNNING and not sequence.preempted and self._exceeds(sequence):
+            going_on = [s for s in self.running if s.state is State.RUNNING and not s.preempted]
+            if len({page for s in going_on for page in s.pages}) + others <= self.pages.budget:
+                return
+            if sequence in going_on:
                 sequence.preempted = True
                 self.preemptions += 1
                 self._settle(sequence)
 
     @property
     def fits(self) -> bool:
-        """Whether nothing that runs has a page beyond those there are: steps that were out are back."""
-        return not any(self._exceeds(sequence) for sequence in self.running)
-
-    def _exceeds(self, sequence: Sequence) -> bool:
-        return any(page >= self.pages.num_pages for page in sequence.pages)
+        """Whether no more pages are held than may be: steps that were out are back."""
+        return self.pages.num_held <= self.pages.budget
 
     def withdraw(self, sequence: Sequence) -> None:
         """It goes on elsewhere, from its log. Nothing of it may be out."""

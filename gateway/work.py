@@ -30,7 +30,8 @@ from .speculation import Guesser
 class Shape:
     """What a scheduler is made for."""
 
-    num_pages: int
+    pages: tuple[int, ...]
+    """Their ids."""
     page_size: int
     steps_in_flight: int
 
@@ -94,7 +95,8 @@ class Work:
         """An epoch begins, at which the stages' pages hold what they say."""
         self.release_quarantined()
         if self.fits(shape):
-            self._resize(shape)
+            self._shape = shape
+            self.scheduler.pages.restrict(shape.pages)
         else:
             self._start_over(shape)
         filled = [0 if stage in self._expecting else generation for stage, generation in enumerate(self._filled)]
@@ -119,31 +121,34 @@ class Work:
             self.quarantined = []
 
     def fits(self, shape: Shape) -> bool:
-        """Whether what runs can go on with such pages, though some of it anew where there are fewer."""
+        """Whether what runs can go on with such pages."""
         before = self._shape
         if before is None:
             return False
         return (shape.page_size, shape.steps_in_flight) == (before.page_size, before.steps_in_flight)
 
-    def shrink(self, shape: Shape) -> None:
-        """Does without pages that a coming epoch has not; `stay` takes that back."""
-        self.scheduler.resize(min(shape.num_pages, self.scheduler.pages.num_pages))
+    def pages_for(self, share: int) -> list[int] | None:
+        """Ids of the pages to ask for where so many are to be had; None before anything was. Nothing is out."""
+        if self._shape is None:
+            return None
+        self.scheduler.fit(share)
+        return self.scheduler.pages.choose(share)
+
+    def keep_to(self, pages: Sequence[int]) -> None:
+        """Does without pages that a coming epoch will not have; `stay` takes that back."""
+        self.scheduler.pages.restrict(self.scheduler.pages.ids & set(pages))
 
     def stay(self) -> None:
         """The coming epoch does not come."""
         assert self._shape is not None
-        self._resize(self._shape)
-
-    def _resize(self, shape: Shape) -> None:
-        self._shape = shape
-        if shape.num_pages != self.scheduler.pages.num_pages:
-            self.scheduler.resize(shape.num_pages)
+        self.scheduler.pages.restrict(self._shape.pages)
 
     def move(self, shape: Shape, generations: Sequence[int], next_step: int, expecting: Iterable[int]) -> None:
         """An epoch begins whose stages hold all that is confirmed of every sequence; nothing is out. Those that are
         `expecting` some of it have it when `arrived` is called."""
         self.release_quarantined()
-        self._resize(shape)
+        self._shape = shape
+        self.scheduler.pages.restrict(shape.pages)
         self._expecting = set(expecting)
         self.scheduler.rewind(next_step)
         self._now = list(generations)
@@ -155,6 +160,7 @@ class Work:
         """Other pages than before: every sequence is computed anew, in the order in which they came."""
         before = self.scheduler if self._shape is not None else None
         self.scheduler, self._shape, self._filled = self._make_scheduler(shape), shape, []
+        self.scheduler.pages.restrict(shape.pages)
         if before is None:
             return
         for sequence in before.running:
@@ -213,7 +219,7 @@ def make_work(view: types_pb2.PipelineView, settings: GatewaySettings) -> Work:
 
     def make(shape: Shape) -> Scheduler:
         return Scheduler(
-            PageAllocator(shape.num_pages, shape.page_size),
+            PageAllocator(len(shape.pages), shape.page_size),
             steps_in_flight=shape.steps_in_flight,
             max_num_seqs=view.limits.max_num_seqs,
             max_num_batched_tokens=view.limits.max_num_batched_tokens,

@@ -179,7 +179,7 @@ class Assignment:
         if not self.active:
             raise Unavailable(f"{self.pipeline_id} epoch {self.epoch} is not active here yet", retry_after_s=0.2)
         holder = f"{self.pipeline_id}/{request.gateway_id}"
-        grant = self.ranges.open(holder, self.epoch, page_share(self.pool.num_pages, self.limits))
+        grant = self.ranges.open(holder, self.epoch, page_share(self.pool.num_pages, self.limits), _ids(request.pages))
         try:
             self._open_lanes(request.slot)
         except StagemeshError:
@@ -204,7 +204,7 @@ class Assignment:
         self._holders[ident] = holder
         self.sessions[ident] = session
         return stage_pb2.RunOpened(
-            num_pages=len(grant.pages),
+            num_pages=grant.count,
             page_size=self.limits.page_size,
             steps_in_flight=self.limits.steps_in_flight,
             kv_generation=grant.generation ^ self.held.salt,
@@ -256,10 +256,7 @@ class Assignment:
 
         Raises InvalidRequest for pages or a copy that are not there, TransportError when the link is over.
         """
-        granted = session.context.pages
-        if any(page >= len(granted) for page in request.pages):
-            raise InvalidRequest(f"a page beyond the {len(granted)} granted is to be copied")
-        pages = [granted[page] for page in request.pages]
+        pages = session.own_pages(request.pages)
         if request.epoch == self.epoch and request.index in self.page_receivers:
             self.page_receivers[request.index].expect(session.slot, request.number, pages)
             session.copies.add((request.index, request.number))
@@ -382,6 +379,11 @@ class Assignment:
         self.page_senders, self.page_receivers = {}, {}
         self.senders, self.receiver = [], None
         self.token_sender = self.token_receiver = None
+
+
+def _ids(bits: bytes) -> list[int]:
+    """The numbers of the bits that are set, the lowest first."""
+    return [8 * at + bit for at, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1]
 
 
 def page_share(num_pages: int, limits: types_pb2.RunLimits) -> int:

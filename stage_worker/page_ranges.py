@@ -1,16 +1,16 @@
 """Which gateway holds which of a worker's pages, on which pipeline. Pure.
 
-Pages stay their holder's after the session ended, with what was written into them, until another one needs them: so a
-gateway that comes back at a later epoch goes on where it was. One that moves to a later epoch has them open at both for
-a while. They need not lie together, so they can be split anew: a holder that comes back for fewer keeps the first ones.
+A holder names its pages by ids of its own. They stay its own after the session ended, with what was written into them,
+until another holder needs them: so a gateway that comes back at a later epoch goes on where it was. One that moves to a
+later epoch has them open at both for a while; where it is to have fewer then, it says which it keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from stagemesh.errors import Unavailable
+from stagemesh.errors import InvalidRequest, Unavailable
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,23 @@ class Grant:
     """What a session may use."""
 
     pages: tuple[int, ...]
-    """The holder's page 0, 1, 2, ..."""
+    """By the holder's id; -1 where it has none of that id."""
     generation: int
     """The same as long as nobody else may have written into the pages."""
+
+    @property
+    def count(self) -> int:
+        """Of them."""
+        return sum(page >= 0 for page in self.pages)
 
 
 @dataclass
 class _Holder:
     generation: int
-    pages: list[int] = field(default_factory=list)
-    open: dict[int, int] = field(default_factory=dict)
-    """Epoch -> pages of the session."""
+    pages: dict[int, int] = field(default_factory=dict)
+    """By its ids."""
+    open: dict[int, frozenset[int]] = field(default_factory=dict)
+    """Epoch -> ids that the session may use."""
 
 
 class PageRanges:
@@ -41,46 +47,54 @@ class PageRanges:
         self._holders: dict[str, _Holder] = {}
         """The one that came longest ago first."""
 
-    def open(self, name: str, epoch: int, count: int) -> Grant:
-        """`count` pages: the holder's own as far as it has any, then free ones, then those of holders that have gone.
+    def open(self, name: str, epoch: int, count: int, ids: Iterable[int] = ()) -> Grant:
+        """The pages with these ids, at most `count`; without ids, with the lowest. They are the holder's own as far as
+        it has them, else free ones, else those of holders that have gone.
 
-        One that has some goes on with what there is; one that has none raises Unavailable (retry).
+        Raises InvalidRequest for more than `count`, Unavailable (retry) where pages are still held by others.
         """
+        wanted = frozenset(ids) or frozenset(range(count))
+        if len(wanted) > count:
+            raise InvalidRequest(f"{name} asks for {len(wanted)} pages and may have {count}")
         holder = self._holders.pop(name, None) or _Holder(self._nonce())
         try:
             if epoch in holder.open:
                 raise Unavailable(f"{name} holds a range of pages already", retry_after_s=0.2)
-            self._reclaim(count - len(holder.pages))
-            if not holder.pages and len(self._free) < count:
+            if not holder.open:
+                self._trim(holder, wanted)
+            new = sorted(wanted - holder.pages.keys())
+            self._reclaim(len(new))
+            if len(self._free) < len(new):
                 raise Unavailable(
-                    f"all {self.num_pages} pages are held, {len(self._free)} are free and {count} wanted: start the "
-                    "coordinator with --gateways for more",
+                    f"of {self.num_pages} pages {len(self._free)} are free and {len(new)} wanted: others still have "
+                    "them, or start the coordinator with --gateways for more",
                     retry_after_s=0.5,
                 )
-            while len(holder.pages) < count and self._free:
-                holder.pages.append(self._free.pop())
-            holder.open[epoch] = min(count, len(holder.pages))
-            self._trim(holder)
+            for ident in new:
+                holder.pages[ident] = self._free.pop()
+            holder.open[epoch] = wanted
         finally:
             if holder.pages:
                 self._holders[name] = holder
-        return Grant(tuple(holder.pages[: holder.open[epoch]]), holder.generation)
+        table = [-1] * (max(wanted) + 1)
+        for ident in wanted:
+            table[ident] = holder.pages[ident]
+        return Grant(tuple(table), holder.generation)
 
     def close(self, name: str, epoch: int) -> None:
         """The holder's session is over; it may come back."""
         holder = self._holders.get(name)
         if holder is not None and holder.open.pop(epoch, None) is not None and holder.open:
-            self._trim(holder)
+            self._trim(holder, frozenset().union(*holder.open.values()))
 
-    def _trim(self, holder: _Holder) -> None:
+    def _trim(self, holder: _Holder, kept: frozenset[int]) -> None:
         """Pages that none of its sessions has are free."""
-        most = max(holder.open.values())
-        while len(holder.pages) > most:
-            self._free.append(holder.pages.pop())
+        for ident in [ident for ident in holder.pages if ident not in kept]:
+            self._free.append(holder.pages.pop(ident))
 
     def _reclaim(self, count: int) -> None:
         """Makes so many pages free, if those of holders that have gone are enough; the one longest gone loses first."""
         for name in [name for name, holder in self._holders.items() if not holder.open]:
             if len(self._free) >= count:
                 return
-            self._free.extend(reversed(self._holders.pop(name).pages))
+            self._free.extend(reversed(self._holders.pop(name).pages.values()))

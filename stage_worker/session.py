@@ -99,7 +99,7 @@ class SessionContext:
     vocab_size: int
     page_size: int
     pages: tuple[int, ...]
-    """Granted to it: a plan names them by their place here."""
+    """Granted to it: a plan names them by their place here; -1 is none."""
     max_tokens: int
     device: torch.device
     guesses: bool = False
@@ -285,7 +285,7 @@ class Session:
     def _grow(self, plan: stage_pb2.StepPlan, starts: list[int], counts: list[int]) -> list[list[int]]:
         """Gives each row's sequence its new pages; returns the block table of each row."""
         tables: list[list[int]] = []
-        granted, at = self.context.pages, 0
+        at = 0
         drafts, replays = set(plan.draft_rows), plan.kind == stage_pb2.STEP_KIND_REPLAY
         for i, ident in enumerate(plan.sequences):
             sequence = self.sequences.get(ident)
@@ -301,9 +301,7 @@ class Session:
                 )
             new = plan.new_pages[at : at + plan.new_page_counts[i]] if plan.new_page_counts else []
             at += len(new)
-            if any(page >= len(granted) for page in new):
-                raise InvalidRequest(f"step {plan.step} names a page beyond the {len(granted)} granted")
-            sequence.pages.extend(granted[page] for page in new)
+            sequence.pages.extend(self.own_pages(new))
             # Guesses that did not hold are dead: this row writes over them.
             sequence.length = starts[i] + counts[i]
             sequence.certain = starts[i] + 1 if i in drafts else sequence.length
@@ -311,6 +309,14 @@ class Session:
                 raise InvalidRequest(f"sequence {ident} has too few pages for {sequence.length} positions")
             tables.append(sequence.pages)
         return tables
+
+    def own_pages(self, ids: Iterable[int]) -> list[int]:
+        """The worker's pages that the gateway means. Raises InvalidRequest for one that was not granted."""
+        granted = self.context.pages
+        found = [granted[ident] if ident < len(granted) else -1 for ident in ids]
+        if -1 in found:
+            raise InvalidRequest(f"page {list(ids)[found.index(-1)]} is named, which was not granted")
+        return found
 
     def _drafted(self, ident: int, start: int) -> Drafted:
         sequence = self.sequences[ident]

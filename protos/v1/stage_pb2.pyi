@@ -180,20 +180,22 @@ class RunRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[RunOpen, _Mapping]] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., open_sequence: _Optional[_Union[OpenSequence, _Mapping]] = ..., close_sequence: _Optional[_Union[CloseSequence, _Mapping]] = ..., copy: _Optional[_Union[CopyPages, _Mapping]] = ...) -> None: ...
 
 class RunOpen(_message.Message):
-    __slots__ = ("key", "stage", "gateway_id", "instance", "slot", "protocol")
+    __slots__ = ("key", "stage", "gateway_id", "instance", "slot", "protocol", "pages")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
     key: PipelineKey
     stage: int
     gateway_id: str
     instance: int
     slot: int
     protocol: int
-    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., gateway_id: _Optional[str] = ..., instance: _Optional[int] = ..., slot: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
+    pages: bytes
+    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., gateway_id: _Optional[str] = ..., instance: _Optional[int] = ..., slot: _Optional[int] = ..., protocol: _Optional[int] = ..., pages: _Optional[bytes] = ...) -> None: ...
 
 class RunOpened(_message.Message):
     __slots__ = ("num_pages", "page_size", "steps_in_flight", "kv_generation", "journal", "copy_pages")

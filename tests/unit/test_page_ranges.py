@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from stagemesh.errors import Unavailable
+from stagemesh.errors import InvalidRequest, Unavailable
 from stagemesh.stage_worker.page_ranges import PageRanges
 
 
@@ -18,7 +18,7 @@ def test_a_gateway_that_comes_back_finds_its_pages_as_it_left_them() -> None:
     pages = ranges(8)
     first, second = pages.open("a", 1, 4), pages.open("b", 1, 4)
     assert sorted(first.pages + second.pages) == list(range(8))
-    with pytest.raises(Unavailable, match="all 8 pages are held, 0 are free and 4 wanted"):
+    with pytest.raises(Unavailable, match="of 8 pages 0 are free and 4 wanted"):
         pages.open("c", 1, 4)
     pages.close("a", 1)
     pages.close("b", 1)
@@ -33,7 +33,7 @@ def test_a_gateway_that_moves_has_its_pages_at_both_epochs() -> None:
     with pytest.raises(Unavailable, match="a holds a range of pages already"):
         pages.open("a", 2, 4)
     pages.close("a", 1)
-    with pytest.raises(Unavailable, match="all 4 pages are held"):
+    with pytest.raises(Unavailable, match="of 4 pages 0 are free"):
         pages.open("b", 2, 4)
 
 
@@ -51,17 +51,18 @@ def test_pages_that_another_gateway_had_are_not_what_they_were() -> None:
 def test_pages_are_split_anew_and_what_is_kept_is_what_it_was() -> None:
     pages = ranges(8)
     whole = pages.open("a", 1, 8)
-    half = pages.open("a", 2, 4)
-    assert half.pages == whole.pages[:4]
-    assert half.generation == whole.generation
+    half = pages.open("a", 2, 4, (0, 3, 5, 6))
+    assert half.pages == tuple(whole.pages[i] if i in (0, 3, 5, 6) else -1 for i in range(7))
+    assert (half.count, half.generation) == (4, whole.generation)
     with pytest.raises(Unavailable):
         pages.open("b", 1, 4)  # The session of epoch 1 may still write into all of them.
     pages.close("a", 1)
     other = pages.open("b", 1, 4)
-    assert set(other.pages) == set(range(8)) - set(half.pages)
+    assert set(other.pages) | set(half.pages) == {-1, *range(8)}
+    assert not set(other.pages) & set(half.pages)
     pages.close("b", 1)
     again = pages.open("a", 3, 8)
-    assert again.pages[:4] == half.pages
+    assert [again.pages[i] for i in (0, 3, 5, 6)] == [half.pages[i] for i in (0, 3, 5, 6)]
     assert sorted(again.pages) == list(range(8)), "those of one that has gone"
 
 
@@ -74,10 +75,25 @@ def test_thirds_of_what_was_halves_fit() -> None:
     assert len(pages.open("c", 1, 4).pages) == 4
 
 
-def test_one_that_may_have_more_goes_on_with_what_there_is() -> None:
+def test_who_is_to_have_more_waits_until_others_have_less() -> None:
     pages = ranges(8)
     few = pages.open("a", 1, 3)
     pages.open("b", 1, 4)
-    more = pages.open("a", 2, 6)
-    assert len(more.pages) == 4
-    assert more.pages[:3] == few.pages
+    with pytest.raises(Unavailable, match="1 are free and 3 wanted"):
+        pages.open("a", 2, 6)
+    pages.open("b", 2, 2)
+    pages.close("b", 1)
+    assert pages.open("a", 2, 6).pages[:3] == few.pages
+
+
+def test_nobody_gets_more_than_his_share() -> None:
+    with pytest.raises(InvalidRequest, match="a asks for 3 pages and may have 2"):
+        ranges(8).open("a", 1, 2, (0, 4, 5))
+
+
+def test_pages_that_were_given_up_while_nothing_was_open_are_free() -> None:
+    pages = ranges(8)
+    pages.open("a", 1, 8)
+    pages.close("a", 1)
+    pages.open("a", 2, 4, (1, 2, 4, 7))
+    assert pages.open("b", 1, 4).count == 4

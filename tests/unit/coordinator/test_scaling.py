@@ -1,0 +1,272 @@
+"""Pipelines that share stages: how many there are, who is shared, and what becomes of them when workers come and go."""
+
+from __future__ import annotations
+
+import pytest
+from mesh_world import REVISION, World, target
+
+from stagemesh.coordinator import values as v
+from stagemesh.coordinator.forming import State
+from stagemesh.coordinator.moving import GONE_S
+from stagemesh.coordinator.scaling import LEAVE_S, MISSED_S
+from stagemesh.errors import ConfigError
+
+PAGES = 16
+
+
+def settle(world: World) -> None:
+    """Workers and gateways do all that they are told, until nothing more is."""
+    seen = 0
+    while seen < len(world.actions):
+        for action in world.actions[seen:]:
+            seen += 1
+            match action:
+                case v.Assign(name, epoch, _, plan, _, shares):
+                    world.send(v.AssignDone(name, epoch, plan.stage, v.Loaded(PAGES // shares, 1, 2, REVISION)))
+                case v.MakeLink(name, epoch, stage):
+                    index = action.copy.index if action.copy is not None else None
+                    world.send(v.LinkUp(name, epoch, stage, "tcp", index))
+                case v.Activate(name, epoch, stage):
+                    world.send(v.Activated(name, epoch, stage))
+                case v.Prepare(name, incarnation, _, layers):
+                    world.send(v.Prepared(name, incarnation, layers, REVISION))
+        for name, move in list(world.mesh.moves.items()):
+            if move.published:
+                world.send(v.GatewayMoved("g", name, move.epoch))
+        for name, pipeline in list(world.mesh.pipelines.items()):
+            if pipeline.leaving:
+                world.send(v.GatewayLeft("g", name))
+
+
+def stages(world: World) -> dict[str, list[str]]:
+    """Pipeline -> its workers."""
+    return {name: [plan.worker_id for plan in p.stages] for name, p in world.mesh.pipelines.items()}
+
+
+def shares(world: World) -> list[int]:
+    return [p.shares for p in world.mesh.pipelines.values()]
+
+
+def serving(world: World) -> bool:
+    return all(p.state is State.SERVING for p in world.mesh.pipelines.values())
+
+
+@pytest.fixture
+def world() -> World:
+    """Two stages that serve, bound workers, and a gateway."""
+    made = World()
+    made.gateway()
+    made.join("a", 0)
+    made.join("b", 1)
+    settle(made)
+    assert stages(made) == {"pipeline-0": ["a", "b"]}
+    return made
+
+
+def test_one_more_worker_for_a_stage_is_one_more_pipeline(world: World) -> None:
+    world.took(v.Log)
+    world.join("b2", 1)
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a", "b2"]}
+    assert shares(world) == [2, 2]
+    assert serving(world)
+    # Before another one gets pages of a worker, those who have them all do with fewer.
+    order = [(a.pipeline_id, a.shares, a.beside) for a in world.took(v.Assign)]
+    assert order == [("pipeline-0", 2, True)] * 2 + [("pipeline-1", 2, False)] * 2
+
+
+def test_a_standby_becomes_a_replica_when_an_operator_wants_it(world: World) -> None:
+    world.join("c")
+    settle(world)
+    assert len(stages(world)) == 1
+    assert world.mesh.check_scale(0, 2) == 2
+    world.send(v.ScaleRequested(0, 2))
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["c", "b"]}
+    world.send(v.ScaleRequested(0, 1))
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"]}
+    assert shares(world) == [1], "it has the pages of all its workers again"
+    assert [a.replicas for a in world.took(v.PersistReplicas)] == [((0, 2),), ((0, 1),)]
+    assert world.mesh.workers["c"].kept is not None, "a standby again"
+
+
+def test_two_replicas_of_each_stage_share_nothing_and_three_share_the_least(world: World) -> None:
+    world.join("a2", 0)
+    world.join("b2", 1)
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a2", "b2"]}
+    world.join("b3", 1)
+    settle(world)
+    assert stages(world)["pipeline-2"] == ["a", "b3"]
+    assert shares(world) == [3, 3, 3]
+
+
+def test_a_pipeline_that_is_left_finishes_first(world: World) -> None:
+    world.join("b2", 1)
+    settle(world)
+    world.took(v.Release)
+    world.send(v.ScaleRequested(1, 1))
+    assert world.mesh.pipelines["pipeline-1"].leaving
+    assert world.mesh.pipelines["pipeline-1"].state is State.DRAINING
+    world.wait(1.0, "a", "b", "b2")
+    assert not world.took(v.Release), "its gateway has not left it"
+    world.send(v.GatewayLeft("g", "pipeline-1"))
+    assert {a.worker_id for a in world.took(v.Release)} == {"a", "b2"}
+    assert [a.pipeline_id for a in world.mesh.handle(v.Tick(), world.now) if isinstance(a, v.ForgetPlan)] == []
+    assert list(stages(world)) == ["pipeline-0"]
+
+
+def test_a_gateway_that_does_not_leave_is_not_waited_for_for_ever(world: World) -> None:
+    world.join("b2", 1)
+    settle(world)
+    world.send(v.ScaleRequested(1, 1))
+    world.wait(LEAVE_S + 1, "a", "b", "b2")
+    assert list(stages(world)) == ["pipeline-0"]
+
+
+def test_who_is_wanted_again_while_it_is_left_stays(world: World) -> None:
+    world.join("b2", 1)
+    settle(world)
+    epoch = world.mesh.pipelines["pipeline-1"].epoch
+    world.send(v.ScaleRequested(1, 1))
+    world.send(v.ScaleRequested(1, 0))
+    pipeline = world.mesh.pipelines["pipeline-1"]
+    assert (pipeline.state, pipeline.epoch, pipeline.leaving) == (State.SERVING, epoch, False)
+
+
+def test_a_name_that_comes_again_never_has_an_epoch_again(world: World) -> None:
+    world.join("b2", 1)
+    settle(world)
+    before = world.mesh.pipelines["pipeline-1"].epoch
+    for replicas in (1, 0):
+        world.send(v.ScaleRequested(1, replicas))
+        settle(world)
+    assert world.mesh.pipelines["pipeline-1"].epoch > before
+    assert world.mesh.pipelines["pipeline-1"].state is State.SERVING
+
+
+def test_the_worker_that_drains_takes_its_pipeline_with_it(world: World) -> None:
+    world.join("b2", 1)
+    settle(world)
+    world.send(v.DrainRequested("b"))
+    settle(world)
+    assert stages(world) == {"pipeline-1": ["a", "b2"]}
+    assert shares(world) == [1]
+
+
+def test_a_lost_replica_is_waited_for_and_the_other_pipeline_goes_on(world: World) -> None:
+    world.join("b2", 1)
+    settle(world)
+    world.lose("b2")
+    settle(world)
+    assert world.mesh.pipelines["pipeline-1"].state is State.DOWN
+    assert world.mesh.pipelines["pipeline-0"].state is State.SERVING
+    assert shares(world)[0] == 2, "it may come back in a moment"
+    world.join("b2", 1)
+    settle(world)
+    assert serving(world)
+    world.lose("b2")
+    world.wait(MISSED_S + GONE_S, "a", "b")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"]}
+    assert shares(world) == [1]
+
+
+def test_the_loss_of_a_shared_worker_is_made_good_by_one_standby(world: World) -> None:
+    world.join("b2", 1)
+    world.join("c")
+    settle(world)
+    world.lose("a")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["c", "b"], "pipeline-1": ["c", "b2"]}
+    assert serving(world)
+
+
+def test_when_nothing_serves_a_replica_gives_its_worker(world: World) -> None:
+    world.join("c")
+    settle(world)
+    world.send(v.ScaleRequested(1, 2))
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a", "c"]}
+    world.lose("a")
+    settle(world)
+    (up,) = [p for p in world.mesh.pipelines.values() if p.state is State.SERVING]
+    assert {plan.worker_id for plan in up.stages} == {"b", "c"}
+    world.join("a", 0)
+    settle(world)
+    assert sum(p.state is State.SERVING for p in world.mesh.pipelines.values()) >= 1
+
+
+def test_a_shared_worker_that_drains_is_replaced_on_all_its_pipelines(world: World) -> None:
+    world.join("b2", 1)
+    world.join("c")
+    settle(world)
+    world.send(v.DrainRequested("a"))
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["c", "b"], "pipeline-1": ["c", "b2"]}
+    assert serving(world)
+
+
+def test_other_ranges_come_to_all_pipelines(world: World) -> None:
+    world.join("b2", 1)
+    settle(world)
+    world.send(v.RepartitionRequested(((0, 2), (2, 6))))
+    settle(world)
+    for pipeline in world.mesh.pipelines.values():
+        assert [plan.layers for plan in pipeline.stages] == [(0, 2), (2, 6)]
+    world.send(v.Tick())
+    assert world.mesh.ranges is None
+    assert serving(world)
+
+
+def test_a_coordinator_that_starts_again_takes_all_of_them_up() -> None:
+    before = World()
+    before.gateway()
+    for name, pool in (("a", 0), ("b", 1), ("b2", 1)):
+        before.join(name, pool)
+    settle(before)
+    plans = {a.plan.pipeline_id: a.plan for a in before.took(v.PersistPlan)}
+    epochs = {name: p.epoch for name, p in before.mesh.pipelines.items()}
+    after = World(plans=plans, epochs=epochs)
+    after.gateway()
+    for name, pool in (("a", 0), ("b", 1), ("b2", 1)):
+        held = tuple(
+            v.Held(n, p.epoch, s.stage, s.layers, s.generation, True, REVISION)
+            for n, p in before.mesh.pipelines.items()
+            for s in p.stages
+            if s.worker_id == name
+        )
+        after.join(name, pool, held=held)
+    after.wait(3.0, "a", "b", "b2")
+    assert stages(after) == stages(before)
+    assert {name: p.epoch for name, p in after.mesh.pipelines.items()} == epochs
+    assert shares(after) == [2, 2]
+    assert not after.took(v.Assign), "they went on"
+
+
+def test_what_cannot_be_is_said_before_anything_is_done(world: World) -> None:
+    with pytest.raises(ConfigError, match="there is no stage 2"):
+        world.mesh.check_scale(2, 2)
+    with pytest.raises(
+        ConfigError, match=r"stage 1 is held by 1 worker.*start 1 more with `stagemesh stage --stage 1`"
+    ):
+        world.mesh.check_scale(1, 2)
+    for number in range(PAGES):
+        world.join(f"c{number}")
+    settle(world)
+    with pytest.raises(ConfigError, match="would have 3 KV pages of 16 tokens for each of 5 pipelines"):
+        world.mesh.check_scale(1, 5)
+    assert world.mesh.check_scale(1, 4) == 4
+
+
+def test_in_the_midst_of_an_upgrade_nothing_is_shared() -> None:
+    world = World(target())
+    world.gateway()
+    world.join("a", 0, protocol=2)
+    world.join("b", 1)
+    world.join("b2", 1)
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"]}
+    with pytest.raises(ConfigError, match="a cannot share stages: finish the upgrade first"):
+        world.mesh.check_scale(1, 2)
