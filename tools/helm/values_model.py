@@ -158,7 +158,7 @@ class Stage(Pods):
     """One stage: a pool of workers, each a pod."""
 
     replicas: int = Field(default=1, ge=0)
-    """Workers of this stage. One serves; the others stand by and take over when it is lost."""
+    """Workers of this stage; all of them serve, each on a pipeline that shares the stages with fewer."""
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)
     """Ranks of each worker; with GPUs, as many as resources.limits has of nvidia.com/gpu."""
     settings: _open_settings(StageSettings) = Field(default_factory=dict)  # type: ignore[valid-type]
@@ -234,6 +234,8 @@ class ChartValues(Values):
     """The gateway."""
     stages: list[Stage] = Field(min_length=1, max_length=64)
     """The stages in order; their number is the pipeline's length."""
+    standbys: list[Stage] = Field(default=[], max_length=64)
+    """Workers that no stage has of its own, which take the place of any that is lost."""
     network_policy: NetworkPolicy = Field(default_factory=NetworkPolicy)
     """Who may open connections to the pods."""
     pod_disruption_budget: PodDisruptionBudget = Field(default_factory=PodDisruptionBudget)

@@ -6,14 +6,16 @@
 {{- fail (printf "coordinator.settings.layer_partition names %d stages, `stages` has %d: give one number of layers for each" (len .) $stages) }}
 {{- end }}
 {{- end }}
-{{- range $i, $stage := .Values.stages }}
+{{- range $what := list "stages" "standbys" }}
+{{- range $i, $stage := index $.Values $what }}
 {{- $gpus := dig "resources" "limits" "nvidia.com/gpu" "" $stage | toString }}
 {{- $ranks := int (default 1 $stage.tensorParallelSize) }}
 {{- if and $gpus (ne (int $gpus) $ranks) }}
-{{- fail (printf "stages[%d]: tensorParallelSize is %d and resources.limits has %s of nvidia.com/gpu: each rank takes one GPU, make them equal" $i $ranks $gpus) }}
+{{- fail (printf "%s[%d]: tensorParallelSize is %d and resources.limits has %s of nvidia.com/gpu: each rank takes one GPU, make them equal" $what $i $ranks $gpus) }}
 {{- end }}
 {{- if and (not $gpus) (eq (dig "settings" "device" "auto" $stage) "cuda") }}
-{{- fail (printf "stages[%d]: settings.device is cuda and resources.limits asks for no nvidia.com/gpu: ask for %d" $i $ranks) }}
+{{- fail (printf "%s[%d]: settings.device is cuda and resources.limits asks for no nvidia.com/gpu: ask for %d" $what $i $ranks) }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- with .Values.model }}

@@ -18,10 +18,11 @@
 {{- include "stagemesh.yaml" (merge $own .Values.gateway.settings) }}
 {{- end }}
 
-{{/* Takes (dict "root" $ "index" 0 "stage" the stage's values). */}}
+{{/* Takes (dict "root" $ "bound" (dict "stage" 0), or of a standby (dict), "stage" the stage's or standby's values). */}}
 {{- define "stagemesh.stageSettings" -}}
 {{- $size := int (default 1 .stage.tensorParallelSize) -}}
-{{- $own := dict "host" "0.0.0.0" "insecure" true "port" 50052 "coordinator" (include "stagemesh.coordinatorAddress" .root) "stage" .index "tensor_parallel_size" $size -}}
+{{- $own := dict "host" "0.0.0.0" "insecure" true "port" 50052 "coordinator" (include "stagemesh.coordinatorAddress" .root) "tensor_parallel_size" $size -}}
+{{- $own = merge $own .bound -}}
 {{- $settings := default dict .stage.settings -}}
 {{- $cpu := dig "resources" "limits" "cpu" "" .stage | toString -}}
 {{- if and $cpu (not (hasKey $settings "threads")) }}

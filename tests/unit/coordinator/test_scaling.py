@@ -248,9 +248,7 @@ def test_a_coordinator_that_starts_again_takes_all_of_them_up() -> None:
 def test_what_cannot_be_is_said_before_anything_is_done(world: World) -> None:
     with pytest.raises(ConfigError, match="there is no stage 2"):
         world.mesh.check_scale(2, 2)
-    with pytest.raises(
-        ConfigError, match=r"stage 1 is held by 1 worker.*start 1 more with `stagemesh stage --stage 1`"
-    ):
+    with pytest.raises(ConfigError, match=r"stage 1 is held by 1 worker.*start 1 more with `stagemesh stage"):
         world.mesh.check_scale(1, 2)
     for number in range(PAGES):
         world.join(f"c{number}")
