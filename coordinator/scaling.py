@@ -58,12 +58,9 @@ class Scaler(Mover):
         if replicas > 1 and old:
             raise ConfigError(f"{', '.join(old)} cannot share stages: finish the upgrade first")
         holding = {name for p in self._kept() for name in self._held_by(p, stage)}
-        members = {plan.worker_id for p in self.pipelines.values() for plan in p.stages}
-        spare = [
-            name
-            for name, w in self.workers.items()
-            if name not in members and not w.draining and w.info.pool in (-1, stage)
-        ]
+        spare = {w.info.worker_id for w in self._spare() if w.info.pool in (-1, stage)}
+        # Those could take their stage from a worker that could then take this one.
+        spare |= {name for p in self._kept() for s, name in self._replaceable(p).items() if s != stage}
         if replicas > len(holding) + len(spare):
             raise ConfigError(
                 f"stage {stage} is held by {len(holding)} worker(s), and {len(spare)} more could take it: for "
@@ -244,11 +241,14 @@ class Scaler(Mover):
             return chosen, why
         pins = pinned(holders(self._others(pipeline), self.workers), self._replicas(self.replicas), pipeline.stages)
         elsewhere = {s: name for s, name in pins.items() if pipeline.stages[s].worker_id != name}
+        if any(p.state is State.DOWN for p in self._kept()) and not elsewhere:
+            elsewhere = dict(list(self._replaceable(pipeline).items())[:1])
+            why = "a worker of no stage is needed elsewhere" if elsewhere else ""
         shares = self._num_shares()
         if not elsewhere and (pipeline.shares == shares or self._no_shares.get(pipeline.pipeline_id) == shares):
             return [], ""
         names = [elsewhere.get(plan.stage, plan.worker_id) for plan in pipeline.stages]
-        why = f"pages are split between {shares} pipeline(s)"
+        why = why or f"pages are split between {shares} pipeline(s)"
         return [Choice(self.workers[n], plan.layers) for n, plan in zip(names, pipeline.stages, strict=True)], why
 
     def _give_up(self, pipeline: Pipeline, why: str) -> None:
@@ -260,6 +260,22 @@ class Scaler(Mover):
         self.given_up = f"the pages of {pipeline.pipeline_id} are not split anew: {why}"
         self._log(self.given_up, warning=True)
         self._publish()
+
+    def _replaceable(self, pipeline: Pipeline) -> dict[int, str]:
+        """Stages on workers that could hold any, where one that is spare can hold this one only."""
+        bound = {w.info.pool: w for w in self._spare() if w.info.pool >= 0}
+        return {
+            plan.stage: bound[plan.stage].info.worker_id
+            for plan in pipeline.stages
+            if plan.stage in bound
+            and self._worker_at(pipeline, plan.stage).info.pool < 0
+            and (plan.stage, plan.layers) not in bound[plan.stage].refusals
+        }
+
+    def _spare(self) -> list[v.Worker]:
+        """Workers that no pipeline uses, nor is going to."""
+        used = {plan.worker_id for p in [*self.pipelines.values(), *self.moves.values()] for plan in p.stages}
+        return [w for name, w in self.workers.items() if name not in used and not w.draining]
 
     # -- small words ------------------------------------------------------------------------------------------------
 

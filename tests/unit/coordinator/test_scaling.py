@@ -198,6 +198,22 @@ def test_when_nothing_serves_a_replica_gives_its_worker(world: World) -> None:
     assert sum(p.state is State.SERVING for p in world.mesh.pipelines.values()) >= 1
 
 
+def test_a_worker_of_no_stage_is_freed_for_a_replica(world: World) -> None:
+    """`a` went and came back: what could hold any stage holds its own, and it can hold no other."""
+    world.join("c")
+    settle(world)
+    world.lose("a")
+    settle(world)
+    world.join("a", 0)
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["c", "b"]}
+    assert world.mesh.check_scale(1, 2) == 2
+    world.send(v.ScaleRequested(1, 2))
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a", "c"]}
+    assert serving(world)
+
+
 def test_a_shared_worker_that_drains_is_replaced_on_all_its_pipelines(world: World) -> None:
     world.join("b2", 1)
     world.join("c")
