@@ -67,6 +67,7 @@ def build(settings: CoordinatorSettings) -> Build:
         layer_partition=tuple(settings.layer_partition) if settings.layer_partition else None,
         transport=settings.transport,
         terms=terms.hexdigest(),
+        takeover_s=settings.takeover_after,
         rebalance=settings.rebalance == "auto",
     )
     return Build(target, model)

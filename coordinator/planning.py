@@ -34,6 +34,8 @@ class Target:
     transport: str = "auto"
     terms: str = ""
     """Digest of model and bounds."""
+    takeover_s: float = 15.0
+    """How long a lost stage waits for a worker, before the others take its layers over."""
     rebalance: bool = False
     """Layers move by themselves when steps would be faster for it."""
 

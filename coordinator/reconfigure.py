@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from . import values as v
 from .forming import Phase, Pipeline, State
 from .planning import Target
-from .scaling import FIRST, Scaler
+from .scaling import FIRST
+from .survivors import Survivors
 
 # After a restart: one lease, and the longest that a worker may take to call again (its channel's back-off of 1 s and a
 # fifth, its own pause).
@@ -21,7 +22,7 @@ STALL_S = 0.3
 LOST_SHOWN = 64
 
 
-class Mesh(Scaler):
+class Mesh(Survivors):
     """Membership and pipelines."""
 
     def __init__(

@@ -206,6 +206,8 @@ class Scaler(Mover):
         if not any(others):
             return super()._choose(pipeline, previous)
         ranges = [plan.layers for plan in next(stages for stages in others if stages)]
+        if len(ranges) != self.target.num_stages:
+            raise CannotForm("it waits until the others have all their stages again", final=False)
         pins = pinned(holders(others, self.workers), self._replicas(self.replicas), previous)
         shared = {stage: self.workers[name] for stage, name in pins.items()}
         try:

@@ -43,9 +43,10 @@ class Wishes(Warmer):
 
         Raises ConfigError when they do not fit the model or the workers, Unavailable when nothing serves.
         """
-        pipeline = next((p for p in self.pipelines.values() if p.state is State.SERVING), None)
+        whole = (p for p in self.pipelines.values() if len(p.stages) == self.target.num_stages)
+        pipeline = next((p for p in whole if p.state is State.SERVING), None)
         if pipeline is None:
-            raise Unavailable("no pipeline serves whose layers could move", retry_after_s=RETRY_MAX_S)
+            raise Unavailable("no pipeline of all stages serves whose layers could move", retry_after_s=RETRY_MAX_S)
         if not counts and (advice := self.advice(pipeline)) is not None:
             return advice.ranges
         return tuple(partition(self.target.cost, self._kinds(pipeline), counts or None))
@@ -56,7 +57,7 @@ class Wishes(Warmer):
     def advice(self, pipeline: Pipeline) -> Advice | None:
         """The ranges that would be best by what steps take now; None while that is not known."""
         seconds = self.step_times[pipeline.pipeline_id].seconds(pipeline.epoch, len(pipeline.stages), self._now)
-        if pipeline.state is not State.SERVING or seconds is None:
+        if pipeline.state is not State.SERVING or seconds is None or len(seconds) != self.target.num_stages:
             return None
         try:
             return advise(self.target.cost, self._kinds(pipeline), [plan.layers for plan in pipeline.stages], seconds)

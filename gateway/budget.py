@@ -7,6 +7,7 @@ stream. What a step costs is measured: compute time on each stage, fitted as a +
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LONGER = 3.0
@@ -57,6 +58,7 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._stages: dict[int, _Fit] = {}
+        self._layers: list[tuple[int, int]] = []
         self._budget = BEFORE
 
     def add(self, stage: int, tokens: int, seconds: float) -> None:
@@ -77,9 +79,11 @@ class StepCosts:
             return None
         return [fit.seconds / fit.weight for fit in fits]
 
-    def forget(self) -> None:
-        """Stages hold other layers now."""
-        self._stages.clear()
+    def only_for(self, layers: Sequence[tuple[int, int]]) -> None:
+        """The stages hold these layers: what is known of others is of no use."""
+        if self._layers != list(layers):
+            self._stages.clear()
+        self._layers = list(layers)
 
     def expected_s(self, tokens: int) -> float | None:
         """Seconds of a step of so many tokens, one stage after the other; None while nothing like it was seen."""

@@ -244,6 +244,7 @@ class Drive:
     async def _open(self, view: types_pb2.PipelineView) -> None:
         seat = self._around.seat
         work = self.work or make_work(view, self._around.settings)
+        work.costs.only_for([(stage.layers.first, stage.layers.last) for stage in view.stages])
         loop = self._make_loop(view, work)
         try:
             await self._around.load_model(view)
@@ -293,8 +294,7 @@ class Drive:
             await new.close()
             return
         self.loop, self._moved = new, key
-        if [stage.layers for stage in after.stages] != [stage.layers for stage in view.stages]:
-            work.costs.forget()
+        work.costs.only_for([(stage.layers.first, stage.layers.last) for stage in after.stages])
         # A token has crossed the next epoch: whatever was waited for is over.
         self.outage.recovered(*key, len(set(work.live.values())), 0)
         await handover.finish()

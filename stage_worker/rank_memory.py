@@ -100,10 +100,13 @@ class RankMemory:
 
         Layers that a shard in memory has are that one's.
         """
-        self.trim(keep_one=False)
         wanted = self._wanted(request)
         serving = self._serving()
         before = serving.shard if serving is not None else None
+        if before is None and self._sets and self.device.type == "cpu":
+            # What nothing runs on goes, but for layers that are wanted again. On a card, its pages are in the way.
+            before = self._sets[-1].held.shard
+        self.trim(keep_one=False)
         drafters = [s.held.drafter.shard for s in self._sets if s.held.drafter and s.wanted.draft == wanted.draft]
         shards = [load_shard(wanted.main[0], self.parallel, tell, before)]
         if wanted.draft is not None:

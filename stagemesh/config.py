@@ -185,6 +185,8 @@ class CoordinatorSettings(ListenSettings, ModelSettings):
     """Layers of each stage, such as 5,7; default: chosen by the cost model."""
     rebalance: Literal["off", "auto"] = "off"
     """auto: layers move between stages by themselves when measured steps would be a tenth faster for it."""
+    takeover_after: float = Field(15.0, ge=0)
+    """Seconds after which the other stages' workers take a lost stage's layers over, where nobody else does."""
     transport: Literal["auto", "ucx", "tcp"] = "auto"
     """What links are made of; auto takes UCX where both ends have it."""
     state_dir: str | None = None
@@ -315,6 +317,8 @@ class ServeSettings(Loopback, ModelSettings):
     """Layers of each stage, such as 5,7."""
     rebalance: Literal["off", "auto"] = "off"
     """auto: layers move between stages by themselves when measured steps would be a tenth faster for it."""
+    takeover_after: float = Field(15.0, ge=0)
+    """Seconds after which the other stages' workers take a lost stage's layers over, where nobody else does."""
     transport: Literal["auto", "ucx", "tcp"] = "auto"
     """What links are made of."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -29,6 +29,7 @@ def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSet
         pipeline_parallel_size=serve.pipeline_parallel_size,
         layer_partition=serve.layer_partition,
         rebalance=serve.rebalance,
+        takeover_after=serve.takeover_after,
         transport=serve.transport,
         steps_in_flight=serve.steps_in_flight,
         speculative_config=_if_method(serve, "draft_model"),

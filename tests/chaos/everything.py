@@ -220,7 +220,10 @@ class Everything:
                 states = [w["state"] for w in seen["workers"] if w["state"] != "lost"]
                 spare = [w for w in seen["workers"] if w["state"] == "standby" and w.get("layers", {}).get("last")]
                 members = {s["worker_id"] for p in seen["pipelines"] for s in p["stages"]}
-                serving = all(p["state"] == "PIPELINE_STATE_SERVING" for p in seen["pipelines"])
+                serving = all(
+                    p["state"] == "PIPELINE_STATE_SERVING" and len(p["stages"]) == self.stages
+                    for p in seen["pipelines"]
+                )
                 whole = serving and "draining" not in states and len(spare) == len(states) - len(members) >= 1
                 if seen["ready"] and whole:
                     return seen
