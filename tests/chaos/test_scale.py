@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import streams
 from disturb import COMMON, SEED, check, disturbed, stagemesh, until
@@ -46,6 +47,16 @@ def holders(mesh: Mesh, stage: int) -> list[str]:
     return sorted({p["stages"][stage]["worker_id"] for p in pipelines(mesh) if p["stages"]})
 
 
+def agent(mesh: Mesh, worker_id: str) -> psutil.Process:
+    """A worker's agent: the process that listens at its address."""
+    (address,) = [w["address"] for w in mesh.get("/mesh")["workers"] if w["worker_id"] == worker_id]
+    port = int(address.rpartition(":")[2])
+    for process in mesh.children():
+        if any(c.status == "LISTEN" and c.laddr.port == port for c in process.net_connections("tcp")):
+            return process
+    raise AssertionError(f"nobody listens on {address}")
+
+
 def busy(mesh: Mesh) -> dict[str, int]:
     """Pipeline -> choices that it runs."""
     told = mesh.get("/mesh")["gateway"]["pipelines"]
@@ -75,6 +86,36 @@ def test_a_stage_gets_a_second_worker_and_loses_it_again(mesh: Mesh, expected: l
     check(told, expected)
     assert len(pipelines(mesh)) == 1
     assert mesh.get("/mesh")["gateway"]["total_pages"] == whole
+    mesh.check_pages_are_free()
+
+
+@pytest.mark.parametrize("what", ["shared rank", "shared agent", "replica", "coordinator"])
+def test_losses_of_two_pipelines(mesh: Mesh, expected: list[streams.Stream], what: str) -> None:
+    """There is no standby: what is lost comes back by itself, and meanwhile one pipeline does what both did."""
+    scale(mesh, 1, 2)
+    asyncio.run(until(lambda: len(busy(mesh)) == 2, "both are driven"))
+
+    def lose(_: list[streams.Stream]) -> None:
+        (shared,), replicas = holders(mesh, 0), holders(mesh, 1)
+        match what:
+            case "shared rank":
+                mesh.named("stage 0 layers")[0].kill()
+            case "shared agent":
+                agent(mesh, shared).kill()
+            case "replica":
+                agent(mesh, replicas[0]).kill()
+            case "coordinator":
+                mesh.named("stagemesh coordinator")[0].kill()
+
+    told = asyncio.run(disturbed(mesh, lose, COUNT, TOKENS))
+    check(told, expected)
+    states = ["PIPELINE_STATE_SERVING"] * 2
+    asyncio.run(until(lambda: [p["state"] for p in pipelines(mesh)] == states, "both serve again", timeout_s=60))
+    told = asyncio.run(disturbed(mesh, lambda _: None, COUNT, TOKENS))
+    check(told, expected)
+    if what == "replica":
+        assert "handed_over" in [e["event"] for e in mesh.get("/mesh")["events"]]
+    scale(mesh, 1, 1)
     mesh.check_pages_are_free()
 
 

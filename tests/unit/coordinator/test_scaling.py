@@ -100,6 +100,9 @@ def test_two_replicas_of_each_stage_share_nothing_and_three_share_the_least(worl
     settle(world)
     assert stages(world)["pipeline-2"] == ["a", "b3"]
     assert shares(world) == [3, 3, 3]
+    world.join("b4", 1)
+    settle(world)
+    assert stages(world)["pipeline-3"] == ["a2", "b4"]
 
 
 def test_a_pipeline_that_is_left_finishes_first(world: World) -> None:
