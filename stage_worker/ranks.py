@@ -32,6 +32,8 @@ READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 2.0
 LOOK_S = 0.1
 """How often the ranks' heartbeats are looked at."""
+CALL_S = 2.0
+"""How late a rank may be while a call is out."""
 
 _idents = itertools.count(1)
 """Over all groups of this worker: a late message about a session of a lost group must not meet one of the next."""
@@ -111,8 +113,9 @@ class RankGroup:
         """Kills a rank that hangs, which is then lost like one that died."""
         while not self.lost.done():
             found = hearts.hanging()
-            # A call has its own deadline, and what comes behind it takes a moment.
-            if found is not None and not self._calls:
+            # A rank that carries out a call has said so; one that loads beside may be late, and one that has not taken
+            # the call at all hangs.
+            if found is not None and (not self._calls or found[1] > CALL_S):
                 rank, overdue_s = found
                 log.error("rank %d of %s hangs: %.1f s overdue; it is killed", rank, self._label, overdue_s)
                 self._processes[rank].kill()

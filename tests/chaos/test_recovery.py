@@ -88,6 +88,23 @@ def test_a_rank_that_hangs_is_noticed_though_its_sockets_are_open(mesh: Mesh, ex
     assert "hangs" in mesh.log.read_text()
 
 
+def test_a_standby_that_stands_still_is_not_waited_for(expected: list[streams.Stream]) -> None:
+    """It is told to take the place of a lost one before anybody has seen that it does not go on."""
+    with serve(*COMMON, "--standby", "2") as mesh:
+        mesh.wait_standbys(2)
+
+        def disturb(_: list[streams.Stream]) -> None:
+            for standby in mesh.named("standby layers"):
+                standby.send_signal(signal.SIGSTOP)
+            rank_of(mesh, 1).kill()
+
+        told = asyncio.run(disturbed(mesh, disturb))
+        check(told, expected)
+        print(f"longest pause: {max(s.longest_s for s in told):.2f} s")
+        assert max(s.longest_s for s in told) < 20.0
+        mesh.check_pages_are_free()
+
+
 def test_with_nothing_to_recover_with_requests_end_typed_and_new_ones_are_refused() -> None:
     with serve("-pp", "2", "--recovery-deadline", "3") as mesh:
         stopped = [agent_of(mesh, 1), rank_of(mesh, 1)]
