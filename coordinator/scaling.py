@@ -44,8 +44,8 @@ class Scaler(Mover):
         self._left: dict[str, set[str]] = {}
         """Pipeline that is left -> gateways that have."""
         self._leave_by: dict[str, float] = {}
-        self._no_shares: dict[str, int] = {}
-        """Pipelines whose pages cannot be split so."""
+        self._in_vain: dict[str, int] = {}
+        """Pipelines that could not be changed -> the membership's version then."""
 
     # -- how many there are to be -----------------------------------------------------------------------------------
 
@@ -108,7 +108,6 @@ class Scaler(Mover):
         if replicas:
             self.replicas[stage] = replicas
         self.given_up = ""
-        self._no_shares.clear()
         self._failed.clear()
         self._version += 1
         self._act(v.PersistReplicas(tuple(sorted(self.replicas.items()))))
@@ -189,7 +188,7 @@ class Scaler(Mover):
         self._end_move(name)
         self._new_epoch(pipeline, keep=set(), reason="the pipeline is no more")
         del self.pipelines[name], self.step_times[name], self._left[name], self._leave_by[name]
-        for known in (self._advised, self._failed, self._move_after, self._no_shares):
+        for known in (self._advised, self._failed, self._move_after, self._in_vain):
             known.pop(name, None)
         self._act(v.ForgetPlan(name))
         self._version += 1
@@ -230,7 +229,8 @@ class Scaler(Mover):
     def _form_if_due(self, pipeline: Pipeline) -> None:
         others = [p for p in self.pipelines.values() if p is not pipeline]
         waits_for = [p for p in others if p.state is State.SERVING and p.shares < self._num_shares()]
-        if not waits_for and not pipeline.leaving:
+        # Those of before a restart hold workers that nobody has told of yet.
+        if not waits_for and not pipeline.leaving and not any(p.restored for p in others):
             super()._form_if_due(pipeline)
 
     def _move_if_due(self, pipeline: Pipeline) -> None:
@@ -241,25 +241,45 @@ class Scaler(Mover):
         chosen, why = super()._wanted(pipeline, leaving)
         if chosen:
             return chosen, why
-        pins = pinned(holders(self._others(pipeline), self.workers), self._replicas(self.replicas), pipeline.stages)
-        elsewhere = {s: name for s, name in pins.items() if pipeline.stages[s].worker_id != name}
-        if any(p.state is State.DOWN for p in self._kept()) and not elsewhere:
-            elsewhere = dict(list(self._replaceable(pipeline).items())[:1])
-            why = "a worker of no stage is needed elsewhere" if elsewhere else ""
+        if self._in_vain.get(pipeline.pipeline_id) == self._version:
+            return [], ""
+        elsewhere, why = self._elsewhere(pipeline)
         shares = self._num_shares()
-        if not elsewhere and (pipeline.shares == shares or self._no_shares.get(pipeline.pipeline_id) == shares):
+        if not elsewhere and pipeline.shares == shares:
             return [], ""
         names = [elsewhere.get(plan.stage, plan.worker_id) for plan in pipeline.stages]
         why = why or f"pages are split between {shares} pipeline(s)"
         return [Choice(self.workers[n], plan.layers) for n, plan in zip(names, pipeline.stages, strict=True)], why
 
+    def _elsewhere(self, pipeline: Pipeline) -> tuple[dict[int, str], str]:
+        """Stages that a pipeline is to have on other workers than it has, and why."""
+        held = holders(self._others(pipeline), self.workers)
+        replicas = self._replicas(self.replicas)
+        pins = pinned(held, replicas, pipeline.stages)
+        if elsewhere := {s: name for s, name in pins.items() if pipeline.stages[s].worker_id != name}:
+            return elsewhere, "there are fewer replicas"
+        later = list(self.pipelines.values())
+        later = later[later.index(pipeline) + 1 :]
+        for plan in pipeline.stages:
+            shared_by_later = any(plan.worker_id in self._names(p) for p in later)
+            if plan.worker_id in held.get(plan.stage, ()) and len(held[plan.stage]) < replicas[plan.stage]:
+                able = [w for w in self._spare() if w.info.pool in (plan.stage, -1)]
+                able = [w for w in able if (plan.stage, plan.layers) not in w.refusals]
+                if able and not shared_by_later:
+                    best = max(able, key=lambda w: (w.info.pool, w.kept == plan.layers))
+                    return {plan.stage: best.info.worker_id}, "there are more replicas"
+        if any(p.state is State.DOWN for p in self._kept()):
+            one = dict(list(self._replaceable(pipeline).items())[:1])
+            return one, "a worker of no stage is needed elsewhere" if one else ""
+        return {}, ""
+
     def _give_up(self, pipeline: Pipeline, why: str) -> None:
         if self.ranges is not None:
             super()._give_up(pipeline, why)
             return
-        self._no_shares[pipeline.pipeline_id] = self._num_shares()
+        self._in_vain[pipeline.pipeline_id] = self._version
         self._failed.pop(pipeline.pipeline_id, None)
-        self.given_up = f"the pages of {pipeline.pipeline_id} are not split anew: {why}"
+        self.given_up = f"{pipeline.pipeline_id} stays as it is: {why}"
         self._log(self.given_up, warning=True)
         self._publish()
 

@@ -105,6 +105,39 @@ def test_two_replicas_of_each_stage_share_nothing_and_three_share_the_least(worl
     assert stages(world)["pipeline-3"] == ["a2", "b4"]
 
 
+def test_a_stage_that_was_shared_is_no_longer_when_it_gets_a_worker(world: World) -> None:
+    world.join("b2", 1)
+    settle(world)
+    world.took(v.Assign)
+    world.join("a2", 0)
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a2", "b2"]}
+    assert all(a.beside for a in world.took(v.Assign)), "while it served"
+    world.send(v.ScaleRequested(0, 1))
+    settle(world)
+    assert len({names[0] for names in stages(world).values()}) == 1
+    assert {names[1] for names in stages(world).values()} == {"b", "b2"}
+
+
+def test_what_fails_again_and_again_is_given_up_until_something_changes(world: World) -> None:
+    world.join("b2", 1)
+    for _ in range(3):
+        world.wait(3.0, "a", "b", "b2")
+        for name, move in list(world.mesh.moves.items()):
+            world.send(v.StepFailed(name, move.epoch, 0, "assign", "boom"))
+    assert "pipeline-0 stays as it is: 2 moves failed, the last one because stage 0: assign: boom" in (
+        world.mesh.given_up
+    )
+    world.took(v.Assign)
+    world.wait(10.0, "a", "b", "b2")
+    assert not world.took(v.Assign)
+    assert world.mesh.pipelines["pipeline-0"].state is State.SERVING
+    world.send(v.ScaleRequested(1, 2))
+    settle(world)
+    assert serving(world)
+    assert len(stages(world)) == 2
+
+
 def test_a_pipeline_that_is_left_finishes_first(world: World) -> None:
     world.join("b2", 1)
     settle(world)
