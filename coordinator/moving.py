@@ -121,13 +121,17 @@ class Mover(Wishes):
             if chosen and not lacking and self._now >= self._move_after.get(name, 0.0):
                 if beside and self._failed.get(name, 0) < TRIES:
                     self._begin(pipeline, chosen, why)
-                elif leaving or not beside:
+                elif leaving or not beside or self._must_change(pipeline):
                     self._move_hard(pipeline, chosen, why)
                 else:
                     self._give_up(pipeline, f"{TRIES} moves failed, the last one because {self._why_failed}")
         if pipeline.state is not state and pipeline.state in (State.SERVING, State.DRAINING):
             pipeline.state, pipeline.reason = state, reason
             self._publish()
+
+    def _must_change(self, pipeline: Pipeline) -> bool:
+        """Whether it is formed anew where moves fail, rather than left as it is."""
+        return False
 
     def _give_up(self, pipeline: Pipeline, why: str) -> None:
         """What a pipeline was to move for will not be."""
@@ -208,6 +212,7 @@ class Mover(Wishes):
     def _complete(self, pipeline: Pipeline, move: Move) -> None:
         """The move's epoch is the pipeline's."""
         old, before = pipeline.epoch, pipeline.stages
+        self.given_up = ""
         del self.moves[pipeline.pipeline_id]
         self._failed.pop(pipeline.pipeline_id, None)
         pipeline.epoch, pipeline.stages, pipeline.last_stages = move.epoch, move.stages, move.stages

@@ -16,7 +16,7 @@ from stagemesh.errors import ConfigError
 from stagemesh.protocol import MOVES
 
 from . import values as v
-from .forming import Pipeline, State
+from .forming import Phase, Pipeline, State
 from .moving import Mover
 from .planning import CannotForm, Choice, choose
 from .rebalance import StepTimes
@@ -30,6 +30,7 @@ LEAVE_S = 90.0
 
 
 UP = (State.SERVING, State.DRAINING)
+LIMITLESS = 1 << 30
 
 
 class Scaler(Mover):
@@ -44,6 +45,10 @@ class Scaler(Mover):
         self._left: dict[str, set[str]] = {}
         """Pipeline that is left -> gateways that have."""
         self._leave_by: dict[str, float] = {}
+        self._pages: dict[tuple[str, int], int] = {}
+        """Worker and its life -> KV pages of a gateway that it has for all pipelines."""
+        self._share_limit = LIMITLESS
+        """Pipelines that can share pages, as far as that was tried in vain."""
         self._in_vain: dict[str, int] = {}
         """Pipelines that could not be changed -> the membership's version then."""
 
@@ -91,14 +96,37 @@ class Scaler(Mover):
         return [wishes.get(stage) or max(1, bound[stage]) for stage in range(self.target.num_stages)]
 
     def _num_wanted(self) -> int:
-        wanted = max(self._replicas(self.replicas))
+        wanted = min(max(self._replicas(self.replicas)), self._most_shares())
         upgrading = any(w.info.protocol < MOVES for w in self.workers.values())
         if upgrading or self._followers() & self._old_gateways:
             return min(wanted, max(1, len(self._kept())))
         return wanted
 
+    def _most_shares(self) -> int:
+        """Pipelines for which the pages of those workers suffice of which that is known."""
+        need = self.target.limits.pages_per_sequence
+        known = [self._pages.get((w.info.worker_id, w.info.incarnation), LIMITLESS) for w in self.workers.values()]
+        return max(1, min([pages // need for pages in known] + [self._share_limit]))
+
+    def _assign_done(self, pipeline: Pipeline, stage: int, loaded: v.Loaded) -> None:
+        plan = pipeline.stages[stage]
+        key = plan.worker_id, plan.incarnation
+        self._pages[key] = max(self._pages.get(key, 0), loaded.num_pages * pipeline.shares)
+        super()._assign_done(pipeline, stage, loaded)
+
+    def _refuse(self, pipeline: Pipeline, stage: int, reason: str) -> None:
+        if pipeline.shares == 1:
+            super()._refuse(pipeline, stage, reason)
+            return
+        # A smaller share may be all that is wrong with it; if not, it is refused when it is asked for the whole.
+        self._share_limit = pipeline.shares - 1
+        self.given_up = f"{self._share_limit} pipeline(s), and no more: stage {stage}: {reason}"
+        self._log(self.given_up, warning=True)
+        self._interrupt(pipeline, f"stage {stage}: {reason}", self._backoff_s(pipeline))
+
     def _miss(self, worker: v.Worker) -> None:
         """A worker is lost."""
+        self._pages.pop((worker.info.worker_id, worker.info.incarnation), None)
         if worker.info.pool >= 0 and not worker.draining:
             self._missed[worker.info.worker_id] = worker.info.pool, self._now + MISSED_S
 
@@ -107,7 +135,7 @@ class Scaler(Mover):
         self.replicas.pop(stage, None)
         if replicas:
             self.replicas[stage] = replicas
-        self.given_up = ""
+        self.given_up, self._share_limit = "", LIMITLESS
         self._failed.clear()
         self._version += 1
         self._act(v.PersistReplicas(tuple(sorted(self.replicas.items()))))
@@ -115,11 +143,10 @@ class Scaler(Mover):
 
     def _scale_if_due(self) -> None:
         """Makes pipelines, and has them left."""
-        self._missed = {
-            name: (stage, until)
-            for name, (stage, until) in self._missed.items()
-            if until > self._now and name not in self.workers
-        }
+        missed = {n: m for n, m in self._missed.items() if m[1] > self._now and n not in self.workers}
+        if len(missed) < len(self._missed):
+            # Others may be formed now that need not wait for them.
+            self._missed, self._version = missed, self._version + 1
         wanted, kept = self._num_wanted(), self._kept()
         for pipeline in [p for p in self.pipelines.values() if p.leaving][: max(0, wanted - len(kept))]:
             self._stay(pipeline)
@@ -212,7 +239,8 @@ class Scaler(Mover):
         try:
             return choose_beside(self.target, self._free_for(pipeline), shared, ranges, previous)
         except CannotForm:
-            if pipeline.state in UP or any(p.state in UP for p in self.pipelines.values()):
+            others_try = any(p.state is State.FORMING and p.phase is not Phase.RETRY for p in self.pipelines.values())
+            if pipeline.state in UP or others_try or any(p.state in UP for p in self.pipelines.values()):
                 raise
         # Nothing serves: what another one was to have beside it is better used here.
         choose(self.target, [w for w in self.workers.values() if not w.draining], previous)
@@ -228,7 +256,9 @@ class Scaler(Mover):
 
     def _form_if_due(self, pipeline: Pipeline) -> None:
         others = [p for p in self.pipelines.values() if p is not pipeline]
-        waits_for = [p for p in others if p.state is State.SERVING and p.shares < self._num_shares()]
+        # What waits to be tried again gets its share then.
+        counts = (p for p in others if p.stages and p.phase is not Phase.RETRY)
+        waits_for = [p for p in counts if p.shares < self._num_shares()]
         # Those of before a restart hold workers that nobody has told of yet.
         if not waits_for and not pipeline.leaving and not any(p.restored for p in others):
             super()._form_if_due(pipeline)

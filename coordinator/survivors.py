@@ -7,6 +7,7 @@ As soon as there are workers for all stages again, the pipeline moves to them wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -70,10 +71,18 @@ class Survivors(Scaler):
         return []
 
     def _wanted(self, pipeline: Pipeline, leaving: Sequence[v.StagePlan]) -> tuple[list[Choice], str]:
-        if len(pipeline.stages) < self.target.num_stages and not leaving:
-            try:
+        if self._is_short(pipeline) and not leaving:
+            with suppress(CannotForm):
                 chosen = choose(self.target, self._free_for(pipeline), pipeline.stages)
-            except CannotForm:
-                return [], ""
-            return chosen, "there are workers for all stages again"
+                return chosen, "there are workers for all stages again"
         return super()._wanted(pipeline, leaving)
+
+    def _must_change(self, pipeline: Pipeline) -> bool:
+        return self._is_short(pipeline)
+
+    def _num_shares(self) -> int:
+        # Beside one of fewer stages there is no other.
+        return 1 if any(self._is_short(p) for p in self.pipelines.values()) else super()._num_shares()
+
+    def _is_short(self, pipeline: Pipeline) -> bool:
+        return 0 < len(pipeline.stages) < self.target.num_stages

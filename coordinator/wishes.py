@@ -142,7 +142,7 @@ class Wishes(Warmer):
         serving = [p for p in self.pipelines.values() if p.state is State.SERVING]
         if self.ranges is not None and all(_ranges(p) == self.ranges for p in serving):
             self.ranges = None
-        if self.ranges is None or self.ranges == _ranges(pipeline):
+        if self.ranges is None or self.ranges == _ranges(pipeline) or len(self.ranges) != len(pipeline.stages):
             return [], ""
         workers = [self._worker_at(pipeline, plan.stage) for plan in pipeline.stages]
         return [Choice(w, r) for w, r in zip(workers, self.ranges, strict=True)], "other ranges are wanted"

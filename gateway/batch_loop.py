@@ -100,7 +100,11 @@ class BatchLoop:
 
     async def start(self, gateway_id: str, instance: int, slot: int) -> None:
         """Opens a session on every stage, and goes on with the work. Raises the first stage's error."""
-        await self.open(gateway_id, instance, slot, self._work.pages_for(self.share))
+        pages = self._work.pages_for(self.share)
+        if pages is not None:
+            # Before anybody else can have the others: a stage may give them up, and another one refuse the session.
+            self._work.keep_to(pages)
+        await self.open(gateway_id, instance, slot, pages)
         self._work.begin(self.shape, [StageKv(o.kv_generation, o.journal) for o in self._opened])
         self._go()
 

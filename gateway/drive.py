@@ -31,12 +31,16 @@ from .work import Work, make_work
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.2
+AGAIN_S = 0.5
+"""Between two tries to open sessions of one epoch."""
 IN_VAIN_S = 3.0
 """How long sessions of an epoch that serves may fail to open."""
 WARM_UP_TIMEOUT_S = 120.0
 RETRY_AFTER_S = 2.0
 FINISH_S = 30.0
 """How long a pipeline that drains may finish what it runs, before another one does."""
+PATIENCE_S = 5.0
+"""How long a lost pipeline is waited for where another one serves: to go on there, all has to be computed again."""
 
 SERVING = (types_pb2.PIPELINE_STATE_SERVING, types_pb2.PIPELINE_STATE_DRAINING)
 Key = tuple[str, int]
@@ -75,6 +79,8 @@ class Drive:
         """It is to be no more."""
         self.gone = False
         """It is no more."""
+        self.told_left = False
+        """The coordinator has been told that it is left, since it spoke of it last."""
         self.work: Work | None = None
         """What was accepted, from the first loop on."""
         self.loop: BatchLoop | None = None
@@ -85,6 +91,9 @@ class Drive:
         self._warm_up: LiveRequest | None = None
         self._in_vain: tuple[float, Key] | None = None
         """Since when sessions of which epoch cannot be opened."""
+        self._not_before: tuple[Key, float] = ("", 0), 0.0
+        """An epoch that could not be opened, and when it is tried again."""
+        self._opening = False
         self._moving: asyncio.Task[None] | None = None
         self._moved: Key | None = None
         """The next epoch that was gone over to."""
@@ -141,8 +150,10 @@ class Drive:
 
     @property
     def gives_up(self) -> bool:
-        """Whether what it runs is to go on elsewhere: it is down, is no more, or has had its time to finish."""
+        """Whether what it runs is to go on elsewhere: it is down or no more, not made good soon, or had its time to
+        finish."""
         late = self.draining and time.monotonic() > self._drains_since + FINISH_S
+        late |= self.outage.lasted_s > PATIENCE_S
         return bool(self.work and self.work.live) and (self.down or late)
 
     def hand_out(self, to: str) -> list[LiveRequest]:
@@ -163,13 +174,15 @@ class Drive:
     @property
     def left(self) -> bool:
         """Whether it is to be left, and nothing of it is held any more."""
-        return self.leaving and self.loop is None and not (self.work and self.work.live)
+        under_way = self._opening or (self._moving is not None and not self._moving.done())
+        return self.leaving and self.loop is None and not under_way and not (self.work and self.work.live)
 
     # -- the coordinator's side -------------------------------------------------------------------------------------
 
     def follow(self, view: types_pb2.PipelineView | None) -> None:
         """The coordinator's word of it; None: it is no more."""
         draining, self.gone = False, view is None
+        self.told_left = False
         if view is None:
             self._wanted, self.down, self.leaving = None, True, True
             self.reason = f"{self.pipeline_id} is no more"
@@ -210,8 +223,12 @@ class Drive:
             behind = wanted is not None and (wanted.pipeline_id, wanted.next.epoch) == self._moved
             # Behind: what was gone over to has been lost, of which the coordinator is about to hear.
             wants = wanted is not None and not behind and bool(live or not self.draining)
-            if self.loop is None and wanted is not None and wants and self._around.seat.slot:
-                await self._open(wanted)
+            if self.loop is None and wanted is not None and wants and self._around.seat.slot and self._is_due(wanted):
+                self._opening = True
+                try:
+                    await self._open(wanted)
+                finally:
+                    self._opening = False
             await self._cross_if_idle()
             if wanted is not None and wanted.HasField("next") and not moving:
                 self._moving = asyncio.create_task(self._move(wanted))
@@ -241,6 +258,11 @@ class Drive:
         around = self._around
         return BatchLoop(view, work, around.metrics, around.bubbles, around.recorder, self._on_crossed, self._on_lost)
 
+    def _is_due(self, view: types_pb2.PipelineView) -> bool:
+        """Not at once again where it just failed: each try takes a slot, and there are 250 a minute."""
+        key, at = self._not_before
+        return key != (view.pipeline_id, view.epoch) or time.monotonic() >= at
+
     async def _open(self, view: types_pb2.PipelineView) -> None:
         seat = self._around.seat
         work = self.work or make_work(view, self._around.settings)
@@ -255,6 +277,7 @@ class Drive:
             if not work.live:
                 await self._cross(loop)
         except StagemeshError as e:
+            self._not_before = loop.key, time.monotonic() + max(AGAIN_S, e.retry_after_s or 0.0)
             self._not_opened(loop.key, e)
             self.reason = f"{view.pipeline_id} epoch {view.epoch} cannot be driven yet: {e.message}"
             log.warning("%s", self.reason)
@@ -277,7 +300,7 @@ class Drive:
         if loop is None or work is None or key == self._moved:
             reporter.moved(*key)
             return
-        if loop.lost is not None or key == self._not_moved:
+        if loop.lost is not None or key == self._not_moved or not seat.slot:
             return
         after = next_view(view)
         new = self._make_loop(after, work)
@@ -341,7 +364,7 @@ class Drive:
                 self._warm_up.fail(error)
             if isinstance(error, InternalError):
                 self.work = None
-            elif not (self._stopping or self.leaving):
+            elif not self._stopping:
                 live = len(set(self.work.live.values())) if self.work is not None else 0
                 self.outage.lost(*loop.key, error.message, live)
             if loop.stuck:

@@ -301,7 +301,9 @@ class MeshEngine:
                     self._at[live] = to
                     to.accept(live)
             if drive.left:
-                self._reporter.left(name)
+                if not drive.told_left:
+                    drive.told_left = True
+                    self._reporter.left(name)
                 if drive.gone:
                     drive.outage.close()
                     del self._drives[name]

@@ -85,6 +85,7 @@ class Handover:
             async with asyncio.timeout(PAUSE_S):
                 await self._until(lambda: not self._work.scheduler.out)
             self._send(copier.rest())
+            self._check_lost()
         except BaseException as e:
             # The probe may still be under way.
             self._work.quarantined += page
@@ -146,11 +147,16 @@ class Handover:
         self.pages += len(pages) * len(self._copies)
 
     async def _until(self, reached: Callable[[], bool]) -> None:
+        # What is lost has nothing out, either.
+        self._check_lost()
         while not reached():
-            for loop in (self._old, self._new):
-                if loop.lost is not None:
-                    raise StageLost(f"{loop.view.pipeline_id} epoch {loop.view.epoch}: {loop.lost.message}")
             await self._wait()
+            self._check_lost()
+
+    def _check_lost(self) -> None:
+        for loop in (self._old, self._new):
+            if loop.lost is not None:
+                raise StageLost(f"{loop.view.pipeline_id} epoch {loop.view.epoch}: {loop.lost.message}")
 
     async def _wait(self) -> None:
         """For something to come back, or a while."""

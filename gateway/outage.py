@@ -38,6 +38,11 @@ class Outage:
         """Whether requests wait for a pipeline that was lost."""
         return self._since is not None
 
+    @property
+    def lasted_s(self) -> float:
+        """How long they have waited; 0 while none is open."""
+        return 0.0 if self._since is None else time.monotonic() - self._since
+
     def lost(self, pipeline_id: str, epoch: int, cause: str, requests: int) -> None:
         """A pipeline is lost; one that is lost again before it was made good keeps its beginning and its deadline."""
         log.warning("%s epoch %d is lost, %d requests wait: %s", pipeline_id, epoch, requests, cause)

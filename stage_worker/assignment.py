@@ -259,6 +259,8 @@ class Assignment:
         pages = session.own_pages(request.pages)
         if request.epoch == self.epoch and request.index in self.page_receivers:
             self.page_receivers[request.index].expect(session.slot, request.number, pages)
+            if self.journal is not None:
+                self.journal.forget(pages)
             session.copies.add((request.index, request.number))
         elif request.epoch > self.epoch:
             # Without its link nothing goes: who waits for the pages notices, and what is served here goes on.

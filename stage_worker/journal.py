@@ -11,7 +11,7 @@ Shapes: T tokens of a step, S positions a page, H hidden.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -73,6 +73,13 @@ class Journal:
                 return None
             places.extend(range(place + offset, place + offset + count))
         return self._rows[torch.tensor(places, dtype=torch.int64)]
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """What these pages hold from now on was not sent from here: entries are of whoever had them before."""
+        for page in pages:
+            place = self._entries.pop(page, None)
+            if place is not None:
+                self._unused.append(place // self.page_size)
 
     def held(self, pages: Sequence[int]) -> bytes:
         """One bit for each of `pages`, the lowest first: whether its entry is there."""

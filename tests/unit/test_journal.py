@@ -60,3 +60,13 @@ def test_without_memory_nothing_is_kept() -> None:
     journal = Journal(0, SIZE, HIDDEN, torch.bfloat16)
     journal.write(batch((0, 3, [0])), values(0, 3))
     assert journal.held(range(8)) == b"\0"
+
+
+def test_pages_that_come_from_elsewhere_have_no_entry() -> None:
+    """What was sent for them before was another pipeline's."""
+    journal = Journal(2, SIZE, HIDDEN, torch.bfloat16)
+    journal.write(batch((0, 2 * SIZE, [0, 1])), values(0, 2 * SIZE))
+    journal.forget([1, 5])
+    assert journal.held(range(3)) == bytes([0b1])
+    journal.write(batch((0, SIZE, [2])), values(0, SIZE))
+    assert journal.held(range(3)) == bytes([0b101]), "its place is free again"

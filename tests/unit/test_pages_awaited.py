@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import torch
 
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.stage_worker.assignment import Assignment, Held
+from stagemesh.stage_worker.journal import Journal
 from stagemesh.stage_worker.kv import KvPool
+from stagemesh.stage_worker.kv_copy import PageReceiver
 from stagemesh.stage_worker.page_ranges import PageRanges
 from stagemesh.stage_worker.shard.sleeping import MODEL_TYPE, SleepShard
 from stagemesh.stage_worker.shard.spec import ShardSpec
@@ -53,3 +58,22 @@ def test_a_step_waits_for_what_was_announced_before_it(tmp_path: Path) -> None:
     assert assignment.can_run(session, first), "what was announced behind it is another step's affair"
     assignment.add_plan(session, plan(2))
     assert not assignment.can_run(session, session.steps[2])
+
+
+def test_pages_that_are_copied_here_were_not_sent_from_here(tmp_path: Path) -> None:
+    """The journal still has what went on when another pipeline had them."""
+    forgotten: list[int] = []
+    limits = types_pb2.RunLimits(max_num_batched_tokens=16, page_size=16, steps_in_flight=2)
+    there = held(tmp_path)
+    there = dataclasses.replace(
+        there, journal=cast(Journal, SimpleNamespace(forget=forgotten.extend, held=lambda p: b""))
+    )
+    assignment = Assignment(stage_pb2.AssignRequest(key=KEY, num_stages=1, limits=limits), there, 0)
+    assignment.active = True
+    assignment.page_receivers[0] = cast(PageReceiver, SimpleNamespace(
+        expect=lambda *a: None, most_pages=4, open_lane=lambda s: None, link=None
+    ))  # fmt: skip
+    assignment.open_session(7, stage_pb2.RunOpen(key=KEY, gateway_id="g", slot=1))
+    session = assignment.sessions[7]
+    assignment.copy_pages(session, stage_pb2.CopyPages(epoch=2, index=0, number=1, pages=[2, 5]))
+    assert forgotten == [session.context.pages[2], session.context.pages[5]]

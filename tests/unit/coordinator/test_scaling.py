@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+
 import pytest
 from mesh_world import REVISION, World, target
 
@@ -11,18 +14,21 @@ from stagemesh.coordinator.moving import GONE_S
 from stagemesh.coordinator.scaling import LEAVE_S, MISSED_S
 from stagemesh.errors import ConfigError
 
-PAGES = 16
+PAGES = 48
 
 
-def settle(world: World) -> None:
-    """Workers and gateways do all that they are told, until nothing more is."""
+def settle(world: World, pages: int = PAGES, layouts: dict[str, str] | None = None) -> None:
+    """Workers and gateways do all that they are told, until nothing more is. `layouts`: of workers whose pages are laid
+    out otherwise."""
     seen = 0
     while seen < len(world.actions):
         for action in world.actions[seen:]:
             seen += 1
             match action:
                 case v.Assign(name, epoch, _, plan, _, shares):
-                    world.send(v.AssignDone(name, epoch, plan.stage, v.Loaded(PAGES // shares, 1, 2, REVISION)))
+                    layout = (layouts or {}).get(plan.worker_id, "")
+                    loaded = v.Loaded(pages // shares, 1, 2, REVISION, layout)
+                    world.send(v.AssignDone(name, epoch, plan.stage, loaded))
                 case v.MakeLink(name, epoch, stage):
                     index = action.copy.index if action.copy is not None else None
                     world.send(v.LinkUp(name, epoch, stage, "tcp", index))
@@ -302,12 +308,104 @@ def test_what_cannot_be_is_said_before_anything_is_done(world: World) -> None:
         world.mesh.check_scale(2, 2)
     with pytest.raises(ConfigError, match=r"stage 1 is held by 1 worker.*start 1 more with `stagemesh stage"):
         world.mesh.check_scale(1, 2)
-    for number in range(PAGES):
+    for number in range(16):
         world.join(f"c{number}")
     settle(world)
-    with pytest.raises(ConfigError, match="would have 3 KV pages of 16 tokens for each of 5 pipelines"):
-        world.mesh.check_scale(1, 5)
-    assert world.mesh.check_scale(1, 4) == 4
+    with pytest.raises(ConfigError, match="would have 3 KV pages of 16 tokens for each of 13 pipelines"):
+        world.mesh.check_scale(1, 13)
+    assert world.mesh.check_scale(1, 12) == 12
+
+
+@pytest.mark.parametrize("names", [("a", "b", "b2"), ("b", "b2", "a")])
+def test_pages_for_one_pipeline_only_are_one_pipeline(names: tuple[str, ...]) -> None:
+    world = World()
+    world.gateway()
+    pools = {"a": 0, "b": 1, "b2": 1}
+    for name in names:
+        world.join(name, pools[name])
+    settle(world, pages=6)
+    world.wait(5.0, *names)
+    settle(world, pages=6)
+    assert serving(world)
+    assert shares(world) == [1]
+    (stage_1,) = [workers[1] for workers in stages(world).values()]
+    world.lose(stage_1)
+    settle(world, pages=6)
+    assert serving(world), "the other one takes its place"
+    assert not any(worker.refusals for worker in world.mesh.workers.values())
+
+
+def test_a_pipeline_is_formed_when_nobody_is_waited_for_any_more() -> None:
+    world = World(target(3))
+    world.gateway()
+    for name, pool in (("a", 0), ("b", 1), ("b2", 1), ("c", 2), ("c2", 2)):
+        world.join(name, pool)
+    settle(world)
+    world.lose("b2")
+    settle(world)
+    assert not serving(world)
+    world.wait(MISSED_S + 1, "a", "b", "c", "c2")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b", "c"], "pipeline-1": ["a", "b", "c2"]}
+    assert serving(world)
+
+
+def test_at_random_it_settles_on_all_that_can_serve() -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    for number in range(40):
+        rng = random.Random(f"{seed} {number}")
+        world = World(target(rng.choice((2, 3))))
+        world.gateway()
+        pools = {f"w{i}": rng.choice((-1, -1, *range(world.mesh.target.num_stages))) for i in range(7)}
+        story: list[tuple[object, ...]] = []
+        for _ in range(rng.randrange(4, 16)):
+            happen(world, rng, pools, story)
+            if rng.random() < 0.7:
+                settle(world)
+            quiet(world, rng.choice((0.5, 0.5, 3.0)))
+        for _ in range(20):
+            settle(world)
+            world.actions.clear()
+            quiet(world, 3.0)
+        epochs = {name: p.epoch for name, p in world.mesh.pipelines.items()}
+        down = [name for name, p in world.mesh.pipelines.items() if p.state is not State.SERVING]
+        # What makes everybody look again would be of no use.
+        world.mesh._version += 1
+        quiet(world, 5.0)
+        settle(world)
+        after = {name: p.epoch for name, p in world.mesh.pipelines.items() if name not in down}
+        assert after == {name: epoch for name, epoch in epochs.items() if name not in down}, (number, story)
+        assert down == [n for n, p in world.mesh.pipelines.items() if p.state is not State.SERVING], (number, story)
+
+
+def quiet(world: World, seconds: float) -> None:
+    """Time passes, and nothing else."""
+    end = world.now + seconds
+    while world.now < end:
+        world.now += 0.5
+        for name in list(world.mesh.workers):
+            world.send(v.LeaseRenewed(name, world.lives[name]))
+        world.send(v.Tick())
+
+
+def happen(world: World, rng: random.Random, pools: dict[str, int], story: list[tuple[object, ...]]) -> None:
+    """A worker comes, goes or drains, or an operator scales."""
+    name, here = rng.choice(sorted(pools)), sorted(world.mesh.workers)
+    what = rng.choices(("join", "lose", "drain", "scale"), (5, 2, 1, 2))[0]
+    story.append((what, name))
+    if what == "join" and name not in here:
+        world.join(name, pools[name])
+    elif what == "lose" and name in here:
+        world.lose(name)
+    elif what == "drain":
+        world.send(v.DrainRequested(name))
+    elif what == "scale":
+        stage, replicas = rng.randrange(world.mesh.target.num_stages), rng.randrange(4)
+        story[-1] = (what, stage, replicas)
+        with contextlib.suppress(ConfigError):
+            world.mesh.check_scale(stage, replicas)
+            world.send(v.ScaleRequested(stage, replicas))
 
 
 def test_in_the_midst_of_an_upgrade_nothing_is_shared() -> None:

@@ -79,6 +79,20 @@ def test_they_are_given_back_beside_serving() -> None:
     assert all(a.beside for a in world.took(v.Assign)), "it was moved, not formed anew"
 
 
+def test_they_are_given_back_the_hard_way_where_pages_cannot_be_copied() -> None:
+    world = three()
+    world.lose("b")
+    world.wait(TAKEOVER_S + 1, "a", "c")
+    settle(world)
+    other = {"b": "another layout"}
+    world.join("b", 1, tp=2)
+    for _ in range(20):
+        settle(world, layouts=other)
+        world.wait(1.0, "a", "b", "c")
+    assert stages(world) == {"pipeline-0": ["a", "b", "c"]}
+    assert serving(world)
+
+
 def test_a_loss_among_the_survivors_is_survived() -> None:
     world = three()
     world.lose("b")
