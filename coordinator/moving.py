@@ -76,6 +76,8 @@ class Mover(Wishes):
         self._failed: dict[str, int] = {}
         """Pipeline -> moves that failed in a row."""
         self._why_failed = ""
+        self._wants: dict[str, set[str]] = {}
+        """Pipeline -> workers that it is to move to, as they load or a move that failed is to be tried again."""
         self._move_after: dict[str, float] = {}
         self._gateways: dict[str, tuple[int, float]] = {}
         """Gateway -> streams, and when the last of them ended."""
@@ -97,10 +99,12 @@ class Mover(Wishes):
         where nobody can take a draining worker's, what runs is finished and nothing new is taken."""
         name = pipeline.pipeline_id
         if pipeline.state not in (State.SERVING, State.DRAINING):
+            self._wants.pop(name, None)
             return
         if name in self.moves:
             self._move_on(pipeline, self.moves[name])
             return
+        self._wants.pop(name, None)
         leaving = [plan for plan in pipeline.stages if self._worker_at(pipeline, plan.stage).draining]
         state, reason = State.SERVING, ""
         try:
@@ -116,6 +120,7 @@ class Mover(Wishes):
                 # One that cannot load beside what it holds loads when that is over.
                 and (beside or pipeline.stage_of(c.worker.info.worker_id) is None)
             ]
+            self._wants[name] = {c.worker.info.worker_id for c in chosen}
             for choice in lacking:
                 self._prepare(choice.worker, choice.layers)
             if chosen and not lacking and self._now >= self._move_after.get(name, 0.0):
@@ -128,6 +133,9 @@ class Mover(Wishes):
         if pipeline.state is not state and pipeline.state in (State.SERVING, State.DRAINING):
             pipeline.state, pipeline.reason = state, reason
             self._publish()
+
+    def _promised(self) -> set[str]:
+        return super()._promised().union(*self._wants.values())
 
     def _must_change(self, pipeline: Pipeline) -> bool:
         """Whether it is formed anew where moves fail, rather than left as it is."""

@@ -215,7 +215,7 @@ class Scaler(Mover):
         self._end_move(name)
         self._new_epoch(pipeline, keep=set(), reason="the pipeline is no more")
         del self.pipelines[name], self.step_times[name], self._left[name], self._leave_by[name]
-        for known in (self._advised, self._failed, self._move_after, self._in_vain):
+        for known in (self._advised, self._failed, self._move_after, self._in_vain, self._wants):
             known.pop(name, None)
         self._act(v.ForgetPlan(name))
         self._version += 1

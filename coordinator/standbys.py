@@ -18,9 +18,14 @@ class Warmer(Former):
             return
         stages = [plan for p in self.pipelines.values() for plan in p.stages]
         members = {plan.worker_id for plan in stages}
+        members |= self._promised()
         standbys = [w for name, w in self.workers.items() if name not in members and not w.draining]
         for name, layers in copies(stages, standbys).items():
             self._prepare(self.workers[name], layers)
+
+    def _promised(self) -> set[str]:
+        """Workers that load, or have loaded, what a pipeline is about to move to them."""
+        return set()
 
     def _prepare(self, worker: v.Worker, layers: v.Range) -> None:
         if layers in (worker.kept, worker.beside) or worker.preparing is not None or self._now < worker.prepare_after:

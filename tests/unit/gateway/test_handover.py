@@ -40,6 +40,7 @@ def story(end: str) -> tuple[MagicMock, MagicMock, Work, Handover]:
     async def run() -> None:
         running = asyncio.create_task(handover.run("g", 1, 1))
         while not old.pause.called:
+            assert not running.done(), running.exception()
             await asyncio.sleep(0)
         if end == "lost":
             # What a loop does that is lost: nothing of it is out any more.
