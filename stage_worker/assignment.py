@@ -179,7 +179,11 @@ class Assignment:
         if not self.active:
             raise Unavailable(f"{self.pipeline_id} epoch {self.epoch} is not active here yet", retry_after_s=0.2)
         holder = f"{self.pipeline_id}/{request.gateway_id}"
-        grant = self.ranges.open(holder, self.epoch, page_share(self.pool.num_pages, self.limits), _ids(request.pages))
+        number = self.journal.number if self.journal is not None else 0
+        share = page_share(self.pool.num_pages, self.limits)
+        grant = self.ranges.open(holder, self.epoch, share, _ids(request.pages), number)
+        if self.journal is not None:
+            self.journal.forget(grant.fresh)
         try:
             self._open_lanes(request.slot)
         except StagemeshError:
@@ -260,6 +264,7 @@ class Assignment:
         if request.epoch == self.epoch and request.index in self.page_receivers:
             self.page_receivers[request.index].expect(session.slot, request.number, pages)
             if self.journal is not None:
+                # The holder wrote them elsewhere meanwhile: what it sent from here before is of other tokens.
                 self.journal.forget(pages)
             session.copies.add((request.index, request.number))
         elif request.epoch > self.epoch:

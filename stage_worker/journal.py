@@ -3,13 +3,15 @@
 When the next stage is lost and another worker takes its layers, this stage sends them again, and only the lost layers
 are computed. An entry is named by the page that holds the same positions, so a page that several sequences share has
 one, and a prefix that was taken over leaves no hole. Nothing is ever freed: a page that is used anew writes over its
-entry. When the memory is full, the entry that was begun longest ago goes.
+entry, and what others sent for a page, or this stage at another boundary, is forgotten when a session is opened or a
+page comes from elsewhere. When the memory is full, the entry that was begun longest ago goes.
 
 Shapes: T tokens of a step, S positions a page, H hidden.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,12 +19,16 @@ import torch
 
 from .shard.batch import StepBatch
 
+_numbers = itertools.count(1)
+
 
 class Journal:
     """Rows [S, H] of at most `max_pages` pages."""
 
     def __init__(self, max_pages: int, page_size: int, hidden_size: int, dtype: torch.dtype) -> None:
         self.page_size = page_size
+        self.number = next(_numbers)
+        """Its own, on this rank."""
         # Memory is the system's until it is written.
         self._rows = torch.empty((max_pages * page_size, hidden_size), dtype=dtype)
         self._unused = list(range(max_pages - 1, -1, -1))

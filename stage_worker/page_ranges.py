@@ -21,6 +21,9 @@ class Grant:
     """By the holder's id; -1 where it has none of that id."""
     generation: int
     """The same as long as nobody else may have written into the pages."""
+    fresh: tuple[int, ...]
+    """Of the pages those that the holder has not written with this journal ever since: its entries are of others, or of
+    what the pages held before."""
 
     @property
     def count(self) -> int:
@@ -35,6 +38,8 @@ class _Holder:
     """By its ids."""
     open: dict[int, frozenset[int]] = field(default_factory=dict)
     """Epoch -> ids that the session may use."""
+    journal: int = 0
+    """With which it wrote last."""
 
 
 class PageRanges:
@@ -47,9 +52,10 @@ class PageRanges:
         self._holders: dict[str, _Holder] = {}
         """The one that came longest ago first."""
 
-    def open(self, name: str, epoch: int, count: int, ids: Iterable[int] = ()) -> Grant:
+    def open(self, name: str, epoch: int, count: int, ids: Iterable[int] = (), journal: int = 0) -> Grant:
         """The pages with these ids, at most `count`; without ids, with the lowest. They are the holder's own as far as
-        it has them, else free ones, else those of holders that have gone.
+        it has them, else free ones, else those of holders that have gone. `journal`: the number of the one that is
+        written beside them.
 
         Raises InvalidRequest for more than `count`, Unavailable (retry) where pages are still held by others.
         """
@@ -73,13 +79,15 @@ class PageRanges:
             for ident in new:
                 holder.pages[ident] = self._free.pop()
             holder.open[epoch] = wanted
+            fresh = wanted if journal != holder.journal else new
+            holder.journal = journal
         finally:
             if holder.pages:
                 self._holders[name] = holder
         table = [-1] * (max(wanted) + 1)
         for ident in wanted:
             table[ident] = holder.pages[ident]
-        return Grant(tuple(table), holder.generation)
+        return Grant(tuple(table), holder.generation, tuple(holder.pages[ident] for ident in fresh))
 
     def close(self, name: str, epoch: int) -> None:
         """The holder's session is over; it may come back."""

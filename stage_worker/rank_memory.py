@@ -118,7 +118,7 @@ class RankMemory:
     def make(self, request: Request, shards: list[Shard]) -> Held:
         """Pages and journal for loaded shards. Raises ConfigError when not one request would fit."""
         limits, shard = request.limits, shards[0]
-        before = self._serving()
+        before = self._serving() or next((held for held in self._in_use() if self._fits(held, limits)), None)
         if before is not None and not self._fits(before, limits):
             raise ConfigError("the worker serves with other bounds: they cannot change beside that")
         if before is None:

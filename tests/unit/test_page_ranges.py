@@ -22,14 +22,14 @@ def test_a_gateway_that_comes_back_finds_its_pages_as_it_left_them() -> None:
         pages.open("c", 1, 4)
     pages.close("a", 1)
     pages.close("b", 1)
-    assert pages.open("b", 2, 4) == second
-    assert pages.open("a", 2, 4) == first
+    for again, before in ((pages.open("b", 2, 4), second), (pages.open("a", 2, 4), first)):
+        assert (again.pages, again.generation) == (before.pages, before.generation)
 
 
 def test_a_gateway_that_moves_has_its_pages_at_both_epochs() -> None:
     pages = ranges(4)
     first = pages.open("a", 1, 4)
-    assert pages.open("a", 2, 4) == first
+    assert pages.open("a", 2, 4).pages == first.pages
     with pytest.raises(Unavailable, match="a holds a range of pages already"):
         pages.open("a", 2, 4)
     pages.close("a", 1)
@@ -84,6 +84,22 @@ def test_who_is_to_have_more_waits_until_others_have_less() -> None:
     pages.open("b", 2, 2)
     pages.close("b", 1)
     assert pages.open("a", 2, 6).pages[:3] == few.pages
+
+
+def test_what_a_journal_has_of_pages_is_known_as_long_as_they_are_written_with_it() -> None:
+    pages = ranges(8)
+    first = pages.open("a", 1, 4, journal=1)
+    assert sorted(first.fresh) == sorted(first.pages), "others may have had them"
+    assert pages.open("a", 2, 4, journal=1).fresh == ()
+    pages.close("a", 1)
+    elsewhere = pages.open("a", 3, 4, journal=2)
+    assert sorted(elsewhere.fresh) == sorted(elsewhere.pages)
+    pages.close("a", 2)
+    back = pages.open("a", 4, 4, journal=1)
+    assert sorted(back.fresh) == sorted(back.pages), "they were written with the other one meanwhile"
+    pages.close("a", 3)
+    more = pages.open("a", 5, 6, journal=1)
+    assert sorted(more.fresh) == sorted(set(more.pages) - set(back.pages))
 
 
 def test_nobody_gets_more_than_his_share() -> None:

@@ -60,20 +60,32 @@ def test_a_step_waits_for_what_was_announced_before_it(tmp_path: Path) -> None:
     assert not assignment.can_run(session, session.steps[2])
 
 
-def test_pages_that_are_copied_here_were_not_sent_from_here(tmp_path: Path) -> None:
-    """The journal still has what went on when another pipeline had them."""
+def test_what_a_journal_has_of_others_is_forgotten(tmp_path: Path) -> None:
+    """Of whoever had the pages before: another pipeline, or this one at another boundary."""
     forgotten: list[int] = []
     limits = types_pb2.RunLimits(max_num_batched_tokens=16, page_size=16, steps_in_flight=2)
-    there = held(tmp_path)
-    there = dataclasses.replace(
-        there, journal=cast(Journal, SimpleNamespace(forget=forgotten.extend, held=lambda p: b""))
-    )
+    journal = SimpleNamespace(forget=forgotten.extend, held=lambda pages: b"", number=5)
+    there = dataclasses.replace(held(tmp_path), journal=cast(Journal, journal))
+    for epoch, new in ((2, True), (3, False)):
+        key = stage_pb2.PipelineKey(pipeline_id="p", epoch=epoch)
+        assignment = Assignment(stage_pb2.AssignRequest(key=key, num_stages=1, limits=limits), there, 0)
+        assignment.active = True
+        forgotten.clear()
+        assignment.open_session(epoch, stage_pb2.RunOpen(key=key, gateway_id="g", slot=1))
+        assert sorted(forgotten) == (list(range(8)) if new else [])
+
+
+def test_pages_that_are_copied_here_were_written_elsewhere(tmp_path: Path) -> None:
+    forgotten: list[int] = []
+    limits = types_pb2.RunLimits(max_num_batched_tokens=16, page_size=16, steps_in_flight=2)
+    journal = SimpleNamespace(forget=forgotten.extend, held=lambda pages: b"", number=5)
+    there = dataclasses.replace(held(tmp_path), journal=cast(Journal, journal))
     assignment = Assignment(stage_pb2.AssignRequest(key=KEY, num_stages=1, limits=limits), there, 0)
     assignment.active = True
-    assignment.page_receivers[0] = cast(PageReceiver, SimpleNamespace(
-        expect=lambda *a: None, most_pages=4, open_lane=lambda s: None, link=None
-    ))  # fmt: skip
+    receiver = SimpleNamespace(expect=lambda *a: None, most_pages=4, open_lane=lambda slot: None, link=None)
+    assignment.page_receivers[0] = cast(PageReceiver, receiver)
     assignment.open_session(7, stage_pb2.RunOpen(key=KEY, gateway_id="g", slot=1))
     session = assignment.sessions[7]
+    forgotten.clear()
     assignment.copy_pages(session, stage_pb2.CopyPages(epoch=2, index=0, number=1, pages=[2, 5]))
     assert forgotten == [session.context.pages[2], session.context.pages[5]]
