@@ -50,7 +50,7 @@ def test_two_gateways_share_a_pipeline(tmp_path: Path) -> None:
         # A third finds no range, and gets the one of a gateway that dies.
         third = start("gateway", *address, "--port", "0", "--grpc-port", "0", "--gateway-id", "g2")
         deadline = time.monotonic() + TIMEOUT_S
-        while "page ranges" not in mesh_of(third)["reason"]:
+        while "0 are free and 32 wanted" not in mesh_of(third)["reason"]:
             assert time.monotonic() < deadline, mesh_of(third)
             time.sleep(0.05)
         assert not mesh_of(third)["ready"]
