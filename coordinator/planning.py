@@ -54,24 +54,34 @@ def choose(target: Target, workers: Sequence[Worker], previous: Sequence[StagePl
     Raises CannotForm.
     """
     by_id = {worker.info.worker_id: worker for worker in workers}
-    candidates = [
-        Candidate(worker.info.worker_id, worker.info.pool, kind, worker.kept)
-        for worker, kind in zip(workers, kinds([w.info for w in workers]), strict=True)
-    ]
+    candidates = candidates_of(workers)
     holders = {plan.stage: plan.worker_id for plan in previous}
     old = [plan.layers for plan in previous] if len(previous) == target.num_stages else None
     if old is not None:
-        refused = frozenset(
-            (worker.info.worker_id, stage)
-            for worker in workers
-            for stage, layers in enumerate(old)
-            if (stage, layers) in worker.refusals
-        )
+        refused = refused_at(workers, old)
         placed = place(target.num_stages, candidates, ranges=old, holders=holders, refused=refused)
         fit = all(target.cost.fits(placed.workers[s].kind, *old[s]) for s in placed.workers)
         if not placed.missing and fit:
             return [Choice(by_id[placed.workers[s].worker_id], old[s]) for s in range(target.num_stages)]
     return _anew(target, by_id, candidates, holders)
+
+
+def candidates_of(workers: Sequence[Worker]) -> list[Candidate]:
+    """The workers as placement sees them."""
+    return [
+        Candidate(worker.info.worker_id, worker.info.pool, kind, worker.kept)
+        for worker, kind in zip(workers, kinds([w.info for w in workers]), strict=True)
+    ]
+
+
+def refused_at(workers: Sequence[Worker], ranges: Sequence[Range]) -> frozenset[tuple[str, int]]:
+    """(worker, stage) that failed for good with the stage's range."""
+    return frozenset(
+        (worker.info.worker_id, stage)
+        for worker in workers
+        for stage, layers in enumerate(ranges)
+        if (stage, layers) in worker.refusals
+    )
 
 
 def choose_apart(

@@ -7,10 +7,10 @@ the fewest pipelines on it first. All pipelines have the same layer ranges, so a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from .cost import kinds
-from .placement import Candidate, place
-from .planning import CannotForm, Choice, Target
+from .placement import place
+from .planning import CannotForm, Choice, Target, candidates_of, refused_at
 from .values import Range, StagePlan, Worker
 
 
@@ -53,19 +53,10 @@ def choose_beside(
     ones. Raises CannotForm."""
     workers = [w for w in free if w not in shared.values()] + list(shared.values())
     bound = {worker.info.worker_id: stage for stage, worker in shared.items()}
-    candidates = [
-        Candidate(w.info.worker_id, bound.get(w.info.worker_id, w.info.pool), kind, w.kept)
-        for w, kind in zip(workers, kinds([w.info for w in workers]), strict=True)
-    ]
+    candidates = [replace(c, pool=bound.get(c.worker_id, c.pool)) for c in candidates_of(workers)]
     own = {plan.stage: plan.worker_id for plan in previous}
     own |= {stage: worker.info.worker_id for stage, worker in shared.items()}
-    refused = frozenset(
-        (worker.info.worker_id, stage)
-        for worker in workers
-        for stage, layers in enumerate(ranges)
-        if (stage, layers) in worker.refusals
-    )
-    placed = place(target.num_stages, candidates, ranges=ranges, holders=own, refused=refused)
+    placed = place(target.num_stages, candidates, ranges=ranges, holders=own, refused=refused_at(workers, ranges))
     if placed.missing:
         lacks = ", ".join(map(str, placed.missing))
         raise CannotForm(f"no worker is left for another replica of stage {lacks}", final=False)

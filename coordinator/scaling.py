@@ -27,8 +27,6 @@ MISSED_S = 30.0
 """So long a worker that is lost counts as a replica: it may come back."""
 LEAVE_S = 90.0
 """How long gateways may take to leave a pipeline."""
-
-
 UP = (State.SERVING, State.DRAINING)
 LIMITLESS = 1 << 30
 
@@ -62,7 +60,7 @@ class Scaler(Mover):
         old += sorted(self._followers() & self._old_gateways)
         if replicas > 1 and old:
             raise ConfigError(f"{', '.join(old)} cannot share stages: finish the upgrade first")
-        holding = {name for p in self._kept() for name in self._held_by(p, stage)}
+        holding = {p.stages[stage].worker_id for p in self._kept() if stage < len(p.stages)}
         spare = {w.info.worker_id for w in self._spare() if w.info.pool in (-1, stage)}
         # Those could take their stage from a worker that could then take this one.
         spare |= {name for p in self._kept() for s, name in self._replaceable(p).items() if s != stage}
@@ -334,7 +332,3 @@ class Scaler(Mover):
     @staticmethod
     def _names(pipeline: Pipeline) -> list[str]:
         return [plan.worker_id for plan in pipeline.stages]
-
-    @staticmethod
-    def _held_by(pipeline: Pipeline, stage: int) -> list[str]:
-        return [plan.worker_id for plan in pipeline.stages if plan.stage == stage]

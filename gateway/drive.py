@@ -203,10 +203,6 @@ class Drive:
             )
         self._changed.set()
 
-    def changed(self) -> None:
-        """The gateway has its slot."""
-        self._changed.set()
-
     async def run(self) -> None:
         """Keeps a batch loop on the epoch that is wanted; tries again while it cannot be opened."""
         while True:
