@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from unittest.mock import MagicMock
 
 import pytest
 from prefix_world import SIZE, come_back, make
 from test_pages import chunks, fill
 
+from stagemesh.errors import Unavailable
+from stagemesh.gateway.batch_loop import BatchLoop
 from stagemesh.gateway.messages import page_bits
 from stagemesh.gateway.pages import ROOT, PageAllocator
 from stagemesh.gateway.scheduler import Scheduler
 from stagemesh.gateway.sequence import Sequence, State
+from stagemesh.gateway.work import Shape, Work
+from stagemesh.protos.v1 import types_pb2
 
 
 def test_those_in_use_are_kept_then_what_was_of_use_last() -> None:
@@ -130,3 +136,25 @@ def test_at_random_nobody_holds_what_is_not_there() -> None:
         assert set(used) <= allocator.ids
         assert allocator.num_held == len(used)
         assert allocator.num_free == allocator.num_pages - len(used)
+
+
+def test_pages_that_a_session_does_not_ask_for_are_given_up_before_it_is_opened() -> None:
+    """A stage may let others have them, and another stage refuse the session: they are not what they were then."""
+    loop = BatchLoop(types_pb2.PipelineView(stages=[types_pb2.StageView(num_pages=4)]), MagicMock(), *[MagicMock()] * 5)
+    work = Work(lambda shape: make(pages=len(shape.pages)))
+    work.begin(Shape(tuple(range(8)), SIZE, 3), [])
+    cached = fill(work.scheduler.pages, 1, 2, 3, 4, 5, 6)
+    loop._work = work
+    asked: list[int] = []
+
+    async def refused(gateway_id: str, instance: int, slot: int, pages: list[int]) -> None:
+        asked.extend(pages)
+        raise Unavailable("of 8 pages 0 are free")
+
+    loop.open = refused  # type: ignore[assignment,method-assign]
+    with pytest.raises(Unavailable):
+        asyncio.run(loop.start("g", 1, 1))
+    assert len(asked) == 4
+    assert work.scheduler.pages.ids == set(asked)
+    found = work.scheduler.pages.find(ROOT, chunks(1, 2, 3, 4, 5, 6))
+    assert set(found) <= set(asked), cached
