@@ -140,20 +140,24 @@ def test_at_random_nobody_holds_what_is_not_there() -> None:
 
 def test_pages_that_a_session_does_not_ask_for_are_given_up_before_it_is_opened() -> None:
     """A stage may let others have them, and another stage refuse the session: they are not what they were then."""
-    loop = BatchLoop(types_pb2.PipelineView(stages=[types_pb2.StageView(num_pages=4)]), MagicMock(), *[MagicMock()] * 5)
+    view = types_pb2.PipelineView(stages=[types_pb2.StageView(num_pages=4)])
     work = Work(lambda shape: make(pages=len(shape.pages)))
     work.begin(Shape(tuple(range(8)), SIZE, 3), [])
     cached = fill(work.scheduler.pages, 1, 2, 3, 4, 5, 6)
-    loop._work = work
     asked: list[int] = []
 
     async def refused(gateway_id: str, instance: int, slot: int, pages: list[int]) -> None:
         asked.extend(pages)
         raise Unavailable("of 8 pages 0 are free")
 
-    loop.open = refused  # type: ignore[assignment,method-assign]
-    with pytest.raises(Unavailable):
-        asyncio.run(loop.start("g", 1, 1))
+    async def start() -> None:
+        loop = BatchLoop(view, MagicMock(), *[MagicMock()] * 5)  # channels are of the event loop that runs
+        loop._work = work
+        loop.open = refused  # type: ignore[assignment,method-assign]
+        with pytest.raises(Unavailable):
+            await loop.start("g", 1, 1)
+
+    asyncio.run(start())
     assert len(asked) == 4
     assert work.scheduler.pages.ids == set(asked)
     found = work.scheduler.pages.find(ROOT, chunks(1, 2, 3, 4, 5, 6))
