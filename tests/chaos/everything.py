@@ -43,6 +43,8 @@ class History:
     wrong: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     longest_s: float = 0.0
+    unready_s: float = 0.0
+    """How long nothing could be accepted, looked at every 0.1 s."""
     done: Counter[str] = field(default_factory=Counter)
     """What was done to the mesh."""
 
@@ -66,6 +68,7 @@ class Everything:
                 asyncio.create_task(self._client(client, random.Random(f"{self.seed} {i}"), stop))
                 for i in range(self.clients)
             ]
+            running.append(asyncio.create_task(self._probe(stop)))
             try:
                 await self._disturb(time.monotonic() + seconds)
             finally:
@@ -96,12 +99,27 @@ class Everything:
         if error is None and (stream.tokens, stream.finished) == (other.tokens, other.finished):
             self.history.finished += 1
         elif error is None:
-            self.history.wrong.append(f"{stream.params}: other tokens")
+            self.history.wrong.append(_difference(stream, other))
+            print(f"{time.strftime('%H:%M:%S')} WRONG {self.history.wrong[-1]}", flush=True)
         elif not stream.length and error.reason == "UNAVAILABLE":
             self.history.refused += 1
             await asyncio.sleep(0.1)
         else:
             self.history.failed.append(f"after {stream.length} tokens: {error.reason}: {error.message}")
+
+    async def _probe(self, stop: asyncio.Event) -> None:
+        before = time.monotonic()
+        while not stop.is_set():
+            ready = await asyncio.to_thread(self._is_ready)
+            now = time.monotonic()
+            self.history.unready_s += 0.0 if ready else now - before
+            before = now
+            await asyncio.sleep(0.1)
+
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(self.mesh.get("/mesh")["ready"])
+        return False
 
     # -- faults -----------------------------------------------------------------------------------------------------
 
@@ -237,6 +255,21 @@ class Everything:
         assert not history.wrong, history.wrong[:5]
         assert not history.failed, history.failed[:5]
         assert history.finished > 0
+
+
+def _difference(stream: streams.Stream, other: streams.Stream) -> str:
+    """Where the tokens of a stream part from those it ought to have brought, and how long each had waited then."""
+    told = [f"prompt of {len(stream.prompt)}, {stream.params}, longest pause {stream.longest_s:.2f} s"]
+    for choice, right in other.tokens.items():
+        tokens = stream.tokens.get(choice, [])
+        at = next(
+            (i for i, (a, b) in enumerate(zip(tokens, right, strict=False)) if a != b), min(len(tokens), len(right))
+        )
+        if tokens != right:
+            told.append(
+                f"choice {choice}: {len(tokens)} of {len(right)}, from {at}: {tokens[at : at + 8]} {right[at : at + 8]}"
+            )
+    return "; ".join(told)
 
 
 def held(mesh: Mesh) -> dict[str, dict[str, float]]:

@@ -45,6 +45,7 @@ def test_everything_at_random() -> None:
             assert epochs == sorted(epochs), "an epoch that came back"
         told = {"seed": SEED, "seconds": SECONDS, "streams": CLIENTS, "finished": story.history.finished,
                 "left": story.history.left, "refused": story.history.refused, "failed": 0, "wrong": 0,
+                "unready_s": round(story.history.unready_s, 1),
                 "longest_pause_s": round(story.history.longest_s, 2), "done": dict(story.history.done),
                 "after_20_s": first, "at_the_end": last}  # fmt: skip
         print(json.dumps(told, indent=1))
