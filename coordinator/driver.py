@@ -17,6 +17,7 @@ from stagemesh import rpc
 from stagemesh.errors import CheckpointError, ConfigError, StagemeshError, TransportError
 from stagemesh.protos.v1 import stage_pb2, stage_pb2_grpc, types_pb2
 
+from . import actions, events
 from . import values as v
 from .views import copy_message, layer_range
 
@@ -27,7 +28,7 @@ ASSIGN_SILENCE_S = 60.0
 OFFER_S, CONNECT_S, ACTIVATE_S, RELEASE_S = 5.0, 8.0, 5.0, 2.0
 # At shutdown: calls that were cancelled get this long to end.
 CLOSE_S = 0.5
-Post = Callable[[v.Event], None]
+Post = Callable[[events.Event], None]
 
 
 class Driver:
@@ -40,24 +41,24 @@ class Driver:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._calls: dict[asyncio.Task[None], tuple[str, int]] = {}
 
-    def execute(self, action: v.Action) -> None:
+    def execute(self, action: actions.Action) -> None:
         """Starts an action; never waits."""
         match action:
-            case v.Assign():
+            case actions.Assign():
                 self._start(action, action.plan.stage, "assign", self._assign(action))
-            case v.Prepare():
+            case actions.Prepare():
                 self._spawn(self._prepare(action), ("", 0))
-            case v.MakeLink():
+            case actions.MakeLink():
                 self._start(action, action.stage, "link", self._make_link(action))
-            case v.Activate():
+            case actions.Activate():
                 self._start(action, action.stage, "activate", self._activate(action))
-            case v.Release():
+            case actions.Release():
                 self._spawn(self._release(action), ("", 0))
-            case v.Forget(pipeline_id, epoch):
+            case actions.Forget(pipeline_id, epoch):
                 for task, (name, at) in self._calls.items():
                     if name == pipeline_id and at < epoch:
                         task.cancel()
-            case v.Disconnect(address):
+            case actions.Disconnect(address):
                 channel = self._channels.pop(address, None)
                 if channel is not None:
                     self._spawn(channel.close(None), ("", 0))
@@ -88,7 +89,11 @@ class Driver:
             log.error("an order ended in an unexpected error", exc_info=task.exception())
 
     def _start(
-        self, action: v.Assign | v.MakeLink | v.Activate, stage: int, what: str, work: Coroutine[Any, Any, None]
+        self,
+        action: actions.Assign | actions.MakeLink | actions.Activate,
+        stage: int,
+        what: str,
+        work: Coroutine[Any, Any, None],
     ) -> None:
         async def guarded() -> None:
             failed = (action.pipeline_id, action.epoch, stage, what)
@@ -97,16 +102,16 @@ class Driver:
             except grpc.RpcError as e:
                 error = rpc.from_rpc_error(e)
                 final = _is_final(e, error)
-                self._post(v.StepFailed(*failed, error.message, final, isinstance(error, TransportError)))
+                self._post(events.StepFailed(*failed, error.message, final, isinstance(error, TransportError)))
             except TimeoutError:
-                self._post(v.StepFailed(*failed, f"no answer to {what} in time"))
+                self._post(events.StepFailed(*failed, f"no answer to {what} in time"))
             except Exception as e:
                 log.exception("an order ended in an unexpected error")
-                self._post(v.StepFailed(*failed, f"{type(e).__name__}: {e}"))
+                self._post(events.StepFailed(*failed, f"{type(e).__name__}: {e}"))
 
         self._spawn(guarded(), (action.pipeline_id, action.epoch))
 
-    async def _assign(self, action: v.Assign) -> None:
+    async def _assign(self, action: actions.Assign) -> None:
         plan = action.plan
         limits = types_pb2.RunLimits(pipelines=action.shares)
         limits.MergeFrom(self._limits)
@@ -129,35 +134,35 @@ class Driver:
                     loaded = v.Loaded(
                         done.num_pages, done.weight_bytes, done.tensor_bytes_read, done.fingerprint, done.kv_layout
                     )
-                    self._post(v.AssignDone(*at, loaded))
+                    self._post(events.AssignDone(*at, loaded))
                     return
-                self._post(v.AssignProgress(*at, response.loaded_bytes, response.total_bytes))
+                self._post(events.AssignProgress(*at, response.loaded_bytes, response.total_bytes))
         finally:
             call.cancel()
         raise ValueError("the worker ended its Assign without `done`")
 
-    async def _prepare(self, action: v.Prepare) -> None:
+    async def _prepare(self, action: actions.Prepare) -> None:
         at = (action.worker_id, action.incarnation, action.layers)
         request = stage_pb2.PrepareRequest(layers=layer_range(action.layers), model=self._model, limits=self._limits)
         call = self._stub(action.address).Prepare(request)
         try:
             async for response in _each(call, ASSIGN_SILENCE_S):
                 if response.HasField("done"):
-                    self._post(v.Prepared(*at, response.done.fingerprint))
+                    self._post(events.Prepared(*at, response.done.fingerprint))
                     return
-            self._post(v.PrepareFailed(*at, "it ended its Prepare without `done`"))
+            self._post(events.PrepareFailed(*at, "it ended its Prepare without `done`"))
         except grpc.RpcError as e:
             error = rpc.from_rpc_error(e)
-            self._post(v.PrepareFailed(*at, error.message, _is_final(e, error)))
+            self._post(events.PrepareFailed(*at, error.message, _is_final(e, error)))
         except TimeoutError:
-            self._post(v.PrepareFailed(*at, "no answer to prepare in time"))
+            self._post(events.PrepareFailed(*at, "no answer to prepare in time"))
         except Exception as e:
             log.exception("an order ended in an unexpected error")
-            self._post(v.PrepareFailed(*at, f"{type(e).__name__}: {e}"))
+            self._post(events.PrepareFailed(*at, f"{type(e).__name__}: {e}"))
         finally:
             call.cancel()
 
-    async def _make_link(self, action: v.MakeLink) -> None:
+    async def _make_link(self, action: actions.MakeLink) -> None:
         key = stage_pb2.PipelineKey(pipeline_id=action.pipeline_id, epoch=action.epoch)
         copy = copy_message(action.copy) if action.copy is not None else None
         offer = await self._stub(action.receiver_address).OfferLink(
@@ -193,15 +198,15 @@ class Driver:
         )
         route = connected.route or action.transport
         index = action.copy.index if action.copy is not None else None
-        self._post(v.LinkUp(action.pipeline_id, action.epoch, action.stage, route, index))
+        self._post(events.LinkUp(action.pipeline_id, action.epoch, action.stage, route, index))
 
-    async def _activate(self, action: v.Activate) -> None:
+    async def _activate(self, action: actions.Activate) -> None:
         key = stage_pb2.PipelineKey(pipeline_id=action.pipeline_id, epoch=action.epoch)
         request = stage_pb2.ActivateRequest(key=key, stage=action.stage)
         await self._stub(action.address).Activate(request, timeout=ACTIVATE_S)
-        self._post(v.Activated(action.pipeline_id, action.epoch, action.stage))
+        self._post(events.Activated(action.pipeline_id, action.epoch, action.stage))
 
-    async def _release(self, action: v.Release) -> None:
+    async def _release(self, action: actions.Release) -> None:
         key = stage_pb2.PipelineKey(pipeline_id=action.pipeline_id, epoch=action.epoch)
         request = stage_pb2.ReleaseRequest(key=key, reason=action.reason, alone=action.alone)
         try:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from . import actions, events
 from . import values as v
 from .planning import CannotForm, Choice, Target, choose_apart, transport
 
@@ -94,7 +95,7 @@ class Former:
         self.pipelines = {name: Pipeline(name, (epochs or {}).get(name, 0)) for name in pipeline_ids}
         self._nonce = nonce
         self._now = now
-        self._actions: list[v.Action] = []
+        self._actions: list[actions.Action] = []
         self._version = 0  # of the membership
         self._ucx_failed: dict[frozenset[int], list[str]] = {}  # incarnations of a link's ends -> errors
         self._apart: dict[frozenset[str], float] = {}  # workers that do not reach each other -> believed until
@@ -157,26 +158,28 @@ class Former:
             if choice.worker.kept != plan.layers:
                 choice.worker.kept = None
             address = choice.worker.info.address
-            self._act(v.Assign(pipeline.pipeline_id, pipeline.epoch, len(chosen), plan, address, pipeline.shares))
+            self._act(actions.Assign(pipeline.pipeline_id, pipeline.epoch, len(chosen), plan, address, pipeline.shares))
         self._publish()
 
-    def _order_answered(self, event: v.AssignProgress | v.AssignDone | v.LinkUp | v.Activated | v.StepFailed) -> None:
+    def _order_answered(
+        self, event: events.AssignProgress | events.AssignDone | events.LinkUp | events.Activated | events.StepFailed
+    ) -> None:
         pipeline = self._at(event.pipeline_id, event.epoch)
         if pipeline is None or pipeline.state is not State.FORMING:
             return
         match event:
-            case v.AssignProgress() if pipeline.phase is Phase.ASSIGN:
+            case events.AssignProgress() if pipeline.phase is Phase.ASSIGN:
                 self._worker_at(pipeline, event.stage).progress = v.Progress(event.loaded_bytes, event.total_bytes)
-                self._act(v.Publish(urgent=False))
-            case v.AssignDone() if pipeline.phase is Phase.ASSIGN:
+                self._act(actions.Publish(urgent=False))
+            case events.AssignDone() if pipeline.phase is Phase.ASSIGN:
                 self._assign_done(pipeline, event.stage, event.loaded)
-            case v.LinkUp() if pipeline.phase is Phase.LINK:
+            case events.LinkUp() if pipeline.phase is Phase.LINK:
                 self._link_up(pipeline, event)
-            case v.Activated() if pipeline.phase is Phase.ACTIVATE:
+            case events.Activated() if pipeline.phase is Phase.ACTIVATE:
                 pipeline.acked.add(event.stage)
                 if len(pipeline.acked) == len(pipeline.stages):
                     self._serve(pipeline)
-            case v.StepFailed() if pipeline.phase is not Phase.RETRY:
+            case events.StepFailed() if pipeline.phase is not Phase.RETRY:
                 self._step_failed(pipeline, event)
 
     def _assign_done(self, pipeline: Pipeline, stage: int, loaded: v.Loaded) -> None:
@@ -189,7 +192,7 @@ class Former:
         worker.progress.loaded_bytes = worker.progress.total_bytes
         pipeline.loaded[stage] = loaded
         if len(pipeline.loaded) < len(pipeline.stages):
-            self._act(v.Publish(urgent=False))
+            self._act(actions.Publish(urgent=False))
             return
         pipeline.phase, pipeline.reason = Phase.LINK, Phase.LINK.value
         try:
@@ -219,20 +222,20 @@ class Former:
             )
         return ""
 
-    def _links(self, pipeline: Pipeline) -> list[v.MakeLink]:
+    def _links(self, pipeline: Pipeline) -> list[actions.MakeLink]:
         """One behind every stage: the last sends its tokens to the first. None where one stage is both."""
         return [self._link(pipeline, stage) for stage in range(num_links(pipeline))]
 
-    def _link_up(self, pipeline: Pipeline, event: v.LinkUp) -> None:
+    def _link_up(self, pipeline: Pipeline, event: events.LinkUp) -> None:
         pipeline.routes[event.stage] = event.route
         if len(pipeline.routes) == num_links(pipeline):
             self._activate(pipeline)
 
-    def _link(self, pipeline: Pipeline, stage: int) -> v.MakeLink:
+    def _link(self, pipeline: Pipeline, stage: int) -> actions.MakeLink:
         to = (stage + 1) % len(pipeline.stages)
         sender, receiver = (self._worker_at(pipeline, s).info for s in (stage, to))
         name = self._transport(sender, receiver, quiet=to == 0)
-        return v.MakeLink(
+        return actions.MakeLink(
             pipeline.pipeline_id,
             pipeline.epoch,
             stage,
@@ -259,7 +262,7 @@ class Former:
         pipeline.phase, pipeline.reason = Phase.ACTIVATE, Phase.ACTIVATE.value
         for plan in pipeline.stages:
             address = self._worker_at(pipeline, plan.stage).info.address
-            self._act(v.Activate(pipeline.pipeline_id, pipeline.epoch, plan.stage, address))
+            self._act(actions.Activate(pipeline.pipeline_id, pipeline.epoch, plan.stage, address))
 
     def _serve(self, pipeline: Pipeline) -> None:
         pipeline.state, pipeline.phase, pipeline.reason = State.SERVING, Phase.IDLE, ""
@@ -280,11 +283,11 @@ class Former:
             self.target.terms,
             pipeline.shares,
         )
-        self._act(v.PersistPlan(plan))
+        self._act(actions.PersistPlan(plan))
 
     # Failing
 
-    def _step_failed(self, pipeline: Pipeline, event: v.StepFailed) -> None:
+    def _step_failed(self, pipeline: Pipeline, event: events.StepFailed) -> None:
         reason = f"stage {event.stage}: {event.reason}"
         if event.what == "link" and event.transport_failed:
             after = (event.stage + 1) % len(pipeline.stages)
@@ -305,7 +308,7 @@ class Former:
         self._version += 1
         self._interrupt(pipeline, f"stage {stage}: {reason}")
 
-    def _link_broken(self, event: v.LinkBroken) -> None:
+    def _link_broken(self, event: events.LinkBroken) -> None:
         pipeline = self._at(event.pipeline_id, event.epoch)
         if pipeline is None or pipeline.state is State.DOWN:
             return
@@ -314,7 +317,7 @@ class Former:
             # The neighbour's death breaks a link before its own stream breaks: wait for that, so that it is replaced.
             self._interrupt(pipeline, f"stage {stage}: a link broke: {event.reason}", self._backoff_s(pipeline))
 
-    def _steps_stuck(self, event: v.StepsStuck) -> None:
+    def _steps_stuck(self, event: events.StepsStuck) -> None:
         pipeline = self._at(event.pipeline_id, event.epoch)
         if pipeline is None or pipeline.state not in (State.SERVING, State.DRAINING):
             return
@@ -333,7 +336,7 @@ class Former:
             return
         pipeline.state, pipeline.phase, pipeline.reason = State.FORMING, Phase.RETRY, reason
         pipeline.retry_at = self._now + delay_s
-        self._act(v.Forget(pipeline.pipeline_id, pipeline.epoch + 1))
+        self._act(actions.Forget(pipeline.pipeline_id, pipeline.epoch + 1))
         self._log(f"{pipeline.pipeline_id} epoch {pipeline.epoch} is over: {reason}", warning=True)
         self._publish()
 
@@ -358,8 +361,8 @@ class Former:
         old, members = pipeline.epoch, pipeline.stages
         pipeline.epoch = self._next_epoch(pipeline)
         pipeline.loaded, pipeline.routes, pipeline.acked = {}, {}, set()
-        self._act(v.PersistEpoch(pipeline.pipeline_id, pipeline.epoch))
-        self._act(v.Forget(pipeline.pipeline_id, pipeline.epoch))
+        self._act(actions.PersistEpoch(pipeline.pipeline_id, pipeline.epoch))
+        self._act(actions.Forget(pipeline.pipeline_id, pipeline.epoch))
         for plan in members:
             if plan.worker_id not in keep and self.knows(plan.worker_id, plan.incarnation):
                 self._release(pipeline, old, self.workers[plan.worker_id].info, reason)
@@ -380,16 +383,16 @@ class Former:
 
     def _release(self, pipeline: Pipeline, epoch: int, info: v.WorkerInfo, reason: str, *, alone: bool = False) -> None:
         """`alone`: that epoch, and none before it."""
-        self._act(v.Release(pipeline.pipeline_id, epoch, info.worker_id, info.address, reason, alone))
+        self._act(actions.Release(pipeline.pipeline_id, epoch, info.worker_id, info.address, reason, alone))
 
-    def _act(self, action: v.Action) -> None:
+    def _act(self, action: actions.Action) -> None:
         self._actions.append(action)
 
     def _publish(self) -> None:
-        self._act(v.Publish())
+        self._act(actions.Publish())
 
     def _log(self, message: str, *, warning: bool = False) -> None:
-        self._act(v.Log(message, warning))
+        self._act(actions.Log(message, warning))
 
 
 def num_links(pipeline: Pipeline) -> int:

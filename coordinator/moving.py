@@ -15,6 +15,7 @@ from typing import Any
 
 from stagemesh.protocol import MOVES
 
+from . import actions, events
 from . import values as v
 from .forming import RETRY_MAX_S, Phase, Pipeline, State, num_links
 from .planning import CannotForm, Choice
@@ -175,11 +176,11 @@ class Mover(Wishes):
             deadline=self._now + MOVE_S,
         )  # fmt: skip
         self.moves[pipeline.pipeline_id] = move
-        self._act(v.PersistEpoch(pipeline.pipeline_id, epoch))
+        self._act(actions.PersistEpoch(pipeline.pipeline_id, epoch))
         self._log(f"{pipeline.pipeline_id} is to go to epoch {epoch}: {why}")
         for plan, choice in zip(stages, chosen, strict=True):
             address = choice.worker.info.address
-            self._act(v.Assign(pipeline.pipeline_id, epoch, len(stages), plan, address, move.shares, beside=True))
+            self._act(actions.Assign(pipeline.pipeline_id, epoch, len(stages), plan, address, move.shares, beside=True))
 
     def _move_on(self, pipeline: Pipeline, move: Move) -> None:
         """Time has passed, or a gateway has said where it is."""
@@ -207,7 +208,7 @@ class Mover(Wishes):
         here = self._followers()
         self._gateways = {name: seen for name, seen in self._gateways.items() if name in here}
 
-    def _gateway_moved(self, event: v.GatewayMoved) -> None:
+    def _gateway_moved(self, event: events.GatewayMoved) -> None:
         move = self.moves.get(event.pipeline_id)
         if move is None or move.epoch != event.epoch or not move.published:
             return
@@ -247,12 +248,12 @@ class Mover(Wishes):
         move = self.moves.pop(pipeline_id, None)
         if move is None:
             return None
-        self._act(v.Forget(pipeline_id, move.epoch + 1))
+        self._act(actions.Forget(pipeline_id, move.epoch + 1))
         for plan in move.stages:
             if self.knows(plan.worker_id, plan.incarnation):
                 info = self.workers[plan.worker_id].info
                 reason = "the pipeline is not moved"
-                self._act(v.Release(pipeline_id, move.epoch, info.worker_id, info.address, reason, alone=True))
+                self._act(actions.Release(pipeline_id, move.epoch, info.worker_id, info.address, reason, alone=True))
         return move
 
     # -- what forming does otherwise for a move ---------------------------------------------------------------------
@@ -270,13 +271,13 @@ class Mover(Wishes):
         self._highest[pipeline.pipeline_id] = epoch
         return epoch
 
-    def _links(self, pipeline: Pipeline) -> list[v.MakeLink]:
+    def _links(self, pipeline: Pipeline) -> list[actions.MakeLink]:
         links = super()._links(pipeline)
         if isinstance(pipeline, Move):
             links += [self._copy_link(pipeline, copy) for copy in pipeline.copies]
         return links
 
-    def _copy_link(self, move: Move, copy: v.Copy) -> v.MakeLink:
+    def _copy_link(self, move: Move, copy: v.Copy) -> actions.MakeLink:
         pipeline = self.pipelines[move.pipeline_id]
         sender, receiver = self._worker_at(pipeline, copy.from_stage).info, self._worker_at(move, copy.to_stage).info
         theirs, ours = pipeline.loaded[copy.from_stage].kv_layout, move.loaded[copy.to_stage].kv_layout
@@ -286,7 +287,7 @@ class Mover(Wishes):
                 f"{sender.worker_id} ({theirs}, {sender.tp_size} ranks)"
             )
         name = self._transport(sender, receiver, quiet=False)
-        return v.MakeLink(
+        return actions.MakeLink(
             move.pipeline_id, move.epoch, copy.from_stage, name, sender.address, receiver.address, receiver.worker_id,
             sender.addresses(name) or (),
             tuple(self._nonce() for _ in range(receiver.tp_size)),
@@ -295,7 +296,7 @@ class Mover(Wishes):
             copy=copy,
         )  # fmt: skip
 
-    def _link_up(self, pipeline: Pipeline, event: v.LinkUp) -> None:
+    def _link_up(self, pipeline: Pipeline, event: events.LinkUp) -> None:
         if not isinstance(pipeline, Move):
             super()._link_up(pipeline, event)
             return
@@ -306,7 +307,7 @@ class Mover(Wishes):
         if len(pipeline.routes) + len(pipeline.copied) == num_links(pipeline) + len(pipeline.copies):
             self._activate(pipeline)
 
-    def _step_failed(self, pipeline: Pipeline, event: v.StepFailed) -> None:
+    def _step_failed(self, pipeline: Pipeline, event: events.StepFailed) -> None:
         if isinstance(pipeline, Move):
             self._interrupt(pipeline, f"stage {event.stage}: {event.what}: {event.reason}")
         else:

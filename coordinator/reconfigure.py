@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from . import actions, events
 from . import values as v
 from .forming import Phase, Pipeline, State
 from .planning import Target
@@ -60,41 +61,41 @@ class Mesh(Survivors):
         """Whether it has started so recently that workers of before may still have to come back."""
         return now < self._restore_until
 
-    def handle(self, event: v.Event, now: float) -> list[v.Action]:
+    def handle(self, event: events.Event, now: float) -> list[actions.Action]:
         """Takes one event at clock time `now` (seconds, monotonic); returns what is to be done, in order."""
         self._now, self._actions = max(now, self._now), []
         match event:
-            case v.Tick():
+            case events.Tick():
                 self._tick()
-            case v.WorkerRegistered(info):
+            case events.WorkerRegistered(info):
                 self._register(info)
-            case v.LeaseRenewed(worker_id, incarnation):
+            case events.LeaseRenewed(worker_id, incarnation):
                 if self.knows(worker_id, incarnation):
                     self.workers[worker_id].deadline = self._now + self.lease_s
-            case v.WorkerLost(worker_id, incarnation, reason):
+            case events.WorkerLost(worker_id, incarnation, reason):
                 if self.knows(worker_id, incarnation):
                     self._lose(worker_id, reason)
-            case v.DrainRequested(worker_id):
+            case events.DrainRequested(worker_id):
                 self._drain(worker_id)
-            case v.LinkBroken():
+            case events.LinkBroken():
                 self._link_broken(event)
-            case v.StepsStuck():
+            case events.StepsStuck():
                 self._steps_stuck(event)
-            case v.Prepared() | v.PrepareFailed():
+            case events.Prepared() | events.PrepareFailed():
                 self._prepared(event)
-            case v.GatewayCame(gateway_id, protocol):
+            case events.GatewayCame(gateway_id, protocol):
                 self._gateway_came(gateway_id, protocol)
-            case v.GatewayGone(gateway_id):
+            case events.GatewayGone(gateway_id):
                 self._gateway_gone(gateway_id)
-            case v.GatewayMoved():
+            case events.GatewayMoved():
                 self._gateway_moved(event)
-            case v.StepsMeasured():
+            case events.StepsMeasured():
                 self._steps_measured(event)
-            case v.RepartitionRequested(ranges):
+            case events.RepartitionRequested(ranges):
                 self._repartition(ranges)
-            case v.ScaleRequested(stage, count):
+            case events.ScaleRequested(stage, count):
                 self._scale(stage, count)
-            case v.GatewayLeft():
+            case events.GatewayLeft():
                 self._gateway_left(event)
             case _:
                 self._order_answered(event)
@@ -149,13 +150,15 @@ class Mesh(Survivors):
         for held in info.held:
             if held.pipeline_id not in self.pipelines:
                 self._note_epoch(held.pipeline_id, held.epoch)
-                self._act(v.Release(held.pipeline_id, held.epoch, info.worker_id, info.address, "no such pipeline"))
+                self._act(
+                    actions.Release(held.pipeline_id, held.epoch, info.worker_id, info.address, "no such pipeline")
+                )
         for pipeline in self.pipelines.values():
             held_epoch = max((h.epoch for h in info.held if h.pipeline_id == pipeline.pipeline_id), default=0)
             if held_epoch > self._highest[pipeline.pipeline_id]:
                 pipeline.restored = None
                 pipeline.epoch = self._highest[pipeline.pipeline_id] = held_epoch
-                self._act(v.PersistEpoch(pipeline.pipeline_id, held_epoch))
+                self._act(actions.PersistEpoch(pipeline.pipeline_id, held_epoch))
                 self._interrupt(pipeline, f"worker {info.worker_id} knows the later epoch {held_epoch}")
             stage = pipeline.stage_of(info.worker_id)
             if stage is not None and pipeline.state in (State.SERVING, State.DRAINING):
@@ -182,7 +185,7 @@ class Mesh(Survivors):
         worker = self.workers.pop(worker_id)
         self.lost[worker_id] = worker.info
         self._ucx_failed = {k: e for k, e in self._ucx_failed.items() if worker.info.incarnation not in k}
-        self._act(v.Disconnect(worker.info.address))
+        self._act(actions.Disconnect(worker.info.address))
         while len(self.lost) > LOST_SHOWN:
             self.lost.pop(next(iter(self.lost)))
         self._version += 1

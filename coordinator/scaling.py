@@ -15,6 +15,7 @@ from typing import Any
 from stagemesh.errors import ConfigError
 from stagemesh.protocol import MOVES
 
+from . import actions, events
 from . import values as v
 from .forming import Phase, Pipeline, State
 from .moving import Mover
@@ -136,7 +137,7 @@ class Scaler(Mover):
         self.given_up, self._share_limit = "", LIMITLESS
         self._failed.clear()
         self._version += 1
-        self._act(v.PersistReplicas(tuple(sorted(self.replicas.items()))))
+        self._act(actions.PersistReplicas(tuple(sorted(self.replicas.items()))))
         self._log(f"stage {stage} is to have {replicas or 'as many replicas as were started for it'}")
 
     def _scale_if_due(self) -> None:
@@ -175,7 +176,7 @@ class Scaler(Mover):
         """A pipeline that is not known had this epoch."""
         if epoch > self._highest.get(pipeline_id, 0):
             self._highest[pipeline_id] = epoch
-            self._act(v.PersistEpoch(pipeline_id, epoch))
+            self._act(actions.PersistEpoch(pipeline_id, epoch))
 
     def _least_of_use(self) -> Pipeline:
         """The one that cannot serve, else the one whose worker drains, else the one that came last."""
@@ -204,7 +205,7 @@ class Scaler(Mover):
             pipeline.state, pipeline.reason = State.SERVING, ""
         self._publish()
 
-    def _gateway_left(self, event: v.GatewayLeft) -> None:
+    def _gateway_left(self, event: events.GatewayLeft) -> None:
         if (pipeline := self.pipelines.get(event.pipeline_id)) is not None and pipeline.leaving:
             self._left[event.pipeline_id].add(event.gateway_id)
 
@@ -215,7 +216,7 @@ class Scaler(Mover):
         del self.pipelines[name], self.step_times[name], self._left[name], self._leave_by[name]
         for known in (self._advised, self._failed, self._move_after, self._in_vain, self._wants):
             known.pop(name, None)
-        self._act(v.ForgetPlan(name))
+        self._act(actions.ForgetPlan(name))
         self._version += 1
         self._log(f"{name} is no more")
         self._publish()

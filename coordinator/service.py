@@ -16,7 +16,7 @@ from stagemesh.protocol import check_protocol, spoken
 from stagemesh.protos.v1 import coordinator_pb2 as pb
 from stagemesh.protos.v1 import coordinator_pb2_grpc, types_pb2
 
-from . import values as v
+from . import actions, events
 from .driver import Driver
 from .reconfigure import Mesh
 from .slots import Slots
@@ -41,7 +41,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         store: Store,
         slots: Slots,
         model: types_pb2.ModelRef,
-        make_driver: Callable[[Callable[[v.Event], None]], Driver],
+        make_driver: Callable[[Callable[[events.Event], None]], Driver],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mesh = mesh
@@ -56,27 +56,27 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         self._changed = asyncio.Event()
         self._stopping = False
 
-    def post(self, event: v.Event) -> None:
+    def post(self, event: events.Event) -> None:
         """Runs the core on one event and executes what it orders, in order."""
         if self._stopping:
             return
         for action in self._mesh.handle(event, self._clock()):
             match action:
-                case v.PersistEpoch(pipeline_id, epoch):
+                case actions.PersistEpoch(pipeline_id, epoch):
                     self._store.save_epoch(pipeline_id, epoch)
-                case v.PersistPlan(plan):
+                case actions.PersistPlan(plan):
                     self._store.save_plan(plan)
-                case v.ForgetPlan(pipeline_id):
+                case actions.ForgetPlan(pipeline_id):
                     self._store.forget_plan(pipeline_id)
-                case v.PersistReplicas(replicas):
+                case actions.PersistReplicas(replicas):
                     self._store.save_replicas(replicas)
-                case v.Publish(urgent):
+                case actions.Publish(urgent):
                     self._version += 1
                     if urgent:
                         self._urgent = self._version
                     self._changed.set()
                     self._changed = asyncio.Event()
-                case v.Log(message, warning):
+                case actions.Log(message, warning):
                     log.log(logging.WARNING if warning else logging.INFO, "%s", message)
                 case _:
                     self._driver.execute(action)
@@ -84,7 +84,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
     async def run(self) -> None:
         """Lets time pass in the core, until cancelled."""
         while True:
-            self.post(v.Tick())
+            self.post(events.Tick())
             await asyncio.sleep(TICK_S)
 
     async def stop(self) -> None:
@@ -123,7 +123,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                 )
         # An older stream of this worker may still wait to be seen broken: that is no news then.
         self._streams.pop(request.worker_id, None)
-        self.post(v.WorkerRegistered(worker_info(request)))
+        self.post(events.WorkerRegistered(worker_info(request)))
         return pb.RegisterResponse(lease_ms=round(self._mesh.lease_s * 1000), renew_ms=round(RENEW_S * 1000))
 
     async def KeepAlive(
@@ -145,17 +145,17 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         finally:
             if self._streams.get(worker_id) is stream:
                 del self._streams[worker_id]
-                self.post(v.WorkerLost(worker_id, incarnation, "its keep-alive stream ended"))
+                self.post(events.WorkerLost(worker_id, incarnation, "its keep-alive stream ended"))
 
     def _renewed(self, request: pb.KeepAliveRequest) -> None:
-        self.post(v.LeaseRenewed(request.worker_id, request.incarnation))
+        self.post(events.LeaseRenewed(request.worker_id, request.incarnation))
         if request.stale_refused:
             self._stale[request.worker_id] = dict(request.stale_refused)
             while len(self._stale) > MAX_COUNTED:
                 self._stale.pop(next(iter(self._stale)))
         if request.broken_pipeline:
             reason = request.broken_reason or "no reason given"
-            self.post(v.LinkBroken(request.worker_id, request.broken_pipeline, request.broken_epoch, reason))
+            self.post(events.LinkBroken(request.worker_id, request.broken_pipeline, request.broken_epoch, reason))
 
     # Gateways and operators
 
@@ -173,7 +173,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         slot = self._slots.acquire(request.gateway_id, request.instance, self._clock())
         self._store.save_slot(slot, request.gateway_id, request.instance)
         log.info("gateway %s watches, slot %d", request.gateway_id, slot)
-        self.post(v.GatewayCame(request.gateway_id, spoken(request.protocol)))
+        self.post(events.GatewayCame(request.gateway_id, spoken(request.protocol)))
         try:
             sent = -1
             while not self._stopping:
@@ -187,7 +187,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                     await self._changed.wait()
         finally:
             self._slots.release(slot, self._clock())
-            self.post(v.GatewayGone(request.gateway_id))
+            self.post(events.GatewayGone(request.gateway_id))
 
     async def _progress_pause(self, sent: int) -> None:
         """Waits for an urgent change, at most `PROGRESS_S`."""
@@ -204,19 +204,19 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def ReportStuck(self, request: pb.ReportStuckRequest, context: Context) -> pb.ReportStuckResponse:
         """A gateway's steps do not come back."""
-        self.post(v.StepsStuck(request.gateway_id, request.pipeline_id, request.epoch, request.reason))
+        self.post(events.StepsStuck(request.gateway_id, request.pipeline_id, request.epoch, request.reason))
         return pb.ReportStuckResponse()
 
     async def ReportMoved(self, request: pb.ReportMovedRequest, context: Context) -> pb.ReportMovedResponse:
         """A gateway has gone over to the next epoch of a pipeline, or cannot."""
-        self.post(v.GatewayMoved(request.gateway_id, request.pipeline_id, request.epoch, request.error))
+        self.post(events.GatewayMoved(request.gateway_id, request.pipeline_id, request.epoch, request.error))
         return pb.ReportMovedResponse()
 
     async def Repartition(self, request: pb.RepartitionRequest, context: Context) -> pb.RepartitionResponse:
         """Other layer ranges."""
         ranges = self._mesh.ranges_for(list(request.counts))
         advice = next((a for p in self._mesh.pipelines.values() if (a := self._mesh.advice(p)) is not None), None)
-        self.post(v.RepartitionRequested(ranges))
+        self.post(events.RepartitionRequested(ranges))
         answer = pb.RepartitionResponse(counts=[last - first for first, last in ranges])
         if advice is not None and advice.ranges == ranges:
             answer.slowest_us, answer.expected_us = round(advice.now_s * 1e6), round(advice.then_s * 1e6)
@@ -227,18 +227,18 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         if self._mesh.settles(self._clock()):
             raise Unavailable("this coordinator has just started: workers are still coming back", retry_after_s=1)
         pipelines = self._mesh.check_scale(request.stage, request.replicas)
-        self.post(v.ScaleRequested(request.stage, request.replicas))
+        self.post(events.ScaleRequested(request.stage, request.replicas))
         return pb.ScaleResponse(pipelines=pipelines)
 
     async def ReportLeft(self, request: pb.ReportLeftRequest, context: Context) -> pb.ReportLeftResponse:
         """A gateway has left a pipeline."""
-        self.post(v.GatewayLeft(request.gateway_id, request.pipeline_id))
+        self.post(events.GatewayLeft(request.gateway_id, request.pipeline_id))
         return pb.ReportLeftResponse()
 
     async def ReportSteps(self, request: pb.ReportStepsRequest, context: Context) -> pb.ReportStepsResponse:
         """What a pipeline's steps take."""
         seconds = tuple(us * 1e-6 for us in request.step_us)
-        self.post(v.StepsMeasured(request.gateway_id, request.pipeline_id, request.epoch, seconds))
+        self.post(events.StepsMeasured(request.gateway_id, request.pipeline_id, request.epoch, seconds))
         return pb.ReportStepsResponse()
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
@@ -249,5 +249,5 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             known = ", ".join(sorted(self._mesh.workers)) or "none"
             raise NotFound(f"no worker {request.worker_id!r} is registered; registered: {known}")
         pipelines = self._mesh.pipelines_of(request.worker_id)
-        self.post(v.DrainRequested(request.worker_id))
+        self.post(events.DrainRequested(request.worker_id))
         return pb.DrainResponse(pipeline_ids=pipelines)

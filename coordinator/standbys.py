@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import actions, events
 from . import values as v
 from .forming import RETRY_MAX_S, Former, State
 from .warming import copies
@@ -34,28 +35,30 @@ class Warmer(Former):
         if not self.pipelines_of(worker.info.worker_id):
             worker.kept = None
         info = worker.info
-        self._act(v.Prepare(info.worker_id, info.incarnation, info.address, layers))
+        self._act(actions.Prepare(info.worker_id, info.incarnation, info.address, layers))
 
-    def _prepared(self, event: v.Prepared | v.PrepareFailed) -> None:
+    def _prepared(self, event: events.Prepared | events.PrepareFailed) -> None:
         if not self.knows(event.worker_id, event.incarnation):
             return
         worker = self.workers[event.worker_id]
         if worker.preparing != event.layers:
             return  # It was given a stage meanwhile.
         worker.preparing = None
-        if isinstance(event, v.Prepared) and event.fingerprint == self.target.fingerprint:
+        if isinstance(event, events.Prepared) and event.fingerprint == self.target.fingerprint:
             if self.pipelines_of(event.worker_id):
                 worker.beside = event.layers
             else:
                 worker.kept = event.layers
             self._log(f"worker {event.worker_id} has layers {event.layers[0]}-{event.layers[1] - 1} ready")
-        elif isinstance(event, v.PrepareFailed) and not event.final:
+        elif isinstance(event, events.PrepareFailed) and not event.final:
             worker.prepare_after = self._now + RETRY_MAX_S
             reason = f"worker {event.worker_id} has not loaded layers {event.layers}: {event.reason}"
             self._log(reason, warning=True)
             self._cannot_load(event.layers, reason, final=False)
         else:
-            what = event.reason if isinstance(event, v.PrepareFailed) else "it has another revision of the checkpoint"
+            what = (
+                event.reason if isinstance(event, events.PrepareFailed) else "it has another revision of the checkpoint"
+            )
             reason = f"worker {event.worker_id} cannot load layers {event.layers[0]}-{event.layers[1] - 1}: {what}"
             self._log(reason, warning=True)
             for pipeline in self.pipelines.values():

@@ -8,6 +8,7 @@ from typing import Any
 
 from stagemesh.errors import ConfigError, Unavailable
 
+from . import events
 from . import values as v
 from .cost import Kind, kinds
 from .forming import RETRY_MAX_S, Pipeline, State
@@ -93,7 +94,7 @@ class Wishes(Warmer):
                 "repartition auto"
             )
 
-    def _steps_measured(self, event: v.StepsMeasured) -> None:
+    def _steps_measured(self, event: events.StepsMeasured) -> None:
         times = self.step_times.get(event.pipeline_id)
         if times is not None:
             times.note(event.gateway_id, event.epoch, list(event.seconds), self._now)

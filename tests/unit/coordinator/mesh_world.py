@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TypeVar
 
 from stagemesh.checkpoint import CheckpointInfo, Part
+from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.cost import CostModel
 from stagemesh.coordinator.forming import State
@@ -37,10 +38,10 @@ class World:
         self.now = 100.0
         goal = goal or target()
         self.mesh = Mesh(goal, now=self.now, nonce=Nonces(1).next, lease_s=LEASE_S, **kwargs)  # type: ignore[arg-type]
-        self.actions: list[v.Action] = []
+        self.actions: list[actions.Action] = []
         self.lives: Counter[str] = Counter()
 
-    def send(self, event: v.Event) -> list[v.Action]:
+    def send(self, event: events.Event) -> list[actions.Action]:
         """One event; its actions are kept too."""
         done = self.mesh.handle(event, self.now)
         self.actions += done
@@ -59,36 +60,36 @@ class World:
         info = v.WorkerInfo(
             name, self.lives[name], f"{name}:1", pool, tp, bytes_per_s=1e10, flops_per_s=1e11, transports=transports
         )
-        self.send(v.WorkerRegistered(dataclasses.replace(info, **changes)))
+        self.send(events.WorkerRegistered(dataclasses.replace(info, **changes)))
 
     def lose(self, name: str) -> None:
-        self.send(v.WorkerLost(name, self.lives[name], "its keep-alive stream ended"))
+        self.send(events.WorkerLost(name, self.lives[name], "its keep-alive stream ended"))
 
     def load(self, stage: int, *, pages: int = 4, revision: str = REVISION, epoch: int | None = None) -> None:
         done = v.Loaded(pages, 10, 20, revision)
-        self.send(v.AssignDone("pipeline-0", self.epoch if epoch is None else epoch, stage, done))
+        self.send(events.AssignDone("pipeline-0", self.epoch if epoch is None else epoch, stage, done))
 
     def link(self, stage: int, epoch: int | None = None) -> None:
         """The link behind a stage stands; behind the last but one, the tokens' link from last to first does, too."""
         at = ("pipeline-0", self.epoch if epoch is None else epoch)
         stages = len(self.mesh.pipelines["pipeline-0"].stages)
         if stage == stages - 2:
-            self.send(v.LinkUp(*at, stages - 1, "shared memory"))
-        self.send(v.LinkUp(*at, stage, "shared memory"))
+            self.send(events.LinkUp(*at, stages - 1, "shared memory"))
+        self.send(events.LinkUp(*at, stage, "shared memory"))
 
     def ack(self, stage: int, epoch: int | None = None) -> None:
-        self.send(v.Activated("pipeline-0", self.epoch if epoch is None else epoch, stage))
+        self.send(events.Activated("pipeline-0", self.epoch if epoch is None else epoch, stage))
 
     def prepared(self, name: str, *, revision: str = REVISION, failed: str = "", final: bool = True) -> None:
         """A standby has loaded what it was told to, or could not."""
         layers = self.mesh.workers[name].preparing or (0, 0)
         if failed:
-            self.send(v.PrepareFailed(name, self.lives[name], layers, failed, final))
+            self.send(events.PrepareFailed(name, self.lives[name], layers, failed, final))
         else:
-            self.send(v.Prepared(name, self.lives[name], layers, revision))
+            self.send(events.Prepared(name, self.lives[name], layers, revision))
 
     def fail(self, stage: int, what: str, reason: str = "boom", **flags: bool) -> None:
-        self.send(v.StepFailed("pipeline-0", self.epoch, stage, what, reason, **flags))
+        self.send(events.StepFailed("pipeline-0", self.epoch, stage, what, reason, **flags))
 
     def serve(self) -> None:
         """From assigned to serving."""
@@ -102,24 +103,24 @@ class World:
 
     def gateway(self, name: str = "g") -> None:
         """One follows the mesh."""
-        self.send(v.GatewayCame(name))
+        self.send(events.GatewayCame(name))
 
     def prepare_move(self, *, layout: str = "") -> None:
         """The next epoch's workers do what they are told, until gateways are."""
         move = self.mesh.moves["pipeline-0"]
         at = ("pipeline-0", move.epoch)
         for stage in range(len(move.stages)):
-            self.send(v.AssignDone(*at, stage, v.Loaded(4, 10, 20, REVISION, layout)))
-        for link in self.took(v.MakeLink):
+            self.send(events.AssignDone(*at, stage, v.Loaded(4, 10, 20, REVISION, layout)))
+        for link in self.took(actions.MakeLink):
             assert link.epoch == move.epoch
             index = link.copy.index if link.copy is not None else None
-            self.send(v.LinkUp(*at, link.stage, "shared memory", index))
+            self.send(events.LinkUp(*at, link.stage, "shared memory", index))
         for stage in range(len(move.stages)):
-            self.send(v.Activated(*at, stage))
+            self.send(events.Activated(*at, stage))
 
     def moved(self, gateway: str = "g", error: str = "") -> None:
         """A gateway has gone over, or says why it could not."""
-        self.send(v.GatewayMoved(gateway, "pipeline-0", self.mesh.moves["pipeline-0"].epoch, error))
+        self.send(events.GatewayMoved(gateway, "pipeline-0", self.mesh.moves["pipeline-0"].epoch, error))
 
     def wait(self, seconds: float, *alive: str) -> None:
         """Time passes in ticks of 50 ms; `alive` workers renew."""
@@ -127,8 +128,8 @@ class World:
         while self.now < end:
             self.now += 0.05
             for name in alive:
-                self.send(v.LeaseRenewed(name, self.lives[name]))
-            self.send(v.Tick())
+                self.send(events.LeaseRenewed(name, self.lives[name]))
+            self.send(events.Tick())
 
     @property
     def epoch(self) -> int:

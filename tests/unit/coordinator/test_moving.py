@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from mesh_world import REVISION, World, serving
 
+from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.forming import State
 from stagemesh.coordinator.moving import pages_to_copy
@@ -39,7 +40,7 @@ def repartitioned() -> World:
     """Two stages of three layers, told to become four and two, with a gateway."""
     world = serving()
     world.gateway()
-    world.send(v.RepartitionRequested(((0, 4), (4, 6))))
+    world.send(events.RepartitionRequested(((0, 4), (4, 6))))
     return world
 
 
@@ -47,11 +48,11 @@ class TestRepartition:
     def test_members_load_what_they_lack_beside_serving_then_gateways_go_over(self) -> None:
         world = repartitioned()
         before = world.epoch
-        assert [(p.worker_id, p.layers) for p in world.took(v.Prepare)] == [("a", (0, 4)), ("b", (4, 6))]
+        assert [(p.worker_id, p.layers) for p in world.took(actions.Prepare)] == [("a", (0, 4)), ("b", (4, 6))]
         world.prepared("a")
         assert "pipeline-0" not in world.mesh.moves, "not before all have loaded"
         world.prepared("b")
-        assigned = world.took(v.Assign)
+        assigned = world.took(actions.Assign)
         assert [(a.plan.worker_id, a.plan.layers, a.epoch, a.beside) for a in assigned] == [
             ("a", (0, 4), before + 1, True),
             ("b", (4, 6), before + 1, True),
@@ -63,12 +64,12 @@ class TestRepartition:
         world.actions.clear()
         world.moved()
         assert (world.epoch, world.ranges, world.state) == (before + 1, [(0, 4), (4, 6)], State.SERVING)
-        assert [(r.worker_id, r.epoch) for r in world.took(v.Release)] == [("a", before), ("b", before)]
+        assert [(r.worker_id, r.epoch) for r in world.took(actions.Release)] == [("a", before), ("b", before)]
 
     def test_a_pipeline_that_is_lost_afterwards_keeps_the_ranges(self) -> None:
         world = repartitioned()
         world.prepared("a"), world.prepared("b")
-        world.took(v.Assign)
+        world.took(actions.Assign)
         world.prepare_move()
         world.moved()
         world.lose("b")
@@ -100,8 +101,8 @@ class TestWhatGoesWrong:
         for name in gateways:
             world.gateway(name)
         world.prepared("spare")
-        world.send(v.DrainRequested("a"))
-        world.took(v.Assign)
+        world.send(events.DrainRequested("a"))
+        world.took(actions.Assign)
         world.prepare_move()
         world.actions.clear()
         return world
@@ -110,24 +111,24 @@ class TestWhatGoesWrong:
         world = serving("spare")
         world.prepared("spare")
         before = world.epoch
-        world.send(v.DrainRequested("a"))
+        world.send(events.DrainRequested("a"))
         world.actions.clear()
         world.lose("spare")
         assert (world.epoch, world.state, world.holders) == (before, State.DRAINING, ["a", "b"])
-        released = world.took(v.Release)
+        released = world.took(actions.Release)
         assert [(r.worker_id, r.epoch, r.alone) for r in released] == [("b", before + 1, True)]
 
     def test_a_worker_whose_pages_are_laid_out_otherwise_takes_over_the_hard_way(self) -> None:
         world = serving("spare")
         world.prepared("spare")
         before = world.epoch
-        world.send(v.DrainRequested("a"))
-        world.took(v.Assign)
+        world.send(events.DrainRequested("a"))
+        world.took(actions.Assign)
         for _ in range(2):
             move = world.mesh.moves["pipeline-0"]
             for stage in range(2):
                 loaded = v.Loaded(4, 10, 20, world.mesh.target.fingerprint, "otherwise")
-                world.send(v.AssignDone("pipeline-0", move.epoch, stage, loaded))
+                world.send(events.AssignDone("pipeline-0", move.epoch, stage, loaded))
             world.wait(2.5, "a", "b", "spare")
         assert (world.state, world.holders) == (State.FORMING, ["spare", "b"])
         assert world.epoch > before + 2, "no epoch is used twice"
@@ -166,7 +167,7 @@ class TestWhatGoesWrong:
     def test_a_gateway_that_goes_is_not_waited_for(self) -> None:
         world = self.ready("g")
         before = world.epoch
-        world.send(v.GatewayGone("g"))
+        world.send(events.GatewayGone("g"))
         world.wait(1, "a", "b", "spare")
         assert world.epoch == before, "it may come back"
         world.wait(1.5, "a", "b", "spare")
@@ -179,7 +180,7 @@ class TestWhatGoesWrong:
         assert "pipeline-0" not in world.mesh.moves
         world.join("b")
         assert world.epoch > before + 1
-        world.send(v.GatewayMoved("g", "pipeline-0", before + 1))
+        world.send(events.GatewayMoved("g", "pipeline-0", before + 1))
         assert world.state is State.FORMING, "late news"
 
     def test_other_ranges_that_a_gateway_cannot_follow_are_given_up(self) -> None:
@@ -190,7 +191,7 @@ class TestWhatGoesWrong:
         for _ in range(4):
             if "pipeline-0" not in world.mesh.moves:
                 break
-            world.took(v.Assign)
+            world.took(actions.Assign)
             world.prepare_move()
             epochs.add(world.mesh.moves["pipeline-0"].epoch)
             world.moved("g")
@@ -217,7 +218,7 @@ class TestWhatGoesWrong:
     def test_what_a_move_left_behind_at_a_restart_is_released_everywhere(self) -> None:
         world = serving()
         world.gateway()
-        world.send(v.RepartitionRequested(((0, 4), (4, 6))))
+        world.send(events.RepartitionRequested(((0, 4), (4, 6))))
         world.prepared("a"), world.prepared("b")
         move, pipeline = world.mesh.moves["pipeline-0"], world.mesh.pipelines["pipeline-0"]
         plan = v.StoredPlan(
@@ -234,6 +235,6 @@ class TestWhatGoesWrong:
             )
             new.join(name, same_life=True, held=held)
         assert (new.state, new.epoch, new.ranges) == (State.SERVING, world.epoch, [(0, 3), (3, 6)])
-        released = [(r.worker_id, r.epoch, r.alone) for r in new.took(v.Release)]
+        released = [(r.worker_id, r.epoch, r.alone) for r in new.took(actions.Release)]
         assert {("a", move.epoch, True), ("b", move.epoch, True)} <= set(released)
         assert not [r for r in released if r[1] == world.epoch]

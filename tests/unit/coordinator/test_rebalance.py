@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from mesh_world import World, serving, target
 
+from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.cost import CostModel, Kind
 from stagemesh.coordinator.forming import State
@@ -13,7 +14,7 @@ from stagemesh.coordinator.rebalance import advise, better_worker
 
 def measured(world: World, *milliseconds: float) -> None:
     """A gateway says so."""
-    world.send(v.StepsMeasured("g", "pipeline-0", world.epoch, tuple(ms / 1000 for ms in milliseconds)))
+    world.send(events.StepsMeasured("g", "pipeline-0", world.epoch, tuple(ms / 1000 for ms in milliseconds)))
 
 
 def kinds_of(world: World, count: int = 2) -> tuple[CostModel, list[Kind]]:
@@ -68,7 +69,7 @@ def steps(world: World, seconds: float, *milliseconds: float) -> None:
 
 def finish(world: World) -> None:
     world.prepared("a"), world.prepared("b")
-    world.took(v.Assign)
+    world.took(actions.Assign)
     world.prepare_move()
     world.moved()
 
@@ -77,7 +78,7 @@ class TestRebalance:
     def test_what_lasts_moves_layers_and_what_came_of_it_is_kept(self) -> None:
         world = rebalancing()
         steps(world, 8, 30, 15)
-        assert not world.took(v.Prepare), "not at the first sight"
+        assert not world.took(actions.Prepare), "not at the first sight"
         steps(world, 12, 30, 15)
         assert world.mesh.ranges == ((0, 2), (2, 6))
         finish(world)
@@ -94,7 +95,7 @@ class TestRebalance:
             steps(world, 6, 30, 15)
             steps(world, 6, 22, 20)
         assert world.ranges == [(0, 3), (3, 6)]
-        assert not world.took(v.Prepare)
+        assert not world.took(actions.Prepare)
 
     def test_not_again_at_once(self) -> None:
         world = rebalancing()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from mesh_world import BOTH, LEASE_S, REVISION, World, serving, target
 
+from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.forming import State
 
@@ -13,12 +14,12 @@ class TestForming:
     def test_waits_until_every_stage_has_a_worker(self) -> None:
         world = World()
         world.join("a")
-        assert (world.state, world.took(v.Assign)) == (State.DOWN, [])
+        assert (world.state, world.took(actions.Assign)) == (State.DOWN, [])
         assert "stage 1 has no worker" in world.reason
         assert not world.final
         world.join("b")
         assert world.state is State.FORMING
-        assert [(a.plan.worker_id, a.plan.layers, a.address) for a in world.took(v.Assign)] == [
+        assert [(a.plan.worker_id, a.plan.layers, a.address) for a in world.took(actions.Assign)] == [
             ("a", (0, 3), "a:1"),
             ("b", (3, 6), "b:1"),
         ]
@@ -27,19 +28,19 @@ class TestForming:
         world = World(target(3))
         for name in "abc":
             world.join(name)
-        world.took(v.Assign)
+        world.took(actions.Assign)
         world.load(0), world.load(2)
-        assert world.took(v.MakeLink) == []
+        assert world.took(actions.MakeLink) == []
         world.load(1)
-        assert [(m.stage, m.transport, m.receiver_id) for m in world.took(v.MakeLink)] == [
+        assert [(m.stage, m.transport, m.receiver_id) for m in world.took(actions.MakeLink)] == [
             (0, "ucx", "b"),
             (1, "ucx", "c"),
             (2, "ucx", "a"),
         ]
         world.link(1)
-        assert world.took(v.Activate) == []
+        assert world.took(actions.Activate) == []
         world.link(0)
-        assert [a.stage for a in world.took(v.Activate)] == [0, 1, 2]
+        assert [a.stage for a in world.took(actions.Activate)] == [0, 1, 2]
         world.ack(0), world.ack(2)
         assert world.state is State.FORMING
         world.ack(1)
@@ -49,18 +50,18 @@ class TestForming:
         world = World()
         world.join("a"), world.join("b")
         kinds = [type(a) for a in world.actions]
-        assert kinds.index(v.PersistEpoch) < kinds.index(v.Assign)
+        assert kinds.index(actions.PersistEpoch) < kinds.index(actions.Assign)
         world.load(0), world.load(1), world.link(0), world.ack(0)
         world.actions.clear()
         world.ack(1)
         kinds = [type(a) for a in world.actions]
-        assert kinds.index(v.PersistPlan) < kinds.index(v.Publish)
+        assert kinds.index(actions.PersistPlan) < kinds.index(actions.Publish)
 
     def test_one_stage_needs_no_link(self) -> None:
         world = World(target(1))
         world.join("a")
         world.load(0)
-        assert [a.stage for a in world.took(v.Activate)] == [0]
+        assert [a.stage for a in world.took(actions.Activate)] == [0]
         world.ack(0)
         assert world.state is State.SERVING
 
@@ -68,7 +69,7 @@ class TestForming:
         world = World()
         world.join("a", 0, tp=2), world.join("b", 1, tp=4)
         world.load(0), world.load(1)
-        link, tokens = world.took(v.MakeLink)
+        link, tokens = world.took(actions.MakeLink)
         assert len(set(link.nonces)) == 4
         assert all(0 < nonce < 1 << 32 for nonce in link.nonces)
         assert (link.tokens, link.receiver_stage) == (False, 1)
@@ -79,8 +80,8 @@ class TestForming:
         world = World()
         world.join("a"), world.join("b")
         world.actions.clear()
-        world.send(v.AssignProgress("pipeline-0", world.epoch, 1, 5, 10))
-        assert world.took(v.Publish) == [v.Publish(urgent=False)]
+        world.send(events.AssignProgress("pipeline-0", world.epoch, 1, 5, 10))
+        assert world.took(actions.Publish) == [actions.Publish(urgent=False)]
         assert world.mesh.workers["b"].progress == v.Progress(5, 10)
 
     def test_standbys_are_left_alone(self) -> None:
@@ -99,14 +100,14 @@ class TestTransport:
 
     def test_auto_falls_back_with_a_warning_that_says_why(self) -> None:
         world = self.form("auto", ("tcp", "ucx"), ("tcp",))
-        (warning,) = [a.message for a in world.actions if isinstance(a, v.Log) and a.warning]
+        (warning,) = [a.message for a in world.actions if isinstance(a, actions.Log) and a.warning]
         assert "b did not open ucx" in warning
-        assert [m.transport for m in world.took(v.MakeLink)] == ["tcp"] * 2
+        assert [m.transport for m in world.took(actions.MakeLink)] == ["tcp"] * 2
 
     def test_tcp_when_asked_for_is_no_warning(self) -> None:
         world = self.form("tcp", ("tcp", "ucx"), ("tcp", "ucx"))
-        assert not [a for a in world.actions if isinstance(a, v.Log) and a.warning]
-        assert [m.transport for m in world.took(v.MakeLink)] == ["tcp"] * 2
+        assert not [a for a in world.actions if isinstance(a, actions.Log) and a.warning]
+        assert [m.transport for m in world.took(actions.MakeLink)] == ["tcp"] * 2
 
     def test_ucx_asked_for_and_missing(self) -> None:
         world = self.form("ucx", ("tcp", "ucx"), ("tcp",))
@@ -121,12 +122,14 @@ class TestTransport:
     def test_auto_gives_ucx_up_between_two_workers_where_it_failed_twice(self) -> None:
         world = self.form("auto", ("tcp", "ucx"), ("tcp", "ucx"))
         for _ in range(2):
-            assert [m.transport for m in world.took(v.MakeLink)] == ["ucx"] * 2
+            assert [m.transport for m in world.took(actions.MakeLink)] == ["ucx"] * 2
             world.fail(0, "link", "handshake timed out", transport_failed=True)
             world.wait(2.5, "a", "b")
             world.load(0), world.load(1)
-        assert any("handshake timed out" in a.message for a in world.actions if isinstance(a, v.Log) and a.warning)
-        assert [m.transport for m in world.took(v.MakeLink)] == ["tcp"] * 2
+        assert any(
+            "handshake timed out" in a.message for a in world.actions if isinstance(a, actions.Log) and a.warning
+        )
+        assert [m.transport for m in world.took(actions.MakeLink)] == ["tcp"] * 2
 
 
 class TestLoss:
@@ -135,7 +138,10 @@ class TestLoss:
         before = world.epoch
         world.lose("b")
         assert (world.state, world.epoch) == (State.FORMING, before + 1)
-        assert [(a.plan.worker_id, a.plan.layers) for a in world.took(v.Assign)] == [("a", (0, 3)), ("spare", (3, 6))]
+        assert [(a.plan.worker_id, a.plan.layers) for a in world.took(actions.Assign)] == [
+            ("a", (0, 3)),
+            ("spare", (3, 6)),
+        ]
         world.serve()
         assert world.state is State.SERVING
 
@@ -145,7 +151,7 @@ class TestLoss:
         world.lose("b")
         assert (world.state, world.epoch, world.final) == (State.DOWN, before + 1, False)
         assert "stage 1: worker b is lost: its keep-alive stream ended" in world.reason
-        assert [(r.worker_id, r.epoch) for r in world.took(v.Release)] == [("a", before)]
+        assert [(r.worker_id, r.epoch) for r in world.took(actions.Release)] == [("a", before)]
         world.join("b")
         assert (world.state, world.epoch) == (State.FORMING, before + 2)
 
@@ -161,7 +167,7 @@ class TestLoss:
     def test_nobody_is_lost_when_the_coordinator_itself_stood_still(self) -> None:
         world = serving()
         world.now += 30.0
-        world.send(v.Tick())
+        world.send(events.Tick())
         assert world.state is State.SERVING
         world.wait(0.7)
         assert world.state is State.DOWN
@@ -177,7 +183,7 @@ class TestLoss:
         world = serving()
         world.join("b")
         world.serve()
-        world.send(v.WorkerLost("b", 1, "late"))
+        world.send(events.WorkerLost("b", 1, "late"))
         assert world.state is State.SERVING
 
     def test_a_standby_that_goes_changes_nothing(self) -> None:
@@ -200,7 +206,7 @@ class TestLoss:
     def test_orders_of_a_past_epoch_are_cancelled(self) -> None:
         world = serving("spare")
         world.lose("b")
-        assert max(f.epoch for f in world.took(v.Forget)) == world.epoch
+        assert max(f.epoch for f in world.took(actions.Forget)) == world.epoch
 
 
 class TestFailures:
@@ -228,9 +234,9 @@ class TestFailures:
         assert "stage 1: worker b cannot assign: tensor model.norm.weight is missing" in world.reason
         before = world.epoch
         world.wait(10, "a", "b")
-        assert (world.epoch, world.took(v.Assign)) == (before, [])
+        assert (world.epoch, world.took(actions.Assign)) == (before, [])
         world.join("spare")
-        assert [a.plan.worker_id for a in world.took(v.Assign)] == ["a", "spare"]
+        assert [a.plan.worker_id for a in world.took(actions.Assign)] == ["a", "spare"]
 
     def test_a_new_life_of_the_worker_is_asked_again(self) -> None:
         world = World()
@@ -260,19 +266,19 @@ class TestFailures:
     def test_a_broken_link_waits_a_moment_for_the_neighbours_death(self) -> None:
         world = serving("spare")
         before = world.epoch
-        world.send(v.LinkBroken("a", "pipeline-0", before, "peer reset"))
+        world.send(events.LinkBroken("a", "pipeline-0", before, "peer reset"))
         assert (world.state, world.reason) == (State.FORMING, "stage 0: a link broke: peer reset")
-        assert world.took(v.Assign) == []
+        assert world.took(actions.Assign) == []
         world.lose("b")
         assert world.holders == ["a", "spare"]
 
     def test_a_broken_link_between_two_that_live_is_made_anew(self) -> None:
         world = serving()
         before = world.epoch
-        world.send(v.LinkBroken("a", "pipeline-0", before, "peer reset"))
+        world.send(events.LinkBroken("a", "pipeline-0", before, "peer reset"))
         world.wait(0.3, "a", "b")
         assert (world.epoch, world.holders) == (before + 1, ["a", "b"])
-        world.send(v.LinkBroken("b", "pipeline-0", before, "late news"))
+        world.send(events.LinkBroken("b", "pipeline-0", before, "late news"))
         world.serve()
         assert world.state is State.SERVING
 
@@ -287,7 +293,7 @@ class TestFailures:
 
 class TestStandby:
     def told(self, world: World) -> dict[str, v.Range]:
-        return {action.worker_id: action.layers for action in world.took(v.Prepare)}
+        return {action.worker_id: action.layers for action in world.took(actions.Prepare)}
 
     def test_standbys_load_different_stages_once_everything_serves(self) -> None:
         world = World()
@@ -333,7 +339,7 @@ class TestStandby:
         assert layers == (0, 3)
         world.lose("b")
         assert world.holders == ["a", "spare"]
-        world.send(v.Prepared("spare", life, layers, REVISION))
+        world.send(events.Prepared("spare", life, layers, REVISION))
         assert world.mesh.workers["spare"].kept is None
 
 
@@ -341,9 +347,9 @@ class TestStuck:
     def test_a_gateway_whose_steps_do_not_come_back_has_the_links_made_anew(self) -> None:
         world = serving()
         before = world.epoch
-        world.send(v.StepsStuck("g", "pipeline-0", before - 1, "late"))
+        world.send(events.StepsStuck("g", "pipeline-0", before - 1, "late"))
         assert (world.state, world.epoch) == (State.SERVING, before)
-        world.send(v.StepsStuck("g", "pipeline-0", before, "no step came back"))
+        world.send(events.StepsStuck("g", "pipeline-0", before, "no step came back"))
         assert world.state is State.FORMING
         assert "gateway g: no step came back" in world.reason
         world.wait(0.3, "a", "b")
@@ -351,7 +357,7 @@ class TestStuck:
 
     def test_two_that_do_not_reach_each_other_are_not_made_neighbours(self) -> None:
         world = serving("spare")
-        world.send(v.StepsStuck("g", "pipeline-0", world.epoch, "no step came back"))
+        world.send(events.StepsStuck("g", "pipeline-0", world.epoch, "no step came back"))
         world.wait(0.3, "a", "b", "spare")
         assert world.holders == ["a", "b"], "nobody knows yet what is to blame"
         world.load(0), world.load(1)
@@ -373,32 +379,32 @@ class TestDrain:
         world = serving("spare")
         world.prepared("spare")
         before = world.epoch
-        world.send(v.DrainRequested("b"))
+        world.send(events.DrainRequested("b"))
         assert (world.state, world.epoch) == (State.SERVING, before), "what runs goes on, and new requests are taken"
-        assert [(p.worker_id, p.layers) for p in world.took(v.Prepare)] == [("spare", (3, 6))]
+        assert [(p.worker_id, p.layers) for p in world.took(actions.Prepare)] == [("spare", (3, 6))]
         world.prepared("spare")
         assert (world.holders, world.epoch, world.state) == (["a", "b"], before, State.SERVING), "it goes on meanwhile"
         world.prepare_move()
         assert (world.holders, world.epoch) == (["a", "spare"], before + 1)
-        assert [(r.worker_id, r.epoch, r.alone) for r in world.took(v.Release)] == [
+        assert [(r.worker_id, r.epoch, r.alone) for r in world.took(actions.Release)] == [
             ("a", before, False),
             ("b", before, False),
         ]
         world.wait(5, "a", "b", "spare")
         assert (world.state, world.epoch) == (State.SERVING, before + 1)
-        assert world.took(v.Prepare) == [], "a worker that drains is no standby"
+        assert world.took(actions.Prepare) == [], "a worker that drains is no standby"
 
     def test_at_once_to_one_that_has_them(self) -> None:
         world = serving("spare")
         world.prepared("spare")
-        world.send(v.DrainRequested("a"))
+        world.send(events.DrainRequested("a"))
         world.prepare_move()
         assert world.holders == ["spare", "b"]
 
     def test_without_another_worker_nothing_new_is_taken_until_one_comes(self) -> None:
         world = serving()
         before = world.epoch
-        world.send(v.DrainRequested("b"))
+        world.send(events.DrainRequested("b"))
         assert (world.state, world.epoch) == (State.DRAINING, before)
         assert "stage 1: worker b drains" in world.reason
         world.wait(5, "a", "b")
@@ -412,14 +418,14 @@ class TestDrain:
     def test_one_that_goes_before_it_has_moved(self) -> None:
         world = serving("spare")
         before = world.epoch
-        world.send(v.DrainRequested("b"))
+        world.send(events.DrainRequested("b"))
         world.lose("b")
         assert (world.holders, world.epoch) == (["a", "spare"], before + 1)
 
     def test_another_that_cannot_load_them(self) -> None:
         world = serving("spare")
         world.prepared("spare")
-        world.send(v.DrainRequested("b"))
+        world.send(events.DrainRequested("b"))
         world.prepared("spare", failed="no memory")
         assert world.state is State.DRAINING
         assert world.holders == ["a", "b"]
@@ -427,7 +433,7 @@ class TestDrain:
     def test_a_draining_worker_gets_no_stage(self) -> None:
         world = World()
         world.join("a")
-        world.send(v.DrainRequested("a"))
+        world.send(events.DrainRequested("a"))
         world.join("b")
         assert world.state is State.DOWN
         world.join("c")
@@ -437,7 +443,7 @@ class TestDrain:
         world = World()
         for name in ("a", "b", "spare"):
             world.join(name)
-        world.send(v.DrainRequested("a"))
+        world.send(events.DrainRequested("a"))
         assert sorted(world.holders) == ["b", "spare"]
 
 
@@ -472,7 +478,7 @@ class TestRestart:
         new.join("b", same_life=True, held=self.held(old, "b"))
         assert not new.mesh.restoring
         assert (new.state, new.epoch, new.holders) == (State.SERVING, old.epoch, ["a", "b"])
-        assert new.took(v.Assign) + new.took(v.Release) == []
+        assert new.took(actions.Assign) + new.took(actions.Release) == []
         assert new.mesh.pipelines["pipeline-0"].routes[0] == "shared memory"
 
     def test_one_that_does_not_come_back_is_waited_for_then_replaced(self) -> None:
@@ -481,7 +487,7 @@ class TestRestart:
         new.join("a", same_life=True, held=self.held(old, "a"))
         new.join("spare")
         new.wait(LEASE_S, "a", "spare")
-        assert (new.state, new.took(v.Assign)) == (State.DOWN, [])
+        assert (new.state, new.took(actions.Assign)) == (State.DOWN, [])
         new.wait(2.0, "a", "spare")
         assert (new.epoch, new.holders) == (old.epoch + 1, ["a", "spare"])
 
@@ -495,7 +501,7 @@ class TestRestart:
         else:
             new.join("b", same_life=True, held=self.held(old, "b", active=False) if how == "not active" else ())
         assert (new.state, new.epoch) == (State.FORMING, old.epoch + 1)
-        assert ("a", old.epoch) in [(r.worker_id, r.epoch) for r in new.took(v.Release)]
+        assert ("a", old.epoch) in [(r.worker_id, r.epoch) for r in new.took(actions.Release)]
 
     def test_other_terms_are_another_pipeline(self) -> None:
         old = serving()
@@ -510,7 +516,7 @@ class TestRestart:
         world.join("a", held=(v.Held("pipeline-0", 41, 0, (0, 3), 7, True, REVISION),))
         world.join("b")
         assert world.epoch == 42
-        assert ("a", 41) in [(r.worker_id, r.epoch) for r in world.took(v.Release)]
+        assert ("a", 41) in [(r.worker_id, r.epoch) for r in world.took(actions.Release)]
 
     def test_a_later_epoch_heard_while_serving_makes_a_still_later_one(self) -> None:
         world = serving()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mesh_world import LAYERS, REVISION, World, target
 
+from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.forming import Phase, State
 from stagemesh.coordinator.moving import Move
@@ -24,7 +25,7 @@ class Stories(RuleBasedStateMachine):
     def start(self, stages: int) -> None:
         self.world = World(target(stages), replicas=dict.fromkeys(range(stages), 2))
         self.stages = stages
-        self.assigned: dict[tuple[str, int], dict[int, v.Assign]] = {}
+        self.assigned: dict[tuple[str, int], dict[int, actions.Assign]] = {}
         self.acked: dict[tuple[str, int], set[int]] = {}
         self.persisted: dict[str, int] = {}
         self.highest: dict[str, int] = {}
@@ -40,10 +41,10 @@ class Stories(RuleBasedStateMachine):
         world = self.world
         for action in world.actions[self.seen :]:
             match action:
-                case v.PersistEpoch(name, epoch):
+                case actions.PersistEpoch(name, epoch):
                     assert epoch > self.persisted.get(name, 0), "epochs rise strictly"
                     self.persisted[name] = epoch
-                case v.Assign():
+                case actions.Assign():
                     key = (action.pipeline_id, action.epoch)
                     assert self.persisted[action.pipeline_id] == action.epoch, "written down before it is told"
                     held = self.assigned.setdefault(key, {})
@@ -51,18 +52,18 @@ class Stories(RuleBasedStateMachine):
                     assert action.plan.worker_id not in [a.plan.worker_id for a in held.values()]
                     held[action.plan.stage] = action
                     self.nonces.append(action.plan.generation)
-                case v.Prepare():
+                case actions.Prepare():
                     assert 0 <= action.layers[0] < action.layers[1] <= LAYERS
-                case v.MakeLink():
+                case actions.MakeLink():
                     self.nonces += action.nonces
-                case v.Activate():
+                case actions.Activate():
                     assert len(self.assigned[action.pipeline_id, action.epoch]) == self.stages
-                case v.PersistPlan(plan):
+                case actions.PersistPlan(plan):
                     key = (plan.pipeline_id, plan.epoch)
                     assert self.acked.get(key, set()) == set(range(self.stages)), "serves before every ack"
         self.seen = len(world.actions)
 
-    def send(self, event: v.Event) -> None:
+    def send(self, event: events.Event) -> None:
         self.world.send(event)
         self.check()
 
@@ -74,11 +75,11 @@ class Stories(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
     def lose(self, name: str, back: int) -> None:
-        self.send(v.WorkerLost(name, self.world.lives[name] - back, "gone"))
+        self.send(events.WorkerLost(name, self.world.lives[name] - back, "gone"))
 
     @rule(name=st.sampled_from(NAMES))
     def drain(self, name: str) -> None:
-        self.send(v.DrainRequested(name))
+        self.send(events.DrainRequested(name))
 
     @rule(name=st.sampled_from(NAMES), good=st.booleans(), final=st.booleans())
     def prepared(self, name: str, good: bool, final: bool) -> None:
@@ -97,7 +98,7 @@ class Stories(RuleBasedStateMachine):
             return
         epoch = self.world.mesh.pipelines[pipeline].epoch - back
         if stage in self.assigned.get((pipeline, epoch), {}):
-            self.send(v.AssignDone(pipeline, epoch, stage, v.Loaded(4 if good else 1, fingerprint=REVISION)))
+            self.send(events.AssignDone(pipeline, epoch, stage, v.Loaded(4 if good else 1, fingerprint=REVISION)))
 
     @rule(
         pipeline=st.sampled_from(("pipeline-0", "pipeline-1")),
@@ -116,15 +117,15 @@ class Stories(RuleBasedStateMachine):
         epoch, phase = at.epoch - back, at.phase
         if isinstance(at, Move) and phase is Phase.LINK:
             for copy in at.copies:
-                self.send(v.LinkUp(pipeline, epoch, copy.from_stage, "tcp", copy.index))
+                self.send(events.LinkUp(pipeline, epoch, copy.from_stage, "tcp", copy.index))
         for stage in range(len(at.stages)):
             if phase is Phase.ASSIGN:
-                self.send(v.AssignDone(pipeline, epoch, stage, v.Loaded(4, fingerprint=REVISION)))
+                self.send(events.AssignDone(pipeline, epoch, stage, v.Loaded(4, fingerprint=REVISION)))
             elif phase is Phase.LINK and len(at.stages) > 1:
-                self.send(v.LinkUp(pipeline, epoch, stage, "tcp"))
+                self.send(events.LinkUp(pipeline, epoch, stage, "tcp"))
             elif phase is Phase.ACTIVATE:
                 self.acked.setdefault((pipeline, epoch), set()).add(stage)
-                self.send(v.Activated(pipeline, epoch, stage))
+                self.send(events.Activated(pipeline, epoch, stage))
 
     @rule(
         pipeline=st.sampled_from(("pipeline-0", "pipeline-1")),
@@ -136,42 +137,42 @@ class Stories(RuleBasedStateMachine):
     def fail(self, pipeline: str, stage: int, what: str, final: bool, back: int) -> None:
         at = self.world.mesh.pipelines.get(pipeline)
         if at is not None and stage < self.stages - (what == "link"):
-            self.send(v.StepFailed(pipeline, at.epoch - back, stage, what, "boom", final, what == "link"))
+            self.send(events.StepFailed(pipeline, at.epoch - back, stage, what, "boom", final, what == "link"))
 
     @rule(cuts=st.lists(st.integers(1, LAYERS - 1), min_size=2, max_size=2, unique=True))
     def repartition(self, cuts: list[int]) -> None:
         edges = [0, *sorted(cuts[: self.stages - 1]), LAYERS]
-        self.send(v.RepartitionRequested(tuple(pairwise(edges))))
+        self.send(events.RepartitionRequested(tuple(pairwise(edges))))
 
     @rule(stage=st.integers(0, 2), replicas=st.integers(0, 2))
     def scale(self, stage: int, replicas: int) -> None:
         if stage < self.stages:
-            self.send(v.ScaleRequested(stage, replicas))
+            self.send(events.ScaleRequested(stage, replicas))
 
     @rule(name=st.sampled_from(("g", "h")), pipeline=st.sampled_from(("pipeline-0", "pipeline-1")))
     def gateway_left(self, name: str, pipeline: str) -> None:
-        self.send(v.GatewayLeft(name, pipeline))
+        self.send(events.GatewayLeft(name, pipeline))
 
     @rule(name=st.sampled_from(("g", "h")), comes=st.booleans())
     def gateway(self, name: str, comes: bool) -> None:
         if comes:
             self.streams[name] += 1
-            self.send(v.GatewayCame(name))
+            self.send(events.GatewayCame(name))
         elif self.streams[name]:
             self.streams[name] -= 1
-            self.send(v.GatewayGone(name))
+            self.send(events.GatewayGone(name))
 
     @rule(name=st.sampled_from(("g", "h")), pipeline=st.sampled_from(("pipeline-0", "pipeline-1")), good=st.booleans())
     def gateway_moved(self, name: str, pipeline: str, good: bool) -> None:
         move = self.world.mesh.moves.get(pipeline)
         if move is not None:
-            self.send(v.GatewayMoved(name, pipeline, move.epoch, "" if good else "boom"))
+            self.send(events.GatewayMoved(name, pipeline, move.epoch, "" if good else "boom"))
 
     @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
     def break_link(self, name: str, back: int) -> None:
         at = self.world.mesh.pipelines.get("pipeline-0")
         if at is not None:
-            self.send(v.LinkBroken(name, "pipeline-0", at.epoch - back, "reset"))
+            self.send(events.LinkBroken(name, "pipeline-0", at.epoch - back, "reset"))
 
     @rule(seconds=st.sampled_from((0.05, 0.3, 2.5)), alive=st.integers(0, 4))
     def wait(self, seconds: float, alive: int) -> None:

@@ -8,6 +8,7 @@ import random
 import pytest
 from mesh_world import REVISION, World, target
 
+from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.forming import State
 from stagemesh.coordinator.moving import GONE_S
@@ -25,23 +26,23 @@ def settle(world: World, pages: int = PAGES, layouts: dict[str, str] | None = No
         for action in world.actions[seen:]:
             seen += 1
             match action:
-                case v.Assign(name, epoch, _, plan, _, shares):
+                case actions.Assign(name, epoch, _, plan, _, shares):
                     layout = (layouts or {}).get(plan.worker_id, "")
                     loaded = v.Loaded(pages // shares, 1, 2, REVISION, layout)
-                    world.send(v.AssignDone(name, epoch, plan.stage, loaded))
-                case v.MakeLink(name, epoch, stage):
+                    world.send(events.AssignDone(name, epoch, plan.stage, loaded))
+                case actions.MakeLink(name, epoch, stage):
                     index = action.copy.index if action.copy is not None else None
-                    world.send(v.LinkUp(name, epoch, stage, "tcp", index))
-                case v.Activate(name, epoch, stage):
-                    world.send(v.Activated(name, epoch, stage))
-                case v.Prepare(name, incarnation, _, layers):
-                    world.send(v.Prepared(name, incarnation, layers, REVISION))
+                    world.send(events.LinkUp(name, epoch, stage, "tcp", index))
+                case actions.Activate(name, epoch, stage):
+                    world.send(events.Activated(name, epoch, stage))
+                case actions.Prepare(name, incarnation, _, layers):
+                    world.send(events.Prepared(name, incarnation, layers, REVISION))
         for name, move in list(world.mesh.moves.items()):
             if move.published:
-                world.send(v.GatewayMoved("g", name, move.epoch))
+                world.send(events.GatewayMoved("g", name, move.epoch))
         for name, pipeline in list(world.mesh.pipelines.items()):
             if pipeline.leaving:
-                world.send(v.GatewayLeft("g", name))
+                world.send(events.GatewayLeft("g", name))
 
 
 def stages(world: World) -> dict[str, list[str]]:
@@ -70,14 +71,14 @@ def world() -> World:
 
 
 def test_one_more_worker_for_a_stage_is_one_more_pipeline(world: World) -> None:
-    world.took(v.Log)
+    world.took(actions.Log)
     world.join("b2", 1)
     settle(world)
     assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a", "b2"]}
     assert shares(world) == [2, 2]
     assert serving(world)
     # Before another one gets pages of a worker, those who have them all do with fewer.
-    order = [(a.pipeline_id, a.shares, a.beside) for a in world.took(v.Assign)]
+    order = [(a.pipeline_id, a.shares, a.beside) for a in world.took(actions.Assign)]
     assert order == [("pipeline-0", 2, True)] * 2 + [("pipeline-1", 2, False)] * 2
 
 
@@ -86,14 +87,14 @@ def test_a_standby_becomes_a_replica_when_an_operator_wants_it(world: World) -> 
     settle(world)
     assert len(stages(world)) == 1
     assert world.mesh.check_scale(0, 2) == 2
-    world.send(v.ScaleRequested(0, 2))
+    world.send(events.ScaleRequested(0, 2))
     settle(world)
     assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["c", "b"]}
-    world.send(v.ScaleRequested(0, 1))
+    world.send(events.ScaleRequested(0, 1))
     settle(world)
     assert stages(world) == {"pipeline-0": ["a", "b"]}
     assert shares(world) == [1], "it has the pages of all its workers again"
-    assert [a.replicas for a in world.took(v.PersistReplicas)] == [((0, 2),), ((0, 1),)]
+    assert [a.replicas for a in world.took(actions.PersistReplicas)] == [((0, 2),), ((0, 1),)]
     assert world.mesh.workers["c"].kept is not None, "a standby again"
 
 
@@ -114,12 +115,12 @@ def test_two_replicas_of_each_stage_share_nothing_and_three_share_the_least(worl
 def test_a_stage_that_was_shared_is_no_longer_when_it_gets_a_worker(world: World) -> None:
     world.join("b2", 1)
     settle(world)
-    world.took(v.Assign)
+    world.took(actions.Assign)
     world.join("a2", 0)
     settle(world)
     assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a2", "b2"]}
-    assert all(a.beside for a in world.took(v.Assign)), "while it served"
-    world.send(v.ScaleRequested(0, 1))
+    assert all(a.beside for a in world.took(actions.Assign)), "while it served"
+    world.send(events.ScaleRequested(0, 1))
     settle(world)
     assert len({names[0] for names in stages(world).values()}) == 1
     assert {names[1] for names in stages(world).values()} == {"b", "b2"}
@@ -130,15 +131,15 @@ def test_what_fails_again_and_again_is_given_up_until_something_changes(world: W
     for _ in range(3):
         world.wait(3.0, "a", "b", "b2")
         for name, move in list(world.mesh.moves.items()):
-            world.send(v.StepFailed(name, move.epoch, 0, "assign", "boom"))
+            world.send(events.StepFailed(name, move.epoch, 0, "assign", "boom"))
     assert "pipeline-0 stays as it is: 2 moves failed, the last one because stage 0: assign: boom" in (
         world.mesh.given_up
     )
-    world.took(v.Assign)
+    world.took(actions.Assign)
     world.wait(10.0, "a", "b", "b2")
-    assert not world.took(v.Assign)
+    assert not world.took(actions.Assign)
     assert world.mesh.pipelines["pipeline-0"].state is State.SERVING
-    world.send(v.ScaleRequested(1, 2))
+    world.send(events.ScaleRequested(1, 2))
     settle(world)
     assert serving(world)
     assert len(stages(world)) == 2
@@ -147,22 +148,24 @@ def test_what_fails_again_and_again_is_given_up_until_something_changes(world: W
 def test_a_pipeline_that_is_left_finishes_first(world: World) -> None:
     world.join("b2", 1)
     settle(world)
-    world.took(v.Release)
-    world.send(v.ScaleRequested(1, 1))
+    world.took(actions.Release)
+    world.send(events.ScaleRequested(1, 1))
     assert world.mesh.pipelines["pipeline-1"].leaving
     assert world.mesh.pipelines["pipeline-1"].state is State.DRAINING
     world.wait(1.0, "a", "b", "b2")
-    assert not world.took(v.Release), "its gateway has not left it"
-    world.send(v.GatewayLeft("g", "pipeline-1"))
-    assert {a.worker_id for a in world.took(v.Release)} == {"a", "b2"}
-    assert [a.pipeline_id for a in world.mesh.handle(v.Tick(), world.now) if isinstance(a, v.ForgetPlan)] == []
+    assert not world.took(actions.Release), "its gateway has not left it"
+    world.send(events.GatewayLeft("g", "pipeline-1"))
+    assert {a.worker_id for a in world.took(actions.Release)} == {"a", "b2"}
+    assert [
+        a.pipeline_id for a in world.mesh.handle(events.Tick(), world.now) if isinstance(a, actions.ForgetPlan)
+    ] == []
     assert list(stages(world)) == ["pipeline-0"]
 
 
 def test_a_gateway_that_does_not_leave_is_not_waited_for_for_ever(world: World) -> None:
     world.join("b2", 1)
     settle(world)
-    world.send(v.ScaleRequested(1, 1))
+    world.send(events.ScaleRequested(1, 1))
     world.wait(LEAVE_S + 1, "a", "b", "b2")
     assert list(stages(world)) == ["pipeline-0"]
 
@@ -171,8 +174,8 @@ def test_who_is_wanted_again_while_it_is_left_stays(world: World) -> None:
     world.join("b2", 1)
     settle(world)
     epoch = world.mesh.pipelines["pipeline-1"].epoch
-    world.send(v.ScaleRequested(1, 1))
-    world.send(v.ScaleRequested(1, 0))
+    world.send(events.ScaleRequested(1, 1))
+    world.send(events.ScaleRequested(1, 0))
     pipeline = world.mesh.pipelines["pipeline-1"]
     assert (pipeline.state, pipeline.epoch, pipeline.leaving) == (State.SERVING, epoch, False)
 
@@ -182,7 +185,7 @@ def test_a_name_that_comes_again_never_has_an_epoch_again(world: World) -> None:
     settle(world)
     before = world.mesh.pipelines["pipeline-1"].epoch
     for replicas in (1, 0):
-        world.send(v.ScaleRequested(1, replicas))
+        world.send(events.ScaleRequested(1, replicas))
         settle(world)
     assert world.mesh.pipelines["pipeline-1"].epoch > before
     assert world.mesh.pipelines["pipeline-1"].state is State.SERVING
@@ -191,7 +194,7 @@ def test_a_name_that_comes_again_never_has_an_epoch_again(world: World) -> None:
 def test_the_worker_that_drains_takes_its_pipeline_with_it(world: World) -> None:
     world.join("b2", 1)
     settle(world)
-    world.send(v.DrainRequested("b"))
+    world.send(events.DrainRequested("b"))
     settle(world)
     assert stages(world) == {"pipeline-1": ["a", "b2"]}
     assert shares(world) == [1]
@@ -228,7 +231,7 @@ def test_the_loss_of_a_shared_worker_is_made_good_by_one_standby(world: World) -
 def test_when_nothing_serves_a_replica_gives_its_worker(world: World) -> None:
     world.join("c")
     settle(world)
-    world.send(v.ScaleRequested(1, 2))
+    world.send(events.ScaleRequested(1, 2))
     settle(world)
     assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a", "c"]}
     world.lose("a")
@@ -250,7 +253,7 @@ def test_a_worker_of_no_stage_is_freed_for_a_replica(world: World) -> None:
     settle(world)
     assert stages(world) == {"pipeline-0": ["c", "b"]}
     assert world.mesh.check_scale(1, 2) == 2
-    world.send(v.ScaleRequested(1, 2))
+    world.send(events.ScaleRequested(1, 2))
     settle(world)
     assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a", "c"]}
     assert serving(world)
@@ -260,7 +263,7 @@ def test_a_shared_worker_that_drains_is_replaced_on_all_its_pipelines(world: Wor
     world.join("b2", 1)
     world.join("c")
     settle(world)
-    world.send(v.DrainRequested("a"))
+    world.send(events.DrainRequested("a"))
     settle(world)
     assert stages(world) == {"pipeline-0": ["c", "b"], "pipeline-1": ["c", "b2"]}
     assert serving(world)
@@ -269,11 +272,11 @@ def test_a_shared_worker_that_drains_is_replaced_on_all_its_pipelines(world: Wor
 def test_other_ranges_come_to_all_pipelines(world: World) -> None:
     world.join("b2", 1)
     settle(world)
-    world.send(v.RepartitionRequested(((0, 2), (2, 6))))
+    world.send(events.RepartitionRequested(((0, 2), (2, 6))))
     settle(world)
     for pipeline in world.mesh.pipelines.values():
         assert [plan.layers for plan in pipeline.stages] == [(0, 2), (2, 6)]
-    world.send(v.Tick())
+    world.send(events.Tick())
     assert world.mesh.ranges is None
     assert serving(world)
 
@@ -284,7 +287,7 @@ def test_a_coordinator_that_starts_again_takes_all_of_them_up() -> None:
     for name, pool in (("a", 0), ("b", 1), ("b2", 1)):
         before.join(name, pool)
     settle(before)
-    plans = {a.plan.pipeline_id: a.plan for a in before.took(v.PersistPlan)}
+    plans = {a.plan.pipeline_id: a.plan for a in before.took(actions.PersistPlan)}
     epochs = {name: p.epoch for name, p in before.mesh.pipelines.items()}
     after = World(plans=plans, epochs=epochs)
     after.gateway()
@@ -300,7 +303,7 @@ def test_a_coordinator_that_starts_again_takes_all_of_them_up() -> None:
     assert stages(after) == stages(before)
     assert {name: p.epoch for name, p in after.mesh.pipelines.items()} == epochs
     assert shares(after) == [2, 2]
-    assert not after.took(v.Assign), "they went on"
+    assert not after.took(actions.Assign), "they went on"
 
 
 def test_what_cannot_be_is_said_before_anything_is_done(world: World) -> None:
@@ -385,8 +388,8 @@ def quiet(world: World, seconds: float) -> None:
     while world.now < end:
         world.now += 0.5
         for name in list(world.mesh.workers):
-            world.send(v.LeaseRenewed(name, world.lives[name]))
-        world.send(v.Tick())
+            world.send(events.LeaseRenewed(name, world.lives[name]))
+        world.send(events.Tick())
 
 
 def happen(world: World, rng: random.Random, pools: dict[str, int], story: list[tuple[object, ...]]) -> None:
@@ -399,13 +402,13 @@ def happen(world: World, rng: random.Random, pools: dict[str, int], story: list[
     elif what == "lose" and name in here:
         world.lose(name)
     elif what == "drain":
-        world.send(v.DrainRequested(name))
+        world.send(events.DrainRequested(name))
     elif what == "scale":
         stage, replicas = rng.randrange(world.mesh.target.num_stages), rng.randrange(4)
         story[-1] = (what, stage, replicas)
         with contextlib.suppress(ConfigError):
             world.mesh.check_scale(stage, replicas)
-            world.send(v.ScaleRequested(stage, replicas))
+            world.send(events.ScaleRequested(stage, replicas))
 
 
 def test_in_the_midst_of_an_upgrade_nothing_is_shared() -> None:

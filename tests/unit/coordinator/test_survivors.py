@@ -5,6 +5,7 @@ from __future__ import annotations
 from mesh_world import LAYERS, World, target
 from test_scaling import serving, settle, stages
 
+from stagemesh.coordinator import actions
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.cost import Kind
 from stagemesh.coordinator.forming import State
@@ -71,12 +72,12 @@ def test_they_are_given_back_beside_serving() -> None:
     world.lose("b")
     world.wait(TAKEOVER_S + 1, "a", "c")
     settle(world)
-    world.took(v.Assign)
+    world.took(actions.Assign)
     world.join("b", 1)
     settle(world)
     assert stages(world) == {"pipeline-0": ["a", "b", "c"]}
     assert serving(world)
-    assert all(a.beside for a in world.took(v.Assign)), "it was moved, not formed anew"
+    assert all(a.beside for a in world.took(actions.Assign)), "it was moved, not formed anew"
 
 
 def test_they_are_given_back_the_hard_way_where_pages_cannot_be_copied() -> None:
@@ -110,7 +111,7 @@ def test_what_never_served_waits_for_its_workers() -> None:
     world.join("a", 0)
     world.wait(3 * TAKEOVER_S, "a")
     assert world.state is State.DOWN
-    assert not world.took(v.Assign)
+    assert not world.took(actions.Assign)
 
 
 def test_another_pipeline_that_serves_is_enough() -> None:
