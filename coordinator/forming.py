@@ -89,8 +89,10 @@ class Former:
         nonce: Callable[[], int],
         pipeline_ids: Sequence[str] = ("pipeline-0",),
         epochs: Mapping[str, int] | None = None,
+        first_epoch: int = 1,
     ) -> None:
         self.target = target
+        self._first_epoch = first_epoch
         self.workers: dict[str, v.Worker] = {}
         self.pipelines = {name: Pipeline(name, (epochs or {}).get(name, 0)) for name in pipeline_ids}
         self._nonce = nonce
@@ -376,7 +378,7 @@ class Former:
 
     def _next_epoch(self, pipeline: Pipeline) -> int:
         """One that it never had."""
-        return pipeline.epoch + 1
+        return max(pipeline.epoch + 1, self._first_epoch)
 
     def _worker_at(self, pipeline: Pipeline, stage: int) -> v.Worker:
         return self.workers[pipeline.stages[stage].worker_id]

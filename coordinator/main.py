@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import time
 from dataclasses import astuple, dataclass
 
@@ -20,9 +21,11 @@ from stagemesh.config import CoordinatorSettings
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
+from .api_server import ApiServer
 from .charge import Charge
 from .cost import CostModel
 from .driver import Driver
+from .lease import Lease
 from .nonce import Nonces
 from .partition import check_counts
 from .planning import Target
@@ -156,33 +159,47 @@ def run(settings: CoordinatorSettings, ready_fd: int | None = None) -> int:
     process.set_title("coordinator")
     process.set_up_logging("coordinator")
     process.prefer()
-    uvloop.run(_run(settings, build(settings), ready_fd))
-    return 0
+    return uvloop.run(_run(settings, build(settings), ready_fd))
 
 
-async def _run(settings: CoordinatorSettings, built: Build, ready_fd: int | None) -> None:
-    """Serves once no other coordinator has the state."""
+async def _run(settings: CoordinatorSettings, built: Build, ready_fd: int | None) -> int:
+    """Serves once no other coordinator is in charge; the exit status."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     charge = Charge(settings.state_dir) if settings.state_dir is not None else None
+    lease = make_lease(settings)
     try:
-        if charge is None or await charge.take(stop):
+        if (charge is None or await charge.take(stop)) and (lease is None or await lease.take(stop)):
             store = Store(settings.state_dir)
             try:
-                await _serve(settings, built, store, ready_fd, stop)
+                return await _serve(settings, built, store, ready_fd, stop, lease)
             finally:
                 store.close()
     finally:
         if charge is not None:
             charge.close()
+    return 0
+
+
+def make_lease(settings: CoordinatorSettings) -> Lease | None:
+    """The Lease that the settings name. Raises ConfigError outside a pod."""
+    if settings.kubernetes_lease is None:
+        return None
+    identity = settings.lease_identity or f"{socket.gethostname()}_{secrets.token_hex(4)}"
+    return Lease(ApiServer(settings.kubernetes_account), settings.kubernetes_lease, identity, settings.lease_duration)
 
 
 async def _serve(
-    settings: CoordinatorSettings, built: Build, store: Store, ready_fd: int | None, stop: asyncio.Event
-) -> None:
-    service = make_service(built, store)
+    settings: CoordinatorSettings,
+    built: Build,
+    store: Store,
+    ready_fd: int | None,
+    stop: asyncio.Event,
+    lease: Lease | None,
+) -> int:
+    service = make_service(built, store, lease.first_epoch if lease is not None else 1)
     model, limits = built.model, built.target.limits
     log.info(
         "model %s: %d layers, %s, revision %s; %d stages, %d tokens a sequence at most, %d steps in flight",
@@ -199,9 +216,10 @@ async def _serve(
     process.tell_ready(ready_fd, port=server.port)
     clock = asyncio.create_task(service.run())
     stopped = asyncio.create_task(stop.wait())
+    kept = asyncio.create_task(lease.keep()) if lease is not None else None
     try:
         # The clock ends only by an error, which must end the process: a coordinator without one sees nobody go.
-        await asyncio.wait([clock, stopped], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([clock, stopped, *([kept] if kept else [])], return_when=asyncio.FIRST_COMPLETED)
     finally:
         stopped.cancel()
         clock.cancel()
@@ -209,10 +227,19 @@ async def _serve(
         await server.stop(STOP_GRACE_S)
         with contextlib.suppress(asyncio.CancelledError):
             await clock
+    if lease is None or kept is None:
+        return 0
+    if kept.done():
+        log.error("no longer in charge: %s", kept.result())
+        return 1
+    kept.cancel()
+    await asyncio.gather(kept, return_exceptions=True)
+    await lease.give_up()
+    return 0
 
 
-def make_service(built: Build, store: Store) -> CoordinatorService:
-    """The service with its core; to be made on a running loop."""
+def make_service(built: Build, store: Store, first_epoch: int = 1) -> CoordinatorService:
+    """The service with its core; to be made on a running loop. No epoch that it makes is below `first_epoch`."""
     now = time.monotonic()
     mesh = Mesh(
         built.target,
@@ -221,6 +248,7 @@ def make_service(built: Build, store: Store) -> CoordinatorService:
         epochs=store.epochs(),
         plans=store.plans(),
         replicas=store.replicas(),
+        first_epoch=first_epoch,
     )
     stored = store.slots()
     # Without a store, a random start keeps a restarted coordinator off the slots of gateways that still live.

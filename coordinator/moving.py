@@ -267,7 +267,7 @@ class Mover(Wishes):
         return move if move is not None and move.epoch == epoch else super()._at(pipeline_id, epoch)
 
     def _next_epoch(self, pipeline: Pipeline) -> int:
-        epoch = max(pipeline.epoch, self._highest.get(pipeline.pipeline_id, 0)) + 1
+        epoch = max(super()._next_epoch(pipeline), self._highest.get(pipeline.pipeline_id, 0) + 1)
         self._highest[pipeline.pipeline_id] = epoch
         return epoch
 

@@ -36,9 +36,18 @@ class Mesh(Survivors):
         epochs: Mapping[str, int] | None = None,
         plans: Mapping[str, v.StoredPlan] | None = None,
         replicas: Mapping[int, int] | None = None,
+        first_epoch: int = 1,
     ) -> None:
-        ids = sorted(plans or (FIRST,))
-        super().__init__(target, now=now, nonce=nonce, pipeline_ids=ids, epochs=epochs, replicas=replicas)
+        """No epoch that is made here is below `first_epoch`."""
+        super().__init__(
+            target,
+            now=now,
+            nonce=nonce,
+            pipeline_ids=sorted(plans or (FIRST,)),
+            epochs=epochs,
+            replicas=replicas,
+            first_epoch=first_epoch,
+        )
         self.lease_s = lease_s
         self.lost: dict[str, v.WorkerInfo] = {}
         self._last_tick = now

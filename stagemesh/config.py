@@ -191,6 +191,15 @@ class CoordinatorSettings(ListenSettings, ModelSettings):
     """What links are made of; auto takes UCX where both ends have it."""
     state_dir: str | None = None
     """Folder of the SQLite file that keeps epochs; default: epochs are kept in memory only."""
+    kubernetes_lease: str | None = None
+    """Name of a Lease in this pod's namespace: the coordinator that holds it is in charge; default: the lock of
+    --state-dir decides."""
+    kubernetes_account: str = "/var/run/secrets/kubernetes.io/serviceaccount"
+    """Folder of the service account's token, ca.crt and namespace."""
+    lease_duration: float = Field(15.0, ge=1)
+    """Seconds after which a Lease that is not renewed may be taken."""
+    lease_identity: str | None = None
+    """Whom the Lease names, such as the pod's UID; default: one for this process."""
     steps_in_flight: int | None = Field(None, ge=1, le=64)
     """Batches that decode rows are spread over, and so the steps that run at once; default: the number of stages, and
     from four on one more."""

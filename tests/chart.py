@@ -107,7 +107,8 @@ class Pod:
 
     def env(self, pod_ip: str) -> dict[str, str]:
         """The variables as the kubelet would fill them in for the first pod; a Secret's as in its text form."""
-        fields = {"metadata.name": self.owner["metadata"]["name"] + "-0", "status.podIP": pod_ip}
+        name = self.owner["metadata"]["name"] + "-0"
+        fields = {"metadata.name": name, "metadata.uid": f"the uid of {name}", "status.podIP": pod_ip}
         out = {}
         for variable in self.container.get("env", []):
             source = variable.get("valueFrom", {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,21 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 90.0
+
+
+def free_port() -> int:
+    """One that the system has just given; for two services that are to have the same, one after the other."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_for(log: Path, text: str, timeout_s: float = 30) -> None:
+    """Until the log of a process has the text."""
+    deadline = time.monotonic() + timeout_s
+    while text not in log.read_text():
+        assert time.monotonic() < deadline, f"no {text!r} in:\n{log.read_text()}"
+        time.sleep(0.01)
 
 
 @dataclass

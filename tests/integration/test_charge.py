@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from services import free_port, wait_for
 
 from stagemesh.config import DEMO_MODEL
-
-
-def free_port() -> int:
-    """One that the system has just given; both coordinators are to have it, one after the other."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -34,13 +26,6 @@ def coordinator(state: Path, port: int, log: Path) -> Iterator[subprocess.Popen[
     finally:
         process.kill()
         process.wait()
-
-
-def wait_for(log: Path, text: str, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while text not in log.read_text():
-        assert time.monotonic() < deadline, f"no {text!r} in:\n{log.read_text()}"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

@@ -173,6 +173,44 @@ def test_no_pod_can_do_more_than_it_must(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_only_who_keeps_a_lease_may_speak_to_kubernetes(case: str, tmp_path: Path) -> None:
+    objects = objects_of(case)
+    with_token = {}
+    for pod in chart.pods(objects):
+        volumes = [
+            v
+            for v in pod.spec["volumes"]
+            if any("serviceAccountToken" in s for s in v.get("projected", {}).get("sources", []))
+        ]
+        if volumes:
+            with_token[pod.component] = pod
+    roles = chart.of_kind(objects, "Role")
+    if case != "three-stages":
+        assert (with_token, roles) == ({}, {})
+        return
+    (pod,) = with_token.values()
+    settings = settings_of(pod, tmp_path)
+    assert isinstance(settings, CoordinatorSettings)
+    (role,) = roles.values()
+    bounded = [rule for rule in role["rules"] if rule["verbs"] != ["create"]]
+    assert [(rule["resourceNames"], rule["verbs"]) for rule in bounded] == [
+        ([settings.kubernetes_lease], ["get", "update"])
+    ]
+    (binding,) = chart.of_kind(objects, "RoleBinding").values()
+    assert binding["subjects"] == [
+        {"kind": "ServiceAccount", "name": pod.spec["serviceAccountName"], "namespace": "there"}
+    ]
+    (volume,) = (v for v in pod.spec["volumes"] if "projected" in v)
+    (mount,) = (m for m in pod.container["volumeMounts"] if m["name"] == volume["name"])
+    assert mount["mountPath"] == settings.kubernetes_account
+    files = [
+        s.get("serviceAccountToken", {}).get("path") or next(iter(s.values()))["items"][0]["path"]
+        for s in volume["projected"]["sources"]
+    ]
+    assert files == ["token", "ca.crt", "namespace"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_a_pod_has_time_to_drain(case: str, tmp_path: Path) -> None:
     for pod in chart.services(objects_of(case)):
         drain_s = getattr(settings_of(pod, tmp_path), "drain_timeout", 0.0)

@@ -14,7 +14,15 @@ from stagemesh.config import Base, CoordinatorSettings, GatewaySettings, StageSe
 
 NETWORK = ("host", "port", "advertise_host", "insecure")
 OWNED = {
-    CoordinatorSettings: (*NETWORK, "model", "pipeline_parallel_size", "state_dir"),
+    CoordinatorSettings: (
+        *NETWORK,
+        "model",
+        "pipeline_parallel_size",
+        "state_dir",
+        "kubernetes_lease",
+        "kubernetes_account",
+        "lease_identity",
+    ),
     GatewaySettings: (*NETWORK, "grpc_port", "coordinator", "gateway_id", "api_key", "model"),
     StageSettings: (*NETWORK, "coordinator", "worker_id", "stage", "tensor_parallel_size", "model"),
 }
@@ -121,6 +129,14 @@ class Persistence(Values):
     """Default: the cluster's."""
 
 
+class Lease(Values):
+    """A Kubernetes Lease by which a coordinator knows that it is the only one."""
+
+    enabled: bool = False
+    """With it the coordinator ends when it can no longer renew the Lease, such as on a node that is cut off and whose
+    pod was deleted by force. Its service account may then read and write Leases."""
+
+
 class Coordinator(Pods):
     """The one coordinator."""
 
@@ -128,6 +144,8 @@ class Coordinator(Pods):
     """Settings of the coordinator and of the model, keys as in its YAML file."""
     persistence: Persistence = Field(default_factory=Persistence)
     """Where epochs are kept."""
+    lease: Lease = Field(default_factory=Lease)
+    """A Kubernetes Lease by which a coordinator knows that it is the only one."""
 
 
 class Service(Values):
