@@ -2,7 +2,8 @@
 
 A stage that kept its pages goes on with them. One that is new is refilled: the stage before it sends what its journal
 holds, and the lost layers alone are computed. Where that journal has gaps the next one up is asked, and in front of the
-first stage are the tokens themselves. A page that several sequences share is filled once.
+first stage are the tokens themselves. A page that several sequences share is filled once, and by one of them alone:
+whoever writes its first position wipes the rest of it.
 """
 
 from __future__ import annotations
@@ -65,30 +66,36 @@ class Recovery:
         """Pages that the current run has, or will have when the steps before are done."""
         self._reached: dict[TokenSequence, int] = {}
         """Positions done of sequences that did not fit into a step as a whole."""
+        self._cut: TokenSequence | None = None
+        """The one that is in the midst of a page: it goes on before anybody else who has that page."""
 
     def next(self, sequences: Iterable[TokenSequence], max_tokens: int) -> tuple[list[Part], Stages] | None:
         """The next step's parts and the stages that compute them; None when nothing is left. The shortest go first."""
-        ordered = sorted((s for s in sequences if s.state is State.RUNNING), key=lambda s: s.computed)
+        running = (s for s in sequences if s.state is State.RUNNING)
+        ordered = sorted(running, key=lambda s: (s is not self._cut, s.computed))
         while self._runs:
             parts, stages, left = list[Part](), None, max_tokens
             for sequence in ordered:
                 start = self._start(sequence)
                 if not left or start >= sequence.computed:
                     continue
-                source = self._source(sequence, start)
+                end = self._end(sequence, start)
+                source = self._source(sequence, start, end)
                 if stages not in (None, source):
                     continue
                 stages = source
-                count = min(sequence.computed - start, left)
+                count = min(end - start, left)
                 left -= count
                 parts.append(Part(sequence, start, count))
                 self._note(sequence, start + count)
             if stages is not None:
+                self._cut = parts[-1].sequence if not left else None
                 self._forget_journals(stages)
                 return parts, stages
             self._runs.pop(0)
             self._filled.clear()
             self._reached.clear()
+            self._cut = None
         return None
 
     def _start(self, sequence: TokenSequence) -> int:
@@ -97,10 +104,17 @@ class Recovery:
             page += 1
         return max(page * self._size, self._reached.get(sequence, 0))
 
-    def _source(self, sequence: TokenSequence, start: int) -> Stages:
+    def _end(self, sequence: TokenSequence, start: int) -> int:
+        """Where the next page begins that is filled already, or all is computed."""
+        page = start // self._size
+        while page * self._size < sequence.computed and sequence.pages[page] not in self._filled:
+            page += 1
+        return min(page * self._size, sequence.computed)
+
+    def _source(self, sequence: TokenSequence, start: int, end: int) -> Stages:
         """From the stage behind the nearest one that can send the positions again."""
         first, last = self._runs[0]
-        pages = sequence.pages[start // self._size : -(-sequence.computed // self._size)]
+        pages = sequence.pages[start // self._size : -(-end // self._size)]
         while first > 0 and not self._stages[first - 1].covers(pages):
             first -= 1
         return first, last

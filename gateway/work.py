@@ -183,7 +183,10 @@ class Work:
     def note_sent(self, plan: Plan) -> None:
         """A step went out."""
         if plan.replay is not None:
-            self._replays[plan.step] = plan.replay[1]
+            first, last = plan.replay
+            # Also where a stage was not lost: who opens a page wipes what it holds behind.
+            self._filled[first : last + 1] = [0] * (last + 1 - first)
+            self._replays[plan.step] = last
             self.replayed_tokens += sum(row.count for row in plan.rows)
 
     def expected_s(self, gateways: int) -> float | None:

@@ -11,6 +11,7 @@ from stagemesh.gateway.plan import Plan
 from stagemesh.gateway.recovery import Recovery, StageKv, lost_stages
 from stagemesh.gateway.scheduler import Scheduler
 from stagemesh.gateway.sequence import Sequence, State
+from stagemesh.gateway.work import Shape, Work
 
 EVERYTHING = b"\xff" * 16
 
@@ -168,15 +169,23 @@ class Stages:
         first, last = plan.replay or (0, len(self.slots) - 1)
         if not first <= stage <= last:
             return
+        slots = self.slots[stage]
+        # As attention does it: all rows' keys and values are written before any are read.
         for row in plan.rows:
-            known = tokens[row.sequence]
             pages = row.sequence.pages
-            for position in range(row.start):
-                slot = pages[position // SIZE], position % SIZE
-                assert self.slots[stage].get(slot) == tuple(known[: position + 1]), "reads what is not there"
             for position in range(row.start, row.start + row.count):
-                self.slots[stage][pages[position // SIZE], position % SIZE] = tuple(known[: position + 1])
-                self.journals[stage][pages[position // SIZE]] = 1
+                page, offset = pages[position // SIZE], position % SIZE
+                if offset == 0:
+                    # Whoever opens a page wipes it.
+                    for other in range(SIZE):
+                        slots.pop((page, other), None)
+                slots[page, offset] = tuple(tokens[row.sequence][: position + 1])
+                self.journals[stage][page] = 1
+        for row in plan.rows:
+            pages = row.sequence.pages
+            for position in range(row.start + row.count):
+                slot = pages[position // SIZE], position % SIZE
+                assert slots.get(slot) == tuple(tokens[row.sequence][: position + 1]), "reads what is not there"
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -186,8 +195,11 @@ def test_sequences_survive_losses_at_any_moment(seed: int) -> None:
     print("seed", seed)
     rng = random.Random(seed)
     stages = Stages(rng.randint(1, 4), rng)
-    scheduler = make(pages=rng.randint(30, 100), steps=rng.randint(1, 4), tokens=rng.choice((5, 16, 64)), seqs=6)
-    filled = list(stages.generations)
+    pages, steps, tokens = rng.randint(30, 100), rng.randint(1, 4), rng.choice((5, 16, 64))
+    work = Work(lambda shape: make(pages=len(shape.pages), steps=shape.steps_in_flight, tokens=tokens, seqs=6))
+    shape = Shape(tuple(range(pages)), SIZE, steps)
+    work.begin(shape, stages.told())
+    scheduler = work.scheduler
     common = tuple(rng.randrange(50) for _ in range(24))
     sequences: list[Sequence] = []
     out: list[tuple[Plan, list[int]]] = []
@@ -207,21 +219,16 @@ def test_sequences_survive_losses_at_any_moment(seed: int) -> None:
             for _ in range(rng.randint(0, 2)):
                 stages.lose(rng.randrange(len(stages.slots)))
             out.clear()
-            scheduler.rewind()
-            told = stages.told()
-            runs = lost_stages(filled, told)
-            lost = {stage for first, last in runs for stage in range(first, last + 1)}
-            filled = [0 if stage in lost else kv.generation for stage, kv in enumerate(told)]
-            if runs:
-                scheduler.recovery = Recovery(runs, told, SIZE)
+            work.end()
+            work.begin(shape, stages.told())
         elif what < 0.03 and sequences:
             scheduler.finish(rng.choice(sequences))
         elif what < 0.5 and (plan := scheduler.next_plan()) is not None:
+            work.note_sent(plan)
             out.append((plan, [0] * len(stages.slots)))
         elif out:
             step(out, rng, stages, scheduler)
-            if scheduler.recovery is None and not any(plan.replay for plan, _ in out):
-                filled = list(stages.generations)
+            work.recovered()
     for sequence in sequences:
         assert sequence.state is State.FINISHED
         known = list(sequence.prompt)
