@@ -99,6 +99,31 @@ def test_a_stage_that_computes_again_though_it_was_not_lost_promises_no_journal_
     assert steps == [([(0, 0, 8)], (1, 2)), ([(1, 0, 12)], (1, 2))]
 
 
+def test_one_that_was_cut_within_a_page_goes_on_before_a_shorter_one() -> None:
+    """Who opened the page must fill it: another that shares it would open it again."""
+    sequences = running(4, 8, 32)
+    journal = bytearray(EVERYTHING)
+    journal[20 >> 3] &= ~(1 << (20 & 7))  # The first page of the second sequence: it is computed from further up.
+    recovery = Recovery([(1, 1)], kept(bytes(journal), b""), SIZE)
+    assert taken(recovery, sequences, 18) == [
+        ([(0, 0, 4), (2, 0, 14)], (1, 1)),
+        ([(2, 14, 18)], (1, 1)),
+        ([(1, 0, 8)], (0, 1)),
+    ]
+
+
+def test_pages_that_are_filled_are_not_opened_again() -> None:
+    """One whose first page is its own, equal to another's, and that shares what is behind it."""
+    first, second = running(16, 24)
+    second.pages[1:4] = first.pages[1:4]
+    recovery = Recovery([(1, 1)], kept(EVERYTHING, b""), SIZE)
+    assert taken(recovery, [first, second], 19) == [
+        ([(0, 0, 16), (1, 0, 3)], (1, 1)),
+        ([(1, 3, 1)], (1, 1)),
+        ([(1, 16, 8)], (1, 1)),
+    ]
+
+
 def test_two_losses_that_are_apart_are_refilled_one_after_the_other() -> None:
     sequences = running(8)
     stages = kept(EVERYTHING, EVERYTHING, EVERYTHING, EVERYTHING)
