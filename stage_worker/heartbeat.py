@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import time
+from pathlib import Path
 
 ALIVE_S = 0.4
 """A rank that has nothing to do, or very little, is heard of within this time."""
@@ -22,6 +23,9 @@ CUDA_S = 5.0
 """Beyond that on a CUDA device, where a decode step of a new size is captured first."""
 FORGET = 0.7
 """Of the slowest stretch of a step, for each step of its size: the first of a kind take many times as long."""
+
+STARVED_S = 3.0
+"""A rank that would go on if it had a core gets so much longer."""
 
 SLOT = 8
 
@@ -83,6 +87,18 @@ class Heart:
     def pause(self) -> None:
         """Nothing is heard for as long as it takes: a call of the agent, which has a deadline of its own."""
         self._values[self._rank] = math.inf
+
+
+def runs(pid: int) -> bool:
+    """Whether any thread of a process runs, or waits for a core or a disk: it is slow then, and does not hang."""
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            state = stat.read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # This thread has just ended.
+        if state in "RD":
+            return True
+    return False
 
 
 class HeartWatch:

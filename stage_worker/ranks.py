@@ -23,7 +23,7 @@ from stagemesh.protos.v1 import types_pb2
 
 from .config import RankConfig
 from .control import HEADER, Kind, pack, unpack_error
-from .heartbeat import HeartWatch, make_heartbeats
+from .heartbeat import STARVED_S, HeartWatch, make_heartbeats, runs
 from .shared_memory import make_shared_memory
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,11 @@ class RankGroup:
             found = hearts.hanging()
             # A rank that carries out a call has said so; one that loads beside may be late, and one that has not taken
             # the call at all hangs.
-            if found is not None and (not self._calls or found[1] > CALL_S):
+            if (
+                found is not None
+                and (not self._calls or found[1] > CALL_S)
+                and (found[1] > STARVED_S or not runs(self._processes[found[0]].pid))
+            ):
                 rank, overdue_s = found
                 log.error("rank %d of %s hangs: %.1f s overdue; it is killed", rank, self._label, overdue_s)
                 self._processes[rank].kill()

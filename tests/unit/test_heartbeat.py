@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 
 import pytest
 
 from stagemesh.stage_worker import heartbeat
-from stagemesh.stage_worker.heartbeat import ALIVE_S, FIRST_S, MARGIN, Heart, HeartWatch, make_heartbeats
+from stagemesh.stage_worker.heartbeat import ALIVE_S, FIRST_S, MARGIN, Heart, HeartWatch, make_heartbeats, runs
 
 EVERY_S = 0.1
 
@@ -103,3 +107,33 @@ def test_a_watch_that_stood_still_itself_blames_nobody(clock: Clock) -> None:
     clock.heart.beat()
     clock.now += EVERY_S
     assert clock.watch.hanging() is None
+
+
+@pytest.mark.parametrize(
+    ("code", "how", "expected"),
+    [
+        ("print(flush=True)\nwhile True: pass", None, True),
+        ("print(flush=True)\nwhile True: pass", signal.SIGSTOP, False),
+        ("print(flush=True)\nimport time\ntime.sleep(60)", None, False),
+        (
+            "import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()\n"
+            "print(flush=True)\nthreading.Event().wait()",
+            None,
+            True,
+        ),
+    ],
+    ids=["computes", "is stopped", "sleeps", "waits for a thread that computes"],
+)
+def test_who_would_go_on_if_it_had_a_core_does_not_hang(code: str, how: signal.Signals | None, expected: bool) -> None:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            process.stdout.readline()
+            if how is not None:
+                process.send_signal(how)
+            deadline = time.monotonic() + 10
+            while runs(process.pid) is not expected:
+                assert time.monotonic() < deadline
+        finally:
+            process.kill()
+    assert not runs(process.pid)
