@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,10 +19,24 @@ from mesh import Mesh, serve
 COUNT, TOKENS = 12, 300
 
 
+SPLITS = (
+    "agent.assign", "rank.assign", "rank.open_session", "rank.activate",
+    "coordinator.before_epoch_write", "coordinator.after_plan_write",
+)  # fmt: skip
+IN_CI = (("rank.open_session", 2), ("coordinator.after_plan_write", 1))
+"""One of each kind, up and down; `make chaos` goes through all."""
+
+
 @pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the mesh's processes look for points at which to die."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def mesh(faults: Path) -> Iterator[Mesh]:
     """Two stages, and a standby that can be either."""
-    with serve("-pp", "2", *COMMON[2:], "--standby", "1") as mesh:
+    with serve("-pp", "2", *COMMON[2:], "--standby", "1", env={"STAGEMESH_FAULT_DIR": str(faults)}) as mesh:
         mesh.wait_standbys(1)
         yield mesh
 
@@ -55,6 +73,12 @@ def agent(mesh: Mesh, worker_id: str) -> psutil.Process:
         if any(c.status == "LISTEN" and c.laddr.port == port for c in process.net_connections("tcp")):
             return process
     raise AssertionError(f"nobody listens on {address}")
+
+
+def spare(mesh: Mesh) -> int | None:
+    """The stage whose layers the standby has loaded."""
+    standbys = [w["layers"] for w in mesh.get("/mesh")["workers"] if w["state"] == "standby"]
+    return next((int(s["stage"]) for s in pipelines(mesh)[0]["stages"] if s["layers"] in standbys), None)
 
 
 def busy(mesh: Mesh) -> dict[str, int]:
@@ -116,6 +140,40 @@ def test_losses_of_two_pipelines(mesh: Mesh, expected: list[streams.Stream], wha
     if what == "replica":
         assert "handed_over" in [e["event"] for e in mesh.get("/mesh")["events"]]
     scale(mesh, 1, 1)
+    mesh.check_pages_are_free()
+
+
+@pytest.mark.parametrize(
+    ("point", "replicas"),
+    [pytest.param(*c, marks=() if c in IN_CI else pytest.mark.slow) for c in itertools.product(SPLITS, (2, 1))],
+)
+def test_a_process_that_dies_while_pages_are_split(
+    mesh: Mesh, faults: Path, expected: list[streams.Stream], point: str, replicas: int
+) -> None:
+    """At any moment of it: the split is made good, and nobody's pages are another's."""
+    asyncio.run(until(lambda: spare(mesh) is not None, "somebody is spare", timeout_s=60))
+    stage = spare(mesh)
+    assert stage is not None
+    if replicas == 1:
+        scale(mesh, stage, 2)
+
+    def split(_: list[streams.Stream]) -> None:
+        (faults / point).touch()
+        # A coordinator that dies takes the call with it; what was wanted is written down.
+        with contextlib.suppress(AssertionError):
+            scale(mesh, stage, replicas)
+        deadline = time.monotonic() + 30
+        while (faults / point).exists():
+            assert time.monotonic() < deadline, f"nobody comes to {point}:\n{mesh.tail(100)}"
+            time.sleep(0.01)
+
+    told = asyncio.run(disturbed(mesh, split, COUNT, TOKENS))
+    check(told, expected)
+    serving = ["PIPELINE_STATE_SERVING"] * replicas
+    asyncio.run(until(lambda: [p["state"] for p in pipelines(mesh)] == serving, "it is made good", timeout_s=60))
+    told = asyncio.run(disturbed(mesh, lambda _: None, COUNT, TOKENS))
+    check(told, expected)
+    scale(mesh, stage, 1)
     mesh.check_pages_are_free()
 
 
