@@ -7,7 +7,6 @@ vLLM has one.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from stagemesh.errors import ConfigError
 
+from .speculative_config import SpeculativeConfig, parse_json
+
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-SPECULATIVE_EXAMPLE = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}'
-DEFAULT_LOOKUP = 5
 
 
 def flags(*short: str) -> dict[str, Any]:
@@ -38,16 +37,6 @@ def _split_ints(value: Any) -> Any:
             return [int(part) for part in value.split(",") if part.strip()]
         except ValueError:
             raise ValueError(f"{value!r} is not a comma-separated list of whole numbers, such as 5,7") from None
-    return value
-
-
-def _parse_json(value: Any) -> Any:
-    """A JSON object as well as a mapping: what a command line and an environment variable can say."""
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except ValueError as e:
-            raise ValueError(f"{value!r} is not JSON ({e}): write {SPECULATIVE_EXAMPLE}") from None
     return value
 
 
@@ -123,57 +112,6 @@ class ModelSettings(Base):
         return "stagemesh-demo" if self.model == str(DEMO_MODEL) else Path(self.model).resolve().name
 
 
-class SpeculativeConfig(Base):
-    """Speculative decoding: tokens are guessed, and verified in one step. Keys as vLLM's."""
-
-    method: Literal["ngram", "draft_model"]
-    """ngram: what followed the last tokens where they stood before, in the prompt or the output. draft_model: what a
-    small model says, on the last stage."""
-    num_speculative_tokens: int = Field(ge=1, le=32)
-    """Most tokens that are guessed at a time."""
-    model: str | None = None
-    """Directory of the draft model's checkpoint."""
-    prompt_lookup_max: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
-    """Most last tokens that are looked for; default: prompt_lookup_min, or 5."""
-    prompt_lookup_min: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
-    """Fewest last tokens that have to be found; default: prompt_lookup_max, or 5."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_for_both(cls, values: Any) -> Any:
-        """vLLM's defaults: one of the two lengths stands for the other."""
-        if isinstance(values, SpeculativeConfig):
-            return values
-        if not isinstance(values, Mapping):
-            raise ValueError(f"must be an object such as {SPECULATIVE_EXAMPLE}")
-        least, most = values.get("prompt_lookup_min"), values.get("prompt_lookup_max")
-        filled = {
-            "prompt_lookup_min": least if least is not None else most if most is not None else DEFAULT_LOOKUP,
-            "prompt_lookup_max": most if most is not None else least if least is not None else DEFAULT_LOOKUP,
-        }
-        return {**values, **filled}
-
-    @model_validator(mode="after")
-    def _fits_the_method(self) -> SpeculativeConfig:
-        if self.method == "draft_model" and not self.model:
-            raise ValueError('method draft_model needs "model": the directory of the draft model')
-        if self.method != "draft_model" and self.model:
-            raise ValueError(f'"model" is for method draft_model, not {self.method}')
-        return self
-
-    @model_validator(mode="after")
-    def _bounds_agree(self) -> SpeculativeConfig:
-        if self.prompt_lookup_min > self.prompt_lookup_max:
-            raise ValueError(
-                f"prompt_lookup_min {self.prompt_lookup_min} must not exceed prompt_lookup_max {self.prompt_lookup_max}"
-            )
-        return self
-
-    def __str__(self) -> str:
-        """As a flag says it."""
-        return self.model_dump_json(exclude_none=True)
-
-
 class CoordinatorSettings(ListenSettings, ModelSettings):
     """The coordinator."""
 
@@ -210,7 +148,7 @@ class CoordinatorSettings(ListenSettings, ModelSettings):
     num_speculative_tokens; default: off."""
 
     _ints = field_validator("layer_partition", mode="before")(_split_ints)
-    _json = field_validator("speculative_config", mode="before")(_parse_json)
+    _json = field_validator("speculative_config", mode="before")(parse_json)
 
     @field_validator("speculative_config")
     @classmethod
@@ -299,7 +237,7 @@ class GatewaySettings(ListenSettings):
     token_log: str | None = None
     """Folder in which streams are written down, so that a client can resume them at any gateway that shares it."""
 
-    _json = field_validator("speculative_config", mode="before")(_parse_json)
+    _json = field_validator("speculative_config", mode="before")(parse_json)
 
     @field_validator("speculative_config")
     @classmethod
@@ -364,7 +302,7 @@ class ServeSettings(Loopback, ModelSettings):
     """Seconds until a mesh that is not ready is given up."""
 
     _ints = field_validator("layer_partition", "tensor_parallel_size", mode="before")(_split_ints)
-    _json = field_validator("speculative_config", mode="before")(_parse_json)
+    _json = field_validator("speculative_config", mode="before")(parse_json)
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> ServeSettings:

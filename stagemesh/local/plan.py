@@ -10,9 +10,9 @@ from stagemesh.config import (
     GatewaySettings,
     ModelSettings,
     ServeSettings,
-    SpeculativeConfig,
     StageSettings,
 )
+from stagemesh.speculative_config import SpeculativeConfig
 
 RESTART_DELAY_S = 1.5
 """Where a standby takes over: to import what a rank needs takes seconds of the cores on which it is being refilled."""

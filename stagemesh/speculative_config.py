@@ -1,0 +1,75 @@
+"""Settings of speculative decoding, shared by gateway and coordinator; keys as vLLM's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SPECULATIVE_EXAMPLE = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}'
+DEFAULT_LOOKUP = 5
+
+
+def parse_json(value: Any) -> Any:
+    """A JSON object as well as a mapping: what a command line and an environment variable can say."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError as e:
+            raise ValueError(f"{value!r} is not JSON ({e}): write {SPECULATIVE_EXAMPLE}") from None
+    return value
+
+
+class SpeculativeConfig(BaseModel):
+    """Speculative decoding: tokens are guessed, and verified in one step. Keys as vLLM's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    method: Literal["ngram", "draft_model"]
+    """ngram: what followed the last tokens where they stood before, in the prompt or the output. draft_model: what a
+    small model says, on the last stage."""
+    num_speculative_tokens: int = Field(ge=1, le=32)
+    """Most tokens that are guessed at a time."""
+    model: str | None = None
+    """Directory of the draft model's checkpoint."""
+    prompt_lookup_max: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
+    """Most last tokens that are looked for; default: prompt_lookup_min, or 5."""
+    prompt_lookup_min: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
+    """Fewest last tokens that have to be found; default: prompt_lookup_max, or 5."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_for_both(cls, values: Any) -> Any:
+        """vLLM's defaults: one of the two lengths stands for the other."""
+        if isinstance(values, SpeculativeConfig):
+            return values
+        if not isinstance(values, Mapping):
+            raise ValueError(f"must be an object such as {SPECULATIVE_EXAMPLE}")
+        least, most = values.get("prompt_lookup_min"), values.get("prompt_lookup_max")
+        filled = {
+            "prompt_lookup_min": least if least is not None else most if most is not None else DEFAULT_LOOKUP,
+            "prompt_lookup_max": most if most is not None else least if least is not None else DEFAULT_LOOKUP,
+        }
+        return {**values, **filled}
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> SpeculativeConfig:
+        if self.method == "draft_model" and not self.model:
+            raise ValueError('method draft_model needs "model": the directory of the draft model')
+        if self.method != "draft_model" and self.model:
+            raise ValueError(f'"model" is for method draft_model, not {self.method}')
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> SpeculativeConfig:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min {self.prompt_lookup_min} must not exceed prompt_lookup_max {self.prompt_lookup_max}"
+            )
+        return self
+
+    def __str__(self) -> str:
+        """As a flag says it."""
+        return self.model_dump_json(exclude_none=True)
