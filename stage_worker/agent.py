@@ -12,7 +12,7 @@ import json
 import logging
 import operator
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from stagemesh.protocol import check_protocol
 from stagemesh.protos.v1 import coordinator_pb2, stage_pb2
 
 from .control import Kind, unpack_error
+from .gateway_session import GatewaySession
 from .ranks import RankGroup
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 ASSIGN_TIMEOUT_S = 1800.0
 CALL_TIMEOUT_S = 20.0
 OPEN_TIMEOUT_S = 20.0
-OUTBOX_FRAMES = 1024
 
 
 @dataclass
@@ -44,26 +44,6 @@ class Held:
     request: stage_pb2.AssignRequest
     done: stage_pb2.AssignDone | None = None
     active: bool = False
-
-
-@dataclass
-class GatewaySession:
-    """One gateway's Run stream."""
-
-    ident: int
-    open: stage_pb2.RunOpen
-    outbox: asyncio.Queue[bytes | StagemeshError] = field(default_factory=lambda: asyncio.Queue(OUTBOX_FRAMES))
-    copied: dict[bytes, set[int]] = field(default_factory=dict)
-    """Pages that have come on some ranks, not yet on all."""
-
-    def put(self, item: bytes | StagemeshError) -> None:
-        """Queues a frame; a gateway that does not read is dropped rather than buffered without bound."""
-        try:
-            self.outbox.put_nowait(item)
-        except asyncio.QueueFull:
-            while not self.outbox.empty():
-                self.outbox.get_nowait()
-            self.outbox.put_nowait(StageLost(f"this gateway left {OUTBOX_FRAMES} results unread"))
 
 
 class Agent:
