@@ -272,7 +272,6 @@ def main(argv: list[str]) -> int:
     config = RankConfig.from_json(argv[1])
     process.set_title(f"{config.label} rank {config.rank}")
     process.die_with_parent(config.parent_pid)
-    process.not_preferred()
     process.set_up_logging(f"{config.label} rank {config.rank}")
     # Ctrl-C goes to the whole terminal group; it is the agent that decides when a rank ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -300,6 +299,8 @@ def main(argv: list[str]) -> int:
             Heart(config.heart_fd, config.rank, config.size, cuda=device.type == "cuda"),
         )
         Rank(config, engine, device, parallel)
+        # What is slow to start is over.
+        process.not_preferred()
         info = measure(device)
     except StagemeshError as e:
         control.send_packed(pack_error(0, e))

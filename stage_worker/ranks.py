@@ -19,6 +19,7 @@ from pathlib import Path
 
 from stagemesh.config import StageSettings
 from stagemesh.errors import ConfigError, StageLost
+from stagemesh.process import stand_back
 from stagemesh.protos.v1 import types_pb2
 
 from .config import RankConfig
@@ -166,6 +167,8 @@ class RankGroup:
                 env=env,
             )
         )
+        # One that is started again takes seconds of a core on which others may be refilling its successor.
+        stand_back(self._processes[-1].pid)
 
     # -- frames -----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import setproctitle
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-PREFERRED_NICE = -10
+PREFERRED_NICE, STARTING_NICE = -10, 10
 
 
 def set_title(title: str) -> None:
@@ -38,10 +38,21 @@ def prefer() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, PREFERRED_NICE)
 
 
-def not_preferred() -> None:
-    """Undoes `prefer` in a child that computes."""
+def stand_back(pid: int) -> None:
+    """Has a child that was just started import behind those that compute, until it calls `not_preferred`. Where this
+    process may not be preferred, the child could not undo it."""
     if os.getpriority(os.PRIO_PROCESS, 0) < 0:
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, pid, STARTING_NICE)
+
+
+def not_preferred() -> None:
+    """Undoes `prefer` and `stand_back` in a child that computes, for all of its threads."""
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            nice = os.getpriority(os.PRIO_PROCESS, thread)
+            if nice < 0 or nice == STARTING_NICE:
+                os.setpriority(os.PRIO_PROCESS, thread, 0)
 
 
 def adopt_orphans() -> None:

@@ -12,6 +12,7 @@ import uvloop
 
 from stagemesh.config import StageSettings
 from stagemesh.errors import StageLost
+from stagemesh.process import PREFERRED_NICE, STARTING_NICE
 from stagemesh.stage_worker.control import Kind
 from stagemesh.stage_worker.ranks import RankGroup
 
@@ -44,3 +45,35 @@ def test_messages_to_a_rank_that_was_killed_end_in_a_typed_error_and_the_group_s
         assert all(process.returncode is not None for process in group._processes)
 
     uvloop.run(story())
+
+
+def priorities(pid: int) -> set[int]:
+    """Of all threads of a process."""
+    return {os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
+
+
+def test_a_rank_that_starts_lets_those_that_compute_go_first_and_then_is_their_equal() -> None:
+    async def story() -> None:
+        settings = StageSettings(tensor_parallel_size=2, device="cpu", transport="auto", threads=2)
+        group = RankGroup(settings, "cpu", "stage test", lambda *frame: None)
+        starting = asyncio.create_task(group.start())
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while len(group._processes) < 2:
+                    await asyncio.sleep(0)
+            assert [priorities(p.pid) for p in group._processes] == [{STARTING_NICE}] * 2
+            await starting
+            assert [priorities(p.pid) for p in group._processes] == [{0}] * 2
+        finally:
+            starting.cancel()
+            await group.stop()
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, PREFERRED_NICE)
+    except PermissionError:
+        pytest.skip("NOBODY IS PREFERRED HERE: this user may not raise a priority")
+    try:
+        uvloop.run(story())
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, before)
