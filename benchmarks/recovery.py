@@ -1,12 +1,13 @@
 """What clients see when parts of a mesh are killed, stopped or drained under live streams.
 
     python benchmarks/recovery.py MODEL [--what rank,agent,hang,coordinator,drain,repartition,nothing] [--times 50]
-                                  [--streams 20] [--tokens 256]
+                                  [--streams 20] [--tokens 256] [--burners 0]
 
 Streams run all the time: each asks one of a fixed set of requests, again and again, and its tokens are compared with
 those of a run in which nothing happened. A disturbance comes when every stream has begun and a standby has its weights
 loaded. Told are, of every kind: requests that failed, wrong tokens, the time until the gateway knew (`lost`), until a
-token came again (`recovered`, from the loss), and the longest pause of any stream.
+token came again (`recovered`, from the loss), and the longest pause of any stream. In the row `nothing` nothing is
+done for a second at a time: a loss that is told then is a false alarm. Burners are processes that compute beside it.
 """
 
 from __future__ import annotations
@@ -230,6 +231,9 @@ async def after(mesh: Mesh, kind: str, streams: list[Stream], known: int, began_
     """Waits until every stream has gone on."""
     told: dict[str, float] = {}
     deadline = time.monotonic() + BACK_S
+    if kind == "nothing":
+        events = (await asyncio.to_thread(mesh.get))["events"]
+        told["alarms"] = float(sum(e["event"] == "lost" and e["at"] >= began_at for e in events))
     while kind not in ("coordinator", "nothing"):
         new = [e for e in (await asyncio.to_thread(mesh.get))["events"] if e["at"] >= began_at]
         ends = [e for e in new if e["event"] in ("recovered", "moved")]
@@ -288,11 +292,24 @@ async def run(model: Path, kinds: list[str], times: int, count: int, tokens: int
             "failed": sum(len(s.failed) for s in streams),
             "errors": sorted({e for s in streams for e in s.failed})[:5],
             "wrong": sum(s.wrong for s in streams),
+            **({"false_alarms": sum(f["alarms"] for f in figures)} if kind == "nothing" else {}),
             **{key: spread([f[key] for f in figures]) for key in figures[0]},
             "stream_pause_s": spread(pauses),
         }
         print(kind, json.dumps(results[kind]), flush=True)
     return results
+
+
+@contextmanager
+def burning(count: int) -> Iterator[None]:
+    """So many processes that compute all the time."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -303,7 +320,8 @@ def table(results: dict[str, Any]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for kind, r in results.items():
-        cells = [kind, r["times"], r["requests"], r["failed"], r["wrong"]]
+        alarms = f", {r['false_alarms']:.0f} false alarms" if "false_alarms" in r else ""
+        cells = [kind + alarms, r["times"], r["requests"], r["failed"], r["wrong"]]
         for key in ("known_s", "recovered_s", "paused_s", "stream_pause_s", "pause_s"):
             cells.append(f"{r[key]['p50']:.2f} / {r[key]['p99']:.2f}" if key in r else "-")
         cells.append(f"{r['replayed_tokens']['p50']:.0f}" if "replayed_tokens" in r else "-")
@@ -319,15 +337,17 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--streams", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=256, help="of each answer")
+    parser.add_argument("--burners", type=int, default=0, help="processes that compute beside it")
     parser.add_argument("--name", default="recovery", help="of the files under results")
     given = parser.parse_args()
     kinds = given.what.split(",")
     if unknown := set(kinds) - set(KINDS):
         parser.error(f"{', '.join(unknown)}: not of {', '.join(KINDS)}")
-    results = asyncio.run(run(given.model, kinds, given.times, given.streams, given.tokens))
+    with burning(given.burners):
+        results = asyncio.run(run(given.model, kinds, given.times, given.streams, given.tokens))
     command = (
         f"python benchmarks/recovery.py MODEL --what {given.what} --times {given.times} --streams {given.streams} "
-        f"--tokens {given.tokens} --name {given.name}"
+        f"--tokens {given.tokens} --burners {given.burners} --name {given.name}"
     )
     about = {"machine": facts.machine(), "versions": facts.own_versions(), "command": command, "seed": SEED}
     (facts.RESULTS / f"{given.name}.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
@@ -336,7 +356,8 @@ def main() -> int:
         "# What clients see of a loss", "",
         f"Written by `{command}`: two stages and a standby, {given.streams} streams of {given.tokens} tokens, greedy "
         f"and seeded, each compared token by token with a run in which nothing happened. {machine['cores']} cores, "
-        f"{machine['cpu']}, which the streams' client shares.", "",
+        f"{machine['cpu']}, which the streams' client shares"
+        + (f" with {given.burners} processes that only compute." if given.burners else "."), "",
         *table(results), "",
         "`known`: from the kill to the gateway's `lost`. `next token after`: from there to the first token that "
         "crossed all stages. `no step planned`: while layers change hands. `pause of a stream`: the longest time "
