@@ -3,8 +3,8 @@
 Elected as client-go does it: a record that nobody has changed for its duration, by the clock of the one who looks, has
 expired (clocks of machines are not compared), and each write names the version that it replaces, so that of two that
 try one succeeds. Every taking raises the record's count of transitions. That count is a term, and each term has epochs
-of its own, above those of all terms before: one who lost the lease without noticing gives orders that workers refuse,
-and no epoch comes back even where the volume that kept them is gone.
+of its own, above those of all terms before: no epoch comes back even where the volume that kept them is gone. Orders
+are given only while nobody else can have it (`is_sure`): one who was stopped gives none when he goes on.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ class Lease:
         """Of this term."""
         return self.term * EPOCHS_OF_A_TERM + 1
 
+    @property
+    def is_sure(self) -> bool:
+        """Whether nobody else can have it yet."""
+        return time.monotonic() < self._sure_until
+
     async def take(self, stop: asyncio.Event) -> bool:
         """Waits until it is free or expired; False when told to stop before. Raises ConfigError where the API server
         would never let it."""
@@ -76,7 +81,7 @@ class Lease:
                     return True
                 why = f"Lease {self.name} is held by {record.holder}; this coordinator waits until it is free"
             except Conflict:
-                continue
+                why = f"another coordinator wrote Lease {self.name} first"
             except Unavailable as e:
                 why = e.message
             if why != told:
@@ -98,15 +103,19 @@ class Lease:
                 async with asyncio.timeout(max(0.0, self._sure_until - time.monotonic())):
                     await self._renew()
             except Conflict:
-                return f"Lease {self.name} has another holder"
+                return f"Lease {self.name} has another holder, or was deleted"
             except (StagemeshError, TimeoutError) as e:
-                why = str(e) or "the API server does not answer"
+                if not why:
+                    log.warning("Lease %s is not renewed: %s", self.name, e)
+                why = str(e) or why or "the API server does not answer"
+            else:
+                why = ""
         return f"Lease {self.name} could not be renewed for {self._give_up_s:g} s: {why}"
 
     async def give_up(self) -> None:
         """Lets another one have it at once. Best effort: it expires by itself."""
         try:
-            await self._put(self._body("", self.term), self._version)
+            await self._write_as("")
         except (StagemeshError, Conflict) as e:
             log.info("Lease %s expires by itself: %s", self.name, e)
 
@@ -115,14 +124,17 @@ class Lease:
 
     async def _renew(self) -> None:
         """Raises Conflict where it is another's by now, Unavailable where that is not known."""
+        await self._write_as(self.identity)
+
+    async def _write_as(self, holder: str) -> None:
         try:
-            await self._put(self._body(self.identity, self.term), self._version)
+            await self._put(self._body(holder, self.term), self._version)
         except Conflict:
-            # Or the answer to a write of ours was lost.
+            # Or the answer to a write of ours was lost, or such a write is still under way.
             record = await self._read()
             if record is None or (record.holder, record.term) != (self.identity, self.term):
                 raise
-            await self._put(self._body(self.identity, self.term), record.version)
+            await self._put(self._body(holder, self.term), record.version)
 
     async def _write(self, record: Record | None) -> None:
         self.term = record.term + 1 if record is not None else 1
@@ -136,7 +148,7 @@ class Lease:
             status, text = await self._api.call("PUT", f"{self._path}/{self.name}", body)
         else:
             status, text = await self._api.call("POST", self._path, body)
-        if status == 409:
+        if status == 409 or (version and status == 404):
             raise Conflict
         self._version = self._checked(status, text)["metadata"]["resourceVersion"]
         self._sure_until = asked + self._give_up_s

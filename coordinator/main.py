@@ -199,7 +199,7 @@ async def _serve(
     stop: asyncio.Event,
     lease: Lease | None,
 ) -> int:
-    service = make_service(built, store, lease.first_epoch if lease is not None else 1)
+    service = make_service(built, store, lease)
     model, limits = built.model, built.target.limits
     log.info(
         "model %s: %d layers, %s, revision %s; %d stages, %d tokens a sequence at most, %d steps in flight",
@@ -238,8 +238,8 @@ async def _serve(
     return 0
 
 
-def make_service(built: Build, store: Store, first_epoch: int = 1) -> CoordinatorService:
-    """The service with its core; to be made on a running loop. No epoch that it makes is below `first_epoch`."""
+def make_service(built: Build, store: Store, lease: Lease | None = None) -> CoordinatorService:
+    """The service with its core; to be made on a running loop. With a Lease, its epochs are of that one's term."""
     now = time.monotonic()
     mesh = Mesh(
         built.target,
@@ -248,11 +248,18 @@ def make_service(built: Build, store: Store, first_epoch: int = 1) -> Coordinato
         epochs=store.epochs(),
         plans=store.plans(),
         replicas=store.replicas(),
-        first_epoch=first_epoch,
+        first_epoch=lease.first_epoch if lease is not None else 1,
     )
     stored = store.slots()
     # Without a store, a random start keeps a restarted coordinator off the slots of gateways that still live.
     first = max(stored, default=secrets.randbelow(MAX_SLOT)) % MAX_SLOT + 1
     slots = Slots(stored, now=now, first=first)
     bounds = limits_message(built.target.limits)
-    return CoordinatorService(mesh, store, slots, built.model, lambda post: Driver(post, built.model, bounds))
+    return CoordinatorService(
+        mesh,
+        store,
+        slots,
+        built.model,
+        lambda post: Driver(post, built.model, bounds),
+        in_charge=lambda: lease is None or lease.is_sure,
+    )

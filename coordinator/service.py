@@ -43,7 +43,9 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         model: types_pb2.ModelRef,
         make_driver: Callable[[Callable[[events.Event], None]], Driver],
         clock: Callable[[], float] = time.monotonic,
+        in_charge: Callable[[], bool] = lambda: True,
     ) -> None:
+        """Gives no order while it is not `in_charge`."""
         self._mesh = mesh
         self._store = store
         self._slots = slots
@@ -55,10 +57,11 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         self._version = self._urgent = 0  # of what is published; of its last urgent change
         self._changed = asyncio.Event()
         self._stopping = False
+        self._in_charge = in_charge
 
     def post(self, event: events.Event) -> None:
         """Runs the core on one event and executes what it orders, in order."""
-        if self._stopping:
+        if self._stopping or not self._in_charge():
             return
         for action in self._mesh.handle(event, self._clock()):
             match action:

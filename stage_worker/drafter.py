@@ -34,7 +34,10 @@ class Drafted:
     """Guesses behind the known tokens that were computed, too: right if they are what is drawn."""
 
     def note(self, position: int, tokens: Sequence[int]) -> None:
-        """Tokens that are certain, from `position` on; those known already are passed over."""
+        """Tokens that are certain, from `position` on; those known already are passed over. Where there is a gap before
+        them, other sequences have filled the pages in between."""
+        if tokens and position > self.done + len(self.behind):
+            self.done, self.behind, self.guessed = position, [], []
         new = list(tokens[max(0, self.done + len(self.behind) - position) :])
         held = 0
         while not self.behind and held < min(len(new), len(self.guessed)) and new[held] == self.guessed[held]:

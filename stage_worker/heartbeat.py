@@ -110,14 +110,13 @@ class HeartWatch:
         self._looked_at = 0.0
         self._suspects: set[int] = set()
 
-    def hanging(self) -> tuple[int, float] | None:
-        """A rank that was overdue at the last look as well, and for how many seconds it is."""
+    def hanging(self) -> list[tuple[int, float]]:
+        """Ranks that were overdue at the last look as well, and for how many seconds they are. One that waits for
+        another is overdue like that one."""
         now = time.monotonic()
         late, self._looked_at = now - self._looked_at > 2 * self._every_s, now
         overdue = {rank for rank, due in enumerate(self._values) if due < now}
         # Where this process was not run either, the machine is busy or was asleep: nobody can be blamed for that.
         confirmed = set() if late else overdue & self._suspects
         self._suspects = set() if late else overdue
-        for rank in sorted(confirmed):
-            return rank, now - self._values[rank]
-        return None
+        return [(rank, now - self._values[rank]) for rank in sorted(confirmed)]

@@ -113,18 +113,17 @@ class RankGroup:
     async def _watch(self, hearts: HeartWatch) -> None:
         """Kills a rank that hangs, which is then lost like one that died."""
         while not self.lost.done():
-            found = hearts.hanging()
-            # A rank that carries out a call has said so; one that loads beside may be late, and one that has not taken
-            # the call at all hangs.
-            if (
-                found is not None
-                and (not self._calls or found[1] > CALL_S)
-                and (found[1] > STARVED_S or not runs(self._processes[found[0]].pid))
-            ):
-                rank, overdue_s = found
+            for rank, overdue_s in hearts.hanging():
+                # A rank that carries out a call has said so; one that loads beside may be late, and one that has not
+                # taken the call at all hangs.
+                if self._calls and overdue_s <= CALL_S:
+                    continue
+                if overdue_s <= STARVED_S and runs(self._processes[rank].pid):
+                    continue
                 log.error("rank %d of %s hangs: %.1f s overdue; it is killed", rank, self._label, overdue_s)
                 self._processes[rank].kill()
                 self._lose(f"rank {rank} of {self._label} did not go on")
+                break
             await asyncio.sleep(LOOK_S)
 
     def _spawn(

@@ -19,6 +19,9 @@ PR_SET_CHILD_SUBREAPER = 36
 PREFERRED_NICE, STARTING_NICE = -10, 10
 
 
+_preferred = False
+
+
 def set_title(title: str) -> None:
     """Names the process in ps and top: `stagemesh stage 1 layers 6-11 rank 0`."""
     setproctitle.setproctitle(f"stagemesh {title}")
@@ -34,14 +37,16 @@ def die_with_parent(parent_pid: int, sig: signal.Signals = signal.SIGKILL) -> No
 
 def prefer() -> None:
     """Asks to be scheduled before compute: for processes that keep leases. Goes without where that is not allowed."""
+    global _preferred
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, PREFERRED_NICE)
+        _preferred = True
 
 
 def stand_back(pid: int) -> None:
     """Has a child that was just started import behind those that compute, until it calls `not_preferred`. Where this
-    process may not be preferred, the child could not undo it."""
-    if os.getpriority(os.PRIO_PROCESS, 0) < 0:
+    process could not `prefer` itself, the child could not undo it."""
+    if _preferred:
         with contextlib.suppress(ProcessLookupError):
             os.setpriority(os.PRIO_PROCESS, pid, STARTING_NICE)
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,8 @@ class LeaseServer:
     """Folder of a service account that it knows."""
     leases: dict[str, dict[str, Any]] = field(default_factory=dict)
     writes: int = 0
+    wrote_at: float = 0.0
+    """The last time (`time.monotonic()`)."""
     away: bool = False
     """Closes connections without an answer."""
     forgets: int = 0
@@ -62,6 +65,7 @@ class LeaseServer:
         if there is not None and body["metadata"]["resourceVersion"] != there["metadata"]["resourceVersion"]:
             return 409, {}
         self.writes += 1
+        self.wrote_at = time.monotonic()
         body["metadata"]["resourceVersion"] = str(self.writes)
         self.leases[name] = body
         return 200 if there is not None else 201, body

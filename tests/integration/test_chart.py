@@ -337,6 +337,10 @@ WRONG = {
     "cuda without a GPU": ('stages=[{"settings": {"device": "cuda"}}]', "ask for 1"),
     "a model from nowhere": ('model={"path": "/models/m"}', "say where the files come from"),
     "a volume without a model": ('model={"volume": {"emptyDir": {}}}', "name the checkpoint's directory"),
+    "a Role for everybody": (
+        'coordinator={"lease": {"enabled": true}}; serviceAccount={"create": false}',
+        "every pod of the namespace",
+    ),
     "two keys": ('apiKey={"value": "a", "existingSecret": "b"}', "give one"),
 }
 
@@ -345,7 +349,7 @@ WRONG = {
 def test_wrong_values_are_refused_by_helm(wrong: str) -> None:
     value, said = WRONG[wrong]
     with pytest.raises(chart.Refused, match=said):
-        objects_of("default", sets=(value,))
+        objects_of("default", sets=tuple(value.split("; ")))
 
 
 def notes(tmp_path: Path, *values: Path) -> str:

@@ -113,6 +113,21 @@ def test_a_prefix_that_is_shared_brings_its_pages_filled(model: Path) -> None:
     assert list(result.guesses) == afresh.guess([*prefix, *rest, 4], 3)
 
 
+def test_pages_that_another_one_filled_are_passed_over(model: Path) -> None:
+    """A sequence that is computed again in parts: what lies between them is there, and is not to be written over."""
+    afresh, drafter = Afresh(model), make_drafter(model)
+    tokens = [(7 * i) % 256 for i in range(3 * PAGE_SIZE)]
+    first = FollowedRow(1, Drafted(), [5, 3, 6], 0, tokens, True, 0)
+    follow(drafter, [first], result_of([]))
+    second = Drafted()
+    # Its first page is its own; the next is the other's.
+    follow(drafter, [FollowedRow(2, second, [7, 3, 2], 0, tokens[:PAGE_SIZE], True, 0)], result_of([]))
+    rest = tokens[2 * PAGE_SIZE :]
+    result = result_of([(2, len(tokens), [4])])
+    follow(drafter, [FollowedRow(2, second, [7, 3, 2, 1], 2 * PAGE_SIZE, rest, True, 3)], result)
+    assert list(result.guesses) == afresh.guess([*tokens, 4], 3)
+
+
 def test_drawn_tokens_that_pile_up_are_computed_without_being_asked_for(model: Path) -> None:
     drafter, state = make_drafter(model), Drafted()
     follow(drafter, [FollowedRow(1, state, [0], 0, [3, 5], True, 0)], result_of([(1, 2, [4])]))

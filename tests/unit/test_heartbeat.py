@@ -20,21 +20,22 @@ EVERY_S = 0.1
 class Clock:
     """Time that goes on when it is told to; a watch looks every tenth of a second meanwhile."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, hearts: tuple[int, ...] = (1,)) -> None:
         self.now = 1000.0
         monkeypatch.setattr(heartbeat.time, "monotonic", lambda: self.now)
         fd = make_heartbeats(2)
         self.watch = HeartWatch(fd, 2, EVERY_S)
-        self.heart = Heart(os.dup(fd), 1, 2)
+        self.hearts = [Heart(os.dup(fd), rank, 2) for rank in hearts]
+        self.heart = self.hearts[-1]
         os.close(fd)
 
     def hangs_after(self, most_s: float = 1000) -> float:
         """Seconds until the watch says that the rank hangs."""
         began = self.now
-        while (found := self.watch.hanging()) is None:
+        while not (found := self.watch.hanging()):
             assert self.now - began < most_s, "nothing is noticed"
             self.now += EVERY_S
-        assert found[0] == 1
+        assert [rank for rank, _ in found] == [1]
         return self.now - began
 
 
@@ -100,13 +101,23 @@ def test_what_was_slow_once_is_forgotten(clock: Clock) -> None:
 
 def test_a_watch_that_stood_still_itself_blames_nobody(clock: Clock) -> None:
     clock.heart.beat()
-    assert clock.watch.hanging() is None
+    assert not clock.watch.hanging()
     for _ in range(10):
         clock.now += 5
-        assert clock.watch.hanging() is None
+        assert not clock.watch.hanging()
     clock.heart.beat()
     clock.now += EVERY_S
-    assert clock.watch.hanging() is None
+    assert not clock.watch.hanging()
+
+
+def test_one_that_waits_for_another_is_told_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, hearts=(0, 1))
+    for heart in clock.hearts:
+        heart.beat()
+    for _ in range(int(2 * ALIVE_S / EVERY_S)):
+        clock.now += EVERY_S
+        found = clock.watch.hanging()
+    assert [rank for rank, _ in found] == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@
 {{- fail "model.volume is set and model.path is not: name the checkpoint's directory in the pods" }}
 {{- end }}
 {{- end }}
+{{- if and .Values.coordinator.lease.enabled (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) }}
+{{- fail "coordinator.lease.enabled gives the service account a Role, and without serviceAccount.create that is `default`, which every pod of the namespace has: name one in serviceAccount.name" }}
+{{- end }}
 {{- if and .Values.apiKey.value .Values.apiKey.existingSecret }}
 {{- fail "apiKey.value and apiKey.existingSecret are both set: give one" }}
 {{- end }}
