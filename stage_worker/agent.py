@@ -146,7 +146,6 @@ class Agent:
     async def prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
         """Stage.Prepare."""
         point("agent.prepare")
-        request.beside = bool(self.held)
         async for response in self._load(Kind.PREPARE, request):
             yield response
 
@@ -162,6 +161,9 @@ class Agent:
         request.model.fingerprint = await asyncio.to_thread(checkpoint.fingerprint, model, request.model.load_format)
         if theirs and theirs != request.model.fingerprint:
             log.warning("checkpoint %s has fingerprint %s here, %s there", model, request.model.fingerprint, theirs)
+        if isinstance(request, stage_pb2.PrepareRequest):
+            # As it is now: an assignment that came meanwhile is not to be wiped.
+            request.beside = bool(self.held)
         ident = group.take_id()
         call = asyncio.create_task(group.call_as(ident, kind, request.SerializeToString(), ASSIGN_TIMEOUT_S))
         try:
