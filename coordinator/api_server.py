@@ -15,10 +15,6 @@ from stagemesh.errors import ConfigError, Unavailable
 CALL_S = 2.0
 
 
-class Conflict(Exception):
-    """Another one wrote first."""
-
-
 class ApiServer:
     """Calls with a deadline. Raises ConfigError outside a pod."""
 

@@ -20,11 +20,15 @@ from typing import Any
 
 from stagemesh.errors import ConfigError, StagemeshError, Unavailable
 
-from .api_server import ApiServer, Conflict
+from .api_server import ApiServer
 
 log = logging.getLogger(__name__)
 
 EPOCHS_OF_A_TERM = 2**24
+
+
+class Conflict(Exception):
+    """Another one wrote first."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Record:
 
     holder: str
     term: int
-    renewed: str
     version: str
+    """Another one with every write."""
 
 
 class Lease:
@@ -73,10 +77,10 @@ class Lease:
             why = ""
             try:
                 record = await self._read()
-                if seen is None or record is None or record != seen:
+                if record != seen:
                     seen, since = record, time.monotonic()
                 if record is None or record.holder in ("", self.identity) or self._has_expired(since):
-                    await self._write(record)
+                    await self._take_over(record)
                     log.info("in charge by Lease %s, term %d, as %s", self.name, self.term, self.identity)
                     return True
                 why = f"Lease {self.name} is held by {record.holder}; this coordinator waits until it is free"
@@ -101,7 +105,7 @@ class Lease:
             await asyncio.sleep(min(self._pause_s, left))
             try:
                 async with asyncio.timeout(max(0.0, self._sure_until - time.monotonic())):
-                    await self._renew()
+                    await self._write_as(self.identity)
             except Conflict:
                 return f"Lease {self.name} has another holder, or was deleted"
             except (StagemeshError, TimeoutError) as e:
@@ -122,11 +126,8 @@ class Lease:
     def _has_expired(self, since: float) -> bool:
         return time.monotonic() > since + self._duration_s
 
-    async def _renew(self) -> None:
-        """Raises Conflict where it is another's by now, Unavailable where that is not known."""
-        await self._write_as(self.identity)
-
     async def _write_as(self, holder: str) -> None:
+        """Raises Conflict where it is another's by now, Unavailable where that is not known."""
         try:
             await self._put(self._body(holder, self.term), self._version)
         except Conflict:
@@ -136,7 +137,7 @@ class Lease:
                 raise
             await self._put(self._body(holder, self.term), record.version)
 
-    async def _write(self, record: Record | None) -> None:
+    async def _take_over(self, record: Record | None) -> None:
         self.term = record.term + 1 if record is not None else 1
         self._acquired = _now()
         await self._put(self._body(self.identity, self.term), record.version if record is not None else "")
@@ -162,7 +163,6 @@ class Lease:
         return Record(
             spec.get("holderIdentity") or "",
             spec.get("leaseTransitions") or 0,
-            spec.get("renewTime") or "",
             found["metadata"]["resourceVersion"],
         )
 

@@ -18,8 +18,8 @@ from services import free_port, wait_for
 
 from stagemesh import rpc
 from stagemesh.config import DEMO_MODEL
-from stagemesh.coordinator.api_server import ApiServer, Conflict
-from stagemesh.coordinator.lease import EPOCHS_OF_A_TERM, Lease
+from stagemesh.coordinator.api_server import ApiServer
+from stagemesh.coordinator.lease import EPOCHS_OF_A_TERM, Conflict, Lease
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
@@ -235,7 +235,7 @@ class TestLease:
             await one.give_up()
             assert await two.take(asyncio.Event())
             with pytest.raises(Conflict):
-                await one._renew()
+                await one._write_as("one")
             return one.first_epoch, two.first_epoch
 
         first, second = asyncio.run(story())
