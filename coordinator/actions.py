@@ -30,6 +30,21 @@ class PersistReplicas:
 
 
 @dataclass(frozen=True)
+class PersistPartition:
+    """Write down the layers of each stage that are wanted; None: what settings or the cost model say."""
+
+    terms: str
+    counts: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class PersistDrains:
+    """Write down which lives of workers drain."""
+
+    drains: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
 class ForgetPlan:
     """A pipeline is no more: what was written down of it, but for its epoch, is not to be taken up again."""
 
@@ -139,6 +154,8 @@ Action = (
     PersistEpoch
     | PersistPlan
     | PersistReplicas
+    | PersistPartition
+    | PersistDrains
     | ForgetPlan
     | Assign
     | Prepare

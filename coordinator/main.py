@@ -248,6 +248,8 @@ def make_service(built: Build, store: Store, lease: Lease | None = None) -> Coor
         epochs=store.epochs(),
         plans=store.plans(),
         replicas=store.replicas(),
+        wished=store.partition(built.target.terms),
+        drains=store.drains(),
         first_epoch=lease.first_epoch if lease is not None else 1,
     )
     stored = store.slots()

@@ -6,7 +6,7 @@ pipeline is in forming.py, its changes beside serving in moving.py, how many the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from . import actions, events
 from . import values as v
@@ -36,6 +36,8 @@ class Mesh(Survivors):
         epochs: Mapping[str, int] | None = None,
         plans: Mapping[str, v.StoredPlan] | None = None,
         replicas: Mapping[int, int] | None = None,
+        wished: Sequence[int] | None = None,
+        drains: Mapping[str, int] | None = None,
         first_epoch: int = 1,
     ) -> None:
         """No epoch that is made here is below `first_epoch`."""
@@ -46,10 +48,13 @@ class Mesh(Survivors):
             pipeline_ids=sorted(plans or (FIRST,)),
             epochs=epochs,
             replicas=replicas,
+            wished=wished,
             first_epoch=first_epoch,
         )
         self.lease_s = lease_s
         self.lost: dict[str, v.WorkerInfo] = {}
+        self._drains = dict(drains or {})
+        """Worker -> its life that drains: also where that was asked of a coordinator before this one."""
         self._last_tick = now
         self._took_up = bool(plans)
         """There were pipelines before a restart."""
@@ -140,7 +145,8 @@ class Mesh(Survivors):
         else:
             if known is not None:
                 self._lose(info.worker_id, "a new incarnation of it registered")
-            self.workers[info.worker_id] = v.Worker(info, self._now + self.lease_s)
+            draining = self._drains.get(info.worker_id) == info.incarnation
+            self.workers[info.worker_id] = v.Worker(info, self._now + self.lease_s, draining=draining)
             self.lost.pop(info.worker_id, None)
             self._log(
                 f"worker {info.worker_id} registered: {info.address}, "
@@ -212,6 +218,9 @@ class Mesh(Survivors):
         if worker is None or worker.draining:
             return
         worker.draining = True
+        here = [name for name in self._drains if name in self.workers or name in self.lost or self.settles(self._now)]
+        self._drains = {name: self._drains[name] for name in here} | {worker_id: worker.info.incarnation}
+        self._act(actions.PersistDrains(tuple(sorted(self._drains.items()))))
         self._failed.clear()
         self._version += 1
         self._log(f"worker {worker_id} drains")

@@ -73,6 +73,10 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                     self._store.forget_plan(pipeline_id)
                 case actions.PersistReplicas(replicas):
                     self._store.save_replicas(replicas)
+                case actions.PersistPartition(terms, counts):
+                    self._store.save_partition(terms, counts)
+                case actions.PersistDrains(drains):
+                    self._store.save_drains(drains)
                 case actions.Publish(urgent):
                     self._version += 1
                     if urgent:

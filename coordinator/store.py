@@ -1,4 +1,4 @@
-"""What must outlive a coordinator: epochs, plans, wished replicas, gateways' slots. SQLite, or memory.
+"""What must outlive a coordinator: epochs, plans, what an operator asked for, gateways' slots. SQLite, or memory.
 
 Write-ahead log with synchronous FULL: a commit that returned survives a crash of the machine, so an epoch that anyone
 heard of is never handed out again.
@@ -21,6 +21,8 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS epochs (pipeline_id TEXT PRIMARY KEY, epoch INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS plans (pipeline_id TEXT PRIMARY KEY, plan TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS replicas (stage INTEGER PRIMARY KEY, count INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS partitions (terms TEXT PRIMARY KEY, counts TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS drains (worker_id TEXT PRIMARY KEY, incarnation TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS slots (slot INTEGER PRIMARY KEY, gateway_id TEXT NOT NULL, instance TEXT NOT NULL);
 """
 VERSION = 1
@@ -89,10 +91,31 @@ class Store:
 
     def save_replicas(self, replicas: Iterable[tuple[int, int]]) -> None:
         """Writes down what an operator wants, in place of what he wanted before."""
+        self._replace("replicas", replicas)
+
+    def partition(self, terms: str) -> tuple[int, ...] | None:
+        """Layers of each stage that an operator wants, of a model and bounds with this digest."""
+        row = self._db.execute("SELECT counts FROM partitions WHERE terms = ?", (terms,)).fetchone()
+        return tuple(json.loads(row[0])) if row is not None else None
+
+    def save_partition(self, terms: str, counts: tuple[int, ...] | None) -> None:
+        """Writes down what an operator wants, or that it is nothing of his own any more."""
+        self._replace("partitions", [(terms, json.dumps(counts))] if counts is not None else [])
+
+    def drains(self) -> dict[str, int]:
+        """Worker -> its life that an operator has drained."""
+        rows = self._db.execute("SELECT worker_id, incarnation FROM drains").fetchall()
+        return {worker_id: int(incarnation) for worker_id, incarnation in rows}
+
+    def save_drains(self, drains: Iterable[tuple[str, int]]) -> None:
+        """Writes down whom an operator has drained, in place of those of before."""
+        self._replace("drains", [(worker_id, str(incarnation)) for worker_id, incarnation in drains])
+
+    def _replace(self, table: str, rows: Iterable[tuple[object, object]]) -> None:
         with self._db:
             self._db.execute("BEGIN")
-            self._db.execute("DELETE FROM replicas")
-            self._db.executemany("INSERT INTO replicas VALUES (?, ?)", list(replicas))
+            self._db.execute(f"DELETE FROM {table}")
+            self._db.executemany(f"INSERT INTO {table} VALUES (?, ?)", list(rows))
 
     def slots(self) -> dict[int, tuple[str, int]]:
         """Slot -> (gateway, instance) that had it last."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from stagemesh.errors import ConfigError, Unavailable
 
-from . import events
+from . import actions, events
 from . import values as v
 from .cost import Kind, kinds
 from .forming import RETRY_MAX_S, Pipeline, State
@@ -24,7 +25,8 @@ LOADS = 3
 class Wishes(Warmer):
     """Layer ranges that are wanted and not there yet; how they come to be is the business of moves."""
 
-    def __init__(self, *args: Any, **named: Any) -> None:
+    def __init__(self, *args: Any, wished: Sequence[int] | None = None, **named: Any) -> None:
+        """`wished`: layers of each stage, as they were wanted before a restart."""
         super().__init__(*args, **named)
         self.ranges: tuple[v.Range, ...] | None = None
         """What an operator wants the stages to hold, and they do not yet."""
@@ -38,6 +40,9 @@ class Wishes(Warmer):
         self._advised_at = 0.0
         self._advised: dict[str, Advice] = {}
         """Pipeline -> what was known of its steps when other ranges were wanted."""
+        if wished is not None:
+            self.ranges = tuple(itertools.pairwise(itertools.accumulate(wished, initial=0)))
+            self.target = replace(self.target, layer_partition=tuple(wished))
 
     def ranges_for(self, counts: Sequence[int]) -> tuple[v.Range, ...]:
         """Ranges of so many layers; none: what the cost model takes for the best.
@@ -118,8 +123,13 @@ class Wishes(Warmer):
         self.ranges, self.given_up = ranges, ""
         self._advised = {name: a for name, p in self.pipelines.items() if (a := self.advice(p)) is not None}
         self._load_failures = 0
-        self.target = replace(self.target, layer_partition=tuple(last - first for first, last in ranges))
+        self._want(tuple(last - first for first, last in ranges))
         self._log("other ranges are wanted: " + _shown(ranges))
+
+    def _want(self, counts: tuple[int, ...] | None) -> None:
+        """From now on pipelines are formed so, also by a coordinator that comes after this one."""
+        self.target = replace(self.target, layer_partition=counts)
+        self._act(actions.PersistPartition(self.target.terms, counts))
 
     def _cannot_load(self, layers: v.Range, reason: str, *, final: bool) -> None:
         if self.ranges is not None and layers in self.ranges:
@@ -130,7 +140,7 @@ class Wishes(Warmer):
     def _give_ranges_up(self, why: str) -> None:
         self._log(f"the ranges stay as they are: {why}", warning=True)
         self.ranges, self.given_up = None, why
-        self.target = replace(self.target, layer_partition=self._partition_before)
+        self._want(self._partition_before)
         for times in self.step_times.values():
             times.rest(self._now)
         self._publish()
@@ -141,7 +151,7 @@ class Wishes(Warmer):
             chosen = self._choose(pipeline, pipeline.stages)
             return chosen, ", ".join(f"stage {p.stage} leaves worker {p.worker_id}" for p in leaving) + ", which drains"
         serving = [p for p in self.pipelines.values() if p.state is State.SERVING]
-        if self.ranges is not None and all(_ranges(p) == self.ranges for p in serving):
+        if self.ranges is not None and serving and all(_ranges(p) == self.ranges for p in serving):
             self.ranges = None
         if self.ranges is None or self.ranges == _ranges(pipeline) or len(self.ranges) != len(pipeline.stages):
             return [], ""

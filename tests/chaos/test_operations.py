@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 import streams
-from disturb import check, disturbed, holders, stagemesh
+from disturb import check, disturbed, holders, stagemesh, until
 from mesh import Mesh
 
 
@@ -29,3 +31,24 @@ def test_wrong_names_are_said(mesh: Mesh) -> None:
         "drain", "nobody", "--url", mesh.url, status=1
     )
     assert "no gateway answers" in stagemesh("drain", "stage-0", "--url", "http://127.0.0.1:9", status=1)
+
+
+def test_a_repartition_whose_coordinator_dies_is_carried_out_by_the_next(
+    mesh: Mesh, expected: list[streams.Stream]
+) -> None:
+    def counts() -> list[int]:
+        stages = mesh.get("/mesh")["pipelines"][0]["stages"]
+        return [s["layers"]["last"] - s["layers"]["first"] for s in stages]
+
+    def move(_: list[streams.Stream]) -> None:
+        command = [sys.executable, "-m", "stagemesh.cli.main", "repartition", "2,2,4", "--url", mesh.url]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as asking:
+            asyncio.run(until(lambda: "other ranges are wanted" in mesh.log.read_text(), "it is asked for"))
+            mesh.named("stagemesh coordinator")[0].kill()
+            # Nobody is left to ask again.
+            asking.kill()
+        asyncio.run(until(lambda: counts() == [2, 2, 4], "the stages hold what was asked for"))
+
+    told = asyncio.run(disturbed(mesh, move))
+    check(told, expected)
+    mesh.check_pages_are_free()

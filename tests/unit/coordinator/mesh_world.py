@@ -39,12 +39,19 @@ class World:
         goal = goal or target()
         self.mesh = Mesh(goal, now=self.now, nonce=Nonces(1).next, lease_s=LEASE_S, **kwargs)  # type: ignore[arg-type]
         self.actions: list[actions.Action] = []
+        self.written = {name: kwargs.get(name) for name in ("wished", "drains")}
+        """What an operator asked for, as another coordinator would find it."""
         self.lives: Counter[str] = Counter()
 
     def send(self, event: events.Event) -> list[actions.Action]:
         """One event; its actions are kept too."""
         done = self.mesh.handle(event, self.now)
         self.actions += done
+        for action in done:
+            if isinstance(action, actions.PersistPartition):
+                self.written["wished"] = action.counts
+            elif isinstance(action, actions.PersistDrains):
+                self.written["drains"] = dict(action.drains)
         return done
 
     def took(self, kind: type[A]) -> list[A]:

@@ -33,11 +33,16 @@ class TestStore:
         store.save_epoch("pipeline-0", 7)
         store.save_plan(PLAN)
         store.save_slot(3, "gateway-0", 2**64 - 1)
+        store.save_partition("terms", (2, 4))
+        store.save_drains([("a", 2**63 + 5), ("b", 9)])
         store.close()
         again = Store(str(tmp_path / "state"))
         assert again.epochs() == {"pipeline-0": 7}
         assert again.plans() == {"pipeline-0": PLAN}
         assert again.slots() == {3: ("gateway-0", 2**64 - 1)}
+        assert again.partition("terms") == (2, 4)
+        assert again.partition("those of another model") is None
+        assert again.drains() == {"a": 2**63 + 5, "b": 9}
         again.close()
 
     def test_what_was_forgotten_is_not(self, tmp_path: Path) -> None:
@@ -48,6 +53,10 @@ class TestStore:
             store.save_slot(slot, "gateway-0", slot)
         store.save_replicas([(0, 3), (1, 2)])
         store.save_replicas([(1, 4)])
+        store.save_partition("terms", (2, 4))
+        store.save_partition("terms", None)
+        store.save_drains([("a", 1)])
+        store.save_drains([("b", 2)])
         store.forget_plan("pipeline-0")
         store.forget_slots([3, 5])
         store.close()
@@ -56,6 +65,8 @@ class TestStore:
         assert again.epochs() == {"pipeline-0": 7}, "no epoch is used again"
         assert again.slots() == {4: ("gateway-0", 4)}
         assert again.replicas() == {1: 4}
+        assert again.partition("terms") is None
+        assert again.drains() == {"b": 2}
         again.close()
 
     def test_an_epoch_never_falls(self) -> None:

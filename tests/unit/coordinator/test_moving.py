@@ -36,6 +36,30 @@ class TestPagesToCopy:
         ]
 
 
+def restarted(world: World) -> World:
+    """Another coordinator, with what this one has written down, and the workers as they are."""
+    pipeline, move = world.mesh.pipelines["pipeline-0"], world.mesh.moves.get("pipeline-0")
+    plan = v.StoredPlan(
+        "pipeline-0", world.epoch, pipeline.stages, tuple(pipeline.loaded[s] for s in range(2)), ("", ""), "terms"
+    )
+    new = World(
+        epochs={"pipeline-0": move.epoch if move is not None else world.epoch},
+        plans={"pipeline-0": plan},
+        **world.written,
+    )
+    new.lives = world.lives
+    for name in sorted(world.mesh.workers):
+        held = tuple(
+            v.Held("pipeline-0", at.epoch, p.stage, p.layers, p.generation, at is pipeline, REVISION)
+            for at in (pipeline, move)
+            if at is not None
+            for p in at.stages
+            if p.worker_id == name
+        )
+        new.join(name, same_life=True, held=held)
+    return new
+
+
 def repartitioned() -> World:
     """Two stages of three layers, told to become four and two, with a gateway."""
     world = serving()
@@ -216,25 +240,63 @@ class TestWhatGoesWrong:
         assert "no memory just now" in world.mesh.given_up
 
     def test_what_a_move_left_behind_at_a_restart_is_released_everywhere(self) -> None:
-        world = serving()
-        world.gateway()
-        world.send(events.RepartitionRequested(((0, 4), (4, 6))))
+        world = repartitioned()
         world.prepared("a"), world.prepared("b")
-        move, pipeline = world.mesh.moves["pipeline-0"], world.mesh.pipelines["pipeline-0"]
-        plan = v.StoredPlan(
-            "pipeline-0", world.epoch, pipeline.stages, tuple(pipeline.loaded[s] for s in range(2)), ("", ""), "terms"
-        )
-        new = World(epochs={"pipeline-0": move.epoch}, plans={"pipeline-0": plan})
-        new.lives = world.lives
-        for name in ("a", "b"):
-            held = tuple(
-                v.Held("pipeline-0", at.epoch, p.stage, p.layers, p.generation, at is pipeline, REVISION)
-                for at in (pipeline, move)
-                for p in at.stages
-                if p.worker_id == name
-            )
-            new.join(name, same_life=True, held=held)
+        move = world.mesh.moves["pipeline-0"]
+        new = restarted(world)
         assert (new.state, new.epoch, new.ranges) == (State.SERVING, world.epoch, [(0, 3), (3, 6)])
         released = [(r.worker_id, r.epoch, r.alone) for r in new.took(actions.Release)]
         assert {("a", move.epoch, True), ("b", move.epoch, True)} <= set(released)
         assert not [r for r in released if r[1] == world.epoch]
+
+
+class TestRestart:
+    """Whatever an operator asked for is known to a coordinator that is started again."""
+
+    def test_ranges_that_are_wanted_still_are(self) -> None:
+        world = repartitioned()
+        world.prepared("a"), world.prepared("b")
+        new = restarted(world)
+        assert (new.state, new.ranges) == (State.SERVING, [(0, 3), (3, 6)])
+        new.gateway()
+        new.prepared("a"), new.prepared("b")
+        new.prepare_move()
+        new.moved()
+        assert (new.state, new.ranges) == (State.SERVING, [(0, 4), (4, 6)])
+        new.wait(0.1, "a", "b")
+        assert new.mesh.ranges is None
+
+    def test_ranges_that_stages_hold_stay_those_of_what_is_formed_later(self) -> None:
+        world = repartitioned()
+        world.prepared("a"), world.prepared("b")
+        world.prepare_move()
+        world.moved()
+        new = restarted(world)
+        assert (new.ranges, new.mesh.moves) == ([(0, 4), (4, 6)], {})
+        new.lose("a")
+        new.join("a")
+        assert new.ranges == [(0, 4), (4, 6)]
+
+    def test_ranges_that_were_given_up_are_not_wanted_again(self) -> None:
+        world = repartitioned()
+        for _ in range(3):
+            world.prepared("a", failed="no memory just now", final=False)
+            world.wait(2.5, "a", "b")
+        new = restarted(world)
+        assert (new.mesh.ranges, new.mesh.target.layer_partition, new.mesh.moves) == (None, None, {})
+
+    def test_a_worker_that_drains_still_does_and_its_next_life_does_not(self) -> None:
+        world = serving("spare")
+        world.gateway()
+        world.send(events.DrainRequested("a"))
+        new = restarted(world)
+        assert new.mesh.workers["a"].draining
+        new.gateway()
+        new.prepared("spare")
+        new.prepare_move()
+        new.moved()
+        assert new.holders == ["spare", "b"]
+        again = restarted(new)
+        assert again.mesh.workers["a"].draining, "it takes no stage until it is started again"
+        again.join("a")
+        assert not again.mesh.workers["a"].draining
