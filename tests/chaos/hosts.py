@@ -1,4 +1,5 @@
-"""Hosts for chaos tests: network namespaces on one bridge, whose ways to each other can be cut, one way or both.
+"""Hosts for chaos tests: network namespaces on one bridge, whose ways to each other can be cut, one way or both, or
+made slow.
 
 A cut is silent, as a pulled cable is: packets are dropped, no connection is reset.
 """
@@ -20,8 +21,12 @@ import pytest
 NET = "10.78.0"
 
 
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=20)
+
+
 def _ip(*args: str) -> None:
-    subprocess.run(["ip", *args], check=True, capture_output=True, timeout=20)
+    _run("ip", *args)
 
 
 @dataclass
@@ -74,6 +79,19 @@ class Hosts:
         finally:
             for name, address in rules:
                 subprocess.run(["ip", "-n", name, "route", "del", "blackhole", address], check=False, timeout=20)
+
+    @contextlib.contextmanager
+    def slow(self, rate: str, *hosts: int) -> Iterator[None]:
+        """What these hosts send goes at most so fast ("1mbit"), until the block ends; the rest waits in line."""
+        names = [self.hosts[number].name for number in hosts]
+        try:
+            for name in names:
+                limit = ("rate", rate, "burst", "16kb", "latency", "2s")
+                _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", "tbf", *limit)
+            yield
+        finally:
+            for name in names:
+                subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", "eth0", "root"], check=False, timeout=20)
 
 
 @contextlib.contextmanager

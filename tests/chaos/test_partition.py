@@ -1,4 +1,5 @@
-"""Links between hosts are cut, one way and both, for a moment and for long: no request fails, no token changes."""
+"""Links between hosts are cut, one way and both, for a moment and for long, or slow: no request fails, no token
+changes."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from hosts import Hosts, hosts, services
 SEED = 5
 STREAMS = 6
 MAX_TOKENS = 300
+SLOW, SLOW_TOKENS = "256kbit", 160
 FRONT, WORKERS = 0, {"first": 1, "second": 2, "spare": 3}
 """Hosts: coordinator and gateway; the workers."""
 CUTS = {
@@ -99,29 +101,72 @@ def ways(mesh: Mesh, what: str) -> list[tuple[int, int]]:
     return [(FRONT if a is None else held[a], FRONT if b is None else held[b]) for a, b in CUTS[what]]
 
 
-async def cut_within(mesh: Mesh, what: str, seconds: float) -> list[streams.Stream]:
-    told = streams.make(STREAMS, MAX_TOKENS, SEED)
-    running = asyncio.create_task(streams.run_all(mesh.grpc_address, told))
+async def cut_within(mesh: Mesh, what: str, seconds: float, *, whole: bool) -> list[list[streams.Stream]]:
+    """Streams in whose midst the cut comes; where it lasts the `whole` time, others within and after it."""
+    rounds = [streams.make(STREAMS, MAX_TOKENS, SEED)]
+    running = asyncio.create_task(streams.run_all(mesh.grpc_address, rounds[0]))
     deadline = time.monotonic() + 30
-    while not all(s.length > 8 for s in told):
+    while not all(s.length > 8 for s in rounds[0]):
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
     with mesh.net.cut(*ways(mesh, what)):
         began = time.monotonic()
+        # Where all went on it may as well be over early: a later one is of more use.
         await asyncio.wait([running], timeout=seconds)
-        # A cut that nobody needed is not worth its name; one that is over early, as all went on, is what is wanted.
-        print(f"cut for {time.monotonic() - began:.1f} s")
+        while whole and time.monotonic() < began + seconds:
+            rounds.append(streams.make(STREAMS, MAX_TOKENS, SEED))
+            await streams.run_all(mesh.grpc_address, rounds[-1])
+        print(f"cut for {time.monotonic() - began:.1f} s, {len(rounds)} rounds of streams")
     await asyncio.wait_for(running, 120)
-    return told
+    return rounds
 
 
-def cut_and_check(mesh: Mesh, expected: list[streams.Stream], what: str, seconds: float) -> None:
+def cut_and_check(
+    mesh: Mesh, expected: list[streams.Stream], what: str, seconds: float, *, whole: bool = False
+) -> None:
     mesh.wait("a standby", lambda: spare_is_ready(mesh))
-    told = asyncio.run(cut_within(mesh, what, seconds))
+    rounds = asyncio.run(cut_within(mesh, what, seconds, whole=whole))
+    for told in rounds:
+        for stream, other in zip(told, expected, strict=True):
+            assert stream.error is None, stream.error
+            assert stream.tokens == other.tokens
+    print(f"{what}, {seconds:g} s: longest pause {max(s.longest_s for told in rounds for s in told):.2f} s")
+
+
+def test_slow_links_are_slow_and_not_taken_for_broken(mesh: Mesh, expected: list[streams.Stream]) -> None:
+    """Also where they become slow at once, when what steps take is known from faster ones."""
+    mesh.wait("a standby", lambda: spare_is_ready(mesh))
+    pipeline = mesh.get("/mesh")["pipelines"][0]
+    held = [WORKERS[stage["worker_id"]] for stage in pipeline["stages"]]
+    told = streams.make(STREAMS, SLOW_TOKENS, SEED)
+
+    def tokens() -> int:
+        return sum(s.length for s in told)
+
+    async def speed_until(count: int) -> float:
+        began, before = time.monotonic(), tokens()
+        while tokens() < count:
+            assert time.monotonic() < began + 60
+            await asyncio.sleep(0.01)
+        return (tokens() - before) / (time.monotonic() - began)
+
+    async def story() -> tuple[float, float]:
+        running = asyncio.create_task(streams.run_all(mesh.grpc_address, told))
+        await speed_until(STREAMS * 8)
+        fast = await speed_until(STREAMS * SLOW_TOKENS // 2)
+        with mesh.net.slow(SLOW, *held):
+            slow = await speed_until(STREAMS * SLOW_TOKENS * 9 // 10)
+        await asyncio.wait_for(running, 60)
+        return fast, slow
+
+    fast, slow = asyncio.run(story())
+    print(f"{fast:.0f}, then {slow:.0f} tokens a second, longest pause {max(s.longest_s for s in told):.2f} s")
+    assert slow < fast / 2
     for stream, other in zip(told, expected, strict=True):
         assert stream.error is None, stream.error
-        assert stream.tokens == other.tokens
-    print(f"{what}, {seconds:g} s: longest pause {max(s.longest_s for s in told):.2f} s")
+        for choice, right in other.tokens.items():
+            assert stream.tokens[choice] == right[: len(stream.tokens[choice])]
+    assert mesh.get("/mesh")["pipelines"][0]["epoch"] == pipeline["epoch"], "nobody was lost"
 
 
 @pytest.mark.parametrize("what", CUTS)
@@ -137,4 +182,4 @@ def test_a_cut_of_twenty_seconds(mesh: Mesh, expected: list[streams.Stream], wha
 @pytest.mark.slow
 @pytest.mark.parametrize("what", CUTS)
 def test_a_cut_of_two_minutes(mesh: Mesh, expected: list[streams.Stream], what: str) -> None:
-    cut_and_check(mesh, expected, what, 120)
+    cut_and_check(mesh, expected, what, 120, whole=True)
