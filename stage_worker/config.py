@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class RankConfig:
-    """One rank's identity, descriptors and resources; travels as JSON on its command line."""
+    """One rank's identity, descriptors and resources; travels as JSON."""
 
     label: str
     """Role in titles and logs, such as `stage 1`."""
@@ -51,11 +51,27 @@ class RankConfig:
         """Threads that compute: as many as were asked for, else one for each core that this rank may use."""
         return self.threads or len(self.cpus) or len(os.sched_getaffinity(0))
 
+    @property
+    def fds(self) -> list[int]:
+        """The descriptors that it is to inherit."""
+        return [
+            self.control_fd,
+            self.heart_fd,
+            *self.order_fds,
+            *([] if self.exchange_fd is None else [self.exchange_fd]),
+        ]
+
+    def inherit(self, fds: list[int]) -> RankConfig:
+        """The same with other numbers for `fds`, in their order."""
+        control, heart, *order = fds
+        exchange = order.pop() if self.exchange_fd is not None else None
+        return replace(self, control_fd=control, heart_fd=heart, order_fds=order, exchange_fd=exchange)
+
     def to_json(self) -> str:
-        """For the command line."""
+        """For a command line, or a zygote's socket."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> RankConfig:
-        """From the command line."""
+        """What `to_json` made."""
         return RankConfig(**json.loads(text))

@@ -20,6 +20,7 @@ from stagemesh.errors import ConfigError, StageLost, StagemeshError
 
 from .agent import SERVICE_NAME, Agent, add_to_server
 from .membership import Membership
+from .rank_starter import make_starter
 from .ranks import RankGroup
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class _Worker:
         self.worker_id = settings.worker_id or f"{socket.gethostname()}-{os.getpid()}"
         self.stop = asyncio.Event()
         self.device = _device(settings.device)
+        self.starter = make_starter(self.device)
 
     async def run(self, ready_fd: int | None) -> int:
         loop = asyncio.get_running_loop()
@@ -73,6 +75,7 @@ class _Worker:
             await server.stop(0.2)
             if agent.ranks is not None:
                 await agent.ranks.stop()
+            self.starter.stop()
         return 0
 
     async def _serve(self, agent: Agent, membership: Membership, server: rpc.Server) -> None:
@@ -81,7 +84,7 @@ class _Worker:
         failures = 0
         try:
             while not stopped.done():
-                group = RankGroup(self.settings, self.device, self.role, agent.on_frame)
+                group = RankGroup(self.settings, self.device, self.role, agent.on_frame, self.starter)
                 agent.ranks = group
                 starting = asyncio.create_task(group.start())
                 await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -111,7 +114,7 @@ class _Worker:
                 log.error("%s; starting the group anew", group.lost.result() if group.lost.done() else failure)
                 with contextlib.suppress(TimeoutError):
                     backoff_s = RESTART_BACKOFF_S[failures - 1] if failures else 0
-                    await asyncio.wait_for(asyncio.shield(stopped), max(backoff_s, self.settings.restart_delay))
+                    await asyncio.wait_for(asyncio.shield(stopped), backoff_s)
         finally:
             stopped.cancel()
 

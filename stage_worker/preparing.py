@@ -5,6 +5,7 @@ The thread asks for less of the processor than the steps do. What it loads is th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -72,5 +73,7 @@ class Preparing:
     def join(self) -> None:
         """Waits for what is under way: an order came that needs the memory now."""
         if self._thread is not None:
+            with contextlib.suppress(PermissionError, ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, self._thread.native_id or 0, 0)
             self._thread.join()
             self.poll()

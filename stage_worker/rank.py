@@ -1,4 +1,4 @@
-"""A rank process: `python -m stagemesh.stage_worker.rank CONFIG`, started by its worker's agent.
+"""A rank process: forked by its worker's zygote, or `python -m stagemesh.stage_worker.rank CONFIG` of its own.
 
 It opens its transports, measures its device, says READY, and then obeys: Assign, OfferLink, ConnectLink, Activate,
 Release and gateways' sessions, until the agent is gone.
@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from google.protobuf.message import DecodeError
@@ -267,9 +268,14 @@ def open_transports(config: RankConfig) -> dict[str, Transport]:
     return opened
 
 
-def main(argv: list[str]) -> int:
-    """Runs the rank until the agent is gone."""
-    config = RankConfig.from_json(argv[1])
+def import_all(config: RankConfig) -> None:
+    """Imports what is slow to import and known to be needed before an assignment."""
+    device = "cuda" if config.device == "cuda" else "cpu"
+    preload(ShardSpec(config.model or "", 0, 1, device=device, tp_size=config.size, enforce_eager=config.enforce_eager))
+
+
+def run(config: RankConfig) -> int:
+    """Runs the rank until the agent is gone; the exit status."""
     process.set_title(f"{config.label} rank {config.rank}")
     process.die_with_parent(config.parent_pid)
     process.set_up_logging(f"{config.label} rank {config.rank}")
@@ -281,9 +287,7 @@ def main(argv: list[str]) -> int:
     control = Socket(socket.socket(fileno=config.control_fd))
     order = [socket.socket(fileno=fd) for fd in config.order_fds]
     device = torch.device(f"cuda:{config.rank}" if config.device == "cuda" else "cpu")
-    preload(
-        ShardSpec(config.model or "", 0, 1, device=str(device), tp_size=config.size, enforce_eager=config.enforce_eager)
-    )
+    import_all(config)
     # What is imported by now stays: a later collection looks at nothing but what came behind it.
     gc.freeze()
     parallel = TensorParallel(
@@ -316,13 +320,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    # The interpreter's own teardown of torch, gloo and UCX threads has no work left that matters, and can hang.
+def run_and_exit(config: RankConfig) -> NoReturn:
+    """`run`, then the end of the process: the interpreter's own teardown of torch, gloo and UCX threads has no work
+    left that matters, and can hang."""
     code = 1
     try:
-        code = main(sys.argv)
+        code = run(config)
     except Exception:
         log.exception("this rank ends, and with it its group")
     finally:
         logging.shutdown()
         os._exit(code)
+
+
+if __name__ == "__main__":
+    run_and_exit(RankConfig.from_json(sys.argv[1]))

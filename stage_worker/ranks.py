@@ -1,4 +1,4 @@
-"""The agent's side of its rank processes: spawns them, calls them, passes frames on, and notices when one dies."""
+"""The agent's side of its rank processes: starts them, calls them, passes frames on, and notices when one dies."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +17,12 @@ from pathlib import Path
 
 from stagemesh.config import StageSettings
 from stagemesh.errors import ConfigError, StageLost
-from stagemesh.process import stand_back
 from stagemesh.protos.v1 import types_pb2
 
 from .config import RankConfig
 from .control import HEADER, Kind, pack, unpack_error
 from .heartbeat import STARVED_S, HeartWatch, make_heartbeats, runs
+from .rank_starter import RankProcess, RankStarter
 from .shared_memory import make_shared_memory
 
 log = logging.getLogger(__name__)
@@ -51,14 +49,17 @@ class RankReady:
 
 
 class RankGroup:
-    """The rank processes of one worker, from spawn to reap. When one dies the whole group is lost."""
+    """The rank processes of one worker, from start to end. When one dies the whole group is lost."""
 
-    def __init__(self, settings: StageSettings, device: str, label: str, on_frame: OnFrame) -> None:
+    def __init__(
+        self, settings: StageSettings, device: str, label: str, on_frame: OnFrame, starter: RankStarter
+    ) -> None:
         self._settings = settings
         self._device = device
         self._label = label
         self._on_frame = on_frame
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._starter = starter
+        self._processes: list[RankProcess] = []
         self._writers: list[asyncio.StreamWriter] = []
         self._readers: list[asyncio.Task[None]] = []
         self._watching: asyncio.Task[None] | None = None
@@ -74,7 +75,7 @@ class RankGroup:
         return self._settings.tensor_parallel_size
 
     async def start(self) -> None:
-        """Spawns the ranks and waits until each is up. Raises ConfigError with the first rank's reason."""
+        """Starts the ranks and waits until each is up. Raises ConfigError with the first rank's reason."""
         controls = [socket.socketpair() for _ in range(self.size)]
         orders = [socket.socketpair() for _ in range(self.size - 1)]
         shared = make_shared_memory(self.size) if self.size > 1 and self._device != "cuda" else None
@@ -84,7 +85,7 @@ class RankGroup:
         for rank in range(self.size):
             order = [pair[0] for pair in orders] if rank == 0 else [orders[rank - 1][1]]
             order = order if self.size > 1 else []
-            self._spawn(rank, controls[rank][1], order, hearts, shared)
+            await self._start_rank(rank, controls[rank][1], order, hearts, shared)
             reader, writer = await asyncio.open_unix_connection(sock=controls[rank][0])
             future: asyncio.Future[bytes] = loop.create_future()
             self._calls[rank, 0] = future
@@ -126,7 +127,7 @@ class RankGroup:
                 break
             await asyncio.sleep(LOOK_S)
 
-    def _spawn(
+    async def _start_rank(
         self, rank: int, control: socket.socket, order: list[socket.socket], hearts: int, shared: int | None
     ) -> None:
         s = self._settings
@@ -155,19 +156,7 @@ class RankGroup:
             exchange_fd=shared,
             enforce_eager=s.enforce_eager,
         )
-        env = dict(os.environ)
-        if s.threads:
-            env["OMP_NUM_THREADS"] = str(s.threads)
-        self._processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "stagemesh.stage_worker.rank", config.to_json()],
-                pass_fds=[control.fileno(), *config.order_fds, hearts, *([shared] if shared is not None else [])],
-                stdin=subprocess.DEVNULL,
-                env=env,
-            )
-        )
-        # One that is started again takes seconds of a core on which others may be refilling its successor.
-        stand_back(self._processes[-1].pid)
+        self._processes.append(await self._starter.start(config))
 
     # -- frames -----------------------------------------------------------------------------------------------------
 

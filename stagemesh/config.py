@@ -195,8 +195,6 @@ class StageSettings(ListenSettings):
     """Compute threads of one rank on a CPU; default: the machine's cores, shared among the ranks `serve` starts."""
     cpu_list: str | None = None
     """Cores to pin the ranks to, one group a rank, such as "0|1"; default: not pinned."""
-    restart_delay: float = Field(0.0, ge=0)
-    """Seconds before ranks that died are started again; for a standby on the same machine, which computes meanwhile."""
     idle_cpu_list: str | None = None
     """Cores of other workers on this machine, one group a rank, such as "1|0": used besides by steps beside which
     nothing else computes, as when one stream decodes; default: none."""

@@ -18,8 +18,8 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 PREFERRED_NICE, STARTING_NICE = -10, 10
 
-
-_preferred = False
+_started_nice: int | None = None
+"""That of this process before it was preferred."""
 
 
 def set_title(title: str) -> None:
@@ -37,16 +37,33 @@ def die_with_parent(parent_pid: int, sig: signal.Signals = signal.SIGKILL) -> No
 
 def prefer() -> None:
     """Asks to be scheduled before compute: for processes that keep leases. Goes without where that is not allowed."""
-    global _preferred
+    global _started_nice
+    _started_nice = os.getpriority(os.PRIO_PROCESS, 0)
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, PREFERRED_NICE)
-        _preferred = True
+
+
+def not_prefer(pid: int) -> None:
+    """Has a child that was just started go on as this process did before `prefer`."""
+    if _started_nice is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, pid, _started_nice)
+
+
+def _may_prefer() -> bool:
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, nice - 1)
+    except PermissionError:
+        return False
+    os.setpriority(os.PRIO_PROCESS, 0, nice)
+    return True
 
 
 def stand_back(pid: int) -> None:
-    """Has a child that was just started import behind those that compute, until it calls `not_preferred`. Where this
-    process could not `prefer` itself, the child could not undo it."""
-    if _preferred:
+    """Has a child that was just started import behind those that compute, until it calls `prefer`, and its children
+    until they call `not_preferred`. Where this process may not prefer any, they could not undo it."""
+    if _may_prefer():
         with contextlib.suppress(ProcessLookupError):
             os.setpriority(os.PRIO_PROCESS, pid, STARTING_NICE)
 

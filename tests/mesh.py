@@ -114,6 +114,15 @@ class Mesh:
         """All processes below `serve`."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    @staticmethod
+    def agent_of(rank: psutil.Process) -> psutil.Process | None:
+        """The agent of a rank, whose parent is the agent's zygote; None where either has just ended."""
+        parents = [rank.parent()]
+        while parents[-1] is not None and "zygote" in " ".join(parents[-1].cmdline()):
+            parents.append(parents[-1].parent())
+        agent = parents[-1]
+        return agent if agent is not None and "stagemesh st" in " ".join(agent.cmdline()) else None
+
     def named(self, title: str) -> list[psutil.Process]:
         """Processes below `serve` whose title contains `title`."""
         found = []

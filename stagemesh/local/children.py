@@ -16,6 +16,7 @@ from typing import Any
 
 from stagemesh.config import Base
 from stagemesh.errors import ConfigError
+from stagemesh.process import stand_back
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ class Child:
     env: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     ports: dict[str, int] = field(default_factory=dict)
+    stands_back: bool = False
+    """What it imports when it is started again takes seconds of cores on which others may refill its successor."""
     restarts: int = 0
     """Deaths in a row, each soon after the start."""
     started_at: float = 0.0
@@ -50,7 +53,9 @@ class Child:
         command = [sys.executable, "-m", "stagemesh.cli.main", self.role, *_flags(self.settings)]
         command += ["--ready-fd", str(write_fd), "--parent-pid", str(os.getpid())]
         try:
-            self.process = self._spawn(command, write_fd)
+            again, self.process = self.process is not None, self._spawn(command, write_fd)
+            if again and self.stands_back:
+                stand_back(self.process.pid)
         finally:
             os.close(write_fd)
         self.started_at = time.monotonic()
@@ -89,7 +94,7 @@ class Child:
         assert self.process is not None
         how = _how(self.process.returncode)
         self.restarts = 0 if time.monotonic() - self.started_at > STABLE_S else self.restarts + 1
-        delay_s = max(BACKOFF_S[min(self.restarts, len(BACKOFF_S) - 1)], getattr(self.settings, "restart_delay", 0.0))
+        delay_s = BACKOFF_S[min(self.restarts, len(BACKOFF_S) - 1)]
         log.warning("the %s %s; starting it again%s", self.label, how, f" in {delay_s} s" if delay_s else "")
         await asyncio.sleep(delay_s)
         with contextlib.suppress(ConfigError):  # Its own message is on stderr, and the watch loop sees it dead.

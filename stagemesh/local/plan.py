@@ -14,8 +14,6 @@ from stagemesh.config import (
 )
 from stagemesh.speculative_config import SpeculativeConfig
 
-RESTART_DELAY_S = 1.5
-"""Where a standby takes over: to import what a rank needs takes seconds of the cores on which it is being refilled."""
 LOOPBACK = "127.0.0.1"
 
 
@@ -99,7 +97,6 @@ def _common(serve: ServeSettings, coordinator: str) -> dict[str, Any]:
         "enforce_eager": serve.enforce_eager,
         "model": serve.model,
         "drain_timeout": 0.0,
-        "restart_delay": RESTART_DELAY_S if serve.standby else 0.0,
     }
 
 

@@ -115,7 +115,9 @@ class _Supervisor:
         await self._keep(child)
 
     def _worker(self, settings: StageSettings) -> Child:
-        return self._child("stage", f"worker {settings.worker_id}", settings)
+        child = self._child("stage", f"worker {settings.worker_id}", settings)
+        child.stands_back = self.settings.standby > 0
+        return child
 
     @staticmethod
     async def _start_all(children: Sequence[Child]) -> None:

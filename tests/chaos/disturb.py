@@ -27,9 +27,9 @@ def rank_of(mesh: Mesh, stage: int) -> psutil.Process:
 
 def agent_of(mesh: Mesh, stage: int) -> psutil.Process:
     """Its agent."""
-    parent = rank_of(mesh, stage).parent()
-    assert parent is not None
-    return parent
+    agent = mesh.agent_of(rank_of(mesh, stage))
+    assert agent is not None
+    return agent
 
 
 async def until(check: Callable[[], bool], what: str, timeout_s: float = 30) -> None:

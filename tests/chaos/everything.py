@@ -126,8 +126,9 @@ class Everything:
     async def _disturb(self, until: float) -> None:
         rng = random.Random(self.seed)
         kinds = [
-            (self._kill_rank, 6), (self._kill_agent, 3), (self._stop_rank, 2), (self._stop_agent, 1),
-            (self._kill_coordinator, 2), (self._drain, 2), (self._repartition, 3), (self._scale, 3),
+            (self._kill_rank, 6), (self._kill_zygote, 1), (self._kill_agent, 3), (self._stop_rank, 2),
+            (self._stop_agent, 1), (self._kill_coordinator, 2), (self._drain, 2), (self._repartition, 3),
+            (self._scale, 3),
         ]  # fmt: skip
         while time.monotonic() < until:
             await asyncio.sleep(rng.uniform(*REST_S))
@@ -150,10 +151,22 @@ class Everything:
             rng.choice(ranks).kill()
         return bool(ranks)
 
-    def _kill_agent(self, rng: random.Random) -> bool:
+    def _agent(self, rng: random.Random) -> psutil.Process | None:
         ranks = self._ranks()
-        agent = rng.choice(ranks).parent() if ranks else None
-        if agent is None or agent.pid == self.mesh.process.pid:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return self.mesh.agent_of(rng.choice(ranks)) if ranks else None
+        return None
+
+    def _kill_zygote(self, rng: random.Random) -> bool:
+        """With it go the ranks that it has forked."""
+        found = self.mesh.named(" zygote")
+        if found:
+            rng.choice(found).kill()
+        return bool(found)
+
+    def _kill_agent(self, rng: random.Random) -> bool:
+        agent = self._agent(rng)
+        if agent is None:
             return False
         agent.kill()
         return True
@@ -166,9 +179,8 @@ class Everything:
 
     def _stop_agent(self, rng: random.Random) -> bool:
         """For a moment or for longer than its lease; then it goes on."""
-        ranks = self._ranks()
-        agent = rng.choice(ranks).parent() if ranks else None
-        if agent is None or agent.pid == self.mesh.process.pid:
+        agent = self._agent(rng)
+        if agent is None:
             return False
         agent.send_signal(signal.SIGSTOP)
         time.sleep(rng.choice((0.2, 1.0, 3.0)))

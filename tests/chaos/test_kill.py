@@ -26,6 +26,7 @@ ROLES = {
     "agent": "stagemesh stage 1",
     "rank": "layers",
     "one of two ranks": "rank 1",
+    "zygote": "stagemesh stage 1 zygote",
     "gateway": "stagemesh gateway",
 }
 
@@ -38,8 +39,9 @@ def shared_memory() -> set[str]:
 
 
 def candidates(mesh: Mesh, role: str) -> list[psutil.Process]:
-    """Processes of a role, by their titles; an agent's name is also the beginning of its ranks'."""
-    return [p for p in mesh.named(ROLES[role]) if role != "agent" or "layers" not in " ".join(p.cmdline())]
+    """Processes of a role, by their titles; an agent's name is also the beginning of its zygote's and ranks'."""
+    found = mesh.named(ROLES[role])
+    return [p for p in found if role != "agent" or not {"rank", "zygote"} & set(" ".join(p.cmdline()).split())]
 
 
 async def wait_until(what: str, check: Any, timeout_s: float) -> float:

@@ -6,7 +6,9 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Awaitable, Callable
 
+import psutil
 import pytest
 import uvloop
 
@@ -14,6 +16,7 @@ from stagemesh import process
 from stagemesh.config import StageSettings
 from stagemesh.errors import StageLost
 from stagemesh.stage_worker.control import Kind
+from stagemesh.stage_worker.rank_starter import RankStarter, make_starter
 from stagemesh.stage_worker.ranks import RankGroup
 
 DEADLINE_S = 20.0
@@ -32,7 +35,8 @@ def test_messages_to_a_rank_that_was_killed_end_in_a_typed_error_and_the_group_s
 
     async def story() -> None:
         settings = StageSettings(tensor_parallel_size=2, device="cpu", transport="tcp", threads=1)
-        group = RankGroup(settings, "cpu", "stage test", lambda *frame: None)
+        starter = make_starter("cpu")
+        group = RankGroup(settings, "cpu", "stage test", lambda *frame: None, starter)
         await group.start()
         try:
             os.kill(group._processes[1].pid, signal.SIGKILL)
@@ -42,9 +46,84 @@ def test_messages_to_a_rank_that_was_killed_end_in_a_typed_error_and_the_group_s
                 await group.call(Kind.ACTIVATE, b"", DEADLINE_S)
         finally:
             await group.stop()
+            starter.stop()
         assert all(rank.returncode is not None for rank in group._processes)
 
     uvloop.run(story())
+
+
+def started(story: Callable[[RankStarter, Callable[[], RankGroup]], Awaitable[None]], device: str = "cpu") -> None:
+    """Runs a story of groups of one rank that one starter starts; nothing of them is left behind it."""
+
+    async def run() -> None:
+        settings = StageSettings(tensor_parallel_size=1, device="cpu", transport="auto", threads=1)
+        starter, groups = make_starter(device), list[RankGroup]()
+
+        def make() -> RankGroup:
+            groups.append(RankGroup(settings, "cpu", "stage test", lambda *frame: None, starter))
+            return groups[-1]
+
+        try:
+            async with asyncio.timeout(2 * DEADLINE_S):
+                await story(starter, make)
+        finally:
+            for group in groups:
+                await group.stop()
+            starter.stop()
+        assert not psutil.Process().children(), "whoever starts a process reaps it"
+
+    uvloop.run(run())
+
+
+def test_a_rank_that_is_started_again_need_not_import_what_the_first_did() -> None:
+    async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
+        took_s = []
+        parents = set()
+        for how in (signal.SIGKILL, signal.SIGABRT, signal.SIGKILL):
+            group, began = make(), time.monotonic()
+            await group.start()
+            took_s.append(time.monotonic() - began)
+            rank = psutil.Process(group._processes[0].pid)
+            zygote = rank.parent()
+            assert zygote is not None
+            # A fork copies the thread that forks, and nothing that others do.
+            assert zygote.num_threads() == 1
+            parents.add(zygote.pid)
+            rank.send_signal(how)
+            assert how.name in await group.lost
+            await group.stop()
+        assert len(parents) == 1
+        print("up after", took_s)
+        assert max(took_s[1:]) < took_s[0] / 2
+
+    started(story)
+
+
+def test_ranks_end_with_their_zygote_and_the_next_ones_have_another() -> None:
+    async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
+        group = make()
+        await group.start()
+        rank = psutil.Process(group._processes[0].pid)
+        zygote = rank.parent()
+        assert zygote is not None
+        zygote.kill()
+        assert "SIGKILL" in await group.lost
+        assert psutil.wait_procs([rank], timeout=5)[1] == [], "it ends with its parent"
+        await group.stop()
+        again = make()
+        await again.start()
+        assert psutil.Process(again._processes[0].pid).parent() != zygote
+
+    started(story)
+
+
+def test_on_cuda_devices_each_rank_is_an_interpreter_of_its_own() -> None:
+    async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
+        group = make()
+        await group.start()
+        assert psutil.Process(group._processes[0].pid).parent() == psutil.Process()
+
+    started(story, device="cuda")
 
 
 def priorities(pid: int) -> set[int]:
@@ -52,28 +131,32 @@ def priorities(pid: int) -> set[int]:
     return {os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
 
 
-def test_a_rank_that_starts_lets_those_that_compute_go_first_and_then_is_their_equal() -> None:
+def test_what_is_imported_comes_behind_those_that_compute_and_ranks_that_are_up_are_their_equals() -> None:
     async def story() -> None:
         settings = StageSettings(tensor_parallel_size=2, device="cpu", transport="auto", threads=2)
-        group = RankGroup(settings, "cpu", "stage test", lambda *frame: None)
+        starter = make_starter("cpu")
+        group = RankGroup(settings, "cpu", "stage test", lambda *frame: None, starter)
         starting = asyncio.create_task(group.start())
         try:
             async with asyncio.timeout(DEADLINE_S):
-                while len(group._processes) < 2:
+                while not (children := psutil.Process().children()):
                     await asyncio.sleep(0)
-            assert [priorities(p.pid) for p in group._processes] == [{process.STARTING_NICE}] * 2
-            await starting
+                (zygote,) = children
+                assert priorities(zygote.pid) == {process.STARTING_NICE}
+                await starting
             assert [priorities(p.pid) for p in group._processes] == [{0}] * 2
         finally:
             starting.cancel()
             await group.stop()
+            starter.stop()
 
     before = os.getpriority(os.PRIO_PROCESS, 0)
+    # As a supervisor does with an agent that it starts again.
+    process.stand_back(os.getpid())
     process.prefer()
     try:
         if os.getpriority(os.PRIO_PROCESS, 0) != process.PREFERRED_NICE:
             pytest.skip("NOBODY IS PREFERRED HERE: this user may not raise a priority")
         uvloop.run(story())
     finally:
-        process._preferred = False
         os.setpriority(os.PRIO_PROCESS, 0, before)

@@ -1,0 +1,215 @@
+"""How an agent starts its ranks: forked from a process that has imported what they need, or each from nothing.
+
+Importing torch and UCX takes seconds of a core, which a rank that is started again would take from those that refill
+its successor, and for which its requests would wait where there is none. So a worker keeps a zygote (the word is
+Android's and Chrome's; zygote.py), from which a rank is there in milliseconds. On CUDA devices each rank is a new
+process: a library may have initialised CUDA when it was imported, and a fork of that is of no use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Protocol
+
+from stagemesh.errors import ConfigError
+from stagemesh.process import not_prefer
+
+from .config import RankConfig
+
+TOLD_S = 1.0
+"""How long after a rank's end its zygote may take to tell how it ended."""
+MAX_MESSAGE = 1 << 12
+
+
+class RankProcess(Protocol):
+    """What `subprocess.Popen` and `ForkedRank` have in common."""
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+
+    def poll(self) -> int | None:
+        """The exit status, as `subprocess` has it; None while it runs."""
+
+    def kill(self) -> None:
+        """Ends it."""
+
+    def wait(self) -> int:
+        """Waits for the end of one that was killed; the exit status."""
+
+
+class RankStarter(Protocol):
+    """Starts ranks until `stop`."""
+
+    async def start(self, config: RankConfig) -> RankProcess:
+        """Starts a rank, which inherits the configuration's descriptors. Raises ConfigError."""
+
+    def stop(self) -> None:
+        """Starts none any more. Those that run are ended by whoever started them, before."""
+
+
+def make_starter(device: str) -> RankStarter:
+    """For ranks on this kind of device."""
+    return Spawner() if device == "cuda" else Zygote()
+
+
+class Spawner:
+    """Each rank is a new interpreter."""
+
+    async def start(self, config: RankConfig) -> RankProcess:
+        """See `RankStarter`."""
+        return _spawn("rank", config, config.fds)
+
+    def stop(self) -> None:
+        """See `RankStarter`."""
+
+
+class ForkedRank:
+    """A rank whose parent is the zygote: seen by a pidfd, its end told by its parent."""
+
+    def __init__(self, zygote: Zygote, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._zygote = zygote
+        self._pidfd = pidfd
+
+    def poll(self) -> int | None:
+        """See `RankProcess`."""
+        if self.returncode is None and _readable(self._pidfd, 0.0):
+            self._zygote.take_messages()
+        return self.returncode
+
+    def kill(self) -> None:
+        """See `RankProcess`."""
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """See `RankProcess`."""
+        if self.returncode is None:
+            _readable(self._pidfd, None)
+            self._zygote.wait_told(self)
+        # Where nobody tells it any more, the zygote has ended, and its ranks were killed with it.
+        self.ended(-signal.SIGKILL)
+        assert self.returncode is not None
+        return self.returncode
+
+    def ended(self, code: int) -> None:
+        """It is known how."""
+        if self.returncode is None:
+            self.returncode = code
+            os.close(self._pidfd)
+
+
+class Zygote:
+    """The agent's side of its zygote: started with the first rank, and anew when it is gone."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._ranks: dict[int, ForkedRank] = {}
+        self._forked: list[ForkedRank] = []
+        """Those that `start` has not handed out yet."""
+
+    async def start(self, config: RankConfig) -> RankProcess:
+        """See `RankStarter`."""
+        self.take_messages()
+        if self._socket is None:
+            self._begin(config)
+        assert self._socket is not None
+        with contextlib.suppress(ConnectionError):
+            socket.send_fds(self._socket, [config.to_json().encode()], config.fds)
+        while not self._forked:
+            await _until_readable(self._socket)
+            self.take_messages()
+            if self._socket is None:
+                raise ConfigError(f"no rank of {config.label} can be started: see what was said above")
+        return self._forked.pop()
+
+    def _begin(self, config: RankConfig) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        with theirs:
+            self._process = _spawn("zygote", replace(config, control_fd=theirs.fileno()), [theirs.fileno()])
+
+    def take_messages(self) -> None:
+        """What the zygote has told; what follows from its end when that has come."""
+        while self._socket is not None:
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, 1)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                data, fds = b"", []
+            if not data:
+                self._end()
+                return
+            said = json.loads(data)
+            if fds:
+                rank = self._ranks[said["pid"]] = ForkedRank(self, said["pid"], fds[0])
+                self._forked.append(rank)
+            else:
+                self._ranks.pop(said["pid"]).ended(said["status"])
+
+    def wait_told(self, rank: ForkedRank) -> None:
+        """Until the end of a rank is told, or nobody will."""
+        while rank.returncode is None and self._socket is not None and _readable(self._socket.fileno(), TOLD_S):
+            self.take_messages()
+
+    def _end(self) -> None:
+        """The zygote is gone, and its ranks with it: the kernel kills them."""
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = None
+        for rank in self._ranks.values():
+            rank.ended(-signal.SIGKILL)
+        self._ranks.clear()
+        self._forked.clear()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def stop(self) -> None:
+        """See `RankStarter`."""
+        self._end()
+
+
+def _spawn(module: str, config: RankConfig, fds: list[int]) -> subprocess.Popen[bytes]:
+    env = dict(os.environ)
+    if config.threads:
+        env["OMP_NUM_THREADS"] = str(config.threads)
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"stagemesh.stage_worker.{module}", config.to_json()],
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        env=env,
+    )
+    not_prefer(process.pid)
+    return process
+
+
+def _readable(fd: int, timeout_s: float | None) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+
+async def _until_readable(sock: socket.socket) -> None:
+    loop, there = asyncio.get_running_loop(), asyncio.Event()
+    fd = sock.fileno()
+    loop.add_reader(fd, there.set)
+    try:
+        await there.wait()
+    finally:
+        loop.remove_reader(fd)  # Also of a socket that `stop` has closed meanwhile.
