@@ -269,6 +269,8 @@ class Former:
     def _serve(self, pipeline: Pipeline) -> None:
         pipeline.state, pipeline.phase, pipeline.reason = State.SERVING, Phase.IDLE, ""
         pipeline.serving_since = self._now
+        # Others may wait for what it has become.
+        self._version += 1
         self._persist(pipeline)
         self._log(f"{pipeline.pipeline_id} serves at epoch {pipeline.epoch}")
         self._publish()

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stagemesh.errors import ConfigError
+from stagemesh.errors import ConfigError, Unavailable
 from stagemesh.protocol import MOVES
 
 from . import actions, events
@@ -26,6 +26,8 @@ from .replicas import choose_beside, holders, pinned
 FIRST = "pipeline-0"
 MISSED_S = 30.0
 """So long a worker that is lost counts as a replica: it may come back."""
+AGAIN_S = 60.0
+"""After moves that failed, a pipeline is left as it is for so long, or until the membership changes."""
 LEAVE_S = 90.0
 """How long gateways may take to leave a pipeline."""
 UP = (State.SERVING, State.DRAINING)
@@ -48,19 +50,22 @@ class Scaler(Mover):
         """Worker and its life -> KV pages of a gateway that it has for all pipelines."""
         self._share_limit = LIMITLESS
         """Pipelines that can share pages, as far as that was tried in vain."""
-        self._in_vain: dict[str, int] = {}
-        """Pipelines that could not be changed -> the membership's version then."""
+        self._in_vain: dict[str, tuple[int, float]] = {}
+        """Pipelines that could not be changed -> the membership's version then, and until when that is not tried."""
 
     # -- how many there are to be -----------------------------------------------------------------------------------
 
     def check_scale(self, stage: int, replicas: int) -> int:
-        """How many pipelines there would be. Raises ConfigError where workers or pages are too few."""
+        """How many pipelines there would be. Raises ConfigError where workers or pages are too few, Unavailable where
+        that cannot be told before what is down serves again."""
         if stage >= self.target.num_stages:
             raise ConfigError(f"there is no stage {stage}: the pipelines have stages 0 to {self.target.num_stages - 1}")
         old = [w.info.worker_id for w in self.workers.values() if w.info.protocol < MOVES]
         old += sorted(self._followers() & self._old_gateways)
         if replicas > 1 and old:
             raise ConfigError(f"{', '.join(old)} cannot share stages: finish the upgrade first")
+        if replicas > 1 and (down := [p.pipeline_id for p in self._kept() if p.state not in UP or self._is_short(p)]):
+            raise Unavailable(f"{', '.join(down)} must have all stages again first", retry_after_s=1)
         holding = {p.stages[stage].worker_id for p in self._kept() if stage < len(p.stages)}
         spare = {w.info.worker_id for w in self._spare() if w.info.pool in (-1, stage)}
         # Those could take their stage from a worker that could then take this one.
@@ -71,9 +76,16 @@ class Scaler(Mover):
                 f"{replicas} replicas start {replicas - len(holding) - len(spare)} more with `stagemesh stage --stage "
                 f"{stage}`, or standbys"
             )
-        wanted = max(self._replicas({**self.replicas, stage: replicas}))
-        self._check_pages(wanted)
-        return wanted
+        each = self._replicas({**self.replicas, stage: replicas})
+        there = sum(not worker.draining for worker in self.workers.values())
+        if replicas > len(holding) and sum(each) > there:
+            shown = ", ".join(map(str, each))
+            raise ConfigError(
+                f"the stages would have {shown} workers, {sum(each)} in all, and there are {there}: start "
+                f"{sum(each) - there} more, or have fewer on another stage"
+            )
+        self._check_pages(max(each))
+        return max(each)
 
     def _check_pages(self, pipelines: int) -> None:
         """Raises ConfigError where a share of the pages would not hold one sequence."""
@@ -230,9 +242,10 @@ class Scaler(Mover):
         others = self._others(pipeline)
         if not any(others):
             return super()._choose(pipeline, previous)
-        ranges = [plan.layers for plan in next(stages for stages in others if stages)]
-        if len(ranges) != self.target.num_stages:
+        # Also where one is about to have them: a move may fail.
+        if any(self._is_short(p) for p in self.pipelines.values() if p is not pipeline):
             raise CannotForm("it waits until the others have all their stages again", final=False)
+        ranges = [plan.layers for plan in next(stages for stages in others if stages)]
         pins = pinned(holders(others, self.workers), self._replicas(self.replicas), previous)
         shared = {stage: self.workers[name] for stage, name in pins.items()}
         try:
@@ -270,7 +283,8 @@ class Scaler(Mover):
         chosen, why = super()._wanted(pipeline, leaving)
         if chosen:
             return chosen, why
-        if self._in_vain.get(pipeline.pipeline_id) == self._version:
+        version, until = self._in_vain.get(pipeline.pipeline_id, (-1, 0.0))
+        if version == self._version and self._now < until:
             return [], ""
         elsewhere, why = self._elsewhere(pipeline)
         shares = self._num_shares()
@@ -282,6 +296,8 @@ class Scaler(Mover):
 
     def _elsewhere(self, pipeline: Pipeline) -> tuple[dict[int, str], str]:
         """Stages that a pipeline is to have on other workers than it has, and why."""
+        if self._is_short(pipeline):
+            return {}, ""
         held = holders(self._others(pipeline), self.workers)
         replicas = self._replicas(self.replicas)
         pins = pinned(held, replicas, pipeline.stages)
@@ -306,7 +322,7 @@ class Scaler(Mover):
         if self.ranges is not None:
             super()._give_up(pipeline, why)
             return
-        self._in_vain[pipeline.pipeline_id] = self._version
+        self._in_vain[pipeline.pipeline_id] = self._version, self._now + AGAIN_S
         self._failed.pop(pipeline.pipeline_id, None)
         self.given_up = f"{pipeline.pipeline_id} stays as it is: {why}"
         self._log(self.given_up, warning=True)
@@ -329,6 +345,10 @@ class Scaler(Mover):
         return [w for name, w in self.workers.items() if name not in used and not w.draining]
 
     # -- small words ------------------------------------------------------------------------------------------------
+
+    def _is_short(self, pipeline: Pipeline) -> bool:
+        """Whether it has fewer stages than there should be (survivors.py)."""
+        return 0 < len(pipeline.stages) < self.target.num_stages
 
     @staticmethod
     def _names(pipeline: Pipeline) -> list[str]:

@@ -83,6 +83,3 @@ class Survivors(Scaler):
     def _num_shares(self) -> int:
         # Beside one of fewer stages there is no other.
         return 1 if any(self._is_short(p) for p in self.pipelines.values()) else super()._num_shares()
-
-    def _is_short(self, pipeline: Pipeline) -> bool:
-        return 0 < len(pipeline.stages) < self.target.num_stages

@@ -13,7 +13,7 @@ from stagemesh.coordinator import values as v
 from stagemesh.coordinator.forming import State
 from stagemesh.coordinator.moving import GONE_S
 from stagemesh.coordinator.scaling import LEAVE_S, MISSED_S
-from stagemesh.errors import ConfigError
+from stagemesh.errors import ConfigError, Unavailable
 
 PAGES = 48
 
@@ -406,7 +406,7 @@ def happen(world: World, rng: random.Random, pools: dict[str, int], story: list[
     elif what == "scale":
         stage, replicas = rng.randrange(world.mesh.target.num_stages), rng.randrange(4)
         story[-1] = (what, stage, replicas)
-        with contextlib.suppress(ConfigError):
+        with contextlib.suppress(ConfigError, Unavailable):
             world.mesh.check_scale(stage, replicas)
             world.send(events.ScaleRequested(stage, replicas))
 
@@ -421,3 +421,12 @@ def test_in_the_midst_of_an_upgrade_nothing_is_shared() -> None:
     assert stages(world) == {"pipeline-0": ["a", "b"]}
     with pytest.raises(ConfigError, match="a cannot share stages: finish the upgrade first"):
         world.mesh.check_scale(1, 2)
+
+
+def test_what_is_down_must_serve_before_there_can_be_more_of_it(world: World) -> None:
+    world.join("c")
+    settle(world)
+    world.lose("a")
+    with pytest.raises(Unavailable, match="pipeline-0 must have all stages again first"):
+        world.mesh.check_scale(1, 2)
+    assert world.mesh.check_scale(1, 1) == 1

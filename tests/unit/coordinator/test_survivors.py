@@ -5,7 +5,7 @@ from __future__ import annotations
 from mesh_world import LAYERS, World, target
 from test_scaling import serving, settle, stages
 
-from stagemesh.coordinator import actions
+from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.cost import Kind
 from stagemesh.coordinator.forming import State
@@ -125,3 +125,45 @@ def test_another_pipeline_that_serves_is_enough() -> None:
     settle(world)
     assert stages(world)["pipeline-0"] == ["a", "b"]
     assert world.mesh.pipelines["pipeline-1"].state is State.DOWN
+
+
+def replicas_lost_and_taken_over() -> World:
+    """Two pipelines shared `b`; the replicas of stage 0 are gone, and it has taken their layers over."""
+    world = World(target(2, takeover_s=1.0))
+    world.gateway()
+    world.join("a", 0), world.join("b")
+    settle(world)
+    world.join("a2", 0)
+    settle(world)
+    world.lose("a"), world.lose("a2")
+    settle(world)
+    world.wait(1.5, "b")
+    settle(world)
+    assert stages(world)["pipeline-0"] == ["b"]
+    return world
+
+
+def test_no_second_pipeline_is_made_before_the_first_has_all_its_stages() -> None:
+    world = replicas_lost_and_taken_over()
+    world.wait(4, "b")
+    world.join("a", 0)
+    world.prepared("a"), world.prepared("b")
+    world.join("a2", 0)
+    move = world.mesh.moves["pipeline-0"]
+    world.send(events.StepFailed("pipeline-0", move.epoch, 0, "link", "not answered"))
+    assert stages(world) == {"pipeline-0": ["b"], "pipeline-1": []}
+    for _ in range(20):
+        settle(world)
+        world.wait(1, *world.mesh.workers)
+    assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a2", "b"]}
+
+
+def test_a_second_pipeline_is_tried_again_when_the_first_is_whole() -> None:
+    world = replicas_lost_and_taken_over()
+    world.send(events.StepsStuck("g", "pipeline-0", world.epoch, "no step came back"))
+    world.join("a", 0), world.join("a2", 0)
+    for _ in range(20):
+        settle(world)
+        world.wait(1, *world.mesh.workers)
+    assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a2", "b"]}
+    assert [p.shares for p in world.mesh.pipelines.values()] == [2, 2]
