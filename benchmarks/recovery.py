@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import json
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -120,7 +119,7 @@ async def run(
     for kind in kinds:
         with (
             tempfile.TemporaryDirectory(prefix="stagemesh-recovery-") as folder,
-            serving(model, Path(folder), standbys) as mesh,
+            serving(model, Path(folder), standbys, (logs or Path(folder)) / f"{kind}.log") as mesh,
         ):
             seen = await asyncio.to_thread(mesh.wait_whole)
             mesh.first_layers = seen["pipelines"][0]["stages"][0]["layers"]["last"]
@@ -132,8 +131,6 @@ async def run(
             known, began_at = mesh.alarms(), time.monotonic()
             figures, pauses, speeds = await measure(mesh, kind, times, streams)
             alarms, seconds = mesh.alarms() - known, time.monotonic() - began_at
-            if logs is not None:
-                shutil.copy(mesh.log, logs / f"{kind}.log")
         results[kind] = {
             "times": len(figures),
             "seconds": round(seconds),

@@ -78,9 +78,8 @@ class Mesh:
 
 
 @contextmanager
-def serving(model: Path, folder: Path, standbys: int) -> Iterator[Mesh]:
-    """The mesh, with nothing left of it behind."""
-    log = folder / "log"
+def serving(model: Path, folder: Path, standbys: int, log: Path) -> Iterator[Mesh]:
+    """The mesh, with nothing left of it behind but its log, where that lies outside of `folder`."""
     command = [sys.executable, "-m", "stagemesh.cli.main", "serve", str(model), "-pp", "2", "--standby", str(standbys),
                "--max-model-len", "1024", "--port", "0", "--grpc-port", "0",
                "--token-log", str(folder / "streams")]  # fmt: skip
