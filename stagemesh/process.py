@@ -46,8 +46,9 @@ def prefer() -> None:
 def not_prefer(pid: int) -> None:
     """Has a child that was just started go on as this process did before `prefer`."""
     if _started_nice is not None:
+        over = _started_nice == STARTING_NICE and session_nice(pid) == 0  # `come_forward` was before it.
         with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, pid, _started_nice)
+            os.setpriority(os.PRIO_PROCESS, pid, 0 if over else _started_nice)
 
 
 def _may_prefer() -> bool:
@@ -66,15 +67,45 @@ def stand_back(pid: int) -> None:
     if _may_prefer():
         with contextlib.suppress(ProcessLookupError):
             os.setpriority(os.PRIO_PROCESS, pid, STARTING_NICE)
+        _nice_session(pid, STARTING_NICE)
+
+
+def come_forward(pid: int) -> None:
+    """Undoes `stand_back` for a child, its session, and what it has started itself."""
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for each in (pid, *map(int, children)):
+            _undo(each)
+    if session_nice(pid) == STARTING_NICE:
+        _nice_session(pid, 0)
 
 
 def not_preferred() -> None:
-    """Undoes `prefer` and `stand_back` in a child that computes, for all of its threads."""
-    for thread in map(int, os.listdir("/proc/self/task")):
+    """Undoes `prefer` and `stand_back` in a child that computes, for all of its threads and for its session."""
+    _undo(os.getpid(), PREFERRED_NICE)
+    if session_nice(os.getpid()) == STARTING_NICE:
+        _nice_session(os.getpid(), 0)
+
+
+def _undo(pid: int, *also: int) -> None:
+    for thread in map(int, os.listdir(f"/proc/{pid}/task")):
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            nice = os.getpriority(os.PRIO_PROCESS, thread)
-            if nice < 0 or nice == STARTING_NICE:
+            if os.getpriority(os.PRIO_PROCESS, thread) in (STARTING_NICE, *also):
                 os.setpriority(os.PRIO_PROCESS, thread, 0)
+
+
+def session_nice(pid: int) -> int | None:
+    """Where Linux schedules sessions (`autogroup`), a process's priority counts within its session alone, and this is
+    the session's among the others. None elsewhere."""
+    try:
+        return int(Path(f"/proc/{pid}/autogroup").read_text().rpartition(" nice ")[2])
+    except (OSError, ValueError):
+        return None
+
+
+def _nice_session(pid: int, nice: int) -> None:
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
 
 def adopt_orphans() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from stagemesh.config import Base
 from stagemesh.errors import ConfigError
-from stagemesh.process import stand_back
+from stagemesh.process import come_forward, stand_back
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,8 @@ PORTS_TIMEOUT_S = 60.0
 BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
 STABLE_S = 5.0
 """A process that was up for so long before it died is started again at once."""
+BEHIND_S = 2.0
+"""As long as a successor is refilled, as a rule."""
 POLL_S = 0.02
 KEPT = ("STAGEMESH_LOG_LEVEL", "STAGEMESH_FAULT_DIR")
 SECRETS = ("api_key",)
@@ -55,7 +57,7 @@ class Child:
         try:
             again, self.process = self.process is not None, self._spawn(command, write_fd)
             if again and self.stands_back:
-                stand_back(self.process.pid)
+                self._stand_back(self.process)
         finally:
             os.close(write_fd)
         self.started_at = time.monotonic()
@@ -78,6 +80,17 @@ class Child:
             | self.env
             | secrets,
         )
+
+    @staticmethod
+    def _stand_back(process: subprocess.Popen[bytes]) -> None:
+        """For a moment: where others need all cores for longer, it would never be there."""
+        stand_back(process.pid)
+
+        def forward() -> None:
+            if process.poll() is None:
+                come_forward(process.pid)
+
+        asyncio.get_running_loop().call_later(BEHIND_S, forward)
 
     @property
     def alive(self) -> bool:
