@@ -131,7 +131,7 @@ def priorities(pid: int) -> set[int]:
     return {os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
 
 
-def test_what_is_imported_comes_behind_those_that_compute_and_ranks_that_are_up_are_their_equals() -> None:
+def test_neither_the_zygote_nor_ranks_are_preferred_as_their_agent_is() -> None:
     async def story() -> None:
         settings = StageSettings(tensor_parallel_size=2, device="cpu", transport="auto", threads=2)
         starter = make_starter("cpu")
@@ -142,7 +142,7 @@ def test_what_is_imported_comes_behind_those_that_compute_and_ranks_that_are_up_
                 while not (children := psutil.Process().children()):
                     await asyncio.sleep(0)
                 (zygote,) = children
-                assert priorities(zygote.pid) == {process.STARTING_NICE}
+                assert priorities(zygote.pid) == {0}
                 await starting
             assert [priorities(p.pid) for p in group._processes] == [{0}] * 2
         finally:
@@ -151,8 +151,6 @@ def test_what_is_imported_comes_behind_those_that_compute_and_ranks_that_are_up_
             starter.stop()
 
     before = os.getpriority(os.PRIO_PROCESS, 0)
-    # As a supervisor does with an agent that it starts again.
-    process.stand_back(os.getpid())
     process.prefer()
     try:
         if os.getpriority(os.PRIO_PROCESS, 0) != process.PREFERRED_NICE:
