@@ -23,6 +23,8 @@ RETRY_MIN_S, RETRY_MAX_S = 0.2, 2.0
 SOUND_S = 10.0
 # For so long after a link failed to come up its two workers are not made neighbours, if there are others.
 APART_S = 30.0
+# For so long a worker is not asked for what it could not do: a file system that was away, or memory, may be back then.
+REFUSED_S = 60.0
 
 
 class State(Enum):
@@ -305,10 +307,10 @@ class Former:
         self._interrupt(pipeline, reason, self._backoff_s(pipeline))
 
     def _refuse(self, pipeline: Pipeline, stage: int, reason: str) -> None:
-        """What failed would fail again: this life of the worker is not asked for the same once more."""
+        """What failed would fail again: the worker is not asked for the same soon."""
         worker = self._worker_at(pipeline, stage)
         reason = f"worker {worker.info.worker_id} {reason}"
-        worker.refusals[stage, pipeline.stages[stage].layers] = reason
+        worker.refuse(stage, pipeline.stages[stage].layers, reason, self._now + REFUSED_S)
         self._version += 1
         self._interrupt(pipeline, f"stage {stage}: {reason}")
 

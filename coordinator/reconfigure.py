@@ -133,6 +133,10 @@ class Mesh(Survivors):
                 worker.deadline += stalled
         for worker_id in [name for name, worker in self.workers.items() if worker.deadline <= self._now]:
             self._lose(worker_id, f"its lease of {self.lease_s * 1000:.0f} ms ran out")
+        for worker in self.workers.values():
+            if worker.refusals and worker.refused_until <= self._now:
+                worker.refusals.clear()
+                self._version += 1
         if self.restoring and self._now >= self._restore_until:
             for pipeline in self.pipelines.values():
                 if pipeline.restored:

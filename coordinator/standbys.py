@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import actions, events
 from . import values as v
-from .forming import RETRY_MAX_S, Former, State
+from .forming import REFUSED_S, RETRY_MAX_S, Former, State
 from .warming import copies
 
 
@@ -64,7 +64,7 @@ class Warmer(Former):
             for pipeline in self.pipelines.values():
                 for plan in pipeline.stages:
                     if plan.layers == event.layers:
-                        worker.refusals[plan.stage, plan.layers] = reason
+                        worker.refuse(plan.stage, plan.layers, reason, self._now + REFUSED_S)
             self._cannot_load(event.layers, reason, final=True)
         self._publish()
 

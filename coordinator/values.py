@@ -141,4 +141,11 @@ class Worker:
     draining: bool = False
     refusals: dict[tuple[int, Range], str] = field(default_factory=dict)
     """(stage, layers) that this incarnation cannot hold, and why."""
+    refused_until: float = 0.0
+    """Clock time at which that is forgotten: files and memory may be there by then."""
     progress: Progress = field(default_factory=Progress)
+
+    def refuse(self, stage: int, layers: Range, reason: str, until: float) -> None:
+        """It cannot hold a stage's layers, as far as is known."""
+        self.refusals[stage, layers] = reason
+        self.refused_until = until

@@ -25,6 +25,7 @@ from .recovery import StageKv
 from .request import TokenLogprob
 from .run_stream import RunStream
 from .scheduler import Scheduler
+from .seat import Seat
 from .sequence import State
 from .trace import Recorder
 from .work import Shape, Work
@@ -98,13 +99,13 @@ class BatchLoop:
         """The work's."""
         return self._work.scheduler
 
-    async def start(self, gateway_id: str, instance: int, slot: int) -> None:
+    async def start(self, seat: Seat) -> None:
         """Opens a session on every stage, and goes on with the work. Raises the first stage's error."""
         pages = self._work.pages_for(self.share)
         if pages is not None:
             # Before anybody else can have the others: a stage may give them up, and another one refuse the session.
             self._work.keep_to(pages)
-        await self.open(gateway_id, instance, slot, pages)
+        await self.open(seat, pages)
         self._work.begin(self.shape, [StageKv(o.kv_generation, o.journal) for o in self._opened])
         self._go()
 
@@ -113,7 +114,7 @@ class BatchLoop:
         """KV pages that a gateway may have on every stage."""
         return min(stage.num_pages for stage in self.view.stages)
 
-    async def open(self, gateway_id: str, instance: int, slot: int, pages: Sequence[int] | None) -> None:
+    async def open(self, seat: Seat, pages: Sequence[int] | None) -> None:
         """Opens a session on every stage, with these pages where some are named. Raises the first stage's error."""
         self._opened = await asyncio.gather(
             *(
@@ -121,9 +122,10 @@ class BatchLoop:
                     stage_pb2.RunOpen(
                         key=stage_pb2.PipelineKey(pipeline_id=self.view.pipeline_id, epoch=self.view.epoch),
                         stage=stream.stage.stage,
-                        gateway_id=gateway_id,
-                        instance=instance,
-                        slot=slot,
+                        gateway_id=seat.gateway_id,
+                        life=seat.life,
+                        instance=seat.instance,
+                        slot=seat.slot,
                         protocol=spoken(stream.stage.protocol),
                         pages=page_bits(pages or ()),
                     )

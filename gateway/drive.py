@@ -266,7 +266,7 @@ class Drive:
         loop = self._make_loop(view, work)
         try:
             await self._around.load_model(view)
-            await loop.start(seat.gateway_id, seat.instance, seat.slot)
+            await loop.start(seat)
             self.loop, self.work = loop, work
             if self._wanted is None or loop.key != (self._wanted.pipeline_id, self._wanted.epoch):
                 raise StageLost("the pipeline changed while its sessions were opened")
@@ -302,7 +302,7 @@ class Drive:
         new = self._make_loop(after, work)
         handover = Handover(loop, new, work, view.next.copies)
         try:
-            await handover.run(seat.gateway_id, seat.instance, seat.slot)
+            await handover.run(seat)
         except Exception as e:
             if not isinstance(e, StagemeshError):
                 log.exception("going over failed")

@@ -18,6 +18,7 @@ from google.protobuf.json_format import MessageToDict
 from stagemesh import checkpoint, rpc
 from stagemesh.config import GatewaySettings
 from stagemesh.errors import (
+    ConfigError,
     DeadlineExceeded,
     InvalidRequest,
     PromptTooLong,
@@ -258,7 +259,8 @@ class MeshEngine:
                     if not told:
                         log.warning("no coordinator at %s: %s", self.settings.coordinator, e.message)
                         told = True
-                    self._reason = f"the coordinator at {self.settings.coordinator} cannot be reached"
+                    away = f"the coordinator at {self.settings.coordinator} cannot be reached"
+                    self._reason = e.message if isinstance(e, ConfigError) else away
                     for drive in self._drives.values():
                         if drive.loop is None:
                             drive.reason = self._reason
@@ -269,7 +271,10 @@ class MeshEngine:
     async def _watch_once(self, stub: coordinator_pb2_grpc.CoordinatorStub) -> None:
         """One stream of the mesh, until the coordinator ends it. Raises its error, or Unavailable."""
         request = coordinator_pb2.WatchPipelinesRequest(
-            gateway_id=self.settings.gateway_id, instance=self._seat.instance, protocol=PROTOCOL
+            gateway_id=self.settings.gateway_id,
+            instance=self._seat.instance,
+            protocol=PROTOCOL,
+            life=self._seat.life,
         )
         with rpc.mapped():
             async for response in stub.WatchPipelines(request):

@@ -18,6 +18,7 @@ from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from .batch_loop import BatchLoop
 from .copying import PageCopier
+from .seat import Seat
 from .work import Work
 
 OUT = 2
@@ -56,9 +57,9 @@ class Handover:
         self._progress = asyncio.Event()
         self._slot = 0
 
-    async def run(self, gateway_id: str, instance: int, slot: int) -> None:
+    async def run(self, seat: Seat) -> None:
         """Goes over. Raises what ended either side, or Unavailable for pages that do not fit or do not come."""
-        old, new, self._slot = self._old, self._new, slot
+        old, new, self._slot = self._old, self._new, seat.slot
         old.on_progress = new.on_progress = self._progress.set
         page: list[int] = []
         try:
@@ -70,7 +71,7 @@ class Handover:
                 await self._until(lambda: scheduler.fits)
                 pages = scheduler.pages.choose(new.share)
                 self._work.keep_to(pages)
-                await new.open(gateway_id, instance, slot, pages)
+                await new.open(seat, pages)
                 if not self._work.fits(new.shape):
                     raise Unavailable("the next workers have pages of another size")
                 page = self._work.scheduler.pages.allocate(1) or []

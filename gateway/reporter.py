@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 
 from stagemesh import rpc
-from stagemesh.errors import StagemeshError
+from stagemesh.errors import StagemeshError, Unavailable
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 5.0
+TIMEOUT_S, RETRY_S = 5.0, 0.2
+AWAY_S = 60.0
+"""How long a coordinator is waited for. What is said of an epoch that has passed by then changes nothing."""
 WAITING = 16
 
 Report = (
@@ -71,20 +74,31 @@ class Reporter:
         stub = coordinator_pb2_grpc.CoordinatorStub(channel)
         try:
             while True:
-                report = await self._queue.get()
-                try:
-                    with rpc.mapped():
-                        if isinstance(report, coordinator_pb2.ReportStuckRequest):
-                            await stub.ReportStuck(report, timeout=TIMEOUT_S)
-                        elif isinstance(report, coordinator_pb2.ReportMovedRequest):
-                            await stub.ReportMoved(report, timeout=TIMEOUT_S)
-                        elif isinstance(report, coordinator_pb2.ReportLeftRequest):
-                            await stub.ReportLeft(report, timeout=TIMEOUT_S)
-                        else:
-                            await stub.ReportSteps(report, timeout=TIMEOUT_S)
-                except StagemeshError as e:
-                    # One of the release before does not know what steps are for.
-                    level = logging.DEBUG if isinstance(report, coordinator_pb2.ReportStepsRequest) else logging.WARNING
-                    log.log(level, "the coordinator was not told of %s: %s", report.pipeline_id, e.message)
+                await self._tell(stub, await self._queue.get())
         finally:
             await channel.close(None)
+
+    async def _tell(self, stub: coordinator_pb2_grpc.CoordinatorStub, report: Report) -> None:
+        """Again while the coordinator is away, but for what steps take: the next report of that says more."""
+        passing = isinstance(report, coordinator_pb2.ReportStepsRequest)
+        deadline = time.monotonic() + AWAY_S
+        while True:
+            try:
+                with rpc.mapped():
+                    if isinstance(report, coordinator_pb2.ReportStuckRequest):
+                        await stub.ReportStuck(report, timeout=TIMEOUT_S)
+                    elif isinstance(report, coordinator_pb2.ReportMovedRequest):
+                        await stub.ReportMoved(report, timeout=TIMEOUT_S)
+                    elif isinstance(report, coordinator_pb2.ReportLeftRequest):
+                        await stub.ReportLeft(report, timeout=TIMEOUT_S)
+                    else:
+                        await stub.ReportSteps(report, timeout=TIMEOUT_S)
+                return
+            except StagemeshError as e:
+                if not passing and isinstance(e, Unavailable) and time.monotonic() < deadline:
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                # One of the release before does not know what steps are for.
+                level = logging.DEBUG if passing else logging.WARNING
+                log.log(level, "the coordinator was not told of %s: %s", report.pipeline_id, e.message)
+                return

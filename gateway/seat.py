@@ -11,6 +11,8 @@ class Seat:
 
     def __init__(self, gateway_id: str) -> None:
         self.gateway_id = gateway_id
+        self.life = secrets.randbits(63) | 1
+        """Of this process."""
         self.slot = 0
         """0: not known yet."""
         self.on_renew: Callable[[], None] = lambda: None

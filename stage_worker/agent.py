@@ -272,7 +272,7 @@ class Agent:
             raise NotFound(f"{self.worker_id} holds stage {held.request.stage}, not {request.stage}")
         # A gateway that was restarted takes its own pages over at once; its old life's steps never run.
         for old in [s for s in self.sessions.values() if s.open.gateway_id == request.gateway_id]:
-            if old.open.key == request.key:
+            if old.open.key == request.key or old.open.life != request.life:
                 await self._close(old)
         group = self._group()
         session = GatewaySession(group.take_id(), request)

@@ -181,7 +181,7 @@ class Assignment:
         holder = f"{self.pipeline_id}/{request.gateway_id}"
         number = self.journal.number if self.journal is not None else 0
         share = page_share(self.pool.num_pages, self.limits)
-        grant = self.ranges.open(holder, self.epoch, share, _ids(request.pages), number)
+        grant = self.ranges.open(holder, self.epoch, share, _ids(request.pages), number, request.life)
         if self.journal is not None:
             self.journal.forget(grant.fresh)
         try:

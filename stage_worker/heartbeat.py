@@ -24,6 +24,8 @@ CUDA_S = 5.0
 FORGET = 0.7
 """Of the slowest stretch of a step, for each step of its size: the first of a kind take many times as long."""
 
+CALL_S = 60.0
+"""What an order may take between two signs of life; to import a model's modules on a busy machine takes the longest."""
 STARVED_S = 3.0
 """A rank that would go on if it had a core gets so much longer."""
 
@@ -84,9 +86,9 @@ class Heart:
             return FIRST_S
         return MARGIN * self._stretch_s[smaller] * float(1 << (size - smaller))
 
-    def pause(self) -> None:
-        """Nothing is heard for as long as it takes: a call of the agent, which has a deadline of its own."""
-        self._values[self._rank] = math.inf
+    def call(self) -> None:
+        """A call of the agent begins, or has come further: a load says so with every tensor."""
+        self._values[self._rank] = time.monotonic() + CALL_S
 
 
 def runs(pid: int) -> bool:

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 from stagemesh.errors import InvalidRequest, Unavailable
 
+_NONE = -1
+"""No journal's number."""
+
 
 @dataclass(frozen=True)
 class Grant:
@@ -36,9 +39,11 @@ class _Holder:
     generation: int
     pages: dict[int, int] = field(default_factory=dict)
     """By its ids."""
+    life: int = 0
+    """Of its process."""
     open: dict[int, frozenset[int]] = field(default_factory=dict)
     """Epoch -> ids that the session may use."""
-    journal: int = 0
+    journal: int = _NONE
     """With which it wrote last."""
 
 
@@ -52,10 +57,12 @@ class PageRanges:
         self._holders: dict[str, _Holder] = {}
         """The one that came longest ago first."""
 
-    def open(self, name: str, epoch: int, count: int, ids: Iterable[int] = (), journal: int = 0) -> Grant:
+    def open(
+        self, name: str, epoch: int, count: int, ids: Iterable[int] = (), journal: int = 0, life: int = 0
+    ) -> Grant:
         """The pages with these ids, at most `count`; without ids, with the lowest. They are the holder's own as far as
         it has them, else free ones, else those of holders that have gone. `journal`: the number of the one that is
-        written beside them.
+        written beside them. `life`: of the holder's process; what another one of its name has written is not its own.
 
         Raises InvalidRequest for more than `count`, Unavailable (retry) where pages are still held by others.
         """
@@ -64,6 +71,8 @@ class PageRanges:
             raise InvalidRequest(f"{name} asks for {len(wanted)} pages and may have {count}")
         holder = self._holders.pop(name, None) or _Holder(self._nonce())
         try:
+            if life != holder.life:
+                holder.life, holder.generation, holder.journal = life, self._nonce(), _NONE
             if epoch in holder.open:
                 raise Unavailable(f"{name} holds a range of pages already", retry_after_s=0.2)
             if not holder.open:

@@ -78,7 +78,7 @@ class Rank:
         elif kind == Kind.SHUTDOWN:
             self.engine.stopping = True
         else:
-            self.engine.heart.pause()
+            self.engine.heart.call()
             try:
                 reply = self._calls[kind](ident, payload)
             except (StagemeshError, RuntimeError, OSError, ValueError, MemoryError) as e:
@@ -155,6 +155,7 @@ class Rank:
         self._failed(Kind.PREPARE, ident, outcome)
 
     def _tell_progress(self, ident: int, done: int, total: int) -> None:
+        self.engine.heart.call()
         now = time.monotonic()
         if now - self._told_at > PROGRESS_S or done == total:
             self._told_at = now

@@ -87,14 +87,16 @@ class KeepAliveResponse(_message.Message):
     def __init__(self, known: bool = ...) -> None: ...
 
 class WatchPipelinesRequest(_message.Message):
-    __slots__ = ("gateway_id", "instance", "protocol")
+    __slots__ = ("gateway_id", "instance", "protocol", "life")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
     instance: int
     protocol: int
-    def __init__(self, gateway_id: _Optional[str] = ..., instance: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
+    life: int
+    def __init__(self, gateway_id: _Optional[str] = ..., instance: _Optional[int] = ..., protocol: _Optional[int] = ..., life: _Optional[int] = ...) -> None: ...
 
 class WatchPipelinesResponse(_message.Message):
     __slots__ = ("slot", "pipelines", "mesh")

@@ -180,7 +180,7 @@ class RunRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[RunOpen, _Mapping]] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., open_sequence: _Optional[_Union[OpenSequence, _Mapping]] = ..., close_sequence: _Optional[_Union[CloseSequence, _Mapping]] = ..., copy: _Optional[_Union[CopyPages, _Mapping]] = ...) -> None: ...
 
 class RunOpen(_message.Message):
-    __slots__ = ("key", "stage", "gateway_id", "instance", "slot", "protocol", "pages")
+    __slots__ = ("key", "stage", "gateway_id", "instance", "slot", "protocol", "pages", "life")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +188,7 @@ class RunOpen(_message.Message):
     SLOT_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     key: PipelineKey
     stage: int
     gateway_id: str
@@ -195,7 +196,8 @@ class RunOpen(_message.Message):
     slot: int
     protocol: int
     pages: bytes
-    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., gateway_id: _Optional[str] = ..., instance: _Optional[int] = ..., slot: _Optional[int] = ..., protocol: _Optional[int] = ..., pages: _Optional[bytes] = ...) -> None: ...
+    life: int
+    def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., gateway_id: _Optional[str] = ..., instance: _Optional[int] = ..., slot: _Optional[int] = ..., protocol: _Optional[int] = ..., pages: _Optional[bytes] = ..., life: _Optional[int] = ...) -> None: ...
 
 class RunOpened(_message.Message):
     __slots__ = ("num_pages", "page_size", "steps_in_flight", "kv_generation", "journal", "copy_pages")

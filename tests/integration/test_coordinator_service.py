@@ -169,8 +169,8 @@ async def until(watch: Any, wanted: Callable[[pb.WatchPipelinesResponse], bool])
     raise AssertionError("the watch ended")
 
 
-def watch_request(gateway: str = "g", instance: int = 1) -> pb.WatchPipelinesRequest:
-    return pb.WatchPipelinesRequest(gateway_id=gateway, instance=instance)
+def watch_request(gateway: str = "g", instance: int = 1, life: int = 0) -> pb.WatchPipelinesRequest:
+    return pb.WatchPipelinesRequest(gateway_id=gateway, instance=instance, life=life)
 
 
 def workers(message: Any) -> dict[str, str]:
@@ -336,6 +336,30 @@ def test_a_gateway_keeps_its_slot_over_streams_and_no_other_gets_it(coordinator:
             watch.cancel()
         assert slots[3] == slots[0]
         assert len(set(slots)) == 3
+
+    talk(coordinator.port, story)
+
+
+def test_of_two_gateways_with_one_name_the_second_is_refused_until_the_first_is_gone(coordinator: Process) -> None:
+    async def story(stub: Any) -> None:
+        first = stub.WatchPipelines(watch_request("g", 1, life=7))
+        await until(first, lambda _: True)
+        refused = pytest.raises(ConfigError, match="another gateway named 'g' is connected: give each its own --gateway")
+        with refused, rpc.mapped():
+            await until(stub.WatchPipelines(watch_request("g", 2, life=8)), lambda _: True)
+        # The same process asks for a fresh slot.
+        again = stub.WatchPipelines(watch_request("g", 3, life=7))
+        await until(again, lambda _: True)
+        first.cancel()
+        again.cancel()
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(ConfigError), rpc.mapped():
+                    second = stub.WatchPipelines(watch_request("g", 4, life=8))
+                    await until(second, lambda _: True)
+                    break
+                await asyncio.sleep(0.02)
+        second.cancel()
 
     talk(coordinator.port, story)
 

@@ -113,3 +113,18 @@ def test_pages_that_were_given_up_while_nothing_was_open_are_free() -> None:
     pages.close("a", 1)
     pages.open("a", 2, 4, (1, 2, 4, 7))
     assert pages.open("b", 1, 4).count == 4
+
+
+def test_what_another_process_of_the_same_name_wrote_is_not_its_own() -> None:
+    pages = ranges(4)
+    first = pages.open("a", 1, 4, life=7)
+    pages.close("a", 1)
+    twin = pages.open("a", 1, 4, life=8)
+    assert sorted(twin.pages) == sorted(first.pages)
+    assert twin.generation != first.generation
+    assert sorted(twin.fresh) == sorted(twin.pages), "nor is what the journal holds"
+    pages.close("a", 1)
+    again = pages.open("a", 2, 4, life=7)
+    assert again.generation not in (first.generation, twin.generation)
+    pages.close("a", 2)
+    assert pages.open("a", 3, 4, life=7).generation == again.generation

@@ -7,7 +7,7 @@ from mesh_world import BOTH, LEASE_S, REVISION, World, serving, target
 
 from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
-from stagemesh.coordinator.forming import State
+from stagemesh.coordinator.forming import REFUSED_S, State
 
 
 class TestForming:
@@ -530,3 +530,18 @@ class TestRestart:
         assert (world.state, world.epoch) == (State.SERVING, before)
         world.join("b", same_life=True)
         assert (world.state, world.epoch) == (State.FORMING, before + 1)
+
+
+def test_what_a_worker_could_not_do_is_asked_of_it_again_after_a_while() -> None:
+    """Whatever was final for it may have been of the moment: a file system that was away, memory that others had."""
+    world = World(target(2, takeover_s=1e6))
+    world.join("a"), world.join("b")
+    world.fail(1, "assign", "cannot read model.safetensors", final=True)
+    assert (world.state, world.final) == (State.DOWN, True)
+    world.took(actions.Assign)
+    world.wait(REFUSED_S - 5, "a", "b")
+    assert not world.took(actions.Assign), "it is not asked again and again"
+    world.wait(10, "a", "b")
+    assert world.state is State.FORMING
+    world.serve()
+    assert world.state is State.SERVING

@@ -14,6 +14,7 @@ from stagemesh.errors import StageLost
 from stagemesh.gateway.batch_loop import BatchLoop
 from stagemesh.gateway.handover import Handover
 from stagemesh.gateway.plan import Plan
+from stagemesh.gateway.seat import Seat
 from stagemesh.gateway.work import Shape, Work
 
 
@@ -38,7 +39,7 @@ def story(end: str) -> tuple[MagicMock, MagicMock, Work, Handover]:
     work.scheduler.out[1] = Plan(1, [], alone=False)
 
     async def run() -> None:
-        running = asyncio.create_task(handover.run("g", 1, 1))
+        running = asyncio.create_task(handover.run(Seat("g")))
         while not old.pause.called:
             assert not running.done(), running.exception()
             await asyncio.sleep(0)

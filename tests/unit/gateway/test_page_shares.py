@@ -15,6 +15,7 @@ from stagemesh.gateway.batch_loop import BatchLoop
 from stagemesh.gateway.messages import page_bits
 from stagemesh.gateway.pages import ROOT, PageAllocator
 from stagemesh.gateway.scheduler import Scheduler
+from stagemesh.gateway.seat import Seat
 from stagemesh.gateway.sequence import Sequence, State
 from stagemesh.gateway.work import Shape, Work
 from stagemesh.protos.v1 import types_pb2
@@ -146,7 +147,7 @@ def test_pages_that_a_session_does_not_ask_for_are_given_up_before_it_is_opened(
     cached = fill(work.scheduler.pages, 1, 2, 3, 4, 5, 6)
     asked: list[int] = []
 
-    async def refused(gateway_id: str, instance: int, slot: int, pages: list[int]) -> None:
+    async def refused(seat: Seat, pages: list[int]) -> None:
         asked.extend(pages)
         raise Unavailable("of 8 pages 0 are free")
 
@@ -155,7 +156,7 @@ def test_pages_that_a_session_does_not_ask_for_are_given_up_before_it_is_opened(
         loop._work = work
         loop.open = refused  # type: ignore[assignment,method-assign]
         with pytest.raises(Unavailable):
-            await loop.start("g", 1, 1)
+            await loop.start(Seat("g"))
 
     asyncio.run(start())
     assert len(asked) == 4
