@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from stagemesh.errors import InternalError, NumericalError, StageLost, StagemeshError, Unavailable
+from stagemesh.faults import point
 from stagemesh.protocol import spoken
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
@@ -220,6 +221,7 @@ class BatchLoop:
         """One plan to every worker, behind the sequences it needs them to forget and to know."""
         self._send_closed()
         for sequence in plan.opened:
+            point("gateway.before_open")
             live = self._work.live[sequence]
             live.started()
             if self.scheduler.prefix.enabled and sequence.confirmed == sequence.taken_over:
@@ -271,6 +273,7 @@ class BatchLoop:
         if stage != self._work.last_stage(result.step):
             return
         self._heard_at = time.monotonic()
+        point("gateway.before_promise")
         plan = self.scheduler.out[result.step]
         by_ident = {row.sequence.ident: row.sequence for row in plan.rows}
         failed = set(result.failed_sequences)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from stagemesh.errors import StageLost, Unavailable
+from stagemesh.faults import point
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from .batch_loop import BatchLoop
@@ -97,8 +98,10 @@ class Handover:
             raise
         else:
             self._work.scheduler.pages.free(page)
+            point("gateway.before_switch")
             old.retire()
             new.take_over({copy.to_stage for copy in self._copies})
+            point("gateway.after_switch")
             self.paused_s = time.monotonic() - paused_at
         finally:
             old.on_planned = lambda plan: None

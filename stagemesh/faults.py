@@ -36,6 +36,12 @@ POINTS = (
     "rank.replay",
     "rank.copy_send",
     "rank.copy_land",
+    "gateway.before_open",
+    "gateway.before_promise",
+    "gateway.before_log",
+    "gateway.after_log",
+    "gateway.before_switch",
+    "gateway.after_switch",
 )
 """All of them."""
 

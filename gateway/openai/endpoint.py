@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from stagemesh import errors
+from stagemesh.faults import point
 from stagemesh.gateway.request import GenerationRequest
 from stagemesh.gateway.token_log import Call as Recorded
 from stagemesh.gateway.token_log import Writing
@@ -93,7 +94,9 @@ async def answer(api: Api, call: Call, writer: Writer, writing: Writing | None) 
                         await writer.start(EVENT_STREAM)
                     if writing is not None:
                         for index, delta in batch:
+                            point("gateway.before_log")
                             writing.add(index, delta)
+                            point("gateway.after_log")
                     await writer.write(call.events(batch))
             if not writer.started:
                 await writer.start(EVENT_STREAM)  # All of it was told before.

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import streams
 from disturb import COMMON, check, disturbed, end_worker, holders, rank_of, stagemesh, wait_longer
 from mesh import Mesh, serve
+from resuming import Answer, Events
 
 from stagemesh.faults import POINTS
 
@@ -22,9 +28,11 @@ IN_EVERY_STEP = tuple(
 OF_STANDBYS = ("agent.prepare",)
 OF_DRAINS = ("agent.release",)
 OF_MOVES = ("rank.copy_send", "rank.copy_land")
+OF_GATEWAYS = tuple(name for name in POINTS if name.startswith("gateway."))
+OF_SWITCHES = ("gateway.before_switch", "gateway.after_switch")
 IN_CI = {
     "coordinator.before_epoch_write", "coordinator.after_plan_write", "agent.release", "rank.connect_link",
-    "rank.before_send", "rank.replay", "rank.copy_land",
+    "rank.before_send", "rank.replay", "rank.copy_land", "gateway.after_log", "gateway.before_switch",
 }  # fmt: skip
 """One of each kind; `make chaos` goes through all."""
 
@@ -58,7 +66,12 @@ def replaceable(mesh: Mesh) -> int:
     return int(stages[0]) if stages else 1
 
 
-@pytest.mark.parametrize("point", [p if p in IN_CI else pytest.param(p, marks=pytest.mark.slow) for p in POINTS])
+def of(points: Iterable[str]) -> list[Any]:
+    """As parameters: those that are not for CI are marked as slow."""
+    return [p if p in IN_CI else pytest.param(p, marks=pytest.mark.slow) for p in points]
+
+
+@pytest.mark.parametrize("point", of(p for p in POINTS if p not in OF_GATEWAYS))
 def test_a_process_that_dies_at(point: str, armed: tuple[Mesh, Path], expected: list[streams.Stream]) -> None:
     mesh, folder = armed
     wait_whole(mesh)
@@ -92,3 +105,58 @@ def test_a_process_that_dies_at(point: str, armed: tuple[Mesh, Path], expected: 
         assert time.monotonic() < deadline, f"nobody comes to {point}"
         time.sleep(0.01)
     mesh.check_pages_are_free()
+
+
+BODY = {
+    "model": "stagemesh-demo", "prompt": "Two plus two is", "max_tokens": 200, "stream": True, "ignore_eos": True,
+    "temperature": 0.9, "seed": 7, "stream_options": {"include_usage": True}, "return_token_ids": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Mesh, Path, Answer]]:
+    """A mesh whose gateway writes its streams down, and what one of them comes to."""
+    folder, log = tmp_path_factory.mktemp("faults"), tmp_path_factory.mktemp("streams")
+    with serve("-pp", "2", *COMMON[2:], "--token-log", str(log), env={"STAGEMESH_FAULT_DIR": str(folder)}) as mesh:
+        answer = Answer()
+        for event in Events(f"{mesh.url}/v1/completions", BODY):
+            answer.take(event)
+        yield mesh, folder, answer
+
+
+@pytest.mark.parametrize("point", of(OF_GATEWAYS))
+def test_a_gateway_that_dies_at(point: str, logged: tuple[Mesh, Path, Answer]) -> None:
+    """Whatever it had told its client, that goes on behind it at the next one, with the tokens that would have come."""
+    mesh, folder, whole = logged
+    mesh.wait_ready()
+    command = [sys.executable, "-m", "stagemesh.cli.main", "repartition", ranges_other_than_now(mesh)]
+    with subprocess.Popen([*command, "--url", mesh.url] if point in OF_SWITCHES else ["true"]):
+        answer, events = Answer(), Events(f"{mesh.url}/v1/completions", BODY)
+        for event in events:
+            answer.take(event)
+            if answer.length > 20:
+                break
+        (folder / point).touch()
+        deadline = time.monotonic() + 30
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while True:
+                for event in events:
+                    answer.take(event)
+                # One that broke has come to its end, too, without having finished.
+                if not answer.finished or not (folder / point).exists():
+                    break
+                assert time.monotonic() < deadline, f"nobody comes to {point}"
+                answer, events = Answer(), Events(f"{mesh.url}/v1/completions", BODY)
+    mesh.wait_ready()
+    broke = not answer.finished
+    for ident in answer.ids:
+        for event in Events(f"{mesh.url}/v1/streams/{ident}", last=events.last):
+            answer.take(event)
+        assert answer.same(whole)
+    assert broke or point in ("gateway.before_open", *OF_SWITCHES), "it died within the stream"
+    mesh.check_pages_are_free()
+
+
+def ranges_other_than_now(mesh: Mesh) -> str:
+    """To ask for."""
+    return "5,3" if mesh.get("/mesh")["pipelines"][0]["stages"][0]["layers"]["last"] == 4 else "4,4"

@@ -344,7 +344,7 @@ def test_of_two_gateways_with_one_name_the_second_is_refused_until_the_first_is_
     async def story(stub: Any) -> None:
         first = stub.WatchPipelines(watch_request("g", 1, life=7))
         await until(first, lambda _: True)
-        refused = pytest.raises(ConfigError, match="another gateway named 'g' is connected: give each its own --gateway")
+        refused = pytest.raises(ConfigError, match="another gateway named 'g' is connected: give each its own")
         with refused, rpc.mapped():
             await until(stub.WatchPipelines(watch_request("g", 2, life=8)), lambda _: True)
         # The same process asks for a fresh slot.
