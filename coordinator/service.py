@@ -79,15 +79,18 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                 case actions.PersistDrains(drains):
                     self._store.save_drains(drains)
                 case actions.Publish(urgent):
-                    self._version += 1
-                    if urgent:
-                        self._urgent = self._version
-                    self._changed.set()
-                    self._changed = asyncio.Event()
+                    self._publish(urgent)
                 case actions.Log(message, warning):
                     log.log(logging.WARNING if warning else logging.INFO, "%s", message)
                 case _:
                     self._driver.execute(action)
+
+    def _publish(self, urgent: bool) -> None:
+        self._version += 1
+        if urgent:
+            self._urgent = self._version
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def run(self) -> None:
         """Lets time pass in the core, until cancelled."""
@@ -157,8 +160,9 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
 
     def _renewed(self, request: pb.KeepAliveRequest) -> None:
         self.post(events.LeaseRenewed(request.worker_id, request.incarnation))
-        if request.stale_refused:
+        if request.stale_refused and self._stale.get(request.worker_id) != request.stale_refused:
             self._stale[request.worker_id] = dict(request.stale_refused)
+            self._publish(urgent=False)
             while len(self._stale) > MAX_COUNTED:
                 self._stale.pop(next(iter(self._stale)))
         if request.broken_pipeline:

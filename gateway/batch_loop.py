@@ -253,6 +253,7 @@ class BatchLoop:
     def _on_result(self, stage: int, result: stage_pb2.StepResult) -> None:
         """A stage is done with a step; the last one's result brings tokens and ends the step."""
         if result.epoch != self.view.epoch or self.lost is not None:
+            self._metrics.stale_result()
             return
         if self._probe is not None:
             if self._probe.result(stage, result):

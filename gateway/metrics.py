@@ -54,6 +54,7 @@ class Metrics:
         self._losses = self._counter("pipeline_losses", "Pipelines that were lost while requests ran.")
         self._replayed = self._counter("replayed_tokens", "Positions computed again on stages that were replaced.")
         self._recovery_s = self._histogram("recovery_seconds", "Seconds from a loss to the next token.", RECOVERY_S)
+        self._stale = self._counter("stale_results", "Results of steps of an epoch that has passed, dropped.")
         self._move_s = self._histogram("move_seconds", "Seconds without a new step when a pipeline moved.", ITL_S)
         self._success = Counter(
             "stagemesh_request_success",
@@ -84,6 +85,10 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"stagemesh_{name}", text, buckets=buckets, registry=self.registry)
+
+    def stale_result(self) -> None:
+        """One was dropped."""
+        self._stale.inc()
 
     def watch(self, read: Callable[[], Load]) -> None:
         """`read` is called at each scrape for what the gauges show."""

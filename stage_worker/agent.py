@@ -73,9 +73,11 @@ class Agent:
             if session is not None:
                 session.put(payload)
         elif kind == Kind.SESSION_ENDED:
-            session = self.sessions.get(ident)
+            session, error = self.sessions.get(ident), unpack_error(payload)
+            if isinstance(error, StaleEpoch):
+                self._count("plan")
             if session is not None:
-                session.put(unpack_error(payload))
+                session.put(error)
         elif kind == Kind.PROGRESS:
             self._progress[ident, rank] = stage_pb2.AssignResponse.FromString(payload)
         elif kind == Kind.PAGES_COPIED:
@@ -227,11 +229,14 @@ class Agent:
         await self._group().call(Kind.RELEASE, request.SerializeToString(), CALL_TIMEOUT_S)
         return stage_pb2.ReleaseResponse()
 
+    def _count(self, kind: str) -> None:
+        self.stale_refused[kind] = self.stale_refused.get(kind, 0) + 1
+
     def _fence(self, key: stage_pb2.PipelineKey, kind: str) -> None:
         """Refuses an order of an epoch that has passed, and counts it."""
         known = self.epochs.get(key.pipeline_id, 0)
         if key.epoch < known:
-            self.stale_refused[kind] = self.stale_refused.get(kind, 0) + 1
+            self._count(kind)
             raise StaleEpoch(f"{kind} of {key.pipeline_id} at epoch {key.epoch}; {self.worker_id} has seen {known}")
         self.epochs[key.pipeline_id] = key.epoch
 
@@ -264,7 +269,7 @@ class Agent:
         held = self.held.get(_key(request.key))
         known = self.epochs.get(request.key.pipeline_id, 0)
         if held is None and request.key.epoch < known:
-            self.stale_refused["session"] = self.stale_refused.get("session", 0) + 1
+            self._count("session")
             raise StaleEpoch(f"{request.key.pipeline_id} is at epoch {known} here, not {request.key.epoch}")
         if held is None or not held.active:
             raise Unavailable(f"{request.key.pipeline_id} is not active here yet; try again", retry_after_s=0.2)

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 RESTART_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 STABLE_S = 5.0
 """A rank group that was up for so long before it died does not count as failing."""
+RELEASED_S = 1.0
+"""How long the coordinator may take to release a worker whose gateways have left it."""
 ASK_AGAIN_S = 1.0
 """Between two asks for a drain: a coordinator that was started again has forgotten the first."""
 
@@ -128,10 +130,13 @@ class _Worker:
         except StagemeshError as e:
             log.warning("the coordinator cannot be told of the drain: %s", e.message)
             return
-        deadline = asyncio.get_running_loop().time() + self.settings.drain_timeout
-        asked_at = asyncio.get_running_loop().time()
-        while agent.sessions and (now := asyncio.get_running_loop().time()) < deadline:
+        clock = asyncio.get_running_loop().time
+        asked_at = left_at = clock()
+        deadline = asked_at + self.settings.drain_timeout
+        # Gateways that have gone over say so behind their sessions' ends: to die before they are heard would undo it.
+        while (now := clock()) < deadline and (agent.sessions or (agent.held and now < left_at + RELEASED_S)):
             await asyncio.sleep(0.05)
+            left_at = now if agent.sessions else left_at
             if now > asked_at + ASK_AGAIN_S:
                 asked_at = now
                 with contextlib.suppress(StagemeshError):
