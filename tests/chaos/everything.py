@@ -59,6 +59,9 @@ class Everything:
     clients: int
     stages: int = 3
     history: History = field(default_factory=History)
+    epochs: list[tuple[str, int]] = field(default_factory=list)
+    """(pipeline, epoch) at which a token crossed or to which it moved, in order, however many there were."""
+    _seen_at: float = 0.0
 
     async def run(self, seconds: float) -> None:
         """Until the time is up, and every request has ended."""
@@ -118,7 +121,16 @@ class Everything:
 
     def _is_ready(self) -> bool:
         with contextlib.suppress(OSError):
-            return bool(self.mesh.get("/mesh")["ready"])
+            seen = self.mesh.get("/mesh")
+            for event in seen["events"]:
+                # The newest 64 are told: those since the last look, ten of which come in a second, are among them.
+                if event["at"] > self._seen_at and event["event"] in ("recovered", "moved"):
+                    entry = event["pipeline_id"], event["epoch"]
+                    # What moves to make a loss good is told as both.
+                    if event["event"] == "recovered" or self.epochs[-1:] != [entry]:
+                        self.epochs.append(entry)
+            self._seen_at = max([self._seen_at, *(event["at"] for event in seen["events"])])
+            return bool(seen["ready"])
         return False
 
     # -- faults -----------------------------------------------------------------------------------------------------
