@@ -7,6 +7,9 @@ from . import values as v
 from .forming import REFUSED_S, RETRY_MAX_S, Former, State
 from .warming import copies
 
+REFILLED_S = 1.5
+"""So long a pipeline that was just formed may compute what a lost stage had: on one machine that needs all cores."""
+
 
 class Warmer(Former):
     """Weights are loaded beside whatever is served."""
@@ -16,6 +19,8 @@ class Warmer(Former):
         states = {p.state for p in self.pipelines.values() if not p.leaving}
         # One that is down for want of workers does not keep the others' standbys waiting.
         if State.SERVING not in states or states & {State.FORMING, State.DRAINING}:
+            return
+        if self._now < max(p.serving_since for p in self.pipelines.values()) + REFILLED_S:
             return
         stages = [plan for p in self.pipelines.values() for plan in p.stages]
         members = {plan.worker_id for plan in stages}

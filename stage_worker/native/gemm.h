@@ -6,8 +6,10 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
+#include "tiles.h"
 
 namespace stagemesh {
 
@@ -56,6 +58,10 @@ inline void rows_of_panel(const uint32_t* x, size_t stride, int first, const Lin
 
 template <class T, class Done>
 inline void linear(const void* x, int m, const Linear& w, int first_panel, int last_panel, Done done) {
+  if (std::is_same<T, Bf16>::value && w.k % kTileK == 0 && has_tiles()) {
+    linear_by_tiles(x, m, w, first_panel, last_panel, done);
+    return;
+  }
   const size_t stride = w.k / T::kGroup;
   const uint32_t* rows = (const uint32_t*)x;
   const int tiles = (m + kMostRows - 1) / kMostRows;

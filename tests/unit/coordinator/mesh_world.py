@@ -14,6 +14,7 @@ from stagemesh.coordinator.forming import State
 from stagemesh.coordinator.nonce import Nonces
 from stagemesh.coordinator.planning import Target
 from stagemesh.coordinator.reconfigure import Mesh
+from stagemesh.coordinator.standbys import REFILLED_S
 
 LAYERS, REVISION, LEASE_S = 6, "f" * 64, 0.6
 LIMITS = v.Limits(64, 4, 32, 16, 0, 3)
@@ -169,5 +170,6 @@ def serving(*extra: str, stages: int = 2, **kwargs: object) -> World:
         world.join(name)
     world.serve()
     assert world.state is State.SERVING
+    world.wait(REFILLED_S + 0.1, *world.mesh.workers)
     world.actions.clear()
     return world

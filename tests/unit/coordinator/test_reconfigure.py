@@ -8,6 +8,7 @@ from mesh_world import BOTH, LEASE_S, REVISION, World, serving, target
 from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.forming import REFUSED_S, State
+from stagemesh.coordinator.standbys import REFILLED_S
 
 
 class TestForming:
@@ -301,6 +302,10 @@ class TestStandby:
             world.join(name)
         assert self.told(world) == {}
         world.serve()
+        assert self.told(world) == {}, (
+            "what a lost stage had may be being computed: on one machine that needs all cores"
+        )
+        world.wait(REFILLED_S + 0.1, *world.mesh.workers)
         assert self.told(world) == {"s1": (0, 3), "s2": (3, 6), "s3": (0, 3)}
         world.prepared("s2")
         world.lose("b")
