@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -193,6 +194,8 @@ def main() -> int:
     parser.add_argument("--burners", type=int, default=0, help="processes that compute beside it")
     parser.add_argument("--name", default="recovery", help="of the files under results")
     given = parser.parse_args()
+    # What is told to end ends its mesh, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     kinds = given.what.split(",")
     if unknown := set(kinds) - set(KINDS):
         parser.error(f"{', '.join(unknown)}: not of {', '.join(KINDS)}")

@@ -25,6 +25,8 @@ from stagemesh.process import not_prefer
 
 from .config import RankConfig
 
+ENDED_S = 10.0
+"""How long a rank that was killed may take to end."""
 TOLD_S = 1.0
 """How long after a rank's end its zygote may take to tell how it ended."""
 MAX_MESSAGE = 1 << 12
@@ -97,7 +99,7 @@ class ForkedRank:
     def wait(self) -> int:
         """See `RankProcess`."""
         if self.returncode is None:
-            _readable(self._pidfd, None)
+            _readable(self._pidfd, ENDED_S)
             self._zygote.wait_told(self)
         # Where nobody tells it any more, the zygote has ended, and its ranks were killed with it.
         self.ended(-signal.SIGKILL)
@@ -199,10 +201,10 @@ def _spawn(module: str, config: RankConfig, fds: list[int]) -> subprocess.Popen[
     return process
 
 
-def _readable(fd: int, timeout_s: float | None) -> bool:
+def _readable(fd: int, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+    return bool(poll.poll(timeout_s * 1000))
 
 
 async def _until_readable(sock: socket.socket) -> None:
