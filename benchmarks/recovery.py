@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,19 +112,18 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"p50": round(pick[0], 3), "p99": round(pick[1], 3), "max": round(ordered[-1], 3)}
 
 
-async def run(
-    model: Path, kinds: list[str], times: int, count: int, tokens: int, standbys: int, logs: Path | None
-) -> dict[str, Any]:
-    """All kinds, each on a mesh of its own."""
+async def run(given: argparse.Namespace, kinds: Mapping[str, int], write: Callable[[dict[str, Any]], None]) -> None:
+    """All kinds, each on a mesh of its own, so many times; written as they come."""
     results: dict[str, Any] = {}
-    for kind in kinds:
+    logs: Path | None = given.logs
+    for kind, times in kinds.items():
         with (
             tempfile.TemporaryDirectory(prefix="stagemesh-recovery-") as folder,
-            serving(model, Path(folder), standbys, (logs or Path(folder)) / f"{kind}.log") as mesh,
+            serving(given.model, Path(folder), given.standbys, (logs or Path(folder)) / f"{kind}.log") as mesh,
         ):
             seen = await asyncio.to_thread(mesh.wait_whole)
             mesh.first_layers = seen["pipelines"][0]["stages"][0]["layers"]["last"]
-            streams = make_streams(count, tokens)
+            streams = make_streams(given.streams, given.tokens)
             async with Client(mesh.grpc_address) as client:
                 await asyncio.gather(*(stream.run(client, None) for stream in streams))
             for stream in streams:
@@ -147,7 +146,7 @@ async def run(
             **({"asked_again": sum(s.asked_again for s in streams)} if kind == "gateway" else {}),
         }
         print(kind, json.dumps(results[kind]), flush=True)
-    return results
+        write(results)
 
 
 @contextmanager
@@ -185,7 +184,7 @@ def main() -> int:
     """Measures and writes `results/recovery.*`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--what", default=",".join(KINDS))
+    parser.add_argument("--what", default=",".join(KINDS), help="kinds; rank=200: one of them so many times")
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--streams", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=256, help="of each answer")
@@ -196,13 +195,22 @@ def main() -> int:
     given = parser.parse_args()
     # What is told to end ends its mesh, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    kinds = given.what.split(",")
-    if unknown := set(kinds) - set(KINDS):
+    kinds = {kind: int(times or given.times) for kind, _, times in (w.partition("=") for w in given.what.split(","))}
+    if unknown := kinds.keys() - set(KINDS):
         parser.error(f"{', '.join(unknown)}: not of {', '.join(KINDS)}")
+    told: dict[str, Any] = {}
+
+    def write(results: dict[str, Any]) -> None:
+        told.update(results)
+        write_files(given, results)
+
     with burning(given.burners):
-        results = asyncio.run(
-            run(given.model, kinds, given.times, given.streams, given.tokens, given.standbys, given.logs)
-        )
+        asyncio.run(run(given, kinds, write))
+    return 0 if not any(r["failed"] or r["wrong"] for r in told.values()) else 1
+
+
+def write_files(given: argparse.Namespace, results: dict[str, Any]) -> None:
+    """JSON and Markdown."""
     command = (
         f"python benchmarks/recovery.py MODEL --what {given.what} --times {given.times} --streams {given.streams} "
         f"--tokens {given.tokens} --standbys {given.standbys} --burners {given.burners} --name {given.name}"
@@ -222,7 +230,6 @@ def main() -> int:
         "between two of its messages; in the row `nothing`, within a second in which nothing is done.", "",
     ]  # fmt: skip
     (facts.RESULTS / f"{given.name}.md").write_text("\n".join(text))
-    return 0 if not any(r["failed"] or r["wrong"] for r in results.values()) else 1
 
 
 if __name__ == "__main__":

@@ -64,9 +64,10 @@ class Scaler(Mover):
         old += sorted(self._followers() & self._old_gateways)
         if replicas > 1 and old:
             raise ConfigError(f"{', '.join(old)} cannot share stages: finish the upgrade first")
-        if replicas > 1 and (down := [p.pipeline_id for p in self._kept() if p.state not in UP or self._is_short(p)]):
-            raise Unavailable(f"{', '.join(down)} must have all stages again first", retry_after_s=1)
         holding = {p.stages[stage].worker_id for p in self._kept() if stage < len(p.stages)}
+        down = [p.pipeline_id for p in self._kept() if p.state not in UP or self._is_short(p)]
+        if replicas > max(1, len(holding)) and down:
+            raise Unavailable(f"{', '.join(down)} must have all stages again first", retry_after_s=1)
         spare = {w.info.worker_id for w in self._spare() if w.info.pool in (-1, stage)}
         # Those could take their stage from a worker that could then take this one.
         spare |= {name for p in self._kept() for s, name in self._replaceable(p).items() if s != stage}

@@ -14,7 +14,7 @@ from . import values as v
 from .cost import Kind, kinds
 from .forming import RETRY_MAX_S, Pipeline, State
 from .partition import partition
-from .planning import Choice
+from .planning import CannotForm, Choice
 from .rebalance import GAIN, LOOK_S, Advice, StepTimes, advise, better_worker
 from .standbys import Warmer
 
@@ -32,7 +32,7 @@ class Wishes(Warmer):
         """What an operator wants the stages to hold, and they do not yet."""
         self.given_up = ""
         """Why what an operator wanted last will not be."""
-        self._partition_before = self.target.layer_partition
+        self._partition_before = self._of_settings = self.target.layer_partition
         self._load_failures = 0
         self.step_times = {name: StepTimes() for name in self.pipelines}
         self.advices: list[str] = []
@@ -130,6 +130,17 @@ class Wishes(Warmer):
         """From now on pipelines are formed so, also by a coordinator that comes after this one."""
         self.target = replace(self.target, layer_partition=counts)
         self._act(actions.PersistPartition(self.target.terms, counts))
+
+    def _choose(self, pipeline: Pipeline, previous: Sequence[v.StagePlan]) -> list[Choice]:
+        try:
+            return super()._choose(pipeline, previous)
+        except CannotForm as e:
+            # Ranges that were wanted of workers with more memory, say, before all of them were started again.
+            if self.target.layer_partition == self._of_settings or not isinstance(e.__cause__, ConfigError):
+                raise
+            self._partition_before = self._of_settings
+            self._give_ranges_up(f"they cannot be had any more: {e}")
+            return super()._choose(pipeline, previous)
 
     def _cannot_load(self, layers: v.Range, reason: str, *, final: bool) -> None:
         if self.ranges is not None and layers in self.ranges:

@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 TIMEOUT_S, RETRY_S = 5.0, 0.2
 AWAY_S = 60.0
 """How long a coordinator is waited for. What is said of an epoch that has passed by then changes nothing."""
-WAITING = 16
+FEW, WAITING = 8, 256
+"""Reports that wait at most; behind a few, what steps take is not told."""
 
 Report = (
     coordinator_pb2.ReportStuckRequest
@@ -31,7 +32,9 @@ class Reporter:
 
     def __init__(self, coordinator: str, gateway_id: str) -> None:
         self._coordinator, self._gateway_id = coordinator, gateway_id
-        self._queue: asyncio.Queue[Report] = asyncio.Queue(WAITING)
+        self._waiting: dict[tuple[type[Report], str, int], Report] = {}
+        """What is to be told, the oldest first; what is said again takes the place of what waits."""
+        self._there = asyncio.Event()
 
     def stuck(self, pipeline_id: str, epoch: int, reason: str) -> None:
         """Steps do not come back, which nobody but this side sees."""
@@ -65,8 +68,13 @@ class Reporter:
         )
 
     def _put(self, report: Report) -> None:
-        if not self._queue.full():
-            self._queue.put_nowait(report)
+        passing = isinstance(report, coordinator_pb2.ReportStepsRequest)
+        if len(self._waiting) >= (FEW if passing else WAITING):
+            log.log(logging.DEBUG if passing else logging.WARNING, "too much is to be told of %s", report.pipeline_id)
+            return
+        epoch = 0 if isinstance(report, coordinator_pb2.ReportLeftRequest) else report.epoch
+        self._waiting[type(report), report.pipeline_id, epoch] = report
+        self._there.set()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -74,7 +82,10 @@ class Reporter:
         stub = coordinator_pb2_grpc.CoordinatorStub(channel)
         try:
             while True:
-                await self._tell(stub, await self._queue.get())
+                await self._there.wait()
+                await self._tell(stub, self._waiting.pop(next(iter(self._waiting))))
+                if not self._waiting:
+                    self._there.clear()
         finally:
             await channel.close(None)
 

@@ -24,8 +24,8 @@ CUDA_S = 5.0
 FORGET = 0.7
 """Of the slowest stretch of a step, for each step of its size: the first of a kind take many times as long."""
 
-CALL_S = 60.0
-"""What an order may take between two signs of life; to import a model's modules on a busy machine takes the longest."""
+CALL_S = 120.0
+"""What an order may take between two signs of life: to import a model's modules on a busy machine, a large tensor."""
 STARVED_S = 3.0
 """A rank that would go on if it had a core gets so much longer."""
 

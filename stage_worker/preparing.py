@@ -17,6 +17,8 @@ from .rank_memory import RankMemory
 from .shard.choose import Shard
 
 NICE = 10
+SIGN_S = 1.0
+"""How often progress is told while all wait for it."""
 
 
 class Preparing:
@@ -75,5 +77,6 @@ class Preparing:
         if self._thread is not None:
             with contextlib.suppress(PermissionError, ProcessLookupError):
                 os.setpriority(os.PRIO_PROCESS, self._thread.native_id or 0, 0)
-            self._thread.join()
-            self.poll()
+            while self._thread is not None:
+                self._thread.join(SIGN_S)
+                self.poll()

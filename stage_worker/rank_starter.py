@@ -20,11 +20,13 @@ import sys
 from dataclasses import replace
 from typing import Protocol
 
-from stagemesh.errors import ConfigError
+from stagemesh.errors import ConfigError, StageLost, StagemeshError
 from stagemesh.process import not_prefer
 
 from .config import RankConfig
 
+FORK_S = 120.0
+"""What a zygote may take for its first rank, imports included."""
 ENDED_S = 10.0
 """How long a rank that was killed may take to end."""
 TOLD_S = 1.0
@@ -53,7 +55,10 @@ class RankStarter(Protocol):
     """Starts ranks until `stop`."""
 
     async def start(self, config: RankConfig) -> RankProcess:
-        """Starts a rank, which inherits the configuration's descriptors. Raises ConfigError."""
+        """Starts a rank, which inherits the configuration's descriptors.
+
+        Raises ConfigError where it would fail again, StageLost where another try may do.
+        """
 
     def stop(self) -> None:
         """Starts none any more. Those that run are ended by whoever started them, before."""
@@ -122,6 +127,9 @@ class Zygote:
         self._ranks: dict[int, ForkedRank] = {}
         self._forked: list[ForkedRank] = []
         """Those that `start` has not handed out yet."""
+        self._status = 0
+        """With which the last one has ended."""
+        self._stopping = False
 
     async def start(self, config: RankConfig) -> RankProcess:
         """See `RankStarter`."""
@@ -131,12 +139,23 @@ class Zygote:
         assert self._socket is not None
         with contextlib.suppress(ConnectionError):
             socket.send_fds(self._socket, [config.to_json().encode()], config.fds)
-        while not self._forked:
-            await _until_readable(self._socket)
-            self.take_messages()
-            if self._socket is None:
-                raise ConfigError(f"no rank of {config.label} can be started: see what was said above")
+        try:
+            async with asyncio.timeout(FORK_S):
+                while not self._forked:
+                    await _until_readable(self._socket)
+                    self.take_messages()
+                    if self._socket is None:
+                        raise self._why_none(config.label)
+        except TimeoutError as e:
+            self._end()
+            raise StageLost(f"the zygote of {config.label} forked no rank within {FORK_S:g} s") from e
         return self._forked.pop()
+
+    def _why_none(self, label: str) -> StagemeshError:
+        """It has ended; by a signal, another one may do."""
+        if self._status < 0:
+            return StageLost(f"the zygote of {label} was killed by {signal.Signals(-self._status).name}")
+        return ConfigError(f"no rank of {label} can be started: see what was said above")
 
     def _begin(self, config: RankConfig) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -178,12 +197,16 @@ class Zygote:
         self._ranks.clear()
         self._forked.clear()
         if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                # It has closed its end, and is about to end by itself with a status that says why.
+                self._process.wait(0 if self._stopping else TOLD_S)
             self._process.kill()
-            self._process.wait()
+            self._status = self._process.wait(ENDED_S)
         self._process = None
 
     def stop(self) -> None:
         """See `RankStarter`."""
+        self._stopping = True
         self._end()
 
 

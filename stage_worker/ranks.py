@@ -82,22 +82,25 @@ class RankGroup:
         hearts = make_heartbeats(self.size)
         loop = asyncio.get_running_loop()
         up: list[asyncio.Future[bytes]] = []
-        for rank in range(self.size):
-            order = [pair[0] for pair in orders] if rank == 0 else [orders[rank - 1][1]]
-            order = order if self.size > 1 else []
-            await self._start_rank(rank, controls[rank][1], order, hearts, shared)
-            reader, writer = await asyncio.open_unix_connection(sock=controls[rank][0])
-            future: asyncio.Future[bytes] = loop.create_future()
-            self._calls[rank, 0] = future
-            up.append(future)
-            self._writers.append(writer)
-            self._readers.append(asyncio.create_task(self._read(rank, reader)))
-        for end in [*(pair[1] for pair in controls), *(end for pair in orders for end in pair)]:
-            end.close()
-        if shared is not None:
-            os.close(shared)
-        self._watching = asyncio.create_task(self._watch(HeartWatch(hearts, self.size, LOOK_S)))
-        os.close(hearts)
+        try:
+            for rank in range(self.size):
+                order = [pair[0] for pair in orders] if rank == 0 else [orders[rank - 1][1]]
+                order = order if self.size > 1 else []
+                await self._start_rank(rank, controls[rank][1], order, hearts, shared)
+                reader, writer = await asyncio.open_unix_connection(sock=controls[rank][0])
+                future: asyncio.Future[bytes] = loop.create_future()
+                self._calls[rank, 0] = future
+                up.append(future)
+                self._writers.append(writer)
+                self._readers.append(asyncio.create_task(self._read(rank, reader)))
+            self._watching = asyncio.create_task(self._watch(HeartWatch(hearts, self.size, LOOK_S)))
+        finally:
+            ours = [pair[0] for pair in controls[len(self._writers) :]]
+            for end in [*ours, *(pair[1] for pair in controls), *(end for pair in orders for end in pair)]:
+                end.close()
+            for fd in (hearts, shared):
+                if fd is not None:
+                    os.close(fd)
         try:
             said = await asyncio.wait_for(asyncio.gather(*up), READY_TIMEOUT_S)
         except TimeoutError as e:

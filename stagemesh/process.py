@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -17,9 +18,13 @@ import setproctitle
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 PREFERRED_NICE, STARTING_NICE = -10, 10
+SESSION_RATE_S = 0.11
 
-_started_nice: int | None = None
-"""That of this process before it was preferred."""
+BEHIND_S = 2.0
+"""How long a process that is started again stands back: as long as a successor is refilled, as a rule."""
+
+_before: tuple[int, float] | None = None
+"""The priority of this process before it was preferred, and when."""
 
 
 def set_title(title: str) -> None:
@@ -37,18 +42,21 @@ def die_with_parent(parent_pid: int, sig: signal.Signals = signal.SIGKILL) -> No
 
 def prefer() -> None:
     """Asks to be scheduled before compute: for processes that keep leases. Goes without where that is not allowed."""
-    global _started_nice
-    _started_nice = os.getpriority(os.PRIO_PROCESS, 0)
+    global _before
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, PREFERRED_NICE)
+        _before = nice, time.monotonic()
 
 
 def not_prefer(pid: int) -> None:
-    """Has a child that was just started go on as this process did before `prefer`."""
-    if _started_nice is not None:
-        over = _started_nice == STARTING_NICE and session_nice(pid) == 0  # `come_forward` was before it.
+    """Has a child that was just started go on as this process did before `prefer`, if anything came of that."""
+    if _before is not None:
+        nice, at = _before
+        # It may be time to come forward already, or be past it.
+        over = nice == STARTING_NICE and (session_nice(pid) == 0 or time.monotonic() > at + BEHIND_S)
         with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, pid, 0 if over else _started_nice)
+            os.setpriority(os.PRIO_PROCESS, pid, 0 if over else nice)
 
 
 def _may_prefer() -> bool:
@@ -104,8 +112,15 @@ def session_nice(pid: int) -> int | None:
 
 
 def _nice_session(pid: int, nice: int) -> None:
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/autogroup").write_text(str(nice))
+    for _ in range(2):
+        try:
+            Path(f"/proc/{pid}/autogroup").write_text(str(nice))
+        except BlockingIOError:
+            time.sleep(SESSION_RATE_S)  # The kernel takes one such change in this time from all of us.
+        except OSError:
+            return  # It has ended, or sessions are not scheduled here.
+        else:
+            return
 
 
 def adopt_orphans() -> None:

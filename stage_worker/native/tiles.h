@@ -98,7 +98,8 @@ inline void linear_by_tiles(const void* from, int m, const Linear& w, int first_
         if (above != upper || below != lower) {
           upper = above, lower = below;
           const TileShapes shapes(upper, lower);
-          _tile_loadconfig(&shapes);
+          // Not by its intrinsic, of which some compilers believe that it reads eight bytes.
+          asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
         }
         const char* x = (const char*)from + first * row_bytes;
         count > kTileRows ? tile_panel<true>(x, row_bytes, columns, w.k, sums)

@@ -16,7 +16,7 @@ from typing import Any
 
 from stagemesh.config import Base
 from stagemesh.errors import ConfigError
-from stagemesh.process import come_forward, stand_back
+from stagemesh.process import BEHIND_S, come_forward, stand_back
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,6 @@ PORTS_TIMEOUT_S = 60.0
 BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
 STABLE_S = 5.0
 """A process that was up for so long before it died is started again at once."""
-BEHIND_S = 2.0
-"""As long as a successor is refilled, as a rule."""
 POLL_S = 0.02
 KEPT = ("STAGEMESH_LOG_LEVEL", "STAGEMESH_FAULT_DIR")
 SECRETS = ("api_key",)

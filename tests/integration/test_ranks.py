@@ -117,6 +117,36 @@ def test_ranks_end_with_their_zygote_and_the_next_ones_have_another() -> None:
     started(story)
 
 
+def test_a_zygote_that_is_killed_while_it_imports_is_the_loss_of_a_group_like_any_other() -> None:
+    async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
+        files = len(os.listdir("/proc/self/fd"))
+        group = make()
+        starting = asyncio.create_task(group.start())
+        while not (children := psutil.Process().children()):
+            await asyncio.sleep(0)
+        children[0].kill()
+        with pytest.raises(StageLost, match="was killed by SIGKILL"):
+            await starting
+        await group.stop()
+        assert len(os.listdir("/proc/self/fd")) <= files
+        again = make()
+        await again.start()
+
+    started(story)
+
+
+def test_an_agent_that_is_not_preferred_leaves_its_children_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one without the right to it is that was started with a lower priority: it may not raise theirs."""
+
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    monkeypatch.setattr(process, "_before", None)
+    process.prefer()
+    process.not_prefer(os.getpid())
+
+
 def test_on_cuda_devices_each_rank_is_an_interpreter_of_its_own() -> None:
     async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
         group = make()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from mesh_world import REVISION, World, serving
+from mesh_world import REVISION, World, serving, target
 
 from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
+from stagemesh.coordinator.cost import Kind
 from stagemesh.coordinator.forming import State
 from stagemesh.coordinator.moving import pages_to_copy
 from stagemesh.errors import ConfigError
@@ -300,3 +301,14 @@ class TestRestart:
         assert again.mesh.workers["a"].draining, "it takes no stage until it is started again"
         again.join("a")
         assert not again.mesh.workers["a"].draining
+
+    def test_ranges_that_no_worker_has_room_for_any_more_are_given_up(self) -> None:
+        cost = target().cost
+        small, whole = (cost.stage_memory(Kind(1, 0, 1e11, 1e10), *layers) for layers in ((0, 3), (0, 4)))
+        world = World(wished=(4, 2))
+        for name in "ab":
+            world.join(name, memory_bytes=(small + whole) // 2)
+        assert world.state is State.FORMING
+        assert world.ranges == [(0, 3), (3, 6)]
+        assert world.written["wished"] is None, "nor is a coordinator that comes later to want them"
+        assert "cannot be had any more" in world.mesh.given_up
