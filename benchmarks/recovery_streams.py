@@ -118,6 +118,7 @@ class ResumingStream(Stream):
                                     return
                                 ident, last = event["id"], coming
                                 self.note(got, [t for c in event["choices"] for t in c.get("token_ids") or []])
+                                deadline = time.monotonic() + ANSWER_S
             except httpx.TransportError as e:
                 if time.monotonic() > deadline:
                     await self.fail(f"{type(e).__name__}: {e}")
