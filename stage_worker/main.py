@@ -31,7 +31,7 @@ STABLE_S = 5.0
 RELEASED_S = 1.0
 """How long the coordinator may take to release a worker whose gateways have left it."""
 ASK_AGAIN_S = 1.0
-"""Between two asks for a drain: a coordinator that was started again has forgotten the first."""
+"""Between two asks for a drain: one that was started again without its state has forgotten the first."""
 
 
 def run(settings: StageSettings, ready_fd: int | None = None) -> int:

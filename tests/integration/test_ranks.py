@@ -143,8 +143,10 @@ def test_an_agent_that_is_not_preferred_leaves_its_children_as_they_are(monkeypa
 
     monkeypatch.setattr(os, "setpriority", refuse)
     monkeypatch.setattr(process, "_before", None)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
     process.prefer()
     process.not_prefer(os.getpid())
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
 def test_on_cuda_devices_each_rank_is_an_interpreter_of_its_own() -> None:
