@@ -47,13 +47,17 @@ class Mesh:
             return seen
 
     def wait_whole(self) -> dict[str, Any]:
-        """Until it serves, and a standby has layers loaded where there is one."""
+        """Until it serves, and a standby has layers loaded where there is one, which could take either stage."""
         deadline = time.monotonic() + BACK_S
         why = "the gateway does not answer"
         while True:
             with suppress(OSError):  # A gateway that was killed comes back to its address.
                 seen = self.get()
-                standbys = [w for w in seen["workers"] if w["state"] == "standby" and w.get("layers", {}).get("last")]
+                spare = [
+                    w for w in seen["workers"]
+                    if w["state"] == "standby" and (w.get("pool", 0) < 0 or w.get("any_stage"))
+                ]  # fmt: skip
+                standbys = [w for w in spare if w.get("layers", {}).get("last")]
                 if seen["ready"] and len(standbys) >= self.standbys:
                     return seen
                 why = seen["reason"]
@@ -84,6 +88,7 @@ def serving(model: Path, folder: Path, standbys: int, log: Path) -> Iterator[Mes
     command = [sys.executable, "-m", "stagemesh.cli.main", "serve", str(model), "-pp", "2", "--standby", str(standbys),
                "--max-model-len", "1024", "--port", "0", "--grpc-port", "0",
                "--token-log", str(folder / "streams")]  # fmt: skip
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
     try:

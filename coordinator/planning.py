@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from stagemesh.errors import ConfigError
 
@@ -54,8 +54,8 @@ def choose(target: Target, workers: Sequence[Worker], previous: Sequence[StagePl
     Raises CannotForm.
     """
     by_id = {worker.info.worker_id: worker for worker in workers}
-    candidates = candidates_of(workers)
     holders = {plan.stage: plan.worker_id for plan in previous}
+    candidates = [_where_needed(c, by_id, holders) for c in candidates_of(workers)]
     old = [plan.layers for plan in previous] if len(previous) == target.num_stages else None
     if old is not None:
         refused = refused_at(workers, old)
@@ -72,6 +72,16 @@ def candidates_of(workers: Sequence[Worker]) -> list[Candidate]:
         Candidate(worker.info.worker_id, worker.info.pool, kind, worker.kept)
         for worker, kind in zip(workers, kinds([w.info for w in workers]), strict=True)
     ]
+
+
+def _where_needed(candidate: Candidate, workers: Mapping[str, Worker], holders: Mapping[int, str]) -> Candidate:
+    """One that may hold any stage is bound to none where it holds another one, or its own is held by another worker."""
+    holder = holders.get(candidate.pool)
+    elsewhere = any(name == candidate.worker_id and s != candidate.pool for s, name in holders.items())
+    spare = holder is not None and holder != candidate.worker_id and holder in workers
+    if workers[candidate.worker_id].info.any_stage and (elsewhere or spare):
+        return replace(candidate, pool=-1)
+    return candidate
 
 
 def refused_at(workers: Sequence[Worker], ranges: Sequence[Range]) -> frozenset[tuple[str, int]]:

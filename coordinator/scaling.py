@@ -30,6 +30,8 @@ AGAIN_S = 60.0
 """After moves that failed, a pipeline is left as it is for so long, or until the membership changes."""
 LEAVE_S = 90.0
 """How long gateways may take to leave a pipeline."""
+SETTLED_S = 1.5
+"""So long a pipeline that was just formed is left alone by what can wait."""
 UP = (State.SERVING, State.DRAINING)
 LIMITLESS = 1 << 30
 
@@ -314,10 +316,19 @@ class Scaler(Mover):
                 if able and not shared_by_later:
                     best = max(able, key=lambda w: (w.info.pool, w.kept == plan.layers))
                     return {plan.stage: best.info.worker_id}, "there are more replicas"
-        if any(p.state is State.DOWN for p in self._kept()):
-            one = dict(list(self._replaceable(pipeline).items())[:1])
-            return one, "a worker of no stage is needed elsewhere" if one else ""
+        one = dict(list(self._replaceable(pipeline).items())[:1])
+        if one and any(p.state is State.DOWN for p in self._kept()):
+            return one, "a worker of no stage is needed elsewhere"
+        if one and self._is_settled() and not any(w.info.pool < 0 or w.info.any_stage for w in self._spare()):
+            # What is spare could take but its own stage: the loss of another would have two stages change hands.
+            return one, "a worker of no stage is to stand by for any"
         return {}, ""
+
+    def _is_settled(self) -> bool:
+        """Whether there is one pipeline, nobody drains, and what was lost has been computed again."""
+        since = max(p.serving_since for p in self.pipelines.values())
+        leaves = any(w.draining for w in self.workers.values())
+        return len(self.pipelines) == 1 and not leaves and self._now >= since + SETTLED_S
 
     def _give_up(self, pipeline: Pipeline, why: str) -> None:
         if self.ranges is not None:

@@ -31,6 +31,7 @@ class WorkerInfo:
     incarnation: int
     address: str
     pool: int = -1
+    """Stage that it was started for; -1: none."""
     tp_size: int = 1
     device_kind: str = "cpu"
     device_name: str = ""
@@ -42,6 +43,12 @@ class WorkerInfo:
     held: tuple[Held, ...] = ()
     version: str = ""
     protocol: int = PROTOCOL
+    any_stage: bool = False
+    """Where its pool has a worker, it may hold another stage."""
+
+    def may_hold(self, stage: int) -> bool:
+        """Whether it may stand in for `stage`."""
+        return self.any_stage or self.pool in (-1, stage)
 
     def addresses(self, transport: str) -> tuple[bytes, ...] | None:
         """Addresses of its ranks on `transport`, or None where it has not opened it."""

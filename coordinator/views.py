@@ -25,6 +25,7 @@ def worker_info(request: coordinator_pb2.RegisterRequest) -> v.WorkerInfo:
         incarnation=request.incarnation,
         address=request.address,
         pool=request.pool,
+        any_stage=request.any_stage,
         tp_size=request.tp_size,
         device_kind=request.device.kind,
         device_name=request.device.name,
@@ -156,6 +157,7 @@ def mesh_view(
             worker_id=info.worker_id,
             address=info.address,
             pool=info.pool,
+            any_stage=info.any_stage,
             tp_size=info.tp_size,
             device=device(info),
             state="lost",
@@ -168,7 +170,8 @@ def mesh_view(
 
 
 def _worker_view(mesh: Mesh, worker: v.Worker) -> types_pb2.WorkerView:
-    info, state, layers = worker.info, "standby", worker.kept or worker.preparing
+    info, layers = worker.info, worker.kept or worker.preparing
+    state = "standby" if worker.kept or not worker.preparing else "loading"
     for pipeline in mesh.pipelines.values():
         stage = pipeline.stage_of(info.worker_id)
         if stage is not None:
@@ -178,6 +181,7 @@ def _worker_view(mesh: Mesh, worker: v.Worker) -> types_pb2.WorkerView:
         worker_id=info.worker_id,
         address=info.address,
         pool=info.pool,
+        any_stage=info.any_stage,
         tp_size=info.tp_size,
         device=device(info),
         state="draining" if worker.draining else state,

@@ -18,7 +18,7 @@ def copies(stages: Sequence[StagePlan], standbys: Sequence[Worker]) -> dict[str,
     count: Counter[int] = Counter()
 
     def able(worker: Worker, plan: StagePlan) -> bool:
-        return worker.info.pool in (-1, plan.stage) and (plan.stage, plan.layers) not in worker.refusals
+        return worker.info.may_hold(plan.stage) and (plan.stage, plan.layers) not in worker.refusals
 
     for worker in standbys:
         kept = next((plan for plan in stages if plan.layers == worker.kept and able(worker, plan)), None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import cast
 
 import grpc
 
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 METHOD = "/stagemesh.v1.Stage/Run"
 OPEN_TIMEOUT_S = 25.0
 OUTBOX_MESSAGES = 4096
+END_S = 0.2
+"""How long a worker that is told that a stream is over may take to end it."""
 
 
 class RunStream:
@@ -48,7 +51,7 @@ class RunStream:
         call = self._channel.stream_stream(
             METHOD, request_serializer=None, response_deserializer=stage_pb2.RunResponse.FromString
         )(self._messages())
-        responses = call.__aiter__()
+        responses = cast(AsyncGenerator[stage_pb2.RunResponse, None], call.__aiter__())
         self.send(stage_pb2.RunRequest(open=request).SerializeToString())
         try:
             with rpc.mapped():
@@ -78,7 +81,7 @@ class RunStream:
     async def _read(
         self,
         call: grpc.aio.StreamStreamCall[bytes, stage_pb2.RunResponse],
-        responses: AsyncIterator[stage_pb2.RunResponse],
+        responses: AsyncGenerator[stage_pb2.RunResponse, None],
     ) -> None:
         try:
             with rpc.mapped():
@@ -92,13 +95,15 @@ class RunStream:
                         raise StageLost(f"{self.who}: {response.ended.message}")
             raise StageLost(f"{self.who} closed the stream")
         except StagemeshError as e:
-            lost = e if isinstance(e, StageLost) else StageLost(f"{self.who} is gone: {e.message}")
-            self._on_lost(lost)
+            # A new one: the traceback of `e` holds this frame, and with it the connection.
+            self._on_lost(StageLost(e.message if isinstance(e, StageLost) else f"{self.who} is gone: {e.message}"))
         except Exception as e:
             log.exception("a result of %s could not be taken", self.who)
             self._on_lost(InternalError(f"{type(e).__name__}: {e}"))
         finally:
             call.cancel()
+            # The call and the generator of its responses hold each other, and the connection.
+            await responses.aclose()
 
     async def close(self) -> None:
         """Ends the stream; the worker gives the pages back."""
@@ -106,6 +111,9 @@ class RunStream:
             self._outbox.get_nowait()
         self._outbox.put_nowait(None)
         if self._reader is not None:
+            # A call that ends by itself gives its connection back; one that is cancelled keeps it until garbage is
+            # collected.
+            await asyncio.wait([self._reader], timeout=END_S)
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
         await self._channel.close(None)

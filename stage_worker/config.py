@@ -23,8 +23,6 @@ class RankConfig:
     """Rank 0: a socket to each other rank; others: one to rank 0."""
     heart_fd: int
     """Memory in which the ranks tell their agent that they go on (heartbeat.py)."""
-    store_path: str
-    """File over which the ranks find each other (torch.distributed.FileStore)."""
     device: Literal["cpu", "cuda"]
     threads: int | None
     cpus: list[int] = field(default_factory=list)
@@ -41,6 +39,8 @@ class RankConfig:
     journal_gib: float = 1.0
     exchange_fd: int | None = None
     """Memory that the ranks of a group share (native/exchange.py)."""
+    store_fd: int | None = None
+    """File over which the ranks of a group find each other (torch.distributed.FileStore)."""
     enforce_eager: bool = False
     """No compiled kernels."""
     model: str | None = None
@@ -58,14 +58,15 @@ class RankConfig:
             self.control_fd,
             self.heart_fd,
             *self.order_fds,
-            *([] if self.exchange_fd is None else [self.exchange_fd]),
+            *(fd for fd in (self.exchange_fd, self.store_fd) if fd is not None),
         ]
 
     def inherit(self, fds: list[int]) -> RankConfig:
         """The same with other numbers for `fds`, in their order."""
         control, heart, *order = fds
+        store = order.pop() if self.store_fd is not None else None
         exchange = order.pop() if self.exchange_fd is not None else None
-        return replace(self, control_fd=control, heart_fd=heart, order_fds=order, exchange_fd=exchange)
+        return replace(self, control_fd=control, heart_fd=heart, order_fds=order, exchange_fd=exchange, store_fd=store)
 
     def to_json(self) -> str:
         """For a command line, or a zygote's socket."""

@@ -125,6 +125,7 @@ class Membership:
             incarnation=incarnation,
             address=self._address,
             pool=-1 if self._settings.stage is None else self._settings.stage,
+            any_stage=self._settings.any_stage,
             tp_size=group.size,
             device=group.ready[0].device,
             held=self._agent.held_assignments(),

@@ -40,6 +40,7 @@ from .rank_memory import RankMemory
 from .session import Session
 from .shard.choose import Shard, preload
 from .shard.spec import ShardSpec
+from .shared_memory import path_of
 
 log = logging.getLogger(__name__)
 
@@ -146,13 +147,16 @@ class Rank:
             except (StagemeshError, RuntimeError, MemoryError) as e:
                 outcome = e
             else:
-                layers = f"layers {request.layers.first}-{request.layers.last - 1}"
+                first, last = request.layers.first, request.layers.last - 1
                 if not self.engine.assignments:
-                    process.set_title(f"standby {layers} rank {self.config.rank}")
-                log.info("%s are loaded, and wait for an assignment", layers)
+                    self._stands_by(first, last)
+                log.info("layers %d-%d are loaded, and wait for an assignment", first, last)
                 self.engine.control.send(Kind.REPLY, ident, _done(held, request).SerializeToString())
                 return
         self._failed(Kind.PREPARE, ident, outcome)
+
+    def _stands_by(self, first: int, last: int) -> None:
+        process.set_title(f"standby layers {first}-{last} rank {self.config.rank}")
 
     def _tell_progress(self, ident: int, done: int, total: int) -> None:
         self.engine.heart.call()
@@ -182,6 +186,10 @@ class Rank:
             if held.pipeline_id == pipeline_id and since <= held.epoch <= until:
                 held.close()
                 del self.engine.assignments[key]
+                if not self.engine.assignments:
+                    # Its weights stay in memory.
+                    layers = held.shard.kv_layers
+                    self._stands_by(layers[0].layer_idx, layers[-1].layer_idx)
 
     def _assignment(self, key: stage_pb2.PipelineKey, stage: int) -> Assignment:
         held = self.engine.assignments.get((key.pipeline_id, key.epoch))
@@ -292,7 +300,11 @@ def run(config: RankConfig) -> int:
     # What is imported by now stays: a later collection looks at nothing but what came behind it.
     gc.freeze()
     parallel = TensorParallel(
-        config.rank, config.size, store_path=config.store_path, exchange_fd=config.exchange_fd, device=str(device)
+        config.rank,
+        config.size,
+        store_path=None if config.store_fd is None else path_of(config.store_fd),
+        exchange_fd=config.exchange_fd,
+        device=str(device),
     )
     try:
         transports = open_transports(config)

@@ -10,10 +10,8 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from stagemesh.config import StageSettings
 from stagemesh.errors import ConfigError, StageLost
@@ -23,7 +21,7 @@ from .config import RankConfig
 from .control import HEADER, Kind, pack, unpack_error
 from .heartbeat import STARVED_S, HeartWatch, make_heartbeats, runs
 from .rank_starter import RankProcess, RankStarter
-from .shared_memory import make_shared_memory
+from .shared_memory import make_shared_memory, make_store
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +62,6 @@ class RankGroup:
         self._readers: list[asyncio.Task[None]] = []
         self._watching: asyncio.Task[None] | None = None
         self._calls: dict[tuple[int, int], asyncio.Future[bytes]] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="stagemesh-ranks-")
         self.ready: list[RankReady] = []
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Set to the reason when a rank is gone."""
@@ -79,6 +76,7 @@ class RankGroup:
         controls = [socket.socketpair() for _ in range(self.size)]
         orders = [socket.socketpair() for _ in range(self.size - 1)]
         shared = make_shared_memory(self.size) if self.size > 1 and self._device != "cuda" else None
+        store = make_store() if self.size > 1 else None
         hearts = make_heartbeats(self.size)
         loop = asyncio.get_running_loop()
         up: list[asyncio.Future[bytes]] = []
@@ -86,7 +84,7 @@ class RankGroup:
             for rank in range(self.size):
                 order = [pair[0] for pair in orders] if rank == 0 else [orders[rank - 1][1]]
                 order = order if self.size > 1 else []
-                await self._start_rank(rank, controls[rank][1], order, hearts, shared)
+                await self._start_rank(rank, controls[rank][1], order, hearts, shared, store)
                 reader, writer = await asyncio.open_unix_connection(sock=controls[rank][0])
                 future: asyncio.Future[bytes] = loop.create_future()
                 self._calls[rank, 0] = future
@@ -98,7 +96,7 @@ class RankGroup:
             ours = [pair[0] for pair in controls[len(self._writers) :]]
             for end in [*ours, *(pair[1] for pair in controls), *(end for pair in orders for end in pair)]:
                 end.close()
-            for fd in (hearts, shared):
+            for fd in (hearts, shared, store):
                 if fd is not None:
                     os.close(fd)
         try:
@@ -131,7 +129,13 @@ class RankGroup:
             await asyncio.sleep(LOOK_S)
 
     async def _start_rank(
-        self, rank: int, control: socket.socket, order: list[socket.socket], hearts: int, shared: int | None
+        self,
+        rank: int,
+        control: socket.socket,
+        order: list[socket.socket],
+        hearts: int,
+        shared: int | None,
+        store: int | None,
     ) -> None:
         s = self._settings
         config = RankConfig(
@@ -142,7 +146,6 @@ class RankGroup:
             control_fd=control.fileno(),
             order_fds=[sock.fileno() for sock in order],
             heart_fd=hearts,
-            store_path=str(Path(self._folder.name) / "store"),
             device="cuda" if self._device == "cuda" else "cpu",
             threads=s.threads,
             cpus=_cpus_of(s.cpu_list, rank),
@@ -157,6 +160,7 @@ class RankGroup:
             journal_gib=s.journal_gib,
             model=s.model,
             exchange_fd=shared,
+            store_fd=store,
             enforce_eager=s.enforce_eager,
         )
         self._processes.append(await self._starter.start(config))
@@ -281,7 +285,6 @@ class RankGroup:
         for future in self._calls.values():
             if not future.done():
                 future.cancel()
-        self._folder.cleanup()
 
 
 def _cpus_of(cpu_list: str | None, rank: int) -> list[int]:

@@ -1,4 +1,5 @@
-"""Memory that the ranks of one worker share for their sums (native/exchange.h): an unnamed file, made by their agent.
+"""Memory that the ranks of one worker share, made by their agent: for their sums (native/exchange.h), and for the store
+over which torch.distributed has them find each other.
 
 It has no name, so nothing is left of it when the processes are gone. No torch here: the agent does without.
 """
@@ -22,3 +23,13 @@ def make_shared_memory(size: int) -> int:
     fd = os.memfd_create("stagemesh-exchange", os.MFD_CLOEXEC)
     os.ftruncate(fd, shared_memory_bytes(size))
     return fd
+
+
+def make_store() -> int:
+    """A descriptor of an empty file for `torch.distributed.FileStore`, to be handed to each rank."""
+    return os.memfd_create("stagemesh-store", os.MFD_CLOEXEC)
+
+
+def path_of(fd: int) -> str:
+    """Under which this process opens the file behind a descriptor anew, with locks of its own."""
+    return f"/proc/self/fd/{fd}"

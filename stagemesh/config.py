@@ -169,6 +169,8 @@ class StageSettings(ListenSettings):
     """Stable name of this worker; default: host name and process id."""
     stage: int | None = Field(None, ge=0)
     """Stage this worker is pooled for; default: any."""
+    any_stage: bool = False
+    """Where another worker holds --stage, this one may stand in for any."""
     tensor_parallel_size: int = Field(1, ge=1, le=64, json_schema_extra=flags("-tp"))
     """Ranks of this worker."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

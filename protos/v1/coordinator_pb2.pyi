@@ -26,7 +26,7 @@ class HeldAssignment(_message.Message):
     def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., stage: _Optional[int] = ..., layers: _Optional[_Union[_types_pb2.LayerRange, _Mapping]] = ..., generation: _Optional[int] = ..., active: bool = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "address", "pool", "tp_size", "device", "transports", "held", "protocol", "version")
+    __slots__ = ("worker_id", "incarnation", "address", "pool", "tp_size", "device", "transports", "held", "protocol", "version", "any_stage")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class RegisterRequest(_message.Message):
     HELD_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    ANY_STAGE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     address: str
@@ -47,7 +48,8 @@ class RegisterRequest(_message.Message):
     held: _containers.RepeatedCompositeFieldContainer[HeldAssignment]
     protocol: int
     version: str
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., pool: _Optional[int] = ..., tp_size: _Optional[int] = ..., device: _Optional[_Union[_types_pb2.DeviceInfo, _Mapping]] = ..., transports: _Optional[_Iterable[_Union[_types_pb2.TransportEndpoints, _Mapping]]] = ..., held: _Optional[_Iterable[_Union[HeldAssignment, _Mapping]]] = ..., protocol: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    any_stage: bool
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., pool: _Optional[int] = ..., tp_size: _Optional[int] = ..., device: _Optional[_Union[_types_pb2.DeviceInfo, _Mapping]] = ..., transports: _Optional[_Iterable[_Union[_types_pb2.TransportEndpoints, _Mapping]]] = ..., held: _Optional[_Iterable[_Union[HeldAssignment, _Mapping]]] = ..., protocol: _Optional[int] = ..., version: _Optional[str] = ..., any_stage: bool = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("lease_ms", "renew_ms")

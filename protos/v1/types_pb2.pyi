@@ -241,7 +241,7 @@ class KvCopy(_message.Message):
     def __init__(self, index: _Optional[int] = ..., from_epoch: _Optional[int] = ..., from_stage: _Optional[int] = ..., to_stage: _Optional[int] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ...) -> None: ...
 
 class WorkerView(_message.Message):
-    __slots__ = ("worker_id", "address", "pool", "tp_size", "device", "state", "loaded_bytes", "total_bytes", "layers", "version")
+    __slots__ = ("worker_id", "address", "pool", "tp_size", "device", "state", "loaded_bytes", "total_bytes", "layers", "version", "any_stage")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
@@ -252,6 +252,7 @@ class WorkerView(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    ANY_STAGE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     address: str
     pool: int
@@ -262,7 +263,8 @@ class WorkerView(_message.Message):
     total_bytes: int
     layers: LayerRange
     version: str
-    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., pool: _Optional[int] = ..., tp_size: _Optional[int] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., state: _Optional[str] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
+    any_stage: bool
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., pool: _Optional[int] = ..., tp_size: _Optional[int] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., state: _Optional[str] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., layers: _Optional[_Union[LayerRange, _Mapping]] = ..., version: _Optional[str] = ..., any_stage: bool = ...) -> None: ...
 
 class Rebalance(_message.Message):
     __slots__ = ("pipeline_id", "epoch", "before_us", "expected_us", "after_us")

@@ -60,6 +60,7 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
                 **_common(serve, coordinator),
                 worker_id=f"stage-{i}",
                 stage=i,
+                any_stage=len(set(serve.tp_sizes)) == 1,
                 tensor_parallel_size=size,
                 cpu_list=cpu_list,
                 idle_cpu_list=idle_cpu_list,

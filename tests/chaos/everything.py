@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import random
+import re
 import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -294,6 +297,15 @@ def _difference(stream: streams.Stream, other: streams.Stream) -> str:
                 f"choice {choice}: {len(tokens)} of {len(right)}, from {at}: {tokens[at : at + 8]} {right[at : at + 8]}"
             )
     return "; ".join(told)
+
+
+def descriptors(process: psutil.Process) -> dict[str, int]:
+    """How many of each kind a process has open: `socket`, `anon_inode:[eventpoll]`, a path."""
+    kinds: Counter[str] = Counter()
+    for link in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            kinds[re.sub(r"(socket|pipe):.*", r"\1", os.readlink(link))] += 1
+    return dict(kinds)
 
 
 def held(mesh: Mesh) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import streams
 from disturb import COMMON
-from everything import Everything, held
+from everything import Everything, descriptors, held
 from mesh import serve
 from test_kill import shared_memory
 
@@ -34,10 +34,11 @@ def test_everything_at_random() -> None:
         assert all(s.error is None for s in expected)
         story = Everything(mesh, expected, SEED, CLIENTS)
         asyncio.run(story.run(min(20.0, SECONDS / 4)))
-        first = held(mesh)
+        first, kinds = held(mesh), descriptors(mesh.named("stagemesh gateway")[0])
         asyncio.run(story.run(SECONDS))
         story.wait_whole()
         last = held(mesh)
+        print("descriptors of the gateway:", kinds, "then", descriptors(mesh.named("stagemesh gateway")[0]))
         story.check()
         mesh.check_pages_are_free()
         for name in {pipeline_id for pipeline_id, _ in story.epochs}:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import psutil
 import pytest
 import streams
 from disturb import COMMON, SEED, check, disturbed, stagemesh, until
@@ -23,12 +24,21 @@ def counts(mesh: Mesh) -> list[int]:
     return [s["layers"]["last"] - s["layers"]["first"] for s in stages]
 
 
+def connections(mesh: Mesh) -> int:
+    """Those that the gateway has made."""
+    found = mesh.named("stagemesh gateway")[0].net_connections("tcp")
+    listens = {c.laddr.port for c in found if c.status == psutil.CONN_LISTEN}
+    return sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port not in listens for c in found)
+
+
 def repartition(mesh: Mesh, wanted: str, status: int = 0) -> str:
     """As an operator does it."""
     return stagemesh("repartition", wanted, "--url", mesh.url, status=status)
 
 
 def test_layers_go_to_and_fro(mesh: Mesh, expected: list[streams.Stream]) -> None:
+    before = connections(mesh)
+
     def move(_: list[streams.Stream]) -> None:
         for wanted in ("1,4,3", "4,1,3", "2,2,4", "3,3,2"):
             assert f"the stages hold {wanted} layers" in repartition(mesh, wanted)
@@ -39,6 +49,8 @@ def test_layers_go_to_and_fro(mesh: Mesh, expected: list[streams.Stream]) -> Non
     assert [e["event"] for e in events] == ["moved"] * 4
     print("paused for ms:", [e["duration_ms"] for e in events], f"longest: {max(s.longest_s for s in told):.3f} s")
     mesh.check_pages_are_free()
+    # One more: moves are reported over a connection of their own.
+    asyncio.run(until(lambda: connections(mesh) <= before + 1, "connections of epochs that are over are closed"))
 
 
 def test_what_was_moved_can_still_be_lost(mesh: Mesh, expected: list[streams.Stream]) -> None:

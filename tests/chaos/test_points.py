@@ -58,8 +58,7 @@ def wait_whole(mesh: Mesh, timeout_s: float = 60) -> None:
 
 
 def replaceable(mesh: Mesh) -> int:
-    """A stage behind the first for which a standby has the layers: it is refilled from a journal. (Where the spare is
-    bound to another stage, two stages change hands, and the tokens are what they are refilled from.)"""
+    """A stage behind the first, which is refilled from a journal; at best one whose layers a standby has."""
     seen = mesh.get("/mesh")
     spare = [w["layers"]["last"] for w in seen["workers"] if w["state"] == "standby" and w.get("layers")]
     stages = [s["stage"] for s in seen["pipelines"][0]["stages"][1:] if s["layers"]["last"] in spare]

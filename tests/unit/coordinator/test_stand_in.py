@@ -1,0 +1,101 @@
+"""Workers that were started for one stage, and the standbys that took their place."""
+
+from __future__ import annotations
+
+import pytest
+from mesh_world import World
+from test_scaling import serving, settle, stages
+
+from stagemesh.coordinator import actions
+from stagemesh.coordinator.scaling import SETTLED_S
+
+
+def two(*, any_stage: bool) -> World:
+    """Two stages on workers that were started for them, a standby, and a gateway."""
+    world = World()
+    world.gateway()
+    for pool, name in enumerate("ab"):
+        world.join(name, pool, any_stage=any_stage)
+    world.join("spare")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"]}
+    return world
+
+
+def lose(world: World, name: str, pool: int, *, any_stage: bool) -> None:
+    world.lose(name)
+    settle(world)
+    world.join(name, pool, any_stage=any_stage)
+    settle(world)
+
+
+def test_a_standby_is_free_again_soon_after_the_lost_worker_is_back() -> None:
+    world = two(any_stage=False)
+    lose(world, "a", 0, any_stage=False)
+    assert stages(world) == {"pipeline-0": ["spare", "b"]}
+    world.wait(SETTLED_S - 0.2, "a", "b", "spare")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["spare", "b"]}, "what was lost is computed again"
+    world.took(actions.Assign)
+    world.wait(0.5, "a", "b", "spare")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"]}
+    assert serving(world)
+    assert all(a.beside for a in world.took(actions.Assign)), "while it served"
+    world.lose("b")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "spare"]}, "one stage changes hands"
+
+
+def test_it_stays_where_another_could_take_any_stage() -> None:
+    world = two(any_stage=False)
+    world.join("other")
+    lose(world, "a", 0, any_stage=False)
+    holders = stages(world)
+    assert holders["pipeline-0"][0] != "a"
+    world.wait(SETTLED_S + 5, "a", "b", "spare", "other")
+    settle(world)
+    assert stages(world) == holders
+
+
+def test_it_stays_while_somebody_drains() -> None:
+    world = two(any_stage=False)
+    lose(world, "a", 0, any_stage=False)
+    world.join("late", 1)
+    world.mesh.workers["late"].draining = True
+    world.wait(SETTLED_S + 5, "a", "b", "spare", "late")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["spare", "b"]}
+
+
+@pytest.mark.parametrize(("any_stage", "then"), [(True, ["spare", "a"]), (False, ["a", "spare"])])
+def test_one_that_may_stand_in_for_any_stage_does(any_stage: bool, then: list[str]) -> None:
+    """Else two stages change hands: the standby goes from the one to the other."""
+    world = two(any_stage=any_stage)
+    lose(world, "a", 0, any_stage=any_stage)
+    assert stages(world) == {"pipeline-0": ["spare", "b"]}
+    world.lose("b")
+    settle(world)
+    assert stages(world) == {"pipeline-0": then}
+    assert serving(world)
+
+
+def test_its_own_stage_comes_first() -> None:
+    world = two(any_stage=True)
+    lose(world, "a", 0, any_stage=True)
+    world.lose("spare")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"]}
+
+
+def test_it_keeps_the_stage_that_it_stands_in_for() -> None:
+    world = two(any_stage=True)
+    lose(world, "a", 0, any_stage=True)
+    lose(world, "b", 1, any_stage=True)
+    assert stages(world) == {"pipeline-0": ["spare", "a"]}
+    world.wait(10, "a", "b", "spare")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["spare", "a"]}
+    world.lose("spare")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["b", "a"]}
