@@ -108,6 +108,11 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
+def has_tiles() -> bool:
+    """Whether linears of bf16 numbers go by AMX tiles on this processor."""
+    return bool(_loaded().stagemesh_has_tiles())
+
+
 def _loaded() -> ctypes.CDLL:
     lib = library()
     if lib is None:

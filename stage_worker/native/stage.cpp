@@ -279,6 +279,9 @@ int stagemesh_supported() {
          __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
 }
 
+// Whether linears of bf16 numbers go by tiles here.
+int stagemesh_has_tiles() { return has_tiles(); }
+
 void stagemesh_pack(int is_bf16, const void* from, int n, int k, void* to) {
   is_bf16 ? pack<Bf16>(from, n, k, to) : pack<F32>(from, n, k, to);
 }

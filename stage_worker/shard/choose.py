@@ -115,7 +115,11 @@ def load_shard(
 
     exchange = parallel.exchange() if spec.tp_size > 1 else None
     shared = before if isinstance(before, NativeShard) and before.same_model(spec) else None
-    return NativeShard(spec, architecture, exchange, on_progress, shared)
+    shard = NativeShard(spec, architecture, exchange, on_progress, shared)
+    tiles = shard.dtype == torch.bfloat16 and ops.has_tiles()
+    how = "AMX tiles" if tiles else "vectors"
+    log.info("layers %d-%d run through compiled kernels, linears by %s", spec.first, spec.last - 1, how)
+    return shard
 
 
 def native_architecture(spec: ShardSpec) -> Architecture:
