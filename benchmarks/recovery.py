@@ -7,7 +7,8 @@ Streams run all the time: each asks one of a fixed set of requests, again and ag
 those of a run in which nothing happened. A disturbance comes when every stream has begun and a standby has its weights
 loaded. Told are, of every kind: requests that failed, wrong tokens, the time until the gateway knew (`lost`), until a
 token came again (`recovered`, from the loss), and the longest pause of any stream. In the row `nothing` nothing is
-done for a second at a time: a loss that is told then is a false alarm. Burners are processes that compute beside it.
+done for a second at a time: a loss that is told then is a false alarm, as it is where the coordinator is killed or
+layers are moved. Burners are processes that compute beside it.
 Clients speak gRPC; where the gateway is killed they speak HTTP, and go on with their streams at the next one.
 """
 
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import facts
-from recovery_mesh import BACK_S, KINDS, PLANNED, Mesh, bring_back, disturb, serving
+from recovery_mesh import BACK_S, HARMLESS, KINDS, PLANNED, Mesh, bring_back, disturb, serving
 from recovery_streams import SEED, ResumingStream, make_streams
 from vllm_venv import BenchmarkError
 
@@ -138,7 +139,7 @@ async def run(given: argparse.Namespace, kinds: Mapping[str, int], write: Callab
             "failed": sum(len(s.failed) for s in streams),
             "errors": sorted({e for s in streams for e in s.failed})[:5],
             "wrong": sum(s.wrong for s in streams),
-            **({"false_alarms": alarms} if kind == "nothing" else {}),
+            **({"false_alarms": alarms} if kind in HARMLESS else {}),
             **{key: spread([f[key] for f in figures]) for key in figures[0]},
             "stream_pause_s": spread(pauses),
             "tokens_a_second": {"before": round(speeds[0]), "after": round(speeds[1])},
@@ -210,21 +211,25 @@ def main() -> int:
 
 
 def write_files(given: argparse.Namespace, results: dict[str, Any]) -> None:
-    """JSON and Markdown."""
+    """JSON and Markdown: these rows, and of the file's others those that this machine made."""
     command = (
         f"python benchmarks/recovery.py MODEL --what {given.what} --times {given.times} --streams {given.streams} "
         f"--tokens {given.tokens} --standbys {given.standbys} --burners {given.burners} --name {given.name}"
     )
-    about = {"machine": facts.machine(), "versions": facts.own_versions(), "command": command, "seed": SEED}
-    (facts.RESULTS / f"{given.name}.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
-    machine = about["machine"]
+    suffix = "" if given.standbys else " without a standby"
+    machine, path = facts.machine(), facts.RESULTS / f"{given.name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    rows: dict[str, Any] = before["results"] if before.get("machine") == machine else {}
+    rows |= {kind + suffix: {"command": command, "date": facts.today(), **row} for kind, row in results.items()}
+    about = {"machine": machine, "versions": facts.own_versions(), "seed": SEED}
+    path.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
+    commands = sorted({row.get("command", before.get("command", "")) for row in rows.values()})
     text = [
         "# What clients see of a loss", "",
-        f"Written by `{command}`: two stages, {given.standbys} standby(s), {given.streams} streams of {given.tokens} "
-        "tokens, greedy and seeded, each compared token by token with a run in which nothing happened. "
-        f"{machine['cores']} cores, {machine['cpu']}, which the streams' client shares"
-        + (f" with {given.burners} processes that only compute." if given.burners else "."), "",
-        *table(results), "",
+        f"Two stages; streams of {given.tokens} tokens, greedy and seeded, each compared token by token with a run in "
+        f"which nothing happened. {machine['cores']} cores, {machine['cpu']}, which the streams' client shares.",
+        "", "Written by", "", *(f"- `{c}`" for c in commands), "",
+        *table(rows), "",
         "`known`: from the kill to the gateway's `lost`. `next token after`: from there to the first token that "
         "crossed all stages. `no step planned`: while layers change hands. `pause of a stream`: the longest time "
         "between two of its messages; in the row `nothing`, within a second in which nothing is done.", "",

@@ -26,6 +26,8 @@ KINDS = ("rank", "agent", "hang", "coordinator", "gateway", "drain", "repartitio
 NOTHING_S = 1.0
 STABLE_S = 5.5
 PLANNED = ("drain", "repartition")
+HARMLESS = ("coordinator", "repartition", "nothing")
+"""No worker, link or rank is lost by these: who says so raises a false alarm."""
 
 
 @dataclass
