@@ -45,6 +45,8 @@ class Scaler(Mover):
         """Stage -> workers that an operator wants on it at once."""
         self._missed: dict[str, tuple[int, float]] = {}
         """Workers that were lost, with the stage that they were started for, and until when they count."""
+        self._lost_with: dict[str, int] = {}
+        """Workers that were lost as they held the stage that they were started for."""
         self._left: dict[str, set[str]] = {}
         """Pipeline that is left -> gateways that have."""
         self._leave_by: dict[str, float] = {}
@@ -70,7 +72,7 @@ class Scaler(Mover):
         down = [p.pipeline_id for p in self._kept() if p.state not in UP or self._is_short(p)]
         if replicas > max(1, len(holding)) and down:
             raise Unavailable(f"{', '.join(down)} must have all stages again first", retry_after_s=1)
-        spare = {w.info.worker_id for w in self._spare() if w.info.pool in (-1, stage)}
+        spare = {w.info.worker_id for w in self._spare() if w.info.may_hold(stage)}
         # Those could take their stage from a worker that could then take this one.
         spare |= {name for p in self._kept() for s, name in self._replaceable(p).items() if s != stage}
         if replicas > len(holding) + len(spare):
@@ -143,6 +145,10 @@ class Scaler(Mover):
         self._pages.pop((worker.info.worker_id, worker.info.incarnation), None)
         if worker.info.pool >= 0 and not worker.draining:
             self._missed[worker.info.worker_id] = worker.info.pool, self._now + MISSED_S
+            if any(p.stage_of(worker.info.worker_id) == worker.info.pool for p in self.pipelines.values()):
+                known = self.workers.keys() | self._missed.keys()
+                self._lost_with = {name: stage for name, stage in self._lost_with.items() if name in known}
+                self._lost_with[worker.info.worker_id] = worker.info.pool
 
     def _scale(self, stage: int, replicas: int) -> None:
         """An operator's wish."""
@@ -311,17 +317,27 @@ class Scaler(Mover):
         for plan in pipeline.stages:
             shared_by_later = any(plan.worker_id in self._names(p) for p in later)
             if plan.worker_id in held.get(plan.stage, ()) and len(held[plan.stage]) < replicas[plan.stage]:
-                able = [w for w in self._spare() if w.info.pool in (plan.stage, -1)]
+                able = [w for w in self._spare() if w.info.may_hold(plan.stage)]
                 able = [w for w in able if (plan.stage, plan.layers) not in w.refusals]
                 if able and not shared_by_later:
-                    best = max(able, key=lambda w: (w.info.pool, w.kept == plan.layers))
+                    best = max(able, key=lambda w: (w.info.pool == plan.stage, w.kept == plan.layers))
                     return {plan.stage: best.info.worker_id}, "there are more replicas"
         one = dict(list(self._replaceable(pipeline).items())[:1])
         if one and any(p.state is State.DOWN for p in self._kept()):
             return one, "a worker of no stage is needed elsewhere"
-        if one and self._is_settled() and not any(w.info.pool < 0 or w.info.any_stage for w in self._spare()):
-            # What is spare could take but its own stage: the loss of another would have two stages change hands.
-            return one, "a worker of no stage is to stand by for any"
+        return self._returned(pipeline)
+
+    def _returned(self, pipeline: Pipeline) -> tuple[dict[int, str], str]:
+        """A stage that goes back to the worker that it was lost with, and why: where what is spare could take but its
+        own stage, the next loss could have two change hands."""
+        if not self._is_settled() or any(w.info.pool < 0 or w.info.any_stage for w in self._spare()):
+            return {}, ""
+        for stage, name in self._replaceable(pipeline).items():
+            holder, worker = self._worker_at(pipeline, stage), self.workers[name]
+            alike = holder.info.tp_size == worker.info.tp_size
+            choice = Choice(worker, pipeline.stages[stage].layers)
+            if self._lost_with.get(name) == stage and alike and self._knows_moves(pipeline, [choice]):
+                return {stage: name}, "a worker of no stage is to stand by for any"
         return {}, ""
 
     def _is_settled(self) -> bool:
@@ -335,6 +351,7 @@ class Scaler(Mover):
             super()._give_up(pipeline, why)
             return
         self._in_vain[pipeline.pipeline_id] = self._version, self._now + AGAIN_S
+        self._lost_with.clear()
         self._failed.pop(pipeline.pipeline_id, None)
         self.given_up = f"{pipeline.pipeline_id} stays as it is: {why}"
         self._log(self.given_up, warning=True)

@@ -11,8 +11,9 @@ from .values import Range, StagePlan, Worker
 def copies(stages: Sequence[StagePlan], standbys: Sequence[Worker]) -> dict[str, Range]:
     """Worker -> the layers it shall have loaded.
 
-    Who has a stage's layers already keeps them. The others take the stage with the fewest copies, of those the one with
-    the most layers, as far as their pool allows and they have not failed to load it.
+    Who has a stage's layers already keeps them. The others take the stage with the fewest copies, of those the one
+    that they were started for, else the one with the most layers, as far as their pool allows and they have not failed
+    to load it.
     """
     wanted: dict[str, Range] = {}
     count: Counter[int] = Counter()
@@ -30,7 +31,12 @@ def copies(stages: Sequence[StagePlan], standbys: Sequence[Worker]) -> dict[str,
             continue
         choice = min(
             (plan for plan in stages if able(worker, plan)),
-            key=lambda plan: (count[plan.stage], plan.layers[0] - plan.layers[1], plan.stage),
+            key=lambda plan: (
+                count[plan.stage],
+                plan.stage != worker.info.pool,
+                plan.layers[0] - plan.layers[1],
+                plan.stage,
+            ),
             default=None,
         )
         if choice is not None:

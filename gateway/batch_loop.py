@@ -366,12 +366,16 @@ class BatchLoop:
             self._work.fail(error)
         self._on_lost(self, error)
 
-    async def close(self) -> None:
-        """Ends the sessions on all stages."""
+    async def stop(self) -> None:
+        """Plans nothing any more: the work is another loop's."""
         if self.lost is None:
             self.fail(StageLost("the gateway is stopping"))
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Ends the sessions on all stages."""
+        await self.stop()
         await asyncio.gather(*(stream.close() for stream in self._streams))
 
 

@@ -101,6 +101,8 @@ class Drive:
         """One that could not be gone over to."""
         self._changed = asyncio.Event()
         self._stopping = False
+        self._closing: set[asyncio.Task[None]] = set()
+        """Ends of loops before."""
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -213,7 +215,7 @@ class Drive:
             over = self.draining and not live and not moving
             if self.loop is not None and (self.loop.lost is not None or over):
                 ended, self.loop = self.loop, None
-                await ended.close()
+                await self._end(ended)
                 self._around.seat.renew()
             wanted = self._wanted
             behind = wanted is not None and (wanted.pipeline_id, wanted.next.epoch) == self._moved
@@ -249,6 +251,14 @@ class Drive:
         if self.loop is not None:
             await self.loop.close()
             self.loop = None
+        await asyncio.gather(*self._closing)
+
+    async def _end(self, loop: BatchLoop) -> None:
+        """Stops a loop; its sessions end beside what comes next, for a worker that hangs takes its time."""
+        await loop.stop()
+        task = asyncio.create_task(loop.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     def _make_loop(self, view: types_pb2.PipelineView, work: Work) -> BatchLoop:
         around = self._around
@@ -278,7 +288,7 @@ class Drive:
             self.reason = f"{view.pipeline_id} epoch {view.epoch} cannot be driven yet: {e.message}"
             log.warning("%s", self.reason)
             self.loop = None
-            await loop.close()
+            await self._end(loop)
             seat.renew()
 
     def _not_opened(self, key: Key, error: StagemeshError) -> None:

@@ -106,8 +106,8 @@ class RunStream:
             await responses.aclose()
 
     async def close(self) -> None:
-        """Ends the stream; the worker gives the pages back."""
-        while self._outbox.full():
+        """Ends the stream; the worker gives the pages back. What was not sent yet is not sent."""
+        while not self._outbox.empty():
             self._outbox.get_nowait()
         self._outbox.put_nowait(None)
         if self._reader is not None:

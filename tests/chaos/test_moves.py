@@ -50,7 +50,7 @@ def test_layers_go_to_and_fro(mesh: Mesh, expected: list[streams.Stream]) -> Non
     print("paused for ms:", [e["duration_ms"] for e in events], f"longest: {max(s.longest_s for s in told):.3f} s")
     mesh.check_pages_are_free()
     # One more: moves are reported over a connection of their own.
-    asyncio.run(until(lambda: connections(mesh) <= before + 1, "connections of epochs that are over are closed"))
+    asyncio.run(until(lambda: connections(mesh) <= before + 1, "connections of epochs that are over are closed", 3))
 
 
 def test_what_was_moved_can_still_be_lost(mesh: Mesh, expected: list[streams.Stream]) -> None:

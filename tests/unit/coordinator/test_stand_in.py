@@ -7,7 +7,11 @@ from mesh_world import World
 from test_scaling import serving, settle, stages
 
 from stagemesh.coordinator import actions
+from stagemesh.coordinator import values as v
+from stagemesh.coordinator.moving import TRIES
 from stagemesh.coordinator.scaling import SETTLED_S
+from stagemesh.coordinator.warming import copies
+from stagemesh.protocol import MOVES
 
 
 def two(*, any_stage: bool) -> World:
@@ -58,6 +62,48 @@ def test_it_stays_where_another_could_take_any_stage() -> None:
     assert stages(world) == holders
 
 
+@pytest.mark.parametrize("other", ["ranks", "protocol"])
+def test_it_stays_where_its_pages_could_not_be_copied(other: str) -> None:
+    """Serving goes before the next loss."""
+    world = World()
+    world.gateway()
+    world.join("a", 0), world.join("b", 1), world.join("spare")
+    settle(world)
+    world.lose("a")
+    settle(world)
+    changes = {"tp": 2} if other == "ranks" else {"protocol": MOVES - 1}
+    world.join("a", 0, **changes)
+    settle(world)
+    world.took(actions.Assign)
+    world.wait(SETTLED_S + 150, "a", "b", "spare")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["spare", "b"]}
+    assert not world.took(actions.Assign)
+
+
+def test_moves_that_fail_are_not_tried_for_ever() -> None:
+    world = two(any_stage=False)
+    lose(world, "a", 0, any_stage=False)
+    world.took(actions.Assign)
+    for _ in range(200):
+        settle(world, layouts={"a": "another"})
+        world.wait(1, "a", "b", "spare")
+    assert stages(world) == {"pipeline-0": ["spare", "b"]}
+    assert len(world.took(actions.Assign)) == 2 * TRIES
+
+
+def test_one_that_never_held_the_stage_does_not_take_it() -> None:
+    """It may be slower, and smaller."""
+    world = World()
+    world.gateway()
+    world.join("x"), world.join("y")
+    settle(world)
+    world.join("late", 0, bytes_per_s=1e8)
+    world.wait(SETTLED_S + 5, "x", "y", "late")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["x", "y"]}
+
+
 def test_it_stays_while_somebody_drains() -> None:
     world = two(any_stage=False)
     lose(world, "a", 0, any_stage=False)
@@ -78,6 +124,31 @@ def test_one_that_may_stand_in_for_any_stage_does(any_stage: bool, then: list[st
     settle(world)
     assert stages(world) == {"pipeline-0": then}
     assert serving(world)
+
+
+def test_a_replica_is_made_of_whoever_is_left() -> None:
+    world = World()
+    world.gateway()
+    for name, pool in (("a", 0), ("a2", 0), ("b", 1)):
+        world.join(name, pool, any_stage=True)
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a2", "b"]}
+    world.lose("b")
+    settle(world)
+    world.join("b", 1, any_stage=True)
+    for _ in range(20):
+        settle(world)
+        world.wait(1, *world.mesh.workers)
+    assert len(stages(world)) == 2
+    assert serving(world)
+
+
+def test_what_is_kept_ready_is_its_own_stage_first() -> None:
+    plans = [v.StagePlan(0, "x", 1, (0, 3), 1), v.StagePlan(1, "y", 1, (3, 6), 1)]
+    standbys = [
+        v.Worker(v.WorkerInfo(name, 1, f"{name}:1", pool, any_stage=True), 0.0) for name, pool in (("b", 1), ("a", 0))
+    ]
+    assert copies(plans, standbys) == {"b": (3, 6), "a": (0, 3)}
 
 
 def test_its_own_stage_comes_first() -> None:

@@ -119,6 +119,9 @@ def test_sessions_that_cannot_be_opened_do_not_use_up_all_slots(monkeypatch: pyt
             tries += 1
             raise Unavailable("of 8 pages 0 are free")
 
+        async def stop(self) -> None:
+            pass
+
         async def close(self) -> None:
             pass
 
