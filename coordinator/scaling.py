@@ -364,7 +364,7 @@ class Scaler(Mover):
             plan.stage: bound[plan.stage].info.worker_id
             for plan in pipeline.stages
             if plan.stage in bound
-            and self._worker_at(pipeline, plan.stage).info.pool < 0
+            and self._worker_at(pipeline, plan.stage).info.pool != plan.stage
             and (plan.stage, plan.layers) not in bound[plan.stage].refusals
         }
 

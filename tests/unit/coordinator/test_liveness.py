@@ -39,8 +39,13 @@ class Story:
         for i in range(self.stages + self.rng.randrange(4)):
             bound = i if i < self.stages else self.rng.randrange(self.stages)
             self.pools[f"w{i}"] = bound if self.rng.random() < (0.7 if i < self.stages else 0.4) else -1
-        for name, pool in self.pools.items():
-            self.world.join(name, pool)
+        share = self.rng.choice((0.0, 0.5, 1.0))
+        self.any_stage = {name: self.rng.random() < share for name in self.pools}
+        for name in self.pools:
+            self.join(name)
+
+    def join(self, name: str) -> None:
+        self.world.join(name, self.pools[name], any_stage=self.any_stage[name])
 
     def disturb(self) -> None:
         """Something happens."""
@@ -50,7 +55,7 @@ class Story:
             if name in world.mesh.workers:
                 world.lose(name)
         elif what < 0.5:
-            world.join(name, self.pools[name])
+            self.join(name)
         elif what < 0.57:
             world.send(events.DrainRequested(name))
         elif what < 0.65:
@@ -147,11 +152,11 @@ def test_in_the_end_all_of_it_serves() -> None:
             story.wait(story.rng.choice((0.25, 0.5, 1.0, 4.0)))
         for action in story.late:
             story.carry_out(action)
-        for name, pool in story.pools.items():
+        for name in story.pools:
             if name in world.mesh.workers and world.mesh.workers[name].draining:
                 world.lose(name)
             if name not in world.mesh.workers:
-                world.join(name, pool)
+                story.join(name)
         for second in range(BEHAVES_S):
             story.answer()
             story.gateways()
