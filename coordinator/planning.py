@@ -55,7 +55,9 @@ def choose(target: Target, workers: Sequence[Worker], previous: Sequence[StagePl
     """
     by_id = {worker.info.worker_id: worker for worker in workers}
     holders = {plan.stage: plan.worker_id for plan in previous}
-    candidates = [_where_needed(c, by_id, holders) for c in candidates_of(workers)]
+    # Of another number of stages none is the same one.
+    same = holders if len(previous) == target.num_stages else {}
+    candidates = [_where_needed(c, by_id, same) for c in candidates_of(workers)]
     old = [plan.layers for plan in previous] if len(previous) == target.num_stages else None
     if old is not None:
         refused = refused_at(workers, old)

@@ -25,7 +25,7 @@ MODEL = ("--model", str(DEMO_MODEL))
 PLAIN = ("--enforce-eager",)
 """The release before has no compiled kernels here: both compute by transformers' modules, token by token."""
 PROMPTS = [[5 + i, 6, 7, 8 + i] for i in range(6)]
-TOKENS = 80
+TOKENS, FEW = 80, 24
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,11 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
 
 
-async def ask(gateway: Service) -> list[list[int]]:
+async def ask(gateway: Service, tokens: int = TOKENS) -> list[list[int]]:
     """All prompts at once; the tokens of each."""
     async with Client(f"127.0.0.1:{gateway.ports['grpc_port']}") as client:
         done = await asyncio.gather(
-            *(client.generate(p, max_tokens=TOKENS, temperature=0, ignore_eos=True) for p in PROMPTS)
+            *(client.generate(p, max_tokens=tokens, temperature=0, ignore_eos=True) for p in PROMPTS)
         )
         return [list(d.token_ids) for d in done]
 
@@ -99,7 +99,7 @@ def test_one_of_the_release_before_beside_ours(world: World, expected: list[list
     world.stage(coordinator, "a", "--stage", "0", old=old == "stage")
     world.stage(coordinator, "b", "--stage", "1")
     gateway = world.gateway(coordinator, old == "gateway")
-    assert asyncio.run(ask(gateway)) == expected
+    assert asyncio.run(ask(gateway, FEW)) == [tokens[:FEW] for tokens in expected]
     versions = {w["version"] for w in workers(gateway).values()}
     assert len(versions) == (2 if old == "stage" else 1), versions
 
@@ -109,7 +109,7 @@ def test_a_worker_of_the_release_before_is_replaced_while_requests_run(world: Wo
     world.stage(coordinator, "a", old=True)
     world.stage(coordinator, "b", old=True)
     gateway = world.gateway(coordinator)
-    assert asyncio.run(ask(gateway)) == expected
+    assert asyncio.run(ask(gateway, FEW)) == [tokens[:FEW] for tokens in expected]
     world.stage(coordinator, "c"), world.stage(coordinator, "d")
 
     async def upgrade() -> list[list[int]]:

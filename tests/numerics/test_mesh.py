@@ -26,7 +26,7 @@ from stagemesh import Client
 SEED = 7
 LENGTHS = (1, 2, 16, 17, 63, 130, 300, 511, 700)
 SHORT = 130
-REQUESTS = 32
+REQUESTS = 18
 OUTPUT = 24
 LAYERS = 6
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -91,7 +91,7 @@ def flags(case: dict[str, Any]) -> list[str]:
 async def generate_all(
     mesh: Mesh, prompts: list[tiny_models.ClearPrompt], within_s: float
 ) -> list[tuple[tiny_models.ClearPrompt, list[int]]]:
-    """The prompts in turn as 32 requests, which arrive within so many seconds of each other; with their tokens."""
+    """The prompts in turn as `REQUESTS` requests, which arrive within so many seconds of each other; with their tokens."""
     spread = random.Random(SEED)
 
     async with Client(mesh.grpc_address) as client:

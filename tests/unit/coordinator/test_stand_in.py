@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mesh_world import World
+from mesh_world import World, target
 from test_scaling import serving, settle, stages
 
 from stagemesh.coordinator import actions
@@ -141,6 +141,21 @@ def test_a_replica_is_made_of_whoever_is_left() -> None:
         world.wait(1, *world.mesh.workers)
     assert len(stages(world)) == 2
     assert serving(world)
+
+
+def test_layers_that_others_took_over_go_back_to_where_they_were() -> None:
+    world = World(target(3, takeover_s=1.0))
+    world.gateway()
+    for pool, name in enumerate("abc"):
+        world.join(name, pool, any_stage=True)
+    settle(world)
+    world.lose("b")
+    world.wait(2, "a", "c")
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "c"]}
+    world.join("b", 1, any_stage=True)
+    settle(world)
+    assert stages(world) == {"pipeline-0": ["a", "b", "c"]}
 
 
 def test_what_is_kept_ready_is_its_own_stage_first() -> None:
