@@ -16,7 +16,7 @@ from mesh import serve
 from test_kill import shared_memory
 
 SEED = int(os.environ.get("STAGEMESH_CHAOS_SEED", "41"))
-SECONDS = float(os.environ.get("STAGEMESH_CHAOS_S", "200"))
+SECONDS = float(os.environ.get("STAGEMESH_CHAOS_S", "300"))
 CLIENTS = int(os.environ.get("STAGEMESH_CHAOS_STREAMS", "24"))
 RESULT = os.environ.get("STAGEMESH_CHAOS_RESULT")
 """A file for the figures."""

@@ -106,7 +106,10 @@ async def kill_repeatedly(mesh: Mesh, role: str, times: int) -> list[dict[str, f
         await asyncio.wait_for(running, 60)
 
 
-@pytest.mark.parametrize("role", ROLES)
+IN_CI = ("coordinator", "rank", "gateway")
+
+
+@pytest.mark.parametrize("role", [pytest.param(r, marks=() if r in IN_CI else pytest.mark.slow) for r in ROLES])
 def test_a_killed_process_comes_back(role: str) -> None:
     before = shared_memory()
     print(f"seed {SEED}")

@@ -82,7 +82,7 @@ def test_wrong_counts_are_said(mesh: Mesh) -> None:
         pytest.param(("-tp", "2"), "6,2", "3,5", id="two ranks each"),
         pytest.param(("--transport", "tcp"), "6,2", "3,5", id="over tcp", marks=pytest.mark.slow),
         pytest.param(PLAIN, "6,2", "3,5", id="plain modules"),
-        pytest.param(("--speculative-config", DRAFT), "6,2", "3,5", id="with a draft model"),
+        pytest.param(("--speculative-config", DRAFT), "6,2", "3,5", id="with a draft model", marks=pytest.mark.slow),
     ],
 )
 def test_whatever_computes_them(args: tuple[str, ...], first: str, then: str) -> None:

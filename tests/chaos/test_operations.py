@@ -12,7 +12,7 @@ from disturb import check, disturbed, holders, stagemesh, until
 from mesh import Mesh
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_drained_worker_leaves_its_stage_to_the_standby(
     mesh: Mesh, expected: list[streams.Stream], stage: int
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import signal
@@ -20,9 +21,13 @@ from mesh import Mesh, serve
 from stagemesh import Client
 from stagemesh.config import DEMO_MODEL
 
+IN_CI = ((1, "rank"), (0, "agent"))
+LOSSES = itertools.product((0, 1, 2), ("rank", "agent"))
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("who", ["rank", "agent"])
+
+@pytest.mark.parametrize(
+    ("stage", "who"), [pytest.param(*c, marks=() if c in IN_CI else pytest.mark.slow) for c in LOSSES]
+)
 def test_one_stage_is_lost(mesh: Mesh, expected: list[streams.Stream], stage: int, who: str) -> None:
     victim = rank_of(mesh, stage) if who == "rank" else agent_of(mesh, stage)
     told = asyncio.run(disturbed(mesh, lambda _: victim.kill()))
@@ -108,6 +113,7 @@ def test_a_rank_that_hangs_is_noticed_though_its_sockets_are_open(mesh: Mesh, ex
     assert "hangs" in mesh.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_standby_that_stands_still_is_not_waited_for(expected: list[streams.Stream]) -> None:
     """It is told to take the place of a lost one before anybody has seen that it does not go on."""
     with serve(*COMMON, "--standby", "2") as mesh:
@@ -163,7 +169,7 @@ LOOKUP = json.dumps({"method": "ngram", "num_speculative_tokens": 3})
     ("args", "count", "tokens"),
     [
         pytest.param(("-tp", "2"), 8, 250, id="two ranks each"),
-        pytest.param(("--speculative-config", DRAFT), 8, 250, id="with a draft model"),
+        pytest.param(("--speculative-config", DRAFT), 8, 250, id="with a draft model", marks=pytest.mark.slow),
         pytest.param(("--speculative-config", LOOKUP), 8, 250, id="with prompt lookup", marks=pytest.mark.slow),
         pytest.param(("--transport", "tcp"), 8, 250, id="over tcp", marks=pytest.mark.slow),
         pytest.param(("--journal-gib", "0"), 8, 250, id="without a journal", marks=pytest.mark.slow),
@@ -190,6 +196,7 @@ def test_whatever_computes_them_both_stages_are_lost_in_turn(args: tuple[str, ..
         mesh.check_pages_are_free()
 
 
+@pytest.mark.slow
 def test_a_stop_string_that_comes_behind_a_loss_ends_the_answer_where_it_would_have(mesh: Mesh) -> None:
     prompts = [[5 + i, 9, 30 + i, 77] for i in range(6)]
 

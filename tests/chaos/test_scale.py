@@ -113,7 +113,13 @@ def test_a_stage_gets_a_second_worker_and_loses_it_again(mesh: Mesh, expected: l
     mesh.check_pages_are_free()
 
 
-@pytest.mark.parametrize("what", ["shared rank", "shared agent", "replica", "coordinator"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "shared rank", "replica",
+        *(pytest.param(what, marks=pytest.mark.slow) for what in ("shared agent", "coordinator")),
+    ],
+)  # fmt: skip
 def test_losses_of_two_pipelines(mesh: Mesh, expected: list[streams.Stream], what: str) -> None:
     """There is no standby: what is lost comes back by itself, and meanwhile one pipeline does what both did."""
     scale(mesh, 1, 2)

@@ -19,7 +19,14 @@ WRITTEN = dict(re.findall(r"^\| `(\w+)` \| `\w+` \| (works|refused)", DOC, re.M)
 SAME_VERSION = f"transformers {transformers.__version__}" in DOC
 
 
-@pytest.mark.parametrize("model_type", model_types())
+IN_CI = 3
+"""One of so many; `make numerics` goes through all."""
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(m, marks=pytest.mark.slow if i % IN_CI else ()) for i, m in enumerate(model_types())],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_splits_like_the_whole(model_type: str, tmp_path: Path) -> None:
     outcome = try_architecture(model_type, str(tmp_path))
