@@ -67,8 +67,7 @@ async def measure(
             await asyncio.sleep(rng.random() * 0.2)
             for stream in streams:
                 stream.pause_s = 0.0
-            began_at = time.time()
-            await asyncio.to_thread(disturb, mesh, kind, rng)
+            began_at = await asyncio.to_thread(disturb, mesh, kind, rng)
             figures.append(await after(mesh, kind, streams, began_at))
             pauses += [stream.pause_s for stream in streams]
             if kind == "drain":

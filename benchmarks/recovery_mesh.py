@@ -113,12 +113,13 @@ def serving(model: Path, folder: Path, standbys: int, log: Path) -> Iterator[Mes
             process.kill()
 
 
-def disturb(mesh: Mesh, kind: str, rng: random.Random) -> None:
-    """Does it to one stage, the coordinator or the gateway."""
+def disturb(mesh: Mesh, kind: str, rng: random.Random) -> float:
+    """Does it to one stage, the coordinator or the gateway; when it began, which may be after a while."""
     stage = rng.randrange(2)
+    began_at = time.time()
     if kind == "nothing":
         time.sleep(NOTHING_S)
-        return
+        return began_at
     if kind == "repartition":
         layers = [s["layers"] for s in mesh.get()["pipelines"][0]["stages"]]
         total, here = layers[-1]["last"], layers[0]["last"]
@@ -126,7 +127,7 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> None:
         others = [count for count in range(total // 4, total - total // 4 + 1) if count != mesh.first_layers]
         there = rng.choice(others) if here == mesh.first_layers else mesh.first_layers
         operate(mesh, "repartition", f"{there},{total - there}")
-        return
+        return began_at
     if kind in ("coordinator", "gateway"):
         # One that was started again has its title when it has read its settings.
         while not (found := mesh.named(f"stagemesh {kind}")):
@@ -134,9 +135,14 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> None:
         if kind == "gateway":
             # One that dies soon after its start is started again later each time: that is not what is measured.
             time.sleep(max(0.0, found[0].create_time() + STABLE_S - time.time()))
+        began_at = time.time()
         found[0].kill()
-        return
+        return began_at
     (rank,) = mesh.named(f"stage {stage} layers")
+    if not mesh.standbys:
+        # As above: here it is waited for.
+        time.sleep(max(0.0, rank.create_time() + STABLE_S - time.time()))
+    began_at = time.time()
     if kind == "rank":
         rank.kill()
     elif kind == "hang":
@@ -149,6 +155,7 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> None:
     else:
         seen = mesh.get()
         operate(mesh, "drain", seen["pipelines"][0]["stages"][stage]["worker_id"])
+    return began_at
 
 
 def operate(mesh: Mesh, *words: str) -> None:
