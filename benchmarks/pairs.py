@@ -44,10 +44,6 @@ PAIRS = {
         "`--deterministic` with transformers' modules (`--enforce-eager`), which are then computed token by token",
         ("--enforce-eager", "--deterministic"), ("--enforce-eager",), 4, 4,
     ),
-    "deterministic-kernels": Pair(
-        "`--deterministic` with compiled kernels, which compute every row alike in any case",
-        ("--deterministic",), (), 16, 64,
-    ),
 }  # fmt: skip
 
 

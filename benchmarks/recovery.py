@@ -222,7 +222,7 @@ def write_files(given: argparse.Namespace, results: dict[str, Any]) -> None:
     rows |= {kind + suffix: {"command": command, "date": facts.today(), **row} for kind, row in results.items()}
     about = {"machine": machine, "versions": facts.own_versions(), "seed": SEED}
     path.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
-    commands = sorted({row.get("command", before.get("command", "")) for row in rows.values()})
+    commands = sorted({row["command"] for row in rows.values()})
     text = [
         "# What clients see of a loss", "",
         f"Two stages; streams of {given.tokens} tokens, greedy and seeded, each compared token by token with a run in "

@@ -17,7 +17,8 @@ from stagemesh.protocol import MOVES
 
 from . import actions, events
 from . import values as v
-from .forming import RETRY_MAX_S, Phase, Pipeline, State, num_links
+from .forming import RETRY_MAX_S
+from .pipeline import Phase, Pipeline, State, num_links
 from .planning import CannotForm, Choice
 from .wishes import Wishes
 

@@ -54,12 +54,12 @@ def choose(target: Target, workers: Sequence[Worker], previous: Sequence[StagePl
     Raises CannotForm.
     """
     by_id = {worker.info.worker_id: worker for worker in workers}
+    candidates = candidates_of(workers)
     holders = {plan.stage: plan.worker_id for plan in previous}
     # Of another number of stages none is the same one.
-    same = holders if len(previous) == target.num_stages else {}
-    candidates = [_where_needed(c, by_id, same) for c in candidates_of(workers)]
     old = [plan.layers for plan in previous] if len(previous) == target.num_stages else None
     if old is not None:
+        candidates = [_where_needed(c, by_id, holders) for c in candidates]
         refused = refused_at(workers, old)
         placed = place(target.num_stages, candidates, ranges=old, holders=holders, refused=refused)
         fit = all(target.cost.fits(placed.workers[s].kind, *old[s]) for s in placed.workers)

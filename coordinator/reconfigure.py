@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from . import actions, events
 from . import values as v
-from .forming import Phase, Pipeline, State
+from .pipeline import Phase, Pipeline, State
 from .planning import Target
 from .scaling import FIRST
 from .survivors import Survivors

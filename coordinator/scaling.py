@@ -17,8 +17,8 @@ from stagemesh.protocol import MOVES
 
 from . import actions, events
 from . import values as v
-from .forming import Phase, Pipeline, State
 from .moving import Mover
+from .pipeline import Phase, Pipeline, State
 from .planning import CannotForm, Choice, choose
 from .rebalance import StepTimes
 from .replicas import choose_beside, holders, pinned

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from . import actions, events
 from . import values as v
-from .forming import REFUSED_S, RETRY_MAX_S, Former, State
+from .forming import REFUSED_S, RETRY_MAX_S, Former
+from .pipeline import State
 from .warming import copies
 
 REFILLED_S = 1.5

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import values as v
-from .forming import Pipeline, State
+from .pipeline import Pipeline, State
 from .planning import CannotForm, Choice, choose
 from .scaling import UP, Scaler
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from stagemesh.protos.v1 import coordinator_pb2, types_pb2
 
 from . import values as v
-from .forming import Pipeline, State
+from .pipeline import Pipeline, State
 from .reconfigure import Mesh
 
 STATES = {

@@ -12,8 +12,9 @@ from stagemesh.errors import ConfigError, Unavailable
 from . import actions, events
 from . import values as v
 from .cost import Kind, kinds
-from .forming import RETRY_MAX_S, Pipeline, State
+from .forming import RETRY_MAX_S
 from .partition import partition
+from .pipeline import Pipeline, State
 from .planning import CannotForm, Choice
 from .rebalance import GAIN, LOOK_S, Advice, StepTimes, advise, better_worker
 from .standbys import Warmer

@@ -10,8 +10,8 @@ from stagemesh.checkpoint import CheckpointInfo, Part
 from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.cost import CostModel
-from stagemesh.coordinator.forming import State
 from stagemesh.coordinator.nonce import Nonces
+from stagemesh.coordinator.pipeline import State
 from stagemesh.coordinator.planning import Target
 from stagemesh.coordinator.reconfigure import Mesh
 from stagemesh.coordinator.standbys import REFILLED_S

@@ -14,7 +14,7 @@ from mesh_world import LAYERS, REVISION, World, target
 
 from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
-from stagemesh.coordinator.forming import State
+from stagemesh.coordinator.pipeline import State
 from stagemesh.errors import ConfigError, Unavailable
 
 STORIES = 150

@@ -8,8 +8,8 @@ from mesh_world import REVISION, World, serving, target
 from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.cost import Kind
-from stagemesh.coordinator.forming import State
 from stagemesh.coordinator.moving import pages_to_copy
+from stagemesh.coordinator.pipeline import State
 from stagemesh.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from mesh_world import World, serving, target
 from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.cost import CostModel, Kind
-from stagemesh.coordinator.forming import State
+from stagemesh.coordinator.pipeline import State
 from stagemesh.coordinator.rebalance import advise, better_worker
 
 

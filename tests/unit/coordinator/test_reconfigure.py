@@ -7,7 +7,8 @@ from mesh_world import BOTH, LEASE_S, REVISION, World, serving, target
 
 from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
-from stagemesh.coordinator.forming import REFUSED_S, State
+from stagemesh.coordinator.forming import REFUSED_S
+from stagemesh.coordinator.pipeline import State
 from stagemesh.coordinator.standbys import REFILLED_S
 
 

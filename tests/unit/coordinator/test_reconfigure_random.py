@@ -12,8 +12,8 @@ from mesh_world import LAYERS, REVISION, World, target
 
 from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
-from stagemesh.coordinator.forming import Phase, State
 from stagemesh.coordinator.moving import Move
+from stagemesh.coordinator.pipeline import Phase, State
 
 NAMES = ("a", "b", "c", "d")
 

@@ -10,8 +10,8 @@ from mesh_world import REVISION, World, target
 
 from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
-from stagemesh.coordinator.forming import State
 from stagemesh.coordinator.moving import GONE_S
+from stagemesh.coordinator.pipeline import State
 from stagemesh.coordinator.scaling import LEAVE_S, MISSED_S
 from stagemesh.errors import ConfigError, Unavailable
 

@@ -8,7 +8,7 @@ from test_scaling import serving, settle, stages
 from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.cost import Kind
-from stagemesh.coordinator.forming import State
+from stagemesh.coordinator.pipeline import State
 
 TAKEOVER_S = 5.0
 
