@@ -52,8 +52,7 @@ def choose_beside(
     """Who holds what, beside pipelines that have the same `ranges`: `shared` workers, and for the other stages `free`
     ones. Raises CannotForm."""
     workers = [w for w in free if w not in shared.values()] + list(shared.values())
-    bound = {w.info.worker_id: -1 for w in free if w.info.any_stage}
-    bound |= {worker.info.worker_id: stage for stage, worker in shared.items()}
+    bound = {worker.info.worker_id: stage for stage, worker in shared.items()}
     candidates = [replace(c, pool=bound.get(c.worker_id, c.pool)) for c in candidates_of(workers)]
     own = {plan.stage: plan.worker_id for plan in previous}
     own |= {stage: worker.info.worker_id for stage, worker in shared.items()}

@@ -6,7 +6,7 @@ import pytest
 from mesh_world import World, target
 from test_scaling import serving, settle, stages
 
-from stagemesh.coordinator import actions
+from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.moving import TRIES
 from stagemesh.coordinator.scaling import SETTLED_S
@@ -185,3 +185,16 @@ def test_it_keeps_the_stage_that_it_stands_in_for() -> None:
     world.lose("spare")
     settle(world)
     assert stages(world) == {"pipeline-0": ["b", "a"]}
+
+
+def test_a_replica_of_another_stage_than_its_own_can_be_asked_for() -> None:
+    world = two(any_stage=True)
+    lose(world, "b", 1, any_stage=True)
+    assert stages(world) == {"pipeline-0": ["a", "spare"]}
+    assert world.mesh.check_scale(0, 2) == 2
+    world.send(events.ScaleRequested(0, 2))
+    for _ in range(5):
+        settle(world)
+        world.wait(1, *world.mesh.workers)
+    assert [len({names[s] for names in stages(world).values()}) for s in (0, 1)] == [2, 1]
+    assert serving(world)
