@@ -369,6 +369,8 @@ def main() -> int:
         },
         "systems": {},
     }
+    out = args.out or RESULTS
+    out.mkdir(parents=True, exist_ok=True)
     failed = False
     for shape in shapes:
         result["systems"][shape] = {}
@@ -377,12 +379,10 @@ def main() -> int:
             failed |= isinstance(found, str)
             print(f"{shape}, {system}: {found}", flush=True)
             result["systems"][shape][system] = found
-    table = table_of(result)
-    print(table)
-    out = args.out or RESULTS
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (out / "gpu.md").write_text(table, encoding="utf-8")
+            # After each: whoever has a device for some minutes only keeps what was measured in them.
+            (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            (out / "gpu.md").write_text(table_of(result), encoding="utf-8")
+    print(table_of(result))
     return int(failed)
 
 

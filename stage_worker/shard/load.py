@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
@@ -129,10 +131,19 @@ class _Filler:
         names = [*self._wanted, *self._tied.values()]
         by_target = {name: hf.Source([name], None, [(name, name)]) for name in names if name not in self._tied}
         aliases = self._resolve_ties(by_target)
-        for name, meta in self._wanted.items():
-            if name not in aliases:
-                tensor = dummy_tensor(by_target[name].tensors[0][0], meta.shape, seed)
-                self._put(name, self._cut(name).apply(tensor))
+        wanted = [name for name in self._wanted if name not in aliases]
+
+        def invented(name: str) -> torch.Tensor:
+            tensor = dummy_tensor(by_target[name].tensors[0][0], self._wanted[name].shape, seed)
+            return self._cut(name).apply(tensor)
+
+        # One generator uses one core. As many tensors as there are workers are in memory, in fp32, at a time.
+        workers = min(8, os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers) as pool:
+            for at in range(0, len(wanted), workers):
+                names = wanted[at : at + workers]
+                for name, tensor in zip(names, pool.map(invented, names), strict=True):
+                    self._put(name, tensor)
         self._alias(aliases)
 
     def _resolve_ties(self, by_target: dict[str, hf.Source]) -> dict[str, str]:
