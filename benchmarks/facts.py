@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cpu_flags": [flag for flag in WATCHED_CPU_FLAGS if flag in flags],
         "memory_gib": memory_bytes / 2**30,
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
     }
 
 

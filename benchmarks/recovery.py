@@ -219,8 +219,10 @@ def write_files(given: argparse.Namespace, results: dict[str, Any]) -> None:
     machine, path = facts.machine(), facts.RESULTS / f"{given.name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     rows: dict[str, Any] = before["results"] if before.get("machine") == machine else {}
-    rows |= {kind + suffix: {"command": command, "date": facts.today(), **row} for kind, row in results.items()}
-    about = {"machine": machine, "versions": facts.own_versions(), "seed": SEED}
+    versions = facts.own_versions()
+    made = {"command": command, "date": facts.today(), "commit": versions.pop("commit", "")}
+    rows |= {kind + suffix: {**made, **row} for kind, row in results.items()}
+    about = {"machine": machine, "versions": versions, "seed": SEED}
     path.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
     commands = sorted({row["command"] for row in rows.values()})
     text = [

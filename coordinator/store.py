@@ -112,10 +112,13 @@ class Store:
         self._replace("drains", [(worker_id, str(incarnation)) for worker_id, incarnation in drains])
 
     def _replace(self, table: str, rows: Iterable[tuple[object, object]]) -> None:
+        point("coordinator.before_order_write")
         with self._db:
             self._db.execute("BEGIN")
             self._db.execute(f"DELETE FROM {table}")
+            point("coordinator.within_order_write")
             self._db.executemany(f"INSERT INTO {table} VALUES (?, ?)", list(rows))
+        point("coordinator.after_order_write")
 
     def slots(self) -> dict[int, tuple[str, int]]:
         """Slot -> (gateway, instance) that had it last."""
@@ -124,7 +127,9 @@ class Store:
 
     def save_slot(self, slot: int, gateway_id: str, instance: int) -> None:
         """Writes down who has a slot."""
+        point("coordinator.before_slot_write")
         self._db.execute("INSERT OR REPLACE INTO slots VALUES (?, ?, ?)", (slot, gateway_id, str(instance)))
+        point("coordinator.after_slot_write")
 
     def forget_slots(self, slots: Iterable[int]) -> None:
         """Any gateway may have them now."""

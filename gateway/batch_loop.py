@@ -219,6 +219,8 @@ class BatchLoop:
 
     def _send(self, plan: Plan) -> None:
         """One plan to every worker, behind the sequences it needs them to forget and to know."""
+        # Its pages are taken, and no worker has heard of it.
+        point("gateway.after_plan")
         self._send_closed()
         for sequence in plan.opened:
             point("gateway.before_open")

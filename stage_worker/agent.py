@@ -95,7 +95,7 @@ class Agent:
             return
         ranks = session.copied.setdefault(payload, set())
         ranks.add(rank)
-        if len(ranks) == self._group().size:
+        if len(ranks) == session.group.size:
             del session.copied[payload]
             copied = stage_pb2.PagesCopied.FromString(payload)
             session.put(stage_pb2.RunResponse(copied=copied).SerializeToString())
@@ -113,7 +113,7 @@ class Agent:
                 session.put(StageLost(reason))
 
     def _group(self) -> RankGroup:
-        if self.ranks is None or self.ranks.lost.done():
+        if self.ranks is None or not self.ranks.up or self.ranks.lost.done():
             raise Unavailable(f"the ranks of {self.worker_id} are being started", retry_after_s=1)
         return self.ranks
 
@@ -280,7 +280,7 @@ class Agent:
             if old.open.key == request.key or old.open.life != request.life:
                 await self._close(old)
         group = self._group()
-        session = GatewaySession(group.take_id(), request)
+        session = GatewaySession(group.take_id(), request, group)
         self.sessions[session.ident] = session
         try:
             replies = await group.call_as(session.ident, Kind.OPEN_SESSION, request.SerializeToString(), OPEN_TIMEOUT_S)
@@ -294,7 +294,7 @@ class Agent:
         reason = "the gateway closed its stream"
         try:
             async for message in requests:
-                await self._group().run(session.ident, message)
+                await session.group.run(session.ident, message)
         except StagemeshError as e:
             reason = e.message
         except grpc.aio.BaseError:
@@ -322,10 +322,9 @@ class Agent:
             return
         del self.sessions[session.ident]
         session.put(StageLost("the session was closed"))
-        group = self.ranks
-        if group is not None and not group.lost.done():
+        if not session.group.lost.done():
             try:
-                await group.call(Kind.CLOSE_SESSION, session.ident.to_bytes(4, "little"), CALL_TIMEOUT_S)
+                await session.group.call(Kind.CLOSE_SESSION, session.ident.to_bytes(4, "little"), CALL_TIMEOUT_S)
             except StagemeshError as e:
                 log.warning("closing a session of %s: %s", session.open.gateway_id, e.message)
 

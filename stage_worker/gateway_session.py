@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from stagemesh.errors import StageLost, StagemeshError
 from stagemesh.protos.v1 import stage_pb2
 
+from .ranks import RankGroup
+
 OUTBOX_FRAMES = 1024
 
 
@@ -17,6 +19,8 @@ class GatewaySession:
 
     ident: int
     open: stage_pb2.RunOpen
+    group: RankGroup
+    """The ranks that hold it; those that take their place know nothing of it."""
     outbox: asyncio.Queue[bytes | StagemeshError] = field(default_factory=lambda: asyncio.Queue(OUTBOX_FRAMES))
     copied: dict[bytes, set[int]] = field(default_factory=dict)
     """Pages that have come on some ranks, not yet on all."""

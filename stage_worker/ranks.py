@@ -63,6 +63,8 @@ class RankGroup:
         self._watching: asyncio.Task[None] | None = None
         self._calls: dict[tuple[int, int], asyncio.Future[bytes]] = {}
         self.ready: list[RankReady] = []
+        self.up = False
+        """Whether every rank is there to take orders; it may be lost since."""
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Set to the reason when a rank is gone."""
 
@@ -92,6 +94,9 @@ class RankGroup:
                 self._writers.append(writer)
                 self._readers.append(asyncio.create_task(self._read(rank, reader)))
             self._watching = asyncio.create_task(self._watch(HeartWatch(hearts, self.size, LOOK_S)))
+        except BaseException:
+            _take_errors(up)
+            raise
         finally:
             ours = [pair[0] for pair in controls[len(self._writers) :]]
             for end in [*ours, *(pair[1] for pair in controls), *(end for pair in orders for end in pair)]:
@@ -103,6 +108,8 @@ class RankGroup:
             said = await asyncio.wait_for(asyncio.gather(*up), READY_TIMEOUT_S)
         except TimeoutError as e:
             raise ConfigError(f"a rank of {self._label} was not up after {READY_TIMEOUT_S:.0f} s") from e
+        finally:
+            _take_errors(up)
         for payload in said:
             values = json.loads(payload)
             self.ready.append(
@@ -111,6 +118,7 @@ class RankGroup:
                     {name: bytes.fromhex(address) for name, address in values["addresses"].items()},
                 )
             )
+        self.up = True
 
     async def _watch(self, hearts: HeartWatch) -> None:
         """Kills a rank that hangs, which is then lost like one that died."""
@@ -192,9 +200,8 @@ class RankGroup:
             return [future.result() for future in waiting]
         finally:
             for r in ranks:
-                abandoned = self._calls.pop((r, ident), None)
-                if abandoned is not None and abandoned.done() and not abandoned.cancelled():
-                    abandoned.exception()
+                self._calls.pop((r, ident), None)
+            _take_errors(waiting)
 
     def take_id(self) -> int:
         """A fresh id for a call or a session."""
@@ -285,6 +292,13 @@ class RankGroup:
         for future in self._calls.values():
             if not future.done():
                 future.cancel()
+
+
+def _take_errors(futures: list[asyncio.Future[bytes]]) -> None:
+    """So that asyncio reports none that nobody asks for: the caller was cancelled, or raises another rank's."""
+    for future in futures:
+        if future.done() and not future.cancelled():
+            future.exception()
 
 
 def _cpus_of(cpu_list: str | None, rank: int) -> list[int]:

@@ -180,6 +180,9 @@ def serve(*args: str, wait: bool = True, env: dict[str, str] | None = None) -> I
             raise
         finally:
             mesh.stop()
+        text = log.read_text(errors="replace")
+        at = text.find("never retrieved")
+        assert at < 0, f"an error that nobody took: {text[max(0, at - 300) : at + 3000]}"
 
 
 def find_addresses(mesh: Mesh, timeout_s: float = READY_TIMEOUT_S) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -26,6 +26,7 @@ from .verified import VERIFIED
 
 log = logging.getLogger(__name__)
 
+_INVENTED_BYTES = 2 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -137,14 +138,24 @@ class _Filler:
             tensor = dummy_tensor(by_target[name].tensors[0][0], self._wanted[name].shape, seed)
             return self._cut(name).apply(tensor)
 
-        # One generator uses one core. As many tensors as there are workers are in memory, in fp32, at a time.
-        workers = min(8, os.cpu_count() or 1)
-        with ThreadPoolExecutor(workers) as pool:
-            for at in range(0, len(wanted), workers):
-                names = wanted[at : at + workers]
-                for name, tensor in zip(names, pool.map(invented, names), strict=True):
+        with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+            for some in self._few_at_a_time(wanted):
+                for name, tensor in zip(some, pool.map(invented, some), strict=True):
                     self._put(name, tensor)
         self._alias(aliases)
+
+    def _few_at_a_time(self, names: list[str]) -> Iterator[list[str]]:
+        """`names` in parts that may be in memory in fp32 at once."""
+        some, size = list[str](), 0
+        for name in names:
+            needed = 4 * math.prod(self._wanted[name].shape)
+            if some and size + needed > _INVENTED_BYTES:
+                yield some
+                some, size = [], 0
+            some.append(name)
+            size += needed
+        if some:
+            yield some
 
     def _resolve_ties(self, by_target: dict[str, hf.Source]) -> dict[str, str]:
         """Where embedding and head are stored once, give both that tensor.

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from disturb import COMMON
 from everything import Everything, descriptors, held
 from mesh import serve
 from test_kill import shared_memory
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import facts
 
 SEED = int(os.environ.get("STAGEMESH_CHAOS_SEED", "41"))
 SECONDS = float(os.environ.get("STAGEMESH_CHAOS_S", "300"))
@@ -44,11 +48,15 @@ def test_everything_at_random() -> None:
         for name in {pipeline_id for pipeline_id, _ in story.epochs}:
             epochs = [epoch for pipeline_id, epoch in story.epochs if pipeline_id == name]
             assert all(a < b for a, b in itertools.pairwise(epochs)), f"an epoch that came back: {epochs}"
-        told = {"seed": SEED, "seconds": SECONDS, "streams": CLIENTS, "finished": story.history.finished,
-                "left": story.history.left, "refused": story.history.refused, "failed": 0, "wrong": 0,
-                "unready_s": round(story.history.unready_s, 1),
-                "longest_pause_s": round(story.history.longest_s, 2), "done": dict(story.history.done),
-                "after_20_s": first, "at_the_end": last}  # fmt: skip
+        history = story.history
+        told = {
+            "command": "make chaos-hour", "date": facts.today(), "machine": facts.machine(),
+            "versions": facts.own_versions(), "seed": SEED, "seconds": SECONDS, "streams": CLIENTS,
+            "finished": history.finished, "left": history.left, "refused": history.refused,
+            "failed": len(history.failed), "wrong": len(history.wrong), "unready_s": round(history.unready_s, 1),
+            "longest_pause_s": round(history.longest_s, 2), "done": dict(history.done),
+            "after_20_s": first, "at_the_end": last,
+        }  # fmt: skip
         print(json.dumps(told, indent=1))
         for name, values in last.items():
             assert values["fds"] <= first[name]["fds"] + 15, f"descriptors of {name} grow: {first} {last}"

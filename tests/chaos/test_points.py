@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import streams
-from disturb import COMMON, check, disturbed, end_worker, holders, rank_of, stagemesh, wait_longer
+from disturb import COMMON, check, disturbed, end_worker, holders, rank_of, stagemesh, until, wait_longer
 from mesh import Mesh, serve
 from resuming import Answer, Events
 
@@ -28,10 +28,11 @@ IN_EVERY_STEP = tuple(
 OF_STANDBYS = ("agent.prepare",)
 OF_DRAINS = ("agent.release",)
 OF_MOVES = ("rank.copy_send", "rank.copy_land")
+OF_ORDERS = ("coordinator.before_order_write", "coordinator.within_order_write", "coordinator.after_order_write")
 OF_GATEWAYS = tuple(name for name in POINTS if name.startswith("gateway."))
 OF_SWITCHES = ("gateway.before_switch", "gateway.after_switch")
 IN_CI = {
-    "coordinator.before_epoch_write", "coordinator.after_plan_write", "agent.release", "rank.connect_link",
+    "coordinator.before_epoch_write", "coordinator.after_order_write", "agent.release", "rank.connect_link",
     "rank.before_send", "rank.replay", "rank.copy_land", "gateway.after_log", "gateway.before_switch",
 }  # fmt: skip
 """One of each kind; `make chaos` goes through all."""
@@ -65,6 +66,17 @@ def replaceable(mesh: Mesh) -> int:
     return int(stages[0]) if stages else 1
 
 
+def ranges(mesh: Mesh) -> str:
+    """Layers of each stage, as an operator gives them."""
+    stages = mesh.get("/mesh")["pipelines"][0]["stages"]
+    return ",".join(str(s["layers"]["last"] - s["layers"]["first"]) for s in stages)
+
+
+def other_ranges(mesh: Mesh) -> str:
+    """Not those that the stages hold."""
+    return "2,4,2" if ranges(mesh).startswith("3,") else "3,3,2"
+
+
 def of(points: Iterable[str]) -> list[Any]:
     """As parameters: those that are not for CI are marked as slow."""
     return [p if p in IN_CI else pytest.param(p, marks=pytest.mark.slow) for p in points]
@@ -83,9 +95,22 @@ def test_a_process_that_dies_at(point: str, armed: tuple[Mesh, Path], expected: 
             stagemesh("drain", drained, "--url", mesh.url)
             # Whoever released its stage first has died: this one, or one that goes on with it at the next epoch.
             end_worker(mesh, drained)
+        elif point in OF_ORDERS:
+            wanted = other_ranges(mesh)
+            command = [sys.executable, "-m", "stagemesh.cli.main", "repartition", wanted, "--url", mesh.url]
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as asking:
+                asyncio.run(until(lambda: not (folder / point).exists(), f"it comes to {point}"))
+                # Nobody is left to ask again.
+                asking.kill()
+            if point == "coordinator.after_order_write":
+                asyncio.run(until(lambda: ranges(mesh) == wanted, "what was written down is carried out"))
+            else:
+                # Nothing was: it is asked for again when the next coordinator is in charge.
+                asyncio.run(until(lambda: not subprocess.run(command, capture_output=True, timeout=20).returncode,
+                                  "it is asked for again"))  # fmt: skip
+                assert ranges(mesh) == wanted
         elif point in OF_MOVES:
-            stages = mesh.get("/mesh")["pipelines"][0]["stages"]
-            wanted = "2,4,2" if stages[0]["layers"]["last"] == 3 else "3,3,2"
+            wanted = other_ranges(mesh)
             assert f"the stages hold {wanted} layers" in stagemesh("repartition", wanted, "--url", mesh.url)
         elif point not in IN_EVERY_STEP:
             rank_of(mesh, replaceable(mesh)).kill()

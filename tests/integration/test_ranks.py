@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ import uvloop
 
 from stagemesh import process
 from stagemesh.config import StageSettings
-from stagemesh.errors import StageLost
+from stagemesh.errors import StageLost, StagemeshError
 from stagemesh.stage_worker.control import Kind
 from stagemesh.stage_worker.rank_starter import RankStarter, make_starter
 from stagemesh.stage_worker.ranks import RankGroup
@@ -48,6 +49,26 @@ def test_messages_to_a_rank_that_was_killed_end_in_a_typed_error_and_the_group_s
             await group.stop()
             starter.stop()
         assert all(rank.returncode is not None for rank in group._processes)
+
+    uvloop.run(story())
+
+
+def test_what_every_rank_says_against_an_order_is_heard_of_once() -> None:
+    async def story() -> None:
+        untaken: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: untaken.append(context))
+        settings = StageSettings(tensor_parallel_size=2, device="cpu", transport="tcp", threads=1)
+        starter = make_starter("cpu")
+        group = RankGroup(settings, "cpu", "stage test", lambda *frame: None, starter)
+        await group.start()
+        try:
+            with pytest.raises(StagemeshError):
+                await group.call(Kind.ACTIVATE, b"\xff", DEADLINE_S)
+            gc.collect()
+            assert not untaken
+        finally:
+            await group.stop()
+            starter.stop()
 
     uvloop.run(story())
 

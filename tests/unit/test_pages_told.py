@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from stagemesh.config import StageSettings
@@ -17,14 +15,12 @@ class Ranks:
     """As many as are asked for."""
 
     size = 2
-    lost: Any = type("Lost", (), {"done": staticmethod(lambda: False)})
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_when_the_last_rank_has_them(order: list[int]) -> None:
     agent = Agent(StageSettings(), "w")
-    agent.ranks = Ranks()  # type: ignore[assignment]
-    session = agent.sessions[5] = GatewaySession(5, stage_pb2.RunOpen())
+    session = agent.sessions[5] = GatewaySession(5, stage_pb2.RunOpen(), Ranks())  # type: ignore[arg-type]
     first, second = (stage_pb2.PagesCopied(index=0, number=n).SerializeToString() for n in (1, 2))
     agent.on_frame(order[0], Kind.PAGES_COPIED, 5, first)
     agent.on_frame(order[0], Kind.PAGES_COPIED, 5, second)

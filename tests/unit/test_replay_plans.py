@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stagemesh.errors import InvalidRequest
+from stagemesh.errors import InvalidRequest, StaleEpoch
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.stage_worker.session import Session, SessionContext
 
@@ -69,3 +69,12 @@ def test_a_sequence_goes_on_behind_what_was_replayed_or_kept() -> None:
 def test_what_no_replay_can_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="a replay cannot"):
         session(1).add_plan(replay(**wrong))
+
+
+@pytest.mark.parametrize("kind", [stage_pb2.STEP_KIND_RUN, stage_pb2.STEP_KIND_REPLAY])
+def test_a_plan_of_an_earlier_epoch_is_refused(kind: stage_pb2.StepKind) -> None:
+    made, late = session(1), replay(1, 1)
+    late.epoch, late.kind = 1, kind
+    with pytest.raises(StaleEpoch, match="plan of epoch 1 in a session of epoch 2"):
+        made.add_plan(late)
+    assert made.last_planned == 0

@@ -1,0 +1,105 @@
+"""What the boundary journal adds to the steps of a stage, timed within one process.
+
+    python benchmarks/journal_share.py [MODEL]
+
+Half of the model's layers compute a step, and its output is kept, in turn, as a rank does: the journal writes between
+two steps, when the caches hold the step's weights. Throughput of whole meshes with the journal and without
+(`pairs.py --what journal`) varies by more than it costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from facts import RESULTS, default_model, machine, model_facts, own_versions, today
+
+from stagemesh.stage_worker.journal import Journal
+from stagemesh.stage_worker.kv import KvPool
+from stagemesh.stage_worker.parallel import TensorParallel
+from stagemesh.stage_worker.shard.batch import StepBatch
+from stagemesh.stage_worker.shard.choose import load_shard
+from stagemesh.stage_worker.shard.spec import ShardSpec
+
+PAGE_SIZE = 16
+CONTEXT = 160
+STEPS = {"decode of 8 rows": (8, 1), "decode of 16 rows": (16, 1), "48 tokens of a prompt": (1, 48),
+         "512 tokens of a prompt": (1, 512)}  # fmt: skip
+"""(rows, tokens of each)"""
+
+
+def measure(model: Path, repeats: int) -> dict[str, Any]:
+    """Milliseconds of a step and of what keeping its output takes, and the share of both that the latter is."""
+    torch.set_num_threads(1)
+    layers = model_facts(model)["layers"]
+    spec = ShardSpec(str(model), 0, layers // 2, "bfloat16", "cpu", page_size=PAGE_SIZE, threads=1)
+    shard = load_shard(spec, TensorParallel())
+    each = -(-(CONTEXT + repeats + 512) // PAGE_SIZE)
+    rows = max(rows for rows, _ in STEPS.values())
+    shard.bind_kv(KvPool(shard.kv_layers, rows * each, PAGE_SIZE, shard.dtype, shard.device))
+    found = {}
+    for name, (count, tokens) in STEPS.items():
+        journal = Journal(rows * each, PAGE_SIZE, shard.hidden_size, shard.dtype)
+        tables = [list(range(row * each, (row + 1) * each)) for row in range(count)]
+        step_s, keep_s = [], []
+        for at in range(repeats):
+            # Decode goes on from page to page; a prompt's chunk is computed anew each time.
+            start = CONTEXT + at if tokens == 1 else 0
+            ids = torch.randint(5, shard.vocab_size, (count * tokens,))
+            batch = StepBatch([start] * count, [tokens] * count, tables, PAGE_SIZE, token_ids=ids)
+            shard.prepare(batch)
+            began = time.perf_counter()
+            output = shard.forward(batch)
+            computed = time.perf_counter()
+            journal.write(batch, output)
+            step_s.append(computed - began)
+            keep_s.append(time.perf_counter() - computed)
+        step_ms, keep_ms = 1e3 * statistics.median(step_s), 1e3 * statistics.median(keep_s)
+        found[name] = {"step_ms": round(step_ms, 3), "journal_ms": round(keep_ms, 4),
+                       "share": round(sum(keep_s) / (sum(keep_s) + sum(step_s)), 5)}  # fmt: skip
+    return found
+
+
+def main() -> int:
+    """Measures and writes `results/journal-share.*`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", help="default: the 100 M model, made anew")
+    parser.add_argument("--repeats", type=int, default=200)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = given.model or default_model(Path(folder))
+        result = {
+            "command": f"python benchmarks/journal_share.py MODEL --repeats {given.repeats}",
+            "date": today(), "machine": machine(), "versions": own_versions(), "model": model_facts(model),
+            "steps": measure(model, given.repeats),
+        }  # fmt: skip
+    lines = [
+        "# What the journal adds to a step",
+        "",
+        f"`{result['command']}`, {result['date']}, one core of {result['machine']['cpu']}: half of the layers of the "
+        f"100 M model, context {CONTEXT}; medians of {given.repeats} steps, and the share that keeping their outputs "
+        "is of the time of both.",
+        "",
+        "| step | computed in, ms | kept in, ms | share |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {name} | {r['step_ms']:.2f} | {r['journal_ms']:.3f} | {100 * r['share']:.2f} % |"
+            for name, r in result["steps"].items()
+        ),
+        "",
+    ]
+    (RESULTS / "journal-share.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "journal-share.md").write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
