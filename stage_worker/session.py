@@ -308,6 +308,9 @@ class Session:
             if len(sequence.pages) * self.context.page_size < sequence.length:
                 raise InvalidRequest(f"sequence {ident} has too few pages for {sequence.length} positions")
             tables.append(sequence.pages)
+            if replays:
+                # What is behind it may lie in pages that another sequence's rows fill: the row that goes on says where.
+                sequence.length = sequence.certain = 0
         return tables
 
     def own_pages(self, ids: Iterable[int]) -> list[int]:

@@ -65,6 +65,21 @@ def test_a_sequence_goes_on_behind_what_was_replayed_or_kept() -> None:
     assert list(step.batch.tables[0]) == [0, 1, 2]
 
 
+def test_what_others_fill_behind_what_was_replayed_is_held_too() -> None:
+    """Its first page was its own, equal to another's; what is behind it they share."""
+    made = session(2)
+    made.add_plan(replay(1, 1, count=4))
+    made.add_plan(replay(1, 1, start=8, count=1, step=2))
+    run = stage_pb2.StepPlan(
+        step=3, epoch=2, kind=stage_pb2.STEP_KIND_RUN, sequences=[1], starts=[11], counts=[1], tokens=[3],
+        new_page_counts=[0], sample_rows=[0],
+    )  # fmt: skip
+    assert list(made.add_plan(run).batch.tables[0]) == [0, 1, 2]
+    run.step, run.starts[0] = 4, 13
+    with pytest.raises(InvalidRequest, match="starts sequence 1 at 13, but it holds 12 positions"):
+        made.add_plan(run)
+
+
 @pytest.mark.parametrize("wrong", [{"first": 2, "last": 1}, {"first": 1, "last": 1, "sample_rows": [0]}])
 def test_what_no_replay_can_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="a replay cannot"):
