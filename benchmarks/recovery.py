@@ -225,8 +225,9 @@ def write_files(given: argparse.Namespace, results: dict[str, Any]) -> None:
     about = {"machine": machine, "versions": versions, "seed": SEED}
     path.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
     commands = sorted({row["command"] for row in rows.values()})
+    idle = all(kind.startswith("nothing") for kind in rows)
     text = [
-        "# What clients see of a loss", "",
+        "# What clients see while nothing is done" if idle else "# What clients see of a loss", "",
         f"Two stages; streams of {given.tokens} tokens, greedy and seeded, each compared token by token with a run in "
         f"which nothing happened. {machine['cores']} cores, {machine['cpu']}, which the streams' client shares.",
         "", "Written by", "", *(f"- `{c}`" for c in commands), "",

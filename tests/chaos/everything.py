@@ -48,6 +48,8 @@ class History:
     longest_s: float = 0.0
     unready_s: float = 0.0
     """How long nothing could be accepted, looked at every 0.1 s."""
+    gateway_mib: list[float] = field(default_factory=list)
+    """The gateway's resident memory, once a minute."""
     done: Counter[str] = field(default_factory=Counter)
     """What was done to the mesh."""
 
@@ -114,10 +116,12 @@ class Everything:
             self.history.failed.append(f"after {stream.length} tokens: {error.reason}: {error.message}")
 
     async def _probe(self, stop: asyncio.Event) -> None:
-        before = time.monotonic()
+        began = before = time.monotonic()
         while not stop.is_set():
             ready = await asyncio.to_thread(self._is_ready)
             now = time.monotonic()
+            if now - began >= 60 * len(self.history.gateway_mib):
+                self.history.gateway_mib.append(round(held(self.mesh)["gateway"]["rss_mib"], 1))
             self.history.unready_s += 0.0 if ready else now - before
             before = now
             await asyncio.sleep(0.1)

@@ -45,9 +45,6 @@ def test_everything_at_random() -> None:
         print("descriptors of the gateway:", kinds, "then", descriptors(mesh.named("stagemesh gateway")[0]))
         story.check()
         mesh.check_pages_are_free()
-        for name in {pipeline_id for pipeline_id, _ in story.epochs}:
-            epochs = [epoch for pipeline_id, epoch in story.epochs if pipeline_id == name]
-            assert all(a < b for a, b in itertools.pairwise(epochs)), f"an epoch that came back: {epochs}"
         history = story.history
         told = {
             "command": "make chaos-hour", "date": facts.today(), "machine": facts.machine(),
@@ -55,9 +52,12 @@ def test_everything_at_random() -> None:
             "finished": history.finished, "left": history.left, "refused": history.refused,
             "failed": len(history.failed), "wrong": len(history.wrong), "unready_s": round(history.unready_s, 1),
             "longest_pause_s": round(history.longest_s, 2), "done": dict(history.done),
-            "after_20_s": first, "at_the_end": last,
+            "gateway_mib_each_minute": history.gateway_mib, "after_20_s": first, "at_the_end": last,
         }  # fmt: skip
         print(json.dumps(told, indent=1))
+        for name in {pipeline_id for pipeline_id, _ in story.epochs}:
+            epochs = [epoch for pipeline_id, epoch in story.epochs if pipeline_id == name]
+            assert all(a < b for a, b in itertools.pairwise(epochs)), f"an epoch that came back: {epochs}"
         for name, values in last.items():
             assert values["fds"] <= first[name]["fds"] + 15, f"descriptors of {name} grow: {first} {last}"
             assert values["threads"] <= first[name]["threads"] + 8, f"threads of {name} grow: {first} {last}"
