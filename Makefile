@@ -27,7 +27,7 @@ serve: $(INSTALLED)  ## set up, then serve the shipped model over two stages; AR
 	$(BIN)/stagemesh serve $(if $(ARGS),$(ARGS),-pp 2)
 
 test: $(DEV) helm  ## everything that CI tests
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" --durations 20 $(ARGS)
 
 check: $(DEV)  ## format, lint, types, protos
 	$(BIN)/ruff format --check .
