@@ -32,7 +32,8 @@ class Journal:
         """Its own, on this rank."""
         # Memory is the system's until it is written.
         self._rows = torch.empty((max_pages * page_size, hidden_size), dtype=dtype)
-        self._items = _items(self._rows)
+        self._item = np.dtype((np.void, hidden_size * dtype.itemsize))
+        self._items = self._as_items(self._rows)
         """The same memory."""
         self._unused = list(range(max_pages - 1, -1, -1))
         self._entries: OrderedDict[int, int] = OrderedDict()
@@ -57,9 +58,14 @@ class Journal:
                 sources.extend(range(at, at + count))
                 targets.extend(range(place + offset, place + offset + count))
         if targets:
-            # By numpy: for the few rows of a decode step torch's indexing takes several times as long.
-            items = _items(output.detach().to(self._rows.device).contiguous())
+            # By numpy, which needs fewer calls than torch's indexing: few rows cost what the calls do.
+            items = self._as_items(output)
             self._items[targets] = items if len(sources) == len(items) else items[sources]
+
+    def _as_items(self, rows: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+        """Contiguous rows [R, H] as R items that are copied whole."""
+        host = rows.cpu() if rows.is_cuda else rows
+        return host.view(torch.uint8).numpy().view(self._item)[:, 0]
 
     def _begin(self, page: int) -> int | None:
         place = self._entries.pop(page, None)
@@ -97,12 +103,6 @@ class Journal:
             if page in self._entries:
                 bits[at >> 3] |= 1 << (at & 7)
         return bytes(bits)
-
-
-def _items(rows: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.void]]:
-    """Rows [R, H] in host memory as R items that are copied whole."""
-    width = rows.shape[1] * rows.itemsize
-    return rows.view(torch.uint8).numpy().view(np.dtype((np.void, width))).reshape(-1)
 
 
 def _parts(batch: StepBatch) -> Iterator[tuple[int, int, int, int]]:
