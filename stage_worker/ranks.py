@@ -63,8 +63,6 @@ class RankGroup:
         self._watching: asyncio.Task[None] | None = None
         self._calls: dict[tuple[int, int], asyncio.Future[bytes]] = {}
         self.ready: list[RankReady] = []
-        self.up = False
-        """Whether every rank is there to take orders; it may be lost since."""
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Set to the reason when a rank is gone."""
 
@@ -73,6 +71,11 @@ class RankGroup:
         """Ranks of the group."""
         return self._settings.tensor_parallel_size
 
+    @property
+    def up(self) -> bool:
+        """Whether every rank came to take orders; the group may be lost since."""
+        return len(self.ready) == self.size
+
     async def start(self) -> None:
         """Starts the ranks and waits until each is up. Raises ConfigError with the first rank's reason."""
         controls = [socket.socketpair() for _ in range(self.size)]
@@ -80,7 +83,6 @@ class RankGroup:
         shared = make_shared_memory(self.size) if self.size > 1 and self._device != "cuda" else None
         store = make_store() if self.size > 1 else None
         hearts = make_heartbeats(self.size)
-        loop = asyncio.get_running_loop()
         up: list[asyncio.Future[bytes]] = []
         try:
             for rank in range(self.size):
@@ -88,15 +90,10 @@ class RankGroup:
                 order = order if self.size > 1 else []
                 await self._start_rank(rank, controls[rank][1], order, hearts, shared, store)
                 reader, writer = await asyncio.open_unix_connection(sock=controls[rank][0])
-                future: asyncio.Future[bytes] = loop.create_future()
-                self._calls[rank, 0] = future
-                up.append(future)
+                up.append(self._expect(rank, 0))
                 self._writers.append(writer)
                 self._readers.append(asyncio.create_task(self._read(rank, reader)))
             self._watching = asyncio.create_task(self._watch(HeartWatch(hearts, self.size, LOOK_S)))
-        except BaseException:
-            _take_errors(up)
-            raise
         finally:
             ours = [pair[0] for pair in controls[len(self._writers) :]]
             for end in [*ours, *(pair[1] for pair in controls), *(end for pair in orders for end in pair)]:
@@ -108,8 +105,6 @@ class RankGroup:
             said = await asyncio.wait_for(asyncio.gather(*up), READY_TIMEOUT_S)
         except TimeoutError as e:
             raise ConfigError(f"a rank of {self._label} was not up after {READY_TIMEOUT_S:.0f} s") from e
-        finally:
-            _take_errors(up)
         for payload in said:
             values = json.loads(payload)
             self.ready.append(
@@ -118,7 +113,6 @@ class RankGroup:
                     {name: bytes.fromhex(address) for name, address in values["addresses"].items()},
                 )
             )
-        self.up = True
 
     async def _watch(self, hearts: HeartWatch) -> None:
         """Kills a rank that hangs, which is then lost like one that died."""
@@ -184,14 +178,11 @@ class RankGroup:
     ) -> list[bytes]:
         """`call` under an id that the caller took from `take_id`."""
         ranks = range(self.size) if rank is None else [rank]
-        loop = asyncio.get_running_loop()
         waiting: list[asyncio.Future[bytes]] = []
         try:
             for r in ranks:
                 self._write(r, pack(kind, ident, payload))
-                future: asyncio.Future[bytes] = loop.create_future()
-                self._calls[r, ident] = future
-                waiting.append(future)
+                waiting.append(self._expect(r, ident))
             done, _ = await asyncio.wait(waiting, timeout=timeout_s)
             if len(done) < len(waiting):
                 # It hangs, with its sockets open: only the end of the group helps.
@@ -201,7 +192,14 @@ class RankGroup:
         finally:
             for r in ranks:
                 self._calls.pop((r, ident), None)
-            _take_errors(waiting)
+
+    def _expect(self, rank: int, ident: int) -> asyncio.Future[bytes]:
+        """The reply that is to come. asyncio is kept from reporting an error that nobody asks for: the caller may have
+        been cancelled, or raise another rank's."""
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._calls[rank, ident] = future
+        return future
 
     def take_id(self) -> int:
         """A fresh id for a call or a session."""
@@ -292,13 +290,6 @@ class RankGroup:
         for future in self._calls.values():
             if not future.done():
                 future.cancel()
-
-
-def _take_errors(futures: list[asyncio.Future[bytes]]) -> None:
-    """So that asyncio reports none that nobody asks for: the caller was cancelled, or raises another rank's."""
-    for future in futures:
-        if future.done() and not future.cancelled():
-            future.exception()
 
 
 def _cpus_of(cpu_list: str | None, rank: int) -> list[int]:

@@ -94,6 +94,12 @@ def end_worker(mesh: Mesh, worker_id: str) -> None:
                 process.kill()
 
 
+def counts(mesh: Mesh) -> list[int]:
+    """Layers of the stages."""
+    stages = mesh.get("/mesh")["pipelines"][0]["stages"]
+    return [s["layers"]["last"] - s["layers"]["first"] for s in stages]
+
+
 def holders(mesh: Mesh) -> list[str]:
     """The workers of the stages, in order."""
     return [stage["worker_id"] for stage in mesh.get("/mesh")["pipelines"][0]["stages"]]

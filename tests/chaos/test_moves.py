@@ -8,7 +8,7 @@ import json
 import psutil
 import pytest
 import streams
-from disturb import COMMON, SEED, check, disturbed, stagemesh, until
+from disturb import COMMON, SEED, check, counts, disturbed, stagemesh, until
 from mesh import Mesh, serve
 
 from stagemesh.config import DEMO_MODEL
@@ -16,12 +16,6 @@ from stagemesh.config import DEMO_MODEL
 PLAIN = ("--enforce-eager", "--deterministic", "--dtype", "float32")
 """transformers' own modules, token by token."""
 DRAFT = json.dumps({"method": "draft_model", "model": str(DEMO_MODEL), "num_speculative_tokens": 3})
-
-
-def counts(mesh: Mesh) -> list[int]:
-    """Layers of the stages."""
-    stages = mesh.get("/mesh")["pipelines"][0]["stages"]
-    return [s["layers"]["last"] - s["layers"]["first"] for s in stages]
 
 
 def connections(mesh: Mesh) -> int:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import streams
-from disturb import check, disturbed, holders, stagemesh, until
+from disturb import check, counts, disturbed, holders, stagemesh, until
 from mesh import Mesh
 
 
@@ -36,10 +36,6 @@ def test_wrong_names_are_said(mesh: Mesh) -> None:
 def test_a_repartition_whose_coordinator_dies_is_carried_out_by_the_next(
     mesh: Mesh, expected: list[streams.Stream]
 ) -> None:
-    def counts() -> list[int]:
-        stages = mesh.get("/mesh")["pipelines"][0]["stages"]
-        return [s["layers"]["last"] - s["layers"]["first"] for s in stages]
-
     def move(_: list[streams.Stream]) -> None:
         command = [sys.executable, "-m", "stagemesh.cli.main", "repartition", "2,2,4", "--url", mesh.url]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as asking:
@@ -47,7 +43,7 @@ def test_a_repartition_whose_coordinator_dies_is_carried_out_by_the_next(
             mesh.named("stagemesh coordinator")[0].kill()
             # Nobody is left to ask again.
             asking.kill()
-        asyncio.run(until(lambda: counts() == [2, 2, 4], "the stages hold what was asked for"))
+        asyncio.run(until(lambda: counts(mesh) == [2, 2, 4], "the stages hold what was asked for"))
 
     told = asyncio.run(disturbed(mesh, move))
     check(told, expected)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import streams
-from disturb import COMMON, check, disturbed, end_worker, holders, rank_of, stagemesh, until, wait_longer
+from disturb import COMMON, check, counts, disturbed, end_worker, holders, rank_of, stagemesh, until, wait_longer
 from mesh import Mesh, serve
 from resuming import Answer, Events
 
@@ -66,21 +66,19 @@ def replaceable(mesh: Mesh) -> int:
     return int(stages[0]) if stages else 1
 
 
-def ranges(mesh: Mesh) -> str:
-    """Layers of each stage, as an operator gives them."""
-    stages = mesh.get("/mesh")["pipelines"][0]["stages"]
-    return ",".join(str(s["layers"]["last"] - s["layers"]["first"]) for s in stages)
+def other_ranges(mesh: Mesh, one: str, other: str) -> str:
+    """The one of two that the stages do not hold."""
+    return other if counts(mesh) == [int(count) for count in one.split(",")] else one
 
 
-def other_ranges(mesh: Mesh) -> str:
-    """Not those that the stages hold."""
-    return "2,4,2" if ranges(mesh).startswith("3,") else "3,3,2"
+def asking(mesh: Mesh, wanted: str) -> list[str]:
+    """The command by which an operator asks for these ranges."""
+    return [sys.executable, "-m", "stagemesh.cli.main", "repartition", wanted, "--url", mesh.url]
 
 
 def carried_out(mesh: Mesh, wanted: str) -> bool:
-    """Asks for these ranges; whether the coordinator says that the stages have them."""
-    command = [sys.executable, "-m", "stagemesh.cli.main", "repartition", wanted, "--url", mesh.url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    """Asks for them; whether the coordinator says that the stages have them."""
+    done = subprocess.run(asking(mesh, wanted), capture_output=True, text=True, timeout=20)
     print(done.stdout, done.stderr)
     return f"the stages hold {wanted} layers" in done.stdout
 
@@ -104,19 +102,24 @@ def test_a_process_that_dies_at(point: str, armed: tuple[Mesh, Path], expected: 
             # Whoever released its stage first has died: this one, or one that goes on with it at the next epoch.
             end_worker(mesh, drained)
         elif point in OF_ORDERS:
-            wanted = other_ranges(mesh)
-            command = [sys.executable, "-m", "stagemesh.cli.main", "repartition", wanted, "--url", mesh.url]
-            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as asking:
+            wanted = other_ranges(mesh, "3,3,2", "2,4,2")
+            command = asking(mesh, wanted)
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as operator:
                 asyncio.run(until(lambda: not (folder / point).exists(), f"it comes to {point}"))
                 # Nobody is left to ask again.
-                asking.kill()
+                operator.kill()
             if point == "coordinator.after_order_write":
-                asyncio.run(until(lambda: ranges(mesh) == wanted, "what was written down is carried out"))
+                asyncio.run(
+                    until(
+                        lambda: counts(mesh) == [int(n) for n in wanted.split(",")],
+                        "what was written down is carried out",
+                    )
+                )
             else:
                 # Nothing was: it is asked for again, of the next coordinator.
                 asyncio.run(until(lambda: carried_out(mesh, wanted), "it is asked for again and carried out"))
         elif point in OF_MOVES:
-            wanted = other_ranges(mesh)
+            wanted = other_ranges(mesh, "3,3,2", "2,4,2")
             assert f"the stages hold {wanted} layers" in stagemesh("repartition", wanted, "--url", mesh.url)
         elif point not in IN_EVERY_STEP:
             rank_of(mesh, replaceable(mesh)).kill()
@@ -159,8 +162,8 @@ def test_a_gateway_that_dies_at(point: str, logged: tuple[Mesh, Path, Answer]) -
     """Whatever it had told its client, that goes on behind it at the next one, with the tokens that would have come."""
     mesh, folder, whole = logged
     mesh.wait_ready()
-    command = [sys.executable, "-m", "stagemesh.cli.main", "repartition", ranges_other_than_now(mesh)]
-    with subprocess.Popen([*command, "--url", mesh.url] if point in OF_SWITCHES else ["true"]):
+    command = asking(mesh, other_ranges(mesh, "4,4", "5,3"))
+    with subprocess.Popen(command if point in OF_SWITCHES else ["true"]):
         answer, events = Answer(), Events(f"{mesh.url}/v1/completions", BODY)
         for event in events:
             answer.take(event)
@@ -185,8 +188,3 @@ def test_a_gateway_that_dies_at(point: str, logged: tuple[Mesh, Path, Answer]) -
             answer.take(event)
         assert answer.same(whole)
     mesh.check_pages_are_free()
-
-
-def ranges_other_than_now(mesh: Mesh) -> str:
-    """To ask for."""
-    return "5,3" if mesh.get("/mesh")["pipelines"][0]["stages"][0]["layers"]["last"] == 4 else "4,4"

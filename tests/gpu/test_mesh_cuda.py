@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: no mesh was tried on one"),
 ]
-SEED, STREAMS, MAX_TOKENS = 23, 16, 400
+SEED, STREAMS, MAX_TOKENS = 23, 8, 120
 FAST = ("-pp", "3", "--max-model-len", "1024", "--dtype", "float32", "--device", "cuda", "--kv-cache-gib", "1")
 COMMON = (*FAST, "--deterministic")
 """What is computed again may be rounded otherwise in fast mode, and a token that is drawn then be another one."""
@@ -60,7 +60,7 @@ def test_one_stage_is_lost(expected: list[streams.Stream], stage: int, who: str)
     with serve(*COMMON, "--standby", "1") as mesh:
         mesh.wait_standbys(1)
         victim = rank_of(mesh, stage) if who == "rank" else agent_of(mesh, stage)
-        told = asyncio.run(disturbed(mesh, lambda _: victim.kill()))
+        told = asyncio.run(disturbed(mesh, lambda _: victim.kill(), STREAMS, MAX_TOKENS))
         tell(mesh)
         print(f"longest pause: {max(s.longest_s for s in told):.2f} s")
         check(told, expected)
@@ -76,7 +76,7 @@ def test_layers_move(expected: list[streams.Stream]) -> None:
                 stagemesh("repartition", wanted, "--url", mesh.url)
             stagemesh("drain", "stage-1", "--url", mesh.url)
 
-        told = asyncio.run(disturbed(mesh, move))
+        told = asyncio.run(disturbed(mesh, move, STREAMS, MAX_TOKENS))
         events = mesh.get("/mesh")["events"]
         print([(e["event"], e["duration_ms"]) for e in events], f"longest: {max(s.longest_s for s in told):.3f} s")
         check(told, expected)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc.aio
-from mesh import Mesh, serve
+from mesh import serve
 
 from stagemesh import rpc
 from stagemesh.errors import Unavailable
@@ -20,13 +22,14 @@ async def open_session(address: str, epoch: int) -> int:
     opened = stage_pb2.RunOpen(key=key, stage=1, gateway_id="next", instance=1, slot=7, protocol=PROTOCOL)
     done = asyncio.Event()
 
-    async def messages():  # type: ignore[no-untyped-def]
+    async def messages() -> AsyncIterator[stage_pb2.RunRequest]:
         yield stage_pb2.RunRequest(open=opened)
         await done.wait()
 
     async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = stage_pb2_grpc.StageStub(channel)
         with rpc.mapped():
-            async for response in stage_pb2_grpc.StageStub(channel).Run(messages()):
+            async for response in stub.Run(messages()):
                 done.set()
                 return int(response.opened.num_pages)
     raise AssertionError("the worker said nothing")
@@ -43,7 +46,9 @@ def test_they_are_free_when_it_is_killed() -> None:
         assert took is not None
         assert took[0] == total
         print(f"free after {took[1]:.2f} s")
-        serves(mesh)
+        # The gateway that is started in its place has them, now that the other one is gone.
+        mesh.wait_ready()
+        assert len(mesh.greedy([5, 6, 7], 4)) == 4
 
 
 async def pages_within(address: str, epoch: int, seconds: float) -> tuple[int, float] | None:
@@ -55,9 +60,3 @@ async def pages_within(address: str, epoch: int, seconds: float) -> tuple[int, f
         except Unavailable:
             await asyncio.sleep(0.02)
     return None
-
-
-def serves(mesh: Mesh) -> None:
-    """The gateway that is started in its place has them, once the other one is gone."""
-    mesh.wait_ready()
-    assert len(mesh.greedy([5, 6, 7], 4)) == 4
