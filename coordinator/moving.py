@@ -83,6 +83,8 @@ class Mover(Wishes):
         self._move_after: dict[str, float] = {}
         self._gateways: dict[str, tuple[int, float]] = {}
         """Gateway -> streams, and when the last of them ended."""
+        self._all_came_at = self._now + GONE_S if named.get("epochs") else self._now
+        """When those that followed a coordinator before this one have come back: which they are is not known."""
         self._old_gateways: set[str] = set()
         """Those that know nothing of moves."""
 
@@ -188,7 +190,7 @@ class Mover(Wishes):
         waits_for = self._followers() - move.moved - move.stayed
         if self._now >= move.deadline:
             self._fail(move, move.fault or f"not there in time: {', '.join(sorted(waits_for)) or move.phase.value}")
-        elif move.published and not waits_for:
+        elif move.published and not waits_for and self._now >= self._all_came_at:
             if move.fault:
                 self._fail(move, move.fault)
             else:

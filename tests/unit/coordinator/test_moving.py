@@ -8,7 +8,7 @@ from mesh_world import REVISION, World, serving, target
 from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.cost import Kind
-from stagemesh.coordinator.moving import pages_to_copy
+from stagemesh.coordinator.moving import GONE_S, pages_to_copy
 from stagemesh.coordinator.pipeline import State
 from stagemesh.errors import ConfigError
 
@@ -263,9 +263,22 @@ class TestRestart:
         new.prepared("a"), new.prepared("b")
         new.prepare_move()
         new.moved()
+        new.wait(GONE_S + 0.1, "a", "b")
         assert (new.state, new.ranges) == (State.SERVING, [(0, 4), (4, 6)])
-        new.wait(0.1, "a", "b")
         assert new.mesh.ranges is None
+
+    def test_a_move_is_not_over_before_gateways_of_before_have_come_back(self) -> None:
+        world = repartitioned()
+        new = restarted(world)
+        new.prepared("a"), new.prepared("b")
+        new.prepare_move()
+        new.wait(GONE_S / 2, "a", "b")
+        assert (new.epoch, new.ranges) == (world.epoch, [(0, 3), (3, 6)]), "a gateway that drives it was not waited for"
+        new.gateway()
+        new.wait(GONE_S, "a", "b")
+        assert new.epoch == world.epoch
+        new.moved()
+        assert new.ranges == [(0, 4), (4, 6)]
 
     def test_ranges_that_stages_hold_stay_those_of_what_is_formed_later(self) -> None:
         world = repartitioned()
@@ -296,6 +309,7 @@ class TestRestart:
         new.prepared("spare")
         new.prepare_move()
         new.moved()
+        new.wait(GONE_S + 0.1, *new.mesh.workers)
         assert new.holders == ["spare", "b"]
         again = restarted(new)
         assert again.mesh.workers["a"].draining, "it takes no stage until it is started again"
