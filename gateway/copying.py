@@ -1,7 +1,8 @@
 """Which pages are still to be copied to the workers that are going to hold them. Pure.
 
 What lies in pages changes while they are copied: a page that a step writes is copied again. Pages that are being
-written wait, so that in the end those are left that steps write all the time: they follow when nothing is out.
+written wait, so that in the end those are left that steps write all the time: they follow when nothing more is planned,
+as their steps come back.
 """
 
 from __future__ import annotations
@@ -26,19 +27,12 @@ class PageCopier:
         """A step goes out."""
         self._dirty |= self._written(plan)
 
-    def next(self, at_most: int) -> list[int]:
-        """Pages that can be copied now, and are taken as copied."""
+    def next(self, at_most: int | None = None) -> list[int]:
+        """Pages that no step writes now; they are taken as copied."""
         busy: set[int] = set()
         for plan in self._scheduler.out.values():
             busy |= self._written(plan)
-        return self._take(self._dirty - busy, at_most)
-
-    def rest(self) -> list[int]:
-        """All that is left; nothing is out."""
-        return self._take(self._dirty, len(self._dirty))
-
-    def _take(self, pages: set[int], at_most: int) -> list[int]:
-        found = sorted(page for page in pages if self._scheduler.pages.in_use(page))[:at_most]
+        found = sorted(page for page in self._dirty - busy if self._scheduler.pages.in_use(page))[:at_most]
         self._dirty.difference_update(found)
         return found
 

@@ -2,8 +2,8 @@
 
 The next epoch's stages stand already. Their sessions are opened beside those that serve, a token crosses them, and the
 pages of layers that change hands are copied while steps go on. When only those pages are left that are written all the
-time, nothing more is planned, what is out comes back, the rest is copied, and the next loop goes on: it need not wait
-for the rest, as no worker runs a step before the pages that were announced before it are there.
+time, nothing more is planned, what is out comes back, its pages are copied as it does, and the next loop goes on: it
+need not wait for them, as no worker runs a step before the pages that were announced before it are there.
 """
 
 from __future__ import annotations
@@ -85,8 +85,12 @@ class Handover:
             old.pause()
             paused_at = time.monotonic()
             async with asyncio.timeout(PAUSE_S):
-                await self._until(lambda: not self._work.scheduler.out)
-            self._send(copier.rest())
+                while self._work.scheduler.out:
+                    # Pages of rows that are back are under way while the others' steps run.
+                    self._send(copier.next())
+                    await self._wait()
+                    self._check_lost()
+            self._send(copier.next())
             self._check_lost()
         except BaseException as e:
             # The probe may still be under way.

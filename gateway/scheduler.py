@@ -61,6 +61,8 @@ class Scheduler:
         """What stages have to compute again before anything else; set behind `rewind`."""
         self.preemptions = 0
         self._next_step = 1
+        self._turn = 0
+        """Steps planned, over all epochs."""
         self._guesses_a_row = 0
         """Tokens that the last stage may be asked to guess behind each row of the step that is planned."""
 
@@ -189,6 +191,7 @@ class Scheduler:
         if plan is None:
             return None
         self._next_step += 1
+        self._turn += 1
         for row in plan.rows:
             sequence = row.sequence
             if not sequence.opened:
@@ -199,7 +202,7 @@ class Scheduler:
             if plan.replay is None:
                 sequence.computed = row.start + row.count
             sequence.in_flight += 1
-            sequence.last_step = plan.step
+            sequence.last_step, sequence.turn = plan.step, self._turn
             sequence.unsampled += row.samples
         self.out[plan.step] = plan
         return plan
@@ -285,8 +288,9 @@ class Scheduler:
         if len(self.out) >= self.steps_in_flight and any(s.unsampled and self.speculation.gathers(s) for s in decoding):
             # Nothing is gained by being ahead: those that come back meet the others, and go on as one batch.
             return []
-        # The one whose last step is longest ago goes first, so that none waits a round more than another.
-        ready.sort(key=lambda s: s.last_step)
+        # The one whose last step is longest ago goes first, also behind an epoch's end, so that none waits a round more
+        # than another.
+        ready.sort(key=lambda s: s.turn)
         rows: list[Row] = []
         for sequence in ready:
             if len(rows) == share:

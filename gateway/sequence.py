@@ -54,6 +54,8 @@ class Sequence:
     opened: bool = False
     """Whether the workers know it."""
     last_step: int = 0
+    turn: int = 0
+    """When it was planned last, as a count of steps that goes on over epochs."""
     preempted: bool = False
     """To be put back into the queue when its steps are back."""
     offered: int = 0

@@ -13,9 +13,10 @@ from prefix_world import make
 from stagemesh.errors import StageLost
 from stagemesh.gateway.batch_loop import BatchLoop
 from stagemesh.gateway.handover import Handover
-from stagemesh.gateway.plan import Plan
 from stagemesh.gateway.seat import Seat
+from stagemesh.gateway.sequence import Sequence
 from stagemesh.gateway.work import Shape, Work
+from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 
 def loop(epoch: int, pages: int) -> MagicMock:
@@ -27,39 +28,66 @@ def loop(epoch: int, pages: int) -> MagicMock:
         return None
 
     made.open = opened
+    made.copied, made.out_when_told = set(), []
+    made.copy_pages = lambda stage: 4
     made.begin_probe = lambda page: SimpleNamespace(done=True)
     return made
 
 
-def story(end: str) -> tuple[MagicMock, MagicMock, Work, Handover]:
+def story(end: str, num_steps: int = 1) -> tuple[MagicMock, MagicMock, Work]:
+    """A pipeline goes over while so many steps are out, each of one sequence that computes its first page."""
     work = Work(lambda shape: make(pages=len(shape.pages)))
     work.begin(Shape(tuple(range(16)), 4, 3), [])
     old, new = loop(1, 16), loop(2, 8)
-    handover = Handover(cast(BatchLoop, old), cast(BatchLoop, new), work, [])
-    work.scheduler.out[1] = Plan(1, [], alone=False)
+    handover = Handover(
+        cast(BatchLoop, old), cast(BatchLoop, new), work, [types_pb2.KvCopy(index=0, from_stage=0, to_stage=1)]
+    )
+    scheduler = work.scheduler
+    for number in range(num_steps):
+        scheduler.add(Sequence((number, 1, 1, 1), 0, 9))
+        assert scheduler.next_plan() is not None
 
     async def run() -> None:
         running = asyncio.create_task(handover.run(Seat("g")))
         while not old.pause.called:
             assert not running.done(), running.exception()
             await asyncio.sleep(0)
-        if end == "lost":
-            # What a loop does that is lost: nothing of it is out any more.
-            old.lost = StageLost("a stream broke")
-        work.scheduler.out.clear()
-        old.on_progress()
+        for step in list(scheduler.out):
+            if end == "lost":
+                # What a loop does that is lost: nothing of it is out any more.
+                old.lost = StageLost("a stream broke")
+                work.end()
+            else:
+                scheduler.step_done(step)
+            new.copied |= {(0, message.copy.number) for message in told(old)}
+            old.on_progress()
+            while scheduler.out and len(told(old)) < step and not running.done():
+                await asyncio.sleep(0)
+            old.out_when_told.append(len(scheduler.out))
         await running
 
-    asyncio.run(run())
-    return old, new, work, handover
+    asyncio.run(asyncio.wait_for(run(), 20))
+    return old, new, work
+
+
+def told(made: MagicMock) -> list[stage_pb2.RunRequest]:
+    """Messages to its stages."""
+    return [call.args[1] for call in made.tell.call_args_list]
 
 
 def test_with_fewer_pages_it_goes_over() -> None:
-    old, new, work, _ = story("well")
+    old, new, work = story("well")
     assert old.retire.called
     assert new.take_over.called
     assert work.scheduler.pages.num_pages == 8
-    assert work.scheduler.pages.num_free == 8
+    assert work.scheduler.pages.num_free == 8 - len(work.scheduler.running[0].pages), "the probe's page is free"
+
+
+def test_pages_of_a_step_that_is_back_do_not_wait_for_the_others() -> None:
+    old, new, work = story("well", num_steps=3)
+    assert old.out_when_told == [2, 1, 0]
+    assert [list(message.copy.pages) for message in told(old)] == [[s.pages[0]] for s in work.scheduler.running]
+    assert [m.copy.number for m in told(new)] == [m.copy.number for m in told(old)]
 
 
 def test_what_is_lost_while_its_last_steps_come_back_is_not_gone_on_from() -> None:

@@ -143,6 +143,27 @@ def test_sequences_take_turns_even_when_one_was_ahead() -> None:
     assert all(one is not two for one, two in itertools.pairwise(order[4:]))
 
 
+def test_who_waited_longest_at_the_end_of_an_epoch_goes_first_at_the_next() -> None:
+    scheduler = make(steps=3)
+    for _ in range(6):
+        scheduler.add(sequence(4, 60))
+    for _ in range(10):
+        # Until the last round that is out begins in the midst of those that run.
+        drain(scheduler)
+        come_back(scheduler, next(iter(scheduler.out.values())))
+    waited: dict[int, None] = {}
+    while scheduler.out:
+        plan = next(iter(scheduler.out.values()))
+        for row in plan.rows:
+            waited.pop(row.sequence.ident, None)
+            waited[row.sequence.ident] = None
+        come_back(scheduler, plan)
+    scheduler.rewind(next_step=3)
+    named = [row.sequence.ident for plan in drain(scheduler)[:3] for row in plan.rows]
+    assert named == list(waited)
+    assert named != [s.ident for s in scheduler.running], "the story shows nothing"
+
+
 def test_a_prompt_is_cut_by_the_budget_that_steps_cost() -> None:
     scheduler = make(tokens=256)
     scheduler.prefill_budget = 16
