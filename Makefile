@@ -43,11 +43,18 @@ protos: $(DEV)  ## regenerate the committed stubs
 helm: $(DEV)
 	$(BIN)/python tools/helm/get_helm.py
 
+# Runs all of tests/NAME, and writes what it showed to benchmarks/results/NAME.md; fails where a test did.
+define suite
+mkdir -p build && rm -f build/$(1).xml
+$(BIN)/python -m pytest tests/$(1) -m "slow or not slow" --timeout 3600 --junitxml build/$(1).xml $(ARGS) || true
+$(BIN)/python benchmarks/suite_result.py $(1) build/$(1).xml "make $(1)"
+endef
+
 numerics: $(DEV)  ## every combination of the token-for-token tests (the pairwise part is in `make test`)
-	$(BIN)/python -m pytest tests/numerics -m "slow or not slow" --timeout 3600 $(ARGS)
+	$(call suite,numerics)
 
 chaos: $(DEV)  ## kills, hangs, cuts and operations under live streams, at every named point
-	$(BIN)/python -m pytest tests/chaos -m "slow or not slow" --timeout 3600 $(ARGS)
+	$(call suite,chaos)
 
 chaos-hour: $(DEV)  ## everything at random for an hour, 256 streams; writes benchmarks/results/chaos-hour.json
 	STAGEMESH_CHAOS_S=3600 STAGEMESH_CHAOS_STREAMS=256 \

@@ -16,9 +16,27 @@ sys.path.append(str(ROOT / "benchmarks"))
 import report  # noqa: E402
 import scale  # noqa: E402
 import scale_report  # noqa: E402
+import suite_result  # noqa: E402
 import workloads  # noqa: E402
 from probe import Probe, Sample, role_of, sums_of  # noqa: E402
 from vllm_venv import BenchmarkError  # noqa: E402
+
+
+def test_a_suite_is_told_by_file_and_what_failed_by_name() -> None:
+    suite = xml.etree.ElementTree.fromstring(
+        "<testsuites><testsuite>"
+        '<testcase classname="tests.chaos.test_kill" name="test_one[a]" time="2.6"/>'
+        '<testcase classname="tests.chaos.test_kill" name="test_two" time="9.9"><failure message="x"/></testcase>'
+        '<testcase classname="tests.chaos.test_kill.TestMany" name="test_three" time="1"><error/></testcase>'
+        '<testcase classname="tests.chaos.test_moves" name="test_four" time="0"><skipped/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    found = suite_result.modules(suite.iter("testcase"))
+    assert found["tests/chaos/test_kill.py"].failed == ["test_two", "test_three"]
+    assert suite_result.table(found)[2:] == [
+        "| tests/chaos/test_kill.py | 1 | 2 | 0 | 14 | `test_two` 10 |",
+        "| tests/chaos/test_moves.py | 0 | 0 | 1 | 0 | `test_four` 0 |",
+    ]
 
 
 def test_rows_say_layout_load_and_requests_at_once() -> None:
