@@ -225,8 +225,11 @@ class Former:
 
     def _persist(self, pipeline: Pipeline) -> None:
         """Writes down what serves."""
+        self._act(actions.PersistPlan(self._stored(pipeline)))
+
+    def _stored(self, pipeline: Pipeline) -> v.StoredPlan:
         stages = range(len(pipeline.stages))
-        plan = v.StoredPlan(
+        return v.StoredPlan(
             pipeline.pipeline_id,
             pipeline.epoch,
             pipeline.stages,
@@ -235,7 +238,6 @@ class Former:
             self.target.terms,
             pipeline.shares,
         )
-        self._act(actions.PersistPlan(plan))
 
     # Failing
 

@@ -4,13 +4,14 @@ A move forms the next epoch of a pipeline beside the one that serves: the worker
 among them those over which KV pages go from who holds a layer to who is going to hold it. Then gateways are told. Each
 copies its pages, goes over between two steps and says so; when all have, the epoch before is over. Until gateways have
 been told, a move that fails is forgotten, and nothing has happened. From then on its failure is the pipeline's, which
-is made good like any other.
+is made good like any other; and it is written down, so that a coordinator that is started again goes on with it: where
+a gateway has gone over, the epoch before must not be driven any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stagemesh.protocol import MOVES
@@ -41,6 +42,8 @@ class Move(Pipeline):
     copied: set[int] = field(default_factory=set)
     """Copies whose link stands."""
     published: bool = False
+    taken_up: bool = False
+    """Published by a coordinator before this one: which gateways have gone over is not known."""
     moved: set[str] = field(default_factory=set)
     """Gateways that have gone over."""
     stayed: set[str] = field(default_factory=set)
@@ -259,6 +262,31 @@ class Mover(Wishes):
                 self._act(actions.Release(pipeline_id, move.epoch, info.worker_id, info.address, reason, alone=True))
         return move
 
+    def _stored(self, pipeline: Pipeline) -> v.StoredPlan:
+        plan, move = super()._stored(pipeline), self.moves.get(pipeline.pipeline_id)
+        if move is None or move is pipeline or not move.published:
+            return plan
+        return replace(plan, next=super()._stored(move))
+
+    def _take_up_move(self, pipeline: Pipeline, plan: v.StoredPlan) -> None:
+        """Goes on with a move of which a coordinator before this one has told gateways."""
+        copies = pages_to_copy(pipeline.stages, plan.stages, pipeline.epoch)
+        self.moves[pipeline.pipeline_id] = Move(
+            pipeline.pipeline_id, plan.epoch, State.SERVING, Phase.IDLE, "", plan.stages,
+            loaded=dict(enumerate(plan.loaded)),
+            routes=dict(enumerate(plan.routes)),
+            acked=set(range(len(plan.stages))),
+            shares=plan.shares,
+            why="that had begun",
+            copies=copies,
+            copied={copy.index for copy in copies},
+            published=True,
+            taken_up=True,
+            deadline=self._now + MOVE_S,
+        )  # fmt: skip
+        for stage in plan.stages:
+            self.workers[stage.worker_id].kept = stage.layers
+
     # -- what forming does otherwise for a move ---------------------------------------------------------------------
 
     def _busy(self, pipeline: Pipeline) -> set[str]:
@@ -322,6 +350,7 @@ class Mover(Wishes):
             return
         pipeline.state, pipeline.phase, pipeline.published = State.SERVING, Phase.IDLE, True
         pipeline.deadline = self._now + MOVE_S
+        self._persist(self.pipelines[pipeline.pipeline_id])
         self._publish()
 
     def _interrupt(self, pipeline: Pipeline, reason: str, delay_s: float = 0.0) -> None:
@@ -341,8 +370,10 @@ class Mover(Wishes):
         self._failed[name], self._why_failed = self._failed.get(name, 0) + move.counts, reason
         self._move_after[name] = self._now + RETRY_MAX_S
         self._log(f"{name} has not gone to epoch {move.epoch}: {reason}", warning=True)
-        if move.published and not self._followers() <= move.stayed:
+        if move.taken_up or (move.published and not self._followers() <= move.stayed):
             super()._interrupt(self.pipelines[name], reason)
+        elif move.published:
+            self._persist(self.pipelines[name])
         self._publish()
 
     def _down(self, pipeline: Pipeline, reason: str, *, final: bool) -> None:

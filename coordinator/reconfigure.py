@@ -245,15 +245,19 @@ class Mesh(Survivors):
     # After a restart
 
     def _try_adopt(self, pipeline: Pipeline) -> None:
-        """Takes a pipeline of before the restart over as it is, once every one of its workers reports it active."""
+        """Takes a pipeline of before the restart over as it is, once every one of its workers reports it active, with
+        the move that gateways were told of."""
         plan = pipeline.restored
         assert plan is not None
-        for stage in plan.stages:
+        following = plan.next
+        plans = [(plan, stage) for stage in plan.stages]
+        plans += [(following, stage) for stage in following.stages] if following is not None else []
+        for at, stage in plans:
             worker = self.workers.get(stage.worker_id)
             if worker is None:
                 return
             same_life = worker.info.incarnation == stage.incarnation
-            if not same_life or not self._holds(worker.info, pipeline.pipeline_id, plan.epoch, stage):
+            if not same_life or not self._holds(worker.info, pipeline.pipeline_id, at.epoch, stage):
                 self._give_up_restoring(pipeline, f"worker {stage.worker_id} no longer holds stage {stage.stage}")
                 return
         pipeline.restored, pipeline.epoch, pipeline.shares = None, plan.epoch, plan.shares
@@ -263,8 +267,10 @@ class Mesh(Survivors):
         pipeline.loaded, pipeline.routes = dict(enumerate(plan.loaded)), dict(enumerate(plan.routes))
         pipeline.acked = {stage.stage for stage in plan.stages}
         pipeline.state, pipeline.phase, pipeline.reason = State.SERVING, Phase.IDLE, ""
+        if following is not None:
+            self._take_up_move(pipeline, following)
         for worker in self.workers.values():
-            # What a move that was under way has left behind.
+            # What a move has left behind of which gateways were not told.
             self._release_stale(pipeline, worker)
         self._log(f"{pipeline.pipeline_id} goes on at epoch {pipeline.epoch}: all of its workers are still active")
         self._publish()

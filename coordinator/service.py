@@ -12,6 +12,7 @@ from typing import Any
 import grpc.aio
 
 from stagemesh.errors import ConfigError, InvalidRequest, NotFound, Unavailable
+from stagemesh.faults import point
 from stagemesh.protocol import check_protocol, spoken
 from stagemesh.protos.v1 import coordinator_pb2 as pb
 from stagemesh.protos.v1 import coordinator_pb2_grpc, types_pb2
@@ -231,6 +232,8 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def ReportMoved(self, request: pb.ReportMovedRequest, context: Context) -> pb.ReportMovedResponse:
         """A gateway has gone over to the next epoch of a pipeline, or cannot."""
+        # Nobody else knows yet.
+        point("coordinator.moved")
         self.post(events.GatewayMoved(request.gateway_id, request.pipeline_id, request.epoch, request.error))
         return pb.ReportMovedResponse()
 

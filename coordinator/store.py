@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from stagemesh.errors import ConfigError
 from stagemesh.faults import point
@@ -73,10 +74,10 @@ class Store:
     def plans(self) -> dict[str, StoredPlan]:
         """Pipeline -> the plan that last served."""
         rows = self._db.execute("SELECT pipeline_id, plan FROM plans").fetchall()
-        return {name: _decode(text) for name, text in rows}
+        return {name: _plan(json.loads(text)) for name, text in rows}
 
     def save_plan(self, plan: StoredPlan) -> None:
-        """Writes down a pipeline that serves."""
+        """Writes down a pipeline that serves, and where it is going."""
         point("coordinator.before_plan_write")
         self._db.execute("INSERT OR REPLACE INTO plans VALUES (?, ?)", (plan.pipeline_id, json.dumps(asdict(plan))))
         point("coordinator.after_plan_write")
@@ -142,8 +143,8 @@ class Store:
         self._db.close()
 
 
-def _decode(text: str) -> StoredPlan:
-    raw = json.loads(text)
+def _plan(raw: dict[str, Any]) -> StoredPlan:
+    following = raw.get("next")
     return StoredPlan(
         raw["pipeline_id"],
         raw["epoch"],
@@ -152,4 +153,5 @@ def _decode(text: str) -> StoredPlan:
         tuple(raw["routes"]),
         raw["terms"],
         raw.get("shares", 1),
+        _plan(following) if following is not None else None,
     )

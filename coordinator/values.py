@@ -102,6 +102,8 @@ class StoredPlan:
     """Digest of model and bounds; a plan made for other terms is not taken up again."""
     shares: int = 1
     """Pipelines between which pages were split."""
+    next: StoredPlan | None = None
+    """The epoch that gateways have been told to go over to, where some may not have."""
 
 
 @dataclass(frozen=True)

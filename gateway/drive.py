@@ -95,6 +95,8 @@ class Drive:
         """An epoch that could not be opened, and when it is tried again."""
         self._opening = False
         self._moving: asyncio.Task[None] | None = None
+        self._driven = 0
+        """The highest epoch that was driven."""
         self._moved: Key | None = None
         """The next epoch that was gone over to."""
         self._not_moved: Key | None = None
@@ -270,6 +272,11 @@ class Drive:
         return key != (view.pipeline_id, view.epoch) or time.monotonic() >= at
 
     async def _open(self, view: types_pb2.PipelineView) -> None:
+        if view.epoch < self._driven:
+            # No epoch emits behind a later one, whatever a coordinator knows that was away.
+            self._not_before = (view.pipeline_id, view.epoch), time.monotonic() + AGAIN_S
+            self._around.reporter.stuck(view.pipeline_id, view.epoch, f"it has gone on at epoch {self._driven} already")
+            return
         seat = self._around.seat
         work = self.work or make_work(view, self._around.settings)
         work.costs.only_for([(stage.layers.first, stage.layers.last) for stage in view.stages])
@@ -277,7 +284,7 @@ class Drive:
         try:
             await self._around.load_model(view)
             await loop.start(seat)
-            self.loop, self.work = loop, work
+            self.loop, self.work, self._driven = loop, work, view.epoch
             if self._wanted is None or loop.key != (self._wanted.pipeline_id, self._wanted.epoch):
                 raise StageLost("the pipeline changed while its sessions were opened")
             if not work.live:
@@ -322,7 +329,7 @@ class Drive:
             reporter.moved(*key, error=why)
             await new.close()
             return
-        self.loop, self._moved = new, key
+        self.loop, self._moved, self._driven = new, key, after.epoch
         work.costs.only_for([(stage.layers.first, stage.layers.last) for stage in after.stages])
         # A token has crossed the next epoch: whatever was waited for is over.
         self.outage.recovered(*key, len(set(work.live.values())), 0)

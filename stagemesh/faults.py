@@ -22,6 +22,7 @@ POINTS = (
     "coordinator.after_order_write",
     "coordinator.before_slot_write",
     "coordinator.after_slot_write",
+    "coordinator.moved",
     "agent.assign",
     "agent.prepare",
     "agent.open_session",

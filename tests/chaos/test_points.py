@@ -31,6 +31,7 @@ OF_MOVES = ("rank.copy_send", "rank.copy_land")
 OF_ORDERS = ("coordinator.before_order_write", "coordinator.within_order_write", "coordinator.after_order_write")
 OF_GATEWAYS = tuple(name for name in POINTS if name.startswith("gateway."))
 OF_SWITCHES = ("gateway.before_switch", "gateway.after_switch")
+ELSEWHERE = (*OF_GATEWAYS, "coordinator.moved")
 IN_CI = {
     "coordinator.before_epoch_write", "coordinator.after_order_write", "agent.release", "rank.connect_link",
     "rank.before_send", "rank.replay", "rank.copy_land", "gateway.after_log", "gateway.before_switch",
@@ -88,7 +89,7 @@ def of(points: Iterable[str]) -> list[Any]:
     return [p if p in IN_CI else pytest.param(p, marks=pytest.mark.slow) for p in points]
 
 
-@pytest.mark.parametrize("point", of(p for p in POINTS if p not in OF_GATEWAYS))
+@pytest.mark.parametrize("point", of(p for p in POINTS if p not in ELSEWHERE))
 def test_a_process_that_dies_at(point: str, armed: tuple[Mesh, Path], expected: list[streams.Stream]) -> None:
     mesh, folder = armed
     wait_whole(mesh)
@@ -137,6 +138,28 @@ def test_a_process_that_dies_at(point: str, armed: tuple[Mesh, Path], expected: 
     while (folder / point).exists():
         assert time.monotonic() < deadline, f"nobody comes to {point}"
         time.sleep(0.01)
+    mesh.check_pages_are_free()
+
+
+def test_a_coordinator_that_dies_as_it_hears_that_a_gateway_has_gone_over(
+    armed: tuple[Mesh, Path], expected: list[streams.Stream]
+) -> None:
+    """No stream goes back to the epoch before: the next coordinator goes on with the move."""
+    mesh, folder = armed
+    wait_whole(mesh)
+    began_at = time.time()
+
+    def disturb(told: list[streams.Stream]) -> None:
+        epoch, wanted = mesh.epoch(), other_ranges(mesh, "3,3,2", "2,4,2")
+        (folder / "coordinator.moved").touch()
+        stagemesh("repartition", wanted, "--url", mesh.url)
+        asyncio.run(until(lambda: not (folder / "coordinator.moved").exists(), "the coordinator dies"))
+        wait_longer(mesh, told, epoch)
+        assert (mesh.epoch(), counts(mesh)) == (epoch + 1, [int(n) for n in wanted.split(",")])
+
+    told = asyncio.run(disturbed(mesh, disturb))
+    check(told, expected)
+    assert not [e for e in mesh.get("/mesh")["events"] if e["event"] == "lost" and e["at"] >= began_at]
     mesh.check_pages_are_free()
 
 

@@ -42,6 +42,8 @@ class World:
         self.actions: list[actions.Action] = []
         self.written = {name: kwargs.get(name) for name in ("wished", "drains")}
         """What an operator asked for, as another coordinator would find it."""
+        self.plan: v.StoredPlan | None = None
+        """The pipeline as it was last written down."""
         self.lives: Counter[str] = Counter()
 
     def send(self, event: events.Event) -> list[actions.Action]:
@@ -51,6 +53,8 @@ class World:
         for action in done:
             if isinstance(action, actions.PersistPartition):
                 self.written["wished"] = action.counts
+            elif isinstance(action, actions.PersistPlan):
+                self.plan = action.plan
             elif isinstance(action, actions.PersistDrains):
                 self.written["drains"] = dict(action.drains)
         return done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ class TestStore:
         again = Store(str(tmp_path / "state"))
         assert again.epochs() == {"pipeline-0": 7}
         assert again.plans() == {"pipeline-0": PLAN}
+        going_on = replace(PLAN, next=replace(PLAN, epoch=PLAN.epoch + 1, shares=2))
+        again.save_plan(going_on)
+        assert again.plans() == {"pipeline-0": going_on}
         assert again.slots() == {3: ("gateway-0", 2**64 - 1)}
         assert again.partition("terms") == (2, 4)
         assert again.partition("those of another model") is None

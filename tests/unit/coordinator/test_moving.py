@@ -40,18 +40,17 @@ class TestPagesToCopy:
 def restarted(world: World) -> World:
     """Another coordinator, with what this one has written down, and the workers as they are."""
     pipeline, move = world.mesh.pipelines["pipeline-0"], world.mesh.moves.get("pipeline-0")
-    plan = v.StoredPlan(
-        "pipeline-0", world.epoch, pipeline.stages, tuple(pipeline.loaded[s] for s in range(2)), ("", ""), "terms"
-    )
+    assert world.plan is not None
     new = World(
         epochs={"pipeline-0": move.epoch if move is not None else world.epoch},
-        plans={"pipeline-0": plan},
+        plans={"pipeline-0": world.plan},
         **world.written,
     )
-    new.lives = world.lives
+    new.lives, new.plan = world.lives, world.plan
+    move_is_active = move is not None and move.published
     for name in sorted(world.mesh.workers):
         held = tuple(
-            v.Held("pipeline-0", at.epoch, p.stage, p.layers, p.generation, at is pipeline, REVISION)
+            v.Held("pipeline-0", at.epoch, p.stage, p.layers, p.generation, at is pipeline or move_is_active, REVISION)
             for at in (pipeline, move)
             if at is not None
             for p in at.stages
@@ -249,6 +248,58 @@ class TestWhatGoesWrong:
         released = [(r.worker_id, r.epoch, r.alone) for r in new.took(actions.Release)]
         assert {("a", move.epoch, True), ("b", move.epoch, True)} <= set(released)
         assert not [r for r in released if r[1] == world.epoch]
+
+
+class TestRestartWithinAMove:
+    """Gateways have been told, and a coordinator that comes then does not know which have gone over."""
+
+    def told(self) -> World:
+        world = repartitioned()
+        world.prepared("a"), world.prepared("b")
+        world.prepare_move()
+        return world
+
+    def test_it_is_gone_on_with(self) -> None:
+        world = self.told()
+        following = world.mesh.moves["pipeline-0"].epoch
+        new = restarted(world)
+        assert (new.state, new.epoch, new.ranges) == (State.SERVING, world.epoch, [(0, 3), (3, 6)])
+        assert [r for r in new.took(actions.Release) if r.epoch == following] == []
+        new.gateway()
+        new.moved()
+        new.wait(GONE_S + 0.1, "a", "b")
+        assert (new.state, new.epoch, new.ranges) == (State.SERVING, following, [(0, 4), (4, 6)])
+        assert restarted(new).epoch == following
+
+    def test_where_a_worker_of_it_is_gone_no_earlier_epoch_serves(self) -> None:
+        world = serving("spare")
+        world.gateway()
+        world.prepared("spare")
+        world.send(events.DrainRequested("a"))
+        world.took(actions.Assign)
+        world.prepare_move()
+        following = world.mesh.moves["pipeline-0"].epoch
+        world.lose("spare")
+        new = restarted(world)
+        new.wait(5, "a", "b")
+        assert new.state is not State.SERVING
+        new.join("another")
+        assert new.epoch > following
+
+    def test_where_it_fails_no_earlier_epoch_serves(self) -> None:
+        world = self.told()
+        following = world.mesh.moves["pipeline-0"].epoch
+        new = restarted(world)
+        new.gateway()
+        new.moved(error="the pages did not come")
+        new.wait(GONE_S + 0.1, "a", "b")
+        assert new.epoch > following, "another gateway may have gone over"
+
+    def test_one_that_all_gateways_have_stayed_from_is_not_taken_up(self) -> None:
+        world = self.told()
+        world.moved(error="the pages did not come")
+        new = restarted(world)
+        assert (new.state, new.epoch, new.mesh.moves) == (State.SERVING, world.epoch, {})
 
 
 class TestRestart:

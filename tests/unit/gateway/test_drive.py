@@ -105,6 +105,25 @@ def test_it_is_left_when_nothing_of_it_is_under_way() -> None:
     asyncio.run(go())
 
 
+def test_an_epoch_before_one_that_was_driven_is_not_gone_back_to() -> None:
+    async def go() -> None:
+        drive = make(Seat("g"))
+        drive._around.seat.slot = 1
+        drive._driven = 5
+        drive.follow(view("SERVING", epoch=4))
+        running = asyncio.create_task(drive.run())
+        reporter = cast(MagicMock, drive._around.reporter)
+        async with asyncio.timeout(5):
+            while not reporter.stuck.called:
+                await asyncio.sleep(0)
+        assert reporter.stuck.call_args.args[:2] == (NAME, 4)
+        assert drive.loop is None
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(go())
+
+
 def test_sessions_that_cannot_be_opened_do_not_use_up_all_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     tries = 0
 
