@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from . import actions, events
 from . import values as v
+from .moving import Move
 from .pipeline import Phase, Pipeline, State
 from .planning import Target
 from .scaling import FIRST
@@ -214,7 +215,7 @@ class Mesh(Survivors):
             stage = pipeline.stage_of(worker_id)
             if stage is not None:
                 self._interrupt(pipeline, f"stage {stage}: worker {worker_id} is lost: {reason}")
-        self._leaves_moves(worker_id, f"worker {worker_id} is lost: {reason}")
+        self._leaves_moves(list(self.moves.values()), worker_id, f"worker {worker_id} is lost: {reason}")
         self._publish()
 
     def _drain(self, worker_id: str) -> None:
@@ -234,11 +235,13 @@ class Mesh(Survivors):
                 continue
             if pipeline.state is State.FORMING:
                 self._interrupt(pipeline, f"stage {stage}: worker {worker_id} drains")
-        self._leaves_moves(worker_id, f"worker {worker_id} drains")
+        # Where gateways go over already they had better arrive: from there the worker's layers go on to others.
+        moves = [move for move in self.moves.values() if not move.published]
+        self._leaves_moves(moves, worker_id, f"worker {worker_id} drains")
         self._publish()
 
-    def _leaves_moves(self, worker_id: str, reason: str) -> None:
-        for move in [m for m in self.moves.values() if m.stage_of(worker_id) is not None]:
+    def _leaves_moves(self, moves: Sequence[Move], worker_id: str, reason: str) -> None:
+        for move in [m for m in moves if m.stage_of(worker_id) is not None]:
             move.counts = False
             self._interrupt(move, reason)
 

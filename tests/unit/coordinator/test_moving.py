@@ -182,6 +182,18 @@ class TestWhatGoesWrong:
         world.moved("g", error="a link broke")
         assert (world.epoch, world.holders) == (before, ["a", "b"])
 
+    def test_a_worker_that_drains_when_gateways_know_is_left_by_a_move_of_its_own(self) -> None:
+        world = self.ready("g")
+        before = world.epoch
+        world.join("another")
+        world.send(events.DrainRequested("spare"))
+        world.moved("g")
+        assert (world.state, world.epoch, world.holders) == (State.SERVING, before + 1, ["spare", "b"])
+        world.prepared("another")
+        world.prepare_move()
+        world.moved("g")
+        assert (world.state, world.holders) == (State.SERVING, ["another", "b"])
+
     def test_a_gateway_that_says_nothing_is_not_waited_for_for_ever(self) -> None:
         world = self.ready("g")
         before = world.epoch
