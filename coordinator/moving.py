@@ -217,12 +217,22 @@ class Mover(Wishes):
     def _gateway_moved(self, event: events.GatewayMoved) -> None:
         move = self.moves.get(event.pipeline_id)
         if move is None or move.epoch != event.epoch or not move.published:
-            return
-        if event.error:
+            pipeline = self.pipelines.get(event.pipeline_id)
+            if pipeline is not None and event.epoch > pipeline.epoch and not event.error:
+                self._later_epoch(pipeline, event.epoch, f"gateway {event.gateway_id}")
+        elif event.error:
             move.stayed.add(event.gateway_id)
             self._interrupt(move, f"gateway {event.gateway_id}: {event.error}")
         else:
             move.moved.add(event.gateway_id)
+
+    def _later_epoch(self, pipeline: Pipeline, epoch: int, who: str) -> None:
+        """Somebody was at an epoch that is not known here, or not any more: a later one is formed."""
+        if epoch > self._highest[pipeline.pipeline_id]:
+            pipeline.restored = None
+            pipeline.epoch = self._highest[pipeline.pipeline_id] = epoch
+            self._act(actions.PersistEpoch(pipeline.pipeline_id, epoch))
+        self._interrupt(pipeline, f"{who} knows the later epoch {epoch}")
 
     def _complete(self, pipeline: Pipeline, move: Move) -> None:
         """The move's epoch is the pipeline's."""
@@ -271,21 +281,27 @@ class Mover(Wishes):
     def _take_up_move(self, pipeline: Pipeline, plan: v.StoredPlan) -> None:
         """Goes on with a move of which a coordinator before this one has told gateways."""
         copies = pages_to_copy(pipeline.stages, plan.stages, pipeline.epoch)
-        self.moves[pipeline.pipeline_id] = Move(
-            pipeline.pipeline_id, plan.epoch, State.SERVING, Phase.IDLE, "", plan.stages,
-            loaded=dict(enumerate(plan.loaded)),
-            routes=dict(enumerate(plan.routes)),
-            acked=set(range(len(plan.stages))),
-            shares=plan.shares,
+        move = Move(
+            pipeline.pipeline_id,
             why="that had begun",
             copies=copies,
             copied={copy.index for copy in copies},
             published=True,
             taken_up=True,
             deadline=self._now + MOVE_S,
-        )  # fmt: skip
+        )
+        self._take_up(move, plan)
+        self.moves[pipeline.pipeline_id] = move
+
+    def _take_up(self, pipeline: Pipeline, plan: v.StoredPlan) -> None:
+        """A pipeline, or a move, is as it was written down: its workers say so."""
+        pipeline.restored, pipeline.epoch, pipeline.shares = None, plan.epoch, plan.shares
+        pipeline.stages = pipeline.last_stages = plan.stages
         for stage in plan.stages:
             self.workers[stage.worker_id].kept = stage.layers
+        pipeline.loaded, pipeline.routes = dict(enumerate(plan.loaded)), dict(enumerate(plan.routes))
+        pipeline.acked = {stage.stage for stage in plan.stages}
+        pipeline.state, pipeline.phase, pipeline.reason = State.SERVING, Phase.IDLE, ""
 
     # -- what forming does otherwise for a move ---------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from . import actions, events
 from . import values as v
 from .moving import Move
-from .pipeline import Phase, Pipeline, State
+from .pipeline import Pipeline, State
 from .planning import Target
 from .scaling import FIRST
 from .survivors import Survivors
@@ -176,10 +176,7 @@ class Mesh(Survivors):
         for pipeline in self.pipelines.values():
             held_epoch = max((h.epoch for h in info.held if h.pipeline_id == pipeline.pipeline_id), default=0)
             if held_epoch > self._highest[pipeline.pipeline_id]:
-                pipeline.restored = None
-                pipeline.epoch = self._highest[pipeline.pipeline_id] = held_epoch
-                self._act(actions.PersistEpoch(pipeline.pipeline_id, held_epoch))
-                self._interrupt(pipeline, f"worker {info.worker_id} knows the later epoch {held_epoch}")
+                self._later_epoch(pipeline, held_epoch, f"worker {info.worker_id}")
             stage = pipeline.stage_of(info.worker_id)
             if stage is not None and pipeline.state in (State.SERVING, State.DRAINING):
                 if not self._holds(info, pipeline.pipeline_id, pipeline.epoch, pipeline.stages[stage]):
@@ -263,13 +260,7 @@ class Mesh(Survivors):
             if not same_life or not self._holds(worker.info, pipeline.pipeline_id, at.epoch, stage):
                 self._give_up_restoring(pipeline, f"worker {stage.worker_id} no longer holds stage {stage.stage}")
                 return
-        pipeline.restored, pipeline.epoch, pipeline.shares = None, plan.epoch, plan.shares
-        pipeline.stages = pipeline.last_stages = plan.stages
-        for stage in plan.stages:
-            self.workers[stage.worker_id].kept = stage.layers
-        pipeline.loaded, pipeline.routes = dict(enumerate(plan.loaded)), dict(enumerate(plan.routes))
-        pipeline.acked = {stage.stage for stage in plan.stages}
-        pipeline.state, pipeline.phase, pipeline.reason = State.SERVING, Phase.IDLE, ""
+        self._take_up(pipeline, plan)
         if following is not None:
             self._take_up_move(pipeline, following)
         for worker in self.workers.values():

@@ -273,9 +273,9 @@ class Drive:
 
     async def _open(self, view: types_pb2.PipelineView) -> None:
         if view.epoch < self._driven:
-            # No epoch emits behind a later one, whatever a coordinator knows that was away.
+            # No epoch emits behind a later one; a coordinator that does not know of that forms one behind it.
             self._not_before = (view.pipeline_id, view.epoch), time.monotonic() + AGAIN_S
-            self._around.reporter.stuck(view.pipeline_id, view.epoch, f"it has gone on at epoch {self._driven} already")
+            self._around.reporter.moved(view.pipeline_id, self._driven)
             return
         seat = self._around.seat
         work = self.work or make_work(view, self._around.settings)

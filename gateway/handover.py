@@ -85,13 +85,13 @@ class Handover:
             old.pause()
             paused_at = time.monotonic()
             async with asyncio.timeout(PAUSE_S):
-                while self._work.scheduler.out:
+                while True:
                     # Pages of rows that are back are under way while the others' steps run.
                     self._send(copier.next())
-                    await self._wait()
                     self._check_lost()
-            self._send(copier.next())
-            self._check_lost()
+                    if not self._work.scheduler.out:
+                        break
+                    await self._wait()
         except BaseException as e:
             # The probe may still be under way.
             self._work.quarantined += page

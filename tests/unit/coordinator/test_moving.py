@@ -307,6 +307,16 @@ class TestRestartWithinAMove:
         new.wait(GONE_S + 0.1, "a", "b")
         assert new.epoch > following, "another gateway may have gone over"
 
+    @pytest.mark.parametrize("ahead", [1, 500])
+    def test_a_gateway_that_was_at_a_later_epoch_is_not_sent_back(self, ahead: int) -> None:
+        """The coordinator's state may be lost, and that of all workers."""
+        world = serving()
+        world.gateway()
+        driven = world.epoch + ahead
+        world.send(events.GatewayMoved("g", "pipeline-0", driven))
+        assert (world.state, world.epoch) == (State.FORMING, driven + 1)
+        assert actions.PersistEpoch("pipeline-0", driven) in world.actions
+
     def test_one_that_all_gateways_have_stayed_from_is_not_taken_up(self) -> None:
         world = self.told()
         world.moved(error="the pages did not come")
