@@ -43,11 +43,12 @@ protos: $(DEV)  ## regenerate the committed stubs
 helm: $(DEV)
 	$(BIN)/python tools/helm/get_helm.py
 
-# Runs all of tests/NAME, and writes what it showed to benchmarks/results/NAME.md; fails where a test did.
+# Runs all of tests/NAME; a run of all that came to its end, well or not, is written to benchmarks/results/NAME.md.
 define suite
-mkdir -p build && rm -f build/$(1).xml
-$(BIN)/python -m pytest tests/$(1) -m "slow or not slow" --timeout 3600 --junitxml build/$(1).xml $(ARGS) || true
-$(BIN)/python benchmarks/suite_result.py $(1) build/$(1).xml "make $(1)"
+mkdir -p build
+$(BIN)/python -m pytest tests/$(1) -m "slow or not slow" --timeout 3600 --junitxml build/$(1).xml $(ARGS); status=$$?; \
+if [ $$status -le 1 ] && [ -z '$(ARGS)' ]; then \
+	$(BIN)/python benchmarks/suite_result.py $(1) build/$(1).xml "make $(1)"; fi; exit $$status
 endef
 
 numerics: $(DEV)  ## every combination of the token-for-token tests (the pairwise part is in `make test`)

@@ -1,7 +1,8 @@
 """What a suite showed that takes longer than CI has, as `results/NAME.md`.
 
-python -m pytest tests/chaos -m "slow or not slow" --junitxml build/chaos.xml
-python benchmarks/suite_result.py chaos build/chaos.xml "make chaos"
+    python benchmarks/suite_result.py NAME JUNIT COMMAND
+
+`make chaos` and `make numerics` call it with pytest's `--junitxml`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def table(found: dict[str, Module]) -> list[str]:
 
 
 def main() -> int:
-    """Writes the file; 1 where a test failed."""
+    """Writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the file under results")
     parser.add_argument("junit", type=Path)
@@ -79,7 +80,7 @@ def main() -> int:
         *(["Failed:", "", *(f"- {one}" for one in failed), ""] if failed else []),
     ]  # fmt: skip
     (facts.RESULTS / f"{given.name}.md").write_text("\n".join(text))
-    return 1 if failed else 0
+    return 0
 
 
 if __name__ == "__main__":
