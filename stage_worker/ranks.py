@@ -102,7 +102,9 @@ class RankGroup:
                 if fd is not None:
                     os.close(fd)
         try:
-            said = await asyncio.wait_for(asyncio.gather(*up), READY_TIMEOUT_S)
+            # Not `wait_for`, which takes nobody's error from a `gather` that it cancels.
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                said = await asyncio.gather(*up)
         except TimeoutError as e:
             raise ConfigError(f"a rank of {self._label} was not up after {READY_TIMEOUT_S:.0f} s") from e
         for payload in said:

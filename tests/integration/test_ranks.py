@@ -156,6 +156,28 @@ def test_a_zygote_that_is_killed_while_it_imports_is_the_loss_of_a_group_like_an
     started(story)
 
 
+def test_a_start_that_is_called_off_leaves_no_error_that_nobody_took() -> None:
+    """SIGTERM while the ranks are on their way up."""
+
+    async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
+        untaken: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: untaken.append(context))
+        group = make()
+        starting = asyncio.create_task(group.start())
+        while not group._calls:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        del starting
+        await group.stop()
+        gc.collect()
+        assert not untaken
+
+    started(story)
+
+
 def test_an_agent_that_is_not_preferred_leaves_its_children_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one without the right to it is that was started with a lower priority: it may not raise theirs."""
 
