@@ -33,6 +33,9 @@ from .link_wire import (
 
 __all__ = ["LinkIdentity", "LinkReceiver", "LinkSender", "LinkState", "sending_rank"]
 
+DOUBT_S = 1.0
+"""A link that is not answered for so long may have an end that hears nobody."""
+
 LinkState = Literal["connecting", "ready", "failed", "closed"]
 
 
@@ -50,7 +53,8 @@ class _Link:
         self._transport, self._identity = transport, identity
         self._peer: Peer = transport.connect(address, timeout_s=timeout_s)
         self._timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
+        self._began_at = time.monotonic()
+        self._doubted = False
         self.state: LinkState = "connecting"
         self.error: StagemeshError | None = None
 
@@ -76,8 +80,14 @@ class _Link:
         """Raises TransportError when the peer is gone, or silent beyond the deadline of the handshake."""
         if self._peer.error is not None:
             raise self._peer.error
-        if self.state == "connecting" and (time.monotonic() if now is None else now) > self._deadline:
+        if self.state != "connecting":
+            return
+        waited_s = (time.monotonic() if now is None else now) - self._began_at
+        if waited_s > self._timeout_s:
             raise TransportError(f"the link was not answered within {self._timeout_s:g} s")
+        if waited_s > DOUBT_S and not self._doubted:
+            self._doubted = True
+            self._transport.doubt()
 
     def _check_slot(self, slot: int, lanes: dict[int, SendLane] | dict[int, ReceiveLane]) -> None:
         if not 0 <= slot < CONTROL_SLOT:

@@ -98,7 +98,14 @@ class Transport(Protocol):
         drops those that come later (for the latest `FENCES` such calls)."""
 
     def progress(self) -> bool:
-        """Move what can be moved without waiting; True when something happened. About a microsecond when idle."""
+        """Move what can be moved without waiting; True when something happened. About a microsecond when idle.
+
+        Raises:
+            TransportError: this end of the transport can be reached no longer, from now on: see `doubt`.
+        """
+
+    def doubt(self) -> None:
+        """A peer that should have been heard was not: find out whether it is this end that hears nothing. Cheap."""
 
     def fds(self) -> list[tuple[int, int]]:
         """(file descriptor, poll events) to sleep on. The list stays the same for the life of the transport."""

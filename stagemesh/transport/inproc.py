@@ -90,6 +90,9 @@ class InprocTransport:
                 self._mailbox.hold(message.tag, message)
         return happened
 
+    def doubt(self) -> None:
+        """Every peer has a way of its own here: none can break another's."""
+
     def fds(self) -> list[tuple[int, int]]:
         return [(self._wake_fd, select.POLLIN)]
 

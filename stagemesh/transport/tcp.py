@@ -130,6 +130,9 @@ class TcpTransport:
                 del self._outbound[fd]
         return bool(events)
 
+    def doubt(self) -> None:
+        """Every peer has a way of its own here: none can break another's."""
+
     def fds(self) -> list[tuple[int, int]]:
         return [(self._epoll.fileno(), select.POLLIN)]
 

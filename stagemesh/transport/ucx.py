@@ -5,6 +5,7 @@ What had to be known (each was seen here, ucxx 0.52 with UCX 1.21):
   `Peer.route` is read from the endpoint, not from the settings.
 - Shared memory does not notice that a peer was killed. A peer of the same host and PID namespace is therefore watched
   by a pidfd; others by UCX (TCP resets, keep-alive).
+- One that is killed in the midst of a send may leave the receiver deaf to all others: see `ucx_ear`.
 - A receive cannot be cancelled alone: a message to oneself under its tag, longer than its buffer, ends it as truncated
   and writes nothing, unless the real message was first; then the late one is found again and dropped.
 - ucxx tells when a message was longer than its buffer, but neither its size nor that it was shorter.
@@ -29,6 +30,7 @@ from stagemesh.errors import TransportError
 
 from .base import FENCES, Buffer, cuda_bytes, host_view, is_cuda, tensor_array
 from .frame import cancelled
+from .ucx_ear import Ear
 from .ucx_peer import Endpoint, ProcessIdentity, UcxPeer, endpoint_route, pack_address, unpack_address
 
 HOST_DEFAULTS = {"MM_ERROR_HANDLING": "y", "KEEPALIVE_INTERVAL": "1s", "RNDV_THRESH": "262144"}
@@ -145,6 +147,8 @@ class UcxTransport:
             raise TransportError(f"UCX cannot be initialised with {config}: {error}") from error
         self._tag, self._mask = self.lib.UCXXTag, self.lib.UCXXTagMask
         self._ucx_address = self.lib.UCXAddress.create_from_worker(self._worker).tobytes()
+        self._config = config
+        self._ear: Ear | None = None
         self._identity = ProcessIdentity.own()
         self._live: dict[int, UcxRequest] = {}
         self._peers: list[UcxPeer] = []
@@ -214,6 +218,8 @@ class UcxTransport:
             spins += 1
         if spins:
             self._idle_arms = 0
+        if self._ear is not None:
+            self._ear.progress()
         self._calls += 1
         if self._calls % _WATCH_EVERY == 0:
             self._sweep()
@@ -231,11 +237,19 @@ class UcxTransport:
             self._deaths.poll(_UNREADY_SLEEP_S)  # as long as a TCP peer has not accepted, the descriptor stays readable
         return True
 
+    def doubt(self) -> None:
+        if self._ear is None:
+            self._ear = Ear(self, self._ucx_address, self._config, self._context.info)
+        self._ear.ask()
+
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         _open.discard(self)
+        if self._ear is not None:
+            self._ear.close()
+            self._ear = None
         for peer in self._peers:
             peer.close()
         for _ in range(_WATCH_EVERY):
@@ -333,6 +347,8 @@ class UcxTransport:
         for peer in self._peers:
             if peer.pidfd in ended:
                 peer.died()
+        if ended:
+            self.doubt()
         return bool(ended)
 
     def _sweep(self) -> None:
