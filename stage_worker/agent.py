@@ -82,6 +82,8 @@ class Agent:
             self._progress[ident, rank] = stage_pb2.AssignResponse.FromString(payload)
         elif kind == Kind.PAGES_COPIED:
             self._on_pages(rank, ident, payload)
+        elif kind == Kind.LATE_FRAMES:
+            self._count("frame", ident)
         elif kind == Kind.LINK_BROKEN:
             said = json.loads(payload)
             self.broken[said["pipeline_id"], said["epoch"]] = said["reason"]
@@ -229,8 +231,8 @@ class Agent:
         await self._group().call(Kind.RELEASE, request.SerializeToString(), CALL_TIMEOUT_S)
         return stage_pb2.ReleaseResponse()
 
-    def _count(self, kind: str) -> None:
-        self.stale_refused[kind] = self.stale_refused.get(kind, 0) + 1
+    def _count(self, kind: str, number: int = 1) -> None:
+        self.stale_refused[kind] = self.stale_refused.get(kind, 0) + number
 
     def _fence(self, key: stage_pb2.PipelineKey, kind: str) -> None:
         """Refuses an order of an epoch that has passed, and counts it."""

@@ -21,7 +21,8 @@ HEADER = struct.Struct("<IBI")
 
 
 class Kind(enum.IntEnum):
-    """What a frame says. The id names a call (ASSIGN..PREPARE and their replies) or a session (RUN, RESULT)."""
+    """What a frame says. The id names a call (ASSIGN..PREPARE and their replies), a session (RUN, RESULT) or a
+    number (LATE_FRAMES)."""
 
     # agent -> rank
     ASSIGN = 1
@@ -43,6 +44,7 @@ class Kind(enum.IntEnum):
     SESSION_ENDED = 25
     LINK_BROKEN = 26
     PAGES_COPIED = 27
+    LATE_FRAMES = 28
     # rank 0 -> other ranks
     ORDER_STEP = 40
     ORDER_CALL = 41

@@ -65,6 +65,7 @@ class Engine:
         self._polled: set[int] = set()
         self._free_at = time.monotonic()
         self._reports = Reports(control)
+        self._late_told = 0
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -78,6 +79,7 @@ class Engine:
             worked |= self.background()
             now = time.monotonic()
             self._reports.send_due(now)
+            self._tell_late_frames()
             self.heart.beat()
             if worked:
                 spin_until = now + SPIN_S
@@ -109,6 +111,13 @@ class Engine:
             if broken is not None:
                 self.report_broken(assignment, broken)
         return worked
+
+    def _tell_late_frames(self) -> None:
+        """Tells the agent how much has come over links that are over, and was dropped: frames, and ends of lanes."""
+        late = sum(transport.late_count for transport in self.transports.values())
+        if late > self._late_told:
+            self.control.send(Kind.LATE_FRAMES, late - self._late_told)
+            self._late_told = late
 
     def _take_pages(self, assignment: Assignment) -> bool:
         """Tells the agent of pages that have come; it tells the gateway when all ranks have theirs."""

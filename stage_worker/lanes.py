@@ -279,8 +279,10 @@ class ReceiveLane:
             elif request.error is None:
                 self._accounted += 1
         self._quarantine = still
+        if self._abandoned:
+            return  # What comes now is dropped with all that the link brings.
         self._accounted += self._transport.discard(tag_of(self._nonce, self._slot, 0), LANE_MASK)
-        if self._abandoned or not self._fin.done or self._fin.error is not None:
+        if not self._fin.done or self._fin.error is not None:
             return
         sent, _ = unpack_count(bytes(self._fin_buffer))
         if not self._quarantine and self._released + self._accounted >= sent:

@@ -97,15 +97,20 @@ class Transport(Protocol):
         """Drop the unexpected messages whose tag equals `tag` in the bits of `mask`; returns how many. `forever` also
         drops those that come later (for the latest `FENCES` such calls)."""
 
+    @property
+    def late_count(self) -> int:
+        """Messages that came behind a `discard(forever=True)` that names them, and were dropped."""
+
     def progress(self) -> bool:
         """Move what can be moved without waiting; True when something happened. About a microsecond when idle.
 
         Raises:
-            TransportError: this end of the transport can be reached no longer, from now on: see `doubt`.
+            TransportError: this end can be reached no longer: see `doubt`. Its process had better end.
         """
 
     def doubt(self) -> None:
-        """A peer that should have been heard was not: find out whether it is this end that hears nothing. Cheap."""
+        """A peer that should have been heard was not: find out whether it is this end that hears nothing. Cheap but
+        for the first time on UCX, which takes milliseconds."""
 
     def fds(self) -> list[tuple[int, int]]:
         """(file descriptor, poll events) to sleep on. The list stays the same for the life of the transport."""

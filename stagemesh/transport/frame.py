@@ -134,6 +134,8 @@ class Mailbox(Generic[Held]):
         self._posted: dict[int, deque[HostRequest]] = {}
         self._held: dict[int, deque[Held]] = {}
         self._fences: deque[tuple[int, int]] = deque(maxlen=FENCES)
+        self.late_count = 0
+        """See `Transport.late_count`."""
 
     def post(self, tag: int, request: HostRequest) -> Held | None:
         """Post a receive; returns the held message that it matches, if there is one, and does not post it then."""
@@ -166,8 +168,10 @@ class Mailbox(Generic[Held]):
         return tag in self._held
 
     def fenced(self, tag: int) -> bool:
-        """True when messages with this tag are to be dropped."""
-        return any((tag ^ value) & mask == 0 for value, mask in self._fences)
+        """True when a message with this tag, which has just come, is to be dropped; it is counted."""
+        late = any((tag ^ value) & mask == 0 for value, mask in self._fences)
+        self.late_count += late
+        return late
 
     def discard(self, tag: int, mask: int, forever: bool) -> list[Held]:
         """Take out all held messages whose tag equals `tag` in the bits of `mask`."""

@@ -76,6 +76,10 @@ class InprocTransport:
             _drop(message)
         return len(stale)
 
+    @property
+    def late_count(self) -> int:
+        return self._mailbox.late_count
+
     def progress(self) -> bool:
         happened, self._completed = self._completed, False
         while self._inbox:

@@ -116,6 +116,10 @@ class TcpTransport:
         self._resume()
         return count
 
+    @property
+    def late_count(self) -> int:
+        return self._mailbox.late_count
+
     def progress(self) -> bool:
         self._calls += 1
         if self._calls % _CHECK_EVERY == 0:

@@ -161,6 +161,7 @@ class UcxTransport:
         self._events.register(self._worker.epoll_file_descriptor, select.POLLIN)
         self._idle_arms = 0  # since something last happened
         self._calls = 0
+        self.late_count = 0
         self._closed = False
         _open.add(self)
 
@@ -176,7 +177,11 @@ class UcxTransport:
         identity, ucx_address = unpack_address(address)
         self._peers = [peer for peer in self._peers if not peer.closed]
         self._endpoints = {key: used for key, used in self._endpoints.items() if used.users}
-        pidfd = identity.watch(self._identity)
+        try:
+            pidfd = identity.watch(self._identity)
+        except TransportError:
+            self.doubt()
+            raise
         endpoint = self._endpoints.get(ucx_address)
         if endpoint is None or not endpoint.alive:
             try:
@@ -342,13 +347,11 @@ class UcxTransport:
     def _watch(self) -> bool:
         """Look whether a watched process has ended, and drop the frames of dead lanes."""
         for value, mask in self._fences:
-            self.discard(value, mask)
+            self.late_count += self.discard(value, mask)
         ended = {fd for fd, _ in self._deaths.poll(0)} if not self._deaths.closed else set()
         for peer in self._peers:
             if peer.pidfd in ended:
                 peer.died()
-        if ended:
-            self.doubt()
         return bool(ended)
 
     def _sweep(self) -> None:

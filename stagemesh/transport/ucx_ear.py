@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 HEARS_S = 0.5
 """How long a message to oneself may take. A sender that lives and was descheduled in its copy holds all up, too."""
-HEARS_CALLS = 16
-"""...and so many calls of `progress`: the queue may be full of what came before, when its owner computed for long."""
+LOOK_S = 0.05
+"""Between two calls of `progress` no more than this counts: nobody ran, or this process computed meanwhile."""
 
 _SHARED_QUEUE = re.compile(r"\s(posix|sysv|xpmem)/")
 
@@ -44,7 +44,9 @@ class Ear:
         self._transport = transport
         self._tag = int.from_bytes(os.urandom(8), "little")
         self._request: UcxRequest | None = None
-        self._asked_at, self._calls = 0.0, 0
+        self._again = False
+        """Asked for while a message was under way, which may have been in front of what the question is about."""
+        self._waited_s = self._looked_at = 0.0
         lib = transport.lib
         self._endpoint: Endpoint | None = None
         shared = ",".join(sorted(set(_SHARED_QUEUE.findall(resources))))
@@ -61,11 +63,12 @@ class Ear:
         self._endpoint.users += 1
 
     def ask(self) -> None:
-        """Sends a message, unless one is under way; `progress` looks for it."""
-        if self._endpoint is None or self._request is not None:
+        """Sends a message, or another one behind that which is under way; `progress` looks for it."""
+        self._again = self._request is not None
+        if self._endpoint is None or self._again:
             return
         self._request = self._transport.recv(self._tag, bytearray(8))
-        self._asked_at, self._calls = time.monotonic(), 0
+        self._waited_s, self._looked_at = 0.0, time.monotonic()
         payload = bytearray(8)
         array, nbytes = self._transport.array(payload, writable=False)
         self._transport.track(
@@ -77,10 +80,15 @@ class Ear:
         if self._request is None:
             return
         self._worker.progress_once()
-        self._calls += 1
         if self._request.done:
             self._request = None
-        elif self._calls >= HEARS_CALLS and time.monotonic() > self._asked_at + HEARS_S:
+            if self._again:
+                self.ask()
+            return
+        now = time.monotonic()
+        self._waited_s += min(now - self._looked_at, LOOK_S)
+        self._looked_at = now
+        if self._waited_s > HEARS_S:
             raise TransportError(
                 f"UCX hears nothing through shared memory for {HEARS_S:g} s: a peer process ended, or was stopped, in "
                 "the middle of a send, and its half message blocks the queue for all; only a new process helps"

@@ -121,7 +121,7 @@ class UcxPeer:
     @property
     def error(self) -> TransportError | None:
         if self._error is None and self._endpoint is not None and not self._endpoint.alive:
-            self._fail(TransportError("the peer is gone: its UCX endpoint failed"))
+            self._lose("the peer is gone: its UCX endpoint failed")
         return self._error
 
     @property
@@ -145,10 +145,15 @@ class UcxPeer:
     def died(self) -> None:
         """Its process has ended: end what is under way."""
         if self._error is None:
-            self._fail(TransportError("the peer process has ended"))
+            self._lose("the peer process has ended")
 
     def close(self) -> None:
         self._fail(TransportError("this peer was closed"))
+
+    def _lose(self, why: str) -> None:
+        self._fail(TransportError(why))
+        # It may have ended within a send.
+        self._transport.doubt()
 
     def _fail(self, error: TransportError) -> None:
         self._error = self._error or error

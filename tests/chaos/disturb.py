@@ -16,6 +16,9 @@ from mesh import Mesh
 SEED = 23
 STREAMS = 16
 MAX_TOKENS = 400
+PLANNED_S = 1.0
+"""Longest pause of a stream behind something planned: a tenth of a second on cores that do nothing else, and never as
+long as making a loss good."""
 COMMON = ("-pp", "3", "--max-model-len", "1024")
 
 

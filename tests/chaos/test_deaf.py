@@ -17,6 +17,7 @@ from mesh import Mesh
 from ucx_flood import Sender, start
 
 from stagemesh.protos.v1 import stage_pb2, stage_pb2_grpc, types_pb2
+from stagemesh.stage_worker.link_commands import LINK_TIMEOUT_S
 from stagemesh.transport import open_transport
 from stagemesh.transport.base import Peer, Transport
 
@@ -58,20 +59,23 @@ def blocked(transport: Transport, rank: Peer) -> bool:
 
 def die_within_a_send(mesh: Mesh, sender: Sender) -> None:
     """What the sender sends nobody asked for. It is stopped again and again until that blocks others, then killed."""
-    address = offered(mesh, sender.address)
     transport = open_transport("ucx")
-    rank = transport.connect(address)
-    sender.send_to(address)
-    ends = time.monotonic() + 20
-    while time.monotonic() < ends:
-        time.sleep(random.random() * 0.01)
-        sender.process.send_signal(signal.SIGSTOP)
-        if blocked(transport, rank):
-            sender.end()
-            transport.close()
-            return
-        sender.process.send_signal(signal.SIGCONT)
-    raise AssertionError("the sender was never stopped within a send")
+    try:
+        address = offered(mesh, sender.address)
+        rank = transport.connect(address)
+        sender.send_to(address)
+        # The link is given up then, and with it the sender is not looked after any more.
+        ends = time.monotonic() + LINK_TIMEOUT_S / 2
+        while time.monotonic() < ends:
+            time.sleep(random.random() * 0.01)
+            sender.process.send_signal(signal.SIGSTOP)
+            if blocked(transport, rank):
+                return
+            sender.process.send_signal(signal.SIGCONT)
+        raise AssertionError("the sender was never stopped within a send")
+    finally:
+        sender.end()
+        transport.close()
 
 
 def test_a_rank_that_was_made_deaf_is_replaced(mesh: Mesh, expected: list[streams.Stream]) -> None:

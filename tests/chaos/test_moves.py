@@ -8,7 +8,7 @@ import json
 import psutil
 import pytest
 import streams
-from disturb import COMMON, SEED, check, counts, disturbed, stagemesh, until
+from disturb import COMMON, PLANNED_S, SEED, check, counts, disturbed, stagemesh, until
 from mesh import Mesh, serve
 
 from stagemesh.config import DEMO_MODEL
@@ -42,6 +42,7 @@ def test_layers_go_to_and_fro(mesh: Mesh, expected: list[streams.Stream]) -> Non
     events = [e for e in mesh.get("/mesh")["events"] if e["event"] != "lost"]
     assert [e["event"] for e in events] == ["moved"] * 4
     print("paused for ms:", [e["duration_ms"] for e in events], f"longest: {max(s.longest_s for s in told):.3f} s")
+    assert max(s.longest_s for s in told) < PLANNED_S
     mesh.check_pages_are_free()
     # One more: moves are reported over a connection of their own.
     asyncio.run(until(lambda: connections(mesh) <= before + 1, "connections of epochs that are over are closed", 3))

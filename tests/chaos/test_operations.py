@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import streams
-from disturb import check, counts, disturbed, holders, stagemesh, until
+from disturb import PLANNED_S, check, counts, disturbed, holders, stagemesh, until
 from mesh import Mesh
 
 
@@ -22,6 +22,7 @@ def test_a_drained_worker_leaves_its_stage_to_the_standby(
     told = asyncio.run(disturbed(mesh, drain))
     check(told, expected)
     print(f"longest pause: {max(s.longest_s for s in told):.3f} s")
+    assert max(s.longest_s for s in told) < PLANNED_S
     assert holders(mesh) == ["standby-0" if i == stage else f"stage-{i}" for i in range(3)]
     mesh.check_pages_are_free()
 

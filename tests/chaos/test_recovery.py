@@ -75,10 +75,10 @@ def test_a_worker_that_was_stopped_and_goes_on_changes_nothing(
 ) -> None:
     """Its lease ends, another takes its place; when it goes on it is one more standby."""
     agent, rank = agent_of(mesh, 1), rank_of(mesh, 1)
-    after = 0
+    after = refused = 0
 
     def disturb(told: list[streams.Stream]) -> None:
-        nonlocal after
+        nonlocal after, refused
         epoch, began = mesh.epoch(), time.monotonic()
         for process in (agent, rank):
             process.send_signal(signal.SIGSTOP)
@@ -88,6 +88,7 @@ def test_a_worker_that_was_stopped_and_goes_on_changes_nothing(
             # For as long as it stands still nothing happens, and so it is the time that is waited for.
             time.sleep(max(0.0, began + stopped_s - time.monotonic()))
         finally:
+            refused = late_frames(mesh)
             for process in (rank, agent):
                 process.send_signal(signal.SIGCONT)
         after = mesh.epoch()
@@ -96,8 +97,14 @@ def test_a_worker_that_was_stopped_and_goes_on_changes_nothing(
     told = asyncio.run(disturbed(mesh, disturb))
     check(told, expected)
     asyncio.run(until(lambda: states(mesh)["stage-1"] == "standby", "it stands by"))
+    # It went on with what it had: that came over links that are over.
+    asyncio.run(until(lambda: late_frames(mesh) > refused, "what it sent is refused and counted"))
     assert (mesh.epoch(), holders(mesh)) == (after, ["stage-0", "standby-0", "stage-2"])
     mesh.check_pages_are_free()
+
+
+def late_frames(mesh: Mesh) -> int:
+    return int(mesh.get("/mesh")["stale_refused"].get("frame", 0))
 
 
 def states(mesh: Mesh) -> dict[str, str]:

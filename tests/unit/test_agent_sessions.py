@@ -51,6 +51,16 @@ def test_orders_are_to_come_again_when_the_ranks_are_up() -> None:
     asyncio.run(go())
 
 
+def test_late_frames_are_counted() -> None:
+    async def go() -> None:
+        agent = Agent(StageSettings(), "w")
+        agent.on_frame(0, Kind.LATE_FRAMES, 3, b"")
+        agent.on_frame(1, Kind.LATE_FRAMES, 1, b"")
+        assert agent.stale_refused == {"frame": 4}
+
+    asyncio.run(go())
+
+
 def test_a_plan_of_an_earlier_epoch_is_counted_and_ends_its_session() -> None:
     async def go() -> None:
         agent = Agent(StageSettings(), "w")

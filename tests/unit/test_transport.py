@@ -188,6 +188,17 @@ def test_discard_forever_drops_what_comes_later(pair: Pair) -> None:
     for _ in range(300):
         pair.right.progress()
     assert not pair.right.probe(0xAB << 32 | 5)
+    assert pair.right.late_count == 1
+
+
+def test_what_is_discarded_at_once_is_not_late(pair: Pair) -> None:
+    for tag in (0xAB << 32, 0xCD << 32):
+        pair.to_right.send(tag, random_bytes(8, 1))
+        pair.drive(lambda tag=tag: pair.right.probe(tag))
+    assert pair.right.discard(0xAB << 32, 0xFFFFFFFF << 32) == 1
+    assert pair.right.late_count == 0
+    assert pair.right.discard(0xCD << 32, 0xFFFFFFFF << 32, forever=True) == 1
+    assert pair.right.late_count == 0
 
 
 def test_the_route_is_told(pair: Pair) -> None:
