@@ -44,8 +44,6 @@ class Ear:
         self._transport = transport
         self._tag = int.from_bytes(os.urandom(8), "little")
         self._request: UcxRequest | None = None
-        self._again = False
-        """Asked for while a message was under way, which may have been in front of what the question is about."""
         self._waited_s = self._looked_at = 0.0
         lib = transport.lib
         self._endpoint: Endpoint | None = None
@@ -63,9 +61,9 @@ class Ear:
         self._endpoint.users += 1
 
     def ask(self) -> None:
-        """Sends a message, or another one behind that which is under way; `progress` looks for it."""
-        self._again = self._request is not None
-        if self._endpoint is None or self._again:
+        """Sends a message; `progress` looks for it. Also behind one that is under way: that may be in front of what
+        this one is about. The queue keeps the order, so the newest alone is waited for."""
+        if self._endpoint is None:
             return
         self._request = self._transport.recv(self._tag, bytearray(8))
         self._waited_s, self._looked_at = 0.0, time.monotonic()
@@ -82,8 +80,6 @@ class Ear:
         self._worker.progress_once()
         if self._request.done:
             self._request = None
-            if self._again:
-                self.ask()
             return
         now = time.monotonic()
         self._waited_s += min(now - self._looked_at, LOOK_S)

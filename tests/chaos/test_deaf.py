@@ -12,7 +12,7 @@ import time
 import grpc
 import pytest
 import streams
-from disturb import check, disturbed
+from disturb import SEED, check, disturbed
 from mesh import Mesh
 from ucx_flood import Sender, start
 
@@ -59,7 +59,7 @@ def blocked(transport: Transport, rank: Peer) -> bool:
 
 def die_within_a_send(mesh: Mesh, sender: Sender) -> None:
     """What the sender sends nobody asked for. It is stopped again and again until that blocks others, then killed."""
-    transport = open_transport("ucx")
+    rng, transport = random.Random(SEED), open_transport("ucx")
     try:
         address = offered(mesh, sender.address)
         rank = transport.connect(address)
@@ -67,7 +67,7 @@ def die_within_a_send(mesh: Mesh, sender: Sender) -> None:
         # The link is given up then, and with it the sender is not looked after any more.
         ends = time.monotonic() + LINK_TIMEOUT_S - 1
         while time.monotonic() < ends:
-            time.sleep(random.random() * 0.01)
+            time.sleep(rng.random() * 0.01)
             sender.process.send_signal(signal.SIGSTOP)
             if blocked(transport, rank):
                 return
@@ -79,6 +79,7 @@ def die_within_a_send(mesh: Mesh, sender: Sender) -> None:
 
 
 def test_a_rank_that_was_made_deaf_is_replaced(mesh: Mesh, expected: list[streams.Stream]) -> None:
+    print("seed", SEED)
     sender = start(TAG, 64 << 10)
     told = asyncio.run(disturbed(mesh, lambda _: die_within_a_send(mesh, sender)))
     check(told, expected)

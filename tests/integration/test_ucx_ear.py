@@ -137,10 +137,21 @@ def test_a_receiver_whose_peers_end_between_sends_goes_on(receiver: Receiver) ->
     assert receiver.hears(TICK, 5)
 
 
-def test_without_shared_memory_there_is_nothing_to_doubt() -> None:
+def test_asking_again_and_again_is_answered(receiver: Receiver) -> None:
+    receiver.start(TICK, 8, 0.001)
+    for _ in range(50):
+        receiver.transport.doubt()
+    receiver.progress_for(1)
+    assert receiver.hears(TICK, 5)
+
+
+def test_without_shared_memory_there_is_nothing_to_doubt(capfd: pytest.CaptureFixture[str]) -> None:
+    """UCX is not asked for a way that it does not have: it would say so as an error, on the terminal."""
     transport = open_transport("ucx", ucx_options={"TLS": "tcp", "NET_DEVICES": "lo"})
     transport.doubt()
     until = time.monotonic() + 0.7
     while time.monotonic() < until:
         transport.progress()
     transport.close()
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
