@@ -151,7 +151,6 @@ class UcxTransport:
         self._ear: Ear | None = None
         self._identity = ProcessIdentity.own()
         self._live: dict[int, UcxRequest] = {}
-        self._peers: list[UcxPeer] = []
         self._endpoints: dict[bytes, Endpoint] = {}
         self._self_peer: Any = None
         self._fences: list[tuple[int, int]] = []
@@ -175,26 +174,29 @@ class UcxTransport:
 
     def connect(self, address: bytes, *, timeout_s: float = 5.0) -> UcxPeer:
         identity, ucx_address = unpack_address(address)
-        self._peers = [peer for peer in self._peers if not peer.closed]
-        self._endpoints = {key: used for key, used in self._endpoints.items() if used.users}
+        for key, endpoint in list(self._endpoints.items()):
+            if not endpoint.alive:
+                endpoint.close()
+                del self._endpoints[key]
+        if ucx_address not in self._endpoints:
+            self._endpoints[ucx_address] = self._new_endpoint(identity, ucx_address)
+        return UcxPeer(self, self._endpoints[ucx_address])
+
+    def _new_endpoint(self, identity: ProcessIdentity, ucx_address: bytes) -> Endpoint:
         try:
             pidfd = identity.watch(self._identity)
         except TransportError:
             self.doubt()
             raise
-        endpoint = self._endpoints.get(ucx_address)
-        if endpoint is None or not endpoint.alive:
-            try:
-                endpoint = self._endpoints[ucx_address] = Endpoint(self._endpoint(ucx_address))
-            except TransportError:
-                if pidfd is not None:
-                    os.close(pidfd)
-                raise
-        peer = UcxPeer(self, endpoint, pidfd)
+        try:
+            raw = self._endpoint(ucx_address)
+        except TransportError:
+            if pidfd is not None:
+                os.close(pidfd)
+            raise
         if pidfd is not None:
             self._deaths.register(pidfd, select.EPOLLIN)
-        self._peers.append(peer)
-        return peer
+        return Endpoint(self, raw, pidfd)
 
     def recv(self, tag: int, buffer: Buffer) -> UcxRequest:
         array, nbytes = self.array(buffer, writable=True)
@@ -255,8 +257,8 @@ class UcxTransport:
         if self._ear is not None:
             self._ear.close()
             self._ear = None
-        for peer in self._peers:
-            peer.close()
+        for endpoint in self._endpoints.values():
+            endpoint.close()
         for _ in range(_WATCH_EVERY):
             self.progress()
         self.discard(0, 0)  # ucxx would fetch what nobody took, and wait for senders that are gone
@@ -269,7 +271,7 @@ class UcxTransport:
             self.progress()
             self._sweep()
         self._deaths.close()
-        self._peers.clear()
+        self._endpoints.clear()
         self._self_peer = None
         del self._worker, self._context
 
@@ -329,7 +331,7 @@ class UcxTransport:
         return endpoint_route(endpoint.handle)
 
     def unwatch(self, pidfd: int) -> None:
-        """A peer no longer cares for a process."""
+        """Nobody cares for a process any more."""
         if not self._deaths.closed:
             self._deaths.unregister(pidfd)
 
@@ -349,9 +351,9 @@ class UcxTransport:
         for value, mask in self._fences:
             self.late_count += self.discard(value, mask)
         ended = {fd for fd, _ in self._deaths.poll(0)} if not self._deaths.closed else set()
-        for peer in self._peers:
-            if peer.pidfd in ended:
-                peer.died()
+        for endpoint in list(self._endpoints.values()) if ended else ():
+            if endpoint.pidfd in ended:
+                endpoint.died()
         return bool(ended)
 
     def _sweep(self) -> None:

@@ -54,11 +54,11 @@ class Ear:
             self._context = lib.UCXContext(config_dict={**config, "TLS": shared}, feature_flags=(lib.Feature.TAG,))
             self._worker = lib.UCXWorker(self._context)
             address = lib.UCXAddress.create_from_buffer(bytearray(ucx_address))
-            self._endpoint = Endpoint(lib.UCXEndpoint.create_from_worker_address(self._worker, address, True))
+            raw = lib.UCXEndpoint.create_from_worker_address(self._worker, address, True)
         except lib.UCXError as e:
             log.warning("whether this process still hears through shared memory cannot be asked: %s", e)
             return
-        self._endpoint.users += 1
+        self._endpoint = Endpoint(transport, raw, None)
 
     def ask(self) -> None:
         """Sends a message; `progress` looks for it. Also behind one that is under way: that may be in front of what
@@ -93,5 +93,5 @@ class Ear:
     def close(self) -> None:
         """Before the transport's own worker is closed."""
         if self._endpoint is not None:
-            self._endpoint.release()
+            self._endpoint.close()
         self._endpoint = self._request = None

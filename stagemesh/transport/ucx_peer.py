@@ -85,43 +85,78 @@ def unpack_address(address: bytes) -> tuple[ProcessIdentity, bytes]:
 class Endpoint:
     """One UCX endpoint for all peers of a transport that have the same address.
 
-    UCX pairs the endpoints of two workers in the order in which each made its own. With one for each link, closing one
-    would break whichever link the other side's happens to be for.
+    UCX pairs the endpoints of two workers in the order in which each made its own, and what is left of a pair is failed
+    when the other one is closed. So with one for each link, closing one would break whichever link the other side's
+    happens to be for; and to a process whose end can be seen (`pidfd`) it is kept as long as that runs, also while no
+    link uses it: the other side may be making the next link, on its own, already. Elsewhere one that is closed is what
+    notices a cut network, and it is closed with its last user.
     """
 
-    def __init__(self, raw: Any) -> None:
-        self.raw = raw
-        self.users = 0
+    def __init__(self, transport: UcxTransport, raw: Any, pidfd: int | None) -> None:
+        self._transport, self.raw, self.pidfd = transport, raw, pidfd
+        self.users: set[UcxPeer] = set()
+        self._closed = False
 
     @property
     def alive(self) -> bool:
-        """Whether UCX has not given it up."""
-        return bool(self.raw.alive)
+        """Neither closed nor given up by UCX."""
+        return not self._closed and bool(self.raw.alive)
 
-    def release(self) -> None:
-        """One user less; without any it is closed."""
-        self.users -= 1
-        if not self.users and self.alive:
+    @property
+    def why(self) -> str:
+        """What UCX says of its end, in brackets; empty where it says nothing."""
+        try:
+            self.raw.raise_on_error()
+        except self._transport.lib.UCXError as error:
+            return f" ({error})"
+        return ""
+
+    def release(self, peer: UcxPeer) -> None:
+        """A user less."""
+        self.users.discard(peer)
+        if not self.users and (self.pidfd is None or not self.alive):
+            self.close()
+
+    def died(self) -> None:
+        """Its process has ended: ends what is under way."""
+        for peer in list(self.users):
+            peer.fail(TransportError("the peer process has ended"))
+        self.close()
+        # It may have ended within a send.
+        self._transport.doubt()
+
+    def close(self) -> None:
+        """Ends it, and its users with it."""
+        for peer in list(self.users):
+            if peer.error is None:
+                peer.close()
+        if self._closed:
+            return
+        if self.alive:
             # Forced: ends the requests under way, also a rendezvous that waits for a dead peer, which `close` would
             # leave open. It takes microseconds.
             self.raw.close_blocking(_CLOSE_PERIOD_NS, 1)
+        self._closed = True
+        if self.pidfd is not None:
+            self._transport.unwatch(self.pidfd)
+            os.close(self.pidfd)
 
 
 class UcxPeer:
     """See `Peer`."""
 
-    def __init__(self, transport: UcxTransport, endpoint: Endpoint, pidfd: int | None) -> None:
+    def __init__(self, transport: UcxTransport, endpoint: Endpoint) -> None:
         self._transport = transport
         self._endpoint: Endpoint | None = endpoint
-        endpoint.users += 1
-        self.pidfd = pidfd
+        endpoint.users.add(self)
         self._error: TransportError | None = None
         self._route = "unknown"
 
     @property
     def error(self) -> TransportError | None:
         if self._error is None and self._endpoint is not None and not self._endpoint.alive:
-            self._lose("the peer is gone: its UCX endpoint failed")
+            self.fail(TransportError(f"the peer is gone: its UCX endpoint failed{self._endpoint.why}"))
+            self._transport.doubt()
         return self._error
 
     @property
@@ -137,33 +172,15 @@ class UcxPeer:
         raw = self._endpoint.raw.tag_send(array, self._transport.tag(tag))
         return self._transport.track(raw, (array, buffer), nbytes, None)
 
-    @property
-    def closed(self) -> bool:
-        """Closed by the owner, or ended with its process."""
-        return self._endpoint is None
-
-    def died(self) -> None:
-        """Its process has ended: end what is under way."""
-        if self._error is None:
-            self._lose("the peer process has ended")
-
     def close(self) -> None:
-        self._fail(TransportError("this peer was closed"))
+        self.fail(TransportError("this peer was closed"))
 
-    def _lose(self, why: str) -> None:
-        self._fail(TransportError(why))
-        # It may have ended within a send.
-        self._transport.doubt()
-
-    def _fail(self, error: TransportError) -> None:
+    def fail(self, error: TransportError) -> None:
+        """Nothing goes this way any more."""
         self._error = self._error or error
         endpoint, self._endpoint = self._endpoint, None
-        if self.pidfd is not None:
-            self._transport.unwatch(self.pidfd)
-            os.close(self.pidfd)
-            self.pidfd = None
         if endpoint is not None:
-            endpoint.release()
+            endpoint.release(self)
 
 
 def endpoint_route(handle: int) -> str:
