@@ -282,7 +282,8 @@ class MeshEngine:
 
     def _take(self, response: coordinator_pb2.WatchPipelinesResponse) -> None:
         self._seat.slot, self._reason = response.slot, "no pipeline is formed yet"
-        self.mesh.CopyFrom(response.mesh)
+        # Not copied into the one before: a protobuf message never gives back what its fields have taken.
+        self.mesh = response.mesh
         here = {view.pipeline_id: view for view in response.pipelines}
         for name in here.keys() - self._drives.keys():
             self._drives[name] = drive = Drive(name, self._around)

@@ -1,0 +1,38 @@
+"""What the gateway keeps of what the coordinator tells it: the last word, and no more."""
+
+from __future__ import annotations
+
+import psutil
+
+from stagemesh.config import GatewaySettings
+from stagemesh.gateway.engine import MeshEngine
+from stagemesh.gateway.metrics import Metrics
+from stagemesh.protos.v1 import coordinator_pb2, types_pb2
+
+UPDATES = 4000
+MAX_GROWTH = 2 << 20
+
+
+def update(loaded: int) -> coordinator_pb2.WatchPipelinesResponse:
+    """Of a mesh of eight workers, as it comes from a stream."""
+    mesh = types_pb2.MeshView()
+    for i in range(8):
+        mesh.workers.add(worker_id=f"stage-{i}", loaded_bytes=loaded, total_bytes=UPDATES)
+    told = coordinator_pb2.WatchPipelinesResponse(slot=1, mesh=mesh)
+    return coordinator_pb2.WatchPipelinesResponse.FromString(told.SerializeToString())
+
+
+def test_updates_of_the_mesh_take_no_more_and_more_memory() -> None:
+    engine = MeshEngine(GatewaySettings(), Metrics())
+    process = psutil.Process()
+    for loaded in range(UPDATES // 4):
+        engine._take(update(loaded))
+    before = process.memory_info().rss
+    for loaded in range(UPDATES):
+        engine._take(update(loaded))
+    grown = process.memory_info().rss - before
+    print(f"{grown / 2**10:.0f} KiB behind {UPDATES} updates")
+    assert grown < MAX_GROWTH
+    workers = engine.describe()["workers"]
+    assert isinstance(workers, list)
+    assert [int(worker["loaded_bytes"]) for worker in workers] == [UPDATES - 1] * 8
