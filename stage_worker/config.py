@@ -7,6 +7,8 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+from stagemesh.config import StageSettings
+
 
 @dataclass(frozen=True)
 class RankConfig:
@@ -45,6 +47,32 @@ class RankConfig:
     """No compiled kernels."""
     model: str | None = None
     """Folder of the checkpoint, where the worker was given one: what to import is known before an assignment."""
+
+    @staticmethod
+    def of_worker(label: str, settings: StageSettings, device: str) -> RankConfig:
+        """What is the same for all ranks of a worker, as rank 0, without descriptors."""
+        s = settings
+        return RankConfig(
+            label=label,
+            rank=0,
+            size=s.tensor_parallel_size,
+            parent_pid=os.getpid(),
+            control_fd=-1,
+            order_fds=[],
+            heart_fd=-1,
+            device="cuda" if device == "cuda" else "cpu",
+            threads=s.threads,
+            transport=s.transport,
+            host=s.host,
+            advertise_host=s.advertise_host,
+            ucx_tls=s.ucx_tls,
+            net_device=s.net_device,
+            kv_cache_gib=s.kv_cache_gib,
+            gpu_memory_utilization=s.gpu_memory_utilization,
+            journal_gib=s.journal_gib,
+            enforce_eager=s.enforce_eager,
+            model=s.model,
+        )
 
     @property
     def compute_threads(self) -> int:

@@ -19,8 +19,9 @@ from stagemesh.config import StageSettings
 from stagemesh.errors import ConfigError, StageLost, StagemeshError
 
 from .agent import SERVICE_NAME, Agent, add_to_server
+from .config import RankConfig
 from .membership import Membership
-from .rank_starter import make_starter
+from .rank_starter import RankStarter, Zygote, make_starter
 from .ranks import RankGroup
 
 log = logging.getLogger(__name__)
@@ -33,26 +34,52 @@ RELEASED_S = 1.0
 ASK_AGAIN_S = 1.0
 """Between two asks for a drain: one that was started again without its state has forgotten the first."""
 
+_imported = False
+"""Whether this process has imported what ranks need, before it became a worker."""
+
 
 def run(settings: StageSettings, ready_fd: int | None = None) -> int:
     """Runs one worker until SIGTERM or SIGINT; returns the exit status. Raises ConfigError when it cannot start."""
-    role = f"stage {settings.stage}" if settings.stage is not None else "standby"
+    role = _role(settings)
     process.set_title(role)
     process.set_up_logging(role)
+    device = _device(settings.device)
+    starter = make_starter(device)
+    if _imported and isinstance(starter, Zygote):
+        # Now, while one thread runs and nothing is open that is not the ranks'.
+        starter.fork(RankConfig.of_worker(role, settings, device), ready_fd)
     process.prefer()
-    return uvloop.run(_Worker(settings, role).run(ready_fd))
+    return uvloop.run(_Worker(settings, role, device, starter).run(ready_fd))
+
+
+def preload(settings: StageSettings) -> None:
+    """Imports what the ranks of such a worker need, in a process that is to be forked into workers. On CUDA devices
+    nothing: there each rank imports for itself."""
+    global _imported
+    device = _device(settings.device)
+    if device == "cpu":
+        if settings.threads:
+            os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # Read once, when torch is imported.
+        from .rank import import_all
+
+        import_all(RankConfig.of_worker(_role(settings), settings, device))
+        _imported = True
+
+
+def _role(settings: StageSettings) -> str:
+    return f"stage {settings.stage}" if settings.stage is not None else "standby"
 
 
 class _Worker:
     """One worker from start to end: its agent stays while rank groups come and go."""
 
-    def __init__(self, settings: StageSettings, role: str) -> None:
+    def __init__(self, settings: StageSettings, role: str, device: str, starter: RankStarter) -> None:
         self.settings = settings
         self.role = role
+        self.device = device
+        self.starter = starter
         self.worker_id = settings.worker_id or f"{socket.gethostname()}-{os.getpid()}"
         self.stop = asyncio.Event()
-        self.device = _device(settings.device)
-        self.starter = make_starter(self.device)
 
     async def run(self, ready_fd: int | None) -> int:
         loop = asyncio.get_running_loop()

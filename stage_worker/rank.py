@@ -14,7 +14,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
 
 import torch
 from google.protobuf.message import DecodeError
@@ -44,6 +43,8 @@ from .shared_memory import path_of
 
 log = logging.getLogger(__name__)
 
+ENDS = "this rank ends, and with it its group"
+"""What is logged with an error that ends it."""
 PROGRESS_S = 0.05
 """Between two messages of the progress of a load."""
 
@@ -316,8 +317,6 @@ def run(config: RankConfig) -> int:
             Heart(config.heart_fd, config.rank, config.size, cuda=device.type == "cuda"),
         )
         Rank(config, engine, device, parallel)
-        # What is slow to start is over.
-        process.not_preferred()
         info = measure(device)
     except StagemeshError as e:
         control.send_packed(pack_error(0, e))
@@ -333,18 +332,5 @@ def run(config: RankConfig) -> int:
     return 0
 
 
-def run_and_exit(config: RankConfig) -> NoReturn:
-    """`run`, then the end of the process: the interpreter's own teardown of torch, gloo and UCX threads has no work
-    left that matters, and can hang."""
-    code = 1
-    try:
-        code = run(config)
-    except Exception:
-        log.exception("this rank ends, and with it its group")
-    finally:
-        logging.shutdown()
-        os._exit(code)
-
-
 if __name__ == "__main__":
-    run_and_exit(RankConfig.from_json(sys.argv[1]))
+    process.run_and_exit(lambda: run(RankConfig.from_json(sys.argv[1])), ENDS)

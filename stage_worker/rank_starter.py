@@ -2,8 +2,10 @@
 
 Importing torch and UCX takes seconds of a core, which a rank that is started again would take from those that refill
 its successor, and for which its requests would wait where there is none. So a worker keeps a zygote (the word is
-Android's and Chrome's; zygote.py), from which a rank is there in milliseconds. On CUDA devices each rank is a new
-process: a library may have initialised CUDA when it was imported, and a fork of that is of no use.
+Android's and Chrome's; zygote.py), from which a rank is there in milliseconds. It is a fork of the agent where that
+has itself been forked from a process that had imported all that (as `serve` does), else a new interpreter. On CUDA
+devices each rank is a new process: a library may have initialised CUDA when it was imported, and a fork of that is of
+no use.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import sys
 from dataclasses import replace
 from typing import Protocol
 
+from stagemesh import process
 from stagemesh.errors import ConfigError, StageLost, StagemeshError
-from stagemesh.process import not_prefer
+from stagemesh.forked import ForkedChild
 
 from .config import RankConfig
 
@@ -122,7 +125,7 @@ class Zygote:
     """The agent's side of its zygote: started with the first rank, and anew when it is gone."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | ForkedChild | None = None
         self._socket: socket.socket | None = None
         self._ranks: dict[int, ForkedRank] = {}
         self._forked: list[ForkedRank] = []
@@ -157,11 +160,30 @@ class Zygote:
             return StageLost(f"the zygote of {label} was killed by {signal.Signals(-self._status).name}")
         return ConfigError(f"no rank of {label} can be started: see what was said above")
 
+    def fork(self, config: RankConfig, unwanted: int | None = None) -> None:
+        """Makes the zygote a fork of this process, which has imported what ranks need and runs one thread. It closes
+        the descriptor `unwanted`."""
+        with self._new_socket() as theirs:
+            pid = os.fork()
+            if pid == 0:
+                assert self._socket is not None
+                self._socket.close()
+                if unwanted is not None:
+                    os.close(unwanted)
+                from .zygote import run
+
+                forked = replace(config, control_fd=theirs.detach())
+                process.run_and_exit(lambda: run(forked), "this zygote ends, and with it its ranks")
+            self._process = ForkedChild(pid)
+
     def _begin(self, config: RankConfig) -> None:
+        with self._new_socket() as theirs:
+            self._process = _spawn("zygote", replace(config, control_fd=theirs.fileno()), [theirs.fileno()])
+
+    def _new_socket(self) -> socket.socket:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
-        with theirs:
-            self._process = _spawn("zygote", replace(config, control_fd=theirs.fileno()), [theirs.fileno()])
+        return theirs
 
     def take_messages(self) -> None:
         """What the zygote has told; what follows from its end when that has come."""
@@ -214,14 +236,14 @@ def _spawn(module: str, config: RankConfig, fds: list[int]) -> subprocess.Popen[
     env = dict(os.environ)
     if config.threads:
         env["OMP_NUM_THREADS"] = str(config.threads)
-    process = subprocess.Popen(
+    started = subprocess.Popen(
         [sys.executable, "-m", f"stagemesh.stage_worker.{module}", config.to_json()],
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
         env=env,
     )
-    not_prefer(process.pid)
-    return process
+    process.not_prefer(started.pid)
+    return started
 
 
 def _readable(fd: int, timeout_s: float) -> bool:

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stagemesh.config import StageSettings
 from stagemesh.errors import ConfigError, StageLost
@@ -142,30 +142,16 @@ class RankGroup:
         store: int | None,
     ) -> None:
         s = self._settings
-        config = RankConfig(
-            label=self._label,
+        config = replace(
+            RankConfig.of_worker(self._label, s, self._device),
             rank=rank,
-            size=self.size,
-            parent_pid=os.getpid(),
             control_fd=control.fileno(),
             order_fds=[sock.fileno() for sock in order],
             heart_fd=hearts,
-            device="cuda" if self._device == "cuda" else "cpu",
-            threads=s.threads,
             cpus=_cpus_of(s.cpu_list, rank),
             idle_cpus=_cpus_of(s.idle_cpu_list, rank),
-            transport=s.transport,
-            host=s.host,
-            advertise_host=s.advertise_host,
-            ucx_tls=s.ucx_tls,
-            net_device=s.net_device,
-            kv_cache_gib=s.kv_cache_gib,
-            gpu_memory_utilization=s.gpu_memory_utilization,
-            journal_gib=s.journal_gib,
-            model=s.model,
             exchange_fd=shared,
             store_fd=store,
-            enforce_eager=s.enforce_eager,
         )
         self._processes.append(await self._starter.start(config))
 

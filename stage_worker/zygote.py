@@ -1,4 +1,5 @@
-"""A worker's zygote: `python -m stagemesh.stage_worker.zygote CONFIG`, the agent's child and its ranks' parent.
+"""A worker's zygote: the agent's child and its ranks' parent, a fork of the agent or, where that has not imported what
+ranks need, `python -m stagemesh.stage_worker.zygote CONFIG`.
 
 It imports what a rank needs, computes nothing, starts no thread, and forks a rank for each configuration that comes on
 its socket, with the descriptors that the rank is to have. It reaps its ranks and tells their ends. When the agent is
@@ -30,8 +31,12 @@ MAX_MESSAGE, MAX_FDS = 1 << 16, 253
 
 
 def main(argv: list[str]) -> int:
+    """A zygote that is a new interpreter."""
+    return run(RankConfig.from_json(argv[1]))
+
+
+def run(config: RankConfig) -> int:
     """Forks ranks until the agent is gone."""
-    config = RankConfig.from_json(argv[1])
     process.set_title(f"{config.label} zygote")
     process.die_with_parent(config.parent_pid)
     process.set_up_logging(f"{config.label} zygote")
@@ -85,7 +90,7 @@ class _Zygote:
         self._agent.close()
         for pidfd in self._ranks:
             os.close(pidfd)
-        rank.run_and_exit(config)
+        process.run_and_exit(lambda: rank.run(config), rank.ENDS)
 
     def _reap(self, pidfd: int) -> None:
         pid = self._ranks.pop(pidfd)

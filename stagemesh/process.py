@@ -9,22 +9,20 @@ import logging
 import os
 import signal
 import sys
-import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NoReturn
 
 import setproctitle
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-PREFERRED_NICE, STARTING_NICE = -10, 10
-SESSION_RATE_S = 0.11
+log = logging.getLogger(__name__)
 
-BEHIND_S = 2.0
-"""How long a process that is started again stands back: as long as a successor is refilled, as a rule."""
+PREFERRED_NICE = -10
 
-_before: tuple[int, float] | None = None
-"""The priority of this process before it was preferred, and when."""
+_nice_before: int | None = None
+"""The priority of this process before it was preferred."""
 
 
 def set_title(title: str) -> None:
@@ -42,85 +40,18 @@ def die_with_parent(parent_pid: int, sig: signal.Signals = signal.SIGKILL) -> No
 
 def prefer() -> None:
     """Asks to be scheduled before compute: for processes that keep leases. Goes without where that is not allowed."""
-    global _before
+    global _nice_before
     nice = os.getpriority(os.PRIO_PROCESS, 0)
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, PREFERRED_NICE)
-        _before = nice, time.monotonic()
+        _nice_before = nice
 
 
 def not_prefer(pid: int) -> None:
     """Has a child that was just started go on as this process did before `prefer`, if anything came of that."""
-    if _before is not None:
-        nice, at = _before
-        # It may be time to come forward already, or be past it.
-        over = nice == STARTING_NICE and (session_nice(pid) == 0 or time.monotonic() > at + BEHIND_S)
+    if _nice_before is not None:
         with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, pid, 0 if over else nice)
-
-
-def _may_prefer() -> bool:
-    nice = os.getpriority(os.PRIO_PROCESS, 0)
-    try:
-        os.setpriority(os.PRIO_PROCESS, 0, nice - 1)
-    except PermissionError:
-        return False
-    os.setpriority(os.PRIO_PROCESS, 0, nice)
-    return True
-
-
-def stand_back(pid: int) -> None:
-    """Has a child that was just started import behind those that compute, until it calls `prefer`, and its children
-    until they call `not_preferred`. Where this process may not prefer any, they could not undo it."""
-    if _may_prefer():
-        with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, pid, STARTING_NICE)
-        _nice_session(pid, STARTING_NICE)
-
-
-def come_forward(pid: int) -> None:
-    """Undoes `stand_back` for a child, its session, and what it has started itself."""
-    with contextlib.suppress(OSError):
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for each in (pid, *map(int, children)):
-            _undo(each)
-    if session_nice(pid) == STARTING_NICE:
-        _nice_session(pid, 0)
-
-
-def not_preferred() -> None:
-    """Undoes `prefer` and `stand_back` in a child that computes, for all of its threads and for its session."""
-    _undo(os.getpid(), PREFERRED_NICE)
-    if session_nice(os.getpid()) == STARTING_NICE:
-        _nice_session(os.getpid(), 0)
-
-
-def _undo(pid: int, *also: int) -> None:
-    for thread in map(int, os.listdir(f"/proc/{pid}/task")):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getpriority(os.PRIO_PROCESS, thread) in (STARTING_NICE, *also):
-                os.setpriority(os.PRIO_PROCESS, thread, 0)
-
-
-def session_nice(pid: int) -> int | None:
-    """Where Linux schedules sessions (`autogroup`), a process's priority counts within its session alone, and this is
-    the session's among the others. None elsewhere."""
-    try:
-        return int(Path(f"/proc/{pid}/autogroup").read_text().rpartition(" nice ")[2])
-    except (OSError, ValueError):
-        return None
-
-
-def _nice_session(pid: int, nice: int) -> None:
-    for _ in range(2):
-        try:
-            Path(f"/proc/{pid}/autogroup").write_text(str(nice))
-        except BlockingIOError:
-            time.sleep(SESSION_RATE_S)  # The kernel takes one such change in this time from all of us.
-        except OSError:
-            return  # It has ended, or sessions are not scheduled here.
-        else:
-            return
+            os.setpriority(os.PRIO_PROCESS, pid, _nice_before)
 
 
 def adopt_orphans() -> None:
@@ -168,3 +99,21 @@ def tell_ready(ready_fd: int | None, **said: object) -> None:
     if ready_fd is not None:
         with os.fdopen(ready_fd, "w") as pipe:
             pipe.write(json.dumps(said) + "\n")
+
+
+def run_and_exit(run: Callable[[], int], ends: str) -> NoReturn:
+    """Runs what a process is for, and ends it with the status that this returns; `ends` is logged with an error.
+
+    The interpreter's own teardown is left out: of torch, gloo and UCX threads it has no work left that matters and can
+    hang, and in a fork it would carry out the parent's.
+    """
+    code = 1
+    try:
+        code = run()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
+    except Exception:
+        log.exception(ends)
+    finally:
+        logging.shutdown()
+        os._exit(code)

@@ -16,7 +16,9 @@ from typing import Any
 
 from stagemesh.config import Base
 from stagemesh.errors import ConfigError
-from stagemesh.process import BEHIND_S, come_forward, stand_back
+from stagemesh.forked import ForkedChild
+
+from .forking import ForkServer
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +41,10 @@ class Child:
     label: str
     settings: Base
     env: dict[str, str] = field(default_factory=dict)
-    process: subprocess.Popen[bytes] | None = None
+    forkserver: ForkServer | None = None
+    """Has imported what it needs; None: it is a new interpreter."""
+    process: subprocess.Popen[bytes] | ForkedChild | None = None
     ports: dict[str, int] = field(default_factory=dict)
-    stands_back: bool = False
-    """What it imports when it is started again takes seconds of cores on which others may refill its successor."""
     restarts: int = 0
     """Deaths in a row, each soon after the start."""
     started_at: float = 0.0
@@ -50,12 +52,9 @@ class Child:
     async def start(self) -> None:
         """Starts the process and waits for the ports it got. Raises ConfigError when it ends before it listens."""
         read_fd, write_fd = os.pipe()
-        command = [sys.executable, "-m", "stagemesh.cli.main", self.role, *_flags(self.settings)]
-        command += ["--ready-fd", str(write_fd), "--parent-pid", str(os.getpid())]
         try:
-            again, self.process = self.process is not None, self._spawn(command, write_fd)
-            if again and self.stands_back:
-                self._stand_back(self.process)
+            forked = await self.forkserver.fork(self.command, write_fd) if self.forkserver is not None else None
+            self.process = forked or self._spawn(write_fd)
         finally:
             os.close(write_fd)
         self.started_at = time.monotonic()
@@ -65,30 +64,22 @@ class Child:
             raise ConfigError(f"the {self.label} did not start (exit status {code}); its message is above")
         self.ports = {key: int(value) for key, value in json.loads(said).items()}
 
-    def _spawn(self, command: list[str], write_fd: int) -> subprocess.Popen[bytes]:
+    @property
+    def command(self) -> list[str]:
+        """What it runs, as it would be typed behind `stagemesh`."""
+        return [self.role, *flags(self.settings)]
+
+    def _spawn(self, write_fd: int) -> subprocess.Popen[bytes]:
         secrets = {f"STAGEMESH_{name.upper()}": str(v) for name in SECRETS if (v := getattr(self.settings, name, None))}
+        started = ["--ready-fd", str(write_fd), "--parent-pid", str(os.getpid())]
         # A session of its own: Ctrl-C reaches the supervisor alone, which ends its children in the right order.
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", "stagemesh.cli.main", *self.command, *started],
             pass_fds=[write_fd],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            # `serve` has read its own variables; a child that read them too would take another's port for its own.
-            env={k: v for k, v in os.environ.items() if not k.startswith("STAGEMESH_") or k in KEPT}
-            | self.env
-            | secrets,
+            env=environment() | self.env | secrets,
         )
-
-    @staticmethod
-    def _stand_back(process: subprocess.Popen[bytes]) -> None:
-        """For a moment: where others need all cores for longer, it would never be there."""
-        stand_back(process.pid)
-
-        def forward() -> None:
-            if process.poll() is None:
-                come_forward(process.pid)
-
-        asyncio.get_running_loop().call_later(BEHIND_S, forward)
 
     @property
     def alive(self) -> bool:
@@ -132,7 +123,13 @@ class Child:
         self.process.wait()
 
 
-def _flags(settings: Base) -> list[str]:
+def environment() -> dict[str, str]:
+    """For children. `serve` has read its own variables; a child that read them too would take another's port for its
+    own."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("STAGEMESH_") or k in KEPT}
+
+
+def flags(settings: Base) -> list[str]:
     """Settings as flags, those that differ from the defaults: what `ps` shows can be typed again."""
     out: list[str] = []
     for name in type(settings).model_fields:

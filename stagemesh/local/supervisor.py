@@ -23,7 +23,8 @@ from stagemesh import process
 from stagemesh.config import ServeSettings, StageSettings
 from stagemesh.errors import ConfigError
 
-from .children import Child
+from .children import Child, environment, flags
+from .forking import ForkServer
 from .plan import LOOPBACK, coordinator_settings, gateway_settings, standby_settings, worker_settings
 from .progress import Progress, banner
 
@@ -47,6 +48,7 @@ class _Supervisor:
         self.settings = settings
         self.children: list[Child] = []
         self._gateway: Child
+        self._forkserver: ForkServer | None = None
         self._coordinator = ""
         self.stop = asyncio.Event()
         self.started_at = time.monotonic()
@@ -93,6 +95,10 @@ class _Supervisor:
 
     async def _start(self, state_dir: str) -> None:
         coordinator = self._child("coordinator", "coordinator", coordinator_settings(self.settings, state_dir))
+        if sys.platform == "linux":
+            # Beside the coordinator: it imports longer than any other process.
+            like = max(worker_settings(self.settings, ""), key=lambda worker: worker.tensor_parallel_size)
+            self._forkserver = ForkServer(["stage", *flags(like)], environment() | self.env)
         await coordinator.start()
         coordinator.pin_ports()
         address = f"{LOOPBACK}:{coordinator.ports['port']}"
@@ -116,7 +122,7 @@ class _Supervisor:
 
     def _worker(self, settings: StageSettings) -> Child:
         child = self._child("stage", f"worker {settings.worker_id}", settings)
-        child.stands_back = self.settings.standby > 0
+        child.forkserver = self._forkserver
         return child
 
     @staticmethod
@@ -141,7 +147,10 @@ class _Supervisor:
             await asyncio.sleep(WATCH_S)
 
     def _own(self) -> set[int]:
-        return {child.process.pid for child in self.children if child.process is not None}
+        processes = [child.process for child in self.children]
+        if self._forkserver is not None:
+            processes.append(self._forkserver.process)
+        return {process.pid for process in processes if process is not None}
 
     async def _keep(self, child: Child) -> None:
         while not self.stop.is_set():
@@ -205,6 +214,8 @@ class _Supervisor:
             await asyncio.gather(*(child.wait(timeout_s) for child in children))
         for child in self.children:
             child.kill()
+        if self._forkserver is not None:
+            self._forkserver.end()
         process.reap_orphans(self._own(), kill=True)
 
 

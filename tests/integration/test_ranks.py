@@ -185,7 +185,7 @@ def test_an_agent_that_is_not_preferred_leaves_its_children_as_they_are(monkeypa
         raise PermissionError
 
     monkeypatch.setattr(os, "setpriority", refuse)
-    monkeypatch.setattr(process, "_before", None)
+    monkeypatch.setattr(process, "_nice_before", None)
     before = os.getpriority(os.PRIO_PROCESS, 0)
     process.prefer()
     process.not_prefer(os.getpid())
