@@ -9,14 +9,13 @@ import os
 import secrets
 import signal
 import socket
-import sys
 
 import uvloop
 
 import stagemesh
 from stagemesh import process, rpc
-from stagemesh.config import StageSettings
-from stagemesh.errors import ConfigError, StageLost, StagemeshError
+from stagemesh.config import StageSettings, device_kind
+from stagemesh.errors import StageLost, StagemeshError
 
 from .agent import SERVICE_NAME, Agent, add_to_server
 from .config import RankConfig
@@ -43,7 +42,7 @@ def run(settings: StageSettings, ready_fd: int | None = None) -> int:
     role = _role(settings)
     process.set_title(role)
     process.set_up_logging(role)
-    device = _device(settings.device)
+    device = device_kind(settings.device)
     starter = make_starter(device)
     if _imported and isinstance(starter, Zygote):
         # Now, while one thread runs and nothing is open that is not the ranks'.
@@ -56,7 +55,7 @@ def preload(settings: StageSettings) -> None:
     """Imports what the ranks of such a worker need, in a process that is to be forked into workers. On CUDA devices
     nothing: there each rank imports for itself."""
     global _imported
-    device = _device(settings.device)
+    device = device_kind(settings.device)
     if device == "cpu":
         if settings.threads:
             os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # Read once, when torch is imported.
@@ -168,11 +167,3 @@ class _Worker:
                 asked_at = now
                 with contextlib.suppress(StagemeshError):
                     await membership.drain()
-
-
-def _device(wanted: str) -> str:
-    """`cpu` or `cuda`. The CUDA driver is asked by its device node: importing torch here would cost a second."""
-    there = sys.platform == "linux" and os.path.exists("/dev/nvidiactl")
-    if wanted == "cuda" and not there:
-        raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu or auto")
-    return "cuda" if wanted != "cpu" and there else "cpu"

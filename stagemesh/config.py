@@ -8,6 +8,7 @@ vLLM has one.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -321,6 +322,18 @@ class ServeSettings(Loopback, ModelSettings):
 
 
 S = TypeVar("S", bound=Base)
+
+
+def device_kind(wanted: str) -> str:
+    """`cpu` or `cuda`, of --device. The CUDA driver is asked by its device node: importing torch would cost seconds.
+
+    Raises:
+        ConfigError: CUDA is wanted, and there is none.
+    """
+    there = sys.platform == "linux" and os.path.exists("/dev/nvidiactl")
+    if wanted == "cuda" and not there:
+        raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu or auto")
+    return "cuda" if wanted != "cpu" and there else "cpu"
 
 
 def load(cls: type[S], *, file: str | None, env: Mapping[str, str] = os.environ, given: Mapping[str, Any]) -> S:

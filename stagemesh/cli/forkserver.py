@@ -9,21 +9,25 @@ usual. COMMAND and FLAGS are those of one worker, and say what to import.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import socket
 import sys
-from typing import NoReturn
+import time
 
 from stagemesh import process
 from stagemesh.config import StageSettings, load
+from stagemesh.errors import StagemeshError
 
 from .flags import given
 from .main import main as command
 from .main import parser
 
 MAX_MESSAGE = 1 << 16
+ADOPTED_S = 0.0005
+"""Between two looks for another parent."""
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +36,8 @@ def main(argv: list[str]) -> int:
     process.set_title("forkserver")
     process.die_with_parent(parent_pid)
     process.set_up_logging("forkserver")
-    _import_all(argv[3:])
+    with contextlib.suppress(StagemeshError):
+        _import_all(argv[3:])  # A worker that cannot run says so itself.
     # A collection in a worker would otherwise touch, and so copy, every object that is imported here.
     gc.freeze()
     with socket.socket(fileno=fd) as supervisor:
@@ -52,26 +57,30 @@ def _import_all(worker: list[str]) -> None:
 
 def _fork(supervisor: socket.socket, argv: list[str], ready_fd: int, parent_pid: int) -> None:
     """A child whose own parent ends at once comes to the nearest ancestor that adopts orphans, which is `serve`."""
-    adopted, told = os.pipe()
     between = os.fork()
     if between == 0:
-        if os.fork() != 0:
-            os._exit(0)
-        os.close(told)
-        os.read(adopted, 1)
-        os.close(adopted)
-        _become(supervisor, [*argv, "--ready-fd", str(ready_fd), "--parent-pid", str(parent_pid)])
-    os.close(adopted)
-    os.waitpid(between, 0)
-    os.close(told)
+        process.run_and_exit(lambda: _between(supervisor, argv, ready_fd, parent_pid), "no worker is forked")
+    _, status = os.waitpid(between, 0)
+    if status:
+        raise ChildProcessError("no worker can be forked: see what was said above")
 
 
-def _become(supervisor: socket.socket, argv: list[str]) -> NoReturn:
+def _between(supervisor: socket.socket, argv: list[str], ready_fd: int, parent_pid: int) -> int:
+    pid = os.getpid()
+    if os.fork() == 0:
+        while os.getppid() == pid:
+            time.sleep(ADOPTED_S)
+        process.run_and_exit(lambda: _become(supervisor, argv, ready_fd, parent_pid), "this worker ends")
+    return 0
+
+
+def _become(supervisor: socket.socket, argv: list[str], ready_fd: int, parent_pid: int) -> int:
+    process.die_with_parent(parent_pid)
     # As `serve` starts others: Ctrl-C reaches the supervisor alone.
     os.setsid()
     with supervisor:
         supervisor.send(json.dumps({"pid": os.getpid()}).encode())
-    process.run_and_exit(lambda: command(argv), "this worker ends")
+    return command([*argv, "--ready-fd", str(ready_fd), "--parent-pid", str(parent_pid)])
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ class Child:
         try:
             forked = await self.forkserver.fork(self.command, write_fd) if self.forkserver is not None else None
             self.process = forked or self._spawn(write_fd)
+        except BaseException:
+            os.close(read_fd)
+            raise
         finally:
             os.close(write_fd)
         self.started_at = time.monotonic()

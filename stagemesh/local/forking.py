@@ -15,8 +15,8 @@ from stagemesh.forked import ForkedChild
 
 log = logging.getLogger(__name__)
 
-FORK_S = 60.0
-"""What it may take for the first worker, its imports included."""
+FIRST_S, NEXT_S = 60.0, 5.0
+"""What it may take for the first worker, its imports included, and for each other one."""
 MAX_MESSAGE = 1 << 12
 
 
@@ -28,6 +28,7 @@ class ForkServer:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         self._one_at_a_time = asyncio.Lock()
+        self._within_s = FIRST_S
         module = [sys.executable, "-m", "stagemesh.cli.forkserver"]
         with theirs:
             self.process = subprocess.Popen(
@@ -38,20 +39,28 @@ class ForkServer:
                 env=dict(env),
             )
 
+    @property
+    def forks(self) -> bool:
+        """Whether there may be a child of this process that nobody knows of yet."""
+        return self._one_at_a_time.locked()
+
     async def fork(self, argv: Sequence[str], ready_fd: int) -> ForkedChild | None:
         """A child of this process that runs this command and tells its ports to `ready_fd`; None where there is no
         forkserver any more."""
         async with self._one_at_a_time:
             try:
-                async with asyncio.timeout(FORK_S):
+                async with asyncio.timeout(self._within_s):
                     socket.send_fds(self._socket, [json.dumps(list(argv)).encode()], [ready_fd])
                     said = await asyncio.get_running_loop().sock_recv(self._socket, MAX_MESSAGE)
             except (OSError, TimeoutError):
                 said = b""
+            except asyncio.CancelledError:
+                self.end()  # What it tells now would be taken for the answer to another question.
+                raise
             if said:
+                self._within_s = NEXT_S
                 return ForkedChild(json.loads(said)["pid"])
             if self._socket.fileno() >= 0:
-                # What one that is late would tell would be taken for the answer to another question.
                 self.end()
                 log.warning("the forkserver is gone; workers are started without it")
             return None

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stagemesh import process
-from stagemesh.config import ServeSettings, StageSettings
+from stagemesh.config import ServeSettings, StageSettings, device_kind
 from stagemesh.errors import ConfigError
 
 from .children import Child, environment, flags
@@ -95,7 +95,7 @@ class _Supervisor:
 
     async def _start(self, state_dir: str) -> None:
         coordinator = self._child("coordinator", "coordinator", coordinator_settings(self.settings, state_dir))
-        if sys.platform == "linux":
+        if sys.platform == "linux" and device_kind(self.settings.device) == "cpu":
             # Beside the coordinator: it imports longer than any other process.
             like = max(worker_settings(self.settings, ""), key=lambda worker: worker.tensor_parallel_size)
             self._forkserver = ForkServer(["stage", *flags(like)], environment() | self.env)
@@ -105,7 +105,7 @@ class _Supervisor:
         self._coordinator = address
         workers = [self._worker(settings) for settings in worker_settings(self.settings, address)]
         self._gateway = self._child("gateway", "gateway", gateway_settings(self.settings, address))
-        # Services import for seconds: all at once.
+        # Whatever imports something does so beside the others.
         await self._start_all([*workers, self._gateway])
 
     def _standbys(self) -> list[Child]:
@@ -143,7 +143,8 @@ class _Supervisor:
     async def _reap(self) -> None:
         """The ranks of an agent that was killed come to this process when they die."""
         while not self.stop.is_set():
-            process.reap_orphans(self._own())
+            if self._forkserver is None or not self._forkserver.forks:
+                process.reap_orphans(self._own())
             await asyncio.sleep(WATCH_S)
 
     def _own(self) -> set[int]:

@@ -64,7 +64,8 @@ class Peer(Protocol):
         deadlines are the caller's."""
 
     def close(self) -> None:
-        """Give the way up at once. What was not yet delivered may be lost, and its requests end with an error."""
+        """Give the way up, without waiting. What was not yet delivered may be lost; its requests end, some only when
+        the other side discards their messages, goes on, or dies."""
 
 
 class Transport(Protocol):

@@ -196,7 +196,7 @@ class UcxTransport:
             raise
         if pidfd is not None:
             self._deaths.register(pidfd, select.EPOLLIN)
-        return Endpoint(self, raw, pidfd)
+        return Endpoint(self, raw, pidfd, kept=pidfd is not None and identity.shares_network)
 
     def recv(self, tag: int, buffer: Buffer) -> UcxRequest:
         array, nbytes = self.array(buffer, writable=True)
@@ -245,6 +245,8 @@ class UcxTransport:
         return True
 
     def doubt(self) -> None:
+        if self._closed:
+            return
         if self._ear is None:
             self._ear = Ear(self, self._ucx_address, self._config, self._context.info)
         self._ear.ask()

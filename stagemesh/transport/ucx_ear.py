@@ -58,7 +58,7 @@ class Ear:
         except lib.UCXError as e:
             log.warning("whether this process still hears through shared memory cannot be asked: %s", e)
             return
-        self._endpoint = Endpoint(transport, raw, None)
+        self._endpoint = Endpoint(transport, raw)
 
     def ask(self) -> None:
         """Sends a message; `progress` looks for it. Also behind one that is under way: that may be in front of what

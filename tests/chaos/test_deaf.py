@@ -64,7 +64,7 @@ def die_within_a_send(mesh: Mesh, sender: Sender) -> None:
         address = offered(mesh, sender.address)
         rank = transport.connect(address)
         sender.send_to(address)
-        # The link is given up then, and with it the sender is not looked after any more.
+        # The link is given up then; by that time the rank shall have been told.
         ends = time.monotonic() + LINK_TIMEOUT_S - 1
         while time.monotonic() < ends:
             time.sleep(rng.random() * 0.01)

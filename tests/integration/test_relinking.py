@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,9 @@ class Pair:
             [sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
         )
         self.transport = open_transport("ucx")
+
+    def begin(self) -> None:
+        """Tells each of the other."""
         self.address = bytes.fromhex(self._hear()["address"])
         self._tell(peer=self.transport.address().hex())
         assert self.child.stdout is not None
@@ -103,6 +107,7 @@ def watched() -> int:
 def pair() -> Iterator[Pair]:
     pair = Pair()
     try:
+        pair.begin()
         yield pair
     finally:
         pair.end()
@@ -156,3 +161,22 @@ def test_a_process_that_ends_while_no_link_goes_there_leaves_nothing(pair: Pair)
         assert time.monotonic() < deadline, "a process that has ended is still watched"
     with pytest.raises(TransportError, match="has ended"):
         pair.transport.connect(pair.address)
+
+
+def test_what_a_stopped_process_does_not_take_ends_with_it(pair: Pair) -> None:
+    """Closing a link waits for nobody; a frame that is under way is kept until the other side goes on, or dies."""
+    made = {"nonce": secrets.randbits(32), "secret": secrets.token_hex(16)}
+    pair.do(1, "offer", 0, **made)
+    pair.do(0, "connect", 0, **made)
+    pair.wait_ready(0)
+    pair.child.send_signal(signal.SIGSTOP)
+    pair.do(0, "frames", 0)
+    began = time.monotonic()
+    pair.do(0, "close", 0)
+    while time.monotonic() < began + 0.5:
+        pair.ours.progress()
+    assert pair.ours.closed, "the frame is under way"
+    pair.child.kill()
+    while pair.ours.closed:
+        pair.ours.progress()
+        assert time.monotonic() < began + DEADLINE_S, "a frame to a process that is gone holds its tensor"
