@@ -82,7 +82,8 @@ def wait_longer(mesh: Mesh, told: list[streams.Stream], epoch: int, timeout_s: f
 def stagemesh(*args: str, status: int = 0) -> str:
     """Runs the command; what it printed."""
     command = [sys.executable, "-m", "stagemesh.cli.main", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    # It waits for the mesh to be whole, and a rank that is stopped within the first step of its life may take 30 s.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == status, done.stderr
     return done.stdout + done.stderr
 
