@@ -3,6 +3,9 @@
 A process that hangs keeps its sockets open, so only a deadline sees it. The rank sets that deadline itself, before each
 stretch of work, from what such stretches were measured to take: a large prompt on a slow core is not a hang, and a
 decode step that takes half a second longer than ever is one. No thread, no message: eight bytes a rank.
+
+What was never measured may take long, and so may an order. There it is seen whether anything goes on: on a CPU, a group
+of which no thread runs for a second waits for nobody.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import math
 import mmap
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 ALIVE_S = 0.4
@@ -103,6 +108,17 @@ def runs(pid: int) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class Look:
+    """What one look at the hearts of a group has told."""
+
+    overdue: list[tuple[int, float]]
+    """Ranks that were overdue at the last look as well, and for how many seconds they are. One that waits for another
+    is overdue like that one."""
+    rested_s: float
+    """For how long, at every look, no rank had written and no thread of any ran."""
+
+
 class HeartWatch:
     """The agent's side: whose time is up. Asked again and again; a look that itself comes late says nothing."""
 
@@ -110,15 +126,18 @@ class HeartWatch:
         self._values = memoryview(mmap.mmap(fd, size * SLOT)).cast("d")
         self._every_s = every_s
         self._looked_at = 0.0
+        self._seen: list[float] = []
         self._suspects: set[int] = set()
+        self._rested_s = 0.0
 
-    def hanging(self) -> list[tuple[int, float]]:
-        """Ranks that were overdue at the last look as well, and for how many seconds they are. One that waits for
-        another is overdue like that one."""
-        now = time.monotonic()
-        late, self._looked_at = now - self._looked_at > 2 * self._every_s, now
-        overdue = {rank for rank, due in enumerate(self._values) if due < now}
+    def look(self, any_runs: Callable[[], bool]) -> Look:
+        """Looks; `any_runs` says whether a thread of any rank runs, and is asked where none has written."""
+        now, seen = time.monotonic(), list(self._values)
+        passed_s, self._looked_at = now - self._looked_at, now
         # Where this process was not run either, the machine is busy or was asleep: nobody can be blamed for that.
-        confirmed = set() if late else overdue & self._suspects
-        self._suspects = set() if late else overdue
-        return [(rank, now - self._values[rank]) for rank in sorted(confirmed)]
+        late = passed_s > 2 * self._every_s
+        overdue = set() if late else {rank for rank, due in enumerate(seen) if due < now}
+        confirmed, self._suspects = overdue & self._suspects, overdue
+        rests = not late and seen == self._seen and not any_runs()
+        self._rested_s, self._seen = self._rested_s + passed_s if rests else 0.0, seen
+        return Look([(rank, now - seen[rank]) for rank in sorted(confirmed)], self._rested_s)

@@ -31,6 +31,10 @@ LOOK_S = 0.1
 """How often the ranks' heartbeats are looked at."""
 CALL_S = 2.0
 """How late a rank may be while a call is out."""
+REST_S = 1.0
+"""So long none of the ranks needs to run, whatever time they have: one waits for another while that one runs."""
+REST_IN_CALL_S = 5.0
+"""The same while a call is out: a file system may be on the network, and its answers slow."""
 
 _idents = itertools.count(1)
 """Over all groups of this worker: a late message about a session of a lost group must not meet one of the next."""
@@ -117,9 +121,10 @@ class RankGroup:
             )
 
     async def _watch(self, hearts: HeartWatch) -> None:
-        """Kills a rank that hangs, which is then lost like one that died."""
+        """Kills a rank that hangs, which is then lost like one that died; or the group, of which none goes on."""
         while not self.lost.done():
-            for rank, overdue_s in hearts.hanging():
+            look = hearts.look(self._any_runs)
+            for rank, overdue_s in look.overdue:
                 # A rank that carries out a call has said so; one that loads beside may be late, and one that has not
                 # taken the call at all hangs.
                 if self._calls and overdue_s <= CALL_S:
@@ -129,8 +134,15 @@ class RankGroup:
                 log.error("rank %d of %s hangs: %.1f s overdue; it is killed", rank, self._label, overdue_s)
                 self._processes[rank].kill()
                 self._lose(f"rank {rank} of {self._label} did not go on")
-                break
+                return
+            if look.rested_s > (REST_IN_CALL_S if self._calls else REST_S):
+                log.error("%s hangs: no rank ran for %.1f s; all are killed", self._label, look.rested_s)
+                self._lose(f"no rank of {self._label} went on")
             await asyncio.sleep(LOOK_S)
+
+    def _any_runs(self) -> bool:
+        """Whether a thread of any rank runs. On CUDA devices nobody can tell: the work is the device's."""
+        return self._device == "cuda" or any(runs(process.pid) for process in self._processes)
 
     async def _start_rank(
         self,

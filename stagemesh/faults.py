@@ -1,14 +1,15 @@
-"""Named points in the code at which tests let a process die.
+"""Named points in the code at which tests let a process die, or stop.
 
 Where STAGEMESH_FAULT_DIR names a folder, the first process that comes to a point whose name lies there as a file takes
-the file away and kills itself, as `kill -9` would: nothing is flushed, nothing is told. Elsewhere a point costs a look
-at a variable.
+the file away and kills itself, as `kill -9` would: nothing is flushed, nothing is told. Where the file holds the name
+of another signal, such as SIGSTOP, it sends itself that one. Elsewhere a point costs a look at a variable.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 FOLDER = os.environ.get("STAGEMESH_FAULT_DIR")
 
@@ -54,15 +55,17 @@ POINTS = (
 
 
 def point(name: str) -> None:
-    """A place where a process may die."""
+    """A place where a process may die, or stop."""
     if FOLDER is not None:
         _reach(FOLDER, name)
 
 
 def _reach(folder: str, name: str) -> None:
     assert name in POINTS, name
+    path = Path(folder, name)
     try:
-        os.unlink(os.path.join(folder, name))
+        wanted = path.read_text()
+        path.unlink()
     except FileNotFoundError:
         return
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.Signals[wanted or "SIGKILL"])

@@ -29,10 +29,14 @@ class Clock:
         self.heart = self.hearts[-1]
         os.close(fd)
 
+    def overdue(self) -> list[tuple[int, float]]:
+        """What a look says, while somebody runs."""
+        return self.watch.look(lambda: True).overdue
+
     def hangs_after(self, most_s: float = 1000) -> float:
         """Seconds until the watch says that the rank hangs."""
         began = self.now
-        while not (found := self.watch.hanging()):
+        while not (found := self.overdue()):
             assert self.now - began < most_s, "nothing is noticed"
             self.now += EVERY_S
         assert [rank for rank, _ in found] == [1]
@@ -107,13 +111,13 @@ def test_what_was_slow_once_is_forgotten(clock: Clock) -> None:
 
 def test_a_watch_that_stood_still_itself_blames_nobody(clock: Clock) -> None:
     clock.heart.beat()
-    assert not clock.watch.hanging()
+    assert not clock.overdue()
     for _ in range(10):
         clock.now += 5
-        assert not clock.watch.hanging()
+        assert not clock.overdue()
     clock.heart.beat()
     clock.now += EVERY_S
-    assert not clock.watch.hanging()
+    assert not clock.overdue()
 
 
 def test_one_that_waits_for_another_is_told_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +126,34 @@ def test_one_that_waits_for_another_is_told_beside_it(monkeypatch: pytest.Monkey
         heart.beat()
     for _ in range(int(2 * ALIVE_S / EVERY_S)):
         clock.now += EVERY_S
-        found = clock.watch.hanging()
+        found = clock.overdue()
     assert [rank for rank, _ in found] == [0, 1]
+
+
+def rested_s(clock: Clock, looks: int, any_runs: Callable[[], bool], go_on: Callable[[], None] = lambda: None) -> float:
+    told = 0.0
+    for _ in range(looks):
+        clock.now += EVERY_S
+        go_on()
+        told = clock.watch.look(any_runs).rested_s
+    return told
+
+
+def test_a_group_none_of_which_runs_is_seen_whatever_time_it_has(clock: Clock) -> None:
+    clock.heart.work(1)
+    rested_s(clock, 2, lambda: True)
+    assert rested_s(clock, 10, lambda: False) == pytest.approx(10 * EVERY_S)
+    assert not clock.overdue()
+
+
+def test_whoever_runs_or_writes_now_and_then_does_not_rest(clock: Clock) -> None:
+    clock.heart.work(1)
+    rested_s(clock, 2, lambda: True)
+    turns = iter(range(100))
+    assert rested_s(clock, 50, lambda: next(turns) % 5 == 4) < 5 * EVERY_S
+    assert rested_s(clock, 50, lambda: False, clock.heart.call) == 0.0
+    clock.now += 60
+    assert clock.watch.look(lambda: False).rested_s == 0.0  # Nobody looked meanwhile.
 
 
 @pytest.mark.parametrize(
