@@ -4,8 +4,8 @@ A process that hangs keeps its sockets open, so only a deadline sees it. The ran
 stretch of work, from what such stretches were measured to take: a large prompt on a slow core is not a hang, and a
 decode step that takes half a second longer than ever is one. No thread, no message: eight bytes a rank.
 
-What was never measured may take long, and so may an order. There it is seen whether anything goes on: on a CPU, a group
-of which no thread runs for a second waits for nobody.
+What was never measured may take long, and so may an order. There it is seen whether anything goes on: a rank that is
+stopped does not, and on a CPU a group of which no thread runs waits for nobody.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 ALIVE_S = 0.4
@@ -33,6 +34,13 @@ CALL_S = 120.0
 """What an order may take between two signs of life: to import a model's modules on a busy machine, a large tensor."""
 STARVED_S = 3.0
 """A rank that would go on if it had a core gets so much longer."""
+STOPPED_S = 0.5
+"""So long beyond `ALIVE_S` a rank may be stopped: whoever looks at it with a debugger's means does so in less."""
+RESTS_S = 0.6
+"""So long beyond `ALIVE_S` no rank of a group runs, and it hangs, whatever time it has: one that waits for another does
+so while that one runs."""
+ORDER_RESTS_S = 15.0
+"""The same within an order, or before the first sign of life: a file system, or a name, may be on the network."""
 
 SLOT = 8
 
@@ -96,16 +104,25 @@ class Heart:
         self._values[self._rank] = time.monotonic() + CALL_S
 
 
-def runs(pid: int) -> bool:
-    """Whether any thread of a process runs, or waits for a core or a disk: it is slow then, and does not hang."""
+class Doing(Enum):
+    """What the threads of a process do."""
+
+    RUNS = "one runs, or waits for a core or a disk: it is slow, and does not hang"
+    WAITS = "all wait for something"
+    STOPPED = "all are stopped: nothing but a signal lets them go on"
+
+
+def doing(pid: int) -> Doing:
+    """What a process does; WAITS where it has ended."""
+    states = set()
     for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
         try:
-            state = stat.read_text().rpartition(")")[2].split()[0]
+            states.add(stat.read_text().rpartition(")")[2].split()[0])
         except (FileNotFoundError, ProcessLookupError):
             continue  # This thread has just ended.
-        if state in "RD":
-            return True
-    return False
+    if states & set("RD"):
+        return Doing.RUNS
+    return Doing.STOPPED if states and states <= set("Tt") else Doing.WAITS
 
 
 @dataclass(frozen=True)
@@ -115,29 +132,44 @@ class Look:
     overdue: list[tuple[int, float]]
     """Ranks that were overdue at the last look as well, and for how many seconds they are. One that waits for another
     is overdue like that one."""
-    rested_s: float
-    """For how long, at every look, no rank had written and no thread of any ran."""
+    stopped: list[int]
+    """Ranks that were stopped at every look for `STOPPED_S`."""
+    rests: bool
+    """No rank has run, or written, at any look for as long as it takes to say that the group is at nothing."""
 
 
 class HeartWatch:
-    """The agent's side: whose time is up. Asked again and again; a look that itself comes late says nothing."""
+    """The agent's side: whose time is up, and who does not use his. Asked again and again; a look that itself comes
+    late says nothing."""
 
     def __init__(self, fd: int, size: int, every_s: float) -> None:
         self._values = memoryview(mmap.mmap(fd, size * SLOT)).cast("d")
         self._every_s = every_s
         self._looked_at = 0.0
-        self._seen: list[float] = []
+        self._seen = [0.0] * size
         self._suspects: set[int] = set()
-        self._rested_s = 0.0
+        self._silent_s = [0.0] * size
+        """Since each rank wrote, or ran."""
+        self._stopped_s = [0.0] * size
 
-    def look(self, any_runs: Callable[[], bool]) -> Look:
-        """Looks; `any_runs` says whether a thread of any rank runs, and is asked where none has written."""
+    def look(self, doing: Callable[[int], Doing]) -> Look:
+        """Looks; `doing` says what a rank does, and is asked of those that have not written for a while."""
         now, seen = time.monotonic(), list(self._values)
         passed_s, self._looked_at = now - self._looked_at, now
+        before, self._seen = self._seen, seen
         # Where this process was not run either, the machine is busy or was asleep: nobody can be blamed for that.
         late = passed_s > 2 * self._every_s
+        for rank, due in enumerate(seen):
+            silent_s = 0.0 if late or due != before[rank] else self._silent_s[rank] + passed_s
+            found = doing(rank) if silent_s > ALIVE_S else Doing.WAITS
+            self._silent_s[rank] = ALIVE_S if found is Doing.RUNS else silent_s
+            self._stopped_s[rank] = self._stopped_s[rank] + passed_s if found is Doing.STOPPED else 0.0
         overdue = set() if late else {rank for rank, due in enumerate(seen) if due < now}
         confirmed, self._suspects = overdue & self._suspects, overdue
-        rests = not late and seen == self._seen and not any_runs()
-        self._rested_s, self._seen = self._rested_s + passed_s if rests else 0.0, seen
-        return Look([(rank, now - seen[rank]) for rank in sorted(confirmed)], self._rested_s)
+        # An order's time is so long that no step's is mistaken for it.
+        within_order = any(due - now > CALL_S / 2 for due in seen)
+        return Look(
+            [(rank, now - seen[rank]) for rank in sorted(confirmed)],
+            [rank for rank, stopped_s in enumerate(self._stopped_s) if stopped_s > STOPPED_S],
+            min(self._silent_s) - ALIVE_S > (ORDER_RESTS_S if within_order else RESTS_S),
+        )

@@ -19,7 +19,7 @@ from stagemesh.protos.v1 import types_pb2
 
 from .config import RankConfig
 from .control import HEADER, Kind, pack, unpack_error
-from .heartbeat import STARVED_S, HeartWatch, make_heartbeats, runs
+from .heartbeat import STARVED_S, Doing, HeartWatch, doing, make_heartbeats
 from .rank_starter import RankProcess, RankStarter
 from .shared_memory import make_shared_memory, make_store
 
@@ -29,12 +29,8 @@ READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 2.0
 LOOK_S = 0.1
 """How often the ranks' heartbeats are looked at."""
-CALL_S = 2.0
+LATE_S = 2.0
 """How late a rank may be while a call is out."""
-REST_S = 1.0
-"""So long none of the ranks needs to run, whatever time they have: one waits for another while that one runs."""
-REST_IN_CALL_S = 5.0
-"""The same while a call is out: a file system may be on the network, and its answers slow."""
 
 _idents = itertools.count(1)
 """Over all groups of this worker: a late message about a session of a lost group must not meet one of the next."""
@@ -123,26 +119,32 @@ class RankGroup:
     async def _watch(self, hearts: HeartWatch) -> None:
         """Kills a rank that hangs, which is then lost like one that died; or the group, of which none goes on."""
         while not self.lost.done():
-            look = hearts.look(self._any_runs)
+            look = hearts.look(self._doing)
             for rank, overdue_s in look.overdue:
                 # A rank that carries out a call has said so; one that loads beside may be late, and one that has not
                 # taken the call at all hangs.
-                if self._calls and overdue_s <= CALL_S:
+                if self._calls and overdue_s <= LATE_S:
                     continue
-                if overdue_s <= STARVED_S and runs(self._processes[rank].pid):
+                if overdue_s <= STARVED_S and doing(self._processes[rank].pid) is Doing.RUNS:
                     continue
-                log.error("rank %d of %s hangs: %.1f s overdue; it is killed", rank, self._label, overdue_s)
-                self._processes[rank].kill()
-                self._lose(f"rank {rank} of {self._label} did not go on")
+                self._hangs(rank, f"{overdue_s:.1f} s overdue")
                 return
-            if look.rested_s > (REST_IN_CALL_S if self._calls else REST_S):
-                log.error("%s hangs: no rank ran for %.1f s; all are killed", self._label, look.rested_s)
-                self._lose(f"no rank of {self._label} went on")
+            if look.stopped:
+                self._hangs(look.stopped[0], "it is stopped")
+                return
+            # On CUDA devices nobody can tell: the work is the device's.
+            if look.rests and self._device != "cuda":
+                self._hangs(0, "no rank runs")
+                return
             await asyncio.sleep(LOOK_S)
 
-    def _any_runs(self) -> bool:
-        """Whether a thread of any rank runs. On CUDA devices nobody can tell: the work is the device's."""
-        return self._device == "cuda" or any(runs(process.pid) for process in self._processes)
+    def _doing(self, rank: int) -> Doing:
+        return doing(self._processes[rank].pid)
+
+    def _hangs(self, rank: int, why: str) -> None:
+        log.error("rank %d of %s hangs: %s; it is killed", rank, self._label, why)
+        self._processes[rank].kill()
+        self._lose(f"rank {rank} of {self._label} did not go on")
 
     async def _start_rank(
         self,

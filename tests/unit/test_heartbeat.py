@@ -12,7 +12,21 @@ from collections.abc import Callable
 import pytest
 
 from stagemesh.stage_worker import heartbeat
-from stagemesh.stage_worker.heartbeat import ALIVE_S, CALL_S, FIRST_S, MARGIN, Heart, HeartWatch, make_heartbeats, runs
+from stagemesh.stage_worker.heartbeat import (
+    ALIVE_S,
+    CALL_S,
+    FIRST_S,
+    MARGIN,
+    ORDER_RESTS_S,
+    RESTS_S,
+    STOPPED_S,
+    Doing,
+    Heart,
+    HeartWatch,
+    Look,
+    doing,
+    make_heartbeats,
+)
 
 EVERY_S = 0.1
 
@@ -31,7 +45,7 @@ class Clock:
 
     def overdue(self) -> list[tuple[int, float]]:
         """What a look says, while somebody runs."""
-        return self.watch.look(lambda: True).overdue
+        return self.watch.look(lambda _: Doing.RUNS).overdue
 
     def hangs_after(self, most_s: float = 1000) -> float:
         """Seconds until the watch says that the rank hangs."""
@@ -130,48 +144,72 @@ def test_one_that_waits_for_another_is_told_beside_it(monkeypatch: pytest.Monkey
     assert [rank for rank, _ in found] == [0, 1]
 
 
-def rested_s(clock: Clock, looks: int, any_runs: Callable[[], bool], go_on: Callable[[], None] = lambda: None) -> float:
-    told = 0.0
-    for _ in range(looks):
+def looks(
+    clock: Clock, seconds: float, doing: Callable[[int], Doing], go_on: Callable[[], None] = lambda: None
+) -> Look:
+    """The last of the looks of so many seconds; the first one only begins."""
+    clock.watch.look(doing)
+    for _ in range(round(seconds / EVERY_S)):
         clock.now += EVERY_S
         go_on()
-        told = clock.watch.look(any_runs).rested_s
+        told = clock.watch.look(doing)
     return told
 
 
-def test_a_group_none_of_which_runs_is_seen_whatever_time_it_has(clock: Clock) -> None:
-    clock.heart.work(1)
-    rested_s(clock, 2, lambda: True)
-    assert rested_s(clock, 10, lambda: False) == pytest.approx(10 * EVERY_S)
-    assert not clock.overdue()
+def within_a_first_step(clock: Clock) -> None:
+    for heart in clock.hearts:
+        heart.work(1)
+
+
+def within_an_order(clock: Clock) -> None:
+    for heart in clock.hearts:
+        heart.call()
+
+
+@pytest.mark.parametrize(("act", "rests_s"), [(within_a_first_step, RESTS_S), (within_an_order, ORDER_RESTS_S)])
+def test_a_group_none_of_which_runs_is_seen_whatever_time_it_has(
+    monkeypatch: pytest.MonkeyPatch, act: Callable[[Clock], None], rests_s: float
+) -> None:
+    clock = Clock(monkeypatch, hearts=(0, 1))
+    act(clock)
+    assert not looks(clock, ALIVE_S + rests_s - EVERY_S, lambda _: Doing.WAITS).rests
+    told = looks(clock, 3 * EVERY_S, lambda _: Doing.WAITS)
+    assert told == Look([], [], rests=True)
 
 
 def test_whoever_runs_or_writes_now_and_then_does_not_rest(clock: Clock) -> None:
     clock.heart.work(1)
-    rested_s(clock, 2, lambda: True)
-    turns = iter(range(100))
-    assert rested_s(clock, 50, lambda: next(turns) % 5 == 4) < 5 * EVERY_S
-    assert rested_s(clock, 50, lambda: False, clock.heart.call) == 0.0
+    assert not looks(clock, 5, lambda rank: [Doing.WAITS, Doing.RUNS][rank]).rests
+    turns = iter(range(1000))
+    assert not looks(clock, 5, lambda _: Doing.RUNS if next(turns) % 10 == 9 else Doing.WAITS).rests
+    assert looks(clock, 5, lambda _: Doing.STOPPED, clock.heart.call).stopped == [0]  # The other one writes.
     clock.now += 60
-    assert clock.watch.look(lambda: False).rested_s == 0.0  # Nobody looked meanwhile.
+    assert clock.watch.look(lambda _: Doing.STOPPED) == Look([], [], rests=False)  # Nobody looked meanwhile.
+
+
+@pytest.mark.parametrize("act", [within_a_first_step, within_an_order])
+def test_a_stopped_rank_is_seen_though_the_others_run(clock: Clock, act: Callable[[Clock], None]) -> None:
+    act(clock)
+    told = looks(clock, ALIVE_S + STOPPED_S + 3 * EVERY_S, lambda rank: [Doing.RUNS, Doing.STOPPED][rank])
+    assert told == Look([], [1], rests=False)
 
 
 @pytest.mark.parametrize(
     ("code", "how", "expected"),
     [
-        ("print(flush=True)\nwhile True: pass", None, True),
-        ("print(flush=True)\nwhile True: pass", signal.SIGSTOP, False),
-        ("print(flush=True)\nimport time\ntime.sleep(60)", None, False),
+        ("print(flush=True)\nwhile True: pass", None, Doing.RUNS),
+        ("print(flush=True)\nwhile True: pass", signal.SIGSTOP, Doing.STOPPED),
+        ("print(flush=True)\nimport time\ntime.sleep(60)", None, Doing.WAITS),
         (
             "import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()\n"
             "print(flush=True)\nthreading.Event().wait()",
             None,
-            True,
+            Doing.RUNS,
         ),
     ],
     ids=["computes", "is stopped", "sleeps", "waits for a thread that computes"],
 )
-def test_who_would_go_on_if_it_had_a_core_does_not_hang(code: str, how: signal.Signals | None, expected: bool) -> None:
+def test_what_a_process_does(code: str, how: signal.Signals | None, expected: Doing) -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         try:
@@ -179,8 +217,8 @@ def test_who_would_go_on_if_it_had_a_core_does_not_hang(code: str, how: signal.S
             if how is not None:
                 process.send_signal(how)
             deadline = time.monotonic() + 10
-            while runs(process.pid) is not expected:
+            while doing(process.pid) is not expected:
                 assert time.monotonic() < deadline
         finally:
             process.kill()
-    assert not runs(process.pid)
+    assert doing(process.pid) is Doing.WAITS
