@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import grpc.aio
@@ -60,12 +60,21 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         self._changed = asyncio.Event()
         self._stopping = False
         self._in_charge = in_charge
+        self._failed: Exception | None = None
 
     def post(self, event: events.Event) -> None:
-        """Runs the core on one event and executes what it orders, in order."""
-        if self._stopping or not self._in_charge():
+        """Runs the core on one event and executes what it orders, in order. Where that fails, such as a write on a
+        full disk, the core takes for done what is not: `run` ends, and with it the process."""
+        if self._stopping or self._failed is not None or not self._in_charge():
             return
-        for action in self._mesh.handle(event, self._clock()):
+        try:
+            self._execute(self._mesh.handle(event, self._clock()))
+        except Exception as e:
+            self._failed = e
+            raise
+
+    def _execute(self, ordered: Iterable[actions.Action]) -> None:
+        for action in ordered:
             match action:
                 case actions.PersistEpoch(pipeline_id, epoch):
                     self._store.save_epoch(pipeline_id, epoch)
@@ -94,10 +103,11 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         self._changed = asyncio.Event()
 
     async def run(self) -> None:
-        """Lets time pass in the core, until cancelled."""
-        while True:
+        """Lets time pass in the core, until cancelled. Raises what an order failed with, whoever gave it."""
+        while self._failed is None:
             self.post(events.Tick())
             await asyncio.sleep(TICK_S)
+        raise self._failed
 
     async def stop(self) -> None:
         """Ends orders and watches; workers and gateways go on by themselves."""
@@ -189,12 +199,12 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             # A coordinator that is started again takes all that are written down for just gone.
             self._store.forget_slots(expired)
         slot = self._slots.acquire(request.gateway_id, request.instance, self._clock())
-        self._store.save_slot(slot, request.gateway_id, request.instance)
-        log.info("gateway %s watches, slot %d", request.gateway_id, slot)
-        self.post(events.GatewayCame(request.gateway_id, spoken(request.protocol)))
         lives = self._lives.setdefault(request.gateway_id, [])
         lives.append(request.life)
         try:
+            self._store.save_slot(slot, request.gateway_id, request.instance)
+            log.info("gateway %s watches, slot %d", request.gateway_id, slot)
+            self.post(events.GatewayCame(request.gateway_id, spoken(request.protocol)))
             sent = -1
             while not self._stopping:
                 # A pipeline of before a restart may still serve: say nothing that would stop it until that is known.
@@ -226,8 +236,9 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         return pb.DescribeMeshResponse(mesh=mesh_view(self._mesh, self._model, self._stale))
 
     async def ReportStuck(self, request: pb.ReportStuckRequest, context: Context) -> pb.ReportStuckResponse:
-        """A gateway's steps do not come back."""
-        self.post(events.StepsStuck(request.gateway_id, request.pipeline_id, request.epoch, request.reason))
+        """A gateway's steps do not come back, or it does not reach a worker."""
+        r = request
+        self.post(events.StepsStuck(r.gateway_id, r.pipeline_id, r.epoch, r.reason, tuple(r.unreachable)))
         return pb.ReportStuckResponse()
 
     async def ReportMoved(self, request: pb.ReportMovedRequest, context: Context) -> pb.ReportMovedResponse:
