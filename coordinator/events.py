@@ -57,12 +57,13 @@ class LinkBroken:
 
 @dataclass(frozen=True)
 class StepsStuck:
-    """A gateway reports that steps of a pipeline do not come back."""
+    """A gateway reports that steps of a pipeline do not come back, or that it does not reach some of its workers."""
 
     gateway_id: str
     pipeline_id: str
     epoch: int
     reason: str
+    unreachable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ it. Events carry the epoch they belong to; those of an epoch that has passed cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from . import actions, events
 from . import values as v
@@ -49,6 +49,7 @@ class Former:
         self._version = 0  # of the membership
         self._ucx_failed: dict[frozenset[int], list[str]] = {}  # incarnations of a link's ends -> errors
         self._apart: dict[frozenset[str], float] = {}  # workers that do not reach each other -> believed until
+        self._away: dict[str, float] = {}  # workers that a gateway does not reach -> believed until
 
     def knows(self, worker_id: str, incarnation: int) -> bool:
         """Whether this life of the worker is a member."""
@@ -67,6 +68,7 @@ class Former:
         if pipeline.state is State.FORMING and (pipeline.phase is not Phase.RETRY or self._now < pipeline.retry_at):
             return
         self._apart = {pair: until for pair, until in self._apart.items() if until > self._now}
+        self._away = {name: until for name, until in self._away.items() if until > self._now}
         try:
             chosen = self._choose(pipeline, pipeline.last_stages)
         except CannotForm as e:
@@ -76,7 +78,7 @@ class Former:
 
     def _choose(self, pipeline: Pipeline, previous: Sequence[v.StagePlan]) -> list[Choice]:
         """Who is to hold what; `previous` stages keep their worker and layers where they can. Raises CannotForm."""
-        return choose_apart(self.target, self._free_for(pipeline), previous, self._apart.keys())
+        return choose_apart(self.target, self._free_for(pipeline), previous, self._apart.keys(), self._away.keys())
 
     def _num_shares(self) -> int:
         """Pipelines between which pages are to be split."""
@@ -275,7 +277,23 @@ class Former:
         pipeline = self._at(event.pipeline_id, event.epoch)
         if pipeline is None or pipeline.state not in (State.SERVING, State.DRAINING):
             return
-        self._interrupt(pipeline, f"gateway {event.gateway_id}: {event.reason}", self._backoff_s(pipeline))
+        reason = f"gateway {event.gateway_id}: {event.reason}"
+        if event.unreachable and not self._does_without(pipeline, event.unreachable):
+            self._log(f"{pipeline.pipeline_id} stays as it is, though {reason}", warning=True)
+            return
+        self._interrupt(pipeline, reason, self._backoff_s(pipeline))
+
+    def _does_without(self, pipeline: Pipeline, unreachable: Collection[str]) -> bool:
+        """Whether others can take the place of workers that a gateway does not reach; one that reaches none is itself
+        cut off."""
+        if len(pipeline.stages) > 1 and all(plan.worker_id in unreachable for plan in pipeline.stages):
+            return False
+        self._away |= dict.fromkeys(unreachable, self._now + APART_S)
+        try:
+            chosen = self._choose(pipeline, pipeline.stages)
+        except CannotForm:
+            return False
+        return not any(choice.worker.info.worker_id in unreachable for choice in chosen)
 
     def _backoff_s(self, pipeline: Pipeline) -> float:
         """Counts a failure; how long to wait before the next attempt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -97,9 +98,18 @@ def refused_at(workers: Sequence[Worker], ranges: Sequence[Range]) -> frozenset[
 
 
 def choose_apart(
-    target: Target, workers: Sequence[Worker], previous: Sequence[StagePlan], apart: Collection[frozenset[str]]
+    target: Target,
+    workers: Sequence[Worker],
+    previous: Sequence[StagePlan],
+    apart: Collection[frozenset[str]],
+    away: Collection[str] = (),
 ) -> list[Choice]:
-    """`choose`, without two workers in `apart` next to each other where that can be had. Raises CannotForm."""
+    """`choose`, without workers that are `away`, and without two in `apart` next to each other, where that can be had.
+    Raises CannotForm."""
+    if away:
+        here = [w for w in workers if w.info.worker_id not in away]
+        with contextlib.suppress(CannotForm):
+            return choose_apart(target, here, previous, apart)
     chosen = choose(target, workers, previous)
     for pair in _neighbours(chosen) & set(apart):
         # The receiver first: what it has to be refilled with lies with the sender.

@@ -41,6 +41,8 @@ RECOVERING_S = 20.0
 """Before a token has crossed, and while stages are being refilled."""
 LOOK_S = 0.2
 """How often a loop that waits for steps looks for such a one."""
+REACH_S = 2.5
+"""How long an attempt to connect takes at most, and a little."""
 
 
 class BatchLoop:
@@ -73,6 +75,7 @@ class BatchLoop:
         self._sent_at: dict[int, float] = {}
         self._heard_at = 0.0
         """When a step came back last."""
+        self._looked_at = 0.0
         self.stuck = False
         """Lost because steps do not come back, which nobody but this side sees."""
         self._opened: list[stage_pb2.RunOpened] = []
@@ -110,6 +113,23 @@ class BatchLoop:
         self._work.begin(self.shape, [StageKv(o.kv_generation, o.journal) for o in self._opened])
         self._go()
 
+    def _opening(self, seat: Seat, stream: RunStream, pages: Sequence[int] | None) -> stage_pb2.RunOpen:
+        return stage_pb2.RunOpen(
+            key=stage_pb2.PipelineKey(pipeline_id=self.view.pipeline_id, epoch=self.view.epoch),
+            stage=stream.stage.stage,
+            gateway_id=seat.gateway_id,
+            life=seat.life,
+            instance=seat.instance,
+            slot=seat.slot,
+            protocol=spoken(stream.stage.protocol),
+            pages=page_bits(pages or ()),
+        )
+
+    @property
+    def unreachable(self) -> list[str]:
+        """Workers of which nobody answered when sessions were to be opened."""
+        return [stream.stage.worker_id for stream in self._streams if stream.unreachable]
+
     @property
     def share(self) -> int:
         """KV pages that a gateway may have on every stage."""
@@ -117,23 +137,14 @@ class BatchLoop:
 
     async def open(self, seat: Seat, pages: Sequence[int] | None) -> None:
         """Opens a session on every stage, with these pages where some are named. Raises the first stage's error."""
-        self._opened = await asyncio.gather(
-            *(
-                stream.open(
-                    stage_pb2.RunOpen(
-                        key=stage_pb2.PipelineKey(pipeline_id=self.view.pipeline_id, epoch=self.view.epoch),
-                        stage=stream.stage.stage,
-                        gateway_id=seat.gateway_id,
-                        life=seat.life,
-                        instance=seat.instance,
-                        slot=seat.slot,
-                        protocol=spoken(stream.stage.protocol),
-                        pages=page_bits(pages or ()),
-                    )
-                )
-                for stream in self._streams
-            )
-        )
+        opening = [asyncio.create_task(stream.open(self._opening(seat, stream, pages))) for stream in self._streams]
+        try:
+            self._opened = await asyncio.gather(*opening)
+        except Unavailable:
+            if self.unreachable:
+                # Is it that worker, or is it this gateway?
+                await asyncio.wait(opening, timeout=REACH_S)
+            raise
         if self.lost is not None:
             raise self.lost
         granted = min(opened.num_pages for opened in self._opened)
@@ -337,10 +348,15 @@ class BatchLoop:
         self.fail(error)
 
     def _check_deadline(self) -> None:
+        now = time.monotonic()
+        late, self._looked_at = now - self._looked_at > 3 * LOOK_S, now
+        if late:
+            # This process was not run: what has come meanwhile may not have been taken yet.
+            self._heard_at = now
         oldest = min(self._sent_at.values(), default=None)
         if oldest is None:
             return
-        out_s = time.monotonic() - max(oldest, self._heard_at)
+        out_s = now - max(oldest, self._heard_at)
         if out_s < STEP_SLACK_S:
             return
         expected_s = self._work.expected_s(self._shares)

@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -291,20 +291,22 @@ class Drive:
                 await self._cross(loop)
         except StagemeshError as e:
             self._not_before = loop.key, time.monotonic() + max(AGAIN_S, e.retry_after_s or 0.0)
-            self._not_opened(loop.key, e)
+            self._not_opened(loop.key, e, loop.unreachable)
             self.reason = f"{view.pipeline_id} epoch {view.epoch} cannot be driven yet: {e.message}"
             log.warning("%s", self.reason)
             self.loop = None
             await self._end(loop)
             seat.renew()
 
-    def _not_opened(self, key: Key, error: StagemeshError) -> None:
-        """A link of it may be gone without the coordinator knowing: it hears of it when that lasts."""
+    def _not_opened(self, key: Key, error: StagemeshError, unreachable: Sequence[str]) -> None:
+        """A link of it, or the way to a worker, may be gone without the coordinator knowing: it hears of it when that
+        lasts."""
         since, _ = self._in_vain if self._in_vain is not None and self._in_vain[1] == key else (time.monotonic(), key)
         self._in_vain = since, key
-        if isinstance(error, TransportError) and time.monotonic() - since > IN_VAIN_S:
+        if (unreachable or isinstance(error, TransportError)) and time.monotonic() - since > IN_VAIN_S:
             self._in_vain = None
-            self._around.reporter.stuck(*key, f"no session can be opened: {error.message}")
+            reason = f"{', '.join(unreachable)} cannot be reached: " if unreachable else ""
+            self._around.reporter.stuck(*key, f"no session can be opened: {reason}{error.message}", unreachable)
 
     async def _move(self, view: types_pb2.PipelineView) -> None:
         """Goes over to the pipeline's next epoch, and says so; says so again if it has."""

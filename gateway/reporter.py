@@ -36,11 +36,15 @@ class Reporter:
         """What is to be told, the oldest first; what is said again takes the place of what waits."""
         self._there = asyncio.Event()
 
-    def stuck(self, pipeline_id: str, epoch: int, reason: str) -> None:
-        """Steps do not come back, which nobody but this side sees."""
+    def stuck(self, pipeline_id: str, epoch: int, reason: str, unreachable: Sequence[str] = ()) -> None:
+        """Steps do not come back, or workers cannot be reached from here, which nobody but this side sees."""
         self._put(
             coordinator_pb2.ReportStuckRequest(
-                gateway_id=self._gateway_id, pipeline_id=pipeline_id, epoch=epoch, reason=reason
+                gateway_id=self._gateway_id,
+                pipeline_id=pipeline_id,
+                epoch=epoch,
+                reason=reason,
+                unreachable=unreachable,
             )
         )
 

@@ -10,7 +10,7 @@ from typing import cast
 import grpc
 
 from stagemesh import rpc
-from stagemesh.errors import InternalError, StageLost, StagemeshError, by_reason
+from stagemesh.errors import InternalError, StageLost, StagemeshError, Unavailable, by_reason
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ class RunStream:
         self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue(OUTBOX_MESSAGES)
         """None ends the stream: cancelling a call that is over would leave its sender waiting for ever."""
         self._reader: asyncio.Task[None] | None = None
+        self.unreachable = False
+        """Nobody answered when the session was to be opened."""
 
     @property
     def who(self) -> str:
@@ -47,7 +49,7 @@ class RunStream:
         return f"stage {self.stage.stage} ({self.stage.worker_id})"
 
     async def open(self, request: stage_pb2.RunOpen) -> stage_pb2.RunOpened:
-        """Opens the session. Raises the worker's error, or StageLost when it cannot be reached."""
+        """Opens the session. Raises the worker's error, Unavailable when it cannot be reached, or StageLost."""
         call = self._channel.stream_stream(
             METHOD, request_serializer=None, response_deserializer=stage_pb2.RunResponse.FromString
         )(self._messages())
@@ -56,6 +58,10 @@ class RunStream:
         try:
             with rpc.mapped():
                 first = await asyncio.wait_for(anext(responses), OPEN_TIMEOUT_S)
+        except Unavailable as e:
+            # A worker that answers says when to come again.
+            self.unreachable = e.retry_after_s is None
+            raise
         except StopAsyncIteration as e:
             raise StageLost(f"{self.who} closed the stream at once") from e
         except TimeoutError as e:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from stagemesh.protos.v1 import types_pb2 as stagemesh_dot_protos_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%stagemesh/protos/v1/coordinator.proto\x12\x0cstagemesh.v1\x1a\x1fstagemesh/protos/v1/types.proto\"\xa6\x01\n\x0eHeldAssignment\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05stage\x18\x03 \x01(\r\x12(\n\x06layers\x18\x04 \x01(\x0b\x32\x18.stagemesh.v1.LayerRange\x12\x12\n\ngeneration\x18\x05 \x01(\r\x12\x0e\n\x06\x61\x63tive\x18\x06 \x01(\x08\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\"\xab\x02\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04pool\x18\x04 \x01(\x05\x12\x0f\n\x07tp_size\x18\x05 \x01(\r\x12(\n\x06\x64\x65vice\x18\x06 \x01(\x0b\x32\x18.stagemesh.v1.DeviceInfo\x12\x34\n\ntransports\x18\x07 \x03(\x0b\x32 .stagemesh.v1.TransportEndpoints\x12*\n\x04held\x18\x08 \x03(\x0b\x32\x1c.stagemesh.v1.HeldAssignment\x12\x10\n\x08protocol\x18\t \x01(\r\x12\x0f\n\x07version\x18\n \x01(\t\x12\x11\n\tany_stage\x18\x0b \x01(\x08\"6\n\x10RegisterResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\x12\x10\n\x08renew_ms\x18\x02 \x01(\r\"\xfe\x01\n\x10KeepAliveRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x17\n\x0f\x62roken_pipeline\x18\x03 \x01(\t\x12\x14\n\x0c\x62roken_epoch\x18\x04 \x01(\x04\x12\x15\n\rbroken_reason\x18\x05 \x01(\t\x12G\n\rstale_refused\x18\x06 \x03(\x0b\x32\x30.stagemesh.v1.KeepAliveRequest.StaleRefusedEntry\x1a\x33\n\x11StaleRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\"\n\x11KeepAliveResponse\x12\r\n\x05known\x18\x01 \x01(\x08\"]\n\x15WatchPipelinesRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x04\x12\x10\n\x08protocol\x18\x03 \x01(\r\x12\x0c\n\x04life\x18\x04 \x01(\x06\"{\n\x16WatchPipelinesResponse\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12-\n\tpipelines\x18\x02 \x03(\x0b\x32\x1a.stagemesh.v1.PipelineView\x12$\n\x04mesh\x18\x03 \x01(\x0b\x32\x16.stagemesh.v1.MeshView\"\x15\n\x13\x44\x65scribeMeshRequest\"<\n\x14\x44\x65scribeMeshResponse\x12$\n\x04mesh\x18\x01 \x01(\x0b\x32\x16.stagemesh.v1.MeshView\"\\\n\x12ReportStuckRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x13\n\x0bpipeline_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x15\n\x13ReportStuckResponse\"[\n\x12ReportMovedRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x13\n\x0bpipeline_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"\x15\n\x13ReportMovedResponse\"]\n\x12ReportStepsRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x13\n\x0bpipeline_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07step_us\x18\x04 \x03(\r\"\x15\n\x13ReportStepsResponse\"$\n\x12RepartitionRequest\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\r\"N\n\x13RepartitionResponse\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\r\x12\x12\n\nslowest_us\x18\x02 \x01(\r\x12\x13\n\x0b\x65xpected_us\x18\x03 \x01(\r\"/\n\x0cScaleRequest\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x10\n\x08replicas\x18\x02 \x01(\r\"\"\n\rScaleResponse\x12\x11\n\tpipelines\x18\x01 \x01(\r\"<\n\x11ReportLeftRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x13\n\x0bpipeline_id\x18\x02 \x01(\t\"\x14\n\x12ReportLeftResponse\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"%\n\rDrainResponse\x12\x14\n\x0cpipeline_ids\x18\x01 \x03(\t2\x85\x07\n\x0b\x43oordinator\x12I\n\x08Register\x12\x1d.stagemesh.v1.RegisterRequest\x1a\x1e.stagemesh.v1.RegisterResponse\x12P\n\tKeepAlive\x12\x1e.stagemesh.v1.KeepAliveRequest\x1a\x1f.stagemesh.v1.KeepAliveResponse(\x01\x30\x01\x12]\n\x0eWatchPipelines\x12#.stagemesh.v1.WatchPipelinesRequest\x1a$.stagemesh.v1.WatchPipelinesResponse0\x01\x12U\n\x0c\x44\x65scribeMesh\x12!.stagemesh.v1.DescribeMeshRequest\x1a\".stagemesh.v1.DescribeMeshResponse\x12R\n\x0bReportStuck\x12 .stagemesh.v1.ReportStuckRequest\x1a!.stagemesh.v1.ReportStuckResponse\x12R\n\x0bReportMoved\x12 .stagemesh.v1.ReportMovedRequest\x1a!.stagemesh.v1.ReportMovedResponse\x12R\n\x0bReportSteps\x12 .stagemesh.v1.ReportStepsRequest\x1a!.stagemesh.v1.ReportStepsResponse\x12R\n\x0bRepartition\x12 .stagemesh.v1.RepartitionRequest\x1a!.stagemesh.v1.RepartitionResponse\x12@\n\x05Scale\x12\x1a.stagemesh.v1.ScaleRequest\x1a\x1b.stagemesh.v1.ScaleResponse\x12O\n\nReportLeft\x12\x1f.stagemesh.v1.ReportLeftRequest\x1a .stagemesh.v1.ReportLeftResponse\x12@\n\x05\x44rain\x12\x1a.stagemesh.v1.DrainRequest\x1a\x1b.stagemesh.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%stagemesh/protos/v1/coordinator.proto\x12\x0cstagemesh.v1\x1a\x1fstagemesh/protos/v1/types.proto\"\xa6\x01\n\x0eHeldAssignment\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05stage\x18\x03 \x01(\r\x12(\n\x06layers\x18\x04 \x01(\x0b\x32\x18.stagemesh.v1.LayerRange\x12\x12\n\ngeneration\x18\x05 \x01(\r\x12\x0e\n\x06\x61\x63tive\x18\x06 \x01(\x08\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\"\xab\x02\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04pool\x18\x04 \x01(\x05\x12\x0f\n\x07tp_size\x18\x05 \x01(\r\x12(\n\x06\x64\x65vice\x18\x06 \x01(\x0b\x32\x18.stagemesh.v1.DeviceInfo\x12\x34\n\ntransports\x18\x07 \x03(\x0b\x32 .stagemesh.v1.TransportEndpoints\x12*\n\x04held\x18\x08 \x03(\x0b\x32\x1c.stagemesh.v1.HeldAssignment\x12\x10\n\x08protocol\x18\t \x01(\r\x12\x0f\n\x07version\x18\n \x01(\t\x12\x11\n\tany_stage\x18\x0b \x01(\x08\"6\n\x10RegisterResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\x12\x10\n\x08renew_ms\x18\x02 \x01(\r\"\xfe\x01\n\x10KeepAliveRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x17\n\x0f\x62roken_pipeline\x18\x03 \x01(\t\x12\x14\n\x0c\x62roken_epoch\x18\x04 \x01(\x04\x12\x15\n\rbroken_reason\x18\x05 \x01(\t\x12G\n\rstale_refused\x18\x06 \x03(\x0b\x32\x30.stagemesh.v1.KeepAliveRequest.StaleRefusedEntry\x1a\x33\n\x11StaleRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\"\n\x11KeepAliveResponse\x12\r\n\x05known\x18\x01 \x01(\x08\"]\n\x15WatchPipelinesRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x04\x12\x10\n\x08protocol\x18\x03 \x01(\r\x12\x0c\n\x04life\x18\x04 \x01(\x06\"{\n\x16WatchPipelinesResponse\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12-\n\tpipelines\x18\x02 \x03(\x0b\x32\x1a.stagemesh.v1.PipelineView\x12$\n\x04mesh\x18\x03 \x01(\x0b\x32\x16.stagemesh.v1.MeshView\"\x15\n\x13\x44\x65scribeMeshRequest\"<\n\x14\x44\x65scribeMeshResponse\x12$\n\x04mesh\x18\x01 \x01(\x0b\x32\x16.stagemesh.v1.MeshView\"q\n\x12ReportStuckRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x13\n\x0bpipeline_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0bunreachable\x18\x05 \x03(\t\"\x15\n\x13ReportStuckResponse\"[\n\x12ReportMovedRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x13\n\x0bpipeline_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"\x15\n\x13ReportMovedResponse\"]\n\x12ReportStepsRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x13\n\x0bpipeline_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07step_us\x18\x04 \x03(\r\"\x15\n\x13ReportStepsResponse\"$\n\x12RepartitionRequest\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\r\"N\n\x13RepartitionResponse\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\r\x12\x12\n\nslowest_us\x18\x02 \x01(\r\x12\x13\n\x0b\x65xpected_us\x18\x03 \x01(\r\"/\n\x0cScaleRequest\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x10\n\x08replicas\x18\x02 \x01(\r\"\"\n\rScaleResponse\x12\x11\n\tpipelines\x18\x01 \x01(\r\"<\n\x11ReportLeftRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x13\n\x0bpipeline_id\x18\x02 \x01(\t\"\x14\n\x12ReportLeftResponse\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"%\n\rDrainResponse\x12\x14\n\x0cpipeline_ids\x18\x01 \x03(\t2\x85\x07\n\x0b\x43oordinator\x12I\n\x08Register\x12\x1d.stagemesh.v1.RegisterRequest\x1a\x1e.stagemesh.v1.RegisterResponse\x12P\n\tKeepAlive\x12\x1e.stagemesh.v1.KeepAliveRequest\x1a\x1f.stagemesh.v1.KeepAliveResponse(\x01\x30\x01\x12]\n\x0eWatchPipelines\x12#.stagemesh.v1.WatchPipelinesRequest\x1a$.stagemesh.v1.WatchPipelinesResponse0\x01\x12U\n\x0c\x44\x65scribeMesh\x12!.stagemesh.v1.DescribeMeshRequest\x1a\".stagemesh.v1.DescribeMeshResponse\x12R\n\x0bReportStuck\x12 .stagemesh.v1.ReportStuckRequest\x1a!.stagemesh.v1.ReportStuckResponse\x12R\n\x0bReportMoved\x12 .stagemesh.v1.ReportMovedRequest\x1a!.stagemesh.v1.ReportMovedResponse\x12R\n\x0bReportSteps\x12 .stagemesh.v1.ReportStepsRequest\x1a!.stagemesh.v1.ReportStepsResponse\x12R\n\x0bRepartition\x12 .stagemesh.v1.RepartitionRequest\x1a!.stagemesh.v1.RepartitionResponse\x12@\n\x05Scale\x12\x1a.stagemesh.v1.ScaleRequest\x1a\x1b.stagemesh.v1.ScaleResponse\x12O\n\nReportLeft\x12\x1f.stagemesh.v1.ReportLeftRequest\x1a .stagemesh.v1.ReportLeftResponse\x12@\n\x05\x44rain\x12\x1a.stagemesh.v1.DrainRequest\x1a\x1b.stagemesh.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -55,33 +55,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEMESHRESPONSE']._serialized_start=1151
   _globals['_DESCRIBEMESHRESPONSE']._serialized_end=1211
   _globals['_REPORTSTUCKREQUEST']._serialized_start=1213
-  _globals['_REPORTSTUCKREQUEST']._serialized_end=1305
-  _globals['_REPORTSTUCKRESPONSE']._serialized_start=1307
-  _globals['_REPORTSTUCKRESPONSE']._serialized_end=1328
-  _globals['_REPORTMOVEDREQUEST']._serialized_start=1330
-  _globals['_REPORTMOVEDREQUEST']._serialized_end=1421
-  _globals['_REPORTMOVEDRESPONSE']._serialized_start=1423
-  _globals['_REPORTMOVEDRESPONSE']._serialized_end=1444
-  _globals['_REPORTSTEPSREQUEST']._serialized_start=1446
-  _globals['_REPORTSTEPSREQUEST']._serialized_end=1539
-  _globals['_REPORTSTEPSRESPONSE']._serialized_start=1541
-  _globals['_REPORTSTEPSRESPONSE']._serialized_end=1562
-  _globals['_REPARTITIONREQUEST']._serialized_start=1564
-  _globals['_REPARTITIONREQUEST']._serialized_end=1600
-  _globals['_REPARTITIONRESPONSE']._serialized_start=1602
-  _globals['_REPARTITIONRESPONSE']._serialized_end=1680
-  _globals['_SCALEREQUEST']._serialized_start=1682
-  _globals['_SCALEREQUEST']._serialized_end=1729
-  _globals['_SCALERESPONSE']._serialized_start=1731
-  _globals['_SCALERESPONSE']._serialized_end=1765
-  _globals['_REPORTLEFTREQUEST']._serialized_start=1767
-  _globals['_REPORTLEFTREQUEST']._serialized_end=1827
-  _globals['_REPORTLEFTRESPONSE']._serialized_start=1829
-  _globals['_REPORTLEFTRESPONSE']._serialized_end=1849
-  _globals['_DRAINREQUEST']._serialized_start=1851
-  _globals['_DRAINREQUEST']._serialized_end=1884
-  _globals['_DRAINRESPONSE']._serialized_start=1886
-  _globals['_DRAINRESPONSE']._serialized_end=1923
-  _globals['_COORDINATOR']._serialized_start=1926
-  _globals['_COORDINATOR']._serialized_end=2827
+  _globals['_REPORTSTUCKREQUEST']._serialized_end=1326
+  _globals['_REPORTSTUCKRESPONSE']._serialized_start=1328
+  _globals['_REPORTSTUCKRESPONSE']._serialized_end=1349
+  _globals['_REPORTMOVEDREQUEST']._serialized_start=1351
+  _globals['_REPORTMOVEDREQUEST']._serialized_end=1442
+  _globals['_REPORTMOVEDRESPONSE']._serialized_start=1444
+  _globals['_REPORTMOVEDRESPONSE']._serialized_end=1465
+  _globals['_REPORTSTEPSREQUEST']._serialized_start=1467
+  _globals['_REPORTSTEPSREQUEST']._serialized_end=1560
+  _globals['_REPORTSTEPSRESPONSE']._serialized_start=1562
+  _globals['_REPORTSTEPSRESPONSE']._serialized_end=1583
+  _globals['_REPARTITIONREQUEST']._serialized_start=1585
+  _globals['_REPARTITIONREQUEST']._serialized_end=1621
+  _globals['_REPARTITIONRESPONSE']._serialized_start=1623
+  _globals['_REPARTITIONRESPONSE']._serialized_end=1701
+  _globals['_SCALEREQUEST']._serialized_start=1703
+  _globals['_SCALEREQUEST']._serialized_end=1750
+  _globals['_SCALERESPONSE']._serialized_start=1752
+  _globals['_SCALERESPONSE']._serialized_end=1786
+  _globals['_REPORTLEFTREQUEST']._serialized_start=1788
+  _globals['_REPORTLEFTREQUEST']._serialized_end=1848
+  _globals['_REPORTLEFTRESPONSE']._serialized_start=1850
+  _globals['_REPORTLEFTRESPONSE']._serialized_end=1870
+  _globals['_DRAINREQUEST']._serialized_start=1872
+  _globals['_DRAINREQUEST']._serialized_end=1905
+  _globals['_DRAINRESPONSE']._serialized_start=1907
+  _globals['_DRAINRESPONSE']._serialized_end=1944
+  _globals['_COORDINATOR']._serialized_start=1947
+  _globals['_COORDINATOR']._serialized_end=2848
 # @@protoc_insertion_point(module_scope)

@@ -121,16 +121,18 @@ class DescribeMeshResponse(_message.Message):
     def __init__(self, mesh: _Optional[_Union[_types_pb2.MeshView, _Mapping]] = ...) -> None: ...
 
 class ReportStuckRequest(_message.Message):
-    __slots__ = ("gateway_id", "pipeline_id", "epoch", "reason")
+    __slots__ = ("gateway_id", "pipeline_id", "epoch", "reason", "unreachable")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
     pipeline_id: str
     epoch: int
     reason: str
-    def __init__(self, gateway_id: _Optional[str] = ..., pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    unreachable: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, gateway_id: _Optional[str] = ..., pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ..., unreachable: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ReportStuckResponse(_message.Message):
     __slots__ = ()

@@ -19,17 +19,20 @@ SEED = 5
 STREAMS = 6
 MAX_TOKENS = 300
 SLOW, SLOW_TOKENS = "256kbit", 160
-FRONT, WORKERS = 0, {"first": 1, "second": 2, "spare": 3}
-"""Hosts: coordinator and gateway; the workers."""
-CUTS = {
-    "front to stage": ((None, 1),),
-    "stage to front": ((1, None),),
-    "front and stage": ((None, 1), (1, None)),
+COORDINATOR, GATEWAY, WORKERS = 0, 1, {"first": 2, "second": 3, "spare": 4}
+"""Hosts."""
+CUTS: dict[str, tuple[tuple[str | int, str | int], ...]] = {
+    "front to stage": (("coordinator", 1), ("gateway", 1)),
+    "stage to front": ((1, "coordinator"), (1, "gateway")),
+    "front and stage": (("coordinator", 1), ("gateway", 1), (1, "coordinator"), (1, "gateway")),
+    "gateway and stage": (("gateway", 1), (1, "gateway")),
+    "coordinator and stage": (("coordinator", 1), (1, "coordinator")),
+    "coordinator and gateway": (("coordinator", "gateway"), ("gateway", "coordinator")),
     "stage to stage": ((0, 1),),
     "stage and stage": ((0, 1), (1, 0)),
 }
-"""From whom to whom nothing comes any more: the stage of a number, or None for the front."""
-IN_CI = "stage to stage"
+"""From whom to whom nothing comes any more: a stage by its number."""
+IN_CI = ("stage to stage", "gateway and stage")
 """Of the longer cuts; all of them by `make chaos`."""
 
 
@@ -38,8 +41,8 @@ class Mesh:
 
     def __init__(self, net: Hosts) -> None:
         self.net = net
-        front = net.hosts[FRONT].address
-        self.url, self.grpc_address = f"http://{front}:8000", f"{front}:50051"
+        gateway = net.hosts[GATEWAY].address
+        self.url, self.grpc_address = f"http://{gateway}:8000", f"{gateway}:50051"
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=5) as response:
@@ -60,14 +63,14 @@ class Mesh:
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     folder: Path = tmp_path_factory.mktemp("hosts")
-    with hosts(4) as net:
-        front = net.hosts[FRONT]
+    with hosts(5) as net:
+        front, gateway = net.hosts[COORDINATOR], net.hosts[GATEWAY]
         coordinator = f"{front.address}:50050"
         common = ["--insecure", "--coordinator", coordinator]
         commands = [
             (front, ["coordinator", "--host", front.address, "--insecure", "--port", "50050", "-pp", "2",
                      "--max-model-len", "1024", "--state-dir", str(folder)]),
-            (front, ["gateway", "--host", front.address, *common, "--port", "8000", "--grpc-port", "50051",
+            (gateway, ["gateway", "--host", gateway.address, *common, "--port", "8000", "--grpc-port", "50051",
                      "--recovery-deadline", "200"]),
         ]  # fmt: skip
         for name, number in WORKERS.items():
@@ -99,8 +102,9 @@ def spare_is_ready(mesh: Mesh) -> bool:
 
 def ways(mesh: Mesh, what: str) -> list[tuple[int, int]]:
     """A cut's ways between the hosts that hold the stages now."""
-    held = {stage["stage"]: WORKERS[stage["worker_id"]] for stage in mesh.get("/mesh")["pipelines"][0]["stages"]}
-    return [(FRONT if a is None else held[a], FRONT if b is None else held[b]) for a, b in CUTS[what]]
+    host: dict[str | int, int] = {"coordinator": COORDINATOR, "gateway": GATEWAY}
+    host |= {stage["stage"]: WORKERS[stage["worker_id"]] for stage in mesh.get("/mesh")["pipelines"][0]["stages"]}
+    return [(host[a], host[b]) for a, b in CUTS[what]]
 
 
 async def cut_within(mesh: Mesh, what: str, seconds: float, *, whole: bool) -> list[list[streams.Stream]]:
@@ -176,7 +180,7 @@ def test_a_cut_of_a_second(mesh: Mesh, expected: list[streams.Stream], what: str
     cut_and_check(mesh, expected, what, 1)
 
 
-@pytest.mark.parametrize("what", [pytest.param(w, marks=() if w == IN_CI else pytest.mark.slow) for w in CUTS])
+@pytest.mark.parametrize("what", [pytest.param(w, marks=() if w in IN_CI else pytest.mark.slow) for w in CUTS])
 def test_a_cut_of_twenty_seconds(mesh: Mesh, expected: list[streams.Stream], what: str) -> None:
     cut_and_check(mesh, expected, what, 20, whole=True)
 

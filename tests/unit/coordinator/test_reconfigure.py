@@ -371,6 +371,25 @@ class TestStuck:
         world.wait(1, "a", "b", "spare")
         assert world.holders == ["a", "spare"]
 
+    def test_one_that_a_gateway_does_not_reach_is_replaced(self) -> None:
+        world = serving("spare")
+        before = world.epoch
+        world.send(events.StepsStuck("g", "pipeline-0", before, "no session", ("b",)))
+        world.wait(0.3, "a", "b", "spare")
+        assert (world.epoch, world.holders) == (before + 1, ["a", "spare"])
+
+    @pytest.mark.parametrize(("spares", "unreachable"), [((), ("b",)), (("x", "y"), ("a", "b")), (("x",), ("b", "x"))])
+    def test_nothing_is_changed_for_a_gateway_where_nobody_else_is_reached(
+        self, spares: tuple[str, ...], unreachable: tuple[str, ...]
+    ) -> None:
+        """One that reaches none is itself cut off, and others may not be."""
+        world = serving(*spares)
+        before = world.epoch
+        for _ in range(3):
+            world.send(events.StepsStuck("g", "pipeline-0", before, "no session", unreachable))
+            world.wait(0.3, "a", "b", *spares)
+            assert (world.state, world.epoch, world.holders) == (State.SERVING, before, ["a", "b"])
+
     def test_without_another_they_go_on_trying(self) -> None:
         world = World()
         world.join("a"), world.join("b")

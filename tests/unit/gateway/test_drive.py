@@ -124,47 +124,75 @@ def test_an_epoch_before_one_that_was_driven_is_not_gone_back_to() -> None:
     asyncio.run(go())
 
 
+class Unopened:
+    """A loop whose sessions cannot be opened."""
+
+    lost, key, crossed, unreachable, tries = None, (NAME, 4), False, ("worker-b",), 0
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    async def start(self, *_: object) -> None:
+        type(self).tries += 1
+        raise Unavailable("of 8 pages 0 are free")
+
+    async def stop(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+def in_vain(monkeypatch: pytest.MonkeyPatch) -> tuple[Drive, type[Unopened]]:
+    """A drive of such loops, which is told again and again of the same pipeline."""
+
+    class Loop(Unopened):
+        pass
+
+    seat = Seat("g")
+    drive = make(seat)
+    monkeypatch.setattr(module, "BatchLoop", Loop)
+    monkeypatch.setattr(module, "make_work", lambda *_: MagicMock())
+
+    def renewed() -> None:
+        # The coordinator answers with a slot, and with the same view.
+        seat.slot = Loop.tries + 1
+        drive.follow(view("SERVING"))
+
+    seat.on_renew = renewed
+    renewed()
+    return drive, Loop
+
+
 def test_sessions_that_cannot_be_opened_do_not_use_up_all_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    tries = 0
-
-    class Loop:
-        lost, key, crossed = None, (NAME, 4), False
-
-        def __init__(self, *_: object) -> None:
-            pass
-
-        async def start(self, *_: object) -> None:
-            nonlocal tries
-            tries += 1
-            raise Unavailable("of 8 pages 0 are free")
-
-        async def stop(self) -> None:
-            pass
-
-        async def close(self) -> None:
-            pass
-
     async def go() -> None:
-        seat = Seat("g")
-        drive = make(seat)
-        monkeypatch.setattr(module, "BatchLoop", Loop)
-        monkeypatch.setattr(module, "make_work", lambda *_: MagicMock())
-
-        def renewed() -> None:
-            # The coordinator answers with a slot, and with the same view.
-            seat.slot = tries + 1
-            drive.follow(view("SERVING"))
-
-        seat.on_renew = renewed
-        renewed()
+        drive, loop = in_vain(monkeypatch)
         running = asyncio.create_task(drive.run())
         await asyncio.wait([running], timeout=1.2)
-        assert 2 <= tries <= 3
+        assert 2 <= loop.tries <= 3
         drive.follow(view("SERVING", epoch=5))
-        Loop.key = (NAME, 5)
-        before = tries
+        loop.key = (NAME, 5)
+        before = loop.tries
         await asyncio.wait([running], timeout=0.1)
-        assert tries == before + 1, "another epoch is tried at once"
+        assert loop.tries == before + 1, "another epoch is tried at once"
         running.cancel()
+
+    asyncio.run(go())
+
+
+def test_the_coordinator_hears_of_a_worker_that_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IN_VAIN_S", 0.3)
+
+    async def go() -> None:
+        drive, _ = in_vain(monkeypatch)
+        reporter = cast(MagicMock, drive._around.reporter)
+        running = asyncio.create_task(drive.run())
+        async with asyncio.timeout(5):
+            while not reporter.stuck.called:
+                await asyncio.sleep(0.01)
+        running.cancel()
+        name, epoch, reason, unreachable = reporter.stuck.call_args.args
+        assert (name, epoch, list(unreachable)) == (NAME, 4, ["worker-b"])
+        assert "worker-b cannot be reached" in reason
 
     asyncio.run(go())
