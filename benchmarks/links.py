@@ -52,7 +52,7 @@ class Side:
         self.sender = LinkSender(self.transport, remote, outgoing, timeout_s=TIMEOUT_S)
         self.receiver.open_lane(0, 2, max(SIZES_KIB.values()) * HIDDEN * 2)
         self.sender.open_lane(0, 2)
-        self.drive(lambda: self.sender.ready and self.receiver.up)
+        self.drive(lambda: self.sender.up and self.receiver.up)
 
     def drive(self, until: Callable[[], bool]) -> None:
         spin_until = time.perf_counter() + SPIN_S

@@ -38,12 +38,12 @@ class _Handshake:
     @property
     def over(self) -> bool:
         """Whether all have been answered, or one will not be."""
-        return any(s.state in ("failed", "closed") for s in self.senders) or all(s.ready for s in self.senders)
+        return any(s.state in ("failed", "closed") for s in self.senders) or all(s.up for s in self.senders)
 
     def answer(self) -> bytes:
         """Raises what went wrong."""
         for sender in self.senders:
-            if not sender.ready:
+            if not sender.up:
                 raise sender.error or TransportError(f"the {self.what} was closed before it stood")
         route = ", ".join(sorted({sender.route for sender in self.senders}))
         if route:

@@ -9,8 +9,9 @@ peer that dies shows as `error`; one that hangs does not: step deadlines see tha
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 
@@ -46,8 +47,11 @@ def sending_rank(rank: int, senders: int, receivers: int) -> int:
     return rank * senders // receivers
 
 
-class _Link:
-    """What both ends have in common: a peer, a state, a deadline."""
+Lane = TypeVar("Lane", SendLane, ReceiveLane)
+
+
+class _Link(ABC, Generic[Lane]):
+    """What both ends have in common: a peer, a state, a deadline, lanes."""
 
     def __init__(self, transport: Transport, address: bytes, identity: LinkIdentity, timeout_s: float) -> None:
         self._transport, self._identity = transport, identity
@@ -55,8 +59,17 @@ class _Link:
         self._timeout_s = timeout_s
         self._began_at = time.monotonic()
         self._doubted = False
+        self._lanes: dict[int, Lane] = {}
         self.state: LinkState = "connecting"
         self.error: StagemeshError | None = None
+
+    @abstractmethod
+    def _shake_hands(self) -> bool:
+        """Goes on with the handshake; True when something came. Raises what is to end the link."""
+
+    @abstractmethod
+    def _let_go(self) -> None:
+        """The link is over: nothing of the handshake is waited for any more."""
 
     @property
     def identity(self) -> LinkIdentity:
@@ -72,6 +85,52 @@ class _Link:
     def route(self) -> str:
         """See `Peer.route`."""
         return self._peer.route
+
+    def lane_closed(self, slot: int) -> bool:
+        """The slot is free."""
+        return slot not in self._lanes
+
+    def progress(self, now: float | None = None) -> bool:
+        """Handshake, credits, finished sends, buffers for early frames; True when something happened. A failure is
+        found in `error`.
+
+        Args:
+            now: `time.monotonic()`, where the caller has it at hand.
+        """
+        happened = False
+        try:
+            if self.state == "connecting":
+                # Before the deadline is looked at: what came within a long step has been seen by nobody yet.
+                happened = self._shake_hands()
+            if self.state in ("connecting", "ready"):
+                self._check(now)
+            for slot, lane in list(self._lanes.items()):
+                happened |= lane.progress()
+                if lane.drained and lane.idle:
+                    del self._lanes[slot]
+        except StagemeshError as error:
+            self._fail(error)
+            return True
+        return happened
+
+    def close(self) -> None:
+        """End the link at once. Go on with `progress()` until it is `drained`: only then are tensors and buffers
+        free."""
+        self._end("closed")
+
+    def _fail(self, error: StagemeshError) -> None:
+        if self.state in ("connecting", "ready"):
+            self.error = error
+            self._end("failed")
+
+    def _end(self, state: LinkState) -> None:
+        if self.state in ("failed", "closed"):
+            return
+        self.state = state
+        for lane in self._lanes.values():
+            lane.abandon()
+        self._let_go()
+        self._peer.close()
 
     def _tag(self, seq: int) -> int:
         return tag_of(self._identity.nonce, CONTROL_SLOT, seq)
@@ -89,16 +148,16 @@ class _Link:
             self._doubted = True
             self._transport.doubt()
 
-    def _check_slot(self, slot: int, lanes: dict[int, SendLane] | dict[int, ReceiveLane]) -> None:
+    def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < CONTROL_SLOT:
             raise TransportError(f"slot {slot} is not between 0 and {CONTROL_SLOT - 1}")
-        if slot in lanes:
+        if slot in self._lanes:
             raise TransportError(f"slot {slot} is in use, or its last frames are not accounted for yet")
         if self.state not in ("connecting", "ready"):
             raise self.error or TransportError("the link is closed")
 
 
-class LinkSender(_Link):
+class LinkSender(_Link[SendLane]):
     """The sending end.
 
     Args:
@@ -115,7 +174,6 @@ class LinkSender(_Link):
         self, transport: Transport, peer_address: bytes, identity: LinkIdentity, *, timeout_s: float = 5.0
     ) -> None:
         super().__init__(transport, peer_address, identity, timeout_s)
-        self._lanes: dict[int, SendLane] = {}
         self._ack_buffer = bytearray(ACK_BYTES)
         self._ack = transport.recv(self._tag(HELLO_ACK), self._ack_buffer)
         self._hello_buffer = bytearray(identity.hello())
@@ -125,18 +183,13 @@ class LinkSender(_Link):
         except TransportError as error:
             self._fail(error)
 
-    @property
-    def ready(self) -> bool:
-        """The receiver has welcomed the hello: the same as `up`."""
-        return self.state == "ready"
-
     def open_lane(self, slot: int, credits: int) -> None:
         """Start a lane; the receiver opens it with the same number of credits.
 
         Raises:
             TransportError: the slot is taken or out of range, or the link is over.
         """
-        self._check_slot(slot, self._lanes)
+        self._check_slot(slot)
         self._lanes[slot] = SendLane(self._transport, self._peer, self._identity.nonce, slot, credits)
 
     def can_send(self, slot: int) -> bool:
@@ -177,64 +230,26 @@ class LinkSender(_Link):
         except TransportError as error:
             self._fail(error)
 
-    def lane_closed(self, slot: int) -> bool:
-        """The slot is free."""
-        return slot not in self._lanes
-
-    def progress(self, now: float | None = None) -> bool:
-        """Handshake, credits, finished sends; True when something happened. A failure is found in `error`.
-
-        Args:
-            now: `time.monotonic()`, where the caller has it at hand.
-        """
-        happened = False
-        try:
-            if self.state in ("connecting", "ready"):
-                self._check(now)
-            if self.state == "connecting" and self._ack.done:
-                happened = True
-                self._welcome()
-            for slot, lane in list(self._lanes.items()):
-                happened |= lane.progress()
-                if lane.drained and lane.idle:
-                    del self._lanes[slot]
-        except StagemeshError as error:
-            self._fail(error)
-            return True
-        return happened
-
-    def close(self) -> None:
-        """End the link at once. Go on with `progress()` until `drained`: only then are the tensors free."""
-        self._end("closed")
-
     @property
     def drained(self) -> bool:
         """The link is over, and nothing reads or writes a buffer of it any more."""
         handshake = self._ack.done and (self._hello is None or self._hello.done)
         return self.state in ("failed", "closed") and handshake and all(lane.idle for lane in self._lanes.values())
 
-    def _welcome(self) -> None:
+    def _shake_hands(self) -> bool:
+        if not self._ack.done:
+            return False
         objection = self._ack.error or unpack_ack(bytes(self._ack_buffer))
         if objection is not None:
             raise objection
         self.state = "ready"
+        return True
 
-    def _fail(self, error: StagemeshError) -> None:
-        if self.state in ("connecting", "ready"):
-            self.error = error
-            self._end("failed")
-
-    def _end(self, state: LinkState) -> None:
-        if self.state in ("failed", "closed"):
-            return
-        self.state = state
+    def _let_go(self) -> None:
         self._ack.cancel()
-        for lane in self._lanes.values():
-            lane.abandon()
-        self._peer.close()
 
 
-class LinkReceiver(_Link):
+class LinkReceiver(_Link[ReceiveLane]):
     """The receiving end.
 
     Args:
@@ -259,7 +274,6 @@ class LinkReceiver(_Link):
     ) -> None:
         super().__init__(transport, sender_address, identity, timeout_s)
         self._device = torch.device(device)
-        self._lanes: dict[int, ReceiveLane] = {}
         self._answers: list[tuple[Request, bytearray]] = []
         self.refused_count = 0
         self.refusal: StagemeshError | None = None
@@ -272,7 +286,7 @@ class LinkReceiver(_Link):
         Raises:
             TransportError: the slot is taken or out of range, or the link is over.
         """
-        self._check_slot(slot, self._lanes)
+        self._check_slot(slot)
         self._lanes[slot] = ReceiveLane(
             self._transport,
             self._peer,
@@ -331,69 +345,34 @@ class LinkReceiver(_Link):
         if lane is not None:
             lane.close()
 
-    def lane_closed(self, slot: int) -> bool:
-        """The slot is free."""
-        return slot not in self._lanes
-
     def quarantined(self) -> int:
         """Buffers of closed lanes that may still be written."""
         return sum(lane.quarantined for lane in self._lanes.values())
 
-    def progress(self, now: float | None = None) -> bool:
-        """Handshake, buffers for early frames, closing lanes. See `LinkSender.progress`."""
-        happened = False
-        try:
-            if self.state in ("connecting", "ready"):
-                self._check(now)
-            if self.state == "connecting" and self._hello.done:
-                happened = True
-                self._answer()
-            if self._answers:
-                self._answers = [entry for entry in self._answers if not entry[0].done]
-            for slot, lane in list(self._lanes.items()):
-                happened |= lane.progress()
-                if lane.drained and lane.idle:
-                    del self._lanes[slot]
-        except StagemeshError as error:
-            self._fail(error)
-            return True
-        return happened
-
-    def close(self) -> None:
-        """End the link at once. Go on with `progress()` until `drained`: only then are the buffers free."""
-        self._end("closed")
-
     @property
     def drained(self) -> bool:
         """The link is over, and nothing reads or writes a buffer of it any more."""
-        handshake = self._hello.done and not self._answers
+        handshake = self._hello.done and all(answer.done for answer, _ in self._answers)
         return self.state in ("failed", "closed") and handshake and all(lane.idle for lane in self._lanes.values())
 
-    def _answer(self) -> None:
+    def _shake_hands(self) -> bool:
+        if not self._hello.done:
+            return False
         if self._hello.error is not None:
             raise self._hello.error
         objection = self._identity.objection(bytes(self._hello_buffer))
         answer = bytearray(pack_ack(objection))
+        self._answers = [entry for entry in self._answers if not entry[0].done]
         self._answers.append((self._peer.send(self._tag(HELLO_ACK), answer), answer))
         if objection is None:
             self.state = "ready"
-            return
+            return True
         # A stale address can reach a worker that took another's place: go on waiting for the right sender.
         self.refused_count += 1
         self.refusal = objection
         self._hello = self._transport.recv(self._tag(HELLO), self._hello_buffer)
+        return True
 
-    def _fail(self, error: StagemeshError) -> None:
-        if self.state in ("connecting", "ready"):
-            self.error = error
-            self._end("failed")
-
-    def _end(self, state: LinkState) -> None:
-        if self.state in ("failed", "closed"):
-            return
-        self.state = state
+    def _let_go(self) -> None:
         self._hello.cancel()
-        for lane in self._lanes.values():
-            lane.abandon()
         self._transport.discard(self._identity.nonce << 32, LINK_MASK, forever=True)
-        self._peer.close()

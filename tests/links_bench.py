@@ -44,7 +44,7 @@ class Bench:
 
     def joined(self, credits: int = 2, max_rows: int = 100) -> tuple[LinkSender, LinkReceiver]:
         sender, receiver = self.link(identity())
-        self.drive(lambda: sender.ready and receiver.up)
+        self.drive(lambda: sender.up and receiver.up)
         receiver.open_lane(0, credits, max_rows * HIDDEN * 2)
         sender.open_lane(0, credits)
         return sender, receiver

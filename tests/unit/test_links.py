@@ -28,6 +28,18 @@ def test_steps_arrive_in_their_shapes(bench: Bench) -> None:
     assert sender.route == receiver.route != "unknown"
 
 
+def test_what_came_within_a_long_step_comes_in_time(bench: Bench) -> None:
+    """Transports are driven between layers, links between steps: both ends hear of each other behind a deadline."""
+    sender, receiver = bench.link(identity())
+    for end, heard in ((receiver, receiver._hello), (sender, sender._ack)):
+        deadline = time.monotonic() + 10
+        while not heard.done:
+            bench.left.progress(), bench.right.progress()
+            assert time.monotonic() < deadline
+        end.progress(now=time.monotonic() + 60)
+        assert end.up, end.error
+
+
 def test_credits_bound_the_sender(bench: Bench) -> None:
     """With 3 credits, no more than 3 frames are ever out, however long the receiver waits."""
     sender, receiver = bench.joined(credits=3)
@@ -223,7 +235,7 @@ def test_a_wrong_hello_is_refused_with_the_reason_and_a_right_one_still_welcome(
     assert receiver.error is None
     right = LinkSender(bench.left, bench.right.address(), ours)
     bench.links.append(right)
-    bench.drive(lambda: right.ready and receiver.up)
+    bench.drive(lambda: right.up and receiver.up)
 
 
 def test_a_sender_that_nobody_answers_fails_at_its_deadline(bench: Bench) -> None:
