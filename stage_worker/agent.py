@@ -62,7 +62,8 @@ class Agent:
         self.broken: dict[tuple[str, int], str] = {}
         """Pipelines and epochs of which a link broke here, and why; carried to the coordinator by KeepAlives."""
         self._closing: set[asyncio.Task[None]] = set()
-        self._progress: dict[tuple[int, int], stage_pb2.AssignResponse] = {}
+        self._progress: dict[int, dict[int, stage_pb2.AssignResponse]] = {}
+        """Of each order under way, how far each rank is."""
 
     # -- ranks ------------------------------------------------------------------------------------------------------
 
@@ -79,7 +80,8 @@ class Agent:
             if session is not None:
                 session.put(error)
         elif kind == Kind.PROGRESS:
-            self._progress[ident, rank] = stage_pb2.AssignResponse.FromString(payload)
+            if ident in self._progress:  # Else of an order that was called off.
+                self._progress[ident][rank] = stage_pb2.AssignResponse.FromString(payload)
         elif kind == Kind.PAGES_COPIED:
             self._on_pages(rank, ident, payload)
         elif kind == Kind.LATE_FRAMES:
@@ -169,23 +171,22 @@ class Agent:
             # As it is now: an assignment that came meanwhile is not to be wiped.
             request.beside = bool(self.held)
         ident = group.take_id()
+        progress = self._progress[ident] = {}
         call = asyncio.create_task(group.call_as(ident, kind, request.SerializeToString(), ASSIGN_TIMEOUT_S))
         try:
             while not call.done():
                 await asyncio.wait([call], timeout=0.1)
-                progress = [p for (call_id, _), p in self._progress.items() if call_id == ident]
                 if progress:
                     yield stage_pb2.AssignResponse(
-                        loaded_bytes=sum(p.loaded_bytes for p in progress),
-                        total_bytes=sum(p.total_bytes for p in progress),
+                        loaded_bytes=sum(p.loaded_bytes for p in progress.values()),
+                        total_bytes=sum(p.total_bytes for p in progress.values()),
                     )
             ranks = [stage_pb2.AssignDone.FromString(reply) for reply in call.result()]
         finally:
             # The coordinator may have gone while the ranks load: the answer is nobody's then.
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
-            for key in [key for key in self._progress if key[0] == ident]:
-                del self._progress[key]
+            del self._progress[ident]
         done = ranks[0]
         done.num_pages = min(rank.num_pages for rank in ranks)
         done.tensor_bytes_read = sum(rank.tensor_bytes_read for rank in ranks)

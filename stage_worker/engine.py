@@ -135,9 +135,8 @@ class Engine:
             assignment.note_completed()
         self.heart.beat()
 
-    def sleep(self, *, with_control: bool = True) -> None:
-        """Waits for a message or an event of a transport; without the control socket in the midst of a call of it."""
-        self._poll.register(self.control.fileno(), select.POLLIN if with_control else 0)
+    def sleep(self) -> None:
+        """Waits for a message or an event of a transport."""
         due_s = self._reports.due_in_s(time.monotonic())
         timeout_s = IDLE_POLL_S if due_s is None else due_s
         if any(a.links_pending for a in self.assignments.values()):

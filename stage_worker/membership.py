@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
-
-import grpc
 
 import stagemesh
 from stagemesh import rpc
@@ -24,6 +21,8 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 0.3
 CALL_TIMEOUT_S = 5.0
+END_S = 1.0
+"""How long a stream that is called off may take to end."""
 
 
 class Membership:
@@ -103,8 +102,8 @@ class Membership:
                     self._agent.broken.pop(heard, None)
         finally:
             call.cancel()
-            with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
-                await call.code()
+            # Its renewals end with it, before others begin.
+            await asyncio.wait([asyncio.ensure_future(call.code())], timeout=END_S)
 
     async def _renewals(self, incarnation: int, every_s: float) -> AsyncIterator[coordinator_pb2.KeepAliveRequest]:
         while True:

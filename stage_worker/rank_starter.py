@@ -28,8 +28,8 @@ from stagemesh.forked import ForkedChild
 
 from .config import RankConfig
 
-FORK_S = 120.0
-"""What a zygote may take for its first rank, imports included."""
+FIRST_S, NEXT_S = 120.0, 5.0
+"""What a zygote may take for its first rank, imports included, and for each further one."""
 ENDED_S = 10.0
 """How long a rank that was killed may take to end."""
 TOLD_S = 1.0
@@ -133,6 +133,7 @@ class Zygote:
         self._status = 0
         """With which the last one has ended."""
         self._stopping = False
+        self._within_s = FIRST_S
 
     async def start(self, config: RankConfig) -> RankProcess:
         """See `RankStarter`."""
@@ -143,7 +144,7 @@ class Zygote:
         with contextlib.suppress(ConnectionError):
             socket.send_fds(self._socket, [config.to_json().encode()], config.fds)
         try:
-            async with asyncio.timeout(FORK_S):
+            async with asyncio.timeout(self._within_s):
                 while not self._forked:
                     await _until_readable(self._socket)
                     self.take_messages()
@@ -151,7 +152,8 @@ class Zygote:
                         raise self._why_none(config.label)
         except TimeoutError as e:
             self._end()
-            raise StageLost(f"the zygote of {config.label} forked no rank within {FORK_S:g} s") from e
+            raise StageLost(f"the zygote of {config.label} forked no rank within {self._within_s:g} s") from e
+        self._within_s = NEXT_S
         return self._forked.pop()
 
     def _why_none(self, label: str) -> StagemeshError:
@@ -181,6 +183,7 @@ class Zygote:
             self._process = _spawn("zygote", replace(config, control_fd=theirs.fileno()), [theirs.fileno()])
 
     def _new_socket(self) -> socket.socket:
+        self._within_s = FIRST_S
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         return theirs

@@ -106,7 +106,7 @@ async def kill_repeatedly(mesh: Mesh, role: str, times: int) -> list[dict[str, f
         await asyncio.wait_for(running, 60)
 
 
-IN_CI = ("coordinator", "rank", "gateway")
+IN_CI = ("coordinator", "rank", "zygote", "gateway")
 
 
 @pytest.mark.parametrize("role", [pytest.param(r, marks=() if r in IN_CI else pytest.mark.slow) for r in ROLES])

@@ -138,6 +138,31 @@ def test_ranks_end_with_their_zygote_and_the_next_ones_have_another() -> None:
     started(story)
 
 
+def test_a_zygote_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stagemesh.stage_worker.rank_starter.NEXT_S", 0.5)
+
+    async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
+        group = make()
+        await group.start()
+        rank = psutil.Process(group._processes[0].pid)
+        zygote = rank.parent()
+        assert zygote is not None
+        zygote.send_signal(signal.SIGSTOP)
+        rank.kill()
+        await group.lost
+        await group.stop()
+        began = time.monotonic()
+        with pytest.raises(StageLost, match=r"forked no rank within 0\.5 s"):
+            await make().start()
+        assert time.monotonic() - began < DEADLINE_S
+        assert not psutil.pid_exists(zygote.pid)
+        again = make()
+        await again.start()
+        assert psutil.Process(again._processes[0].pid).parent() != zygote
+
+    started(story)
+
+
 def test_a_zygote_that_is_killed_while_it_imports_is_the_loss_of_a_group_like_any_other() -> None:
     async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
         files = len(os.listdir("/proc/self/fd"))
