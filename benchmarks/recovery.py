@@ -1,6 +1,6 @@
 """What clients see when parts of a mesh are killed, stopped or drained under live streams.
 
-    python benchmarks/recovery.py MODEL [--what rank,agent,hang,coordinator,gateway,drain,repartition,nothing]
+    python benchmarks/recovery.py MODEL [--what rank,agent,hang,coordinator,gateway,drain,repartition,scale,nothing]
                                   [--times 50] [--streams 20] [--tokens 256] [--standbys 1] [--burners 0]
 
 Streams run all the time: each asks one of a fixed set of requests, again and again, and its tokens are compared with
@@ -8,7 +8,8 @@ those of a run in which nothing happened. A disturbance comes when every stream 
 loaded. Told are, of every kind: requests that failed, wrong tokens, the time until the gateway knew (`lost`), until a
 token came again (`recovered`, from the loss), and the longest pause of any stream. In the row `nothing` nothing is
 done for a second at a time: a loss that is told then is a false alarm, as it is where the coordinator is killed or
-layers are moved. Burners are processes that compute beside it.
+layers are moved. `scale` gives a stage a second worker, waits until both pipelines run requests, and takes it away
+again. Burners are processes that compute beside it.
 Clients speak gRPC; where the gateway is killed they speak HTTP, and go on with their streams at the next one.
 """
 
@@ -82,7 +83,7 @@ async def after(mesh: Mesh, kind: str, streams: Sequence[ResumingStream], began_
     """Waits until every stream has gone on."""
     told: dict[str, float] = {}
     deadline = time.monotonic() + BACK_S
-    while kind not in ("coordinator", "gateway", "nothing"):
+    while kind not in ("coordinator", "gateway", "scale", "nothing"):
         new = [e for e in (await asyncio.to_thread(mesh.get))["events"] if e["at"] >= began_at]
         ends = [e for e in new if e["event"] in ("recovered", "moved")]
         if ends and kind in PLANNED:

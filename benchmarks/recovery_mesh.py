@@ -22,11 +22,11 @@ from vllm_venv import BenchmarkError
 from stagemesh.cli import main as cli
 
 READY_S, BACK_S = 120.0, 60.0
-KINDS = ("rank", "agent", "hang", "coordinator", "gateway", "drain", "repartition", "nothing")
+KINDS = ("rank", "agent", "hang", "coordinator", "gateway", "drain", "repartition", "scale", "nothing")
 NOTHING_S = 1.0
 STABLE_S = 5.5
 PLANNED = ("drain", "repartition")
-HARMLESS = ("coordinator", "repartition", "nothing")
+HARMLESS = ("coordinator", "repartition", "scale", "nothing")
 """No worker, link or rank is lost by these: who says so raises a false alarm."""
 
 
@@ -65,6 +65,14 @@ class Mesh:
                 why = seen["reason"]
             if time.monotonic() > deadline:
                 raise BenchmarkError(f"the mesh did not become whole again: {why}")
+            time.sleep(0.05)
+
+    def wait_both_run(self) -> None:
+        """Until two pipelines have requests."""
+        deadline = time.monotonic() + BACK_S
+        while len(told := self.get()["gateway"]["pipelines"]) < 2 or not all(p["running"] for p in told.values()):
+            if time.monotonic() > deadline:
+                raise BenchmarkError(f"two pipelines do not both run requests: {told}")
             time.sleep(0.05)
 
     def alarms(self) -> int:
@@ -127,6 +135,11 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> float:
         others = [count for count in range(total // 4, total - total // 4 + 1) if count != mesh.first_layers]
         there = rng.choice(others) if here == mesh.first_layers else mesh.first_layers
         operate(mesh, "repartition", f"{there},{total - there}")
+        return began_at
+    if kind == "scale":
+        operate(mesh, "scale", str(stage), "2")
+        mesh.wait_both_run()
+        operate(mesh, "scale", str(stage), "1")
         return began_at
     if kind in ("coordinator", "gateway"):
         # One that was started again has its title when it has read its settings.

@@ -98,12 +98,18 @@ def answers(mesh: Mesh) -> list[Any]:
     return asyncio.run(story())
 
 
-def test_the_same_tokens_in_fewer_steps_and_on_few_pages() -> None:
+@pytest.fixture(scope="module")
+def plain() -> tuple[list[Any], float]:
+    """The answers of a mesh that guesses nothing, and how many steps they took."""
     print(f"seed {SEED}")
     with serve(*COMMON) as mesh:
         expected = answers(mesh)
-        steps = counted(mesh, 'stage_steps_total{stage="1"}')
         assert counted(mesh, "spec_decode_num_drafts_total") == 0
+        return expected, counted(mesh, 'stage_steps_total{stage="1"}')
+
+
+def test_the_same_tokens_in_fewer_steps_and_on_few_pages(plain: tuple[list[Any], float]) -> None:
+    expected, steps = plain
     with serve(*COMMON, *SPECULATIVE) as mesh:
         assert answers(mesh) == expected
         drafts, guessed, accepted = (
@@ -131,11 +137,9 @@ def test_ranks_of_a_stage_agree() -> None:
         assert mesh.greedy(prompt, 100) == tokens
 
 
-def test_a_draft_model_on_the_last_stage_changes_no_token(tmp_path: Path) -> None:
+def test_a_draft_model_on_the_last_stage_changes_no_token(tmp_path: Path, plain: tuple[list[Any], float]) -> None:
     """The model as its own draft guesses nearly always right; one of random weights hardly ever, and is soon let be."""
-    print(f"seed {SEED}")
-    with serve(*COMMON) as mesh:
-        expected = answers(mesh)
+    expected, _ = plain
     for more in ((), ("--num-kv-pages", "64"), ("-tp", "2")):
         with serve(*COMMON, *more, *draft_model(DEMO)) as mesh:
             got = answers(mesh)

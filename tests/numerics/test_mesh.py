@@ -38,7 +38,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "pages": ("plenty", "few"),
     "guesses": ("off", "on"),
 }
-PAIRWISE = pairwise({**FACTORS, "family": tuple(name for name in FACTORS["family"] if name != "gpt_neox")})
+PAIRWISE = pairwise({**FACTORS, "family": tuple(name for name in FACTORS["family"] if name != "gpt_neox")}, least=2)
+"""Without those that would be run for a single pair, such as one family on one stage."""
 
 
 def _ident(case: dict[str, Any]) -> str:
