@@ -165,7 +165,7 @@ class Gateway(Pods):
     """The gateway."""
 
     replicas: int = Field(default=1, ge=0, le=1)
-    """One: stages do not share their KV pages among several gateways yet."""
+    """One: the chart gives all KV pages to one gateway."""
     settings: _open_settings(GatewaySettings) = Field(default_factory=dict)  # type: ignore[valid-type]
     """Settings of the gateway, keys as in its YAML file."""
     service: Service = Field(default_factory=Service)
