@@ -45,13 +45,13 @@ class Driver:
         """Starts an action; never waits."""
         match action:
             case actions.Assign():
-                self._start(action, action.plan.stage, "assign", self._assign(action))
+                self._start(action, action.plan.stage, "assign", lambda: self._assign(action))
             case actions.Prepare():
                 self._spawn(self._prepare(action), ("", 0))
             case actions.MakeLink():
-                self._start(action, action.stage, "link", self._make_link(action))
+                self._start(action, action.stage, "link", lambda: self._make_link(action))
             case actions.Activate():
-                self._start(action, action.stage, "activate", self._activate(action))
+                self._start(action, action.stage, "activate", lambda: self._activate(action))
             case actions.Release():
                 self._spawn(self._release(action), ("", 0))
             case actions.Forget(pipeline_id, epoch):
@@ -93,12 +93,13 @@ class Driver:
         action: actions.Assign | actions.MakeLink | actions.Activate,
         stage: int,
         what: str,
-        work: Coroutine[Any, Any, None],
+        work: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         async def guarded() -> None:
             failed = (action.pipeline_id, action.epoch, stage, what)
             try:
-                await work
+                # Made here: one that is cancelled before it begins would never be awaited.
+                await work()
             except grpc.RpcError as e:
                 error = rpc.from_rpc_error(e)
                 final = _is_final(e, error)

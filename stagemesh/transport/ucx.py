@@ -12,6 +12,8 @@ What had to be known (each was seen here, ucxx 0.52 with UCX 1.21):
 - Destroying a worker fetches what nobody took, and waits for its senders for ever if they are gone: so `close` drops it
   first, and runs at the latest when the process ends or the transport is garbage.
 - `import ucxx` sets `UCX_RNDV_THRESH=8192` for the process and its children: that is taken back.
+- An endpoint over TCP waits, and with it the process, until the peer's host answers, unless `TCP_CONN_NB=y`: for two
+  minutes where its answers are lost on their way.
 - The descriptor of a worker stays readable while a TCP peer has not accepted yet: sleeping on it would be a spin.
 - A request does not keep its buffer alive, and an endpoint that failed must not be closed again (it would crash).
 """
@@ -33,10 +35,12 @@ from .frame import cancelled
 from .ucx_ear import Ear
 from .ucx_peer import Endpoint, ProcessIdentity, UcxPeer, endpoint_route, pack_address, unpack_address
 
-HOST_DEFAULTS = {"MM_ERROR_HANDLING": "y", "KEEPALIVE_INTERVAL": "1s", "RNDV_THRESH": "262144"}
+DEFAULTS = {"MM_ERROR_HANDLING": "y", "KEEPALIVE_INTERVAL": "1s", "TCP_CONN_NB": "y"}
+
+HOST_DEFAULTS = {**DEFAULTS, "RNDV_THRESH": "262144"}
 """Below 256 KiB a host message goes eagerly: it needs no progress of a sender that is deep in compute."""
 
-CUDA_DEFAULTS = {"MM_ERROR_HANDLING": "y", "KEEPALIVE_INTERVAL": "1s", "RNDV_THRESH": "8192"}
+CUDA_DEFAULTS = {**DEFAULTS, "RNDV_THRESH": "8192"}
 """CUDA memory goes by rendezvous, so that cuda_ipc moves it without a bounce through host memory."""
 
 _WATCH_EVERY = 64

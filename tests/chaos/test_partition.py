@@ -41,6 +41,7 @@ class Mesh:
 
     def __init__(self, net: Hosts) -> None:
         self.net = net
+        self.logs: list[Path] = []
         gateway = net.hosts[GATEWAY].address
         self.url, self.grpc_address = f"http://{gateway}:8000", f"{gateway}:50051"
 
@@ -78,9 +79,10 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
             commands.append((host, ["stage", *common, "--host", host.address, "--worker-id", name, "--threads", "1",
                                     "--ucx-tls", "tcp", "--net-device", "eth0"]))  # fmt: skip
         made = Mesh(net)
-        with services(folder, commands[:4]):
+        with services(folder, commands[:4]) as first:
             made.wait("ready", lambda: made.get("/mesh")["ready"], 90)
-            with services(folder, commands[4:]):
+            with services(folder, commands[4:]) as others:
+                made.logs = [*first, *others]
                 yield made
 
 
@@ -136,6 +138,8 @@ def cut_and_check(
         for stream, other in zip(told, expected, strict=True):
             assert stream.error is None, stream.error
             assert stream.tokens == other.tokens
+    # Nobody waits within a call of the system for a host that does not answer.
+    assert not [line for log in mesh.logs for line in log.read_text().splitlines() if " hangs: " in line]
     print(f"{what}, {seconds:g} s: longest pause {max(s.longest_s for told in rounds for s in told):.2f} s")
 
 

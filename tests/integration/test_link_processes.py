@@ -260,7 +260,7 @@ receiver, sender = LinkReceiver(right, left.address(), identity), LinkSender(lef
 def turn():
     for each in (left, right, receiver, sender):
         each.progress()
-while not sender.ready:
+while not sender.up:
     turn()
 receiver.open_lane(0, 4, 12800)
 sender.open_lane(0, 4)

@@ -23,7 +23,7 @@ class Pages:
         self.bench = bench
         self.link, receiver = bench.link(identity(hidden_size=ours.page_bytes, dtype=torch.uint8))
         self.sender, self.receiver = PageSender(self.link, ours), PageReceiver(receiver, theirs)
-        bench.drive(lambda: self.link.ready and receiver.up)
+        bench.drive(lambda: self.link.up and receiver.up)
         for slot in slots:
             self.receiver.open_lane(slot)
 
