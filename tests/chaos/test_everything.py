@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ CLIENTS = int(os.environ.get("STAGEMESH_CHAOS_STREAMS", "24"))
 RESULT = os.environ.get("STAGEMESH_CHAOS_RESULT")
 """A file for the figures."""
 REQUESTS, MAX_TOKENS = 20, 120
+MINUTES, GROWTH_MIB = 10, 10
+"""Of quarters from so many minutes on: what the gateway may take more in the last one than in the second."""
 
 
 @pytest.mark.timeout(SECONDS + 300)
@@ -58,6 +61,9 @@ def test_everything_at_random() -> None:
         for name in {pipeline_id for pipeline_id, _ in story.epochs}:
             epochs = [epoch for pipeline_id, epoch in story.epochs if pipeline_id == name]
             assert all(a < b for a, b in itertools.pairwise(epochs)), f"an epoch that came back: {epochs}"
+        if (quarter := len(history.gateway_mib) // 4) >= MINUTES:
+            second, fourth = history.gateway_mib[quarter : 2 * quarter], history.gateway_mib[-quarter:]
+            assert statistics.mean(fourth) <= statistics.mean(second) + GROWTH_MIB, "the gateway's memory grows"
         for name, values in last.items():
             assert values["fds"] <= first[name]["fds"] + 15, f"descriptors of {name} grow: {first} {last}"
             assert values["threads"] <= first[name]["threads"] + 8, f"threads of {name} grow: {first} {last}"
