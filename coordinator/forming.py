@@ -67,8 +67,6 @@ class Former:
             return
         if pipeline.state is State.FORMING and (pipeline.phase is not Phase.RETRY or self._now < pipeline.retry_at):
             return
-        self._apart = {pair: until for pair, until in self._apart.items() if until > self._now}
-        self._away = {name: until for name, until in self._away.items() if until > self._now}
         try:
             chosen = self._choose(pipeline, pipeline.last_stages)
         except CannotForm as e:
@@ -78,6 +76,9 @@ class Former:
 
     def _choose(self, pipeline: Pipeline, previous: Sequence[v.StagePlan]) -> list[Choice]:
         """Who is to hold what; `previous` stages keep their worker and layers where they can. Raises CannotForm."""
+        # Also where layers move, what was believed for a while is not believed for ever.
+        self._apart = {pair: until for pair, until in self._apart.items() if until > self._now}
+        self._away = {name: until for name, until in self._away.items() if until > self._now}
         return choose_apart(self.target, self._free_for(pipeline), previous, self._apart.keys(), self._away.keys())
 
     def _num_shares(self) -> int:

@@ -378,6 +378,21 @@ class TestStuck:
         world.wait(0.3, "a", "b", "spare")
         assert (world.epoch, world.holders) == (before + 1, ["a", "spare"])
 
+    def test_one_that_was_not_reached_is_chosen_again_later(self) -> None:
+        """Also where no pipeline is formed meanwhile, which might have forgotten it."""
+        world = serving("spare")
+        world.send(events.StepsStuck("g", "pipeline-0", world.epoch, "no session", ("b",)))
+        world.wait(0.3, "a", "b", "spare")
+        world.serve()
+        pipeline = world.mesh.pipelines["pipeline-0"]
+
+        def best() -> list[str]:
+            return [c.worker.info.worker_id for c in world.mesh._choose(pipeline, ())]
+
+        assert best() == ["a", "spare"]
+        world.wait(31, "a", "b", "spare")
+        assert best() == ["a", "b"]
+
     @pytest.mark.parametrize(("spares", "unreachable"), [((), ("b",)), (("x", "y"), ("a", "b")), (("x",), ("b", "x"))])
     def test_nothing_is_changed_for_a_gateway_where_nobody_else_is_reached(
         self, spares: tuple[str, ...], unreachable: tuple[str, ...]
