@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from stagemesh.errors import InternalError, NumericalError, StageLost, StagemeshError, Unavailable
 from stagemesh.faults import point
-from stagemesh.protocol import spoken
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from .bubbles import Bubbles
-from .messages import open_message, page_bits, plan_message
+from .messages import open_message, plan_message
 from .metrics import Metrics
 from .plan import Plan
 from .probe import Probe
@@ -113,18 +112,6 @@ class BatchLoop:
         self._work.begin(self.shape, [StageKv(o.kv_generation, o.journal) for o in self._opened])
         self._go()
 
-    def _opening(self, seat: Seat, stream: RunStream, pages: Sequence[int] | None) -> stage_pb2.RunOpen:
-        return stage_pb2.RunOpen(
-            key=stage_pb2.PipelineKey(pipeline_id=self.view.pipeline_id, epoch=self.view.epoch),
-            stage=stream.stage.stage,
-            gateway_id=seat.gateway_id,
-            life=seat.life,
-            instance=seat.instance,
-            slot=seat.slot,
-            protocol=spoken(stream.stage.protocol),
-            pages=page_bits(pages or ()),
-        )
-
     @property
     def unreachable(self) -> list[str]:
         """Workers of which nobody answered when sessions were to be opened."""
@@ -137,7 +124,7 @@ class BatchLoop:
 
     async def open(self, seat: Seat, pages: Sequence[int] | None) -> None:
         """Opens a session on every stage, with these pages where some are named. Raises the first stage's error."""
-        opening = [asyncio.create_task(stream.open(self._opening(seat, stream, pages))) for stream in self._streams]
+        opening = [asyncio.create_task(stream.open(self.view, seat, pages)) for stream in self._streams]
         try:
             self._opened = await asyncio.gather(*opening)
         except Unavailable:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import cast
 
 import grpc
 
 from stagemesh import rpc
 from stagemesh.errors import InternalError, StageLost, StagemeshError, Unavailable, by_reason
+from stagemesh.protocol import spoken
 from stagemesh.protos.v1 import stage_pb2, types_pb2
+
+from .messages import page_bits
+from .seat import Seat
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +52,26 @@ class RunStream:
         """For messages to people."""
         return f"stage {self.stage.stage} ({self.stage.worker_id})"
 
-    async def open(self, request: stage_pb2.RunOpen) -> stage_pb2.RunOpened:
-        """Opens the session. Raises the worker's error, Unavailable when it cannot be reached, or StageLost."""
+    async def open(self, view: types_pb2.PipelineView, seat: Seat, pages: Sequence[int] | None) -> stage_pb2.RunOpened:
+        """Opens the session of a pipeline's epoch, with these pages where some are named.
+
+        Raises the worker's error, Unavailable when it cannot be reached, or StageLost.
+        """
         call = self._channel.stream_stream(
             METHOD, request_serializer=None, response_deserializer=stage_pb2.RunResponse.FromString
         )(self._messages())
         responses = cast(AsyncGenerator[stage_pb2.RunResponse, None], call.__aiter__())
-        self.send(stage_pb2.RunRequest(open=request).SerializeToString())
+        opening = stage_pb2.RunOpen(
+            key=stage_pb2.PipelineKey(pipeline_id=view.pipeline_id, epoch=view.epoch),
+            stage=self.stage.stage,
+            gateway_id=seat.gateway_id,
+            life=seat.life,
+            instance=seat.instance,
+            slot=seat.slot,
+            protocol=spoken(self.stage.protocol),
+            pages=page_bits(pages or ()),
+        )
+        self.send(stage_pb2.RunRequest(open=opening).SerializeToString())
         try:
             with rpc.mapped():
                 first = await asyncio.wait_for(anext(responses), OPEN_TIMEOUT_S)
