@@ -96,17 +96,23 @@ def started(story: Callable[[RankStarter, Callable[[], RankGroup]], Awaitable[No
     uvloop.run(run())
 
 
+async def forked(group: RankGroup) -> tuple[psutil.Process, psutil.Process]:
+    """Starts a group; its rank, and the zygote that has forked it."""
+    await group.start()
+    rank = psutil.Process(group._processes[0].pid)
+    zygote = rank.parent()
+    assert zygote is not None
+    return rank, zygote
+
+
 def test_a_rank_that_is_started_again_need_not_import_what_the_first_did() -> None:
     async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
         took_s = []
         parents = set()
         for how in (signal.SIGKILL, signal.SIGABRT, signal.SIGKILL):
             group, began = make(), time.monotonic()
-            await group.start()
+            rank, zygote = await forked(group)
             took_s.append(time.monotonic() - began)
-            rank = psutil.Process(group._processes[0].pid)
-            zygote = rank.parent()
-            assert zygote is not None
             # A fork copies the thread that forks, and nothing that others do.
             assert zygote.num_threads() == 1
             parents.add(zygote.pid)
@@ -123,10 +129,7 @@ def test_a_rank_that_is_started_again_need_not_import_what_the_first_did() -> No
 def test_ranks_end_with_their_zygote_and_the_next_ones_have_another() -> None:
     async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
         group = make()
-        await group.start()
-        rank = psutil.Process(group._processes[0].pid)
-        zygote = rank.parent()
-        assert zygote is not None
+        rank, zygote = await forked(group)
         zygote.kill()
         assert "SIGKILL" in await group.lost
         assert psutil.wait_procs([rank], timeout=5)[1] == [], "it ends with its parent"
@@ -143,10 +146,7 @@ def test_a_zygote_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
 
     async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
         group = make()
-        await group.start()
-        rank = psutil.Process(group._processes[0].pid)
-        zygote = rank.parent()
-        assert zygote is not None
+        rank, zygote = await forked(group)
         zygote.send_signal(signal.SIGSTOP)
         rank.kill()
         await group.lost
