@@ -77,7 +77,7 @@ def _between(supervisor: socket.socket, argv: list[str], ready_fd: int, parent_p
 def _become(supervisor: socket.socket, argv: list[str], ready_fd: int, parent_pid: int) -> int:
     process.die_with_parent(parent_pid)
     # As `serve` starts others: Ctrl-C reaches the supervisor alone.
-    os.setsid()
+    os.setpgid(0, 0)
     with supervisor:
         supervisor.send(json.dumps({"pid": os.getpid()}).encode())
     return command([*argv, "--ready-fd", str(ready_fd), "--parent-pid", str(parent_pid)])

@@ -75,12 +75,14 @@ class Child:
     def _spawn(self, write_fd: int) -> subprocess.Popen[bytes]:
         secrets = {f"STAGEMESH_{name.upper()}": str(v) for name in SECRETS if (v := getattr(self.settings, name, None))}
         started = ["--ready-fd", str(write_fd), "--parent-pid", str(os.getpid())]
-        # A session of its own: Ctrl-C reaches the supervisor alone, which ends its children in the right order.
+        # A group of its own: Ctrl-C reaches the supervisor alone, which ends its children in the right order. Not a
+        # session of its own: between sessions Linux shares cores alike, whatever the nice values in them
+        # (sched_autogroup), and a standby that loads its weights would take half of a serving stage's core.
         return subprocess.Popen(
             [sys.executable, "-m", "stagemesh.cli.main", *self.command, *started],
             pass_fds=[write_fd],
             stdin=subprocess.DEVNULL,
-            start_new_session=True,
+            process_group=0,
             env=environment() | self.env | secrets,
         )
 

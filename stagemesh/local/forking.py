@@ -35,7 +35,7 @@ class ForkServer:
                 [*module, str(theirs.fileno()), str(os.getpid()), *worker],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                process_group=0,
                 env=dict(env),
             )
 

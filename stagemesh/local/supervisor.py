@@ -39,6 +39,9 @@ def run(settings: ServeSettings) -> int:
     """Serves until SIGTERM or Ctrl-C; returns the exit status. Raises ConfigError when the mesh cannot be built."""
     process.set_title("serve")
     process.adopt_orphans()
+    # Inherited by all: they are in this session, but not in the terminal's foreground, where `stty tostop` stops who
+    # writes.
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     process.set_up_logging("serve")
     return asyncio.run(_Supervisor(settings).run())
 

@@ -102,7 +102,8 @@ def test_a_worker_that_is_started_again_imports_nothing() -> None:
         assert child.process is not None
         agent, zygote = psutil.Process(child.process.pid), await zygote_of(child)
         assert agent.ppid() == os.getpid()
-        assert os.getsid(agent.pid) == agent.pid, "Ctrl-C is for `serve` alone"
+        assert os.getpgid(agent.pid) == agent.pid, "Ctrl-C is for `serve` alone"
+        assert os.getsid(agent.pid) == os.getsid(0), "between sessions nice values count for nothing"
         assert psutil.Process(forkserver.process.pid).num_threads() == zygote.num_threads() == 1
         priorities = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (agent.pid, zygote.pid)]
         ours = os.getpriority(os.PRIO_PROCESS, 0)
