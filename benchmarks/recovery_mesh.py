@@ -100,7 +100,8 @@ def serving(model: Path, folder: Path, standbys: int, log: Path) -> Iterator[Mes
                "--token-log", str(folder / "streams")]  # fmt: skip
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
+        # In the session of its client, as in one terminal: between sessions Linux shares cores alike (sched_autogroup).
+        process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, process_group=0)
     try:
         deadline = time.monotonic() + READY_S
         while "HTTP on " not in (text := log.read_text(errors="replace")):

@@ -1,6 +1,8 @@
 """Loading beside serving: the weights of a layer range come into memory on a thread, while the engine's runs steps.
 
-The thread asks for less of the processor than the steps do. What it loads is the engine's when it is done.
+Where this rank serves nothing, the thread asks for less of the processor than other ranks' steps do. Where it serves, it
+does not: put aside for those, it would keep the interpreter's lock from this rank's own steps. What it loads is the
+engine's when it is done.
 """
 
 from __future__ import annotations
@@ -37,18 +39,20 @@ class Preparing:
         self._progress: tuple[int, int] | None = None
         self._outcome: list[Shard] | BaseException | None = None
 
-    def start(self, ident: int, request: stage_pb2.PrepareRequest) -> None:
-        """Begins. Raises Unavailable while another one is under way."""
+    def start(self, ident: int, request: stage_pb2.PrepareRequest, *, serves: bool) -> None:
+        """Begins; `serves`: steps run meanwhile. Raises Unavailable while another one is under way."""
         if self._thread is not None:
             raise Unavailable("another range is being loaded", retry_after_s=1)
         self._ident, self._request = ident, request
         self._progress = self._outcome = None
-        self._thread = threading.Thread(target=self._load, name="prepare", daemon=True)
+        self._thread = threading.Thread(target=self._load, args=(serves,), name="prepare", daemon=True)
         self._thread.start()
 
-    def _load(self) -> None:
+    def _load(self, serves: bool) -> None:
         try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            if not serves:
+                thread = threading.get_native_id()
+                os.setpriority(os.PRIO_PROCESS, thread, max(NICE, os.getpriority(os.PRIO_PROCESS, thread)))
             self._outcome = self._memory.load(self._request, self._note)
         except BaseException as e:  # noqa: BLE001 - told by the engine's thread
             self._outcome = e

@@ -136,7 +136,7 @@ class Rank:
             self.engine.assignments.clear()
         held = self._memory.find(request)
         if held is None:
-            self._preparing.start(ident, request)
+            self._preparing.start(ident, request, serves=bool(self.engine.assignments))
             return None
         return _done(held, request).SerializeToString()
 
