@@ -1,7 +1,7 @@
 """Loading beside serving: the weights of a layer range come into memory on a thread, while the engine's runs steps.
 
-Where this rank serves nothing, the thread asks for less of the processor than other ranks' steps do. Where it serves, it
-does not: put aside for those, it would keep the interpreter's lock from this rank's own steps. What it loads is the
+Where this rank serves nothing, the thread asks for less of the processor than other ranks' steps do. Where it serves,
+it does not: put aside for those, it would keep the interpreter's lock from this rank's own steps. What it loads is the
 engine's when it is done.
 """
 
