@@ -44,6 +44,8 @@ class NativeShard:
     """Called between layers: the caller can drive its transport there."""
     kv_layout = "compiled kernels"
     """See `Shard`."""
+    _engine: ops.StageEngine
+    """Made with the first pages: its threads are as nice as their maker, and who loads gives way where steps do not."""
     _embedding: Tensor | None
     _packed_embedding: Tensor | None
     """The head's panels, where those serve as the embedding."""
@@ -98,7 +100,7 @@ class NativeShard:
         ]
         self._frequencies = a.inverse_frequencies.contiguous()
         self._idle_cores = array("i", spec.idle_cores)
-        self._engine = ops.StageEngine(self._shape(a), exchange.handle if exchange is not None else None)
+        self._shape = self._make_shape(a)
         self._exchange = exchange
         self._pool: KvPool | None = None
 
@@ -138,7 +140,7 @@ class NativeShard:
         if self._embedding is not None:
             self._tensors.append(self._embedding)
 
-    def _shape(self, a: Architecture) -> ops.Shape:
+    def _make_shape(self, a: Architecture) -> ops.Shape:
         first, last = part(a.intermediate, self._spec)
         return ops.Shape(
             is_bf16=self.dtype == torch.bfloat16,
@@ -170,6 +172,8 @@ class NativeShard:
                 f"a KV pool of layers {theirs}, pages of {pool.page_size}, was given to a shard of layers {own}, pages "
                 f"of {self._spec.page_size}"
             )
+        if self._pool is None:
+            self._engine = ops.StageEngine(self._shape, self._exchange.handle if self._exchange is not None else None)
         self._pool = pool
         for layer, spec in zip(self._layers, self.kv_layers, strict=True):
             layer.k_pages, layer.v_pages = pool.k(spec.layer_idx).data_ptr(), pool.v(spec.layer_idx).data_ptr()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from chain import PAGE_SIZE, Chain, Row
 from tiny_models import make_checkpoint
 
 from stagemesh.errors import TransportError
+from stagemesh.stage_worker.kv import KvPool
 from stagemesh.stage_worker.native import ops
 from stagemesh.stage_worker.native.architecture import NotNative, read_architecture
 from stagemesh.stage_worker.native.shard import NativeShard
@@ -140,6 +142,24 @@ def _thread_times() -> dict[str, int]:
     """Nanoseconds that each thread of this process has run."""
     tasks = Path("/proc/self/task")
     return {task.name: int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir()}
+
+
+def test_their_threads_are_not_put_aside_as_a_load_was(llama: Path) -> None:
+    """A load beside serving gives way, and whoever made a thread gave it how nice it is."""
+    before, shards, own = set(os.listdir("/proc/self/task")), list[Any](), os.getpriority(os.PRIO_PROCESS, 0)
+
+    def load() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), own + 10)
+        shards.append(load_shard(ShardSpec(str(llama), 0, 2, page_size=PAGE_SIZE, threads=3), TensorParallel()))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    (shard,) = shards
+    shard.bind_kv(KvPool(shard.kv_layers, 4, PAGE_SIZE, shard.dtype, shard.device))
+    made = [os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in set(os.listdir("/proc/self/task")) - before]
+    # Those of the one that loaded (torch has some, too) compute no steps.
+    assert made.count(own) == 2
 
 
 def test_a_page_that_held_infinity_is_clean_for_the_next_sequence(llama: Path) -> None:
