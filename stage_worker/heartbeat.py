@@ -110,10 +110,16 @@ class Doing(Enum):
     RUNS = "one runs, or waits for a core or a disk: it is slow, and does not hang"
     WAITS = "all wait for something"
     STOPPED = "all are stopped: nothing but a signal lets them go on"
+    ENDED = "there are none: whoever waits for its end is about to hear of it"
+
+    @property
+    def blameless(self) -> bool:
+        """Whether it may be silent for a while longer."""
+        return self in (Doing.RUNS, Doing.ENDED)
 
 
 def doing(pid: int) -> Doing:
-    """What a process does; WAITS where it has ended."""
+    """What a process does."""
     states = set()
     for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
         try:
@@ -122,7 +128,9 @@ def doing(pid: int) -> Doing:
             continue  # This thread has just ended.
     if states & set("RD"):
         return Doing.RUNS
-    return Doing.STOPPED if states and states <= set("Tt") else Doing.WAITS
+    if states <= set("ZX"):
+        return Doing.ENDED
+    return Doing.STOPPED if states <= set("Tt") else Doing.WAITS
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,11 @@ class HeartWatch:
         """Since each rank wrote, or ran."""
         self._stopped_s = [0.0] * size
 
+    def wrote(self, rank: int) -> bool:
+        """Whether a rank has written since the last look. Asked behind what it does: it may have had its core, and wait
+        again by then."""
+        return self._values[rank] != self._seen[rank]
+
     def look(self, doing: Callable[[int], Doing]) -> Look:
         """Looks; `doing` says what a rank does, and is asked of those that have not written for a while."""
         now, seen = time.monotonic(), list(self._values)
@@ -162,7 +175,7 @@ class HeartWatch:
         for rank, due in enumerate(seen):
             silent_s = 0.0 if late or due != before[rank] else self._silent_s[rank] + passed_s
             found = doing(rank) if silent_s > ALIVE_S else Doing.WAITS
-            self._silent_s[rank] = ALIVE_S if found is Doing.RUNS else silent_s
+            self._silent_s[rank] = ALIVE_S if found.blameless else silent_s
             self._stopped_s[rank] = self._stopped_s[rank] + passed_s if found is Doing.STOPPED else 0.0
         overdue = set() if late else {rank for rank, due in enumerate(seen) if due < now}
         confirmed, self._suspects = overdue & self._suspects, overdue

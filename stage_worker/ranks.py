@@ -125,7 +125,9 @@ class RankGroup:
                 # taken the call at all hangs.
                 if self._calls and overdue_s <= LATE_S:
                     continue
-                if overdue_s <= STARVED_S and doing(self._processes[rank].pid) is Doing.RUNS:
+                if overdue_s <= STARVED_S and self._doing(rank).blameless:
+                    continue
+                if hearts.wrote(rank):
                     continue
                 self._hangs(rank, f"{overdue_s:.1f} s overdue")
                 return

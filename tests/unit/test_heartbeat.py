@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
+from stagemesh.config import StageSettings
 from stagemesh.stage_worker import heartbeat
 from stagemesh.stage_worker.heartbeat import (
     ALIVE_S,
@@ -27,6 +29,8 @@ from stagemesh.stage_worker.heartbeat import (
     doing,
     make_heartbeats,
 )
+from stagemesh.stage_worker.rank_starter import make_starter
+from stagemesh.stage_worker.ranks import RankGroup
 
 EVERY_S = 0.1
 
@@ -221,4 +225,60 @@ def test_what_a_process_does(code: str, how: signal.Signals | None, expected: Do
                 assert time.monotonic() < deadline
         finally:
             process.kill()
-    assert doing(process.pid) is Doing.WAITS
+        deadline = time.monotonic() + 10
+        while doing(process.pid) is not Doing.ENDED:
+            assert time.monotonic() < deadline, "one that is dead is not known as such before somebody reaps it"
+    assert doing(process.pid) is Doing.ENDED
+
+
+class Process:
+    """A rank that can be killed."""
+
+    pid = 0
+    killed = False
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+@pytest.mark.parametrize(
+    ("found", "writes", "killed"),
+    [
+        (Doing.WAITS, False, True),
+        (Doing.STOPPED, False, True),
+        (Doing.WAITS, True, False),
+        (Doing.RUNS, False, False),
+        (Doing.ENDED, False, False),
+    ],
+)
+def test_who_is_overdue_is_killed_unless_he_goes_on_or_is_dead(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, found: Doing, writes: bool, killed: bool
+) -> None:
+    """He may have waited for a core, have it while it is looked at what he does, and wait again by then."""
+    rank, looks, asked = Process(), 0, 0
+
+    async def watch() -> None:
+        group = RankGroup(StageSettings(device="cpu"), "cpu", "stage test", lambda *frame: None, make_starter("cpu"))
+        group._processes = [Process(), rank]  # type: ignore[list-item]
+
+        def what(asked_of: int) -> Doing:
+            nonlocal asked
+            asked += asked_of
+            if writes and asked == 2:  # Once within a look, and again behind it, as he is overdue.
+                clock.heart.beat()
+            return found
+
+        async def pass_on(_: float) -> None:
+            nonlocal looks, asked
+            looks, asked = looks + 1, 0
+            clock.now += EVERY_S
+            if looks == 8:
+                group._lose("enough")
+
+        monkeypatch.setattr(group, "_doing", what)
+        monkeypatch.setattr("stagemesh.stage_worker.ranks.asyncio.sleep", pass_on)
+        clock.heart.beat()
+        await group._watch(clock.watch)
+
+    asyncio.run(watch())
+    assert rank.killed is killed
