@@ -28,11 +28,11 @@ import torch
 from facts import RESULTS, machine, own_versions, today
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor
 
-from stagemesh.stage_worker.kv import KvPool
-from stagemesh.stage_worker.parallel import TensorParallel
-from stagemesh.stage_worker.shard.batch import StepBatch
-from stagemesh.stage_worker.shard.choose import Shard, load_shard
-from stagemesh.stage_worker.shard.spec import ShardSpec
+from stagemesh.stage_worker.kv.pool import KvPool
+from stagemesh.stage_worker.model.batch import StepBatch
+from stagemesh.stage_worker.model.choose import Shard, load_shard
+from stagemesh.stage_worker.model.parallel import TensorParallel
+from stagemesh.stage_worker.model.spec import ShardSpec
 
 PAGE_SIZE = 16
 ROWS = (1, 64)

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from facts import RESULTS, default_model, machine, model_facts, own_versions, today
 
-from stagemesh.stage_worker.journal import Journal
-from stagemesh.stage_worker.kv import KvPool
-from stagemesh.stage_worker.parallel import TensorParallel
-from stagemesh.stage_worker.shard.batch import StepBatch
-from stagemesh.stage_worker.shard.choose import load_shard
-from stagemesh.stage_worker.shard.spec import ShardSpec
+from stagemesh.stage_worker.kv.journal import Journal
+from stagemesh.stage_worker.kv.pool import KvPool
+from stagemesh.stage_worker.model.batch import StepBatch
+from stagemesh.stage_worker.model.choose import load_shard
+from stagemesh.stage_worker.model.parallel import TensorParallel
+from stagemesh.stage_worker.model.spec import ShardSpec
 
 PAGE_SIZE = 16
 CONTEXT = 160

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
+from stagemesh.stage_worker.links.link import LinkIdentity, LinkReceiver, LinkSender
 from stagemesh.transport import Transport, open_transport
 
 HIDDEN = 512  # 1 KiB a row in bf16

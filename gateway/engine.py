@@ -29,16 +29,16 @@ from stagemesh.errors import (
 from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
-from .bubbles import Bubbles
-from .drive import RETRY_AFTER_S, RETRY_S, Drive, Surroundings
-from .live import LiveRequest
-from .metrics import Load, Metrics
-from .outage import KEPT
-from .reporter import Reporter
-from .request import GenerationRequest, ModelCard
-from .seat import Seat
-from .tokenizer import Tokenizer
-from .trace import Recorder
+from .api.request import GenerationRequest, ModelCard
+from .drive.driver import RETRY_AFTER_S, RETRY_S, Drive, Surroundings
+from .drive.live import LiveRequest
+from .drive.outage import KEPT
+from .drive.reporter import Reporter
+from .drive.slot_lease import Seat
+from .telemetry.bubbles import Bubbles
+from .telemetry.metrics import Load, Metrics
+from .telemetry.trace import Recorder
+from .text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

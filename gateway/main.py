@@ -16,10 +16,10 @@ from stagemesh.config import GatewaySettings
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
 
+from .api.grpc_api import GatewayServicer
+from .api.http.app import build_app
 from .engine import MeshEngine
-from .grpc_api import GatewayServicer
-from .metrics import Metrics
-from .openai.app import build_app
+from .telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

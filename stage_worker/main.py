@@ -17,11 +17,11 @@ from stagemesh import process, rpc
 from stagemesh.config import StageSettings, device_kind
 from stagemesh.errors import StageLost, StagemeshError
 
-from .agent import SERVICE_NAME, Agent, add_to_server
-from .config import RankConfig
-from .membership import Membership
-from .rank_starter import RankStarter, Zygote, make_starter
-from .ranks import RankGroup
+from .agent.membership import Membership
+from .agent.rank_group import RankGroup
+from .agent.rank_starter import RankStarter, Zygote, make_starter
+from .agent.service import SERVICE_NAME, Agent, add_to_server
+from .messages.rank_config import RankConfig
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def preload(settings: StageSettings) -> None:
     if device == "cpu":
         if settings.threads:
             os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # Read once, when torch is imported.
-        from .rank import import_all
+        from .rank.process import import_all
 
         import_all(RankConfig.of_worker(_role(settings), settings, device))
         _imported = True

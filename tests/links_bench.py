@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
+from stagemesh.stage_worker.links.link import LinkIdentity, LinkReceiver, LinkSender
 from stagemesh.transport import Transport, open_transport
 
 needs_ucxx = pytest.mark.skipif(

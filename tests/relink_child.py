@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
+from stagemesh.stage_worker.links.link import LinkIdentity, LinkReceiver, LinkSender
 from stagemesh.transport import Transport, open_transport
 
 ROWS, HIDDEN = 1024, 512

@@ -1,4 +1,4 @@
-"""Run the breadth check over every architecture and write what came of it: docs/models.md and shard/verified.py.
+"""Run the breadth check over every architecture; write what came of it to docs/models.md and model/plain/verified.py.
 
 python tools/make_models_doc.py          # about two minutes on one core
 """
@@ -83,7 +83,7 @@ def _write(outcomes: list[Outcome]) -> None:
     rows = [f"| `{o.model_type}` | `{o.architecture}` | {o.status} | {o.detail} |\n" for o in outcomes]
     (ROOT / "docs" / "models.md").write_text(page + "".join(rows))
     names = "".join(f'    "{name}",\n' for name in works)
-    (ROOT / "stage_worker" / "shard" / "verified.py").write_text(
+    (ROOT / "stage_worker" / "model" / "plain" / "verified.py").write_text(
         '"""The model types whose split gave transformers\' own tokens. '
         'Written by tools/make_models_doc.py, not by hand."""\n\n'
         f"from __future__ import annotations\n\nVERIFIED: tuple[str, ...] = (\n{names})\n"

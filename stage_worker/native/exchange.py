@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from ..shared_memory import ROOM_BYTES, shared_memory_bytes
+from ..messages.shared_memory import ROOM_BYTES, shared_memory_bytes
 from . import ops
 
 

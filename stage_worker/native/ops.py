@@ -15,7 +15,7 @@ import torch
 
 from stagemesh.errors import InternalError, StagemeshError, TransportError
 
-from ..memory import zeros
+from ..kv.memory import zeros
 
 PANEL = 32
 """Outputs that are packed together."""

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from stagemesh.errors import ConfigError, InternalError
 
-from ..kv import KvLayerSpec, KvPool
-from ..shard.batch import StepBatch, lay_out
-from ..shard.checkpoint import Checkpoint
-from ..shard.spec import ShardSpec
+from ..kv.pool import KvLayerSpec, KvPool
+from ..model.batch import StepBatch, lay_out
+from ..model.checkpoint import Checkpoint
+from ..model.spec import ShardSpec
 from . import ops
 from .architecture import Architecture, dtype_of
 from .exchange import Exchange

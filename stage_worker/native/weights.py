@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..shard.checkpoint import Checkpoint, wrong_shape
-from ..shard.dummy import dummy_tensor
-from ..shard.spec import ShardSpec
+from ..model.checkpoint import Checkpoint, wrong_shape
+from ..model.dummy import dummy_tensor
+from ..model.spec import ShardSpec
 from . import ops
 from .architecture import Architecture
 

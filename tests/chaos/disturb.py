@@ -22,10 +22,13 @@ long as making a loss good."""
 COMMON = ("-pp", "3", "--max-model-len", "1024")
 
 
-def rank_of(mesh: Mesh, stage: int) -> psutil.Process:
-    """The rank that holds a stage now; after a loss the standby may."""
-    (found,) = mesh.named(f"stage {stage} layers")
-    return found
+def rank_of(mesh: Mesh, stage: int, timeout_s: float = 10) -> psutil.Process:
+    """The rank that holds a stage now; after a loss the standby may, and for a moment nobody does."""
+    deadline = time.monotonic() + timeout_s
+    while len(found := mesh.named(f"stage {stage} layers")) != 1:
+        assert time.monotonic() < deadline, f"stage {stage} is held by {len(found)} ranks"
+        time.sleep(0.01)
+    return found[0]
 
 
 def agent_of(mesh: Mesh, stage: int) -> psutil.Process:

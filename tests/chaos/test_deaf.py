@@ -17,7 +17,7 @@ from mesh import Mesh
 from ucx_flood import Sender, start
 
 from stagemesh.protos.v1 import stage_pb2, stage_pb2_grpc, types_pb2
-from stagemesh.stage_worker.link_commands import LINK_TIMEOUT_S
+from stagemesh.stage_worker.rank.link_commands import LINK_TIMEOUT_S
 from stagemesh.transport import open_transport
 from stagemesh.transport.base import Peer, Transport
 

@@ -13,8 +13,8 @@ from stagemesh.stage_worker.attention.base import AttentionMetadata
 from stagemesh.stage_worker.attention.cuda import attend_prefill_sdpa, make_kernels
 from stagemesh.stage_worker.attention.paged import _Kind, attend_prefill
 from stagemesh.stage_worker.attention.tables import LayerKind, difference
-from stagemesh.stage_worker.shard.batch import StepBatch
-from stagemesh.stage_worker.shard.graphs import GraphedShard
+from stagemesh.stage_worker.model.batch import StepBatch
+from stagemesh.stage_worker.model.plain.graphs import GraphedShard
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ import torch
 from chain import PAGE_SIZE, Chain
 from tiny_models import clear_prompts, make_checkpoint
 
-from stagemesh.stage_worker.shard.batch import StepBatch
+from stagemesh.stage_worker.model.batch import StepBatch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -24,7 +24,7 @@ TIMEOUT_S = 60.0
 
 def far_side(name: str) -> None:
     """Sends frames of known contents from its own CUDA memory."""
-    from stagemesh.stage_worker.links import LinkIdentity, LinkSender
+    from stagemesh.stage_worker.links.link import LinkIdentity, LinkSender
     from stagemesh.transport import open_transport
 
     transport = open_transport(name, device="cuda")
@@ -60,7 +60,7 @@ def frame(step: int) -> torch.Tensor:
     ],
 )
 def test_cuda_memory_crosses_between_two_processes(name: str) -> None:
-    from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver
+    from stagemesh.stage_worker.links.link import LinkIdentity, LinkReceiver
     from stagemesh.transport import open_transport
 
     child = subprocess.Popen(

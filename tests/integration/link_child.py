@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
+from stagemesh.stage_worker.links.link import LinkIdentity, LinkReceiver, LinkSender
 from stagemesh.transport import open_transport
 
 HIDDEN = 1024

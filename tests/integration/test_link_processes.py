@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
+from stagemesh.stage_worker.links.link import LinkIdentity, LinkReceiver, LinkSender
 from stagemesh.transport import Transport, open_transport
 
 CHILD = Path(__file__).with_name("link_child.py")
@@ -252,7 +252,7 @@ def test_a_process_that_forgets_to_close_still_ends(name: str, how: str) -> None
 
 LEAVES_FRAMES_BEHIND = """
 import gc, os, sys, torch
-from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver, LinkSender
+from stagemesh.stage_worker.links.link import LinkIdentity, LinkReceiver, LinkSender
 from stagemesh.transport import open_transport
 left, right = open_transport("ucx"), open_transport("ucx")
 identity = LinkIdentity(5, 1, os.urandom(16), 64, torch.bfloat16)

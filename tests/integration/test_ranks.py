@@ -16,9 +16,9 @@ import uvloop
 from stagemesh import process
 from stagemesh.config import StageSettings
 from stagemesh.errors import StageLost, StagemeshError
-from stagemesh.stage_worker.control import Kind
-from stagemesh.stage_worker.rank_starter import RankStarter, make_starter
-from stagemesh.stage_worker.ranks import RankGroup
+from stagemesh.stage_worker.agent.rank_group import RankGroup
+from stagemesh.stage_worker.agent.rank_starter import RankStarter, make_starter
+from stagemesh.stage_worker.messages.control import Kind
 
 DEADLINE_S = 20.0
 
@@ -142,7 +142,7 @@ def test_ranks_end_with_their_zygote_and_the_next_ones_have_another() -> None:
 
 
 def test_a_zygote_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stagemesh.stage_worker.rank_starter.NEXT_S", 0.5)
+    monkeypatch.setattr("stagemesh.stage_worker.agent.rank_starter.NEXT_S", 0.5)
 
     async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
         group = make()

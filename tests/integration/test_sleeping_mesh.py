@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mesh
 
-from stagemesh.stage_worker.shard.sleeping import FIRST_TOKEN, next_token
+from stagemesh.stage_worker.model.sleeping import FIRST_TOKEN, next_token
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES, STEP_S, TOKENS = 3, 0.02, 20

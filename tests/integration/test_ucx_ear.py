@@ -14,7 +14,7 @@ import torch
 from ucx_flood import Sender, start
 
 from stagemesh.errors import TransportError
-from stagemesh.stage_worker.links import LinkIdentity, LinkReceiver
+from stagemesh.stage_worker.links.link import LinkIdentity, LinkReceiver
 from stagemesh.transport import open_transport
 from stagemesh.transport.base import Peer, Transport
 

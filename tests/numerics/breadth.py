@@ -18,8 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from stagemesh.errors import UnsupportedModel
-from stagemesh.stage_worker.shard.hf import causal_class, per_layer
-from stagemesh.stage_worker.shard.support import why_not
+from stagemesh.stage_worker.model.plain.hf import causal_class, per_layer
+from stagemesh.stage_worker.model.plain.support import why_not
 
 NUM_LAYERS = 5
 BOUNDS = (0, 2, 4, 5)

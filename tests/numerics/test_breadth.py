@@ -12,7 +12,7 @@ import pytest
 import transformers
 from breadth import model_types, try_architecture
 
-from stagemesh.stage_worker.shard.verified import VERIFIED
+from stagemesh.stage_worker.model.plain.verified import VERIFIED
 
 DOC = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 WRITTEN = dict(re.findall(r"^\| `(\w+)` \| `\w+` \| (works|refused)", DOC, re.M))

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from tiny_models import clear_prompts, make_checkpoint
 
 from stagemesh.errors import TransportError
-from stagemesh.stage_worker.shared_memory import make_shared_memory
-from stagemesh.stage_worker.tp import TPGroup
+from stagemesh.stage_worker.messages.shared_memory import make_shared_memory
+from stagemesh.stage_worker.model.tp import TPGroup
 
 MAX_TOKENS = 4
 RANK_SCRIPT = Path(__file__).parent / "tp_rank.py"
@@ -111,7 +111,7 @@ def test_ranks_together_equal_the_whole(size: int, cases: dict[str, Case], eager
 LOST = """
 import os, sys, torch
 from stagemesh.errors import TransportError
-from stagemesh.stage_worker.tp import TPGroup
+from stagemesh.stage_worker.model.tp import TPGroup
 group = TPGroup(sys.argv[1], int(sys.argv[2]), 2, timeout_s=60)
 group.all_reduce(torch.ones(4))
 if group.rank == 1:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from chain import Chain
 
-from stagemesh.stage_worker.parallel import TensorParallel
+from stagemesh.stage_worker.model.parallel import TensorParallel
 
 
 def main(jobs_path: str, rank: int, size: int, exchange_fd: str) -> None:

@@ -11,10 +11,10 @@ import pytest
 from stagemesh.config import StageSettings
 from stagemesh.errors import StaleEpoch, Unavailable
 from stagemesh.protos.v1 import stage_pb2
-from stagemesh.stage_worker.agent import Agent
-from stagemesh.stage_worker.control import HEADER, Kind, pack_error
-from stagemesh.stage_worker.gateway_session import GatewaySession
-from stagemesh.stage_worker.ranks import RankGroup
+from stagemesh.stage_worker.agent.gateway_session import GatewaySession
+from stagemesh.stage_worker.agent.rank_group import RankGroup
+from stagemesh.stage_worker.agent.service import Agent
+from stagemesh.stage_worker.messages.control import HEADER, Kind, pack_error
 
 
 def group(lost: str | None = None) -> RankGroup:

@@ -9,9 +9,9 @@ import torch
 
 from stagemesh.errors import InvalidRequest
 from stagemesh.protos.v1 import stage_pb2, types_pb2
-from stagemesh.stage_worker.engine import Engine
-from stagemesh.stage_worker.sampler import SequenceSampler, sample
-from stagemesh.stage_worker.session import Session, SessionContext
+from stagemesh.stage_worker.rank.engine import Engine
+from stagemesh.stage_worker.rank.session import Session, SessionContext
+from stagemesh.stage_worker.sampling.sampler import SequenceSampler, sample
 
 VOCAB = 24
 CPU = torch.device("cpu")

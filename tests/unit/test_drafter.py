@@ -11,8 +11,8 @@ from tiny_models import make_checkpoint
 
 from stagemesh.errors import InvalidRequest
 from stagemesh.protos.v1 import stage_pb2
-from stagemesh.stage_worker.drafter import Drafted, Drafter
-from stagemesh.stage_worker.guessing import CATCH_UP, FollowedRow, check_guesses, follow, followed_rows
+from stagemesh.stage_worker.sampling.drafter import Drafted, Drafter
+from stagemesh.stage_worker.sampling.guessing import CATCH_UP, FollowedRow, check_guesses, follow, followed_rows
 
 PAGES = 40
 

@@ -11,14 +11,14 @@ import transformers
 from chain import PAGE_SIZE, Chain, Row
 from tiny_models import make_checkpoint
 
-from stagemesh.stage_worker.kv import KvPool
-from stagemesh.stage_worker.parallel import TensorParallel
-from stagemesh.stage_worker.shard.batch import StepBatch
-from stagemesh.stage_worker.shard.choose import load_shard
-from stagemesh.stage_worker.shard.fused import fuse_norms
-from stagemesh.stage_worker.shard.graphs import GraphedShard, PaddedRows, page_widths
-from stagemesh.stage_worker.shard.model import ModelShard
-from stagemesh.stage_worker.shard.spec import ShardSpec
+from stagemesh.stage_worker.kv.pool import KvPool
+from stagemesh.stage_worker.model.batch import StepBatch
+from stagemesh.stage_worker.model.choose import load_shard
+from stagemesh.stage_worker.model.parallel import TensorParallel
+from stagemesh.stage_worker.model.plain.fused import fuse_norms
+from stagemesh.stage_worker.model.plain.graphs import GraphedShard, PaddedRows, page_widths
+from stagemesh.stage_worker.model.plain.shard import ModelShard
+from stagemesh.stage_worker.model.spec import ShardSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = [[5, 9, 2, 77], list(range(3, 60)), [8]]

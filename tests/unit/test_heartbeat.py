@@ -13,8 +13,10 @@ from collections.abc import Callable
 import pytest
 
 from stagemesh.config import StageSettings
-from stagemesh.stage_worker import heartbeat
-from stagemesh.stage_worker.heartbeat import (
+from stagemesh.stage_worker.agent.rank_group import RankGroup
+from stagemesh.stage_worker.agent.rank_starter import make_starter
+from stagemesh.stage_worker.messages import heartbeat
+from stagemesh.stage_worker.messages.heartbeat import (
     ALIVE_S,
     CALL_S,
     FIRST_S,
@@ -29,8 +31,6 @@ from stagemesh.stage_worker.heartbeat import (
     doing,
     make_heartbeats,
 )
-from stagemesh.stage_worker.rank_starter import make_starter
-from stagemesh.stage_worker.ranks import RankGroup
 
 EVERY_S = 0.1
 
@@ -276,7 +276,7 @@ def test_who_is_overdue_is_killed_unless_he_goes_on_or_is_dead(
                 group._lose("enough")
 
         monkeypatch.setattr(group, "_doing", what)
-        monkeypatch.setattr("stagemesh.stage_worker.ranks.asyncio.sleep", pass_on)
+        monkeypatch.setattr("stagemesh.stage_worker.agent.rank_group.asyncio.sleep", pass_on)
         clock.heart.beat()
         await group._watch(clock.watch)
 

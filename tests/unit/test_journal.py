@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from stagemesh.stage_worker.journal import Journal
-from stagemesh.stage_worker.shard.batch import StepBatch
+from stagemesh.stage_worker.kv.journal import Journal
+from stagemesh.stage_worker.model.batch import StepBatch
 
 SIZE, HIDDEN = 4, 3
 

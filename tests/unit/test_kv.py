@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stagemesh.errors import ConfigError
-from stagemesh.stage_worker.kv import KvLayerSpec, KvPool
-from stagemesh.stage_worker.kv_copy import PageFrames
+from stagemesh.stage_worker.kv.copy import PageFrames
+from stagemesh.stage_worker.kv.pool import KvLayerSpec, KvPool
 
 LAYERS = [KvLayerSpec(3, 2, 8, 6), KvLayerSpec(4, 1, 8, 8, sliding_window=16)]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from links_bench import DTYPE, Bench, identity
 
-from stagemesh.stage_worker.kv import KvLayerSpec, KvPool
-from stagemesh.stage_worker.kv_copy import PageFrames, PageReceiver, PageSender
+from stagemesh.stage_worker.kv.copy import PageFrames, PageReceiver, PageSender
+from stagemesh.stage_worker.kv.pool import KvLayerSpec, KvPool
 from stagemesh.transport import open_transport
 
 

@@ -10,8 +10,8 @@ import torch
 from links_bench import DTYPE, HIDDEN, Bench, identity
 
 from stagemesh.errors import StaleEpoch, TransportError
-from stagemesh.stage_worker.link_wire import FIN, data_tag, pack_count, tag_of
-from stagemesh.stage_worker.links import LinkSender, sending_rank
+from stagemesh.stage_worker.links.link import LinkSender, sending_rank
+from stagemesh.stage_worker.links.wire import FIN, data_tag, pack_count, tag_of
 
 
 def rows(count: int, seed: int) -> torch.Tensor:

@@ -16,15 +16,15 @@ from chain import PAGE_SIZE, Chain, Row
 from tiny_models import make_checkpoint
 
 from stagemesh.errors import TransportError
-from stagemesh.stage_worker.kv import KvPool
+from stagemesh.stage_worker.kv.pool import KvPool
+from stagemesh.stage_worker.messages.shared_memory import make_shared_memory
+from stagemesh.stage_worker.model.choose import load_shard, native_architecture
+from stagemesh.stage_worker.model.parallel import TensorParallel
+from stagemesh.stage_worker.model.plain.shard import ModelShard
+from stagemesh.stage_worker.model.spec import ShardSpec
 from stagemesh.stage_worker.native import ops
 from stagemesh.stage_worker.native.architecture import NotNative, read_architecture
 from stagemesh.stage_worker.native.shard import NativeShard
-from stagemesh.stage_worker.parallel import TensorParallel
-from stagemesh.stage_worker.shard.choose import load_shard, native_architecture
-from stagemesh.stage_worker.shard.model import ModelShard
-from stagemesh.stage_worker.shard.spec import ShardSpec
-from stagemesh.stage_worker.shared_memory import make_shared_memory
 
 pytestmark = pytest.mark.skipif(
     ops.library() is None, reason="NO COMPILED KERNELS: not built, or a processor without AVX512-BF16"

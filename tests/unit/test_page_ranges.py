@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from stagemesh.errors import InvalidRequest, Unavailable
-from stagemesh.stage_worker.page_ranges import PageRanges
+from stagemesh.stage_worker.kv.page_ranges import PageRanges
 
 
 def ranges(num_pages: int) -> PageRanges:

@@ -12,13 +12,13 @@ from typing import cast
 import torch
 
 from stagemesh.protos.v1 import stage_pb2, types_pb2
-from stagemesh.stage_worker.assignment import Assignment, Held
-from stagemesh.stage_worker.journal import Journal
-from stagemesh.stage_worker.kv import KvPool
-from stagemesh.stage_worker.kv_copy import PageReceiver
-from stagemesh.stage_worker.page_ranges import PageRanges
-from stagemesh.stage_worker.shard.sleeping import MODEL_TYPE, SleepShard
-from stagemesh.stage_worker.shard.spec import ShardSpec
+from stagemesh.stage_worker.kv.copy import PageReceiver
+from stagemesh.stage_worker.kv.journal import Journal
+from stagemesh.stage_worker.kv.page_ranges import PageRanges
+from stagemesh.stage_worker.kv.pool import KvPool
+from stagemesh.stage_worker.model.sleeping import MODEL_TYPE, SleepShard
+from stagemesh.stage_worker.model.spec import ShardSpec
+from stagemesh.stage_worker.rank.assignment import Assignment, Held
 
 KEY = stage_pb2.PipelineKey(pipeline_id="p", epoch=2)
 

@@ -6,9 +6,9 @@ import pytest
 
 from stagemesh.config import StageSettings
 from stagemesh.protos.v1 import stage_pb2
-from stagemesh.stage_worker.agent import Agent
-from stagemesh.stage_worker.control import Kind
-from stagemesh.stage_worker.gateway_session import GatewaySession
+from stagemesh.stage_worker.agent.gateway_session import GatewaySession
+from stagemesh.stage_worker.agent.service import Agent
+from stagemesh.stage_worker.messages.control import Kind
 
 
 class Ranks:

@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from stagemesh.protos.v1 import stage_pb2
-from stagemesh.stage_worker.preparing import NICE, Preparing
-from stagemesh.stage_worker.rank_memory import RankMemory
+from stagemesh.stage_worker.rank.preparing import NICE, Preparing
+from stagemesh.stage_worker.rank.rank_memory import RankMemory
 
 DEADLINE_S = 10.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stagemesh.stage_worker.config import RankConfig
+from stagemesh.stage_worker.messages.rank_config import RankConfig
 
 
 @pytest.mark.parametrize("exchange", [None, 6])

@@ -9,7 +9,7 @@ import torch
 
 from stagemesh.errors import InvalidRequest, StaleEpoch
 from stagemesh.protos.v1 import stage_pb2, types_pb2
-from stagemesh.stage_worker.session import Session, SessionContext
+from stagemesh.stage_worker.rank.session import Session, SessionContext
 
 STAGES = 4
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 
 from stagemesh.protos.v1 import stage_pb2
-from stagemesh.stage_worker.control import Kind, Socket
-from stagemesh.stage_worker.reports import TOGETHER, WITHIN_S, Reports
+from stagemesh.stage_worker.messages.control import Kind, Socket
+from stagemesh.stage_worker.rank.reports import TOGETHER, WITHIN_S, Reports
 
 
 def steps_of(reader: Socket) -> list[tuple[int, list[int]]]:

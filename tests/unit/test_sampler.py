@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stagemesh.protos.v1 import stage_pb2, types_pb2
-from stagemesh.stage_worker.sampler import SequenceSampler, sample, uniforms
+from stagemesh.stage_worker.sampling.sampler import SequenceSampler, sample, uniforms
 
 VOCAB = 16
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_checkpoint, reference_greedy
 
 from stagemesh.errors import CheckpointError, ConfigError, UnsupportedModel
+from stagemesh.stage_worker.model.choose import Shard, load_shard
+from stagemesh.stage_worker.model.parallel import TensorParallel
+from stagemesh.stage_worker.model.spec import ShardSpec
 from stagemesh.stage_worker.native import ops
-from stagemesh.stage_worker.parallel import TensorParallel
-from stagemesh.stage_worker.shard.choose import Shard, load_shard
-from stagemesh.stage_worker.shard.spec import ShardSpec
 
 FLOAT = 4
 HIDDEN, MLP, KV_WIDTH, VOCAB, LAYERS = 64, 96, 32, 260, 6

@@ -10,8 +10,8 @@ from chain import PAGE_SIZE, Chain, Row
 from tiny_models import ClearPrompt, clear_prompts, make_checkpoint
 
 from stagemesh.errors import InternalError
-from stagemesh.stage_worker.kv import KvPool
-from stagemesh.stage_worker.shard.batch import StepBatch
+from stagemesh.stage_worker.kv.pool import KvPool
+from stagemesh.stage_worker.model.batch import StepBatch
 
 FAMILIES = ["llama", "qwen3", "mistral_sw", "gemma2", "gpt_neox", "mixtral"]
 MAX_TOKENS = 8

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from stagemesh.errors import ConfigError
-from stagemesh.stage_worker.parallel import TensorParallel
-from stagemesh.stage_worker.shard.batch import StepBatch
-from stagemesh.stage_worker.shard.choose import load_shard
-from stagemesh.stage_worker.shard.sleeping import FIRST_TOKEN, TOKENS, next_token
-from stagemesh.stage_worker.shard.spec import ShardSpec
+from stagemesh.stage_worker.model.batch import StepBatch
+from stagemesh.stage_worker.model.choose import load_shard
+from stagemesh.stage_worker.model.parallel import TensorParallel
+from stagemesh.stage_worker.model.sleeping import FIRST_TOKEN, TOKENS, next_token
+from stagemesh.stage_worker.model.spec import ShardSpec
 
 STEP_S = 0.02
 
@@ -70,7 +70,8 @@ def test_only_one_rank_and_only_with_its_numbers(folder: str) -> None:
 
 def test_it_needs_no_transformers(folder: str) -> None:
     code = (
-        "import sys; from stagemesh.stage_worker import rank; from stagemesh.stage_worker.shard import choose, spec; "
+        "import sys; from stagemesh.stage_worker.rank import process; "
+        "from stagemesh.stage_worker.model import choose, spec; "
         f"choose.preload(spec.ShardSpec({folder!r}, 0, 1)); print('transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

@@ -19,12 +19,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from stagemesh import rpc
 from stagemesh.config import GatewaySettings
 from stagemesh.errors import Cancelled, StagemeshError
-from stagemesh.gateway.detokenizer import Detokenizer
-from stagemesh.gateway.grpc_api import GatewayServicer
-from stagemesh.gateway.metrics import Metrics
-from stagemesh.gateway.openai.app import build_app
-from stagemesh.gateway.request import Delta, GenerationRequest, ModelCard, TokenLogprob
-from stagemesh.gateway.tokenizer import Tokenizer
+from stagemesh.gateway.api.grpc_api import GatewayServicer
+from stagemesh.gateway.api.http.app import build_app
+from stagemesh.gateway.api.request import Delta, GenerationRequest, ModelCard, TokenLogprob
+from stagemesh.gateway.telemetry.metrics import Metrics
+from stagemesh.gateway.text.detokenizer import Detokenizer
+from stagemesh.gateway.text.tokenizer import Tokenizer
 from stagemesh.protos.v1 import gateway_pb2_grpc
 
 # Lets the tests here share `prefix_world`.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import zlib
 
-from stagemesh.gateway.pages import PageAllocator
-from stagemesh.gateway.plan import Plan
-from stagemesh.gateway.scheduler import Scheduler
+from stagemesh.gateway.schedule.pages import PageAllocator
+from stagemesh.gateway.schedule.plan import Plan
+from stagemesh.gateway.schedule.scheduler import Scheduler
 
 SIZE = 4
 """Tokens of a page, in all of these tests."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from stagemesh.gateway.budget import BEFORE, SMALLEST, StepCosts
+from stagemesh.gateway.schedule.budget import BEFORE, SMALLEST, StepCosts
 
 
 def feed(

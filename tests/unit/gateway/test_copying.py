@@ -7,10 +7,10 @@ import random
 import pytest
 from prefix_world import SIZE, come_back, make
 
-from stagemesh.gateway.copying import PageCopier
-from stagemesh.gateway.plan import Plan
-from stagemesh.gateway.scheduler import Scheduler
-from stagemesh.gateway.sequence import Sequence
+from stagemesh.gateway.schedule.copying import PageCopier
+from stagemesh.gateway.schedule.plan import Plan
+from stagemesh.gateway.schedule.scheduler import Scheduler
+from stagemesh.gateway.schedule.sequence import Sequence
 
 Store = dict[int, dict[int, int]]
 """Page -> offset in it -> token."""

@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from stagemesh.gateway.batch_loop import LOOK_S, STEP_SLACK_S, BatchLoop
+from stagemesh.gateway.drive.session import LOOK_S, STEP_SLACK_S, BatchLoop
 from stagemesh.protos.v1 import types_pb2
 
 

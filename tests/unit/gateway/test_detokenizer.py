@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from stagemesh.gateway.detokenizer import Detokenizer
-from stagemesh.gateway.stops import StopMatcher
-from stagemesh.gateway.tokenizer import Tokenizer
+from stagemesh.gateway.text.detokenizer import Detokenizer
+from stagemesh.gateway.text.stops import StopMatcher
+from stagemesh.gateway.text.tokenizer import Tokenizer
 
 TEXTS = [
     "hello world",

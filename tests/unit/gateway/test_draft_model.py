@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from stagemesh.gateway.draft_model import TRY_EVERY, DraftModelGuesser, GuessCosts, best_count
-from stagemesh.gateway.pages import PageAllocator
-from stagemesh.gateway.scheduler import Scheduler
-from stagemesh.gateway.sequence import Sequence, State
-from stagemesh.gateway.speculation import Speculation
+from stagemesh.gateway.schedule.draft_model import TRY_EVERY, DraftModelGuesser, GuessCosts, best_count
+from stagemesh.gateway.schedule.pages import PageAllocator
+from stagemesh.gateway.schedule.scheduler import Scheduler
+from stagemesh.gateway.schedule.sequence import Sequence, State
+from stagemesh.gateway.schedule.speculation import Speculation
 
 TWO_STAGES = [(0.5, 0.01), (0.5, 0.01)]
 """Seconds of a step and of a token."""

@@ -11,11 +11,11 @@ from unittest.mock import MagicMock
 import pytest
 
 from stagemesh.errors import StageLost, Unavailable
-from stagemesh.gateway import drive as module
-from stagemesh.gateway.batch_loop import BatchLoop
-from stagemesh.gateway.drive import Drive, Surroundings
-from stagemesh.gateway.seat import Seat
-from stagemesh.gateway.work import Work
+from stagemesh.gateway.drive import driver as module
+from stagemesh.gateway.drive.driver import Drive, Surroundings
+from stagemesh.gateway.drive.ledger import Work
+from stagemesh.gateway.drive.session import BatchLoop
+from stagemesh.gateway.drive.slot_lease import Seat
 from stagemesh.protos.v1 import types_pb2
 
 NAME = "pipeline-1"

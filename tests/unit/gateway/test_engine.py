@@ -6,7 +6,7 @@ import psutil
 
 from stagemesh.config import GatewaySettings
 from stagemesh.gateway.engine import MeshEngine
-from stagemesh.gateway.metrics import Metrics
+from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.protos.v1 import coordinator_pb2, types_pb2
 
 UPDATES = 4000

@@ -11,11 +11,11 @@ import pytest
 from prefix_world import make
 
 from stagemesh.errors import StageLost
-from stagemesh.gateway.batch_loop import BatchLoop
-from stagemesh.gateway.handover import Handover
-from stagemesh.gateway.seat import Seat
-from stagemesh.gateway.sequence import Sequence
-from stagemesh.gateway.work import Shape, Work
+from stagemesh.gateway.drive.handover import Handover
+from stagemesh.gateway.drive.ledger import Shape, Work
+from stagemesh.gateway.drive.session import BatchLoop
+from stagemesh.gateway.drive.slot_lease import Seat
+from stagemesh.gateway.schedule.sequence import Sequence
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 

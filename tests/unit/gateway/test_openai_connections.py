@@ -14,7 +14,7 @@ import httpx
 import pytest
 import uvloop
 
-from stagemesh.gateway.openai import http as http_module
+from stagemesh.gateway.api.http import body as http_module
 
 Make = Callable[..., Any]
 URL = "/v1/completions"

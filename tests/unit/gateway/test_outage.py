@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from stagemesh.gateway.metrics import Metrics
-from stagemesh.gateway.outage import KEPT, Outage
+from stagemesh.gateway.drive.outage import KEPT, Outage
+from stagemesh.gateway.telemetry.metrics import Metrics
 
 
 def test_it_begins_with_the_first_loss_and_ends_with_a_token() -> None:

@@ -11,13 +11,13 @@ from prefix_world import SIZE, come_back, make
 from test_pages import chunks, fill
 
 from stagemesh.errors import Unavailable
-from stagemesh.gateway.batch_loop import BatchLoop
-from stagemesh.gateway.messages import page_bits
-from stagemesh.gateway.pages import ROOT, PageAllocator
-from stagemesh.gateway.scheduler import Scheduler
-from stagemesh.gateway.seat import Seat
-from stagemesh.gateway.sequence import Sequence, State
-from stagemesh.gateway.work import Shape, Work
+from stagemesh.gateway.drive.ledger import Shape, Work
+from stagemesh.gateway.drive.messages import page_bits
+from stagemesh.gateway.drive.session import BatchLoop
+from stagemesh.gateway.drive.slot_lease import Seat
+from stagemesh.gateway.schedule.pages import ROOT, PageAllocator
+from stagemesh.gateway.schedule.scheduler import Scheduler
+from stagemesh.gateway.schedule.sequence import Sequence, State
 from stagemesh.protos.v1 import types_pb2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prefix_world import SIZE
 
-from stagemesh.gateway.pages import ROOT, PageAllocator
+from stagemesh.gateway.schedule.pages import ROOT, PageAllocator
 
 
 def chunks(*values: int) -> list[bytes]:

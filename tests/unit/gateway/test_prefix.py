@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prefix_world import SIZE, come_back, make
 
-from stagemesh.gateway.scheduler import Scheduler
-from stagemesh.gateway.sequence import Sequence, State
+from stagemesh.gateway.schedule.scheduler import Scheduler
+from stagemesh.gateway.schedule.sequence import Sequence, State
 
 
 def run_all(scheduler: Scheduler) -> list[tuple[Sequence, int, int]]:

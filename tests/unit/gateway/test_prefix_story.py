@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from prefix_world import SIZE, draw, make
 
-from stagemesh.gateway.scheduler import Scheduler
-from stagemesh.gateway.sequence import Sequence
+from stagemesh.gateway.schedule.scheduler import Scheduler
+from stagemesh.gateway.schedule.sequence import Sequence
 
 Slot = tuple[tuple[int, ...], frozenset[int]]
 """What a position holds: the prefix it was computed from, and the corruptions that went into it."""

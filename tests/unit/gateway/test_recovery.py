@@ -7,11 +7,11 @@ import random
 import pytest
 from prefix_world import SIZE, come_back, draw, make
 
-from stagemesh.gateway.plan import Plan
-from stagemesh.gateway.recovery import Recovery, StageKv, lost_stages
-from stagemesh.gateway.scheduler import Scheduler
-from stagemesh.gateway.sequence import Sequence, State
-from stagemesh.gateway.work import Shape, Work
+from stagemesh.gateway.drive.ledger import Shape, Work
+from stagemesh.gateway.schedule.plan import Plan
+from stagemesh.gateway.schedule.recovery import Recovery, StageKv, lost_stages
+from stagemesh.gateway.schedule.scheduler import Scheduler
+from stagemesh.gateway.schedule.sequence import Sequence, State
 
 EVERYTHING = b"\xff" * 16
 

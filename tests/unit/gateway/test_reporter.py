@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stagemesh.gateway.reporter import FEW, Reporter
+from stagemesh.gateway.drive.reporter import FEW, Reporter
 from stagemesh.protos.v1 import coordinator_pb2
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagemesh.gateway.pages import PageAllocator
-from stagemesh.gateway.plan import Plan
-from stagemesh.gateway.scheduler import Scheduler
-from stagemesh.gateway.sequence import Sequence, State
+from stagemesh.gateway.schedule.pages import PageAllocator
+from stagemesh.gateway.schedule.plan import Plan
+from stagemesh.gateway.schedule.scheduler import Scheduler
+from stagemesh.gateway.schedule.sequence import Sequence, State
 
 _first = itertools.count(1000)
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagemesh.gateway.lookup import INDEXED_AT_ONCE, PLACES, LookupGuesser, LookupLimits, PromptLookup
-from stagemesh.gateway.pages import PageAllocator
-from stagemesh.gateway.plan import Plan, Row
-from stagemesh.gateway.scheduler import Scheduler
-from stagemesh.gateway.sequence import Sequence, State
-from stagemesh.gateway.speculation import Speculation
+from stagemesh.gateway.schedule.lookup import INDEXED_AT_ONCE, PLACES, LookupGuesser, LookupLimits, PromptLookup
+from stagemesh.gateway.schedule.pages import PageAllocator
+from stagemesh.gateway.schedule.plan import Plan, Row
+from stagemesh.gateway.schedule.scheduler import Scheduler
+from stagemesh.gateway.schedule.sequence import Sequence, State
+from stagemesh.gateway.schedule.speculation import Speculation
 
 SIZE = 4
 """Tokens of a page."""

@@ -7,8 +7,8 @@ from unittest.mock import MagicMock
 
 from prometheus_client import generate_latest
 
-from stagemesh.gateway.batch_loop import BatchLoop
-from stagemesh.gateway.metrics import Metrics
+from stagemesh.gateway.drive.session import BatchLoop
+from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from stagemesh.errors import ConfigError, NotFound
-from stagemesh.gateway.request import Delta, TokenLogprob
-from stagemesh.gateway.token_log import Call, Recorded, TokenLog, Writing
+from stagemesh.gateway.api.request import Delta, TokenLogprob
+from stagemesh.gateway.api.token_log import Call, Recorded, TokenLog, Writing
 
 IDENT = "cmpl-" + "a" * 32
 CALL = Call(IDENT, "/v1/completions", b'{"prompt": "x"}', 7, (3,))

@@ -11,8 +11,8 @@ import pytest
 
 from stagemesh.config import DEMO_MODEL
 from stagemesh.errors import CheckpointError, InvalidRequest
-from stagemesh.gateway.chat_template import ChatTemplate
-from stagemesh.gateway.tokenizer import Tokenizer
+from stagemesh.gateway.text.chat_template import ChatTemplate
+from stagemesh.gateway.text.tokenizer import Tokenizer
 
 TALK = [
     {"role": "system", "content": "Be <brief> & kind."},
@@ -186,7 +186,7 @@ def test_the_bound_on_tokens_is_one(byte_level_dir: Path, sentencepiece_dir: Pat
 
 def test_the_front_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, stagemesh.gateway.openai.app, stagemesh.gateway.grpc_api, stagemesh.client\n"
+        "import sys, stagemesh.gateway.api.http.app, stagemesh.gateway.api.grpc_api, stagemesh.client\n"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from stagemesh.errors import DeadlineExceeded, InvalidRequest, QueueFull
-from stagemesh.gateway.openai.app import build_app
-from stagemesh.gateway.plan import Plan, Row
-from stagemesh.gateway.sequence import Sequence
-from stagemesh.gateway.trace import MAX_OPEN, MAX_STEPS, STAGE_COLUMNS, Recorder, now_us
+from stagemesh.gateway.api.http.app import build_app
+from stagemesh.gateway.schedule.plan import Plan, Row
+from stagemesh.gateway.schedule.sequence import Sequence
+from stagemesh.gateway.telemetry.trace import MAX_OPEN, MAX_STEPS, STAGE_COLUMNS, Recorder, now_us
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 VIEW = types_pb2.PipelineView(
@@ -187,7 +187,7 @@ def test_the_route(make_served: Callable[..., Any]) -> None:
 
 
 def test_the_record_says_all_it_has() -> None:
-    from stagemesh.gateway.trace import StepRecord
+    from stagemesh.gateway.telemetry.trace import StepRecord
 
     record = StepRecord("p", 1, 2, 3, 4, [5], 6, 7, [None])
     assert set(record.as_json()) == {f.name for f in dataclasses.fields(record)}

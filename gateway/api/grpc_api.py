@@ -1,0 +1,176 @@
+"""The gRPC front: the same engine, checks and limits as the HTTP API."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf import json_format
+
+from stagemesh import errors
+from stagemesh.config import GatewaySettings
+from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
+
+from ..telemetry.metrics import Metrics
+from .build import Wishes, build, encode, render_chat, served
+from .http.middleware import key_matches
+from .request import Delta, Engine, GenerationRequest
+
+log = logging.getLogger(__name__)
+
+MAX_REQUEST_ID = 128
+ROLES = ("system", "user", "assistant")
+FINISH = {
+    None: gateway_pb2.FINISH_REASON_UNSPECIFIED,
+    "stop": gateway_pb2.FINISH_REASON_STOP,
+    "length": gateway_pb2.FINISH_REASON_LENGTH,
+}
+
+Context = Any  # grpc.aio.ServicerContext; its stubs know no generic one at run time
+
+
+class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
+    """`stagemesh.v1.Gateway`; raises errors of ours, which `rpc.ErrorInterceptor` turns into statuses."""
+
+    def __init__(self, engine: Engine, settings: GatewaySettings, metrics: Metrics) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._metrics = metrics
+
+    async def Generate(
+        self, request: gateway_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+        """Streams deltas as they come, then one message with the usage. A client that goes away ends the request."""
+        self._authorize(context)
+        asked = await self._build(request, context.time_remaining())
+        stream = self._engine.submit(asked)
+        # Not in a `finally` here: a call that ends while a message waits for the reader does not resume this generator.
+        context.add_done_callback(lambda _: stream.cancel())
+        completion_tokens = 0
+        async for batch in stream:
+            for delta in batch:
+                completion_tokens += len(delta.tokens)
+                # Waits while the reader's window is full; meanwhile the engine merges.
+                yield _response(asked, delta)
+        yield gateway_pb2.GenerateResponse(
+            request_id=asked.request_id,
+            usage=gateway_pb2.Usage(prompt_tokens=len(asked.prompt), completion_tokens=completion_tokens),
+        )
+
+    async def Cancel(self, request: gateway_pb2.CancelRequest, context: Context) -> gateway_pb2.CancelResponse:
+        """Ends a request by name. Raises NotFound when it is not running."""
+        self._authorize(context)
+        if not self._engine.cancel(request.request_id):
+            raise errors.NotFound(f"no request {request.request_id!r} is running", param="request_id")
+        return gateway_pb2.CancelResponse()
+
+    async def ListModels(
+        self, request: gateway_pb2.ListModelsRequest, context: Context
+    ) -> gateway_pb2.ListModelsResponse:
+        """The served model, if there is one yet."""
+        self._authorize(context)
+        model = self._engine.model
+        if model is None:
+            return gateway_pb2.ListModelsResponse()
+        card = gateway_pb2.ModelCard(id=model.name, max_model_len=model.max_model_len, created=model.created)
+        return gateway_pb2.ListModelsResponse(models=[card])
+
+    async def DescribeMesh(
+        self, request: gateway_pb2.GatewayDescribeMeshRequest, context: Context
+    ) -> gateway_pb2.GatewayDescribeMeshResponse:
+        """The mesh as /mesh shows it, typed."""
+        self._authorize(context)
+        seen: dict[str, Any] = self._engine.describe()
+        told = gateway_pb2.GatewayDescribeMeshResponse()
+        # /mesh is MeshView's JSON form with the gateway's own figures beside it.
+        json_format.ParseDict(seen, told.mesh, ignore_unknown_fields=True)
+        json_format.ParseDict(seen.get("gateway", {}), told, ignore_unknown_fields=True)
+        return told
+
+    def _authorize(self, context: Context) -> None:
+        if self._settings.api_key is None:
+            return
+        told = dict(context.invocation_metadata() or ()).get("authorization", "")
+        given = told.encode() if isinstance(told, str) else told
+        if not key_matches(given, self._settings.api_key):
+            raise errors.Unauthenticated(
+                "the API key is not right" if given else "this server needs an API key: 'authorization: Bearer KEY'"
+            )
+
+    async def _build(self, request: gateway_pb2.GenerateRequest, remaining_s: float | None) -> GenerationRequest:
+        model, tokenizer = served(self._engine, request.model)
+        if len(request.request_id) > MAX_REQUEST_ID:
+            raise errors.InvalidRequest(f"request_id may have at most {MAX_REQUEST_ID} characters", param="request_id")
+        kind = request.WhichOneof("prompt")
+        prompt: tuple[int, ...] = ()
+        if kind == "text" and request.text:
+            prompt = await encode(tokenizer, model, request.text, add_special_tokens=True)
+        elif kind == "token_ids":
+            prompt = tuple(request.token_ids.ids)
+        elif kind == "chat":
+            for i, message in enumerate(request.chat.messages):
+                if message.role not in ROLES:
+                    raise errors.InvalidRequest(
+                        f"messages[{i}].role must be 'system', 'user' or 'assistant', not {message.role!r}",
+                        param=f"messages[{i}].role",
+                    )
+            turns = [{"role": m.role, "content": m.content} for m in request.chat.messages]
+            prompt = await render_chat(tokenizer, model, turns)
+        timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
+        if remaining_s is not None:
+            if remaining_s <= 0:
+                raise errors.DeadlineExceeded("the call's deadline passed before it was read")
+            timeout_s = min(remaining_s, timeout_s or remaining_s)
+        return build(
+            request.request_id or f"grpc-{uuid.uuid4().hex}",
+            prompt,
+            _wishes(request, timeout_s),
+            model,
+            tokenizer,
+            request_timeout_s=self._settings.request_timeout,
+            fill_context=kind == "chat",
+        )
+
+
+def _wishes(request: gateway_pb2.GenerateRequest, timeout_s: float | None) -> Wishes:
+    def given(name: str) -> Any:
+        return getattr(request, name) if request.HasField(name) else None
+
+    return Wishes(
+        max_tokens=given("max_tokens"),
+        temperature=given("temperature"),
+        top_p=given("top_p"),
+        top_k=given("top_k"),
+        min_p=given("min_p"),
+        presence_penalty=given("presence_penalty"),
+        frequency_penalty=given("frequency_penalty"),
+        repetition_penalty=given("repetition_penalty"),
+        seed=given("seed"),
+        n=given("n"),
+        stop=tuple(request.stop),
+        stop_token_ids=tuple(request.stop_token_ids),
+        ignore_eos=request.ignore_eos,
+        min_tokens=request.min_tokens,
+        logprobs=given("logprobs"),
+        timeout_s=timeout_s,
+    )
+
+
+def _response(asked: GenerationRequest, delta: Delta) -> gateway_pb2.GenerateResponse:
+    return gateway_pb2.GenerateResponse(
+        request_id=asked.request_id,
+        choice=delta.choice,
+        text=delta.text,
+        token_ids=delta.tokens,
+        logprobs=[
+            gateway_pb2.TokenLogprobs(
+                logprob=entry.logprob,
+                top_ids=[token for token, _ in entry.top],
+                top_logprobs=[logprob for _, logprob in entry.top],
+            )
+            for entry in delta.logprobs
+        ],
+        finish_reason=FINISH[delta.finish_reason],
+    )

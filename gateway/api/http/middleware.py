@@ -1,0 +1,66 @@
+"""What every HTTP request passes: its name (x-request-id), the API key, and a count by route and status."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import uuid
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stagemesh.errors import Unauthenticated
+from stagemesh.gateway.telemetry.metrics import Metrics
+
+from ..openai.errors import response_of
+
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
+KEYED = ("/v1/", "/trace")
+"""Paths that need the API key, where there is one."""
+
+
+def key_matches(authorization: bytes, api_key: str) -> bool:
+    """Whether the value of an `authorization` header is `Bearer` and the key; takes as long for any wrong key."""
+    scheme, _, given = authorization.partition(b" ")
+    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), api_key.encode())
+
+
+class Front:
+    """The outermost of the application's own layers."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._api_key = api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        name = given if REQUEST_ID.match(given) else uuid.uuid4().hex
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
+                route = scope.get("route")
+                self._metrics.http_answered(
+                    scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other",
+                    getattr(route, "path", "unknown"),
+                    message["status"],
+                )
+            await send(message)
+
+        if self._api_key is not None and scope["path"].startswith(KEYED):
+            authorization = headers.get("authorization", "").encode("latin-1")
+            if not key_matches(authorization, self._api_key):
+                error = Unauthenticated(
+                    "this server needs an API key: send it as 'Authorization: Bearer KEY'"
+                    if not authorization
+                    else "the API key is not right"
+                )
+                await response_of(error)(scope, receive, named)
+                return
+        await self._app(scope, receive, named)

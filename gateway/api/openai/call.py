@@ -1,0 +1,145 @@
+"""One call of a generating endpoint: what was asked, and how its answer is worded, whole or as events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stagemesh.config import GatewaySettings
+from stagemesh.gateway.api.request import Delta, Engine, GenerationRequest, ModelCard
+from stagemesh.gateway.api.token_log import TokenLog
+from stagemesh.gateway.telemetry.metrics import Metrics
+from stagemesh.gateway.text.tokenizer import Tokenizer
+
+from .errors import dumps
+from .protocol import Common
+from .run import Choice, Run
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Api:
+    """What all endpoints share."""
+
+    engine: Engine
+    settings: GatewaySettings
+    metrics: Metrics
+    token_log: TokenLog | None = None
+
+
+def event(payload: str) -> str:
+    """`payload` as one server-sent event."""
+    return f"data: {payload}\n\n"
+
+
+class Call(ABC):
+    """One call; subclasses word the answer for their endpoint."""
+
+    object_whole: str
+    object_chunk: str
+    id_prefix: str
+
+    def __init__(self, body: Common, model: ModelCard, tokenizer: Tokenizer) -> None:
+        self.body = body
+        self.model = model
+        self.tokenizer = tokenizer
+        self.id = f"{self.id_prefix}{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.stream = bool(body.stream)
+        self.requests: Sequence[GenerationRequest] = ()
+        self.run: Run | None = None
+        """Set when the requests are submitted."""
+        options = body.stream_options
+        self._include_usage = options is not None and bool(options.include_usage)
+        self._continuous_usage = self._include_usage and bool(options and options.continuous_usage_stats)
+        self._completion_tokens = 0
+        self._told: list[int] = []
+        """Tokens of each choice so far, for the events' ids of a stream that can be resumed; empty for others."""
+        self._opened: set[int] = set()
+        self._head = self._make_head()
+
+    @abstractmethod
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """A choice of the whole answer."""
+
+    @abstractmethod
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What comes before a choice's first delta, if anything does."""
+
+    @abstractmethod
+    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        """A choice of a chunk."""
+
+    def number(self) -> None:
+        """Its events get ids."""
+        self._told = [0] * sum(request.n for request in self.requests)
+
+    def take_up(self, call_id: str, created: int, seen: Sequence[int]) -> None:
+        """It is the rest of an earlier call, of whose choices the client has so many tokens."""
+        self.id, self.created = call_id, created
+        self._head = self._make_head()
+        self._told = list(seen)
+        self._completion_tokens = sum(seen)
+        self._opened = {index for index, count in enumerate(seen) if count}
+
+    def _make_head(self) -> str:
+        return dumps(self._base(self.object_chunk))[:-1] + ',"choices":['
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The answer in one piece."""
+        self._completion_tokens = sum(len(choice.tokens) for choice in choices)
+        return {
+            **self._base(self.object_whole),
+            "choices": [self.whole_choice(i, choice) for i, choice in enumerate(choices)],
+            "usage": self.usage(),
+        }
+
+    def events(self, batch: Iterable[tuple[int, Delta]]) -> bytes:
+        """The events of one batch of deltas, to be sent in one piece."""
+        lines: list[str] = []
+        for index, delta in batch:
+            if index not in self._opened:
+                self._opened.add(index)
+                opening = self.opening(index)
+                if opening is not None:
+                    lines.append(self._chunk(dumps(opening)))
+            self._completion_tokens += len(delta.tokens)
+            if self._told:
+                self._told[index] += len(delta.tokens)
+            if delta.text or delta.tokens or delta.finish_reason is not None:
+                lines.append(self._chunk(dumps(self.chunk_choice(index, delta))))
+        return "".join(lines).encode()
+
+    def last_event(self) -> bytes:
+        """The usage, where asked for, and the end."""
+        usage = event(f'{self._head}],"usage":{dumps(self.usage())}}}').encode() if self._include_usage else b""
+        return usage + DONE
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far; a prompt counts once, however many choices answer it."""
+        prompt = sum(len(request.prompt) for request in self.requests)
+        return {
+            "prompt_tokens": prompt,
+            "total_tokens": prompt + self._completion_tokens,
+            "completion_tokens": self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.run.cached_tokens if self.run is not None else 0},
+        }
+
+    def request_ids(self, count: int) -> list[str]:
+        """The engine's name for each of `count` prompts."""
+        return [self.id] if count == 1 else [f"{self.id}-{i}" for i in range(count)]
+
+    def _base(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
+
+    def _chunk(self, choice: str) -> str:
+        number = f"id: {','.join(map(str, self._told))}\n" if self._told else ""
+        if self._continuous_usage:
+            return number + event(f'{self._head}{choice}],"usage":{dumps(self.usage())}}}')
+        end = '],"usage":null}' if self._include_usage else "]}"
+        return number + event(f"{self._head}{choice}{end}")

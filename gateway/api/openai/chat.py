@@ -1,0 +1,100 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from stagemesh.gateway.api.build import build, render_chat, served
+from stagemesh.gateway.api.request import Delta, TokenLogprob
+
+from .call import Api, Call
+from .errors import from_validation
+from .logprobs import chat_logprobs
+from .protocol import ChatCompletionRequest
+from .run import Choice
+
+
+class ChatCall(Call):
+    """One chat call."""
+
+    object_whole = "chat.completion"
+    object_chunk = "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
+
+    @classmethod
+    async def parse(cls, api: Api, data: bytes) -> ChatCall:
+        """The call that the body `data` asks for. Raises InvalidRequest, NotFound, Unavailable."""
+        try:
+            body = ChatCompletionRequest.model_validate_json(data)
+        except ValidationError as e:
+            raise from_validation(e) from None
+        model, tokenizer = served(api.engine, body.model)
+        body.check_supported()
+        prompt = await render_chat(
+            tokenizer,
+            model,
+            body.turns(),
+            add_generation_prompt=body.add_generation_prompt is not False,
+            add_special_tokens=bool(body.add_special_tokens),
+            extra=body.chat_template_kwargs,
+        )
+        call = cls(body, model, tokenizer)
+        call.requests = [
+            build(
+                call.id,
+                prompt,
+                body.to_wishes(),
+                model,
+                tokenizer,
+                request_timeout_s=api.settings.request_timeout,
+                fill_context=True,
+            )
+        ]
+        return call
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The answer in one piece."""
+        told = super().whole(choices)
+        if self.body.return_token_ids:
+            told["prompt_token_ids"] = list(self.requests[0].prompt)
+        return told
+
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """A choice of the whole answer."""
+        told = {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+            "logprobs": self._logprobs_of(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if self.body.return_token_ids:
+            told["token_ids"] = choice.tokens
+        return told
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The speaker."""
+        told = self._choice(index, {"role": "assistant", "content": ""})
+        if self.body.return_token_ids:
+            told["prompt_token_ids"] = list(self.requests[0].prompt)
+        return told
+
+    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        """A choice of a chunk."""
+        told = self._choice(index, {"content": delta.text} if delta.text else {})
+        told["logprobs"] = self._logprobs_of(delta.logprobs)
+        if delta.finish_reason is not None:
+            told |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+        if self.body.return_token_ids:
+            told["token_ids"] = delta.tokens
+        return told
+
+    @staticmethod
+    def _choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _logprobs_of(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        return chat_logprobs(self.tokenizer, entries) if self.requests[0].sampling.logprobs else None

@@ -1,0 +1,64 @@
+"""Log-probabilities in OpenAI's two shapes."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+from stagemesh.gateway.api.request import TokenLogprob
+from stagemesh.gateway.text.tokenizer import Tokenizer
+
+FLOOR = -9999.0
+"""What minus infinity is shown as (vLLM's number): JSON has no infinity."""
+
+
+class CompletionLogprobs:
+    """The `logprobs` object of one completion choice, piece by piece; offsets go on from piece to piece."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, start: int = 0) -> None:
+        """`start`: characters of the echoed prompt."""
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = start
+
+    def piece(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The object for the next `entries`."""
+        name = self._tokenizer.token_text
+        tokens, values, tops, offsets = [], [], [], []
+        for entry in entries:
+            text = name(entry.token)
+            top: dict[str, float] = {}
+            for token, logprob in entry.top:
+                top.setdefault(name(token), _finite(logprob))
+            top.setdefault(text, _finite(entry.logprob))
+            tokens.append(text)
+            values.append(_finite(entry.logprob))
+            tops.append(top)
+            offsets.append(self._offset)
+            if entry.token not in self._skipped:
+                self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(entry.token)))
+        return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+
+
+def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """The `logprobs` object of a chat choice."""
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": tokenizer.token_text(token),
+            "logprob": _finite(logprob),
+            "bytes": list(tokenizer.token_bytes(token)),
+        }
+
+    content = [
+        {**one(entry.token, entry.logprob), "top_logprobs": [one(token, value) for token, value in entry.top]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _finite(logprob: float) -> float:
+    # A comparison that NaN fails as well.
+    return logprob if logprob > FLOOR else FLOOR

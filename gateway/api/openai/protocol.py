@@ -1,0 +1,275 @@
+"""The bodies of OpenAI's two generating endpoints, with vLLM's extensions, and their way to `Wishes`.
+
+Types are strict as OpenAI's are (a number in quotes is refused) and numbers are finite; ranges are checked in
+`gateway.build`, for both protocols. Keys not named here are ignored, as OpenAI does, but for `REFUSED`: those ask for
+something that would change the output, and silence about them would mislead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from stagemesh.errors import InvalidRequest
+from stagemesh.gateway.api.build import Wishes
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+REFUSED: dict[str, str] = {
+    "tools": "tools are not supported",
+    "functions": "functions are not supported",
+    "suffix": "a suffix (fill in the middle) is not supported",
+    "audio": "audio is not supported",
+    "prediction": "predicted outputs are not supported",
+    "guided_json": "structured output is not supported",
+    "guided_regex": "structured output is not supported",
+    "guided_choice": "structured output is not supported",
+    "guided_grammar": "structured output is not supported",
+    "structured_outputs": "structured output is not supported",
+    "use_beam_search": "beam search is not supported",
+    "prompt_logprobs": "log-probabilities of the prompt are not supported",
+    "truncate_prompt_tokens": "truncating the prompt is not supported",
+    "chat_template": "a template in the request is not supported; the checkpoint's own is used",
+    "continue_final_message": "continuing the final message is not supported",
+    "bad_words": "bad_words is not supported; use logit_bias",
+    "allowed_token_ids": "allowed_token_ids is not supported; use logit_bias",
+}
+"""Keys that are refused unless null, false or empty, with the reason."""
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class ResponseFormat(BaseModel):
+    """`response_format`: text alone."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: str
+
+
+class Common(BaseModel):
+    """What both bodies have."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: int | None = None
+    min_p: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    seed: int | None = None
+    n: int | None = None
+    stop: Any = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[str, Number] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    return_token_ids: bool | None = None
+    timeout: Number | None = None
+
+    def check_supported(self) -> None:
+        """Raises InvalidRequest for what this server cannot do."""
+        for key, value in (self.model_extra or {}).items():
+            if key in REFUSED and value not in (None, False, "", 0) and value != [] and value != {}:
+                raise InvalidRequest(f"{REFUSED[key]} by this server", param=key)
+        if self.response_format is not None and self.response_format.type != "text":
+            raise InvalidRequest(
+                f"response_format {self.response_format.type!r} is not supported by this server; only 'text' is",
+                param="response_format",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
+
+    def wishes(self, logprobs: int | None, logprobs_param: str, max_tokens: int | None, max_param: str) -> Wishes:
+        """The protocol-neutral form. Raises InvalidRequest for stops and biases that are none."""
+        return Wishes(
+            max_tokens=max_tokens,
+            max_tokens_param=max_param,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            n=self.n,
+            stop=_stops(self.stop),
+            stop_token_ids=self.stop_token_ids or (),
+            ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
+            logprobs=logprobs,
+            logprobs_param=logprobs_param,
+            logit_bias=_biases(self.logit_bias or {}),
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
+            skip_special_tokens=self.skip_special_tokens is not False,
+            timeout_s=self.timeout,
+        )
+
+
+class CompletionRequest(Common):
+    """Body of POST /v1/completions."""
+
+    prompt: Any = None
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    add_special_tokens: bool | None = None
+
+    def check_supported(self) -> None:
+        """Raises InvalidRequest for what this server cannot do."""
+        super().check_supported()
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise InvalidRequest(
+                f"best_of must equal n here ({self.n or 1}), not {self.best_of}: choices are not ranked",
+                param="best_of",
+            )
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest("echo with logprobs is not supported by this server", param="echo")
+
+    def to_wishes(self) -> Wishes:
+        """The protocol-neutral form."""
+        return self.wishes(self.logprobs, "logprobs", self.max_tokens, "max_tokens")
+
+
+class ChatMessage(BaseModel):
+    """One turn."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: Any = None
+
+
+class ChatCompletionRequest(Common):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tool_choice: Any = None
+    modalities: list[str] | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check_supported(self) -> None:
+        """Raises InvalidRequest for what this server cannot do."""
+        super().check_supported()
+        if self.tool_choice not in (None, "none", "auto"):
+            raise InvalidRequest("tools are not supported by this server", param="tool_choice")
+        if self.modalities is not None and self.modalities != ["text"]:
+            raise InvalidRequest("the only modality of this server is 'text'", param="modalities")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+
+    def to_wishes(self) -> Wishes:
+        """The protocol-neutral form; `max_completion_tokens` goes before the older `max_tokens`."""
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        if self.max_completion_tokens is not None:
+            return self.wishes(logprobs, "top_logprobs", self.max_completion_tokens, "max_completion_tokens")
+        return self.wishes(logprobs, "top_logprobs", self.max_tokens, "max_tokens")
+
+    def turns(self) -> list[dict[str, Any]]:
+        """The messages as a chat template takes them. Raises InvalidRequest for roles and parts it cannot."""
+        if not self.messages:
+            raise InvalidRequest("messages must hold at least one message", param="messages")
+        return [_turn(i, message) for i, message in enumerate(self.messages)]
+
+
+Role = Literal["system", "user", "assistant"]
+ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Roles taken; `developer` is OpenAI's newer word for `system`, which templates know."""
+
+
+def _turn(i: int, message: ChatMessage) -> dict[str, Any]:
+    where = f"messages[{i}]"
+    role = ROLES.get(message.role)
+    if role is None:
+        raise InvalidRequest(
+            f"{where}.role must be 'system', 'user' or 'assistant', not {message.role!r}", param=f"{where}.role"
+        )
+    extra = message.model_extra or {}
+    if extra.get("tool_calls") or extra.get("function_call"):
+        raise InvalidRequest(f"{where}: tool calls are not supported by this server", param=f"{where}.tool_calls")
+    turn: dict[str, Any] = {"role": role, "content": _text(message.content, f"{where}.content")}
+    if isinstance(extra.get("name"), str):
+        turn["name"] = extra["name"]
+    return turn
+
+
+def _text(content: Any, where: str) -> str:
+    """A message's content as one string; its text parts on lines of their own, as vLLM joins them."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRequest(f"{where} must be a string or a list of text parts", param=where)
+    texts: list[str] = []
+    for j, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text":
+            shown = repr(kind) if isinstance(kind, str) else "something else"
+            raise InvalidRequest(
+                f"{where}[{j}] must be a part of type 'text', not {shown}: this model reads text only",
+                param=f"{where}[{j}]",
+            )
+        if not isinstance(part.get("text"), str):
+            raise InvalidRequest(f"{where}[{j}].text must be a string", param=f"{where}[{j}].text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def prompts_of(prompt: Any) -> list[str | list[int]]:
+    """The prompts that `prompt` holds: text, texts, token ids, or lists of token ids. Raises InvalidRequest."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if _all_ids(prompt):
+            return [prompt]
+        if all(isinstance(p, str) for p in prompt) or all(isinstance(p, list) and _all_ids(p) for p in prompt):
+            return prompt
+    if prompt in (None, []):
+        raise InvalidRequest("the prompt is empty: give a text or a list of token ids as 'prompt'", param="prompt")
+    raise InvalidRequest(
+        "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids",
+        param="prompt",
+    )
+
+
+def _all_ids(values: Sequence[Any]) -> bool:
+    return all(type(v) is int for v in values)
+
+
+def _stops(told: Any) -> list[str]:
+    stops = [told] if isinstance(told, str) else [] if told is None else told
+    if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
+        raise InvalidRequest("stop must be a string or a list of strings", param="stop")
+    return stops
+
+
+def _biases(told: Mapping[str, float]) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for key, bias in told.items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+            raise InvalidRequest(f"logit_bias: {key[:40]!r} is not a token id", param="logit_bias")
+        biases[int(key)] = bias
+    return biases

@@ -1,0 +1,104 @@
+"""From checked requests to deltas: submits them, merges their streams, and ends them whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from stagemesh.gateway.api.request import Delta, Engine, FinishReason, GenerationRequest, Stream, TokenLogprob
+
+
+@dataclass
+class Choice:
+    """One choice, whole."""
+
+    text: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Appends `delta`."""
+        self.text.append(delta.text)
+        self.tokens += delta.tokens
+        self.logprobs += delta.logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+class Run:
+    """The requests of one call, one per prompt; choice `c` of prompt `p` has the index p * n + c."""
+
+    def __init__(self, engine: Engine, requests: Sequence[GenerationRequest]) -> None:
+        """Submits all of them, or none: raises what the engine raises."""
+        self.requests = requests
+        self._streams: list[Stream] = []
+        try:
+            for request in requests:
+                self._streams.append(engine.submit(request))
+        except BaseException:
+            self.cancel()
+            raise
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(len(r.prompt) for r in self.requests)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Those of them that were not computed again."""
+        return sum(stream.cached_tokens for stream in self._streams)
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of all prompts."""
+        return sum(r.n for r in self.requests)
+
+    def prompt_of(self, index: int) -> int:
+        """The prompt that the choice with `index` answers."""
+        return index // self.requests[0].n
+
+    def cancel(self) -> None:
+        """Ends all of them; safe at any time."""
+        for stream in self._streams:
+            stream.cancel()
+
+    async def deltas(self) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+        """Batches of (index, delta), as they come; raises what the engine raises."""
+        if len(self._streams) == 1:
+            async for batch in self._streams[0]:
+                yield [(delta.choice, delta) for delta in batch]
+            return
+        # One batch of each stream at most is held here: what is slow to be taken stays with the engine.
+        iterators = [aiter(stream) for stream in self._streams]
+        pending = {asyncio.ensure_future(anext(it)): p for p, it in enumerate(iterators)}
+        try:
+            while pending:
+                done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                ready: list[tuple[int, Delta]] = []
+                for future in done:
+                    p = pending.pop(future)
+                    try:
+                        batch = future.result()
+                    except StopAsyncIteration:
+                        continue
+                    first = p * self.requests[p].n
+                    ready += [(first + delta.choice, delta) for delta in batch]
+                    pending[asyncio.ensure_future(anext(iterators[p]))] = p
+                if ready:
+                    yield ready
+        finally:
+            for future in pending:
+                future.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+
+    async def whole(self) -> list[Choice]:
+        """All choices, when they have ended."""
+        choices = [Choice() for _ in range(self.num_choices)]
+        async for batch in self.deltas():
+            for index, delta in batch:
+                choices[index].add(delta)
+        return choices

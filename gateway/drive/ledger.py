@@ -1,0 +1,243 @@
+"""Requests and their sequences on one pipeline: what outlives an epoch, and goes on at the next.
+
+A sequence keeps its pages and what every stage has confirmed of it. A new epoch tells which stages still hold that; the
+others are refilled (recovery.py) before anything new is computed. Pure, but for the requests that it tells of errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from stagemesh.config import GatewaySettings
+from stagemesh.errors import StagemeshError
+from stagemesh.protos.v1 import types_pb2
+
+from ..schedule.budget import StepCosts
+from ..schedule.draft_model import DraftModelGuesser, GuessCosts
+from ..schedule.lookup import LookupGuesser, lookup_limits
+from ..schedule.pages import PageAllocator
+from ..schedule.plan import Plan
+from ..schedule.recovery import Recovery, StageKv, lost_stages
+from ..schedule.scheduler import Scheduler
+from ..schedule.sequence import Sequence as TokenSequence
+from ..schedule.sequence import State
+from ..schedule.speculation import Guesser
+from .live import LiveRequest
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a scheduler is made for."""
+
+    pages: tuple[int, ...]
+    """Their ids."""
+    page_size: int
+    steps_in_flight: int
+
+
+class Work:
+    """What one gateway has accepted, and its scheduler."""
+
+    def __init__(self, make_scheduler: Callable[[Shape], Scheduler]) -> None:
+        self._make_scheduler = make_scheduler
+        self._shape: Shape | None = None
+        self._filled: list[int] = []
+        """Generations of the stages' pages that hold what is confirmed of the sequences; 0: being refilled."""
+        self._now: list[int] = []
+        self._expecting: set[int] = set()
+        """Stages to whose pages some are still on their way from others."""
+        self._replays: dict[int, int] = {}
+        """Step -> the last stage that computes it again, of this epoch."""
+        self.replayed_tokens = 0
+        """Positions that this epoch computes again."""
+        self.quarantined: list[int] = []
+        """Pages that nobody holds, and that may still be written at this epoch."""
+        self.scheduler: Scheduler
+        self.live: dict[TokenSequence, LiveRequest] = {}
+        self.costs = StepCosts()
+        self.guess_costs = GuessCosts()
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def add(self, live: LiveRequest) -> None:
+        """Queues all choices of a request."""
+        for choice in live.choices:
+            if not choice.finished:
+                self.live[choice.sequence] = live
+                self.scheduler.add(choice.sequence)
+
+    def remove(self, live: LiveRequest) -> None:
+        """The request ended: its sequences leave, their pages follow when no step names them."""
+        for choice in live.choices:
+            if self.live.pop(choice.sequence, None) is not None:
+                self.scheduler.finish(choice.sequence)
+
+    def finish(self, sequence: TokenSequence) -> None:
+        """One choice ended."""
+        if self.live.pop(sequence, None) is not None:
+            self.scheduler.finish(sequence)
+
+    def withdraw(self, live: LiveRequest) -> None:
+        """The request goes on elsewhere. Nothing may be out."""
+        for choice in live.choices:
+            if self.live.pop(choice.sequence, None) is not None:
+                self.scheduler.withdraw(choice.sequence)
+
+    def fail(self, error: StagemeshError) -> None:
+        """Every request ends with an error."""
+        for live in set(self.live.values()):
+            live.fail(error)
+
+    # -- epochs -----------------------------------------------------------------------------------------------------
+
+    def begin(self, shape: Shape, stages: Sequence[StageKv]) -> None:
+        """An epoch begins, at which the stages' pages hold what they say."""
+        self.release_quarantined()
+        if self.fits(shape):
+            self._shape = shape
+            self.scheduler.pages.restrict(shape.pages)
+        else:
+            self._start_over(shape)
+        filled = [0 if stage in self._expecting else generation for stage, generation in enumerate(self._filled)]
+        self._expecting.clear()
+        runs = lost_stages(filled, stages)
+        lost = {stage for first, last in runs for stage in range(first, last + 1)}
+        self._now = [kv.generation for kv in stages]
+        self._filled = [0 if stage in lost else generation for stage, generation in enumerate(self._now)]
+        self._replays.clear()
+        self.replayed_tokens = 0
+        if runs:
+            self.scheduler.recovery = Recovery(runs, stages, shape.page_size)
+
+    def arrived(self) -> None:
+        """All pages that were on their way have come."""
+        self._expecting.clear()
+
+    def release_quarantined(self) -> None:
+        """The epoch is over at which they were written."""
+        if self.quarantined:
+            self.scheduler.pages.free(self.quarantined)
+            self.quarantined = []
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether what runs can go on with such pages."""
+        before = self._shape
+        if before is None:
+            return False
+        return (shape.page_size, shape.steps_in_flight) == (before.page_size, before.steps_in_flight)
+
+    def pages_for(self, share: int) -> list[int] | None:
+        """Ids of the pages to ask for where so many are to be had; None before anything was. Nothing is out."""
+        if self._shape is None:
+            return None
+        self.scheduler.fit(share)
+        return self.scheduler.pages.choose(share)
+
+    def keep_to(self, pages: Sequence[int]) -> None:
+        """Does without pages that a coming epoch will not have; `stay` takes that back."""
+        self.scheduler.pages.restrict(self.scheduler.pages.ids & set(pages))
+
+    def stay(self) -> None:
+        """The coming epoch does not come."""
+        assert self._shape is not None
+        self.scheduler.pages.restrict(self._shape.pages)
+
+    def move(self, shape: Shape, generations: Sequence[int], next_step: int, expecting: Iterable[int]) -> None:
+        """An epoch begins whose stages hold all that is confirmed of every sequence; nothing is out. Those that are
+        `expecting` some of it have it when `arrived` is called."""
+        self.release_quarantined()
+        self._shape = shape
+        self.scheduler.pages.restrict(shape.pages)
+        self._expecting = set(expecting)
+        self.scheduler.rewind(next_step)
+        self._now = list(generations)
+        self._filled = list(generations)
+        self._replays.clear()
+        self.replayed_tokens = 0
+
+    def _start_over(self, shape: Shape) -> None:
+        """Other pages than before: every sequence is computed anew, in the order in which they came."""
+        before = self.scheduler if self._shape is not None else None
+        self.scheduler, self._shape, self._filled = self._make_scheduler(shape), shape, []
+        self.scheduler.pages.restrict(shape.pages)
+        if before is None:
+            return
+        for sequence in before.running:
+            sequence.forget_pages()
+            sequence.state = State.WAITING
+        for sequence in [*before.running, *before.waiting]:
+            self.scheduler.add(sequence)
+
+    def end(self) -> None:
+        """The epoch is over: what is out will never come back."""
+        self.scheduler.rewind()
+
+    # -- what is computed again -------------------------------------------------------------------------------------
+
+    @property
+    def recovering(self) -> bool:
+        """Whether stages are being refilled."""
+        return self._filled != self._now
+
+    def note_sent(self, plan: Plan) -> None:
+        """A step went out."""
+        if plan.replay is not None:
+            first, last = plan.replay
+            # Also where a stage was not lost: who opens a page wipes what it holds behind.
+            self._filled[first : last + 1] = [0] * (last + 1 - first)
+            self._replays[plan.step] = last
+            self.replayed_tokens += sum(row.count for row in plan.rows)
+
+    def expected_s(self, gateways: int) -> float | None:
+        """What all steps that are out take, one stage after the other; None while that is not known."""
+        total_s = 0.0
+        for plan in self.scheduler.out.values():
+            step_s = self.costs.expected_s(sum(row.count for row in plan.rows))
+            if step_s is None:
+                return None
+            total_s += step_s
+        return gateways * total_s
+
+    def is_replay(self, step: int) -> bool:
+        """Whether a step of this epoch computes what was computed before."""
+        return step in self._replays
+
+    def last_stage(self, step: int) -> int:
+        """The stage behind which nothing of a step is left to do."""
+        return self._replays.get(step, len(self._now) - 1)
+
+    def recovered(self) -> bool:
+        """True once: when the stages that were lost hold everything again."""
+        if not self.recovering or self.scheduler.recovery is not None:
+            return False
+        if any(plan.replay is not None for plan in self.scheduler.out.values()):
+            return False
+        self._filled = list(self._now)
+        return True
+
+
+def make_work(view: types_pb2.PipelineView, settings: GatewaySettings) -> Work:
+    """None yet, with a scheduler as the settings want it."""
+
+    def make(shape: Shape) -> Scheduler:
+        return Scheduler(
+            PageAllocator(len(shape.pages), shape.page_size),
+            steps_in_flight=shape.steps_in_flight,
+            max_num_seqs=view.limits.max_num_seqs,
+            max_num_batched_tokens=view.limits.max_num_batched_tokens,
+            prefix_caching=settings.enable_prefix_caching,
+            guesser=guesser(shape),
+        )
+
+    def guesser(shape: Shape) -> Guesser | None:
+        """The gateway's own settings come before the pipeline's draft model."""
+        lookup = lookup_limits(settings.speculative_config)
+        if lookup is not None:
+            return LookupGuesser(lookup)
+        if view.model.HasField("draft"):
+            return DraftModelGuesser(view.model.draft.num_tokens, shape.steps_in_flight, work.guess_costs)
+        return None
+
+    work = Work(make)
+    return work

@@ -1,0 +1,91 @@
+"""What workers are told of sequences and steps, in the wire's words."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable
+
+from stagemesh.protos.v1 import stage_pb2, types_pb2
+
+from ..api.request import Sampling
+from ..schedule.plan import Plan, Row
+from ..schedule.sequence import Sequence
+from .live import LiveRequest
+
+
+def open_message(sequence: Sequence, live: LiveRequest) -> stage_pb2.OpenSequence:
+    """What the workers are told of a sequence that starts, or comes back after a preemption."""
+    sampling = live.request.sampling
+    message = stage_pb2.OpenSequence(
+        sequence=sequence.ident,
+        sampling=sampling_message(sampling, live),
+        choice=sequence.choice,
+        prompt_len=len(sequence.prompt),
+        log=sequence.log,
+    )
+    if sampling.repetition_penalty != 1.0:
+        message.prompt.extend(sequence.prompt)
+    return message
+
+
+def page_bits(pages: Iterable[int]) -> bytes:
+    """One bit a page, the lowest first."""
+    bits = bytearray()
+    for page in pages:
+        bits.extend(bytes(max(0, (page >> 3) + 1 - len(bits))))
+        bits[page >> 3] |= 1 << (page & 7)
+    return bytes(bits)
+
+
+def sampling_message(sampling: Sampling, live: LiveRequest) -> types_pb2.SamplingParams:
+    """Sampling parameters as the wire says them."""
+    return types_pb2.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=max(0, sampling.top_k),
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=live.seed,
+        logprobs=sampling.logprobs,
+        top_logprobs=sampling.top_logprobs,
+        min_tokens=live.request.min_tokens,
+        suppressed_ids=sorted(live.request.stop_token_ids) if live.request.min_tokens else [],
+        bias_ids=[ident for ident, _ in sampling.logit_bias],
+        bias_values=[value for _, value in sampling.logit_bias],
+    )
+
+
+def plan_message(plan: Plan, epoch: int, *, alone: bool = True) -> stage_pb2.StepPlan:
+    """A plan in packed arrays: one message a step, no message a row. `alone`: no other gateway plans steps."""
+    rows = plan.rows
+    return stage_pb2.StepPlan(
+        step=plan.step,
+        epoch=epoch,
+        kind=stage_pb2.STEP_KIND_RUN if plan.replay is None else stage_pb2.STEP_KIND_REPLAY,
+        sequences=[row.sequence.ident for row in rows],
+        starts=[row.start for row in rows],
+        counts=[row.count for row in rows],
+        tokens=list(itertools.chain.from_iterable(_tokens(row) for row in rows)),
+        new_page_counts=[len(row.new_pages) for row in rows],
+        new_pages=list(itertools.chain.from_iterable(row.new_pages for row in rows)),
+        sample_rows=[i for i, row in enumerate(rows) if row.samples],
+        ref_rows=[i for i, row in enumerate(rows) if row.result_of],
+        ref_steps=[row.result_of for row in rows if row.result_of],
+        planned_us=time.monotonic_ns() // 1000,
+        draft_rows=[i for i, row in enumerate(rows) if row.draft],
+        alone=plan.alone and alone,
+        guess_rows=[i for i, row in enumerate(rows) if row.guesses],
+        guess_counts=[row.guesses for row in rows if row.guesses],
+        replay_first=plan.replay[0] if plan.replay else 0,
+        replay_last=plan.replay[1] if plan.replay else 0,
+    )
+
+
+def _tokens(row: Row) -> list[int]:
+    """The row's tokens; 0 stands for one that is still to be sampled."""
+    if row.result_of:
+        return [0]
+    return row.sequence.tokens(row.start, row.count - len(row.draft)) + row.draft

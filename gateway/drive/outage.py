@@ -1,0 +1,106 @@
+"""From the loss of a pipeline to the first token behind it: how long requests wait, when they are given up.
+
+Events are kept for `/mesh`, the newest at the end, and counted for Prometheus.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from ..telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+KEPT = 64
+"""Events, of all pipelines."""
+
+
+class Outage:
+    """At most one is open. `give_up(cause)` is called when it has lasted `deadline_s`, and it is over then."""
+
+    def __init__(
+        self, metrics: Metrics, deadline_s: float, give_up: Callable[[str], None], events: deque[dict[str, Any]]
+    ) -> None:
+        self.events = events
+        self._metrics = metrics
+        self._deadline_s = deadline_s
+        self._give_up = give_up
+        self._since: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether requests wait for a pipeline that was lost."""
+        return self._since is not None
+
+    @property
+    def lasted_s(self) -> float:
+        """How long they have waited; 0 while none is open."""
+        return 0.0 if self._since is None else time.monotonic() - self._since
+
+    def lost(self, pipeline_id: str, epoch: int, cause: str, requests: int) -> None:
+        """A pipeline is lost; one that is lost again before it was made good keeps its beginning and its deadline."""
+        log.warning("%s epoch %d is lost, %d requests wait: %s", pipeline_id, epoch, requests, cause)
+        self._note("lost", pipeline_id, epoch, cause=cause, requests=requests)
+        self._metrics.pipeline_lost()
+        if self._since is None:
+            self._since = time.monotonic()
+            self._timer = asyncio.get_running_loop().call_later(self._deadline_s, self._expired, cause)
+
+    def recovered(self, pipeline_id: str, epoch: int, requests: int, replayed_tokens: int) -> None:
+        """A token has crossed the pipeline again."""
+        if self._since is None:
+            return
+        lasted_s = time.monotonic() - self._since
+        self._end()
+        log.info(
+            "%s epoch %d goes on after %.0f ms: %d requests, %d tokens computed again",
+            pipeline_id, epoch, lasted_s * 1000, requests, replayed_tokens,
+        )  # fmt: skip
+        self._note(
+            "recovered", pipeline_id, epoch,
+            duration_ms=round(lasted_s * 1000), requests=requests, replayed_tokens=replayed_tokens,
+        )  # fmt: skip
+        self._metrics.pipeline_recovered(lasted_s, replayed_tokens)
+
+    def moved(self, pipeline_id: str, epoch: int, paused_s: float, requests: int, pages: int) -> None:
+        """A pipeline has gone over to its next epoch as it was planned; nothing was planned for `paused_s`."""
+        log.info(
+            "%s has gone to epoch %d: no step was planned for %.0f ms, %d requests, %d pages copied",
+            pipeline_id, epoch, paused_s * 1000, requests, pages,
+        )  # fmt: skip
+        self._note(
+            "moved", pipeline_id, epoch, duration_ms=round(paused_s * 1000), requests=requests, pages_copied=pages
+        )
+        self._metrics.pipeline_moved(paused_s)
+
+    def handed_over(self, pipeline_id: str, to: str, requests: int) -> None:
+        """What one pipeline ran goes on at another one."""
+        self._end()
+        log.info("%d requests of %s go on at %s", requests, pipeline_id, to)
+        self._note("handed_over", pipeline_id, 0, to=to, requests=requests)
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self._end()
+
+    def _expired(self, cause: str) -> None:
+        self._end()
+        log.warning("not recovered within %g s: requests end", self._deadline_s)
+        self._give_up(f"{cause}; nothing took its place within {self._deadline_s:g} s (--recovery-deadline)")
+
+    def _end(self) -> None:
+        self._since = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _note(self, event: str, pipeline_id: str, epoch: int, **more: Any) -> None:
+        self.events.append(
+            {"event": event, "at": round(time.time(), 3), "pipeline_id": pipeline_id, "epoch": epoch, **more}
+        )

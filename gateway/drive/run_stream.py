@@ -1,0 +1,142 @@
+"""The gateway's end of one worker's Run stream: plans out, serialized once for all stages; results in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import cast
+
+import grpc
+
+from stagemesh import rpc
+from stagemesh.errors import InternalError, StageLost, StagemeshError, Unavailable, by_reason
+from stagemesh.protocol import spoken
+from stagemesh.protos.v1 import stage_pb2, types_pb2
+
+from .messages import page_bits
+from .slot_lease import Seat
+
+log = logging.getLogger(__name__)
+
+METHOD = "/stagemesh.v1.Stage/Run"
+OPEN_TIMEOUT_S = 25.0
+OUTBOX_MESSAGES = 4096
+END_S = 0.2
+"""How long a worker that is told that a stream is over may take to end it."""
+
+
+class RunStream:
+    """One stage of one pipeline, as this gateway drives it."""
+
+    def __init__(
+        self,
+        stage: types_pb2.StageView,
+        on_result: Callable[[int, stage_pb2.StepResult], None],
+        on_copied: Callable[[stage_pb2.PagesCopied], None],
+        on_lost: Callable[[StagemeshError], None],
+    ) -> None:
+        self.stage = stage
+        self._on_result = on_result
+        self._on_copied = on_copied
+        self._on_lost = on_lost
+        self._channel = rpc.channel(stage.address)
+        self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue(OUTBOX_MESSAGES)
+        """None ends the stream: cancelling a call that is over would leave its sender waiting for ever."""
+        self._reader: asyncio.Task[None] | None = None
+        self.unreachable = False
+        """Nobody answered when the session was to be opened."""
+
+    @property
+    def who(self) -> str:
+        """For messages to people."""
+        return f"stage {self.stage.stage} ({self.stage.worker_id})"
+
+    async def open(self, view: types_pb2.PipelineView, seat: Seat, pages: Sequence[int] | None) -> stage_pb2.RunOpened:
+        """Opens the session of a pipeline's epoch, with these pages where some are named.
+
+        Raises the worker's error, Unavailable when it cannot be reached, or StageLost.
+        """
+        call = self._channel.stream_stream(
+            METHOD, request_serializer=None, response_deserializer=stage_pb2.RunResponse.FromString
+        )(self._messages())
+        responses = cast(AsyncGenerator[stage_pb2.RunResponse, None], call.__aiter__())
+        opening = stage_pb2.RunOpen(
+            key=stage_pb2.PipelineKey(pipeline_id=view.pipeline_id, epoch=view.epoch),
+            stage=self.stage.stage,
+            gateway_id=seat.gateway_id,
+            life=seat.life,
+            instance=seat.instance,
+            slot=seat.slot,
+            protocol=spoken(self.stage.protocol),
+            pages=page_bits(pages or ()),
+        )
+        self.send(stage_pb2.RunRequest(open=opening).SerializeToString())
+        try:
+            with rpc.mapped():
+                first = await asyncio.wait_for(anext(responses), OPEN_TIMEOUT_S)
+        except Unavailable as e:
+            # A worker that answers says when to come again.
+            self.unreachable = e.retry_after_s is None
+            raise
+        except StopAsyncIteration as e:
+            raise StageLost(f"{self.who} closed the stream at once") from e
+        except TimeoutError as e:
+            call.cancel()
+            raise StageLost(f"{self.who} did not open a session within {OPEN_TIMEOUT_S:.0f} s") from e
+        if first.WhichOneof("message") == "ended":
+            raise by_reason(first.ended.reason)(first.ended.message)
+        self._reader = asyncio.create_task(self._read(call, responses))
+        opened: stage_pb2.RunOpened = first.opened
+        return opened
+
+    def send(self, message: bytes) -> None:
+        """Queues a message. A worker that stopped reading is lost: the queue is bounded."""
+        try:
+            self._outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            self._on_lost(StageLost(f"{self.who} left {OUTBOX_MESSAGES} messages unread"))
+
+    async def _messages(self) -> AsyncIterator[bytes]:
+        while (message := await self._outbox.get()) is not None:
+            yield message
+
+    async def _read(
+        self,
+        call: grpc.aio.StreamStreamCall[bytes, stage_pb2.RunResponse],
+        responses: AsyncGenerator[stage_pb2.RunResponse, None],
+    ) -> None:
+        try:
+            with rpc.mapped():
+                async for response in responses:
+                    if response.WhichOneof("message") == "results":
+                        for result in response.results.results:
+                            self._on_result(self.stage.stage, result)
+                    elif response.WhichOneof("message") == "copied":
+                        self._on_copied(response.copied)
+                    elif response.WhichOneof("message") == "ended":
+                        raise StageLost(f"{self.who}: {response.ended.message}")
+            raise StageLost(f"{self.who} closed the stream")
+        except StagemeshError as e:
+            # A new one: the traceback of `e` holds this frame, and with it the connection.
+            self._on_lost(StageLost(e.message if isinstance(e, StageLost) else f"{self.who} is gone: {e.message}"))
+        except Exception as e:
+            log.exception("a result of %s could not be taken", self.who)
+            self._on_lost(InternalError(f"{type(e).__name__}: {e}"))
+        finally:
+            call.cancel()
+            # The call and the generator of its responses hold each other, and the connection.
+            await responses.aclose()
+
+    async def close(self) -> None:
+        """Ends the stream; the worker gives the pages back. What was not sent yet is not sent."""
+        while not self._outbox.empty():
+            self._outbox.get_nowait()
+        self._outbox.put_nowait(None)
+        if self._reader is not None:
+            # A call that ends by itself gives its connection back; one that is cancelled keeps it until garbage is
+            # collected.
+            await asyncio.wait([self._reader], timeout=END_S)
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+        await self._channel.close(None)

@@ -1,0 +1,220 @@
+"""What a trace is made of: a record of every step while somebody asks for one, and nothing while nobody does.
+
+The recorder keeps times as they were taken: the gateway's own, and each stage's by the monotonic clock of its host.
+Whoever reads the records puts them on one clock (`stagemesh/bench/clocks.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stagemesh import process
+from stagemesh.errors import DeadlineExceeded, InvalidRequest, QueueFull
+from stagemesh.protos.v1 import stage_pb2, types_pb2
+
+from ..schedule.plan import Plan
+
+MAX_STEPS = 4096
+"""Steps of one trace: a few megabytes of JSON."""
+MAX_WAIT_S = 300.0
+MAX_OPEN = 256
+"""Steps recorded but not back: more than are in flight on any pipeline; those of a lost epoch never come back."""
+STAGE_COLUMNS = (
+    "plan_arrived_us",
+    "input_complete_us",
+    "began_us",
+    "output_us",
+    "ended_us",
+    "result_sent_us",
+    "result_received_us",
+    "wait_input_us",
+    "compute_us",
+    "wait_send_us",
+    "compute_cpu_us",
+    "draft_us",
+)
+"""One stage's times in a record: all but `result_received_us` (the gateway's clock) as the stage told them."""
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One step, from its plan to its tokens; microseconds of the gateway's monotonic clock."""
+
+    pipeline_id: str
+    epoch: int
+    step: int
+    planned_us: int
+    sent_us: int
+    """The plan was handed to the streams of all stages."""
+    sequences: list[int]
+    tokens: int
+    prefill_tokens: int
+    stages: list[list[int] | None]
+    """`STAGE_COLUMNS` of each stage, None until its result is here."""
+    sampled: list[int] = field(default_factory=list)
+    """The sequences that got a token, once for each."""
+    received_us: int = 0
+    """The last stage's result was here."""
+    delivered_us: int = 0
+    """Its tokens were handed to their requests."""
+
+    @property
+    def whole(self) -> bool:
+        """All stages have answered, and the tokens are out."""
+        return self.delivered_us > 0 and all(stage is not None for stage in self.stages)
+
+    def as_json(self) -> dict[str, Any]:
+        """The record as the route answers it."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(slots=True)
+class _Capture:
+    wanted: int
+    done: deque[StepRecord]
+    views: dict[tuple[str, int], types_pb2.PipelineView] = field(default_factory=dict)
+    enough: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Recorder:
+    """Records steps of whatever pipeline is driven, while a capture runs; at most one does."""
+
+    def __init__(self) -> None:
+        self.active = False
+        """Looked at once a step: the whole cost while nobody asks."""
+        self._capture: _Capture | None = None
+        self._open: OrderedDict[tuple[str, int, int], StepRecord] = OrderedDict()
+
+    # -- the batch loop's side --------------------------------------------------------------------------------------
+
+    def sent(self, view: types_pb2.PipelineView, plan: Plan, planned_us: int) -> None:
+        """A plan went out to all stages of `view`."""
+        if self._capture is None:
+            return
+        self._capture.views.setdefault((view.pipeline_id, view.epoch), view)
+        self._open[view.pipeline_id, view.epoch, plan.step] = StepRecord(
+            pipeline_id=view.pipeline_id,
+            epoch=view.epoch,
+            step=plan.step,
+            planned_us=planned_us,
+            sent_us=now_us(),
+            sequences=[row.sequence.ident for row in plan.rows],
+            tokens=sum(row.count for row in plan.rows),
+            # A row is decode when it computes the newest token alone, behind others that were drawn.
+            prefill_tokens=sum(
+                row.count for row in plan.rows if (row.count > 1 and not row.draft) or not row.sequence.log
+            ),
+            stages=[None] * len(view.stages),
+        )
+        if len(self._open) > MAX_OPEN:
+            self._open.popitem(last=False)
+
+    def result(self, view: types_pb2.PipelineView, stage: int, result: stage_pb2.StepResult) -> None:
+        """A stage's result is here. Steps that were out before the capture began are not known, and left alone."""
+        record = self._open.get((view.pipeline_id, view.epoch, result.step))
+        if record is None:
+            return
+        received_us = now_us()
+        t = result.timing
+        record.stages[stage] = [
+            t.plan_arrived_us,
+            t.input_complete_us,
+            t.began_us,
+            t.output_us,
+            t.ended_us,
+            t.result_sent_us,
+            received_us,
+            t.wait_input_us,
+            t.compute_us,
+            t.wait_send_us,
+            t.compute_cpu_us,
+            t.draft_us,
+        ]
+        if stage == len(record.stages) - 1:
+            record.received_us = received_us
+            record.sampled = list(result.sequences)
+        self._close_if_whole(record)
+
+    def delivered(self, view: types_pb2.PipelineView, step: int) -> None:
+        """The tokens of a step were handed to their requests."""
+        record = self._open.get((view.pipeline_id, view.epoch, step))
+        if record is not None:
+            record.delivered_us = now_us()
+            self._close_if_whole(record)
+
+    def _close_if_whole(self, record: StepRecord) -> None:
+        if self._capture is None or not record.whole:
+            return
+        del self._open[record.pipeline_id, record.epoch, record.step]
+        self._capture.done.append(record)
+        if len(self._capture.done) >= self._capture.wanted:
+            self._capture.enough.set()
+
+    # -- the route's side -------------------------------------------------------------------------------------------
+
+    async def capture(self, steps: int, wait_s: float) -> dict[str, Any]:
+        """The records of the next `steps` steps, or of those that came within `wait_s`, JSON-ready.
+
+        Raises InvalidRequest (bounds), QueueFull (a capture is running), DeadlineExceeded (no step came).
+        """
+        if not 1 <= steps <= MAX_STEPS:
+            raise InvalidRequest(f"steps is {steps}; it must be between 1 and {MAX_STEPS}", param="steps")
+        if not 0 < wait_s <= MAX_WAIT_S:
+            raise InvalidRequest(
+                f"timeout is {wait_s:g}; it must be more than 0 and at most {MAX_WAIT_S:g} seconds", param="timeout"
+            )
+        if self._capture is not None:
+            raise QueueFull("another trace is being taken; try again when it is done", retry_after_s=wait_s)
+        capture = self._capture = _Capture(steps, deque(maxlen=steps))
+        self.active = True
+        try:
+            async with asyncio.timeout(wait_s):
+                await capture.enough.wait()
+        except TimeoutError:
+            if not capture.done:
+                raise DeadlineExceeded(
+                    f"no step was run within {wait_s:g} s: send requests while the trace is taken, or let "
+                    "`stagemesh bench trace --load 16x128x64` do it"
+                ) from None
+        finally:
+            self.active, self._capture = False, None
+            self._open.clear()
+        return _answer(capture.done, capture.views)
+
+
+def now_us() -> int:
+    """Microseconds of this host's monotonic clock."""
+    return time.monotonic_ns() // 1000
+
+
+def _answer(records: Sequence[StepRecord], views: dict[tuple[str, int], types_pb2.PipelineView]) -> dict[str, Any]:
+    return {
+        "gateway": {"pid": os.getpid(), "boot_id": process.boot_id()},
+        "pipelines": [
+            {
+                "pipeline_id": pipeline_id,
+                "epoch": epoch,
+                "model": view.model.name,
+                "stages": [
+                    {
+                        "stage": s.stage,
+                        "worker_id": s.worker_id,
+                        "layers": [s.layers.first, s.layers.last],
+                        "tp_size": s.tp_size,
+                        "device": s.device.kind,
+                        "route": s.route,
+                    }
+                    for s in view.stages
+                ],
+            }
+            for (pipeline_id, epoch), view in views.items()
+        ],
+        "stage_columns": list(STAGE_COLUMNS),
+        "steps": [record.as_json() for record in records],
+    }

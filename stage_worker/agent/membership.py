@@ -1,0 +1,136 @@
+"""The worker's standing with the coordinator: registers, renews the lease, tells what broke, asks to be drained."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+
+import stagemesh
+from stagemesh import rpc
+from stagemesh.config import StageSettings
+from stagemesh.errors import ConfigError, StagemeshError
+from stagemesh.protocol import OLDEST, PROTOCOL
+from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+from .rank_group import RankGroup
+from .service import Agent
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.3
+CALL_TIMEOUT_S = 5.0
+END_S = 1.0
+"""How long a stream that is called off may take to end."""
+
+
+class Membership:
+    """Keeps this worker registered for as long as its rank group lives; a coordinator that went away is found again."""
+
+    def __init__(self, settings: StageSettings, agent: Agent, worker_id: str, address: str) -> None:
+        self._settings = settings
+        self._agent = agent
+        self._worker_id = worker_id
+        self._address = address
+        self._channel = rpc.channel(settings.coordinator)
+        self._stub = coordinator_pb2_grpc.CoordinatorStub(self._channel)
+        self._task: asyncio.Task[None] | None = None
+        self._carried: deque[tuple[str, int] | None] = deque()
+        """Which broken link each renewal told of that is not answered yet."""
+        self._protocol = PROTOCOL
+        """What is said to the coordinator, which may be of the release before."""
+
+    def register(self, group: RankGroup, incarnation: int) -> None:
+        """Starts registering this life of the rank group, and renewing its lease."""
+        self._task = asyncio.create_task(self._keep(group, incarnation))
+
+    async def leave(self) -> None:
+        """Lets the lease go: the coordinator sees the stream end."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def drain(self) -> None:
+        """Asks the coordinator to take this worker out of service. Raises its error, or Unavailable."""
+        with rpc.mapped():
+            await self._stub.Drain(coordinator_pb2.DrainRequest(worker_id=self._worker_id), timeout=CALL_TIMEOUT_S)
+
+    async def stop(self) -> None:
+        """Leaves and closes the channel."""
+        await self.leave()
+        await self._channel.close(None)
+
+    async def _keep(self, group: RankGroup, incarnation: int) -> None:
+        told = False
+        while True:
+            try:
+                with rpc.mapped():
+                    response = await self._stub.Register(self._introduction(group, incarnation), timeout=CALL_TIMEOUT_S)
+                log.info("registered with the coordinator at %s", self._settings.coordinator)
+                told = False
+                with rpc.mapped():
+                    await self._renew(incarnation, response.renew_ms / 1000)
+            except StagemeshError as e:
+                heard = isinstance(e, ConfigError)
+                if heard:
+                    self._protocol = OLDEST if self._protocol == PROTOCOL else PROTOCOL
+                if not told and not (heard and self._protocol == OLDEST):
+                    log.warning(
+                        "the coordinator at %s %s: %s",
+                        self._settings.coordinator,
+                        "refuses this worker" if heard else "cannot be reached",
+                        e.message,
+                    )
+                    told = True
+            except Exception:
+                log.exception("registering failed; it is tried again")
+            await asyncio.sleep(RETRY_S)
+
+    async def _renew(self, incarnation: int, every_s: float) -> None:
+        """Renews until the coordinator goes away or no longer knows this incarnation."""
+        self._carried.clear()
+        call = self._stub.KeepAlive(self._renewals(incarnation, every_s))
+        try:
+            async for response in call:
+                if not response.known:
+                    return
+                # Answers come in the order of the renewals: what this one's carried has been heard.
+                heard = self._carried.popleft()
+                if heard is not None:
+                    self._agent.broken.pop(heard, None)
+        finally:
+            call.cancel()
+            # Its renewals end with it, before others begin.
+            await asyncio.wait([asyncio.ensure_future(call.code())], timeout=END_S)
+
+    async def _renewals(self, incarnation: int, every_s: float) -> AsyncIterator[coordinator_pb2.KeepAliveRequest]:
+        while True:
+            request = coordinator_pb2.KeepAliveRequest(worker_id=self._worker_id, incarnation=incarnation)
+            request.stale_refused.update(self._agent.stale_refused)
+            carried = next(iter(self._agent.broken), None)
+            if carried is not None:
+                request.broken_pipeline, request.broken_epoch = carried
+                request.broken_reason = self._agent.broken[carried]
+            self._carried.append(carried)
+            yield request
+            await asyncio.sleep(every_s)
+
+    def _introduction(self, group: RankGroup, incarnation: int) -> coordinator_pb2.RegisterRequest:
+        names = set.intersection(*(set(ready.addresses) for ready in group.ready))
+        request = coordinator_pb2.RegisterRequest(
+            worker_id=self._worker_id,
+            incarnation=incarnation,
+            address=self._address,
+            pool=-1 if self._settings.stage is None else self._settings.stage,
+            any_stage=self._settings.any_stage,
+            tp_size=group.size,
+            device=group.ready[0].device,
+            held=self._agent.held_assignments(),
+            protocol=self._protocol,
+            version=stagemesh.__version__,
+        )
+        for name in sorted(names):
+            request.transports.add(name=name, rank_addresses=[ready.addresses[name] for ready in group.ready])
+        return request

@@ -1,0 +1,397 @@
+"""The worker's Stage service: gRPC in an asyncio process of its own, so that compute never starves a lease.
+
+It keeps what the coordinator assigned and which gateways have sessions; the ranks do the work. On the Run path it
+passes bytes on, unparsed, in both directions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import operator
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from stagemesh import checkpoint
+from stagemesh.config import StageSettings
+from stagemesh.errors import InvalidRequest, NotFound, StageLost, StagemeshError, StaleEpoch, Unavailable
+from stagemesh.faults import point
+from stagemesh.protocol import check_protocol
+from stagemesh.protos.v1 import coordinator_pb2, stage_pb2
+
+from ..messages.control import Kind, unpack_error
+from .gateway_session import GatewaySession
+from .rank_group import RankGroup
+
+log = logging.getLogger(__name__)
+
+ASSIGN_TIMEOUT_S = 1800.0
+CALL_TIMEOUT_S = 20.0
+OPEN_TIMEOUT_S = 20.0
+
+
+@dataclass
+class Held:
+    """What the coordinator assigned."""
+
+    request: stage_pb2.AssignRequest
+    done: stage_pb2.AssignDone | None = None
+    active: bool = False
+
+
+class Agent:
+    """State of one worker and the handlers of its Stage service."""
+
+    def __init__(self, settings: StageSettings, worker_id: str) -> None:
+        self.settings = settings
+        self.worker_id = worker_id
+        self.ranks: RankGroup | None = None
+        self.held: dict[tuple[str, int], Held] = {}
+        """By pipeline and epoch; while a pipeline moves to another epoch, both."""
+        self.epochs: dict[str, int] = {}
+        """Highest epoch seen of each pipeline: an order of an older one is refused."""
+        self.sessions: dict[int, GatewaySession] = {}
+        self.stale_refused: dict[str, int] = {}
+        self.broken: dict[tuple[str, int], str] = {}
+        """Pipelines and epochs of which a link broke here, and why; carried to the coordinator by KeepAlives."""
+        self._closing: set[asyncio.Task[None]] = set()
+        self._progress: dict[int, dict[int, stage_pb2.AssignResponse]] = {}
+        """Of each order under way, how far each rank is."""
+
+    # -- ranks ------------------------------------------------------------------------------------------------------
+
+    def on_frame(self, rank: int, kind: Kind, ident: int, payload: bytes) -> None:
+        """A frame of a rank that answers no call."""
+        if kind == Kind.RESULT:
+            session = self.sessions.get(ident)
+            if session is not None:
+                session.put(payload)
+        elif kind == Kind.SESSION_ENDED:
+            session, error = self.sessions.get(ident), unpack_error(payload)
+            if isinstance(error, StaleEpoch):
+                self._count("plan")
+            if session is not None:
+                session.put(error)
+        elif kind == Kind.PROGRESS:
+            if ident in self._progress:  # Else of an order that was called off.
+                self._progress[ident][rank] = stage_pb2.AssignResponse.FromString(payload)
+        elif kind == Kind.PAGES_COPIED:
+            self._on_pages(rank, ident, payload)
+        elif kind == Kind.LATE_FRAMES:
+            self._count("frame", ident)
+        elif kind == Kind.LINK_BROKEN:
+            said = json.loads(payload)
+            self.broken[said["pipeline_id"], said["epoch"]] = said["reason"]
+            self._end_sessions(said["pipeline_id"], said["epoch"], f"a link broke: {said['reason']}", said["epoch"])
+            log.warning("link of %s broke: %s", said["pipeline_id"], said["reason"])
+
+    def _on_pages(self, rank: int, ident: int, payload: bytes) -> None:
+        """Pages have come on one rank; the gateway is told when they have on all."""
+        session = self.sessions.get(ident)
+        if session is None:
+            return
+        ranks = session.copied.setdefault(payload, set())
+        ranks.add(rank)
+        if len(ranks) == session.group.size:
+            del session.copied[payload]
+            copied = stage_pb2.PagesCopied.FromString(payload)
+            session.put(stage_pb2.RunResponse(copied=copied).SerializeToString())
+
+    def ranks_lost(self, reason: str) -> None:
+        """The rank group died: everything it held is gone."""
+        self.held.clear()
+        for session in self.sessions.values():
+            session.put(StageLost(f"{self.worker_id}: {reason}"))
+
+    def _end_sessions(self, pipeline_id: str, epoch: int, reason: str, since: int = 0) -> None:
+        """Tells gateways that their sessions of epochs `since` to `epoch` are over; closing them follows from that."""
+        for session in self.sessions.values():
+            if session.open.key.pipeline_id == pipeline_id and since <= session.open.key.epoch <= epoch:
+                session.put(StageLost(reason))
+
+    def _group(self) -> RankGroup:
+        if self.ranks is None or not self.ranks.up or self.ranks.lost.done():
+            raise Unavailable(f"the ranks of {self.worker_id} are being started", retry_after_s=1)
+        return self.ranks
+
+    # -- assignments ------------------------------------------------------------------------------------------------
+
+    async def assign(self, request: stage_pb2.AssignRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
+        """Stage.Assign."""
+        point("agent.assign")
+        self._fence(request.key, "assignment")
+        self._group()
+        key = _key(request.key)
+        if not request.beside:
+            self._drop(request.key, request.key.epoch - 1, f"epoch {request.key.epoch} begins")
+        held = self.held[key] = Held(request)
+        try:
+            async for response in self._load(Kind.ASSIGN, request):
+                if response.HasField("done"):
+                    held.done = response.done
+                yield response
+        except BaseException:
+            # The coordinator ends the call when it has heard of `done`, which is no failure.
+            if held.done is None and self.held.get(key) is held:
+                del self.held[key]
+            raise
+
+    def _drop(self, key: stage_pb2.PipelineKey, until: int, reason: str, since: int = 0) -> None:
+        """What is held of a pipeline at epochs `since` to `until` is over."""
+        for k in [k for k in self.held if k[0] == key.pipeline_id and since <= k[1] <= until]:
+            del self.held[k]
+        self._end_sessions(key.pipeline_id, until, reason, since)
+
+    async def prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
+        """Stage.Prepare."""
+        point("agent.prepare")
+        async for response in self._load(Kind.PREPARE, request):
+            yield response
+
+    async def _load(
+        self, kind: Kind, request: stage_pb2.AssignRequest | stage_pb2.PrepareRequest
+    ) -> AsyncIterator[stage_pb2.AssignResponse]:
+        """Has the ranks load what the request names; progress, and at the end what they hold together."""
+        group = self._group()
+        if self.settings.model is not None:
+            request.model.path = self.settings.model
+        theirs, model = request.model.fingerprint, Path(request.model.path)
+        # The worker's own revision, not the coordinator's word: two directories of one name may differ.
+        request.model.fingerprint = await asyncio.to_thread(checkpoint.fingerprint, model, request.model.load_format)
+        if theirs and theirs != request.model.fingerprint:
+            log.warning("checkpoint %s has fingerprint %s here, %s there", model, request.model.fingerprint, theirs)
+        if isinstance(request, stage_pb2.PrepareRequest):
+            # As it is now: an assignment that came meanwhile is not to be wiped.
+            request.beside = bool(self.held)
+        ident = group.take_id()
+        progress = self._progress[ident] = {}
+        call = asyncio.create_task(group.call_as(ident, kind, request.SerializeToString(), ASSIGN_TIMEOUT_S))
+        try:
+            while not call.done():
+                await asyncio.wait([call], timeout=0.1)
+                if progress:
+                    yield stage_pb2.AssignResponse(
+                        loaded_bytes=sum(p.loaded_bytes for p in progress.values()),
+                        total_bytes=sum(p.total_bytes for p in progress.values()),
+                    )
+            ranks = [stage_pb2.AssignDone.FromString(reply) for reply in call.result()]
+        finally:
+            # The coordinator may have gone while the ranks load: the answer is nobody's then.
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+            del self._progress[ident]
+        done = ranks[0]
+        done.num_pages = min(rank.num_pages for rank in ranks)
+        done.tensor_bytes_read = sum(rank.tensor_bytes_read for rank in ranks)
+        yield stage_pb2.AssignResponse(done=done)
+
+    async def offer_link(self, request: stage_pb2.OfferLinkRequest, context: Any) -> stage_pb2.OfferLinkResponse:
+        """Stage.OfferLink."""
+        self._fence(request.key, "link")
+        ranks = 1 if request.tokens else self._group().size
+        if len(request.nonces) != ranks:
+            raise InvalidRequest(f"{len(request.nonces)} nonces for {ranks} ranks")
+        replies = await self._group().call(Kind.OFFER_LINK, request.SerializeToString(), CALL_TIMEOUT_S)
+        offers = [stage_pb2.OfferLinkResponse.FromString(reply) for reply in replies[:ranks]]
+        return stage_pb2.OfferLinkResponse(
+            receiver_addresses=[offer.receiver_addresses[0] for offer in offers],
+            secrets=[offer.secrets[0] for offer in offers],
+        )
+
+    async def connect_link(self, request: stage_pb2.ConnectLinkRequest, context: Any) -> stage_pb2.ConnectLinkResponse:
+        """Stage.ConnectLink."""
+        self._fence(request.key, "link")
+        replies = await self._group().call(Kind.CONNECT_LINK, request.SerializeToString(), CALL_TIMEOUT_S)
+        routes = {stage_pb2.ConnectLinkResponse.FromString(reply).route for reply in replies}
+        return stage_pb2.ConnectLinkResponse(route=", ".join(sorted(routes - {""})))
+
+    async def activate(self, request: stage_pb2.ActivateRequest, context: Any) -> stage_pb2.ActivateResponse:
+        """Stage.Activate."""
+        self._fence(request.key, "activation")
+        await self._group().call(Kind.ACTIVATE, request.SerializeToString(), CALL_TIMEOUT_S)
+        held = self.held.get(_key(request.key))
+        if held is None:
+            raise StaleEpoch(f"{request.key.pipeline_id} epoch {request.key.epoch} is no longer held here")
+        held.active = True
+        return stage_pb2.ActivateResponse()
+
+    async def release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseResponse:
+        """Stage.Release."""
+        point("agent.release")
+        key = request.key
+        since = key.epoch if request.alone else 0
+        self._drop(key, key.epoch, request.reason or "the pipeline is being changed", since)
+        # Also what ranks hold of an order that was called off while they carried it out.
+        await self._group().call(Kind.RELEASE, request.SerializeToString(), CALL_TIMEOUT_S)
+        return stage_pb2.ReleaseResponse()
+
+    def _count(self, kind: str, number: int = 1) -> None:
+        self.stale_refused[kind] = self.stale_refused.get(kind, 0) + number
+
+    def _fence(self, key: stage_pb2.PipelineKey, kind: str) -> None:
+        """Refuses an order of an epoch that has passed, and counts it."""
+        known = self.epochs.get(key.pipeline_id, 0)
+        if key.epoch < known:
+            self._count(kind)
+            raise StaleEpoch(f"{kind} of {key.pipeline_id} at epoch {key.epoch}; {self.worker_id} has seen {known}")
+        self.epochs[key.pipeline_id] = key.epoch
+
+    # -- sessions ---------------------------------------------------------------------------------------------------
+
+    async def run(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        """Stage.Run, on raw bytes: only the first message is parsed here."""
+        first = await anext(requests, None)
+        if first is None:
+            return
+        message = stage_pb2.RunRequest.FromString(first)
+        if message.WhichOneof("message") != "open":
+            raise InvalidRequest("the first message of Run must be `open`")
+        session, opened = await self._open(message.open)
+        pump = asyncio.create_task(self._pump(session, requests))
+        # Not in a `finally`: a handler that is cancelled within a write is never resumed.
+        context.add_done_callback(lambda _: self._close_soon(session, pump))
+        yield stage_pb2.RunResponse(opened=opened).SerializeToString()
+        while True:
+            item = await session.outbox.get()
+            if isinstance(item, StagemeshError):
+                ended = stage_pb2.RunEnded(reason=item.reason, message=item.message)
+                yield stage_pb2.RunResponse(ended=ended).SerializeToString()
+                return
+            yield item
+
+    async def _open(self, request: stage_pb2.RunOpen) -> tuple[GatewaySession, stage_pb2.RunOpened]:
+        point("agent.open_session")
+        check_protocol(request.protocol, f"gateway {request.gateway_id}")
+        held = self.held.get(_key(request.key))
+        known = self.epochs.get(request.key.pipeline_id, 0)
+        if held is None and request.key.epoch < known:
+            self._count("session")
+            raise StaleEpoch(f"{request.key.pipeline_id} is at epoch {known} here, not {request.key.epoch}")
+        if held is None or not held.active:
+            raise Unavailable(f"{request.key.pipeline_id} is not active here yet; try again", retry_after_s=0.2)
+        if held.request.stage != request.stage:
+            raise NotFound(f"{self.worker_id} holds stage {held.request.stage}, not {request.stage}")
+        # A gateway that was restarted takes its own pages over at once; its old life's steps never run.
+        for old in [s for s in self.sessions.values() if s.open.gateway_id == request.gateway_id]:
+            if old.open.key == request.key or old.open.life != request.life:
+                await self._close(old)
+        group = self._group()
+        session = GatewaySession(group.take_id(), request, group)
+        self.sessions[session.ident] = session
+        try:
+            replies = await group.call_as(session.ident, Kind.OPEN_SESSION, request.SerializeToString(), OPEN_TIMEOUT_S)
+        except BaseException:
+            # A rank may have opened it, or may still: what comes behind the open closes it.
+            self._close_soon(session, None)
+            raise
+        return session, _together([stage_pb2.RunOpened.FromString(reply) for reply in replies])
+
+    async def _pump(self, session: GatewaySession, requests: AsyncIterator[bytes]) -> None:
+        reason = "the gateway closed its stream"
+        try:
+            async for message in requests:
+                await session.group.run(session.ident, message)
+        except StagemeshError as e:
+            reason = e.message
+        except grpc.aio.BaseError:
+            reason = "the gateway went away"
+        except Exception as e:
+            log.exception("messages of gateway %s cannot be passed on", session.open.gateway_id)
+            reason = f"messages cannot be passed on: {e}"
+        session.put(StageLost(reason))
+
+    def _close_soon(self, session: GatewaySession, pump: asyncio.Task[None] | None) -> None:
+        """Closes a session from where nothing can be awaited: the stream's own task is being cancelled."""
+
+        async def close() -> None:
+            if pump is not None:
+                pump.cancel()
+                await asyncio.gather(pump, return_exceptions=True)
+            await self._close(session)
+
+        task = asyncio.create_task(close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _close(self, session: GatewaySession) -> None:
+        if self.sessions.get(session.ident) is not session:
+            return
+        del self.sessions[session.ident]
+        session.put(StageLost("the session was closed"))
+        if not session.group.lost.done():
+            try:
+                await session.group.call(Kind.CLOSE_SESSION, session.ident.to_bytes(4, "little"), CALL_TIMEOUT_S)
+            except StagemeshError as e:
+                log.warning("closing a session of %s: %s", session.open.gateway_id, e.message)
+
+    # -- registration -----------------------------------------------------------------------------------------------
+
+    def held_assignments(self) -> list[coordinator_pb2.HeldAssignment]:
+        """What a coordinator that may have forgotten is told."""
+        return [
+            coordinator_pb2.HeldAssignment(
+                pipeline_id=held.request.key.pipeline_id,
+                epoch=held.request.key.epoch,
+                stage=held.request.stage,
+                layers=held.request.layers,
+                generation=held.request.generation,
+                active=held.active,
+                fingerprint=held.request.model.fingerprint,
+            )
+            for held in self.held.values()
+            if held.done is not None
+        ]
+
+
+def _key(key: stage_pb2.PipelineKey) -> tuple[str, int]:
+    return key.pipeline_id, key.epoch
+
+
+def _together(ranks: list[stage_pb2.RunOpened]) -> stage_pb2.RunOpened:
+    """What the ranks of a group say of a session; a page is in the journal where all of them have it."""
+    opened = ranks[0]
+    opened.copy_pages = min(r.copy_pages for r in ranks)
+    opened.kv_generation = functools.reduce(operator.xor, (r.kv_generation for r in ranks))
+    opened.journal = bytes(
+        functools.reduce(operator.and_, bits) for bits in zip(*(r.journal for r in ranks), strict=False)
+    )
+    return opened
+
+
+def add_to_server(agent: Agent, server: grpc.aio.Server) -> None:
+    """Adds the Stage service. Run takes and gives raw bytes: parsing every plan here would only cost."""
+
+    def unary(function: Any, request: Any, response: Any) -> Any:
+        return grpc.unary_unary_rpc_method_handler(
+            function, request_deserializer=request.FromString, response_serializer=response.SerializeToString
+        )
+
+    p = stage_pb2
+    handlers = {
+        "Assign": grpc.unary_stream_rpc_method_handler(
+            agent.assign,
+            request_deserializer=p.AssignRequest.FromString,
+            response_serializer=p.AssignResponse.SerializeToString,
+        ),
+        "Prepare": grpc.unary_stream_rpc_method_handler(
+            agent.prepare,
+            request_deserializer=p.PrepareRequest.FromString,
+            response_serializer=p.AssignResponse.SerializeToString,
+        ),
+        "OfferLink": unary(agent.offer_link, p.OfferLinkRequest, p.OfferLinkResponse),
+        "ConnectLink": unary(agent.connect_link, p.ConnectLinkRequest, p.ConnectLinkResponse),
+        "Activate": unary(agent.activate, p.ActivateRequest, p.ActivateResponse),
+        "Release": unary(agent.release, p.ReleaseRequest, p.ReleaseResponse),
+        "Run": grpc.stream_stream_rpc_method_handler(agent.run),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+
+
+SERVICE_NAME = stage_pb2.DESCRIPTOR.services_by_name["Stage"].full_name

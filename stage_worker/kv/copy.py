@@ -1,0 +1,164 @@
+"""KV pages on their way from the worker that holds a layer to the one that is going to hold it.
+
+The gateway says which pages go when, to both ends: the sender reads them between two steps and sends them as one frame,
+the receiver knows what will come and has its receive posted, as with a step. Pages that are written meanwhile are sent
+again. Frames are paced by the link's credits, and by the gateway, which waits for what is out.
+
+Shapes: N pages of a frame; for each layer K of all pages, then V; then the draft model's layers, where there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from stagemesh.errors import InvalidRequest, TransportError
+from stagemesh.faults import point
+
+from ..links.link import LinkReceiver, LinkSender
+from .landing import Landed, land
+from .pool import KvPool
+
+CREDITS = 4
+"""Frames under way on a lane."""
+FRAME_BYTES = 1 << 20
+"""Of one frame at most, unless a single page is larger."""
+
+
+class PageFrames:
+    """Pages of some layers as frames: uint8 [N x page_bytes]."""
+
+    def __init__(self, parts: Sequence[tuple[KvPool, Sequence[int]]]) -> None:
+        """`parts`: pools, and the layers of each."""
+        self._tensors = [
+            _words(tensor.view(pool.num_pages, -1).view(torch.uint8))
+            for pool, layers in parts
+            for layer in layers
+            for tensor in (pool.k(layer), pool.v(layer))
+        ]
+        self.device = parts[0][0].device
+        self.num_pages = parts[0][0].num_pages
+        self.page_bytes = sum(tensor[0].nbytes for tensor in self._tensors)
+
+    @property
+    def most_pages(self) -> int:
+        """Of one frame."""
+        return max(1, FRAME_BYTES // self.page_bytes)
+
+    def read(self, pages: Sequence[int]) -> torch.Tensor:
+        """A frame of what `pages` hold now."""
+        index, at = self._index(pages), 0
+        frame = torch.empty(len(pages) * self.page_bytes, dtype=torch.uint8, device=self.device)
+        for tensor in self._tensors:
+            size = len(pages) * tensor[0].nbytes
+            part = frame[at : at + size].view(tensor.dtype).view(len(pages), -1)
+            torch.index_select(tensor, 0, index, out=part)
+            at += size
+        return frame
+
+    def write(self, pages: Sequence[int], frame: torch.Tensor) -> None:
+        """Puts a frame into `pages`."""
+        index, at = self._index(pages), 0
+        for tensor in self._tensors:
+            size = len(pages) * tensor[0].nbytes
+            tensor.index_copy_(0, index, frame[at : at + size].view(tensor.dtype).view(len(pages), -1))
+            at += size
+
+    def _index(self, pages: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(pages, dtype=torch.int64, device=self.device)
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes [P, N] as the widest words that fill a row: torch copies word by word, and bytes seven times slower."""
+    return tensor.view(torch.int64) if tensor.shape[1] % 8 == 0 else tensor
+
+
+class PageSender:
+    """The sending end of a KvCopy on one rank."""
+
+    def __init__(self, link: LinkSender, frames: PageFrames) -> None:
+        self.link = link
+        self._frames = frames
+        self._waiting: dict[int, deque[tuple[int, list[int]]]] = {}
+        """Slot -> frames without a credit: one gateway's never wait for another's."""
+
+    def send(self, slot: int, number: int, pages: list[int]) -> None:
+        """Sends what `pages` hold, now or when there is a credit. Where the link is over nothing is sent: the receiving
+        end waits for it and says so, and this end goes on with what it serves."""
+        with contextlib.suppress(TransportError):
+            if slot not in self._waiting:
+                self.link.open_lane(slot, CREDITS)
+                self._waiting[slot] = deque()
+            self._waiting[slot].append((number, pages))
+            self.progress()
+
+    def progress(self) -> None:
+        """Drives the link; sends what has a credit."""
+        self.link.progress()
+        with contextlib.suppress(TransportError):
+            for slot, frames in self._waiting.items():
+                while frames and self.link.up and self.link.can_send(slot):
+                    number, pages = frames.popleft()
+                    point("rank.copy_send")
+                    self.link.send(slot, number, self._frames.read(pages))
+
+
+class PageReceiver:
+    """The receiving end of a KvCopy on one rank."""
+
+    def __init__(self, link: LinkReceiver, frames: PageFrames) -> None:
+        self.link = link
+        self._frames = frames
+        self._coming: dict[int, deque[tuple[int, list[int]]]] = {}
+        """Slot -> what was announced, in order."""
+        self._landing: dict[int, Landed] = {}
+        """Slot -> whether its next frame is in its pages; where that has come."""
+
+    @property
+    def most_pages(self) -> int:
+        """Of one frame."""
+        return self._frames.most_pages
+
+    def open_lane(self, slot: int) -> None:
+        """A session may have pages sent. Raises TransportError when the link is over."""
+        self.link.open_lane(slot, CREDITS, self._frames.most_pages * self._frames.page_bytes)
+
+    def expect(self, slot: int, number: int, pages: list[int]) -> None:
+        """These will come. Raises InvalidRequest for more than a frame may hold."""
+        if not 0 < len(pages) <= self._frames.most_pages:
+            raise InvalidRequest(f"{len(pages)} pages in a frame that holds 1 to {self._frames.most_pages}")
+        self.link.post(slot, number, (len(pages) * self._frames.page_bytes,), torch.uint8)
+        self._coming.setdefault(slot, deque()).append((number, pages))
+
+    def take(self, slot: int) -> int | None:
+        """The number of the next frame of a session that has come and is in its pages; None where there is none."""
+        coming = self._coming.get(slot)
+        if not coming:
+            return None
+        number, pages = coming[0]
+        landing = self._landing.get(slot)
+        if landing is None:
+            frame = self.link.ready(slot, number)
+            if frame is not None:
+                point("rank.copy_land")
+                self._landing[slot] = land(lambda: self._frames.write(pages, frame))
+            return None
+        if not landing.done.is_set():
+            return None
+        if landing.error is not None:
+            raise landing.error  # A rank that cannot write its pages is of no use.
+        del self._landing[slot]
+        coming.popleft()
+        self.link.release(slot, number)
+        return number
+
+    def close_lane(self, slot: int) -> None:
+        """The session is over: nothing is written into its pages any more."""
+        self._coming.pop(slot, None)
+        landing = self._landing.pop(slot, None)
+        if landing is not None:
+            landing.done.wait()
+        self.link.close_lane(slot)

@@ -1,0 +1,118 @@
+"""The boundary journal: the activations that a stage sent on, kept in host memory page by page like the KV cache.
+
+When the next stage is lost and another worker takes its layers, this stage sends them again, and only the lost layers
+are computed. An entry is named by the page that holds the same positions, so a page that several sequences share has
+one, and a prefix that was taken over leaves no hole. Nothing is ever freed: a page that is used anew writes over its
+entry, and what others sent for a page, or this stage at another boundary, is forgotten when a session is opened or a
+page comes from elsewhere. When the memory is full, the entry that was begun longest ago goes.
+
+Shapes: T tokens of a step, S positions a page, H hidden.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from ..model.batch import StepBatch
+
+_numbers = itertools.count(1)
+
+
+class Journal:
+    """Rows [S, H] of at most `max_pages` pages."""
+
+    def __init__(self, max_pages: int, page_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+        self.page_size = page_size
+        self.number = next(_numbers)
+        """Its own, on this rank."""
+        # Memory is the system's until it is written.
+        self._rows = torch.empty((max_pages * page_size, hidden_size), dtype=dtype)
+        self._item = np.dtype((np.void, hidden_size * dtype.itemsize))
+        self._items = self._as_items(self._rows)
+        """The same memory."""
+        self._unused = list(range(max_pages - 1, -1, -1))
+        self._entries: OrderedDict[int, int] = OrderedDict()
+        """Page -> place of its entry, the one begun longest ago first."""
+
+    @staticmethod
+    def page_bytes(page_size: int, hidden_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one entry."""
+        return page_size * hidden_size * dtype.itemsize
+
+    def write(self, batch: StepBatch, output: torch.Tensor) -> None:
+        """Keeps what a step sent on, `output` [T, H]. A page that was begun before its entry went stays without."""
+        found = [
+            (page, self._begin(page) if offset == 0 else self._entries.get(page), at, offset, count)
+            for at, page, offset, count in _parts(batch)
+        ]
+        sources: list[int] = []
+        targets: list[int] = []
+        for page, place, at, offset, count in found:
+            # A page of a step that begins more than there is room for may have lost its place to a later one.
+            if place is not None and self._entries.get(page) == place:
+                sources.extend(range(at, at + count))
+                targets.extend(range(place + offset, place + offset + count))
+        if targets:
+            # By numpy, which needs fewer calls than torch's indexing: few rows cost what the calls do.
+            items = self._as_items(output)
+            self._items[targets] = items if len(sources) == len(items) else items[sources]
+
+    def _as_items(self, rows: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+        """Contiguous rows [R, H] as R items that are copied whole."""
+        host = rows.cpu() if rows.is_cuda else rows
+        return host.view(torch.uint8).numpy().view(self._item)[:, 0]
+
+    def _begin(self, page: int) -> int | None:
+        place = self._entries.pop(page, None)
+        if place is None:
+            if self._unused:
+                place = self._unused.pop() * self.page_size
+            elif self._entries:
+                _, place = self._entries.popitem(last=False)
+            else:
+                return None
+        self._entries[page] = place
+        return place
+
+    def read(self, batch: StepBatch) -> torch.Tensor | None:
+        """[T, H] of the step's rows as they were sent before; None when a page's entry has gone."""
+        places: list[int] = []
+        for _, page, offset, count in _parts(batch):
+            place = self._entries.get(page)
+            if place is None:
+                return None
+            places.extend(range(place + offset, place + offset + count))
+        return self._rows[torch.tensor(places, dtype=torch.int64)]
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """What these pages hold from now on was not sent from here: entries are of whoever had them before."""
+        for page in pages:
+            place = self._entries.pop(page, None)
+            if place is not None:
+                self._unused.append(place // self.page_size)
+
+    def held(self, pages: Sequence[int]) -> bytes:
+        """One bit for each of `pages`, the lowest first: whether its entry is there."""
+        bits = bytearray(-(-len(pages) // 8))
+        for at, page in enumerate(pages):
+            if page in self._entries:
+                bits[at >> 3] |= 1 << (at & 7)
+        return bytes(bits)
+
+
+def _parts(batch: StepBatch) -> Iterator[tuple[int, int, int, int]]:
+    """(first of the step's tokens, page, offset in it, count) of every stretch that lies in one page."""
+    at, size = 0, batch.page_size
+    for start, count, table in zip(batch.starts, batch.counts, batch.tables, strict=True):
+        position, end = start, start + count
+        while position < end:
+            offset = position % size
+            length = min(size - offset, end - position)
+            yield at, table[position // size], offset, length
+            at += length
+            position += length

@@ -1,0 +1,148 @@
+"""What a rank holds as its shard, and which kind it is made as; a kind is imported only where it is used."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kv.pool import KvLayerSpec, KvPool
+from ..native import ops
+from ..native.architecture import Architecture, NotNative, check_sizes, dtype_of, read_architecture
+from .batch import StepBatch
+from .parallel import TensorParallel
+from .sleeping import SleepShard, sleeps
+from .spec import ShardSpec
+
+log = logging.getLogger(__name__)
+
+
+class Shard(Protocol):
+    """Layers [first, last) of one model on one rank."""
+
+    on_layer: Callable[[], None] | None
+    """Called between layers: the caller drives its transports."""
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of what crosses a boundary."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and KV."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights in memory."""
+
+    @property
+    def tensor_bytes_read(self) -> int:
+        """Bytes of weights read from the checkpoint."""
+
+    @property
+    def kv_layers(self) -> Sequence[KvLayerSpec]:
+        """What each own layer keeps of a token."""
+
+    @property
+    def kv_layout(self) -> str:
+        """Names the order of what lies in a page: the same for shards that read each other's."""
+
+    def bind_kv(self, pool: KvPool) -> None:
+        """Use these pages from now on."""
+
+    def prepare(self, batch: StepBatch) -> None:
+        """Make what the layers need of a step before its activation is there."""
+
+    def forward(self, batch: StepBatch) -> Tensor:
+        """One step: hidden states [T, H], or on the last stage logits [R, V] in fp32."""
+
+
+def load_shard(
+    spec: ShardSpec,
+    parallel: TensorParallel,
+    on_progress: Callable[[int, int], None] | None = None,
+    before: Shard | None = None,
+) -> Shard:
+    """Build the shard that `spec` describes and fill it; `on_progress(done, total)` counts bytes of weights.
+
+    `before`: another range of the same model, if there is one in memory; the compiled kernels share its layers.
+
+    Compiled kernels where they know the model, else transformers' own modules. With `tp_size` above one, every rank
+    calls this with its own rank and its place in the same group.
+
+    Raises:
+        UnsupportedModel: the architecture cannot be split, or not this way.
+        ConfigError: layer range or TP size do not fit the model.
+        CheckpointError: a tensor is missing, has the wrong shape, or its file is damaged.
+    """
+    if sleeps(spec.model_dir):
+        return SleepShard(spec)
+    try:
+        architecture = native_architecture(spec)
+    except NotNative as e:
+        slow = spec.device == "cpu" and not spec.enforce_eager
+        log.log(
+            logging.WARNING if slow else logging.INFO,
+            "layers %d-%d run through transformers' modules%s: %s",
+            *(spec.first, spec.last - 1, ", several times slower than compiled kernels" if slow else "", e),
+        )
+        from .plain.load import load_shard as load_plain_shard
+
+        group = parallel.group() if spec.tp_size == parallel.size > 1 else None
+        plain = load_plain_shard(spec, group, on_progress)
+        if spec.deterministic:
+            from .plain.one_by_one import OneByOneShard
+
+            return OneByOneShard(plain)
+        if spec.enforce_eager or plain.device.type != "cuda" or spec.tp_size > 1:
+            return plain
+        from .plain.graphs import GraphedShard
+
+        return GraphedShard(plain)
+    from ..native.shard import NativeShard
+
+    exchange = parallel.exchange() if spec.tp_size > 1 else None
+    shared = before if isinstance(before, NativeShard) and before.same_model(spec) else None
+    shard = NativeShard(spec, architecture, exchange, on_progress, shared)
+    tiles = shard.dtype == torch.bfloat16 and ops.has_tiles()
+    how = "AMX tiles" if tiles else "vectors"
+    log.info("layers %d-%d run through compiled kernels, linears by %s", spec.first, spec.last - 1, how)
+    return shard
+
+
+def native_architecture(spec: ShardSpec) -> Architecture:
+    """The model as the compiled kernels know it. Raises NotNative with the reason why they cannot serve it."""
+    if spec.enforce_eager:
+        raise NotNative("--enforce-eager")
+    if spec.device != "cpu":
+        raise NotNative(f"the kernels are for a CPU, not {spec.device}")
+    if ops.library() is None:
+        raise NotNative("they were not built at install, or this processor lacks AVX512-BF16")
+    architecture = read_architecture(spec.model_dir)
+    if not 0 <= spec.first < spec.last <= architecture.num_layers:
+        raise NotNative(f"layers {spec.first}-{spec.last} are not a range of its {architecture.num_layers}")
+    dtype_of(spec.dtype, architecture)
+    check_sizes(architecture, spec.page_size, spec.tp_size)
+    return architecture
+
+
+def preload(spec: ShardSpec) -> None:
+    """Imports what `load_shard` will need of slow things, where the model is known before an assignment."""
+    if not spec.model_dir or sleeps(spec.model_dir):
+        return
+    try:
+        native_architecture(spec)
+    except NotNative:
+        importlib.import_module(".load", __package__)

@@ -1,0 +1,305 @@
+"""Decode steps as captured CUDA graphs: one launch instead of a few hundred.
+
+A step of one-token rows is padded up to a number of rows (and of pages a row) for which there is a graph; its rows are
+copied over the graph's own inputs, and the graph is launched. Steps with prompts, and those too large, run as they
+are. A graph is captured when a step first needs it: that step runs twice before, once so that everything that compiles
+or allocates has done so, once to see that nothing in it waits for the device. A model that does wait, as some mixtures
+of experts do, is served without graphs.
+
+Shapes: B rows of the step, padding included, T tokens, H hidden, R rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagemesh.errors import InternalError
+
+from ...attention.cuda import CudaAttention
+from ...attention.tables import DecodeTables, pack_rows
+from ...kv.pool import KvLayerSpec, KvPool
+from ..batch import StepBatch
+from .fused import fuse_norms, fuse_rope
+from .shard import ModelShard
+
+log = logging.getLogger(__name__)
+
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Numbers of rows for which graphs are captured."""
+FIRST_WIDTH = 64
+WIDTH_GROWTH = 4
+"""Pages a row for which graphs are captured: 64, 256, 1024, ..., the last as many as a pool has."""
+_TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """What `GraphedShard.prepare` makes of a decode step."""
+
+    key: tuple[int, int]
+    """(rows, pages a row) of the graph"""
+    packed: Tensor
+    """[B, 1 + M] int32 on the device, or under way there"""
+    lengths: list[int]
+    pages: list[list[int]]
+
+
+class GraphedShard:
+    """A `ModelShard` whose decode steps are graphs. On a CPU they are padded in the same way, and run as they are."""
+
+    def __init__(self, shard: ModelShard) -> None:
+        """Fuses what can be fused of the shard's model, and takes over its attention on a device without graphs."""
+        self._shard = shard
+        self.kv_layout = shard.kv_layout
+        self._on_cuda = shard.device.type == "cuda"
+        if not isinstance(shard.attention_backend, CudaAttention):
+            shard.attention_backend = CudaAttention()
+        self._attention: CudaAttention = shard.attention_backend
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._widths: list[int] = []
+        self._page_size = 0
+        self._memory: Any = None
+        self.eager_because: str | None = None
+        """Why no more graphs are captured; None while they are."""
+        norms = fuse_norms(shard.model)
+        ropes = fuse_rope(shard.model, shard.dtype, shard.device) if self._on_cuda else 0
+        log.info("%d norms and the rotary embedding of %d model files are one kernel each", norms, ropes)
+
+    # -- what a shard is --------------------------------------------------------------------------------------------
+
+    @property
+    def on_layer(self) -> Callable[[], None] | None:
+        """Called between layers of steps that run as they are; a graph is launched at once."""
+        return self._shard.on_layer
+
+    @on_layer.setter
+    def on_layer(self, call: Callable[[], None] | None) -> None:
+        self._shard.on_layer = call
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self._shard.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self._shard.vocab_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and KV."""
+        return self._shard.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._shard.device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights in memory."""
+        return self._shard.weight_bytes
+
+    @property
+    def tensor_bytes_read(self) -> int:
+        """Bytes of weights read from the checkpoint."""
+        return self._shard.tensor_bytes_read
+
+    @property
+    def kv_layers(self) -> Sequence[KvLayerSpec]:
+        """What each own layer keeps of a token."""
+        return self._shard.kv_layers
+
+    def bind_kv(self, pool: KvPool) -> None:
+        """Use these pages from now on; graphs over other pages are dropped."""
+        self._graphs.clear()
+        self._memory = None
+        self._shard.bind_kv(pool)
+        self._page_size = pool.page_size
+        self._widths = page_widths(pool.num_pages)
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: StepBatch) -> None:
+        """Make what the step needs before its activation is there."""
+        key = self._key(batch)
+        if key is None:
+            self._shard.prepare(batch)
+            return
+        packed = pack_rows(batch.starts, batch.tables, batch.page_size, *key)
+        lengths = [start + 1 for start in batch.starts]
+        pages = [
+            list(table[: start // batch.page_size + 1]) for start, table in zip(batch.starts, batch.tables, strict=True)
+        ]
+        batch.prepared = PaddedRows(key, packed.to(self.device, non_blocking=True), lengths, pages)
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch) -> Tensor:
+        """See `ModelShard.forward`; what it returns is the caller's own."""
+        with torch.cuda.device(self.device) if self._on_cuda else contextlib.nullcontext():
+            if batch.prepared is None:
+                self.prepare(batch)
+            graph = self._graph(batch)
+            return self._shard.forward(batch) if graph is None else graph.run(batch)
+
+    def _key(self, batch: StepBatch) -> tuple[int, int] | None:
+        """The graph that the step can be padded to; None: it runs as it is."""
+        count = len(batch.counts)
+        if count > ROWS[-1] or any(tokens != 1 for tokens in batch.counts) or batch.page_size != self._page_size:
+            return None
+        rows = ROWS[bisect_left(ROWS, count)]
+        width = self._fitting_width(max(batch.starts) // batch.page_size + 1)
+        if width is None or (self.eager_because is not None and (rows, width) not in self._graphs):
+            return None
+        return rows, width
+
+    def _fitting_width(self, pages: int) -> int | None:
+        at = bisect_left(self._widths, pages)
+        return self._widths[at] if at < len(self._widths) else None
+
+    def _graph(self, batch: StepBatch) -> _Graph | None:
+        """The step's graph, captured now if it is new; None for a step that runs as it is."""
+        rows = batch.prepared
+        if not isinstance(rows, PaddedRows):
+            return None
+        graph = self._graphs.get(rows.key)
+        if graph is not None:
+            return graph
+        if self.eager_because is None:
+            graph = _Graph(self._shard, self._attention, *rows.key, self._page_size)
+            if not self._on_cuda:
+                self._graphs[rows.key] = graph
+                return graph
+            try:
+                if self._memory is None:
+                    self._memory = torch.cuda.graph_pool_handle()
+                graph.load(batch, rows)
+                graph.capture(self._memory, len(rows.lengths))
+            except RuntimeError as e:
+                self.eager_because = f"{type(e).__name__}: {e}"
+                log.warning("decode steps of %d rows and more kinds run without graphs: %s", rows.key[0], e)
+            else:
+                self._graphs[rows.key] = graph
+                log.info("captured the decode step of %d rows and up to %d pages", *rows.key)
+                return graph
+        # It was prepared for a graph that there will not be.
+        batch.prepared = None
+        return None
+
+
+class _Graph:
+    """The decode step of B rows: inputs that stay where they are, and what is launched over them."""
+
+    def __init__(self, shard: ModelShard, attention: CudaAttention, rows: int, width: int, page_size: int) -> None:
+        device = shard.device
+        self._shard = shard
+        self._attention = attention
+        self._tables = DecodeTables.empty(rows, width, page_size, device)
+        self._token_ids = torch.zeros(rows, dtype=torch.int64, device=device) if shard.is_first else None
+        self._hidden: Tensor | None = None
+        if not shard.is_first:
+            self._hidden = torch.zeros(rows, shard.hidden_size, dtype=shard.dtype, device=device)
+        self._logit_rows = torch.arange(rows, device=device) if shard.is_last else None
+        self._captured: torch.cuda.CUDAGraph | None = None
+        self._out: Tensor | None = None
+
+    def run(self, batch: StepBatch) -> Tensor:
+        """One step: hidden states [T, H] or logits [R, V], copied out of what the next launch writes over."""
+        assert isinstance(batch.prepared, PaddedRows)
+        self.load(batch, batch.prepared)
+        if self._captured is None:
+            out = self._pass()
+        else:
+            self._attention.plan(self._tables)
+            self._captured.replay()
+            assert self._out is not None
+            out = self._out
+        if not self._shard.is_last:
+            return out[: len(batch.counts)].clone()
+        if batch.logit_rows is None:
+            raise InternalError("the last stage needs to know whose logits are wanted")
+        return out.index_select(0, batch.logit_rows)
+
+    def load(self, batch: StepBatch, rows: PaddedRows) -> None:
+        """Put the step's rows in place of the last ones. Padding rows keep tokens of earlier steps, which are read by
+        nobody."""
+        self._tables.load(rows.packed, rows.lengths, rows.pages)
+        for kept, given, what in (
+            (self._token_ids, batch.token_ids, "the first stage needs token ids"),
+            (self._hidden, batch.hidden, "a stage behind the first needs hidden states"),
+        ):
+            if kept is not None:
+                if given is None:
+                    raise InternalError(what)
+                kept[: given.shape[0]].copy_(given, non_blocking=True)
+
+    def capture(self, memory: Any, rows: int) -> None:
+        """Captures the step over what is loaded, and launches it once beside the step run as it is.
+
+        Raises:
+            RuntimeError: the step waits for the device, cannot be captured, or its graph gives something else.
+        """
+        on_layer, self._shard.on_layer = self._shard.on_layer, None
+        try:
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                self._pass()
+                with _no_waiting():
+                    expected = self._pass()[:rows].clone()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+                self._out = self._pass()
+        finally:
+            self._shard.on_layer = on_layer
+        self._attention.plan(self._tables)
+        graph.replay()
+        found, wanted = self._out[:rows].float().nan_to_num(), expected.float().nan_to_num()
+        error, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
+        if error > _TOLERANCES[self._shard.dtype] * max(scale, 1e-6):
+            raise RuntimeError(f"a captured step of {rows} rows is {error:.3g} away from the step itself")
+        self._captured = graph
+
+    def _pass(self) -> Tensor:
+        """The step as it is, over the inputs that stay."""
+        metadata = self._tables.begin()
+        batch = StepBatch(
+            [],
+            metadata.counts,
+            [],
+            self._tables.page_size,
+            token_ids=self._token_ids,
+            hidden=self._hidden,
+            logit_rows=self._logit_rows,
+            prepared=metadata,
+        )
+        return self._shard.forward(batch)
+
+
+def page_widths(num_pages: int) -> list[int]:
+    """Pages a row for which graphs are captured, over a pool of `num_pages`."""
+    widths = [min(FIRST_WIDTH, num_pages)]
+    while widths[-1] < num_pages:
+        widths.append(min(widths[-1] * WIDTH_GROWTH, num_pages))
+    return widths
+
+
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Within it, PyTorch raises where the host would wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -1,0 +1,233 @@
+"""From a checkpoint folder to a `ModelShard`: build on meta, prune, read only the own tensors."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from stagemesh.errors import ConfigError
+
+from ..checkpoint import Checkpoint, wrong_shape
+from ..dummy import dummy_tensor
+from ..spec import ShardSpec
+from ..tp import TPGroup
+from . import hf
+from .layout import check_range, find_layout, prune
+from .parallel import WHOLE, Cut, Parallel
+from .shard import ModelShard
+from .support import check_supported
+from .verified import VERIFIED
+
+log = logging.getLogger(__name__)
+
+_INVENTED_BYTES = 2 << 30
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_shard(
+    spec: ShardSpec,
+    group: TPGroup | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ModelShard:
+    """Build the shard that `spec` describes and fill it; `on_progress(done, total)` counts bytes of weights.
+
+    With `tp_size` above one, every rank calls this with its own rank and the same `group`.
+
+    Raises:
+        UnsupportedModel: the architecture cannot be split, or not this way.
+        ConfigError: layer range or TP size do not fit the model.
+        CheckpointError: a tensor is missing, has the wrong shape, or its file is damaged.
+    """
+    config = hf.load_config(spec.model_dir)
+    check_supported(config)
+    check_range(spec.first, spec.last, config.num_hidden_layers)
+    if config.model_type not in VERIFIED:
+        log.warning("model type %r was not tried when this version was made: compare its output", config.model_type)
+    device = torch.device(spec.device)
+    hf.register_attention(ModelShard.attention)
+    checkpoint = Checkpoint(spec.model_dir) if spec.load_format == "auto" else None
+    dtype = _choose_dtype(spec, config.dtype, checkpoint)
+    model = hf.build_on_meta(config, dtype)
+    layout = find_layout(model, config)
+    sources = hf.map_checkpoint(model, checkpoint.names) if checkpoint is not None else []
+    parallel = Parallel(model, config, layout, group, spec.tp_size, spec.tp_rank)
+    if spec.tp_size > 1 and (group is None or group.size != spec.tp_size or group.rank != spec.tp_rank):
+        raise ConfigError(f"tp_size {spec.tp_size} needs a TP group of that size at rank {spec.tp_rank}")
+    prune(model, layout, spec.first, spec.last)
+    filler = _Filler(model, bool(config.tie_word_embeddings), parallel, dtype, device, on_progress)
+    if checkpoint is not None:
+        filler.read(checkpoint, sources)
+    else:
+        filler.invent(spec.seed)
+    parallel.install()
+    hf.compute_buffers(model, device)
+    read = checkpoint.tensor_bytes_read if checkpoint is not None else 0
+    return ModelShard(model, config, layout, spec, dtype, read)
+
+
+def _choose_dtype(spec: ShardSpec, named: object, checkpoint: Checkpoint | None) -> torch.dtype:
+    if spec.dtype != "auto":
+        return _DTYPES[spec.dtype]
+    if isinstance(named, str):
+        named = _DTYPES.get(named)
+    if named is None and checkpoint is not None:
+        named = checkpoint.info(checkpoint.names[0]).dtype
+    return named if isinstance(named, torch.dtype) and named in _DTYPES.values() else torch.float32
+
+
+class _Filler:
+    """Fills the parameters of a pruned model on the meta device, one after the other."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tied: bool,
+        parallel: Parallel,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._model = model
+        self._parallel = parallel
+        self._device = device
+        self._on_progress = on_progress
+        self._wanted: dict[str, torch.Tensor] = dict(model.state_dict())
+        self._tied = hf.tied_weights(model) if tied else {}
+        choose = hf.parameter_dtype(model, dtype)
+        self._dtypes = {name: choose(name, meta) for name, meta in self._wanted.items()}
+        self._done = 0
+        self._total = sum(
+            math.prod(self._cut(name).shape(meta.shape)) * self._dtypes[name].itemsize
+            for name, meta in self._wanted.items()
+        )
+
+    def read(self, checkpoint: Checkpoint, sources: list[hf.Source]) -> None:
+        """Fill every parameter from the checkpoint.
+
+        Raises:
+            CheckpointError: a tensor is missing, has the wrong shape, or its file is damaged.
+        """
+        by_target = {target: source for source in sources for target in source.targets}
+        aliases = self._resolve_ties(by_target)
+        missing = [name for name in self._wanted if name not in by_target and name not in aliases]
+        missing = [name for name in missing if not hf.is_optional(self._model, name)]
+        if missing:
+            raise checkpoint.lacking(missing)
+        own = {id(by_target[name]): by_target[name] for name in self._wanted if name in by_target}
+        for source in sorted(own.values(), key=lambda source: checkpoint.place(source.tensors[0][0])):
+            if source.transform is None:
+                self._copy(checkpoint, source)
+            else:
+                self._convert(checkpoint, source)
+        self._alias(aliases)
+
+    def invent(self, seed: int) -> None:
+        """Fill every parameter with seeded random numbers."""
+        names = [*self._wanted, *self._tied.values()]
+        by_target = {name: hf.Source([name], None, [(name, name)]) for name in names if name not in self._tied}
+        aliases = self._resolve_ties(by_target)
+        wanted = [name for name in self._wanted if name not in aliases]
+
+        def invented(name: str) -> torch.Tensor:
+            tensor = dummy_tensor(by_target[name].tensors[0][0], self._wanted[name].shape, seed)
+            return self._cut(name).apply(tensor)
+
+        with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+            for some in self._few_at_a_time(wanted):
+                for name, tensor in zip(some, pool.map(invented, some), strict=True):
+                    self._put(name, tensor)
+        self._alias(aliases)
+
+    def _few_at_a_time(self, names: list[str]) -> Iterator[list[str]]:
+        """`names` in parts that may be in memory in fp32 at once."""
+        some, size = list[str](), 0
+        for name in names:
+            needed = 4 * math.prod(self._wanted[name].shape)
+            if some and size + needed > _INVENTED_BYTES:
+                yield some
+                some, size = [], 0
+            some.append(name)
+            size += needed
+        if some:
+            yield some
+
+    def _resolve_ties(self, by_target: dict[str, hf.Source]) -> dict[str, str]:
+        """Where embedding and head are stored once, give both that tensor.
+
+        Returns the pairs (parameter, parameter it is) of which this shard holds both, cut alike: those share memory.
+        """
+        aliases: dict[str, str] = {}
+        for head, embedding in self._tied.items():
+            for name, other in ((head, embedding), (embedding, head)):
+                if name not in self._wanted or name in by_target or other not in by_target:
+                    continue
+                if other in self._wanted and self._cut(name) == self._cut(other):
+                    aliases[name] = other
+                else:
+                    by_target[name] = hf.Source([name], None, by_target[other].tensors)
+        return aliases
+
+    def _copy(self, checkpoint: Checkpoint, source: hf.Source) -> None:
+        name, target = source.tensors[0][0], source.targets[0]
+        found, whole = checkpoint.info(name).shape, tuple(self._wanted[target].shape)
+        if found != whole:
+            raise wrong_shape(checkpoint.info(name), whole)
+        cut = self._cut(target)
+        self._put(target, checkpoint.read(name, cut.dim, cut.ranges))
+
+    def _convert(self, checkpoint: Checkpoint, source: hf.Source) -> None:
+        """Through transformers' converter: several checkpoint tensors make one parameter, or the other way round."""
+        target = source.targets[0]
+        cut = self._cut(target)
+        piecewise = cut is not WHOLE and hf.merges_experts(source)
+        tensors = {}
+        for name, _ in source.tensors:
+            if piecewise:
+                dim, ranges = _cut_of_expert(cut, self._wanted[target].shape, checkpoint.info(name).shape)
+                tensors[name] = checkpoint.read(name, dim, ranges)
+            else:
+                tensors[name] = checkpoint.read(name)
+        for name, tensor in hf.convert(source, tensors, self._model).items():
+            if name not in self._wanted:
+                continue
+            whole = tuple(self._wanted[name].shape)
+            expected = self._cut(name).shape(whole) if piecewise else whole
+            if tuple(tensor.shape) != expected:
+                raise wrong_shape(checkpoint.info(source.tensors[0][0]), expected, tensor.shape)
+            self._put(name, tensor if piecewise else self._cut(name).apply(tensor))
+
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        tensor = tensor.to(device=self._device, dtype=self._dtypes[name])
+        hf.set_tensor(self._model, name, tensor.contiguous())
+        self._done += tensor.nbytes
+        if self._on_progress is not None:
+            self._on_progress(self._done, self._total)
+
+    def _alias(self, aliases: dict[str, str]) -> None:
+        for name, other in aliases.items():
+            shared = self._model.get_parameter(other)
+            hf.set_tensor(self._model, name, shared)
+            self._done += shared.nbytes
+
+    def _cut(self, name: str) -> Cut:
+        return self._parallel.cut(name, self._wanted[name].shape)
+
+
+def _cut_of_expert(
+    cut: Cut, whole: torch.Size, piece: tuple[int, ...]
+) -> tuple[int | None, tuple[tuple[int, int], ...]]:
+    """A cut of merged experts [E, out, in], for the checkpoint's tensor [out, in] of one expert.
+
+    Where gate and up are merged along `out`, each of the two tensors gives one of the cut's two ranges.
+    """
+    assert cut.dim is not None
+    if len(piece) == len(whole):
+        return cut.dim, cut.ranges
+    dim = cut.dim - 1
+    return dim, cut.ranges if piece[dim] == whole[cut.dim] else cut.ranges[:1]

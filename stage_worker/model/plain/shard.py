@@ -1,0 +1,242 @@
+"""A model shard: transformers' own forward over the layers held here, attention over pages.
+
+The model's loop runs as it is. What lives on other stages hands its input on; a hook puts the received activation in
+front of the first own layer, another takes it behind the last. All tokens of a step are one packed row `[1, T]` with
+explicit positions.
+
+Shapes: T tokens in the step, R rows whose logits are wanted, H hidden, V vocabulary, N heads, K KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from stagemesh.errors import InternalError, UnsupportedModel
+
+from ...attention.base import AttentionMetadata
+from ...attention.registry import make_backend
+from ...kv.pool import KvLayerSpec, KvPool
+from ..batch import StepBatch
+from ..spec import ShardSpec
+from .layout import Layout
+
+
+@dataclass
+class _Probe:
+    """What a first forward finds out about the attention of the layers held here."""
+
+    layers: list[KvLayerSpec]
+
+
+class ModelShard:
+    """Layers [first, last) of one model on one rank. Made by `load_shard`."""
+
+    on_layer: Callable[[], None] | None = None
+    """Called after attention and after every layer: the caller can drive its transport between them."""
+    kv_layout = "heads, positions, size"
+    """See `Shard`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: PretrainedConfig,
+        layout: Layout,
+        spec: ShardSpec,
+        dtype: torch.dtype,
+        tensor_bytes_read: int,
+    ) -> None:
+        """Takes a model whose own parameters are loaded; runs it once to see what its attention keeps.
+
+        Raises:
+            UnsupportedModel: a layer does not attend exactly once through the attention function.
+        """
+        self.num_layers = layout.num_layers
+        self.first = spec.first
+        self.last = spec.last
+        self.is_first = spec.first == 0
+        self.is_last = spec.last == layout.num_layers
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.dtype = dtype
+        self.device = torch.device(spec.device)
+        self.tensor_bytes_read = tensor_bytes_read
+        self.weight_bytes = sum(tensor.nbytes for tensor in _unique(model))
+        self._model = model
+        self._base: nn.Module = getattr(model, layout.base_prefix)
+        self.attention_backend = make_backend(self.device)
+        self._pool: KvPool | None = None
+        self._metadata: AttentionMetadata | None = None
+        self._hidden_in: Tensor | None = None
+        self._hidden_out: Tensor | None = None
+        self._probe: _Probe | None = None
+        self._hook(getattr(self._base, layout.layers))
+        self._kinds: set[tuple[int | None, int]] = set()
+        self.kv_layers = self._probe_attention()
+        self._kinds = {(layer.sliding_window, layer.num_kv_heads) for layer in self.kv_layers}
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """transformers' model, what is foreign left out."""
+        return self._model
+
+    def bind_kv(self, pool: KvPool) -> None:
+        """Use these pages from now on.
+
+        Raises:
+            InternalError: the pool was made for other layers.
+        """
+        own, theirs = [layer.layer_idx for layer in self.kv_layers], [layer.layer_idx for layer in pool.layers]
+        if own != theirs:
+            raise InternalError(f"a KV pool of layers {theirs} was given to a shard of layers {own}")
+        self._pool = pool
+
+    def prepare(self, batch: StepBatch) -> None:
+        """Make every index that this shard's layers need, before the step's activation is there."""
+        metadata = AttentionMetadata.build(batch.starts, batch.counts, batch.tables, batch.page_size, self.device)
+        metadata.prepare(self._kinds)
+        batch.prepared = metadata
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch) -> Tensor:
+        """One step: hidden states [T, H] of the last own layer, or on the last stage logits [R, V] in fp32.
+
+        With several ranks, hidden states are the same on each; logits are whole on rank 0 only.
+        """
+        if not isinstance(batch.prepared, AttentionMetadata):
+            self.prepare(batch)
+        assert isinstance(batch.prepared, AttentionMetadata)
+        self._metadata, self._hidden_in = batch.prepared, batch.hidden
+        try:
+            return self._run(batch, batch.prepared.positions)
+        finally:
+            self._metadata = self._hidden_in = self._hidden_out = None
+
+    def _run(self, batch: StepBatch, positions: Tensor) -> Tensor:
+        inputs: dict[str, Any] = {"position_ids": positions[None], "use_cache": False}
+        if self.is_first:
+            if batch.token_ids is None:
+                raise InternalError("the first stage needs token ids")
+            inputs["input_ids"] = batch.token_ids[None]
+        else:
+            if batch.hidden is None:
+                raise InternalError("a stage behind the first needs hidden states")
+            inputs["inputs_embeds"] = batch.hidden[None]
+        if self.is_last:
+            if batch.logit_rows is None:
+                raise InternalError("the last stage needs to know whose logits are wanted")
+            logits: Tensor = self._model(**inputs, logits_to_keep=batch.logit_rows).logits
+            return logits[0].float()
+        self._base(**inputs)
+        if self._hidden_out is None:
+            raise InternalError("the model's forward did not reach its last layer here")
+        return self._hidden_out[0]
+
+    def _hook(self, layers: nn.ModuleList) -> None:
+        own = [layers[index] for index in range(self.first, self.last)]
+        if not self.is_first:
+            own[0].register_forward_pre_hook(self._put_hidden, with_kwargs=True)
+        for layer in own:
+            layer.register_forward_hook(self._after_layer)
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    object.__setattr__(module, "stagemesh_shard", self)
+        if not self.is_last:
+            own[-1].register_forward_hook(self._take_hidden)
+
+    def _put_hidden(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if self._hidden_in is None:
+            raise InternalError("no hidden states came with the step")
+        hidden = self._hidden_in[None]
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    def _take_hidden(self, _layer: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        self._hidden_out = output[0] if isinstance(output, tuple) else output
+
+    def _after_layer(self, _layer: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        if self.on_layer is not None:
+            self.on_layer()
+
+    @staticmethod
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        is_causal: bool | None = None,
+        **_kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """What transformers calls: `query` [1, N, T, D], `key` and `value` [1, K, T, D]; gives [1, T, N, Dv]."""
+        if attention_mask is not None:
+            raise UnsupportedModel(f"{type(module).__name__} makes an attention mask of its own, for dense keys only")
+        if is_causal is False or getattr(module, "is_causal", True) is False:
+            raise UnsupportedModel(f"{type(module).__name__} looks ahead: only causal attention can be served")
+        shard: ModelShard = module.stagemesh_shard  # type: ignore[assignment]
+        layer_idx: int = module.layer_idx  # type: ignore[assignment]
+        return shard._attend(layer_idx, query, key, value, scaling, sliding_window, softcap, s_aux), None
+
+    def _attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        if self._probe is not None:
+            spec = KvLayerSpec(layer_idx, key.shape[1], key.shape[3], value.shape[3], sliding_window)
+            self._probe.layers.append(spec)
+            return value.transpose(1, 2).repeat_interleave(query.shape[1] // value.shape[1], dim=2)
+        if self._pool is None or self._metadata is None:
+            raise InternalError("attention before bind_kv, or outside of a step")
+        out = self.attention_backend.attend(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            self._pool.k(layer_idx),
+            self._pool.v(layer_idx),
+            self._metadata,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+        if self.on_layer is not None:
+            self.on_layer()
+        return out[None]
+
+    def _probe_attention(self) -> list[KvLayerSpec]:
+        """One token through the layers, attention only looking at what it is given."""
+        self._probe = _Probe([])
+        token = torch.zeros(1, dtype=torch.int64, device=self.device)
+        hidden = torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self.device)
+        self.forward(StepBatch([0], [1], [[0]], 1, token_ids=token, hidden=hidden, logit_rows=token))
+        layers, self._probe = self._probe.layers, None
+        if [layer.layer_idx for layer in layers] != list(range(self.first, self.last)):
+            raise UnsupportedModel(
+                f"{type(self._model).__name__} cannot be served: its layers {self.first} to {self.last - 1} called "
+                f"attention for layers {[layer.layer_idx for layer in layers]}; each must, once"
+            )
+        return layers
+
+
+def _unique(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, shared ones once."""
+    return [*model.parameters(), *model.buffers()]

@@ -1,0 +1,398 @@
+"""One layer range that a rank holds for a pipeline at an epoch: shard, KV pages, links and gateways' sessions."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from stagemesh.errors import InvalidRequest, StageLost, StagemeshError, Unavailable
+from stagemesh.faults import point
+from stagemesh.protos.v1 import stage_pb2, types_pb2
+
+from ..kv.copy import PageFrames, PageReceiver, PageSender
+from ..kv.journal import Journal
+from ..kv.page_ranges import PageRanges
+from ..kv.pool import KvPool
+from ..links.link import LinkReceiver, LinkSender
+from ..model.choose import Shard
+from ..sampling.drafter import Drafter
+from .session import Session, SessionContext, Step
+
+TOKEN_CREDITS = 64
+"""Frames of tokens that may be under way on a lane; the first stage takes them as they come."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What one assignment runs on."""
+
+    shard: Shard
+    pool: KvPool
+    drafter: Drafter | None
+    ranges: PageRanges
+    journal: Journal | None
+    salt: int
+    """Of the generations of its pages: other layers' pages never look like these, though they have ranges in common."""
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page, the draft model's part included."""
+        return self.pool.bytes_per_page + (self.drafter.pool.bytes_per_page if self.drafter else 0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights, the draft model's included."""
+        return self.shard.weight_bytes + (self.drafter.shard.weight_bytes if self.drafter else 0)
+
+    def frames(self, layers: types_pb2.LayerRange) -> PageFrames:
+        """Pages of some layers, as they go to another worker. The last layer's bring the draft model's along."""
+        parts: list[tuple[KvPool, list[int]]] = [(self.pool, list(range(layers.first, layers.last)))]
+        if self.drafter is not None and layers.last == self.shard.kv_layers[-1].layer_idx + 1:
+            parts.append((self.drafter.pool, [layer.layer_idx for layer in self.drafter.pool.layers]))
+        return PageFrames(parts)
+
+
+class Assignment:
+    """What one rank does for one stage of one pipeline, from Assign to Release."""
+
+    def __init__(self, request: stage_pb2.AssignRequest, held: Held, tp_rank: int) -> None:
+        self.pipeline_id = request.key.pipeline_id
+        self.epoch = request.key.epoch
+        self.stage = request.stage
+        self.is_first = request.stage == 0
+        self.is_last = request.stage == request.num_stages - 1
+        self.limits = request.limits
+        self.held = held
+        self.shard = held.shard
+        self.pool = held.pool
+        self.drafter = held.drafter
+        self.ranges = held.ranges
+        self.journal = held.journal
+        self.active = False
+        self.sessions: dict[int, Session] = {}
+        self.receiver: LinkReceiver | None = None
+        self.senders: list[LinkSender] = []
+        self.token_receiver: LinkReceiver | None = None
+        """On rank 0 of the first stage of several: what the last one sampled."""
+        self.token_sender: LinkSender | None = None
+        """On rank 0 of the last stage of several."""
+        self.page_senders: dict[tuple[int, int], PageSender] = {}
+        """(epoch, KvCopy) -> pages that go to workers of a later epoch."""
+        self.page_receivers: dict[int, PageReceiver] = {}
+        """KvCopy -> pages that come from workers of the epoch before."""
+        self._tp_rank = tp_rank
+        self._holders: dict[int, str] = {}
+        """Session -> who holds its range of pages."""
+        self._told_broken = False
+
+    # -- links ------------------------------------------------------------------------------------------------------
+
+    @property
+    def links_pending(self) -> bool:
+        """Whether a handshake is under way."""
+        return any(end.state == "connecting" for end in [*self._ends(), *self._copy_ends()])
+
+    @property
+    def awaits_pages(self) -> bool:
+        """Whether pages are on their way here."""
+        return any(session.copies for session in self.sessions.values())
+
+    def note_completed(self) -> None:
+        """Writes down what has come by now: called between layers, `progress_links` does it else."""
+        for link in (self.receiver, self.token_receiver):
+            if link is not None:
+                link.note_completed()
+
+    def progress_links(self) -> None:
+        """Lets the links do what has become possible."""
+        for end in self._ends():
+            end.progress()
+        for index, copy in list(self.page_receivers.items()):
+            copy.link.progress()
+            if copy.link.drained and not self._awaited(index):
+                # The sender's epoch is over, and with it what this was for.
+                del self.page_receivers[index]
+        for key, out in list(self.page_senders.items()):
+            out.progress()
+            if out.link.drained:
+                del self.page_senders[key]
+
+    def _ends(self) -> list[LinkSender | LinkReceiver]:
+        ends = [*self.senders, self.receiver, self.token_sender, self.token_receiver]
+        return [end for end in ends if end is not None]
+
+    def _copy_ends(self) -> list[LinkSender | LinkReceiver]:
+        out: list[LinkSender | LinkReceiver] = [copy.link for copy in self.page_senders.values()]
+        return out + [copy.link for copy in self.page_receivers.values()]
+
+    def take_receiver(self, link: LinkReceiver, *, tokens: bool) -> None:
+        """A receiving end for this epoch, in place of one that was offered before."""
+        before = self.token_receiver if tokens else self.receiver
+        if before is not None:
+            before.close()
+        if tokens:
+            self.token_receiver = link
+        else:
+            self.receiver = link
+
+    def take_senders(self, links: list[LinkSender], *, tokens: bool) -> None:
+        """Sending ends for this epoch, in place of those that were made before."""
+        for sender in [self.token_sender] if tokens else self.senders:
+            if sender is not None:
+                sender.close()
+        if tokens:
+            self.token_sender = links[0] if links else None
+        else:
+            self.senders = links
+
+    def take_broken_link(self) -> StagemeshError | None:
+        """The error of a link that broke while the assignment was active; told once."""
+        if self._told_broken or not self.active:
+            return None
+        error = self._error()
+        self._told_broken = error is not None
+        return error
+
+    def _error(self) -> StagemeshError | None:
+        """Of a link without which nothing can run."""
+        copies = [copy.link for index, copy in self.page_receivers.items() if self._awaited(index)]
+        return next((end.error for end in [*self._ends(), *copies] if end.error is not None), None)
+
+    def _awaited(self, index: int) -> bool:
+        """Whether pages of a KvCopy have been announced that have not come."""
+        return any(copy == index for session in self.sessions.values() for copy, _ in session.copies)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a link has failed: nothing can run any more."""
+        return self._error() is not None
+
+    # -- sessions ---------------------------------------------------------------------------------------------------
+
+    def open_session(self, ident: int, request: stage_pb2.RunOpen) -> stage_pb2.RunOpened:
+        """Opens a gateway's session with its range of pages; returns what the gateway is told of it.
+
+        Raises Unavailable (retry) when all ranges are held, TransportError when a lane cannot be opened.
+        """
+        if not self.active:
+            raise Unavailable(f"{self.pipeline_id} epoch {self.epoch} is not active here yet", retry_after_s=0.2)
+        holder = f"{self.pipeline_id}/{request.gateway_id}"
+        number = self.journal.number if self.journal is not None else 0
+        share = page_share(self.pool.num_pages, self.limits)
+        grant = self.ranges.open(holder, self.epoch, share, _ids(request.pages), number, request.life)
+        if self.journal is not None:
+            self.journal.forget(grant.fresh)
+        try:
+            self._open_lanes(request.slot)
+        except StagemeshError:
+            self.ranges.close(holder, self.epoch)
+            raise
+        session = Session(
+            ident,
+            request.slot,
+            SessionContext(
+                epoch=self.epoch,
+                stage=self.stage,
+                is_last=self.is_last,
+                samples=self.is_last and self._tp_rank == 0,
+                guesses=self.drafter is not None,
+                vocab_size=self.shard.vocab_size,
+                page_size=self.limits.page_size,
+                pages=grant.pages,
+                max_tokens=self.limits.max_num_batched_tokens,
+                device=torch.device(self.shard.device),
+            ),
+        )
+        self._holders[ident] = holder
+        self.sessions[ident] = session
+        return stage_pb2.RunOpened(
+            num_pages=grant.count,
+            page_size=self.limits.page_size,
+            steps_in_flight=self.limits.steps_in_flight,
+            kv_generation=grant.generation ^ self.held.salt,
+            journal=self.journal.held(grant.pages) if self.journal is not None else b"",
+            copy_pages=min((copy.most_pages for copy in self.page_receivers.values()), default=0),
+        )
+
+    def _open_lanes(self, slot: int) -> None:
+        """A lane for the session on every link. Raises TransportError, with none of them open."""
+        credits = self.limits.steps_in_flight
+        step_bytes = self.limits.max_num_batched_tokens * self.shard.hidden_size * self.shard.dtype.itemsize
+        opened: list[LinkSender | LinkReceiver] = []
+        try:
+            for sender in self.senders:
+                sender.open_lane(slot, credits)
+                opened.append(sender)
+            if self.receiver is not None:
+                self.receiver.open_lane(slot, credits, step_bytes)
+                opened.append(self.receiver)
+            if self.token_sender is not None:
+                self.token_sender.open_lane(slot, TOKEN_CREDITS)
+                opened.append(self.token_sender)
+            if self.token_receiver is not None:
+                self.token_receiver.open_lane(slot, TOKEN_CREDITS, 4 * self.limits.max_num_batched_tokens)
+                opened.append(self.token_receiver)
+            for copy in self.page_receivers.values():
+                copy.open_lane(slot)
+                opened.append(copy.link)
+        except StagemeshError:
+            for end in opened:
+                end.close_lane(slot)
+            raise
+
+    def close_session(self, ident: int) -> None:
+        """Drops a session: its steps never run, its lanes are closed, its pages may be granted again."""
+        session = self.sessions.pop(ident, None)
+        if session is None:
+            return
+        self.ranges.close(self._holders.pop(ident), self.epoch)
+        for end in self._ends():
+            end.close_lane(session.slot)
+        for copy in self.page_receivers.values():
+            copy.close_lane(session.slot)
+
+    # -- pages that go to another worker ----------------------------------------------------------------------------
+
+    def copy_pages(self, session: Session, request: stage_pb2.CopyPages) -> None:
+        """Sends pages, or has their receive posted, as this is the one end or the other.
+
+        Raises InvalidRequest for pages or a copy that are not there, TransportError when the link is over.
+        """
+        pages = session.own_pages(request.pages)
+        if request.epoch == self.epoch and request.index in self.page_receivers:
+            self.page_receivers[request.index].expect(session.slot, request.number, pages)
+            if self.journal is not None:
+                # The holder wrote them elsewhere meanwhile: what it sent from here before is of other tokens.
+                self.journal.forget(pages)
+            session.copies.add((request.index, request.number))
+        elif request.epoch > self.epoch:
+            # Without its link nothing goes: who waits for the pages notices, and what is served here goes on.
+            if (sender := self.page_senders.get((request.epoch, request.index))) is not None:
+                sender.send(request.slot, request.number, pages)
+        else:
+            raise InvalidRequest(f"there is no link for copy {request.index} of epoch {request.epoch} here")
+
+    def take_pages(self) -> list[tuple[int, int, int]]:
+        """Pages that have come: (session, KvCopy, number)."""
+        took: list[tuple[int, int, int]] = []
+        for session in self.sessions.values() if self.page_receivers else ():
+            for index, copy in self.page_receivers.items():
+                if (number := copy.take(session.slot)) is not None:
+                    session.copies.discard((index, number))
+                    took.append((session.ident, index, number))
+        return took
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def add_plan(self, session: Session, plan: stage_pb2.StepPlan) -> None:
+        """Prepares a step and posts its receive."""
+        point("rank.plan")
+        step = session.add_plan(plan)
+        if step.computes:
+            self.shard.prepare(step.batch)
+        if self.receiver is not None and step.receives:
+            self.receiver.post(session.slot, step.number, (step.num_tokens, self.shard.hidden_size), self.shard.dtype)
+        if self.token_receiver is not None and step.sampled_sequences:
+            self.token_receiver.post(session.slot, step.number, (len(step.sampled_sequences),), torch.int32)
+            session.awaited.append(step.number)
+
+    def take_tokens(self) -> bool:
+        """Tokens that came from the last stage are known to their sessions; True when some did."""
+        link, took = self.token_receiver, False
+        if link is None:
+            return False
+        for session in self.sessions.values():
+            while session.awaited and (tokens := link.ready(session.slot, session.awaited[0])) is not None:
+                step = session.awaited.popleft()
+                session.note_tokens(step, tokens.tolist(), link.completed_at(session.slot, step))
+                link.release(session.slot, step)
+                took = True
+        return took
+
+    def can_run(self, session: Session, step: Step) -> bool:
+        """Whether the step's input has come and every outgoing link has a credit for it."""
+        if session.failed or self.broken or not session.knows_tokens(step):
+            return False
+        if step.behind and not step.behind.isdisjoint(session.copies):
+            return False
+        if self.receiver is not None and step.receives and self.receiver.ready(session.slot, step.number) is None:
+            return False
+        if step.sampled and self.token_sender is not None and not self.token_sender.can_send(session.slot):
+            return False
+        return not step.sends or all(sender.can_send(session.slot) for sender in self.senders)
+
+    def output_of(self, session: Session, step: Step) -> torch.Tensor | None:
+        """[T, H], or [R, V] on the last stage: what the step's rows come to. None where it has no part in a replay.
+
+        Raises:
+            StageLost: the journal no longer holds what it is to send again.
+        """
+        if step.computes:
+            if self.receiver is not None and step.receives:
+                step.batch.hidden = self.receiver.ready(session.slot, step.number)
+            return self.shard.forward(step.batch)
+        if not step.sends or not self.senders:
+            return None
+        point("rank.replay")
+        sent = self.journal.read(step.batch) if self.journal is not None else None
+        if sent is None:
+            raise StageLost(f"stage {self.stage} no longer holds what step {step.number} is to send again")
+        return sent.to(self.shard.device)
+
+    def keep_output(self, step: Step, output: torch.Tensor) -> None:
+        """Remembers what goes to the next stage, also where this step does not send it."""
+        if self.journal is not None and step.computes:
+            self.journal.write(step.batch, output)
+
+    def input_complete_at(self, session: Session, step: Step) -> float:
+        """When the whole input was there (`time.monotonic()`); on the first stage the plan and all its tokens."""
+        if self.receiver is None or not step.receives:
+            return max(step.arrived_at, step.tokens_known_at)
+        return self.receiver.completed_at(session.slot, step.number)
+
+    def release_input(self, session: Session, step: Step) -> None:
+        """Gives the receive buffer back, and the sender its credit."""
+        if self.receiver is not None and step.receives:
+            self.receiver.release(session.slot, step.number)
+
+    def send(self, session: Session, step: Step, output: torch.Tensor) -> None:
+        """Sends [T, H] on to every receiving rank that reads from this one."""
+        if step.sends:
+            for sender in self.senders:
+                sender.send(session.slot, step.number, output)
+
+    def send_tokens(self, session: Session, step: Step, tokens: list[int]) -> None:
+        """Makes sampled tokens known to the first stage, which may be waiting for them."""
+        if self.is_first:
+            session.note_tokens(step.number, tokens, time.monotonic())
+        elif self.token_sender is not None:
+            self.token_sender.send(session.slot, step.number, torch.tensor(tokens, dtype=torch.int32))
+
+    def take_wait_send_s(self, session: Session) -> float:
+        """How long steps of the session have waited for a credit since the last call."""
+        return max((sender.take_wait_send_s(session.slot) for sender in self.senders), default=0.0)
+
+    def close(self) -> None:
+        """Ends all sessions and closes the links."""
+        self.active = False
+        for ident in list(self.sessions):
+            self.close_session(ident)
+        for end in self._ends():
+            end.close()
+        for link in self._copy_ends():
+            link.close()
+        self.page_senders, self.page_receivers = {}, {}
+        self.senders, self.receiver = [], None
+        self.token_sender = self.token_receiver = None
+
+
+def _ids(bits: bytes) -> list[int]:
+    """The numbers of the bits that are set, the lowest first."""
+    return [8 * at + bit for at, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1]
+
+
+def page_share(num_pages: int, limits: types_pb2.RunLimits) -> int:
+    """Pages that each gateway is granted on each pipeline."""
+    return num_pages // (max(1, limits.gateways) * max(1, limits.pipelines))

@@ -1,0 +1,312 @@
+"""The engine of one rank: a loop that takes what has come, runs the next ready step, and sleeps when there is none.
+
+No thread and no asyncio: the same thread reads the control socket, drives the transports (between layers too) and
+computes. It spins briefly when it runs dry, because the next activation is usually microseconds away, then sleeps in
+`poll` on the control socket and the transports' descriptors.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from stagemesh.errors import InternalError, StageLost, StagemeshError, TransportError
+from stagemesh.faults import point
+from stagemesh.protos.v1 import stage_pb2, types_pb2
+from stagemesh.transport.base import Transport
+
+from ..messages.control import Kind, Socket, dumps
+from ..messages.heartbeat import Heart
+from ..sampling.guessing import follow
+from ..sampling.sampler import sample
+from .assignment import Assignment
+from .order import Follower, Leader, TakeCall
+from .reports import Reports
+from .session import Session, Step
+
+SPIN_S = 50e-6
+IDLE_POLL_S = 0.2
+"""How long an idle rank sleeps: well within the time in which its agent wants to hear of it."""
+PAGES_POLL_S = 0.001
+"""How often pages are looked at that a thread puts where they belong."""
+LINK_POLL_S = 0.01
+"""How often links are looked at while a handshake is under way: its deadline has no descriptor."""
+
+
+class Engine:
+    """Runs steps of the assignments it is given until the control socket closes."""
+
+    def __init__(
+        self,
+        control: Socket,
+        transports: dict[str, Transport],
+        leader: Leader | None,
+        follower: Follower | None,
+        heart: Heart,
+    ) -> None:
+        self.control = control
+        self.heart = heart
+        self.transports = transports
+        self.assignments: dict[tuple[str, int], Assignment] = {}
+        """By pipeline and epoch."""
+        self.stopping = False
+        self.handle: Callable[[Kind, int, bytes], None] = lambda kind, ident, payload: None
+        """What to do with a control frame; set by the rank's commands."""
+        self.background: Callable[[], bool] = lambda: False
+        """Looks at what other threads do, and says whether that was news; likewise."""
+        self._leader = leader
+        self._follower = follower
+        self._held_calls: dict[int, tuple[Kind, bytes]] = {}
+        self._poll = select.poll()
+        self._poll.register(control.fileno(), select.POLLIN)
+        self._polled: set[int] = set()
+        self._free_at = time.monotonic()
+        self._reports = Reports(control)
+        self._late_told = 0
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Runs until told to stop or the agent is gone."""
+        spin_until = 0.0
+        while not self.stopping and not self.control.closed:
+            worked = self.take_messages()
+            worked |= self.progress()
+            worked |= self.run_next_step()
+            worked |= self.background()
+            now = time.monotonic()
+            self._reports.send_due(now)
+            self._tell_late_frames()
+            self.heart.beat()
+            if worked:
+                spin_until = now + SPIN_S
+            elif now > spin_until:
+                self.sleep()
+
+    def take_messages(self) -> bool:
+        """Handles the control frames that have come."""
+        frames = self.control.receive()
+        for kind, ident, payload in frames:
+            if kind.is_call and self._follower is not None:
+                self._held_calls[ident] = (kind, payload)
+                continue
+            if kind.is_call and self._leader is not None:
+                self._leader.take_call(ident)
+            self.handle(kind, ident, payload)
+        return bool(frames)
+
+    def progress(self) -> bool:
+        """Drives transports and links; reports links that broke."""
+        worked = False
+        for transport in self.transports.values():
+            worked |= transport.progress()
+        for assignment in self.assignments.values():
+            assignment.progress_links()
+            worked |= assignment.take_tokens()
+            worked |= self._take_pages(assignment)
+            broken = assignment.take_broken_link()
+            if broken is not None:
+                self.report_broken(assignment, broken)
+        return worked
+
+    def _tell_late_frames(self) -> None:
+        """Tells the agent how much has come over links that are over, and was dropped: frames, and ends of lanes."""
+        late = sum(transport.late_count for transport in self.transports.values())
+        if late > self._late_told:
+            self.control.send(Kind.LATE_FRAMES, late - self._late_told)
+            self._late_told = late
+
+    def _take_pages(self, assignment: Assignment) -> bool:
+        """Tells the agent of pages that have come; it tells the gateway when all ranks have theirs."""
+        took = assignment.take_pages()
+        for ident, index, number in took:
+            copied = stage_pb2.PagesCopied(index=index, number=number)
+            self.control.send(Kind.PAGES_COPIED, ident, copied.SerializeToString())
+        return bool(took)
+
+    def drive_transports(self) -> None:
+        """What the shard calls between layers, so that a long computation never stalls a neighbour's rendezvous."""
+        for transport in self.transports.values():
+            transport.progress()
+        for assignment in self.assignments.values():
+            assignment.note_completed()
+        self.heart.beat()
+
+    def sleep(self) -> None:
+        """Waits for a message or an event of a transport."""
+        due_s = self._reports.due_in_s(time.monotonic())
+        timeout_s = IDLE_POLL_S if due_s is None else due_s
+        if any(a.links_pending for a in self.assignments.values()):
+            timeout_s = min(timeout_s, LINK_POLL_S)
+        if any(a.awaits_pages for a in self.assignments.values()):
+            timeout_s = min(timeout_s, PAGES_POLL_S)
+        if self._leader is None and self._follower is not None:
+            self._watch(self._follower.fileno())
+        for transport in self.transports.values():
+            for fd, events in transport.fds():
+                self._watch(fd, events)
+            if not transport.arm():
+                return
+        for fd, events in self._poll.poll(timeout_s * 1000):
+            if events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) and fd in self._polled:
+                # A descriptor that only ever reports an error would turn every sleep into a spin.
+                self._poll.unregister(fd)
+                self._polled.discard(fd)
+
+    def _watch(self, fd: int, events: int = select.POLLIN) -> None:
+        self._poll.register(fd, events)
+        self._polled.add(fd)
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def run_next_step(self) -> bool:
+        """Runs one step, the one that has been ready longest; False when none is ready."""
+        if self._follower is not None:
+            return self._carry_out_order(self._follower)
+        ready = min(self._ready_steps(), key=lambda entry: entry[2].arrived_at, default=None)
+        if ready is None:
+            return False
+        assignment, session, step = ready
+        if self._leader is not None:
+            self._leader.run_step(session.ident, step.number, step.referred_tokens)
+        self.run_step(assignment, session, step)
+        return True
+
+    def _ready_steps(self) -> Iterator[tuple[Assignment, Session, Step]]:
+        for assignment in self.assignments.values():
+            for session in assignment.sessions.values():
+                step = session.steps.get(session.next_step)
+                if step is not None and assignment.can_run(session, step):
+                    yield assignment, session, step
+
+    def _carry_out_order(self, follower: Follower) -> bool:
+        """On ranks above 0: does what rank 0 ordered, once this rank has what it needs for it."""
+        order = follower.current()
+        if order is None:
+            return False
+        if isinstance(order, TakeCall):
+            held = self._held_calls.pop(order.call, None)
+            if held is not None:
+                follower.done()
+                self.handle(held[0], order.call, held[1])
+                return True
+        else:
+            found = self._find(order.session, order.step)
+            if found is not None and (found[0].broken or found[1].failed):
+                # Rank 0 is in the step already and waits for this rank: only the end of the group frees it.
+                raise InternalError(f"step {order.step} was ordered, and its link or session has failed on this rank")
+            if found is not None:
+                found[1].give_tokens(found[2], order.tokens)
+            if found is not None and found[0].can_run(found[1], found[2]):
+                follower.done()
+                self.run_step(*found)
+                return True
+        follower.check_deadline()
+        return False
+
+    def _find(self, ident: int, number: int) -> tuple[Assignment, Session, Step] | None:
+        for assignment in self.assignments.values():
+            session = assignment.sessions.get(ident)
+            if session is not None and number in session.steps and session.next_step == number:
+                return assignment, session, session.steps[number]
+        return None
+
+    def run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
+        """One step of one stage."""
+        self.heart.work(step.num_tokens)
+        self._run_step(assignment, session, step)
+        self.heart.rest()
+
+    @torch.inference_mode()
+    def _run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
+        """Input, compute, output. Output and credit go first: others wait for them."""
+        began, cpu_before = time.monotonic(), time.process_time()
+        complete_at = assignment.input_complete_at(session, step)
+        point("rank.before_compute")
+        try:
+            output = assignment.output_of(session, step)
+        except StageLost as e:
+            self.end_session(session, e)
+            return
+        result = stage_pb2.StepResult(step=step.number, epoch=step.epoch)
+        certain = self._sample(step, output, result) if step.sampled and output is not None else []
+        output_at = time.monotonic()
+        point("rank.before_send")
+        try:
+            if output is not None and not assignment.is_last:
+                assignment.send(session, step, output)
+            elif certain:
+                assignment.send_tokens(session, step, certain)
+        except TransportError as e:
+            if self._leader is not None or self._follower is not None:
+                raise  # The other ranks are in step with this one: only together can they stop.
+            self.end_session(session, StageLost(e.message))
+            return
+        point("rank.after_send")
+        assignment.release_input(session, step)
+        point("rank.after_release")
+        guessed_s = follow(assignment.drafter, step.followed, result) if assignment.drafter is not None else 0.0
+        ended = time.monotonic()
+        point("rank.before_report")
+        if self._follower is None:
+            timing = self._timing(step, began, ended, assignment.take_wait_send_s(session))
+            timing.input_complete_us, timing.output_us = int(complete_at * 1e6), int(output_at * 1e6)
+            timing.draft_us = int(guessed_s * 1e6)
+            timing.compute_cpu_us = int((time.process_time() - cpu_before) * 1e6)
+            result.timing.CopyFrom(timing)
+            result.timing.result_sent_us = time.monotonic_ns() // 1000
+            self._reports.add(session.ident, result, at_once=assignment.is_last)
+        if output is not None and not assignment.is_last:
+            point("rank.before_journal")
+            assignment.keep_output(step, output)
+        session.finish(step)
+        self._free_at = time.monotonic()
+
+    def _timing(self, step: Step, began: float, ended: float, wait_send_s: float) -> types_pb2.StepTiming:
+        waited_s = max(0.0, began - max(step.arrived_at, self._free_at))
+        return types_pb2.StepTiming(
+            wait_input_us=int(max(0.0, waited_s - wait_send_s) * 1e6),
+            compute_us=int((ended - began) * 1e6),
+            wait_send_us=int(wait_send_s * 1e6),
+            tokens=step.num_tokens,
+            plan_arrived_us=int(step.arrived_at * 1e6),
+            began_us=int(began * 1e6),
+            ended_us=int(ended * 1e6),
+        )
+
+    @staticmethod
+    def _sample(step: Step, logits: torch.Tensor, result: stage_pb2.StepResult) -> list[int]:
+        """Draws the step's tokens into `result`; returns those of rows without a draft, which plans may refer to."""
+        rows = step.sampled
+        drawn = sample(logits, [r.sampler for r in rows], [r.position for r in rows], [r.draft for r in rows])
+        certain, at = [], 0
+        for row, count in zip(rows, drawn.counts, strict=True):
+            result.sequences.extend([row.sequence] * count)
+            result.positions.extend(range(row.position, row.position + count))
+            if not row.draft:
+                certain.append(drawn.tokens[at])
+            at += count
+        result.tokens.extend(drawn.tokens)
+        result.logprobs.extend(drawn.logprobs)
+        result.top_counts.extend(drawn.top_counts)
+        result.top_ids.extend(drawn.top_ids)
+        result.top_logprobs.extend(drawn.top_logprobs)
+        result.failed_sequences.extend(r.sequence for r, bad in zip(rows, drawn.failed, strict=True) if bad)
+        return certain
+
+    # -- what goes wrong --------------------------------------------------------------------------------------------
+
+    def report_broken(self, assignment: Assignment, error: StagemeshError) -> None:
+        """Tells the agent that a link of an active assignment broke; it ends the sessions of all ranks in one order."""
+        said = {"pipeline_id": assignment.pipeline_id, "epoch": assignment.epoch, "reason": error.message}
+        self.control.send(Kind.LINK_BROKEN, 0, dumps(said))
+
+    def end_session(self, session: Session, error: StagemeshError) -> None:
+        """Fails a session from this side; the gateway learns why, and the agent has it closed on every rank."""
+        if session.failed:
+            return
+        session.failed = True
+        self.control.send(Kind.SESSION_ENDED, session.ident, dumps({"reason": error.reason, "message": error.message}))

@@ -1,0 +1,161 @@
+"""The agent's commands that make a stage's links: a receiving end is offered, then the sending end connects."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from stagemesh.errors import NotFound, StagemeshError, TransportError
+from stagemesh.faults import point
+from stagemesh.protos.v1 import stage_pb2
+from stagemesh.transport.base import Transport
+
+from ..kv.copy import PageFrames, PageReceiver, PageSender
+from ..links.link import LinkIdentity, LinkReceiver, LinkSender, sending_rank
+from ..messages.control import Kind, pack_error
+from ..messages.rank_config import RankConfig
+from .assignment import Assignment
+from .engine import Engine
+
+log = logging.getLogger(__name__)
+
+LINK_TIMEOUT_S = 4.0
+
+
+@dataclass
+class _Handshake:
+    """The sending ends of a link, before the other side has answered; each has a deadline of its own."""
+
+    ident: int
+    senders: list[LinkSender]
+    what: str
+    transport: str
+
+    @property
+    def over(self) -> bool:
+        """Whether all have been answered, or one will not be."""
+        return any(s.state in ("failed", "closed") for s in self.senders) or all(s.up for s in self.senders)
+
+    def answer(self) -> bytes:
+        """Raises what went wrong."""
+        for sender in self.senders:
+            if not sender.up:
+                raise sender.error or TransportError(f"the {self.what} was closed before it stood")
+        route = ", ".join(sorted({sender.route for sender in self.senders}))
+        if route:
+            log.info("%s goes over %s: %s", self.what, self.transport, route)
+        return stage_pb2.ConnectLinkResponse(route=route).SerializeToString()
+
+
+class LinkCommands:
+    """OfferLink and ConnectLink of one rank; `find` gives the assignment that a key and a stage name."""
+
+    def __init__(
+        self,
+        config: RankConfig,
+        engine: Engine,
+        device: torch.device,
+        find: Callable[[stage_pb2.PipelineKey, int], Assignment],
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.device = device
+        self._find = find
+        self._handshakes: list[_Handshake] = []
+
+    def offer(self, ident: int, payload: bytes) -> bytes:
+        """Makes this rank's receiving end."""
+        point("rank.offer_link")
+        request = stage_pb2.OfferLinkRequest.FromString(payload)
+        held = self._find(request.key, request.stage)
+        if request.tokens and self.config.rank > 0:
+            return b""
+        transport = self._transport(request.transport)
+        secret = secrets.token_bytes(16)
+        source = 0
+        if not request.tokens:
+            source = sending_rank(self.config.rank, len(request.sender_addresses), self.config.size)
+        frames = held.held.frames(request.copy.layers) if request.HasField("copy") else None
+        link = LinkReceiver(
+            transport,
+            request.sender_addresses[source],
+            self._identity(held, request.key, request.nonces[self.config.rank], secret, request.tokens, frames),
+            device="cpu" if request.tokens else self.device,
+            timeout_s=LINK_TIMEOUT_S,
+        )
+        if frames is not None:
+            held.page_receivers[request.copy.index] = PageReceiver(link, frames)
+        else:
+            held.take_receiver(link, tokens=request.tokens)
+        return stage_pb2.OfferLinkResponse(
+            receiver_addresses=[transport.address()], secrets=[secret]
+        ).SerializeToString()
+
+    def connect(self, ident: int, payload: bytes) -> bytes | None:
+        """Makes this rank's sending ends; receiving ranks that read from another rank are not ours. It is answered when
+        hands are shaken: other steps run meanwhile."""
+        point("rank.connect_link")
+        request = stage_pb2.ConnectLinkRequest.FromString(payload)
+        copies = request.HasField("copy")
+        key = stage_pb2.PipelineKey(pipeline_id=request.key.pipeline_id, epoch=request.copy.from_epoch)
+        held = self._find(key if copies else request.key, request.stage)
+        transport = self._transport(request.transport)
+        frames = held.held.frames(request.copy.layers) if copies else None
+        receivers = len(request.receiver_addresses)
+        mine = [r for r in range(receivers) if sending_rank(r, self.config.size, receivers) == self.config.rank]
+        if request.tokens:
+            mine = [0] if self.config.rank == 0 else []
+        senders = [
+            LinkSender(
+                transport,
+                request.receiver_addresses[r],
+                self._identity(held, request.key, request.nonces[r], request.secrets[r], request.tokens, frames),
+                timeout_s=LINK_TIMEOUT_S,
+            )
+            for r in mine
+        ]
+        if frames is not None:
+            (sender,) = senders
+            held.page_senders[request.key.epoch, request.copy.index] = PageSender(sender, frames)
+        else:
+            held.take_senders(senders, tokens=request.tokens)
+        shaking = _Handshake(ident, senders, f"link of stage {held.stage} to {request.receiver_id}", transport.name)
+        if not shaking.over:
+            self._handshakes.append(shaking)
+            return None
+        return shaking.answer()
+
+    def poll(self) -> bool:
+        """Answers for the links that stand, or will not; True when there were any."""
+        over = [shaking for shaking in self._handshakes if shaking.over]
+        for shaking in over:
+            self._handshakes.remove(shaking)
+            try:
+                self.engine.control.send(Kind.REPLY, shaking.ident, shaking.answer())
+            except StagemeshError as e:
+                self.engine.control.send_packed(pack_error(shaking.ident, e))
+        return bool(over)
+
+    @staticmethod
+    def _identity(
+        held: Assignment,
+        key: stage_pb2.PipelineKey,
+        nonce: int,
+        secret: bytes,
+        tokens: bool,
+        frames: PageFrames | None,
+    ) -> LinkIdentity:
+        if tokens:
+            return LinkIdentity(nonce, key.epoch, secret, 1, torch.int32)
+        if frames is not None:
+            return LinkIdentity(nonce, key.epoch, secret, frames.page_bytes, torch.uint8)
+        return LinkIdentity(nonce, key.epoch, secret, held.shard.hidden_size, held.shard.dtype)
+
+    def _transport(self, name: str) -> Transport:
+        if name not in self.engine.transports:
+            raise NotFound(f"transport {name!r} is not open here; open: {', '.join(self.engine.transports)}")
+        return self.engine.transports[name]

@@ -1,0 +1,256 @@
+"""What a rank holds in memory: its shard of the model and the KV pages for it, kept while the next epoch wants both."""
+
+from __future__ import annotations
+
+import gc
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from stagemesh.errors import ConfigError
+from stagemesh.protos.v1 import stage_pb2, types_pb2
+
+from ..kv.journal import Journal
+from ..kv.page_ranges import PageRanges
+from ..kv.pool import KvPool
+from ..messages.rank_config import RankConfig
+from ..model.choose import Shard, load_shard
+from ..model.parallel import TensorParallel
+from ..model.spec import ShardSpec
+from ..sampling.drafter import Drafter
+from .assignment import Held, page_share
+from .engine import Engine
+from .measure import available_memory_bytes
+
+CPU_KV_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A shard in memory and what it was loaded as."""
+
+    spec: ShardSpec
+    fingerprint: str
+    shard: Shard
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a request asks for."""
+
+    main: tuple[ShardSpec, str]
+    draft: tuple[ShardSpec, str] | None
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Shards, and what was made for them."""
+
+    wanted: _Wanted
+    held: Held
+
+
+Request = stage_pb2.AssignRequest | stage_pb2.PrepareRequest
+Progress = Callable[[int, int], None]
+
+
+class RankMemory:
+    """Loads what an assignment asks for, and makes the pages.
+
+    As a rule it has one set of them, kept over epochs that want the same. While the worker's layers change beside
+    serving it has two: the next one has the weights and the pages of the layers that stay in common with the first.
+    """
+
+    def __init__(self, config: RankConfig, engine: Engine, device: torch.device, parallel: TensorParallel) -> None:
+        self.config = config
+        self.engine = engine
+        self.device = device
+        self.parallel = parallel
+        self._sets: list[_Set] = []
+        """The newest last."""
+
+    def hold(self, request: Request, tell: Progress) -> Held:
+        """Shard, pages, and on rank 0 of the last stage the draft model; `tell(done, total)` counts bytes of weights.
+
+        What is in memory and fits the request stays; all that nothing runs on goes first, as both may not fit.
+
+        Raises:
+            StagemeshError: the checkpoint, the settings or the memory do not allow it.
+        """
+        held = self.find(request)
+        if held is None:
+            held = self.make(request, self.load(request, tell))
+        return held
+
+    def find(self, request: Request) -> Held | None:
+        """What is in memory and fits."""
+        wanted = self._wanted(request)
+        found = next((s for s in self._sets if s.wanted == wanted and self._fits(s.held, request.limits)), None)
+        if found is None:
+            return None
+        self._sets.remove(found)
+        self._sets.append(found)
+        self.trim()
+        return found.held
+
+    def load(self, request: Request, tell: Progress) -> list[Shard]:
+        """The shards that a request asks for, the draft model's behind the model's; on any thread.
+
+        Layers that a shard in memory has are that one's.
+        """
+        wanted = self._wanted(request)
+        serving = self._serving()
+        before = serving.shard if serving is not None else None
+        if before is None and self._sets and self.device.type == "cpu":
+            # What nothing runs on goes, but for layers that are wanted again. On a card, its pages are in the way.
+            before = self._sets[-1].held.shard
+        self.trim(keep_one=False)
+        drafters = [s.held.drafter.shard for s in self._sets if s.held.drafter and s.wanted.draft == wanted.draft]
+        shards = [load_shard(wanted.main[0], self.parallel, tell, before)]
+        if wanted.draft is not None:
+            shards.append(drafters[0] if drafters else load_shard(wanted.draft[0], self.parallel, tell))
+        for shard in shards:
+            shard.on_layer = self.engine.drive_transports
+        return shards
+
+    def make(self, request: Request, shards: list[Shard]) -> Held:
+        """Pages and journal for loaded shards. Raises ConfigError when not one request would fit."""
+        limits, shard = request.limits, shards[0]
+        before = self._serving() or next((held for held in self._in_use() if self._fits(held, limits)), None)
+        if before is not None and not self._fits(before, limits):
+            raise ConfigError("the worker serves with other bounds: they cannot change beside that")
+        if before is None:
+            pages = self._num_pages(limits, shards)
+            pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)
+            ranges = PageRanges(pages, _nonce)
+        else:
+            # A layer has the same pages for every assignment: a pipeline that goes from one to the other finds its own.
+            pools = [held.pool for held in self._in_use()]
+            self._check_room(pools, shards)
+            pool = KvPool(shard.kv_layers, before.pool.num_pages, limits.page_size, shard.dtype, self.device, pools)
+            ranges = before.ranges
+        shard.bind_kv(pool)
+        drafter = None
+        if len(shards) > 1:
+            known = before.drafter if before is not None else None
+            drafter = known if known is not None and known.shard is shards[1] else Drafter(shards[1], pool)
+        journal = None
+        if request.layers.last < request.model.num_layers:
+            boundary = request.layers.last - 1
+            same = (held for held in self._in_use() if held.shard.kv_layers[-1].layer_idx == boundary)
+            other = next(same, None) if before is not None else None
+            journal = other.journal if other is not None else self._make_journal(pool, shard)
+        held = Held(shard, pool, drafter, ranges, journal, _nonce())
+        self._sets.append(_Set(self._wanted(request), held))
+        return held
+
+    def _serving(self) -> Held | None:
+        """What the newest assignment runs on that takes steps: further layers are made beside it."""
+        active = [assignment for assignment in self.engine.assignments.values() if assignment.active]
+        return max(active, key=lambda assignment: assignment.epoch).held if active else None
+
+    def _in_use(self) -> list[Held]:
+        """What assignments run on."""
+        return list({id(a.held): a.held for a in self.engine.assignments.values()}.values())
+
+    def trim(self, *, keep_one: bool = True) -> None:
+        """Lets go of what nothing runs on, but for the newest."""
+        used = {id(assignment.held) for assignment in self.engine.assignments.values()}
+        kept = [s for s in self._sets if id(s.held) in used or (keep_one and s is self._sets[-1])]
+        if len(kept) == len(self._sets):
+            return
+        self._sets = kept
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _wanted(self, request: Request) -> _Wanted:
+        limits, model = request.limits, request.model
+        main = self._spec(model, limits, (request.layers.first, request.layers.last)), model.fingerprint
+        draft = None
+        if model.HasField("draft") and request.layers.last == model.num_layers and self.config.rank == 0:
+            theirs = model.draft.model
+            draft = self._spec(theirs, limits, (0, theirs.num_layers), whole=True), theirs.fingerprint
+        return _Wanted(main, draft)
+
+    @staticmethod
+    def _fits(held: Held, limits: types_pb2.RunLimits) -> bool:
+        """Whether its pages are what the bounds want; where those name no count, the one that was found room for is."""
+        return (
+            held.pool.page_size == limits.page_size
+            and limits.num_pages in (0, held.pool.num_pages)
+            and page_share(held.pool.num_pages, limits) * limits.page_size >= limits.max_model_len
+        )
+
+    def _spec(
+        self, model: types_pb2.ModelRef, limits: types_pb2.RunLimits, layers: tuple[int, int], *, whole: bool = False
+    ) -> ShardSpec:
+        """This rank's part of the layers; `whole`: all of each, not its share among the ranks."""
+        return ShardSpec(
+            model_dir=model.path,
+            first=layers[0],
+            last=layers[1],
+            dtype=model.dtype or "auto",  # type: ignore[arg-type]
+            device=str(self.device),
+            tp_rank=0 if whole else self.config.rank,
+            tp_size=1 if whole else self.config.size,
+            load_format=model.load_format or "auto",  # type: ignore[arg-type]
+            seed=model.seed,
+            deterministic=model.deterministic,
+            page_size=limits.page_size,
+            threads=self.config.compute_threads,
+            idle_cores=() if whole else tuple(self.config.idle_cpus),
+            enforce_eager=self.config.enforce_eager,
+        )
+
+    def _num_pages(self, limits: types_pb2.RunLimits, shards: list[Shard]) -> int:
+        """For all gateways. Raises ConfigError when not one request of --max-model-len would fit."""
+        shares = max(1, limits.gateways) * max(1, limits.pipelines)
+        page_bytes = _page_bytes(shards, limits.page_size)
+        one_sequence = -(-limits.max_model_len // limits.page_size)
+        budget = self._kv_budget_bytes()
+        pages = limits.num_pages or min(one_sequence * limits.max_num_seqs * shares, budget // page_bytes)
+        if pages // shares < one_sequence:
+            raise ConfigError(
+                f"one request of --max-model-len {limits.max_model_len} needs {one_sequence} KV pages of {page_bytes} "
+                f"bytes here, and there are {pages} for {shares} gateway(s) and pipeline(s): lower --max-model-len to "
+                f"{pages // shares * limits.page_size}, or raise --num-kv-pages / --kv-cache-gib (now "
+                f"{budget / 2**30:.2f} GiB)"
+            )
+        return pages
+
+    def _check_room(self, pools: list[KvPool], shards: list[Shard]) -> None:
+        """Raises ConfigError where the pages of layers that come do not fit beside those that are there."""
+        pool = pools[0]
+        new = [layer for layer in shards[0].kv_layers if not any(layer in other.layers for other in pools)]
+        need = KvPool.page_bytes(new, pool.page_size, pool.dtype) * pool.num_pages
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else available_memory_bytes()
+        if need > free:
+            raise ConfigError(
+                f"{len(new)} more layers need {need / 2**30:.2f} GiB for {pool.num_pages} KV pages beside what runs, "
+                f"and {free / 2**30:.2f} GiB are free: move fewer layers, or start with fewer pages (--num-kv-pages)"
+            )
+
+    def _make_journal(self, pool: KvPool, shard: Shard) -> Journal | None:
+        """As much of it as --journal-gib allows; nothing where that is not one page."""
+        page_bytes = Journal.page_bytes(pool.page_size, shard.hidden_size, shard.dtype)
+        pages = min(pool.num_pages, int(self.config.journal_gib * 2**30) // page_bytes)
+        return Journal(pages, pool.page_size, shard.hidden_size, shard.dtype) if pages else None
+
+    def _kv_budget_bytes(self) -> int:
+        if self.config.kv_cache_gib is not None:
+            return int(self.config.kv_cache_gib * 2**30)
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            return max(0, int(total * self.config.gpu_memory_utilization) - (total - free))
+        return int(available_memory_bytes() * CPU_KV_SHARE / self.config.size)
+
+
+def _nonce() -> int:
+    return secrets.randbits(63) | 1
+
+
+def _page_bytes(shards: list[Shard], page_size: int) -> int:
+    return sum(KvPool.page_bytes(s.kv_layers, page_size, s.dtype) for s in shards)

@@ -1,0 +1,366 @@
+"""What one gateway has open on one rank: its sequences, and the steps whose plans have come.
+
+A plan is prepared when it arrives, before its activation does: index tensors are built and the receive is posted. Steps
+of a session run in the order of their numbers; steps of different sessions in the order in which they become ready.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from stagemesh.errors import InternalError, InvalidRequest, StaleEpoch
+from stagemesh.protos.v1 import stage_pb2
+
+from ..model.batch import StepBatch
+from ..sampling.drafter import Drafted
+from ..sampling.guessing import FollowedRow, check_guesses, followed_rows
+from ..sampling.sampler import SequenceSampler
+
+TOKENS_KEPT_STEPS = 256
+"""How long results are kept for plans that refer to them: a gateway does so only until it has the result itself."""
+
+
+@dataclass
+class Sequence:
+    """One open sequence: where its tokens are, and how it is sampled (last stage, rank 0)."""
+
+    pages: list[int] = field(default_factory=list)
+    """Pages in this worker's pool, in the order of positions."""
+    length: int = 0
+    """Positions that plans have covered, guessed tokens among them."""
+    certain: int = 0
+    """Those of them that are sure to stay: less than `length` behind a draft row, until the next row says where the
+    sequence goes on."""
+    sampler: SequenceSampler | None = None
+    drafted: Drafted | None = None
+    """What the draft model knows of it, where there is one and a plan has named the sequence."""
+
+
+@dataclass(frozen=True)
+class SampledRow:
+    """A row behind which a token is drawn, and behind a draft row one more for each guess that held."""
+
+    sequence: int
+    position: int
+    """Of the first new token."""
+    sampler: SequenceSampler
+    draft: tuple[int, ...] = ()
+    """Guesses of the new tokens."""
+
+
+@dataclass
+class Step:
+    """A step that is ready but for its input."""
+
+    number: int
+    epoch: int
+    batch: StepBatch
+    num_tokens: int
+    sampled: list[SampledRow]
+    """Rows that sample; where tokens are drawn."""
+    sampled_sequences: list[int]
+    """Sequences of which the last stage will draw a token in this step that later plans may refer to; on the first
+    stage. Draft rows are not among them: how many tokens they bring is not known before."""
+    references: list[tuple[int, int, int]]
+    """(place in the step's tokens, earlier step, sequence): tokens that are that step's result, not a literal; on the
+    first stage."""
+    referred_tokens: list[int]
+    """Those tokens, once they are known."""
+    arrived_at: float
+    tokens_known_at: float = 0.0
+    """When the last result that it refers to was here."""
+    followed: list[FollowedRow] = field(default_factory=list)
+    """Its rows as the draft model sees them, where there is one."""
+    receives: bool = True
+    """An activation comes over the link."""
+    computes: bool = True
+    sends: bool = True
+    """Its output, or what the journal holds of its rows, goes on over the links."""
+    behind: frozenset[tuple[int, int]] = frozenset()
+    """Pages that have to be there before: (KvCopy, number)."""
+
+
+@dataclass(frozen=True)
+class SessionContext:
+    """What a session needs to know of the stage it runs on."""
+
+    epoch: int
+    stage: int
+    is_last: bool
+    samples: bool
+    """Whether this rank draws tokens: rank 0 of the last stage."""
+    vocab_size: int
+    page_size: int
+    pages: tuple[int, ...]
+    """Granted to it: a plan names them by their place here; -1 is none."""
+    max_tokens: int
+    device: torch.device
+    guesses: bool = False
+    """Whether this rank has a draft model."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it embeds tokens."""
+        return self.stage == 0
+
+
+class Session:
+    """Sequences and steps of one gateway at one epoch."""
+
+    def __init__(self, ident: int, slot: int, context: SessionContext) -> None:
+        self.ident = ident
+        self.slot = slot
+        self.context = context
+        self.sequences: dict[int, Sequence] = {}
+        self.steps: dict[int, Step] = {}
+        self.next_step = 1
+        """The step that runs next: steps are numbered from 1 without gaps."""
+        self.last_planned = 0
+        self.failed = False
+        """Nothing runs any more; the gateway has been told, and will have the session closed."""
+        self.copies: set[tuple[int, int]] = set()
+        """Pages that are announced and have not come: (KvCopy, number)."""
+        self.awaited: deque[int] = deque()
+        """Steps whose tokens the last stage will send, in order; on the first stage."""
+        self._tokens: dict[int, tuple[float, dict[int, int]]] = {}
+        """step -> when it was here, sequence -> token, of the last steps; on the first stage."""
+        self._sampled: dict[int, list[int]] = {}
+        """step -> sequences that it samples, of the last steps; on the first stage."""
+        self._closing: list[tuple[int, int]] = []
+
+    def open_sequence(self, message: stage_pb2.OpenSequence) -> None:
+        """From the next plan on, rows may name this sequence."""
+        if message.sequence in self.sequences:
+            raise InvalidRequest(f"sequence {message.sequence} is open already")
+        sampler = None
+        if self.context.samples:
+            sampler = SequenceSampler.open(message, self.context.vocab_size, self.context.device)
+        self.sequences[message.sequence] = Sequence(sampler=sampler)
+
+    def close_sequence(self, message: stage_pb2.CloseSequence) -> None:
+        """Forgets a sequence once the last step that names it has run."""
+        self._closing.append((message.after_step, message.sequence))
+        self._close_due()
+
+    def _close_due(self) -> None:
+        due = [entry for entry in self._closing if entry[0] < self.next_step]
+        for entry in due:
+            self._closing.remove(entry)
+            self.sequences.pop(entry[1], None)
+
+    def add_plan(self, plan: stage_pb2.StepPlan) -> Step:
+        """Prepares a step. Raises StaleEpoch, or InvalidRequest for a plan that contradicts itself or the session."""
+        if plan.epoch != self.context.epoch:
+            raise StaleEpoch(f"plan of epoch {plan.epoch} in a session of epoch {self.context.epoch}")
+        if plan.kind not in (stage_pb2.STEP_KIND_RUN, stage_pb2.STEP_KIND_REPLAY):
+            raise InvalidRequest(f"step {plan.step} is of kind {plan.kind}, which this release does not know")
+        if plan.step != self.last_planned + 1:
+            raise InvalidRequest(f"plan of step {plan.step} after step {self.last_planned}")
+        counts, starts = list(plan.counts), list(plan.starts)
+        total = sum(counts)
+        rows = len(plan.sequences)
+        lengths = {len(counts), len(starts), len(plan.new_page_counts) or rows}
+        if lengths != {rows} or sum(plan.new_page_counts) != len(plan.new_pages) or 0 in counts:
+            raise InvalidRequest(f"the arrays of step {plan.step} do not fit its {rows} rows")
+        if any(row >= rows for row in plan.sample_rows) or any(row >= rows for row in plan.ref_rows):
+            raise InvalidRequest(f"step {plan.step} samples or refers to a row beyond its {rows}")
+        if len(plan.ref_rows) != len(plan.ref_steps) or any(counts[row] != 1 for row in plan.ref_rows):
+            raise InvalidRequest(f"step {plan.step} has rows of other than one token that refer to a result")
+        _check_drafts(plan, counts)
+        check_guesses(plan)
+        if plan.guess_rows and self.context.samples and not self.context.guesses:
+            raise InvalidRequest(f"step {plan.step} asks for guesses, and there is no draft model here")
+        if plan.tokens and max(plan.tokens) >= self.context.vocab_size:
+            raise InvalidRequest(f"step {plan.step} names a token beyond the {self.context.vocab_size} there are")
+        if not 0 < total <= self.context.max_tokens or len(plan.tokens) != total:
+            raise InvalidRequest(
+                f"step {plan.step} has {total} positions and {len(plan.tokens)} tokens; at most "
+                f"{self.context.max_tokens} are allowed"
+            )
+        tables = self._grow(plan, starts, counts)
+        step = Step(
+            number=plan.step,
+            epoch=plan.epoch,
+            batch=StepBatch(
+                starts=starts,
+                counts=counts,
+                tables=tables,
+                page_size=self.context.page_size,
+                token_ids=self._token_ids(plan),
+                logit_rows=self._logit_rows(plan, counts),
+                alone=plan.alone,
+            ),
+            num_tokens=total,
+            sampled=self._samplers(plan, starts, counts),
+            sampled_sequences=[],
+            references=[],
+            referred_tokens=[],
+            arrived_at=time.monotonic(),
+            receives=not self.context.is_first,
+            sends=not self.context.is_last,
+            behind=frozenset(self.copies),
+        )
+        if plan.kind == stage_pb2.STEP_KIND_REPLAY:
+            self._take_part(plan, step)
+        if self.context.is_first:
+            self._refer(plan, counts, step)
+        if self.context.guesses and step.computes:
+            step.followed = followed_rows(plan, tables, self._drafted)
+        self.last_planned = plan.step
+        self.steps[plan.step] = step
+        return step
+
+    def _take_part(self, plan: stage_pb2.StepPlan, step: Step) -> None:
+        """What this stage does in a replay."""
+        first, last, own = plan.replay_first, plan.replay_last, self.context.stage
+        if first > last or plan.sample_rows or plan.ref_rows:
+            raise InvalidRequest(f"step {plan.step} replays stages {first} to {last}, or samples: a replay cannot")
+        step.computes = first <= own <= last
+        step.receives = step.computes and own > 0
+        step.sends = first - 1 <= own < last
+
+    # -- tokens that are not known yet -------------------------------------------------------------------------------
+
+    def _refer(self, plan: stage_pb2.StepPlan, counts: list[int], step: Step) -> None:
+        """Writes down which tokens of the step are results of earlier ones, and what it will sample itself."""
+        for row, earlier in zip(plan.ref_rows, plan.ref_steps, strict=True):
+            ident = plan.sequences[row]
+            if ident not in self._sampled.get(earlier, ()):
+                raise InvalidRequest(
+                    f"step {plan.step} refers to sequence {ident} in step {earlier}, which has no result"
+                )
+            step.references.append((sum(counts[:row]), earlier, ident))
+        drafts = set(plan.draft_rows)
+        step.sampled_sequences = [plan.sequences[row] for row in plan.sample_rows if row not in drafts]
+        if step.sampled_sequences:
+            self._sampled[plan.step] = step.sampled_sequences
+
+    def note_tokens(self, step: int, tokens: list[int], here_at: float) -> None:
+        """What the last stage sampled in a step, in the order of its rows that sample, without draft rows."""
+        self._tokens[step] = here_at, dict(zip(self._sampled[step], tokens, strict=True))
+
+    def knows_tokens(self, step: Step) -> bool:
+        """Puts results of earlier steps into the step's tokens; False while one is not known."""
+        while step.references:
+            place, earlier, ident = step.references[-1]
+            found = self._tokens.get(earlier)
+            if found is None:
+                return False
+            here_at, tokens = found
+            step.tokens_known_at = max(step.tokens_known_at, here_at)
+            step.references.pop()
+            self._put_token(step, place, tokens[ident])
+        return True
+
+    def give_tokens(self, step: Step, tokens: Iterable[int]) -> None:
+        """On ranks above 0: the tokens that rank 0 found for the step's references; told again while the step waits."""
+        if not step.references:
+            return
+        for token in tokens:
+            place, _, _ = step.references.pop()
+            self._put_token(step, place, token)
+
+    @staticmethod
+    def _put_token(step: Step, place: int, token: int) -> None:
+        assert step.batch.token_ids is not None
+        step.batch.token_ids[place] = token
+        step.referred_tokens.append(token)
+
+    def finish(self, step: Step) -> None:
+        """The step has run."""
+        del self.steps[step.number]
+        self.next_step = step.number + 1
+        self._tokens.pop(step.number - TOKENS_KEPT_STEPS, None)
+        self._sampled.pop(step.number - TOKENS_KEPT_STEPS, None)
+        if self._closing:
+            self._close_due()
+
+    def _grow(self, plan: stage_pb2.StepPlan, starts: list[int], counts: list[int]) -> list[list[int]]:
+        """Gives each row's sequence its new pages; returns the block table of each row."""
+        tables: list[list[int]] = []
+        at = 0
+        drafts, replays = set(plan.draft_rows), plan.kind == stage_pb2.STEP_KIND_REPLAY
+        for i, ident in enumerate(plan.sequences):
+            sequence = self.sequences.get(ident)
+            if sequence is None:
+                raise InvalidRequest(f"step {plan.step} names sequence {ident}, which is not open")
+            if not sequence.length or replays:
+                # Behind a prefix that pages of another sequence hold already, or that was computed at an earlier epoch.
+                sequence.length = sequence.certain = starts[i]
+            if not sequence.certain <= starts[i] <= sequence.length:
+                raise InvalidRequest(
+                    f"step {plan.step} starts sequence {ident} at {starts[i]}, but it holds {sequence.length} "
+                    f"positions, {sequence.certain} of them for certain"
+                )
+            new = plan.new_pages[at : at + plan.new_page_counts[i]] if plan.new_page_counts else []
+            at += len(new)
+            sequence.pages.extend(self.own_pages(new))
+            # Guesses that did not hold are dead: this row writes over them.
+            sequence.length = starts[i] + counts[i]
+            sequence.certain = starts[i] + 1 if i in drafts else sequence.length
+            if len(sequence.pages) * self.context.page_size < sequence.length:
+                raise InvalidRequest(f"sequence {ident} has too few pages for {sequence.length} positions")
+            tables.append(sequence.pages)
+            if replays:
+                # What is behind it may lie in pages that another sequence's rows fill: the row that goes on says where.
+                sequence.length = sequence.certain = 0
+        return tables
+
+    def own_pages(self, ids: Iterable[int]) -> list[int]:
+        """The worker's pages that the gateway means. Raises InvalidRequest for one that was not granted."""
+        granted = self.context.pages
+        found = [granted[ident] if ident < len(granted) else -1 for ident in ids]
+        if -1 in found:
+            raise InvalidRequest(f"page {list(ids)[found.index(-1)]} is named, which was not granted")
+        return found
+
+    def _drafted(self, ident: int, start: int) -> Drafted:
+        sequence = self.sequences[ident]
+        if sequence.drafted is None:
+            # Pages of a prefix before it were filled by the sequence that computed them.
+            sequence.drafted = Drafted(done=start)
+        return sequence.drafted
+
+    def _token_ids(self, plan: stage_pb2.StepPlan) -> Tensor | None:
+        if not self.context.is_first:
+            return None
+        return torch.tensor(list(plan.tokens), dtype=torch.int64).to(self.context.device)
+
+    def _logit_rows(self, plan: stage_pb2.StepPlan, counts: list[int]) -> Tensor | None:
+        if not self.context.is_last:
+            return None
+        ends, drafts = list(accumulate(counts)), set(plan.draft_rows)
+        wanted: list[int] = []
+        for row in plan.sample_rows:
+            wanted.extend(range(ends[row] - (counts[row] if row in drafts else 1), ends[row]))
+        return torch.tensor(wanted, dtype=torch.int64).to(self.context.device)
+
+    def _samplers(self, plan: stage_pb2.StepPlan, starts: list[int], counts: list[int]) -> list[SampledRow]:
+        if not self.context.samples:
+            return []
+        out = []
+        ends, drafts = list(accumulate(counts)), set(plan.draft_rows)
+        for row in plan.sample_rows:
+            sampler = self.sequences[plan.sequences[row]].sampler
+            if sampler is None:
+                raise InternalError(f"sequence {plan.sequences[row]} has no sampler on the sampling rank")
+            draft = tuple(plan.tokens[ends[row] - counts[row] + 1 : ends[row]]) if row in drafts else ()
+            out.append(SampledRow(plan.sequences[row], starts[row] + counts[row] - len(draft), sampler, draft))
+        return out
+
+
+def _check_drafts(plan: stage_pb2.StepPlan, counts: list[int]) -> None:
+    """Raises InvalidRequest for a draft row that guesses nothing, is not sampled, or whose tokens are not known."""
+    sampled, referring = set(plan.sample_rows), set(plan.ref_rows)
+    for row in plan.draft_rows:
+        if row not in sampled or row in referring or counts[row] < 2:
+            raise InvalidRequest(
+                f"row {row} of step {plan.step} cannot be a draft: it needs guesses, and to be sampled"
+            )
