@@ -47,7 +47,14 @@ class Base(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
-class Loopback(Base):
+class TimeScale(Base):
+    """The pace of a service (stagemesh/timing.py)."""
+
+    time_scale: float = Field(1.0, gt=0, le=100)
+    """All time-outs and pauses that the service keeps within itself, times this: above 1 for slow machines."""
+
+
+class Loopback(TimeScale):
     """A bind address that stays on this machine unless told otherwise."""
 
     host: str = "127.0.0.1"

@@ -22,6 +22,7 @@ def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSet
     shared = {name: getattr(serve, name) for name in ModelSettings.model_fields}
     return CoordinatorSettings(
         **shared,
+        time_scale=serve.time_scale,
         host=LOOPBACK,
         port=0,
         pipeline_parallel_size=serve.pipeline_parallel_size,
@@ -89,6 +90,7 @@ def _common(serve: ServeSettings, coordinator: str) -> dict[str, Any]:
     return {
         "coordinator": coordinator,
         "host": LOOPBACK,
+        "time_scale": serve.time_scale,
         "device": serve.device,
         "transport": serve.transport,
         "kv_cache_gib": serve.kv_cache_gib,
@@ -109,6 +111,7 @@ def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
     """The gateway, the one process that may listen beyond loopback."""
     return GatewaySettings(
         coordinator=coordinator,
+        time_scale=serve.time_scale,
         host=serve.host,
         insecure=serve.insecure,
         port=serve.port,
