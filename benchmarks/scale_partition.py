@@ -13,9 +13,11 @@ from typing import Any
 import scale_report
 
 from stagemesh.checkpoint import CheckpointInfo, Part
-from stagemesh.coordinator.cost import CostModel
-from stagemesh.coordinator.planning import Target, choose
-from stagemesh.coordinator.values import Limits, Worker, WorkerInfo
+from stagemesh.coordinator.planning.choose import choose
+from stagemesh.coordinator.planning.cost import CostModel, kinds
+from stagemesh.coordinator.planning.placement import Candidate
+from stagemesh.coordinator.planning.target import Target
+from stagemesh.coordinator.values import Limits, WorkerInfo
 
 LAYERS, WORKERS, KINDS = 400, 1000, 5
 STAGES = (4, 16, 100, 400)
@@ -37,19 +39,17 @@ def target(stages: int) -> Target:
     return Target(CostModel(info, limits, "bfloat16"), stages, limits, "fingerprint")
 
 
-def workers(stages: int) -> list[Worker]:
+def workers(stages: int) -> list[Candidate]:
     """Of five kinds, faster and roomier each; together they can hold the model."""
     room = (LAYERS // stages + 3) * 40 * MIB
-    return [
-        Worker(
-            WorkerInfo(
-                f"worker-{n}", 1, f"host-{n}:1", device_name=f"kind {n % KINDS}", memory_bytes=room * (1 + n % KINDS),
-                flops_per_s=1e12 * (1 + n % KINDS / 2), bytes_per_s=1e10 * (1 + n % KINDS / 2),
-            ),
-            deadline=0.0,
+    infos = [
+        WorkerInfo(
+            f"worker-{n}", 1, f"host-{n}:1", device_name=f"kind {n % KINDS}", memory_bytes=room * (1 + n % KINDS),
+            flops_per_s=1e12 * (1 + n % KINDS / 2), bytes_per_s=1e10 * (1 + n % KINDS / 2),
         )
         for n in range(WORKERS)
     ]  # fmt: skip
+    return [Candidate(info.worker_id, info.pool, kind) for info, kind in zip(infos, kinds(infos), strict=True)]
 
 
 def run(out: Path, told: Mapping[str, Any]) -> int:
@@ -80,7 +80,7 @@ def run(out: Path, told: Mapping[str, Any]) -> int:
     return 1 if late else 0
 
 
-def _where(asked: Target, mesh: list[Worker]) -> str:
+def _where(asked: Target, mesh: list[Candidate]) -> str:
     profile = cProfile.Profile()
     profile.runcall(choose, asked, mesh, [])
     text = io.StringIO()

@@ -1,8 +1,8 @@
-"""What the coordinator's pure core speaks of: workers, stages of a plan, bounds."""
+"""The values that the coordinator's core speaks of: workers, stages, page copies, bounds. All are frozen."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from stagemesh.protocol import PROTOCOL
 
@@ -11,8 +11,8 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Held:
-    """An assignment that a worker says it still holds."""
+class ReportedAssignment:
+    """An assignment that a worker says it still holds, when it registers."""
 
     pipeline_id: str
     epoch: int
@@ -40,18 +40,18 @@ class WorkerInfo:
     bytes_per_s: float = 0.0
     transports: tuple[tuple[str, tuple[bytes, ...]], ...] = ()
     """(name, one address per rank)."""
-    held: tuple[Held, ...] = ()
+    held: tuple[ReportedAssignment, ...] = ()
     version: str = ""
     protocol: int = PROTOCOL
     any_stage: bool = False
-    """Where its pool has a worker, it may hold another stage."""
+    """It may hold another stage where its own has a worker."""
 
     def may_hold(self, stage: int) -> bool:
-        """Whether it may stand in for `stage`."""
+        """Whether its pool lets it hold `stage`."""
         return self.any_stage or self.pool in (-1, stage)
 
     def addresses(self, transport: str) -> tuple[bytes, ...] | None:
-        """Addresses of its ranks on `transport`, or None where it has not opened it."""
+        """One address per rank on `transport`, or None where the worker has not opened it."""
         return dict(self.transports).get(transport)
 
 
@@ -67,8 +67,20 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class Holder:
+    """A worker and the layers that it shall hold."""
+
+    worker_id: str
+    layers: Range
+
+
+Holders = tuple[Holder, ...]
+"""Who holds what in a pipeline, in stage order."""
+
+
+@dataclass(frozen=True)
 class Loaded:
-    """What a worker said when its assignment was loaded."""
+    """What a worker answered when its assignment was loaded."""
 
     num_pages: int
     weight_bytes: int = 0
@@ -79,8 +91,8 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Copy:
-    """KV pages of layers that change hands: from a stage of the epoch that serves to one of the next."""
+class PageCopy:
+    """KV pages of layers that change hands: from a stage of the epoch that serves to a stage of the next one."""
 
     index: int
     from_epoch: int
@@ -91,7 +103,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class StoredPlan:
-    """A pipeline that was serving when it was written down."""
+    """A pipeline that served when it was written down."""
 
     pipeline_id: str
     epoch: int
@@ -99,11 +111,11 @@ class StoredPlan:
     loaded: tuple[Loaded, ...]
     routes: tuple[str, ...]
     terms: str
-    """Digest of model and bounds; a plan made for other terms is not taken up again."""
+    """Digest of model and bounds. A plan for other terms is not taken up again after a restart."""
     shares: int = 1
-    """Pipelines between which pages were split."""
+    """Pipelines between which the pages were split."""
     next: StoredPlan | None = None
-    """The epoch that gateways have been told to go over to, where some may not have."""
+    """The epoch that gateways have been told to switch to, while some may not have."""
 
 
 @dataclass(frozen=True)
@@ -122,39 +134,3 @@ class Limits:
     def pages_per_sequence(self) -> int:
         """Pages of one sequence of the longest kind."""
         return -(-self.max_model_len // self.page_size)
-
-
-@dataclass
-class Progress:
-    """Of one loading assignment, in bytes."""
-
-    loaded_bytes: int = 0
-    total_bytes: int = 0
-
-
-@dataclass
-class Worker:
-    """A worker as the coordinator knows it."""
-
-    info: WorkerInfo
-    deadline: float
-    """Clock time at which its lease ends."""
-    kept: Range | None = None
-    """Layers whose weights it has loaded."""
-    beside: Range | None = None
-    """Further layers that it has loaded, beside those that it holds."""
-    preparing: Range | None = None
-    """Layers that it loads, to hold them later."""
-    prepare_after: float = 0.0
-    """Clock time before which it is not asked to, as it just failed."""
-    draining: bool = False
-    refusals: dict[tuple[int, Range], str] = field(default_factory=dict)
-    """(stage, layers) that this incarnation cannot hold, and why."""
-    refused_until: float = 0.0
-    """Clock time at which that is forgotten: files and memory may be there by then."""
-    progress: Progress = field(default_factory=Progress)
-
-    def refuse(self, stage: int, layers: Range, reason: str, until: float) -> None:
-        """It cannot hold a stage's layers, as far as is known."""
-        self.refusals[stage, layers] = reason
-        self.refused_until = until

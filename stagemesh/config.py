@@ -138,7 +138,7 @@ class CoordinatorSettings(ListenSettings, ModelSettings):
     state_dir: str | None = None
     """Folder of the SQLite file that keeps epochs; default: epochs are kept in memory only."""
     kubernetes_lease: str | None = None
-    """Name of a Lease in this pod's namespace: the coordinator that holds it is in charge; default: the lock of
+    """Name of a Lease in this pod's namespace: the coordinator that holds it is the leader; default: the lock of
     --state-dir decides."""
     kubernetes_account: str = "/var/run/secrets/kubernetes.io/serviceaccount"
     """Folder of the service account's token, ca.crt and namespace."""

@@ -90,6 +90,11 @@ class CoordinatorStub(object):
                 request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DrainRequest.SerializeToString,
                 response_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Undrain = channel.unary_unary(
+                '/stagemesh.v1.Coordinator/Undrain',
+                request_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.UndrainRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.UndrainResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer(object):
@@ -170,8 +175,15 @@ class CoordinatorServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Takes a worker out of service: its layers move to another worker while requests go on. Where there is none, its
-        pipeline takes nothing new and finishes what it holds.
+        """Takes a worker out of service: its layers move to another worker while requests go on. Errors: FAILED_PRECONDITION
+        where nobody can take them, unless it is forced.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undrain(self, request, context):
+        """Takes a drain back: the worker may hold stages again. Errors: NOT_FOUND for a worker that does not drain.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -234,6 +246,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DrainRequest.FromString,
                     response_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DrainResponse.SerializeToString,
+            ),
+            'Undrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undrain,
+                    request_deserializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.UndrainRequest.FromString,
+                    response_serializer=stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.UndrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -534,6 +551,33 @@ class Coordinator(object):
             '/stagemesh.v1.Coordinator/Drain',
             stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DrainRequest.SerializeToString,
             stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Coordinator/Undrain',
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.UndrainRequest.SerializeToString,
+            stagemesh_dot_protos_dot_v1_dot_coordinator__pb2.UndrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,7 +55,8 @@ class Membership:
     async def drain(self) -> None:
         """Asks the coordinator to take this worker out of service. Raises its error, or Unavailable."""
         with rpc.mapped():
-            await self._stub.Drain(coordinator_pb2.DrainRequest(worker_id=self._worker_id), timeout=CALL_TIMEOUT_S)
+            request = coordinator_pb2.DrainRequest(worker_id=self._worker_id, force=True)
+            await self._stub.Drain(request, timeout=CALL_TIMEOUT_S)
 
     async def stop(self) -> None:
         """Leaves and closes the channel."""

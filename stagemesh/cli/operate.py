@@ -1,4 +1,4 @@
-"""What an operator tells the coordinator: `stagemesh drain`, `stagemesh repartition`, `stagemesh scale`."""
+"""What an operator tells the coordinator: `stagemesh drain`, `undrain`, `repartition`, `scale`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stagemesh.errors import ConfigError, DeadlineExceeded, Unavailable
 
 from .status import fetch
 
-COMMANDS = ("drain", "repartition", "scale")
+COMMANDS = ("drain", "undrain", "repartition", "scale")
 CALL_TIMEOUT_S = 10.0
 LOOK_S, RETRY_S = 0.05, 0.2
 AWAY_S = 5.0
@@ -25,10 +25,14 @@ def add_parsers(commands: Any) -> None:
         "drain",
         help="take a worker out of service; its layers move to another one that can hold them",
         description="Takes a worker out of service. Its layers move to a standby or another worker of its pool, with "
-        "what they hold of running requests, while these go on. Where there is none, what runs is finished and nothing "
-        "new is taken.",
+        "what they hold of running requests, while these go on. Refused where nobody can take them.",
     )
-    drain.add_argument("worker", metavar="WORKER", help="its name, as `stagemesh status` shows it")
+    drain.add_argument(
+        "--force", action="store_true", help="also where nobody can: what runs is finished, and nothing new is taken"
+    )
+    undrain = commands.add_parser("undrain", help="take a drain back: the worker may hold stages again")
+    for command in (drain, undrain):
+        command.add_argument("worker", metavar="WORKER", help="its name, as `stagemesh status` shows it")
     repartition = commands.add_parser(
         "repartition",
         help="give the stages other layers while requests go on",
@@ -47,7 +51,7 @@ def add_parsers(commands: Any) -> None:
     scale.add_argument(
         "replicas", metavar="REPLICAS", help="how many workers; or auto: as many as were started for it with --stage"
     )
-    for command in (drain, repartition, scale):
+    for command in (drain, undrain, repartition, scale):
         command.add_argument("--url", default="http://127.0.0.1:8000", help="a gateway's HTTP address")
         command.add_argument("--coordinator", help="the coordinator's gRPC address [what the gateway says]")
         command.add_argument("--timeout", type=float, default=120.0, help="seconds to wait until it is done [120]")
@@ -55,7 +59,7 @@ def add_parsers(commands: Any) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Runs one of the commands. Raises NotFound, ConfigError, Unavailable, DeadlineExceeded."""
-    operation = {"drain": _drain, "repartition": _repartition, "scale": _scale}[namespace.command]
+    operation = {"drain": _drain, "undrain": _undrain, "repartition": _repartition, "scale": _scale}[namespace.command]
     with _coordinator(namespace.coordinator or fetch(namespace.url)["gateway"]["coordinator"]) as stub:
         operation(namespace, stub)
     return 0
@@ -102,18 +106,27 @@ def _drain(namespace: argparse.Namespace, stub: Any) -> None:
     from stagemesh.protos.v1 import coordinator_pb2
 
     worker: str = namespace.worker
+    request = coordinator_pb2.DrainRequest(worker_id=worker, force=namespace.force)
 
     def left(mesh: Any) -> str:
         if any(w.worker_id == worker and w.state not in ("draining", "lost") for w in mesh.workers):
             # A coordinator that was started again has forgotten.
-            _call(stub.Drain, coordinator_pb2.DrainRequest(worker_id=worker), AWAY_S)
+            _call(stub.Drain, request, AWAY_S)
             return f"{worker} is asked to drain"
         stages = [(p, s) for p in mesh.pipelines for s in p.stages if s.worker_id == worker]
         said = "; ".join(f"{p.pipeline_id} stage {s.stage}: {p.reason or 'moving'}" for p, s in stages)
-        return f"{worker} still holds a stage: {said}" if stages else ""
+        undo = f"`stagemesh undrain {worker}` takes the drain back"
+        return f"{worker} still holds a stage: {said}; {undo}" if stages else ""
 
-    _call(stub.Drain, coordinator_pb2.DrainRequest(worker_id=worker), AWAY_S)
+    _call(stub.Drain, request, AWAY_S)
     print(f"{worker} holds no stage, after {_wait(stub, namespace.timeout, left):.1f} s")
+
+
+def _undrain(namespace: argparse.Namespace, stub: Any) -> None:
+    from stagemesh.protos.v1 import coordinator_pb2
+
+    _call(stub.Undrain, coordinator_pb2.UndrainRequest(worker_id=namespace.worker), AWAY_S)
+    print(f"{namespace.worker} may hold stages again")
 
 
 def _repartition(namespace: argparse.Namespace, stub: Any) -> None:

@@ -224,8 +224,8 @@ class Everything:
             # A fault of before may have taken it meanwhile.
             if f"no worker '{worker}'" in str(e):
                 return False
-            # All that is spare may be bound to another stage.
-            if "still holds a stage" not in str(e):
+            # All that is spare may be bound to another stage, or be lost by now.
+            if "still holds a stage" not in str(e) and "nobody can take stage" not in str(e):
                 raise
         end_worker(self.mesh, worker)
         return True

@@ -460,11 +460,20 @@ class TestRealWorkers:
             back = (await until(watch, lambda m: m.pipelines[0].state == SERVING)).pipelines[0]
             assert back.epoch > down.epoch
 
-            # Draining keeps the epoch and names the worker.
-            drained = await stub.Drain(pb.DrainRequest(worker_id="stage-0"))
+            # Nobody can take its stage: a drain is refused, and nothing changes.
+            with pytest.raises(ConfigError, match=r"nobody can take stage 0 of pipeline-0.*--force"), rpc.mapped():
+                await stub.Drain(pb.DrainRequest(worker_id="stage-0"))
+            # Forced, it keeps the epoch and names the worker.
+            drained = await stub.Drain(pb.DrainRequest(worker_id="stage-0", force=True))
             assert list(drained.pipeline_ids) == ["pipeline-0"]
             draining = (await until(watch, lambda m: m.pipelines[0].state == DRAINING)).pipelines[0]
             assert (draining.epoch, "stage-0" in draining.reason) == (back.epoch, True)
+            # And there is a way back.
+            await stub.Undrain(pb.UndrainRequest(worker_id="stage-0"))
+            undone = (await until(watch, lambda m: m.pipelines[0].state == SERVING)).pipelines[0]
+            assert undone.epoch == back.epoch
+            with pytest.raises(NotFound, match="worker stage-0 does not drain"), rpc.mapped():
+                await stub.Undrain(pb.UndrainRequest(worker_id="stage-0"))
 
         talk(port, story, limit_s=200)
 

@@ -1,4 +1,4 @@
-"""Coordinators on one Kubernetes Lease: one is in charge, has epochs of its own, and ends where it lost the Lease."""
+"""Coordinators on one Kubernetes Lease: one is the leader, has epochs of its own, and ends where it lost the Lease."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from services import free_port, wait_for
 
 from stagemesh import rpc
 from stagemesh.config import DEMO_MODEL
-from stagemesh.coordinator.api_server import ApiServer
-from stagemesh.coordinator.lease import EPOCHS_OF_A_TERM, Conflict, Lease
+from stagemesh.coordinator.state.kubernetes_api import ApiServer
+from stagemesh.coordinator.state.kubernetes_lease import EPOCHS_OF_A_TERM, Conflict, Lease
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
@@ -120,7 +120,7 @@ def test_one_that_cannot_renew_ends_before_another_may_begin(api: LeaseServer, t
         api.away = True
         assert first.wait(DURATION_S + 5) == 1
         assert time.monotonic() < api.wrote_at + DURATION_S
-        assert "no longer in charge: Lease mesh could not be renewed for 2 s" in log.read_text()
+        assert "no longer the leader: Lease mesh could not be renewed for 2 s" in log.read_text()
 
 
 def test_one_that_was_stopped_ends_when_it_goes_on(api: LeaseServer, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_one_that_was_stopped_ends_when_it_goes_on(api: LeaseServer, tmp_path: P
             wait_for(tmp_path / "second", "coordinator listens")
             first.send_signal(signal.SIGCONT)
             assert first.wait(10) == 1
-            assert "no longer in charge" in (tmp_path / "first").read_text()
+            assert "no longer the leader" in (tmp_path / "first").read_text()
             assert api.holder(NAME) == "two"
 
 
@@ -147,14 +147,14 @@ def test_what_a_role_must_allow_is_said(api: LeaseServer, tmp_path: Path) -> Non
 
 def test_outside_a_pod(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="folder of a service account"):
-        ApiServer(str(tmp_path))
+        ApiServer(str(tmp_path), 2.0)
 
 
 class TestLease:
     """What processes show by chance only."""
 
     def _lease(self, api: LeaseServer, identity: str) -> Lease:
-        return Lease(ApiServer(str(api.account)), NAME, identity, 1.0)
+        return Lease(ApiServer(str(api.account), 2.0), NAME, identity, 1.0)
 
     def test_of_two_that_try_at_once_one_gets_it(self, api: LeaseServer) -> None:
         async def both() -> None:

@@ -7,16 +7,20 @@ from collections import Counter
 from typing import TypeVar
 
 from stagemesh.checkpoint import CheckpointInfo, Part
-from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
-from stagemesh.coordinator.cost import CostModel
-from stagemesh.coordinator.nonce import Nonces
-from stagemesh.coordinator.pipeline import State
-from stagemesh.coordinator.planning import Target
-from stagemesh.coordinator.reconfigure import Mesh
-from stagemesh.coordinator.standbys import REFILLED_S
+from stagemesh.coordinator.core import actions
+from stagemesh.coordinator.core.mesh import Mesh
+from stagemesh.coordinator.observe import events
+from stagemesh.coordinator.planning.cost import CostModel
+from stagemesh.coordinator.planning.target import Target
+from stagemesh.coordinator.policy.replicas import check_scale
+from stagemesh.coordinator.state.nonces import Nonces
+from stagemesh.coordinator.timing import CoordinatorTiming
+from stagemesh.coordinator.world.pipeline import Attempt, Pipeline, State
+from stagemesh.coordinator.world.record import Record
+from stagemesh.coordinator.world.world import World
 
-LAYERS, REVISION, LEASE_S = 6, "f" * 64, 0.6
+LAYERS, REVISION, TIMING = 6, "f" * 64, CoordinatorTiming()
 LIMITS = v.Limits(64, 4, 32, 16, 0, 3)
 INFO = CheckpointInfo(
     path="m", architecture="A", model_type="llama", num_layers=LAYERS, hidden_size=8, vocab_size=50, dtype="float32",
@@ -32,18 +36,16 @@ def target(stages: int = 2, **changes: object) -> Target:
     return dataclasses.replace(base, **changes)
 
 
-class World:
+class Story:
     """The core with a clock, and the workers' answers as a test wants them."""
 
-    def __init__(self, goal: Target | None = None, **kwargs: object) -> None:
+    def __init__(self, goal: Target | None = None, record: Record | None = None) -> None:
         self.now = 100.0
-        goal = goal or target()
-        self.mesh = Mesh(goal, now=self.now, nonce=Nonces(1).next, lease_s=LEASE_S, **kwargs)  # type: ignore[arg-type]
+        self.world = World(goal or target(), now=self.now, nonce=Nonces(1).next, timing=TIMING, record=record)
+        self.mesh = Mesh(self.world)
         self.actions: list[actions.Action] = []
-        self.written = {name: kwargs.get(name) for name in ("wished", "drains")}
-        """What an operator asked for, as another coordinator would find it."""
-        self.plan: v.StoredPlan | None = None
-        """The pipeline as it was last written down."""
+        self.written = self.world.record.copy()
+        """What another coordinator would find."""
         self.lives: Counter[str] = Counter()
 
     def send(self, event: events.Event) -> list[actions.Action]:
@@ -51,12 +53,10 @@ class World:
         done = self.mesh.handle(event, self.now)
         self.actions += done
         for action in done:
-            if isinstance(action, actions.PersistPartition):
-                self.written["wished"] = action.counts
-            elif isinstance(action, actions.PersistPlan):
-                self.plan = action.plan
-            elif isinstance(action, actions.PersistDrains):
-                self.written["drains"] = dict(action.drains)
+            if isinstance(action, actions.Save):
+                assert action is done[0], "nothing is told to anybody before it is written down"
+                assert action.before == self.written
+                self.written = action.after
         return done
 
     def took(self, kind: type[A]) -> list[A]:
@@ -84,7 +84,7 @@ class World:
     def link(self, stage: int, epoch: int | None = None) -> None:
         """The link behind a stage stands; behind the last but one, the tokens' link from last to first does, too."""
         at = ("pipeline-0", self.epoch if epoch is None else epoch)
-        stages = len(self.mesh.pipelines["pipeline-0"].stages)
+        stages = len(self.pipeline.stages)
         if stage == stages - 2:
             self.send(events.LinkUp(*at, stages - 1, "shared memory"))
         self.send(events.LinkUp(*at, stage, "shared memory"))
@@ -94,7 +94,7 @@ class World:
 
     def prepared(self, name: str, *, revision: str = REVISION, failed: str = "", final: bool = True) -> None:
         """A standby has loaded what it was told to, or could not."""
-        layers = self.mesh.workers[name].preparing or (0, 0)
+        layers = self.world.workers[name].preparing or (0, 0)
         if failed:
             self.send(events.PrepareFailed(name, self.lives[name], layers, failed, final))
         else:
@@ -105,7 +105,7 @@ class World:
 
     def serve(self) -> None:
         """From assigned to serving."""
-        stages = len(self.mesh.pipelines["pipeline-0"].stages)
+        stages = len(self.pipeline.stages)
         for stage in range(stages):
             self.load(stage)
         for stage in range(stages - 1):
@@ -114,12 +114,13 @@ class World:
             self.ack(stage)
 
     def gateway(self, name: str = "g") -> None:
-        """One follows the mesh."""
+        """One watches the mesh."""
         self.send(events.GatewayCame(name))
 
     def prepare_move(self, *, layout: str = "") -> None:
         """The next epoch's workers do what they are told, until gateways are."""
-        move = self.mesh.moves["pipeline-0"]
+        move = self.move
+        assert move is not None
         at = ("pipeline-0", move.epoch)
         for stage in range(len(move.stages)):
             self.send(events.AssignDone(*at, stage, v.Loaded(4, 10, 20, REVISION, layout)))
@@ -131,8 +132,9 @@ class World:
             self.send(events.Activated(*at, stage))
 
     def moved(self, gateway: str = "g", error: str = "") -> None:
-        """A gateway has gone over, or says why it could not."""
-        self.send(events.GatewayMoved(gateway, "pipeline-0", self.mesh.moves["pipeline-0"].epoch, error))
+        """A gateway has switched, or says why it could not."""
+        assert self.move is not None
+        self.send(events.GatewayMoved(gateway, "pipeline-0", self.move.epoch, error))
 
     def wait(self, seconds: float, *alive: str) -> None:
         """Time passes in ticks of 50 ms; `alive` workers renew."""
@@ -143,37 +145,56 @@ class World:
                 self.send(events.LeaseRenewed(name, self.lives[name]))
             self.send(events.Tick())
 
+    def check_scale(self, stage: int, replicas: int) -> int:
+        return check_scale(self.world, stage, replicas, self.now)
+
+    @property
+    def pipelines(self) -> dict[str, Pipeline]:
+        return self.world.pipelines
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.world.pipelines["pipeline-0"]
+
+    @property
+    def moves(self) -> dict[str, Attempt]:
+        return {name: p.beside for name, p in self.world.pipelines.items() if p.beside is not None}
+
+    @property
+    def move(self) -> Attempt | None:
+        return self.pipeline.beside
+
     @property
     def epoch(self) -> int:
-        return self.mesh.pipelines["pipeline-0"].epoch
+        return self.pipeline.epoch
 
     @property
     def state(self) -> State:
-        return self.mesh.pipelines["pipeline-0"].state
+        return self.pipeline.state
 
     @property
     def reason(self) -> str:
-        return self.mesh.pipelines["pipeline-0"].reason
+        return self.pipeline.reason
 
     @property
     def final(self) -> bool:
-        return self.mesh.pipelines["pipeline-0"].final
+        return self.pipeline.final
 
     @property
     def ranges(self) -> list[v.Range]:
-        return [plan.layers for plan in self.mesh.pipelines["pipeline-0"].stages]
+        return [plan.layers for plan in self.pipeline.stages]
 
     @property
     def holders(self) -> list[str]:
-        return [plan.worker_id for plan in self.mesh.pipelines["pipeline-0"].stages]
+        return [plan.worker_id for plan in self.pipeline.stages]
 
 
-def serving(*extra: str, stages: int = 2, **kwargs: object) -> World:
-    world = World(target(stages), **kwargs)
+def serving(*extra: str, stages: int = 2) -> Story:
+    story = Story(target(stages))
     for name in ("a", "b", "c")[:stages] + extra:
-        world.join(name)
-    world.serve()
-    assert world.state is State.SERVING
-    world.wait(REFILLED_S + 0.1, *world.mesh.workers)
-    world.actions.clear()
-    return world
+        story.join(name)
+    story.serve()
+    assert story.state is State.SERVING
+    story.wait(TIMING.settled_s + 0.1, *story.world.workers)
+    story.actions.clear()
+    return story

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from stagemesh.config import CoordinatorSettings
-from stagemesh.coordinator.main import build
-from stagemesh.coordinator.nonce import Nonces
-from stagemesh.coordinator.slots import MAX_SLOT, QUARANTINE_S, Slots
-from stagemesh.coordinator.store import Store
+from stagemesh.coordinator.build import build
+from stagemesh.coordinator.service.slots import MAX_SLOT, Slots
+from stagemesh.coordinator.state.nonces import Nonces
+from stagemesh.coordinator.state.store import Store
 from stagemesh.coordinator.values import Loaded, StagePlan, StoredPlan
+from stagemesh.coordinator.world.record import Record
 from stagemesh.errors import CheckpointError, ConfigError, QueueFull
 
+QUARANTINE_S = 60.0
 PLAN = StoredPlan(
     "pipeline-0",
     7,
@@ -31,58 +33,60 @@ PLAN = StoredPlan(
 class TestStore:
     def test_what_was_written_is_there_after_a_start(self, tmp_path: Path) -> None:
         store = Store(str(tmp_path / "state"))
-        store.save_epoch("pipeline-0", 7)
-        store.save_plan(PLAN)
+        drains = {"a": 2**63 + 5, "b": 9}
+        written = Record({"pipeline-0": 7}, {"pipeline-0": PLAN}, {0: 2}, (2, 4), drains, frozenset("b"))
+        store.save(Record(), written, "terms")
         store.save_slot(3, "gateway-0", 2**64 - 1)
-        store.save_partition("terms", (2, 4))
-        store.save_drains([("a", 2**63 + 5), ("b", 9)])
         store.close()
         again = Store(str(tmp_path / "state"))
-        assert again.epochs() == {"pipeline-0": 7}
-        assert again.plans() == {"pipeline-0": PLAN}
-        going_on = replace(PLAN, next=replace(PLAN, epoch=PLAN.epoch + 1, shares=2))
-        again.save_plan(going_on)
-        assert again.plans() == {"pipeline-0": going_on}
+        assert again.load("terms") == written
+        assert again.load("those of another model") == replace(written, counts=None)
         assert again.slots() == {3: ("gateway-0", 2**64 - 1)}
-        assert again.partition("terms") == (2, 4)
-        assert again.partition("those of another model") is None
-        assert again.drains() == {"a": 2**63 + 5, "b": 9}
+        going_on = replace(PLAN, next=replace(PLAN, epoch=PLAN.epoch + 1, shares=2))
+        again.save(written, replace(written, plans={"pipeline-0": going_on}), "terms")
+        assert again.load("terms").plans == {"pipeline-0": going_on}
         again.close()
 
     def test_what_was_forgotten_is_not(self, tmp_path: Path) -> None:
         store = Store(str(tmp_path))
-        store.save_plan(PLAN)
-        store.save_epoch("pipeline-0", 7)
         for slot in (3, 4, 5):
             store.save_slot(slot, "gateway-0", slot)
-        store.save_replicas([(0, 3), (1, 2)])
-        store.save_replicas([(1, 4)])
-        store.save_partition("terms", (2, 4))
-        store.save_partition("terms", None)
-        store.save_drains([("a", 1)])
-        store.save_drains([("b", 2)])
-        store.forget_plan("pipeline-0")
+        first = Record({"pipeline-0": 7}, {"pipeline-0": PLAN}, {0: 3, 1: 2}, (2, 4), {"a": 1}, frozenset("a"))
+        store.save(Record(), first, "terms")
+        second = Record({"pipeline-0": 7}, {}, {1: 4}, None, {"b": 2})
+        store.save(first, second, "terms")
         store.forget_slots([3, 5])
         store.close()
         again = Store(str(tmp_path))
-        assert again.plans() == {}
-        assert again.epochs() == {"pipeline-0": 7}, "no epoch is used again"
+        assert again.load("terms") == second
+        assert again.load("terms").epochs == {"pipeline-0": 7}, "no epoch is used again"
         assert again.slots() == {4: ("gateway-0", 4)}
-        assert again.replicas() == {1: 4}
-        assert again.partition("terms") is None
-        assert again.drains() == {"b": 2}
         again.close()
 
     def test_an_epoch_never_falls(self) -> None:
         store = Store(None)
-        store.save_epoch("p", 7)
-        store.save_epoch("p", 5)
-        assert store.epochs() == {"p": 7}
+        store.save(Record(), Record({"p": 7}), "terms")
+        store.save(Record(), Record({"p": 5}), "terms")
+        assert store.load("terms").epochs == {"p": 7}
+        store.close()
+
+    def test_what_the_release_before_wrote_is_read(self, tmp_path: Path) -> None:
+        """It knew no forced drains."""
+        db = sqlite3.connect(tmp_path / "coordinator.sqlite")
+        db.executescript(
+            "CREATE TABLE epochs (pipeline_id TEXT PRIMARY KEY, epoch INTEGER NOT NULL);"
+            "CREATE TABLE drains (worker_id TEXT PRIMARY KEY, incarnation TEXT NOT NULL);"
+            "INSERT INTO epochs VALUES ('pipeline-0', 7); INSERT INTO drains VALUES ('a', '9');"
+            "PRAGMA user_version = 1;"
+        )
+        db.close()
+        store = Store(str(tmp_path))
+        assert store.load("terms") == Record({"pipeline-0": 7}, drains={"a": 9})
         store.close()
 
     def test_two_coordinators_cannot_share_a_state(self, tmp_path: Path) -> None:
         first = Store(str(tmp_path))
-        first.save_epoch("p", 1)
+        first.save(Record(), Record({"p": 1}), "terms")
         with pytest.raises(ConfigError, match="no other coordinator"):
             Store(str(tmp_path))
         first.close()
@@ -108,13 +112,13 @@ class TestStore:
 
 class TestSlots:
     def test_an_instance_keeps_its_slot_and_another_gets_another(self) -> None:
-        slots = Slots({}, now=0)
+        slots = Slots({}, now=0, quarantine_s=QUARANTINE_S)
         one = slots.acquire("g", 1, 0)
         assert slots.acquire("g", 1, 0) == one
         assert slots.acquire("g", 2, 0) != one
 
     def test_a_slot_is_quarantined_after_its_gateway_went(self) -> None:
-        slots = Slots({}, now=0)
+        slots = Slots({}, now=0, quarantine_s=QUARANTINE_S)
         taken = [slots.acquire("g", n, 0) for n in range(MAX_SLOT)]
         assert sorted(taken) == list(range(1, MAX_SLOT + 1))
         with pytest.raises(QueueFull, match="250"):
@@ -125,7 +129,7 @@ class TestSlots:
         assert slots.acquire("g", 999, 10 + QUARANTINE_S) == taken[7]
 
     def test_a_gateway_with_two_streams_is_gone_when_both_are(self) -> None:
-        slots = Slots({}, now=0, first=5)
+        slots = Slots({}, now=0, quarantine_s=QUARANTINE_S, first=5)
         slot = slots.acquire("g", 1, 0)
         slots.acquire("g", 1, 0)
         slots.release(slot, 0)
@@ -134,7 +138,7 @@ class TestSlots:
 
     def test_slots_that_are_free_for_all_are_said_once(self) -> None:
         """So that they are not written down for ever: a coordinator that is started again would wait for them."""
-        slots = Slots({5: ("g", 1)}, now=0, first=5)
+        slots = Slots({5: ("g", 1)}, now=0, quarantine_s=QUARANTINE_S, first=5)
         other = slots.acquire("g", 2, 0)
         assert slots.expire(QUARANTINE_S - 1) == []
         assert slots.expire(QUARANTINE_S) == [5]
@@ -143,7 +147,7 @@ class TestSlots:
         assert slots.expire(2 * QUARANTINE_S) == [other]
 
     def test_slots_of_before_a_restart_are_kept_for_their_gateways(self) -> None:
-        slots = Slots({5: ("g", 1)}, now=0, first=5)
+        slots = Slots({5: ("g", 1)}, now=0, quarantine_s=QUARANTINE_S, first=5)
         assert slots.acquire("h", 2, 1) != 5
         assert slots.acquire("g", 1, 1) == 5
 

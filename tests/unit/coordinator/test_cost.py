@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from stagemesh.checkpoint import CheckpointInfo, Part
-from stagemesh.coordinator.cost import NOMINAL_BYTES_PER_S, CostModel, Kind, kinds
+from stagemesh.coordinator.planning.cost import NOMINAL_BYTES_PER_S, CostModel, Kind, kinds
 from stagemesh.coordinator.values import Limits, WorkerInfo
 
 LIMITS = Limits(

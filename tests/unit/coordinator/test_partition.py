@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagemesh.checkpoint import CheckpointInfo, Part
-from stagemesh.coordinator.cost import CostModel, Kind
-from stagemesh.coordinator.partition import check_counts, even_ranges, partition
-from stagemesh.coordinator.placement import Candidate, place
+from stagemesh.coordinator.planning.cost import CostModel, Kind
+from stagemesh.coordinator.planning.partition import check_counts, even_ranges, partition
+from stagemesh.coordinator.planning.placement import Candidate, place
 from stagemesh.coordinator.values import Limits, Range
 from stagemesh.errors import ConfigError
 

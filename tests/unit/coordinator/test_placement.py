@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagemesh.coordinator.cost import Kind
-from stagemesh.coordinator.placement import Candidate, Placement, place
+from stagemesh.coordinator.planning.cost import Kind
+from stagemesh.coordinator.planning.placement import Candidate, Placement, place
 from stagemesh.coordinator.values import Range
 
 KIND = Kind(1, 0, 1e11, 1e10)

@@ -8,12 +8,14 @@ from itertools import pairwise
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from mesh_world import LAYERS, REVISION, World, target
+from mesh_world import LAYERS, REVISION, Story, target
 
-from stagemesh.coordinator import actions, events
 from stagemesh.coordinator import values as v
-from stagemesh.coordinator.moving import Move
-from stagemesh.coordinator.pipeline import Phase, State
+from stagemesh.coordinator.core import actions
+from stagemesh.coordinator.core.desired import desired
+from stagemesh.coordinator.observe import events
+from stagemesh.coordinator.world.pipeline import Phase, State
+from stagemesh.coordinator.world.record import Record
 
 NAMES = ("a", "b", "c", "d")
 
@@ -23,9 +25,11 @@ class Stories(RuleBasedStateMachine):
 
     @initialize(stages=st.integers(1, 3))
     def start(self, stages: int) -> None:
-        self.world = World(target(stages), replicas=dict.fromkeys(range(stages), 2))
+        record = Record(replicas=dict.fromkeys(range(stages), 2))
+        self.story = Story(target(stages, takeover_s=1.0), record)
         self.stages = stages
         self.assigned: dict[tuple[str, int], dict[int, actions.Assign]] = {}
+        self.ordered: set[tuple[object, ...]] = set()
         self.acked: dict[tuple[str, int], set[int]] = {}
         self.persisted: dict[str, int] = {}
         self.highest: dict[str, int] = {}
@@ -33,49 +37,64 @@ class Stories(RuleBasedStateMachine):
         self.streams: Counter[str] = Counter()
         self.seen = 0
         for name in NAMES:  # most stories begin with enough workers
-            self.world.join(name)
+            self.story.join(name)
         self.check()
+
+    def once(self, *order: object) -> None:
+        """No order is given twice without a reason."""
+        assert order not in self.ordered, order
+        self.ordered.add(order)
 
     def check(self) -> None:
         """Every action that came since the last look."""
-        world = self.world
-        for action in world.actions[self.seen :]:
+        story = self.story
+        for action in story.actions[self.seen :]:
             match action:
-                case actions.PersistEpoch(name, epoch):
-                    assert epoch > self.persisted.get(name, 0), "epochs rise strictly"
-                    self.persisted[name] = epoch
+                case actions.Save(before, after):
+                    for name, epoch in after.epochs.items():
+                        assert epoch >= before.epochs.get(name, 0), "epochs never fall"
+                    self.persisted = dict(after.epochs)
+                    for name, plan in after.plans.items():
+                        if before.plans.get(name) != plan:
+                            key = (name, plan.epoch)
+                            assert self.acked.get(key, set()) == set(range(len(plan.stages))), "serves before every ack"
                 case actions.Assign():
                     key = (action.pipeline_id, action.epoch)
                     assert self.persisted[action.pipeline_id] == action.epoch, "written down before it is told"
                     held = self.assigned.setdefault(key, {})
                     assert action.plan.stage not in held
                     assert action.plan.worker_id not in [a.plan.worker_id for a in held.values()]
+                    assert action.plan.layers[0] < action.plan.layers[1], "an empty range"
                     held[action.plan.stage] = action
                     self.nonces.append(action.plan.generation)
                 case actions.Prepare():
                     assert 0 <= action.layers[0] < action.layers[1] <= LAYERS
                 case actions.MakeLink():
+                    index = action.copy.index if action.copy is not None else None
+                    self.once("link", action.pipeline_id, action.epoch, action.stage, index)
                     self.nonces += action.nonces
                 case actions.Activate():
-                    assert len(self.assigned[action.pipeline_id, action.epoch]) == self.stages
-                case actions.PersistPlan(plan):
-                    key = (plan.pipeline_id, plan.epoch)
-                    assert self.acked.get(key, set()) == set(range(self.stages)), "serves before every ack"
-        self.seen = len(world.actions)
+                    self.once("activate", action.pipeline_id, action.epoch, action.stage)
+                    assigned = self.assigned[action.pipeline_id, action.epoch]
+                    assert sorted(assigned) == list(range(assigned[0].num_stages))
+                    edges = [assigned[stage].plan.layers for stage in sorted(assigned)]
+                    assert [first for first, _ in edges] == [0, *(last for _, last in edges[:-1])]
+                    assert edges[-1][1] == LAYERS, "every layer once"
+        self.seen = len(story.actions)
 
     def send(self, event: events.Event) -> None:
-        self.world.send(event)
+        self.story.send(event)
         self.check()
 
     @rule(name=st.sampled_from(NAMES), pool=st.sampled_from((-1, -1, 0, 1)), held=st.integers(0, 30))
     def register(self, name: str, pool: int, held: int) -> None:
-        claims = (v.Held("pipeline-0", held, 0, (0, 3), 1, True, REVISION),) if held > 28 else ()
-        self.world.join(name, pool, held=claims)
+        claims = (v.ReportedAssignment("pipeline-0", held, 0, (0, 3), 1, True, REVISION),) if held > 28 else ()
+        self.story.join(name, pool, held=claims)
         self.check()
 
     @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
     def lose(self, name: str, back: int) -> None:
-        self.send(events.WorkerLost(name, self.world.lives[name] - back, "gone"))
+        self.send(events.WorkerLost(name, self.story.lives[name] - back, "gone"))
 
     @rule(name=st.sampled_from(NAMES))
     def drain(self, name: str) -> None:
@@ -83,8 +102,8 @@ class Stories(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), good=st.booleans(), final=st.booleans())
     def prepared(self, name: str, good: bool, final: bool) -> None:
-        if name in self.world.mesh.workers:
-            self.world.prepared(name, failed="" if good else "boom", final=final)
+        if name in self.story.world.workers:
+            self.story.prepared(name, failed="" if good else "boom", final=final)
             self.check()
 
     @rule(
@@ -94,9 +113,9 @@ class Stories(RuleBasedStateMachine):
         good=st.booleans(),
     )
     def loaded(self, pipeline: str, stage: int, back: int, good: bool) -> None:
-        if pipeline not in self.world.mesh.pipelines:
+        if pipeline not in self.story.pipelines:
             return
-        epoch = self.world.mesh.pipelines[pipeline].epoch - back
+        epoch = self.story.pipelines[pipeline].epoch - back
         if stage in self.assigned.get((pipeline, epoch), {}):
             self.send(events.AssignDone(pipeline, epoch, stage, v.Loaded(4 if good else 1, fingerprint=REVISION)))
 
@@ -111,11 +130,13 @@ class Stories(RuleBasedStateMachine):
             self.answer(pipeline, back)
 
     def answer(self, pipeline: str, back: int) -> None:
-        if pipeline not in self.world.mesh.pipelines:
+        if pipeline not in self.story.pipelines:
             return
-        at = self.world.mesh.moves.get(pipeline) or self.world.mesh.pipelines[pipeline]
+        at = self.story.moves.get(pipeline) or self.story.pipelines[pipeline].main
+        if at is None:
+            return
         epoch, phase = at.epoch - back, at.phase
-        if isinstance(at, Move) and phase is Phase.LINK:
+        if phase is Phase.LINK:
             for copy in at.copies:
                 self.send(events.LinkUp(pipeline, epoch, copy.from_stage, "tcp", copy.index))
         for stage in range(len(at.stages)):
@@ -135,8 +156,8 @@ class Stories(RuleBasedStateMachine):
         back=st.integers(0, 1),
     )
     def fail(self, pipeline: str, stage: int, what: str, final: bool, back: int) -> None:
-        at = self.world.mesh.pipelines.get(pipeline)
-        if at is not None and stage < self.stages - (what == "link"):
+        at = self.story.pipelines.get(pipeline)
+        if at is not None and stage < len(at.stages) - (what == "link"):
             self.send(events.StepFailed(pipeline, at.epoch - back, stage, what, "boom", final, what == "link"))
 
     @rule(cuts=st.lists(st.integers(1, LAYERS - 1), min_size=2, max_size=2, unique=True))
@@ -164,48 +185,78 @@ class Stories(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(("g", "h")), pipeline=st.sampled_from(("pipeline-0", "pipeline-1")), good=st.booleans())
     def gateway_moved(self, name: str, pipeline: str, good: bool) -> None:
-        move = self.world.mesh.moves.get(pipeline)
+        move = self.story.moves.get(pipeline)
         if move is not None:
             self.send(events.GatewayMoved(name, pipeline, move.epoch, "" if good else "boom"))
 
     @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
     def break_link(self, name: str, back: int) -> None:
-        at = self.world.mesh.pipelines.get("pipeline-0")
+        at = self.story.pipelines.get("pipeline-0")
         if at is not None:
             self.send(events.LinkBroken(name, "pipeline-0", at.epoch - back, "reset"))
 
     @rule(seconds=st.sampled_from((0.05, 0.3, 2.5)), alive=st.integers(0, 4))
     def wait(self, seconds: float, alive: int) -> None:
-        self.world.wait(seconds, *(self.world.mesh.workers if alive else ()))
+        self.story.wait(seconds, *(self.story.world.workers if alive else ()))
         self.check()
 
+    @rule(name=st.sampled_from(NAMES))
+    def undrain(self, name: str) -> None:
+        self.send(events.UndrainRequested(name))
+
+    @rule(unreachable=st.sets(st.sampled_from(NAMES), max_size=2))
+    def stuck(self, unreachable: set[str]) -> None:
+        at = self.story.pipelines.get("pipeline-0")
+        if at is not None:
+            self.send(events.StepsStuck("g", "pipeline-0", at.epoch, "stuck", tuple(unreachable)))
+
     @invariant()
-    @precondition(lambda self: hasattr(self, "world"))
+    @precondition(lambda self: hasattr(self, "story"))
     def nothing_is_shared_or_lost_from_sight(self) -> None:
-        mesh = self.world.mesh
+        world = self.story.world
         places: dict[str, set[int]] = {}
-        for name, pipeline in mesh.pipelines.items():
+        for name, pipeline in world.pipelines.items():
             assert pipeline.epoch >= self.highest.get(name, 0)
             self.highest[name] = pipeline.epoch
-            assert len({plan.worker_id for plan in pipeline.stages}) == len(pipeline.stages)
-            for plan in pipeline.stages:
-                places.setdefault(plan.worker_id, set()).add(plan.stage)
-            if (move := mesh.moves.get(name)) is not None:
+            for attempt in pipeline.attempts:
+                assert len(set(attempt.workers)) == len(attempt.stages)
+                if not attempt.fault:
+                    for plan in attempt.stages:
+                        places.setdefault(plan.worker_id, set()).add(plan.stage)
+            if pipeline.beside is not None:
                 assert pipeline.state in (State.SERVING, State.DRAINING), "a move of what does not serve"
-                assert move.epoch > pipeline.epoch
-                for plan in move.stages:
-                    places.setdefault(plan.worker_id, set()).add(plan.stage)
+                assert pipeline.beside.epoch > pipeline.epoch
             if pipeline.state in (State.SERVING, State.DRAINING):
                 ranges = [plan.layers for plan in pipeline.stages]
                 assert [r[0] for r in ranges] == [0, *(r[1] for r in ranges[:-1])]
                 assert ranges[-1][1] == LAYERS
-                assert all(mesh.knows(plan.worker_id, plan.incarnation) for plan in pipeline.stages)
+                assert all(world.knows(plan.worker_id, plan.incarnation) for plan in pipeline.stages)
             if pipeline.state is State.DOWN:
                 assert pipeline.reason
                 assert not pipeline.stages
-        assert all(len(stages) == 1 for stages in places.values()), "a worker has the same stage on every pipeline"
-        assert mesh.pipelines, "one pipeline at least"
+        whole = not any(world.is_short(p) for p in world.pipelines.values())
+        assert not whole or all(len(stages) == 1 for stages in places.values()), "a stage of its own on every pipeline"
+        assert world.pipelines, "one pipeline at least"
         assert len(set(self.nonces)) == len(self.nonces), "no nonce twice"
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "story"))
+    def a_plan_promises_nobody_twice(self) -> None:
+        plan = desired(self.story.world, self.story.now)
+        for name, goal in plan.goals.items():
+            assert all(first < last for first, last in (holder.layers for holder in goal.holders)), "an empty range"
+            assert not goal.holders or goal.holders[-1].layers[1] == LAYERS
+            for other, theirs in plan.goals.items():
+                if other != name:
+                    at = {h.worker_id: stage for stage, h in enumerate(theirs.holders)}
+                    assert all(at.get(h.worker_id, stage) == stage for stage, h in enumerate(goal.holders))
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "story"))
+    def the_same_world_leads_nowhere_else(self) -> None:
+        """What was ordered is ordered; asking again orders nothing more."""
+        again = self.story.mesh.handle(events.Tick(), self.story.now)
+        assert not [a for a in again if not isinstance(a, actions.Publish)], again
 
 
 TestStories = Stories.TestCase

@@ -1,0 +1,125 @@
+"""From settings and checkpoint to what is to be built, checked before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import astuple, dataclass
+
+from stagemesh.checkpoint import CheckpointInfo, fingerprint, inspect
+from stagemesh.config import CoordinatorSettings
+from stagemesh.errors import ConfigError
+from stagemesh.protos.v1 import types_pb2
+
+from .planning.cost import CostModel
+from .planning.partition import check_counts
+from .planning.target import Target
+from .values import Limits
+
+DEFAULT_MAX_MODEL_LEN = 4096
+FEW_STAGES = 4
+"""Below so many, another batch of decode rows costs more (each streams the weights) than the bubble it would fill."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """What settings and checkpoint together ask for."""
+
+    target: Target
+    model: types_pb2.ModelRef
+
+
+def build(settings: CoordinatorSettings) -> Build:
+    """Reads the checkpoint and checks the settings against it. Raises ConfigError and CheckpointError."""
+    info = inspect(settings.model, settings.load_format)
+    stages = settings.pipeline_parallel_size
+    check_counts(info.num_layers, stages, settings.layer_partition)
+    limits = _limits(settings, info)
+    dtype = info.dtype if settings.dtype == "auto" else settings.dtype
+    model = model_ref(settings.model, settings, info, dtype)
+    model.name = settings.name
+    draft = _add_draft(settings, info, model, limits.max_model_len)
+    terms = hashlib.sha256(model.SerializeToString(deterministic=True) + repr(astuple(limits)).encode())
+    terms.update(repr((stages, settings.layer_partition, settings.transport)).encode())
+    target = Target(
+        cost=CostModel(info, limits, dtype, draft),
+        num_stages=stages,
+        limits=limits,
+        fingerprint=model.fingerprint,
+        layer_partition=tuple(settings.layer_partition) if settings.layer_partition else None,
+        transport=settings.transport,
+        terms=terms.hexdigest(),
+        takeover_s=settings.takeover_after,
+        rebalance=settings.rebalance == "auto",
+    )
+    return Build(target, model)
+
+
+def model_ref(path: str, settings: CoordinatorSettings, info: CheckpointInfo, dtype: str) -> types_pb2.ModelRef:
+    """A checkpoint as workers are told of it, named after its folder."""
+    return types_pb2.ModelRef(
+        name=os.path.basename(os.path.abspath(path)),
+        path=os.path.abspath(path),
+        fingerprint=fingerprint(path, settings.load_format),
+        num_layers=info.num_layers,
+        hidden_size=info.hidden_size,
+        dtype=dtype,
+        load_format=settings.load_format,
+        seed=settings.seed,
+        deterministic=settings.deterministic,
+    )
+
+
+def _add_draft(
+    settings: CoordinatorSettings, info: CheckpointInfo, model: types_pb2.ModelRef, max_model_len: int
+) -> CheckpointInfo | None:
+    """Writes the draft model that the settings name into `model`, in whose dtype it computes; what its files hold."""
+    config = settings.speculative_config
+    if config is None or config.model is None:
+        return None
+    draft = inspect(config.model, settings.load_format)
+    if draft.vocab_size != info.vocab_size:
+        raise ConfigError(
+            f"the draft model {config.model} has a vocabulary of {draft.vocab_size}, the model has {info.vocab_size}: "
+            "take a draft model with the same tokenizer"
+        )
+    if draft.max_position_embeddings < max_model_len:
+        raise ConfigError(
+            f"the draft model {config.model} was made for {draft.max_position_embeddings} positions, and "
+            f"--max-model-len is {max_model_len}: lower it, or take another draft model"
+        )
+    model.draft.num_tokens = config.num_speculative_tokens
+    model.draft.model.CopyFrom(model_ref(config.model, settings, draft, model.dtype))
+    return draft
+
+
+def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> Limits:
+    longest = info.max_position_embeddings
+    wanted = settings.max_model_len
+    if wanted is not None and wanted > longest:
+        raise ConfigError(
+            f"--max-model-len {wanted} is above the {longest} positions that the model was made for "
+            f"(max_position_embeddings in config.json): use --max-model-len {longest} or less"
+        )
+    limits = Limits(
+        max_model_len=wanted or min(longest, DEFAULT_MAX_MODEL_LEN),
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        page_size=settings.block_size,
+        num_pages=settings.num_kv_pages or 0,
+        steps_in_flight=settings.steps_in_flight or default_steps_in_flight(settings.pipeline_parallel_size),
+        gateways=settings.gateways,
+    )
+    if 0 < limits.num_pages < limits.pages_per_sequence:
+        held, need = limits.num_pages * limits.page_size, limits.pages_per_sequence
+        raise ConfigError(
+            f"--num-kv-pages {limits.num_pages} of {limits.page_size} tokens hold {held} tokens, one sequence of "
+            f"--max-model-len {limits.max_model_len} needs {need} pages: use --num-kv-pages {need} or "
+            f"--max-model-len {held}"
+        )
+    return limits
+
+
+def default_steps_in_flight(stages: int) -> int:
+    """Batches that decode rows are spread over: one a stage, and in a longer pipeline one more to hide its hops."""
+    return stages if stages < FEW_STAGES else stages + 1

@@ -1,0 +1,170 @@
+"""Pipelines that change while they serve.
+
+A move makes the next epoch of a pipeline beside the one that serves: the workers load what they lack, links are made,
+among them those over which KV pages go from who holds a layer to who is going to hold it. Then gateways are told. Each
+copies its pages, switches between two steps and says so; when all have, the epoch before is over.
+
+Until gateways have been told, a move that fails is forgotten, and nothing has happened. From then on its failure is the
+pipeline's, which is made good like any other. It is also written down, so that a coordinator that is started again goes
+on with it: where a gateway has switched, the epoch before must not be driven any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stagemesh.protocol import MOVES
+
+from ..observe.faults import interrupt
+from ..policy.plan import Goal
+from ..values import Range
+from ..world.pipeline import Attempt, GaveUp, Phase, Pipeline
+from ..world.worker import Worker
+from ..world.world import World
+from . import actions
+from . import attempt as attempts
+from .actions import Action
+
+TRIES = 2
+"""A move that failed so often in a row is not tried again."""
+
+
+def load(world: World, worker: Worker, layers: Range, now: float) -> Iterator[Action]:
+    """Has a worker load layers beside whatever it does, if it does not have them or load something already."""
+    if worker.has(layers) or worker.preparing is not None or now < worker.prepare_after:
+        return
+    worker.preparing, worker.beside = layers, None
+    if not world.pipelines_of(worker.info.worker_id):
+        worker.kept = None
+    world.changed()
+    info = worker.info
+    yield actions.Prepare(info.worker_id, info.incarnation, info.address, layers)
+
+
+def pursue(world: World, pipeline: Pipeline, goal: Goal | None, now: float) -> Iterator[Action]:
+    """A pipeline that serves: goes on with its move, or begins the one that its goal asks for."""
+    if pipeline.beside is not None:
+        yield from _go_on(world, pipeline, pipeline.beside, now)
+    elif goal is not None and goal.holders:
+        yield from _approach(world, pipeline, goal, now)
+
+
+def _approach(world: World, pipeline: Pipeline, goal: Goal, now: float) -> Iterator[Action]:
+    main = pipeline.main
+    assert main is not None
+    beside = _know_moves(world, main, goal, now)
+    lacking = [
+        holder
+        for holder in goal.holders
+        if not world.workers[holder.worker_id].has(holder.layers)
+        # One that cannot load beside what it holds loads when that is over.
+        and (beside or main.stage_of(holder.worker_id) is None)
+    ]
+    for holder in lacking:
+        yield from load(world, world.workers[holder.worker_id], holder.layers, now)
+    if lacking or now < pipeline.move_after:
+        return
+    if beside and pipeline.moves_failed < TRIES:
+        yield from _begin(world, pipeline, main, goal, now)
+    elif goal.must or not beside:
+        # Formed anew with the same holders: what its stages lack is computed again.
+        pipeline.last_stages = attempts.plan_stages(world, goal.holders)
+        interrupt(world, pipeline, goal.why, now)
+    else:
+        why = f"{TRIES} moves failed, the last one because {pipeline.why_moves_failed}"
+        pipeline.gave_up = GaveUp(goal.policy, why, now + world.timing.again_s)
+        pipeline.moves_failed = 0
+        world.changed()
+        if goal.policy != "ranges":
+            world.beliefs.lost_with.clear()
+            world.given_up = f"{pipeline.pipeline_id} stays as it is: {why}"
+            world.log(world.given_up, warning=True)
+            world.publish()
+
+
+def _know_moves(world: World, main: Attempt, goal: Goal, now: float) -> bool:
+    """Whether all whom a move takes speak a protocol that has moves: not in the midst of an upgrade to it."""
+    names = {*main.workers, *(holder.worker_id for holder in goal.holders)}
+    old_gateways = any(not world.gateways[name].knows_moves for name in world.watching(now))
+    return not old_gateways and all(world.workers[name].info.protocol >= MOVES for name in names)
+
+
+def _begin(world: World, pipeline: Pipeline, main: Attempt, goal: Goal, now: float) -> Iterator[Action]:
+    epoch = attempts.new_epoch(world, pipeline)
+    stages = attempts.plan_stages(world, goal.holders)
+    pipeline.beside = Attempt(
+        pipeline.pipeline_id,
+        epoch,
+        stages,
+        world.num_shares,
+        beside=True,
+        why=goal.why,
+        copies=attempts.page_copies(main.stages, stages, main.epoch),
+        deadline=now + world.timing.move_s,
+    )
+    world.log(f"{pipeline.pipeline_id} is to go to epoch {epoch}: {goal.why}")
+    yield from attempts.begin(world, pipeline.beside)
+
+
+def _go_on(world: World, pipeline: Pipeline, move: Attempt, now: float) -> Iterator[Action]:
+    if move.is_being_made:
+        yield from attempts.advance(world, pipeline, move, now)
+    if move.phase is Phase.ACTIVATE and not move.fault and len(move.activated) == len(move.stages):
+        move.phase, move.deadline = Phase.SWITCH, now + world.timing.move_s
+        world.changed()
+        world.publish()
+    awaited = world.watching(now) - move.switched - move.stayed
+    told = move.phase is Phase.SWITCH
+    if move.fault and not told:
+        yield from _fail(world, pipeline, move, move.fault, now)
+    elif now >= move.deadline:
+        late = f"not there in time: {', '.join(sorted(awaited)) or move.phase.value}"
+        yield from _fail(world, pipeline, move, move.fault or late, now)
+    elif told and not awaited and now >= world.gateways_came_at:
+        if move.fault:
+            yield from _fail(world, pipeline, move, move.fault, now)
+        else:
+            yield from _complete(world, pipeline, move, now)
+
+
+def _complete(world: World, pipeline: Pipeline, move: Attempt, now: float) -> Iterator[Action]:
+    """The move's epoch is the pipeline's."""
+    before = pipeline.main
+    assert before is not None
+    name, epoch = pipeline.pipeline_id, move.epoch
+    move.beside, move.phase, move.deadline = False, Phase.ACTIVE, float("inf")
+    pipeline.main, pipeline.beside, pipeline.epoch = move, None, epoch
+    pipeline.last_stages, pipeline.reason, pipeline.serving_since = move.stages, "", now
+    pipeline.moves_failed, pipeline.drains, world.given_up = 0, False, ""
+    for plan in move.stages:
+        worker = world.workers[plan.worker_id]
+        worker.kept, worker.beside = plan.layers, None
+    wanted, pipeline.steps.wanted = pipeline.steps.wanted, None
+    if wanted is not None and wanted.ranges == move.ranges:
+        pipeline.steps.moved(epoch, wanted, now)
+    world.log(f"{name} has gone to epoch {epoch}: {move.why}")
+    world.membership_changed()
+    world.publish()
+    yield from attempts.release(world, before, f"{name} is at epoch {epoch} now")
+
+
+def _fail(world: World, pipeline: Pipeline, move: Attempt, reason: str, now: float) -> Iterator[Action]:
+    """The move is not to be. Gateways that switched nevertheless lose the pipeline, and with them the others."""
+    yield from end(world, pipeline)
+    pipeline.moves_failed += not move.blameless
+    pipeline.why_moves_failed = reason
+    pipeline.move_after = now + world.timing.retry_max_s
+    world.log(f"{pipeline.pipeline_id} has not gone to epoch {move.epoch}: {reason}", warning=True)
+    told = move.phase is Phase.SWITCH
+    if move.taken_up or (told and not world.watching(now) <= move.stayed):
+        interrupt(world, pipeline, reason, now)
+    world.publish()
+
+
+def end(world: World, pipeline: Pipeline) -> Iterator[Action]:
+    """Forgets a move, and has its workers forget it."""
+    move, pipeline.beside = pipeline.beside, None
+    if move is not None:
+        world.changed()
+        yield actions.Forget(pipeline.pipeline_id, move.epoch + 1)
+        yield from attempts.release(world, move, "the pipeline is not moved", alone=True)

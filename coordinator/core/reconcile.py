@@ -1,0 +1,182 @@
+"""From the world as it is to the mesh as it shall be: which attempts begin, go on and end, and the orders for that.
+
+DOWN --a place for every stage--> FORMING --every worker has activated--> SERVING --nobody takes a stage--> DRAINING
+  ^                                 |  ^------------ a worker, link or order fails ------|-------------------|
+  |------ no place for a stage -----|
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..observe import requests
+from ..observe.faults import backoff_s, interrupt
+from ..policy.plan import Goal, MeshPlan
+from ..world.pipeline import Attempt, Leaving, Phase, Pipeline, State
+from ..world.world import World
+from . import actions, moves
+from . import attempt as attempts
+from .actions import Action
+from .restart import settle_reported
+
+
+def reconcile(world: World, plan: MeshPlan, now: float) -> Iterator[Action]:
+    """One pass. What it changes of the world raises `world.version`; then another pass may follow from it."""
+    yield from (actions.Disconnect(address) for address in world.departed)
+    world.departed.clear()
+    yield from settle_reported(world, now)
+    if plan.drop_counts:
+        requests.drop_counts(world, plan.drop_counts, now)
+    elif plan.counts is not None and plan.counts != world.record.counts:
+        requests.repartition(world, plan.counts, now)
+    yield from _come_and_go(world, plan, now)
+    for pipeline in list(world.pipelines.values()):
+        yield from _pipeline(world, pipeline, plan, now)
+    for worker_id, layers in plan.loads.items():
+        yield from moves.load(world, world.workers[worker_id], layers, now)
+
+
+# -- how many there are -----------------------------------------------------------------------------------------------
+
+
+def _come_and_go(world: World, plan: MeshPlan, now: float) -> Iterator[Action]:
+    for name in plan.pipelines:
+        if name not in world.pipelines:
+            epoch = world.record.epochs.setdefault(name, 0)
+            world.pipelines[name] = Pipeline(name, epoch, reason="it is to be formed")
+            world.log(f"{name} is to be made, over stages that it shares with others")
+            world.membership_changed()
+            world.publish()
+    for pipeline in list(world.pipelines.values()):
+        stays = pipeline.pipeline_id in plan.pipelines
+        if stays and pipeline.leaving:
+            pipeline.leaving, pipeline.reason = None, ""
+            world.membership_changed()
+            world.publish()
+        elif not stays and pipeline.leaving is None:
+            pipeline.leaving = Leaving(now + world.timing.leave_s)
+            pipeline.reason = "there are fewer replicas"
+            world.log(f"{pipeline.pipeline_id} is left: there are fewer replicas")
+            yield from moves.end(world, pipeline)
+            world.publish()
+        if pipeline.leaving is not None and _is_left(world, pipeline, pipeline.leaving, now):
+            yield from _remove(world, pipeline)
+
+
+def _is_left(world: World, pipeline: Pipeline, leaving: Leaving, now: float) -> bool:
+    all_left = world.watching(now) <= leaving.gateways
+    return all_left or pipeline.state is not State.DRAINING or now > leaving.deadline
+
+
+def _remove(world: World, pipeline: Pipeline) -> Iterator[Action]:
+    name = pipeline.pipeline_id
+    yield from moves.end(world, pipeline)
+    yield from _next_epoch(world, pipeline, keep=[], reason="the pipeline is no more")
+    del world.pipelines[name]
+    world.record.plans.pop(name, None)
+    world.log(f"{name} is no more")
+    world.membership_changed()
+    world.publish()
+
+
+# -- one pipeline -----------------------------------------------------------------------------------------------------
+
+
+def _pipeline(world: World, pipeline: Pipeline, plan: MeshPlan, now: float) -> Iterator[Action]:
+    goal = plan.goals.get(pipeline.pipeline_id)
+    yield from _end_what_failed(world, pipeline, plan, now)
+    main = pipeline.main
+    if main is not None and main.is_being_made:
+        yield from _advance(world, pipeline, main, now)
+    elif pipeline.serving is None and not pipeline.leaving and goal is not None:
+        yield from _form(world, pipeline, goal, now)
+    elif pipeline.serving is not None and not pipeline.leaving:
+        _show_drain(world, pipeline, plan.drains.get(pipeline.pipeline_id, ""))
+        yield from moves.pursue(world, pipeline, goal, now)
+
+
+def _end_what_failed(world: World, pipeline: Pipeline, plan: MeshPlan, now: float) -> Iterator[Action]:
+    why, unreachable = pipeline.unreached
+    if unreachable:
+        pipeline.unreached = "", ()
+        if pipeline.pipeline_id in plan.interrupts:
+            interrupt(world, pipeline, why, now, backoff_s(world, pipeline, now))
+        elif pipeline.serving:
+            world.log(f"{pipeline.pipeline_id} stays as it is, though {why}", warning=True)
+    main = pipeline.main
+    if main is not None and main.fault and main.phase is not Phase.OVER:
+        yield from moves.end(world, pipeline)
+        main.phase = Phase.OVER
+        yield actions.Forget(pipeline.pipeline_id, main.epoch + 1)
+        world.log(f"{pipeline.pipeline_id} epoch {main.epoch} is over: {main.fault}", warning=True)
+        world.changed()
+        world.publish()
+
+
+def _advance(world: World, pipeline: Pipeline, main: Attempt, now: float) -> Iterator[Action]:
+    yield from attempts.advance(world, pipeline, main, now)
+    if main.phase is Phase.ACTIVATE and len(main.activated) == len(main.stages):
+        main.phase = Phase.ACTIVE
+        pipeline.reason, pipeline.serving_since = "", now
+        world.log(f"{pipeline.pipeline_id} serves at epoch {main.epoch}")
+        world.membership_changed()
+        world.publish()
+
+
+def _form(world: World, pipeline: Pipeline, goal: Goal, now: float) -> Iterator[Action]:
+    """Begins an attempt, or says why there can be none."""
+    if not goal.holders:
+        yield from _down(world, pipeline, goal, now)
+        return
+    for name in goal.takes_down:
+        if name in world.pipelines:
+            why = Goal(goal.policy, why=f"its workers are needed for {pipeline.pipeline_id}")
+            yield from _down(world, world.pipelines[name], why, now)
+    names = [holder.worker_id for holder in goal.holders]
+    yield from _next_epoch(world, pipeline, keep=names, reason="another worker took its place")
+    stages = attempts.plan_stages(world, goal.holders)
+    pipeline.main = Attempt(pipeline.pipeline_id, pipeline.epoch, stages)
+    pipeline.main.shares = world.num_shares
+    pipeline.last_stages, pipeline.drains = stages, False
+    pipeline.reason, pipeline.cannot = Phase.ASSIGN.value, ""
+    if goal.why:
+        world.log(f"{pipeline.pipeline_id}: {goal.why}", warning=True)
+    shown = ", ".join(f"{h.worker_id}: layers {h.layers[0]}-{h.layers[1] - 1}" for h in goal.holders)
+    world.log(f"{pipeline.pipeline_id} forms at epoch {pipeline.epoch}: {shown}")
+    for plan in stages:
+        attempts.take_stage(world.workers[plan.worker_id], plan.layers)
+    yield from attempts.begin(world, pipeline.main)
+    world.publish()
+
+
+def _down(world: World, pipeline: Pipeline, goal: Goal, now: float) -> Iterator[Action]:
+    was_up, reason = pipeline.main is not None, goal.why
+    pipeline.final = goal.final
+    if not was_up and pipeline.cannot == reason:
+        return
+    pipeline.cannot = reason
+    if was_up:
+        if pipeline.main is not None and pipeline.main.fault and pipeline.reason not in reason:
+            reason = f"{pipeline.reason}; {reason}"
+        yield from moves.end(world, pipeline)
+        yield from _next_epoch(world, pipeline, keep=[], reason=reason)
+        pipeline.main, pipeline.down_since = None, now
+        world.membership_changed()  # Its workers are free for others.
+    pipeline.reason = reason
+    world.log(f"{pipeline.pipeline_id} is down: {reason}", warning=was_up)
+    world.publish()
+
+
+def _next_epoch(world: World, pipeline: Pipeline, keep: list[str], reason: str) -> Iterator[Action]:
+    """Raises the epoch, and releases members of the attempt before outside `keep`."""
+    pipeline.epoch = attempts.new_epoch(world, pipeline)
+    yield actions.Forget(pipeline.pipeline_id, pipeline.epoch)
+    if pipeline.main is not None:
+        yield from attempts.release(world, pipeline.main, reason, keep=keep)
+
+
+def _show_drain(world: World, pipeline: Pipeline, why: str) -> None:
+    if pipeline.drains != bool(why):
+        pipeline.drains, pipeline.reason = bool(why), why
+        world.changed()
+        world.publish()

@@ -1,0 +1,109 @@
+"""What a coordinator that has just started takes up: pipelines that its workers still serve, and moves of which
+gateways were told. Also what becomes of assignments that workers report and nobody knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ..observe.membership import is_held
+from ..observe.requests import know_later_epoch
+from ..values import StoredPlan
+from ..world.pipeline import Attempt, Phase, Pipeline
+from ..world.worker import Worker
+from ..world.world import World
+from . import actions
+from .actions import Action
+from .attempt import page_copies
+
+
+def settle_reported(world: World, now: float) -> Iterator[Action]:
+    """Adopts what workers report of stored pipelines, passes epochs that are not known here, and releases the rest."""
+    for worker in world.workers.values():
+        if worker.unsettled:
+            _note_epochs(world, worker, now)
+    for pipeline in world.pipelines.values():
+        if pipeline.restored is not None:
+            _try_to_adopt(world, pipeline, pipeline.restored, now)
+    for worker in world.workers.values():
+        if worker.unsettled:
+            yield from _release_stale(world, worker)
+
+
+def _note_epochs(world: World, worker: Worker, now: float) -> None:
+    """Nobody may be given an epoch that somebody has seen."""
+    for held in worker.info.held:
+        pipeline = world.pipelines.get(held.pipeline_id)
+        known = world.record.epochs.get(held.pipeline_id, 0)
+        if held.epoch > known and pipeline is not None:
+            know_later_epoch(world, pipeline, held.epoch, f"worker {worker.info.worker_id}", now)
+        elif held.epoch > known:
+            world.record.epochs[held.pipeline_id] = held.epoch
+
+
+def _release_stale(world: World, worker: Worker) -> Iterator[Action]:
+    """Releases assignments of epochs that are neither current nor waited for."""
+    info = worker.info
+    worker.unsettled = False
+    for held in info.held:
+        pipeline = world.pipelines.get(held.pipeline_id)
+        if pipeline is None:
+            yield actions.Release(held.pipeline_id, held.epoch, info.worker_id, info.address, "no such pipeline")
+        elif pipeline.restored is not None:
+            worker.unsettled = True  # It is looked at when that is decided.
+        elif (attempt := pipeline.at(held.epoch)) is None or attempt.stage_of(info.worker_id) is None:
+            reason = "its epoch has passed"
+            yield actions.Release(held.pipeline_id, held.epoch, info.worker_id, info.address, reason, alone=True)
+
+
+def _try_to_adopt(world: World, pipeline: Pipeline, plan: StoredPlan, now: float) -> None:
+    """Takes a pipeline over as it is once every one of its workers reports it active, with the move that gateways were
+    told of."""
+    adopted = [_adopted(plan)] + ([_adopted(plan.next)] if plan.next is not None else [])
+    for attempt in adopted:
+        for stage in attempt.stages:
+            worker = world.workers.get(stage.worker_id)
+            if worker is None:
+                if not world.settles(now):
+                    _give_up(world, pipeline, plan, "not all of its workers reported in time")
+                return
+            same_life = worker.info.incarnation == stage.incarnation
+            if not same_life or not is_held(worker.info, attempt, stage.stage):
+                _give_up(world, pipeline, plan, f"worker {stage.worker_id} no longer holds stage {stage.stage}")
+                return
+    main, *following = adopted
+    pipeline.restored, pipeline.epoch, pipeline.main = None, plan.epoch, main
+    pipeline.last_stages, pipeline.reason, pipeline.serving_since = main.stages, "", 0.0
+    for move in following:
+        move.beside, move.phase, move.taken_up = True, Phase.SWITCH, True
+        move.why, move.deadline = "that had begun", now + world.timing.move_s
+        move.copies = page_copies(main.stages, move.stages, main.epoch)
+        pipeline.beside = move
+    for attempt in adopted:
+        for stage in attempt.stages:
+            world.workers[stage.worker_id].kept = stage.layers
+    world.log(f"{pipeline.pipeline_id} goes on at epoch {pipeline.epoch}: all of its workers are still active")
+    world.membership_changed()
+    world.publish()
+
+
+def _adopted(plan: StoredPlan) -> Attempt:
+    """An attempt as it was written down."""
+    return Attempt(
+        plan.pipeline_id,
+        plan.epoch,
+        plan.stages,
+        plan.shares,
+        phase=Phase.ACTIVE,
+        loaded=dict(enumerate(plan.loaded)),
+        routes=dict(enumerate(plan.routes)),
+        activated={stage.stage for stage in plan.stages},
+        deadline=math.inf,
+    )
+
+
+def _give_up(world: World, pipeline: Pipeline, plan: StoredPlan, why: str) -> None:
+    pipeline.restored, pipeline.last_stages, pipeline.reason = None, plan.stages, why
+    world.log(f"{pipeline.pipeline_id} is formed anew: {why}")
+    world.membership_changed()
+    world.publish()

@@ -1,0 +1,154 @@
+"""From the registered workers to the stages of a pipeline: placement, then partition."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from stagemesh.errors import ConfigError
+
+from ..values import Holder, Holders, Range, StagePlan
+from .partition import partition
+from .placement import Candidate, Placement, place
+from .target import CannotForm, Target
+
+
+def choose(target: Target, candidates: Sequence[Candidate], previous: Sequence[StagePlan]) -> Holders:
+    """Who holds what, in stage order. `previous` stages keep their worker and layers where they can.
+
+    Raises CannotForm.
+    """
+    holders = {plan.stage: plan.worker_id for plan in previous}
+    # Stages of a pipeline with another number of them are not the same stages.
+    if len(previous) == target.num_stages:
+        ranges = [plan.layers for plan in previous]
+        candidates = [_where_needed(c, candidates, holders) for c in candidates]
+        placed = place(
+            target.num_stages, candidates, ranges=ranges, holders=holders, refused=refused_at(candidates, ranges)
+        )
+        if not placed.missing and all(target.cost.fits(placed.workers[s].kind, *ranges[s]) for s in placed.workers):
+            return _holders(placed, ranges)
+    return _anew(target, candidates, holders)
+
+
+def choose_in_order(
+    target: Target, candidates: Sequence[Candidate], previous: Sequence[StagePlan], num_stages: int
+) -> Holders:
+    """`num_stages` stages, whatever the candidates' pools, in the candidates' order as far as that can be had.
+
+    `previous` stages are kept where there are as many of them; else the ranges are cut anew. Raises CannotForm.
+    """
+    fewer = replace(target, num_stages=num_stages, layer_partition=None)
+    anywhere = [replace(c, pool=-1) for c in candidates]
+    if len(previous) == num_stages:
+        return choose(fewer, anywhere, previous)
+    return _anew(fewer, anywhere, {stage: c.worker_id for stage, c in enumerate(anywhere[:num_stages])})
+
+
+def _holders(placed: Placement, ranges: Sequence[Range]) -> Holders:
+    return tuple(Holder(placed.workers[stage].worker_id, layers) for stage, layers in enumerate(ranges))
+
+
+def _where_needed(candidate: Candidate, all_: Sequence[Candidate], holders: Mapping[int, str]) -> Candidate:
+    """A worker that may hold any stage is bound to none where it holds another stage than its own, or where its own is
+    held by another worker that is there."""
+    holder = holders.get(candidate.pool)
+    elsewhere = any(name == candidate.worker_id and stage != candidate.pool for stage, name in holders.items())
+    taken = holder not in (None, candidate.worker_id) and any(c.worker_id == holder for c in all_)
+    return replace(candidate, pool=-1) if candidate.any_stage and (elsewhere or taken) else candidate
+
+
+def refused_at(candidates: Sequence[Candidate], ranges: Sequence[Range]) -> frozenset[tuple[str, int]]:
+    """(worker, stage) pairs that failed for good with the stage's range."""
+    return frozenset(
+        (candidate.worker_id, stage)
+        for candidate in candidates
+        for stage, layers in enumerate(ranges)
+        if (stage, layers) in candidate.refusals
+    )
+
+
+def choose_apart(
+    target: Target,
+    candidates: Sequence[Candidate],
+    previous: Sequence[StagePlan],
+    apart: Collection[frozenset[str]],
+    away: Collection[str] = (),
+) -> Holders:
+    """`choose`, without workers that are `away` and without two in `apart` as neighbours, where that can be had.
+
+    Raises CannotForm.
+    """
+    if away:
+        here = [c for c in candidates if c.worker_id not in away]
+        with contextlib.suppress(CannotForm):
+            return choose_apart(target, here, previous, apart)
+    chosen = choose(target, candidates, previous)
+    for pair in _neighbours(chosen) & set(apart):
+        # The receiver is replaced first: what refills a stage lies with its sender.
+        for name in [holder.worker_id for holder in reversed(chosen) if holder.worker_id in pair]:
+            with contextlib.suppress(CannotForm):
+                other = choose(target, [c for c in candidates if c.worker_id != name], previous)
+                if not _neighbours(other) & set(apart):
+                    return other
+    return chosen
+
+
+def _neighbours(chosen: Holders) -> set[frozenset[str]]:
+    """Pairs of workers with a link between them: each stage and the next, the last and the first."""
+    names = [holder.worker_id for holder in chosen]
+    return {frozenset(pair) for pair in zip(names, names[1:] + names[:1], strict=True) if pair[0] != pair[1]}
+
+
+def _anew(target: Target, candidates: Sequence[Candidate], holders: Mapping[int, str]) -> Holders:
+    """A fresh partition. A worker that refused what falls to it is left out for that stage, and it is tried again."""
+    by_id = {c.worker_id: c for c in candidates}
+    refused: set[tuple[str, int]] = set()
+    while True:
+        placed = place(target.num_stages, candidates, holders=holders, refused=frozenset(refused))
+        if placed.missing:
+            raise _missing(target, placed, by_id, refused)
+        try:
+            ranges = _cut(target, placed)
+        except ConfigError as e:
+            roomy = place(target.num_stages, candidates, refused=frozenset(refused), by_memory=True)
+            try:
+                placed, ranges = roomy, _cut(target, roomy)
+            except ConfigError:
+                raise CannotForm(e.message) from e
+        chosen = _holders(placed, ranges)
+        again = {
+            (holder.worker_id, stage)
+            for stage, holder in enumerate(chosen)
+            if (stage, holder.layers) in by_id[holder.worker_id].refusals
+        }
+        if not again:
+            return chosen
+        refused |= again
+
+
+def _cut(target: Target, placed: Placement) -> list[Range]:
+    stage_kinds = [placed.workers[stage].kind for stage in range(target.num_stages)]
+    return partition(target.cost, stage_kinds, target.layer_partition)
+
+
+def _missing(
+    target: Target, placed: Placement, by_id: Mapping[str, Candidate], refused: Collection[tuple[str, int]]
+) -> CannotForm:
+    refusals = [
+        f"stage {stage}: {reason}"
+        for name, candidate in sorted(by_id.items())
+        for (stage, _), reason in candidate.refusals.items()
+        if stage in placed.missing and (name, stage) in refused
+    ]
+    if refusals:
+        return CannotForm("; ".join(refusals))
+    stages = ("stage " if len(placed.missing) == 1 else "stages ") + ", ".join(map(str, placed.missing))
+    verb = "has" if len(placed.missing) == 1 else "have"
+    spare = [c for c in placed.standby if c.pool >= 0]
+    hint = f"start one with `stagemesh stage --stage {placed.missing[0]}`"
+    if spare:
+        hint += f"; left over: {', '.join(f'{c.worker_id} (bound to stage {c.pool})' for c in spare[:3])}"
+    count = f"{len(by_id)} registered, {target.num_stages} stages"
+    return CannotForm(f"{stages} {verb} no worker ({count}): {hint}", final=False)

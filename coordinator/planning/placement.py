@@ -1,0 +1,109 @@
+"""Which worker takes which stage. What is left over is standby.
+
+A worker started for one stage (`--stage 1`) may hold that one only; the others may hold any. So the bound ones are
+placed first and the free ones fill the gaps, which covers as many stages as can be covered; among equals, the worker
+that already holds the range keeps it, for its weights need not be read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..values import Range
+from .cost import Kind
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A worker that may be placed."""
+
+    worker_id: str
+    pool: int
+    kind: Kind
+    kept: Range | None = None
+    """Layers whose weights it has loaded."""
+    any_stage: bool = False
+    """It may hold another stage where its own has a worker."""
+    refusals: Mapping[tuple[int, Range], str] = field(default_factory=dict)
+    """(stage, layers) that it cannot hold, and why."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Stage -> worker, the stages nobody can take, and the workers left over."""
+
+    workers: Mapping[int, Candidate]
+    missing: tuple[int, ...]
+    standby: tuple[Candidate, ...]
+
+
+def place(
+    num_stages: int,
+    candidates: Sequence[Candidate],
+    *,
+    ranges: Sequence[Range] | None = None,
+    holders: Mapping[int, str] | None = None,
+    refused: frozenset[tuple[str, int]] = frozenset(),
+    by_memory: bool = False,
+) -> Placement:
+    """Places `candidates` on the stages.
+
+    `ranges`: the layer ranges, where they are known already. `holders`: stage -> worker that holds it now.
+    `refused`: (worker, stage) pairs that failed for good. `by_memory` prefers roomy workers to fast ones.
+    """
+    holders = holders or {}
+    by_stage: dict[int, Candidate] = {}
+
+    def order(candidate: Candidate) -> tuple[object, ...]:
+        size = candidate.kind.memory_bytes if by_memory else candidate.kind.speed
+        return (-size, _natural(candidate.worker_id))
+
+    free: dict[int, list[Candidate]] = {}  # pool -> candidates, best first
+    for candidate in sorted(candidates, key=order):
+        free.setdefault(candidate.pool, []).append(candidate)
+
+    def take(stage: int, pool: int, wanted: str | None = None) -> None:
+        """Puts the best free worker of `pool` on `stage`: one that keeps its weights, else the first."""
+        able = (c for c in free.get(pool, ()) if (c.worker_id, stage) not in refused)
+        best = None
+        for candidate in able:
+            if wanted is not None and candidate.worker_id != wanted:
+                continue
+            best = best or candidate
+            if ranges is None or candidate.kept == ranges[stage]:
+                best = candidate
+                break
+        if best is not None:
+            free[pool].remove(best)
+            by_stage[stage] = best
+
+    for stage in range(num_stages):  # who holds a stage keeps it
+        if stage in holders:
+            for pool in (stage, -1):
+                if stage not in by_stage:
+                    take(stage, pool, holders[stage])
+    for bound in (True, False):
+        for stage in range(num_stages):
+            if stage not in by_stage:
+                take(stage, stage if bound else -1)
+    for stage in range(num_stages):  # a free worker on a stage that a bound one could take moves to where it is needed
+        if stage in by_stage:
+            continue
+        for other in [pool for pool, left in free.items() if left and pool in by_stage]:
+            holder = by_stage[other]
+            if holder.pool == -1 and (holder.worker_id, stage) not in refused:
+                before = by_stage.pop(other)
+                take(other, other)
+                if other in by_stage:
+                    by_stage[stage] = before
+                    break
+                by_stage[other] = before
+    missing = tuple(stage for stage in range(num_stages) if stage not in by_stage)
+    return Placement(by_stage, missing, tuple(c for pool in free.values() for c in pool))
+
+
+def _natural(name: str) -> tuple[object, ...]:
+    """Orders stage-10 after stage-9."""
+    digits = name[len(name.rstrip("0123456789")) :]
+    return (name[: len(name) - len(digits)], int(digits or -1))

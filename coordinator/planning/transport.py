@@ -1,0 +1,48 @@
+"""Which transport a link between two workers takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..values import WorkerInfo
+from .target import CannotForm
+
+
+def transport(wanted: str, sender: WorkerInfo, receiver: WorkerInfo, *, ucx_failed: str = "") -> tuple[str, str]:
+    """The transport of a link, and a warning where it is not the best one.
+
+    `wanted`: auto, ucx or tcp. `ucx_failed`: why UCX between these two did not work before. Raises CannotForm when they
+    have none in common.
+    """
+
+    def lacks(name: str) -> list[str]:
+        return [w.worker_id for w in (sender, receiver) if w.addresses(name) is None]
+
+    if wanted in ("auto", "ucx") and not lacks("ucx") and not (ucx_failed and wanted == "auto"):
+        return "ucx", ""
+    if wanted == "ucx":
+        raise CannotForm(
+            f"--transport ucx, but {' and '.join(lacks('ucx'))} did not open it: install the extra ucx-cu12 or "
+            "ucx-cu13 there (its log says what failed), or use --transport auto"
+        )
+    if lacks("tcp"):
+        raise CannotForm(
+            f"workers {sender.worker_id} and {receiver.worker_id} have no transport in common: "
+            f"{' and '.join(lacks('tcp'))} did not open tcp; start them with --transport auto"
+        )
+    if wanted == "tcp":
+        return "tcp", ""
+    why = ucx_failed or f"{' and '.join(lacks('ucx'))} did not open ucx (its log says why)"
+    return "tcp", f"link {sender.worker_id} -> {receiver.worker_id} falls back from ucx to tcp, which is slower: {why}"
+
+
+def check_transports(
+    wanted: str, members: Sequence[WorkerInfo], ucx_failure: Callable[[WorkerInfo, WorkerInfo], str]
+) -> None:
+    """Raises CannotForm where two neighbours of a pipeline, the last and the first among them, have no transport.
+
+    `ucx_failure`: why UCX between two workers is not tried any more, or nothing.
+    """
+    for sender, receiver in zip(members, [*members[1:], *members[:1]], strict=True):
+        if sender is not receiver:
+            transport(wanted, sender, receiver, ucx_failed=ucx_failure(sender, receiver))

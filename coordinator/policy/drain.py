@@ -1,0 +1,47 @@
+"""Workers that drain: their stages go to others, and where nobody takes them nothing new is begun."""
+
+from __future__ import annotations
+
+from stagemesh.errors import ConfigError
+
+from ..planning.target import CannotForm
+from ..world.world import World
+from .form import place
+from .plan import Goal, MeshPlan
+
+
+def drain(world: World, plan: MeshPlan, now: float) -> None:
+    """Pipelines that serve and have a stage on a worker that drains."""
+    for pipeline in plan.kept(world):
+        attempt = pipeline.serving
+        if attempt is None or pipeline.pipeline_id in plan.goals:
+            continue
+        leaving = [stage for stage in attempt.stages if world.drains(world.worker_at(attempt, stage.stage))]
+        if not leaving:
+            continue
+        try:
+            found = place(world, plan, pipeline, attempt.stages)
+        except CannotForm:
+            name = leaving[0].worker_id
+            if name in world.record.forced:
+                plan.drains[pipeline.pipeline_id] = f"stage {leaving[0].stage}: worker {name} drains"
+        else:
+            plan.drop_counts = found.drops_counts or plan.drop_counts
+            shown = ", ".join(f"stage {stage.stage} leaves worker {stage.worker_id}" for stage in leaving)
+            plan.goals[pipeline.pipeline_id] = Goal("drain", found.holders, f"{shown}, which drains", must=True)
+
+
+def check_drain(world: World, worker_id: str) -> None:
+    """Raises ConfigError where nobody could take a stage that this worker holds."""
+    plan = MeshPlan([p.pipeline_id for p in world.kept])
+    for pipeline in world.kept:
+        stage = pipeline.stage_of(worker_id)
+        if stage is None:
+            continue
+        try:
+            place(world, plan, pipeline, pipeline.stages, without=frozenset((worker_id,)))
+        except CannotForm as e:
+            raise ConfigError(
+                f"nobody can take stage {stage} of {pipeline.pipeline_id} from worker {worker_id}: {e.reason}. Start a "
+                "standby first; or drain it with --force, and the pipeline takes nothing new until a worker comes"
+            ) from e

@@ -1,0 +1,181 @@
+"""How many pipelines there are, and which workers they share.
+
+There are as many pipelines as the stage with the most replicas has workers. A stage's replicas are what an operator
+wants (`stagemesh scale`), else the workers that were started for it (`--stage`). With one more, another pipeline is
+made over the stages that have fewer: first the pipelines that serve do with a smaller part of their workers' pages,
+then it is formed. With one fewer, a pipeline finishes what it runs, or its gateways have another one do that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from stagemesh.errors import ConfigError, Unavailable
+
+from ..planning.sharing import pinned, shared_holders
+from ..values import Holder
+from ..world.pipeline import Attempt, Pipeline
+from ..world.world import UNLIMITED, World
+from .plan import Goal, MeshPlan
+
+
+def count_pipelines(world: World, plan: MeshPlan, now: float) -> None:
+    """Which pipelines there shall be."""
+    names = [p.pipeline_id for p in world.kept]
+    plan.pipelines = names
+    if world.had_pipelines and (world.restoring or world.settles(now)):
+        return  # Whose workers are there is not known yet.
+    wanted = _num_wanted(world, now)
+    leaving = [p.pipeline_id for p in world.pipelines.values() if p.leaving]
+    names += leaving[: max(0, wanted - len(names))]
+    numbers = (f"pipeline-{i}" for i in range(len(world.pipelines) + wanted))
+    unused = (name for name in numbers if name not in world.pipelines)
+    names += [next(unused) for _ in range(wanted - len(names))]
+    kept = world.kept
+    for _ in range(len(kept) - wanted):
+        leaves = _least_of_use(world, kept)
+        kept.remove(leaves)
+        names.remove(leaves.pipeline_id)
+
+
+def _num_wanted(world: World, now: float) -> int:
+    wanted = min(max(replicas_of(world, world.record.replicas)), _most_shares(world))
+    return min(wanted, max(1, len(world.kept))) if world.without_moves(now) else wanted
+
+
+def _most_shares(world: World) -> int:
+    """Pipelines for which the pages of every worker suffice of which that is known."""
+    need = world.settings.limits.pages_per_sequence
+    known = [world.pages.get((w.info.worker_id, w.info.incarnation), UNLIMITED) for w in world.workers.values()]
+    return max(1, min([pages // need for pages in known] + [world.share_limit]))
+
+
+def _least_of_use(world: World, pipelines: list[Pipeline]) -> Pipeline:
+    """The one that cannot serve, else the one whose worker drains, else the one that came last."""
+
+    def use(pipeline: Pipeline) -> tuple[bool, bool]:
+        workers = [world.workers[plan.worker_id] for plan in pipeline.stages if plan.worker_id in world.workers]
+        return pipeline.serving is not None, not any(world.drains(w) for w in workers)
+
+    return min(reversed(pipelines), key=use)
+
+
+def replicas_of(world: World, wishes: Mapping[int, int]) -> list[int]:
+    """Workers that each stage is to have at once. A lost one counts for a while: it may come back."""
+    bound = Counter(worker.info.pool for worker in world.staying)
+    bound.update(stage for stage, _ in world.beliefs.missed.values())
+    return [wishes.get(stage) or max(1, bound[stage]) for stage in range(world.settings.num_stages)]
+
+
+def share(world: World, plan: MeshPlan, now: float) -> None:
+    """Pipelines that serve on workers which they shall not share, or share with others than now; or with another part
+    of the pages."""
+    for pipeline in plan.kept(world):
+        attempt = pipeline.serving
+        name = pipeline.pipeline_id
+        if attempt is None or name in plan.goals or name in plan.drains or pipeline.gave_up is not None:
+            continue
+        elsewhere, why = _elsewhere(world, plan, pipeline, attempt)
+        if not elsewhere and attempt.shares != world.num_shares:
+            why = f"pages are split between {world.num_shares} pipeline(s)"
+        if why:
+            plan.goals[name] = Goal("share", with_workers(attempt, elsewhere), why)
+
+
+def with_workers(attempt: Attempt, elsewhere: Mapping[int, str]) -> tuple[Holder, ...]:
+    """The attempt's holders, with other workers on the stages that `elsewhere` names."""
+    return tuple(Holder(elsewhere.get(plan.stage, plan.worker_id), plan.layers) for plan in attempt.stages)
+
+
+def _elsewhere(world: World, plan: MeshPlan, pipeline: Pipeline, attempt: Attempt) -> tuple[dict[int, str], str]:
+    """Stages that a pipeline is to have on other workers than it has, and why."""
+    if world.is_short(pipeline):
+        return {}, ""
+    lives = {(w.info.worker_id, w.info.incarnation) for w in world.staying}
+    held, replicas = shared_holders(plan.others(world, pipeline), lives), replicas_of(world, world.record.replicas)
+    pins = pinned(held, replicas, attempt.stages)
+    if elsewhere := {s: name for s, name in pins.items() if attempt.stages[s].worker_id != name}:
+        return elsewhere, "there are fewer replicas"
+    listed = list(world.pipelines.values())
+    later = {name for p in listed[listed.index(pipeline) + 1 :] for name in (plan.worker_id for plan in p.stages)}
+    promised = plan.taken(pipeline.pipeline_id)
+    for stage in attempt.stages:
+        at = held.get(stage.stage, [])
+        if stage.worker_id in at and len(at) < replicas[stage.stage] and stage.worker_id not in later:
+            able = [
+                w
+                for w in world.spare()
+                if w.info.may_hold(stage.stage)
+                and (stage.stage, stage.layers) not in w.refusals
+                and w.info.worker_id not in promised
+            ]
+            if able:
+                best = max(able, key=lambda w: (w.info.pool == stage.stage, w.kept == stage.layers))
+                return {stage.stage: best.info.worker_id}, "there are more replicas"
+    one = dict(list(replaceable(world, pipeline, attempt).items())[:1])
+    if one and any(p.main is None for p in plan.kept(world)):
+        return one, "a worker of no stage is needed elsewhere"
+    return {}, ""
+
+
+def replaceable(world: World, pipeline: Pipeline, attempt: Attempt) -> dict[int, str]:
+    """Stages on workers that could hold others, where a spare worker is bound to the stage and can hold it."""
+    bound = {w.info.pool: w for w in world.spare() if w.info.pool >= 0}
+    return {
+        plan.stage: bound[plan.stage].info.worker_id
+        for plan in attempt.stages
+        if plan.stage in bound
+        and world.worker_at(attempt, plan.stage).info.pool != plan.stage
+        and (plan.stage, plan.layers) not in bound[plan.stage].refusals
+    }
+
+
+# -- an operator's question -----------------------------------------------------------------------------------------
+
+
+def check_scale(world: World, stage: int, replicas: int, now: float) -> int:
+    """How many pipelines there would be. Raises ConfigError where workers or pages are too few, Unavailable where that
+    cannot be told before what is down serves again."""
+    stages = world.settings.num_stages
+    if stage >= stages:
+        raise ConfigError(f"there is no stage {stage}: the pipelines have stages 0 to {stages - 1}")
+    if replicas > 1 and (old := world.without_moves(now)):
+        raise ConfigError(f"{', '.join(old)} cannot share stages: finish the upgrade first")
+    holding = {p.stages[stage].worker_id for p in world.kept if stage < len(p.stages)}
+    down = [p.pipeline_id for p in world.kept if p.serving is None or world.is_short(p)]
+    if replicas > max(1, len(holding)) and down:
+        raise Unavailable(f"{', '.join(down)} must have all stages again first", retry_after_s=1)
+    spare = {w.info.worker_id for w in world.spare() if w.info.may_hold(stage)}
+    # Those could take their own stage from a worker that could then take this one.
+    serving = [(p, p.serving) for p in world.kept]
+    spare |= {n for p, a in serving if a for s, n in replaceable(world, p, a).items() if s != stage}
+    if replicas > len(holding) + len(spare):
+        more = replicas - len(holding) - len(spare)
+        raise ConfigError(
+            f"stage {stage} is held by {len(holding)} worker(s), and {len(spare)} more could take it: for {replicas} "
+            f"replicas start {more} more with `stagemesh stage --stage {stage}`, or standbys"
+        )
+    each = replicas_of(world, {**world.record.replicas, stage: replicas})
+    there = len(world.staying)
+    if replicas > len(holding) and sum(each) > there:
+        raise ConfigError(
+            f"the stages would have {', '.join(map(str, each))} workers, {sum(each)} in all, and there are {there}: "
+            f"start {sum(each) - there} more, or have fewer on another stage"
+        )
+    _check_pages(world, max(each))
+    return max(each)
+
+
+def _check_pages(world: World, pipelines: int) -> None:
+    """Raises ConfigError where a share of the pages would not hold one sequence."""
+    need, size = world.settings.limits.pages_per_sequence, world.settings.limits.page_size
+    for attempt in (p.main for p in world.pipelines.values() if p.main is not None):
+        for stage, loaded in attempt.loaded.items():
+            pages = loaded.num_pages * attempt.shares // pipelines
+            if pages < need:
+                raise ConfigError(
+                    f"worker {attempt.stages[stage].worker_id} would have {pages} KV pages of {size} tokens for each "
+                    f"of {pipelines} pipelines, and one sequence of --max-model-len needs {need}: give the workers "
+                    "more (--kv-cache-gib, --num-kv-pages)"
+                )

@@ -1,0 +1,96 @@
+"""Workers that hold no stage: they keep copies of stages' weights in memory, and are free for any stage again soon
+after they took one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from stagemesh.protocol import MOVES
+
+from ..values import Range, StagePlan
+from ..world.pipeline import Attempt, Pipeline, State
+from ..world.worker import Worker
+from ..world.world import World
+from .plan import Goal, MeshPlan
+from .replicas import replaceable, with_workers
+
+
+def release(world: World, plan: MeshPlan, now: float) -> None:
+    """A stage goes back to the worker with which it was lost, where whoever is spare can take no other stage: else two
+    stages would change hands at the next loss."""
+    for pipeline in plan.kept(world):
+        attempt = pipeline.serving
+        name = pipeline.pipeline_id
+        if attempt is None or name in plan.goals or name in plan.drains or pipeline.gave_up is not None:
+            continue
+        if elsewhere := _back(world, pipeline, attempt, now):
+            why = "a worker of no stage is to stand by for any"
+            plan.goals[name] = Goal("release", with_workers(attempt, elsewhere), why)
+
+
+def _back(world: World, pipeline: Pipeline, attempt: Attempt, now: float) -> dict[int, str]:
+    if world.is_short(pipeline) or not _is_settled(world, now):
+        return {}
+    if any(w.info.pool < 0 or w.info.any_stage for w in world.spare()):
+        return {}
+    for stage, name in replaceable(world, pipeline, attempt).items():
+        holder, worker = world.worker_at(attempt, stage).info, world.workers[name].info
+        # Its pages have to be copied, or serving would stop for the sake of the next loss.
+        alike = holder.tp_size == worker.tp_size and worker.protocol >= MOVES and not world.without_moves(now)
+        if world.beliefs.lost_with.get(name) == stage and alike:
+            return {stage: name}
+    return {}
+
+
+def _is_settled(world: World, now: float) -> bool:
+    """Whether there is one pipeline, nobody drains, and what was lost has been computed again."""
+    since = max(p.serving_since for p in world.pipelines.values())
+    drains = len(world.staying) < len(world.workers)
+    return len(world.pipelines) == 1 and not drains and now >= since + world.timing.settled_s
+
+
+def warm(world: World, plan: MeshPlan, now: float) -> None:
+    """Standbys load what they may have to take over, once everything serves and is settled."""
+    states = {p.state for p in plan.kept(world)}
+    # A pipeline that is down for want of workers does not keep the others' standbys waiting.
+    if State.SERVING not in states or states & {State.FORMING, State.DRAINING}:
+        return
+    if now < max(p.serving_since for p in world.pipelines.values()) + world.timing.settled_s:
+        return
+    stages = [stage for p in world.pipelines.values() for stage in p.stages]
+    members = {stage.worker_id for stage in stages} | plan.taken("")
+    standbys = [w for w in world.staying if w.info.worker_id not in members]
+    plan.loads.update(copies(stages, standbys))
+
+
+def copies(stages: Sequence[StagePlan], standbys: Sequence[Worker]) -> dict[str, Range]:
+    """Worker -> the layers that it shall have loaded.
+
+    Who has a stage's layers already keeps them. The others take the stage with the fewest copies, of those the one that
+    they were started for, else the one with the most layers, as far as their pool allows and they have not failed to
+    load it.
+    """
+    wanted: dict[str, Range] = {}
+    count: Counter[int] = Counter()
+
+    def able(worker: Worker, plan: StagePlan) -> bool:
+        return worker.info.may_hold(plan.stage) and (plan.stage, plan.layers) not in worker.refusals
+
+    for worker in standbys:
+        kept = next((plan for plan in stages if plan.layers == worker.kept and able(worker, plan)), None)
+        if kept is not None:
+            wanted[worker.info.worker_id] = kept.layers
+            count[kept.stage] += 1
+    for worker in standbys:
+        if worker.info.worker_id in wanted:
+            continue
+
+        def order(plan: StagePlan, pool: int = worker.info.pool) -> tuple[int, bool, int, int]:
+            return count[plan.stage], plan.stage != pool, plan.layers[0] - plan.layers[1], plan.stage
+
+        choice = min((plan for plan in stages if able(worker, plan)), key=order, default=None)
+        if choice is not None:
+            wanted[worker.info.worker_id] = choice.layers
+            count[choice.stage] += 1
+    return wanted

@@ -1,0 +1,80 @@
+"""When a stage has no worker and none comes back, those that are left take its layers over, in fewer stages.
+
+They load what they lack, and every sequence is computed again: slower than with a standby, but requests go on. As soon
+as there are workers for all stages again, the pipeline moves to them while it serves.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..planning.choose import choose, choose_in_order
+from ..planning.target import CannotForm
+from ..values import Holders
+from ..world.pipeline import Pipeline
+from ..world.worker import Worker
+from ..world.world import World
+from .plan import Goal, MeshPlan
+
+
+def give_back(world: World, plan: MeshPlan, now: float) -> None:
+    """A pipeline of fewer stages gets all of them again."""
+    for pipeline in plan.kept(world):
+        attempt = pipeline.serving
+        if attempt is None or not world.is_short(pipeline) or pipeline.pipeline_id in plan.goals:
+            continue
+        try:
+            holders = world.remember(("give back", pipeline.pipeline_id), partial(_all, world, pipeline))
+        except CannotForm:
+            continue
+        why = "there are workers for all stages again"
+        plan.goals[pipeline.pipeline_id] = Goal("give back", holders, why, must=True)
+
+
+def take_over(world: World, plan: MeshPlan, now: float) -> None:
+    """A pipeline of which nothing can be formed, for long enough, goes on over who is left."""
+    for pipeline in plan.kept(world):
+        goal = plan.goals.get(pipeline.pipeline_id)
+        if goal is None or goal.holders or pipeline.restored or not _is_due(world, pipeline, now):
+            continue
+        if any(p is not pipeline and p.main is not None for p in world.pipelines.values()):
+            continue  # Requests go on at another one, or are about to.
+        if any(other.holders for other in plan.goals.values()):
+            continue
+        holders = world.remember(("take over", pipeline.pipeline_id), partial(_fewer, world, pipeline))
+        if holders:
+            why = f"it goes on with {len(holders)} stages: nobody took the others' place"
+            plan.goals[pipeline.pipeline_id] = Goal("take over", holders, why)
+
+
+def _is_due(world: World, pipeline: Pipeline, now: float) -> bool:
+    last = pipeline.last_stages
+    if not last:
+        return False  # It never served: its workers are being started.
+    if len(last) < world.settings.num_stages and all(plan.worker_id in world.workers for plan in last):
+        return True  # Its layers were taken over before, and who did that is there.
+    return pipeline.main is None and now >= pipeline.down_since + world.settings.takeover_s
+
+
+def _all(world: World, pipeline: Pipeline) -> Holders:
+    return choose(world.target, world.candidates(_free(world, pipeline)), pipeline.stages)
+
+
+def _free(world: World, pipeline: Pipeline) -> list[Worker]:
+    used = world.used(pipeline)
+    return [w for w in world.staying if w.info.worker_id not in used]
+
+
+def _fewer(world: World, pipeline: Pipeline) -> Holders:
+    """As many stages as can be had, on workers of any pool, in the order in which they held layers; none, where nobody
+    can hold the model."""
+    free = _free(world, pipeline)
+    order = {plan.worker_id: plan.stage for plan in pipeline.last_stages}
+    free.sort(key=lambda w: order.get(w.info.worker_id, w.info.pool))
+    candidates = world.candidates(free)
+    for count in range(min(world.settings.num_stages - 1, len(free)), 0, -1):
+        try:
+            return choose_in_order(world.settings, candidates, pipeline.last_stages, count)
+        except CannotForm:
+            continue
+    return ()

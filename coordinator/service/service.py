@@ -1,0 +1,305 @@
+"""The Coordinator service over gRPC: hears workers, gateways and operators, runs the core, executes its actions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+import grpc.aio
+
+from stagemesh.errors import ConfigError, InvalidRequest, NotFound, Unavailable
+from stagemesh.faults import point
+from stagemesh.protocol import check_protocol, spoken
+from stagemesh.protos.v1 import coordinator_pb2 as pb
+from stagemesh.protos.v1 import coordinator_pb2_grpc, types_pb2
+
+from ..core import actions
+from ..core.mesh import Mesh
+from ..observe import events
+from ..policy.drain import check_drain
+from ..policy.ranges import advice, ranges_for
+from ..policy.replicas import check_scale
+from ..state.store import Store
+from .orders import OrderRunner
+from .slots import Slots
+from .views import mesh_view, worker_info
+
+log = logging.getLogger(__name__)
+
+MAX_COUNTED = 4096
+"""Workers whose counts of refused stale orders are remembered."""
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
+    """One coordinator. `run` must run beside the server."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        store: Store,
+        slots: Slots,
+        model: types_pb2.ModelRef,
+        make_runner: Callable[[Callable[[events.Event], None]], OrderRunner],
+        clock: Callable[[], float] = time.monotonic,
+        is_leader: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Gives no order while it is not the leader."""
+        self._mesh = mesh
+        self._world = mesh.world
+        self._timing = mesh.world.timing
+        self._store = store
+        self._slots = slots
+        self._model = model
+        self._clock = clock
+        self._runner = make_runner(self.post)
+        self._stale: dict[str, dict[str, int]] = {}
+        self._streams: dict[str, object] = {}  # worker -> its newest keep-alive stream
+        self._lives: dict[str, list[int]] = {}  # gateway -> the processes whose streams are open
+        self._version = self._urgent = 0  # of what is published; of its last urgent change
+        self._changed = asyncio.Event()
+        self._stopping = False
+        self._is_leader = is_leader
+        self._failed: Exception | None = None
+
+    def post(self, event: events.Event) -> None:
+        """Runs the core on one event and executes what it orders, in order. Where that fails, such as a write on a
+        full disk, the core takes for done what is not: `run` ends, and with it the process."""
+        if self._stopping or self._failed is not None or not self._is_leader():
+            return
+        try:
+            self._execute(self._mesh.handle(event, self._clock()))
+        except Exception as e:
+            self._failed = e
+            raise
+
+    def _execute(self, ordered: Iterable[actions.Action]) -> None:
+        for action in ordered:
+            match action:
+                case actions.Save(before, after):
+                    self._store.save(before, after, self._world.settings.terms)
+                case actions.Publish(urgent):
+                    self._publish(urgent)
+                case actions.Log(message, warning):
+                    log.log(logging.WARNING if warning else logging.INFO, "%s", message)
+                case _:
+                    self._runner.execute(action)
+
+    def _publish(self, urgent: bool) -> None:
+        self._version += 1
+        if urgent:
+            self._urgent = self._version
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Lets time pass in the core, until cancelled. Raises what an order failed with, whoever gave it."""
+        while self._failed is None:
+            self.post(events.Tick())
+            await asyncio.sleep(self._timing.tick_s)
+        raise self._failed
+
+    async def stop(self) -> None:
+        """Ends orders and watches; workers and gateways go on by themselves."""
+        self._stopping = True
+        self._changed.set()
+        await self._runner.close()
+
+    # Workers
+
+    async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
+        """A worker joins."""
+        check_protocol(request.protocol, f"worker {request.worker_id} ({request.version})")
+        for field, bad in (
+            ("worker_id", not request.worker_id),
+            ("incarnation", not request.incarnation),
+            ("address", not request.address),
+            ("tp_size", request.tp_size < 1),
+            ("pool", request.pool < -1),
+        ):
+            if bad:
+                raise InvalidRequest(f"Register: {field} is {getattr(request, field)!r}", param=field)
+        stages = self._world.settings.num_stages
+        if request.pool >= stages:
+            raise ConfigError(
+                f"worker {request.worker_id} is bound to stage {request.pool}, the pipeline has stages 0 to "
+                f"{stages - 1}: start it with --stage {stages - 1} or less, or the coordinator with "
+                f"-pp {request.pool + 1}"
+            )
+        for transport in request.transports:
+            if len(transport.rank_addresses) != request.tp_size:
+                raise InvalidRequest(
+                    f"Register: transport {transport.name} has {len(transport.rank_addresses)} rank addresses for "
+                    f"{request.tp_size} ranks",
+                    param="transports",
+                )
+        # An older stream of this worker may still wait to be seen broken: that is no news then.
+        self._streams.pop(request.worker_id, None)
+        self.post(events.WorkerRegistered(worker_info(request)))
+        lease_s, renew_s = self._timing.lease_s, self._timing.renew_s
+        return pb.RegisterResponse(lease_ms=round(lease_s * 1000), renew_ms=round(renew_s * 1000))
+
+    async def KeepAlive(
+        self, requests: AsyncIterator[pb.KeepAliveRequest], context: Context
+    ) -> AsyncIterator[pb.KeepAliveResponse]:
+        """Renews leases; a stream that ends is a worker that is lost."""
+        stream = object()
+        worker_id, incarnation = "", 0
+        try:
+            async for request in requests:
+                worker_id, incarnation = request.worker_id, request.incarnation
+                known = self._world.knows(worker_id, incarnation)
+                if known:
+                    self._streams[worker_id] = stream
+                    self._renewed(request)
+                yield pb.KeepAliveResponse(known=known)
+                if not known:
+                    return
+        finally:
+            if self._streams.get(worker_id) is stream:
+                del self._streams[worker_id]
+                self.post(events.WorkerLost(worker_id, incarnation, "its keep-alive stream ended"))
+
+    def _renewed(self, request: pb.KeepAliveRequest) -> None:
+        self.post(events.LeaseRenewed(request.worker_id, request.incarnation, request.late_ms / 1000))
+        if request.stale_refused and self._stale.get(request.worker_id) != request.stale_refused:
+            self._stale[request.worker_id] = dict(request.stale_refused)
+            self._publish(urgent=False)
+            while len(self._stale) > MAX_COUNTED:
+                self._stale.pop(next(iter(self._stale)))
+        if request.broken_pipeline:
+            reason = request.broken_reason or "no reason given"
+            self.post(events.LinkBroken(request.worker_id, request.broken_pipeline, request.broken_epoch, reason))
+
+    # Gateways and operators
+
+    async def WatchPipelines(
+        self, request: pb.WatchPipelinesRequest, context: Context
+    ) -> AsyncIterator[pb.WatchPipelinesResponse]:
+        """The mesh at once, then at every change; progress alone at most five times a second."""
+        if not request.gateway_id or not request.instance:
+            raise InvalidRequest("WatchPipelines: gateway_id and instance must be set")
+        if request.protocol:
+            check_protocol(request.protocol, f"gateway {request.gateway_id}")
+        if request.life and any(life not in (0, request.life) for life in self._lives.get(request.gateway_id, ())):
+            raise ConfigError(
+                f"another gateway named {request.gateway_id!r} is connected: give each its own --gateway-id, or wait "
+                "until that one is gone"
+            )
+        if expired := self._slots.expire(self._clock()):
+            # A coordinator that is started again takes all that are written down for just gone.
+            self._store.forget_slots(expired)
+        slot = self._slots.acquire(request.gateway_id, request.instance, self._clock())
+        lives = self._lives.setdefault(request.gateway_id, [])
+        lives.append(request.life)
+        try:
+            self._store.save_slot(slot, request.gateway_id, request.instance)
+            log.info("gateway %s watches, slot %d", request.gateway_id, slot)
+            self.post(events.GatewayCame(request.gateway_id, spoken(request.protocol)))
+            sent = -1
+            while not self._stopping:
+                # A pipeline of before a restart may still serve: say nothing that would stop it until that is known.
+                if sent != self._version and not self._world.restoring:
+                    sent = self._version
+                    mesh = mesh_view(self._world, self._model, self._stale)
+                    yield pb.WatchPipelinesResponse(slot=slot, pipelines=mesh.pipelines, mesh=mesh)
+                    await self._progress_pause(sent)
+                else:
+                    await self._changed.wait()
+        finally:
+            lives.remove(request.life)
+            if not lives:
+                del self._lives[request.gateway_id]
+            self._slots.release(slot, self._clock())
+            self.post(events.GatewayGone(request.gateway_id))
+
+    async def _progress_pause(self, sent: int) -> None:
+        """Waits for an urgent change, at most for `progress_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._timing.progress_s):
+                while self._urgent <= sent and not self._stopping:
+                    await self._changed.wait()
+
+    async def DescribeMesh(self, request: pb.DescribeMeshRequest, context: Context) -> pb.DescribeMeshResponse:
+        """The mesh as it stands."""
+        if self._world.restoring:
+            raise _just_started()
+        return pb.DescribeMeshResponse(mesh=mesh_view(self._world, self._model, self._stale))
+
+    async def ReportStuck(self, request: pb.ReportStuckRequest, context: Context) -> pb.ReportStuckResponse:
+        """A gateway's steps do not come back, or it does not reach a worker."""
+        r = request
+        self.post(events.StepsStuck(r.gateway_id, r.pipeline_id, r.epoch, r.reason, tuple(r.unreachable)))
+        return pb.ReportStuckResponse()
+
+    async def ReportMoved(self, request: pb.ReportMovedRequest, context: Context) -> pb.ReportMovedResponse:
+        """A gateway has switched to the next epoch of a pipeline, or could not."""
+        # Nobody else knows yet.
+        point("coordinator.moved")
+        self.post(events.GatewayMoved(request.gateway_id, request.pipeline_id, request.epoch, request.error))
+        return pb.ReportMovedResponse()
+
+    async def Repartition(self, request: pb.RepartitionRequest, context: Context) -> pb.RepartitionResponse:
+        """Other layer ranges."""
+        now, pipelines = self._clock(), self._world.pipelines.values()
+        ranges = ranges_for(self._world, list(request.counts), now)
+        advised = next((a for p in pipelines if (a := advice(self._world, p, now)) is not None), None)
+        self.post(events.RepartitionRequested(ranges))
+        answer = pb.RepartitionResponse(counts=[last - first for first, last in ranges])
+        if advised is not None and advised.ranges == ranges:
+            answer.slowest_us, answer.expected_us = round(advised.now_s * 1e6), round(advised.then_s * 1e6)
+        return answer
+
+    async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleResponse:
+        """More or fewer workers on a stage."""
+        now = self._clock()
+        if self._world.settles(now):
+            raise _just_started()
+        pipelines = check_scale(self._world, request.stage, request.replicas, now)
+        self.post(events.ScaleRequested(request.stage, request.replicas))
+        return pb.ScaleResponse(pipelines=pipelines)
+
+    async def ReportLeft(self, request: pb.ReportLeftRequest, context: Context) -> pb.ReportLeftResponse:
+        """A gateway has left a pipeline."""
+        self.post(events.GatewayLeft(request.gateway_id, request.pipeline_id))
+        return pb.ReportLeftResponse()
+
+    async def ReportSteps(self, request: pb.ReportStepsRequest, context: Context) -> pb.ReportStepsResponse:
+        """What a pipeline's steps take."""
+        seconds = tuple(us * 1e-6 for us in request.step_us)
+        self.post(events.StepsMeasured(request.gateway_id, request.pipeline_id, request.epoch, seconds))
+        return pb.ReportStepsResponse()
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        """Takes a worker out of service."""
+        self._check_known(request.worker_id)
+        if not request.force:
+            check_drain(self._world, request.worker_id)
+        pipelines = self._world.pipelines_of(request.worker_id)
+        self.post(events.DrainRequested(request.worker_id, request.force))
+        return pb.DrainResponse(pipeline_ids=pipelines)
+
+    async def Undrain(self, request: pb.UndrainRequest, context: Context) -> pb.UndrainResponse:
+        """Takes a drain back."""
+        if request.worker_id not in self._world.record.drains:
+            self._check_known(request.worker_id)
+            raise NotFound(f"worker {request.worker_id} does not drain")
+        self.post(events.UndrainRequested(request.worker_id))
+        return pb.UndrainResponse()
+
+    def _check_known(self, worker_id: str) -> None:
+        """Raises NotFound for a worker that is not registered, Unavailable where it may still come back."""
+        if worker_id in self._world.workers:
+            return
+        if self._world.settles(self._clock()):
+            raise _just_started()
+        known = ", ".join(sorted(self._world.workers)) or "none"
+        raise NotFound(f"no worker {worker_id!r} is registered; registered: {known}")
+
+
+def _just_started() -> Unavailable:
+    return Unavailable("this coordinator has just started: workers are still coming back", retry_after_s=1)

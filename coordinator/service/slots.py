@@ -1,0 +1,71 @@
+"""Slots 1..250 of gateway instances: a slot names a gateway's lanes on every link.
+
+A slot whose gateway is out of sight is not given to another for a while: the old instance may still live, and its
+late frames must not be taken for the new one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from stagemesh.errors import QueueFull
+
+MAX_SLOT = 250
+
+
+@dataclass
+class _Holder:
+    gateway_id: str
+    instance: int
+    streams: int = 0
+    gone_at: float = 0.0
+
+
+class Slots:
+    """Hands out slots; pure, with the clock as an argument."""
+
+    def __init__(
+        self, stored: Mapping[int, tuple[str, int]], *, now: float, quarantine_s: float, first: int = 1
+    ) -> None:
+        """`stored`: slots of before a restart, taken as just gone. `quarantine_s`: how long a slot of a gateway that is
+        gone is given to nobody else. `first`: where the search for a free one starts."""
+        self._quarantine_s = quarantine_s
+        self._holders = {slot: _Holder(name, instance, gone_at=now) for slot, (name, instance) in stored.items()}
+        self._next = first
+
+    def acquire(self, gateway_id: str, instance: int, now: float) -> int:
+        """The slot of this instance, the same each time it asks. Raises QueueFull when all are taken."""
+        for slot, holder in self._holders.items():
+            if (holder.gateway_id, holder.instance) == (gateway_id, instance):
+                holder.streams += 1
+                return slot
+        for offset in range(MAX_SLOT):
+            slot = (self._next - 1 + offset) % MAX_SLOT + 1
+            held = self._holders.get(slot)
+            if held is None or (held.streams == 0 and now - held.gone_at >= self._quarantine_s):
+                self._holders[slot] = _Holder(gateway_id, instance, streams=1)
+                self._next = slot % MAX_SLOT + 1
+                return slot
+        raise QueueFull(
+            f"all {MAX_SLOT} gateway slots are taken, or were until {self._quarantine_s:.0f} s ago: "
+            "run fewer gateways, or try again later",
+            retry_after_s=self._quarantine_s,
+        )
+
+    def expire(self, now: float) -> list[int]:
+        """Forgets slots whose gateways have been out of sight for long enough, and says which."""
+        gone = [
+            slot
+            for slot, holder in self._holders.items()
+            if holder.streams == 0 and now - holder.gone_at >= self._quarantine_s
+        ]
+        for slot in gone:
+            del self._holders[slot]
+        return gone
+
+    def release(self, slot: int, now: float) -> None:
+        """A stream of the slot's gateway ended."""
+        holder = self._holders[slot]
+        holder.streams -= 1
+        holder.gone_at = now

@@ -1,0 +1,197 @@
+"""Which coordinator is the leader on Kubernetes: the one that holds a Lease (coordination.k8s.io/v1).
+
+Elected as client-go does it: a record that nobody has changed for its duration, by the clock of the one who looks, has
+expired (clocks of machines are not compared), and each write names the version that it replaces, so that of two that
+try one succeeds. Every taking raises the record's count of transitions. That count is a term, and each term has epochs
+of its own, above those of all terms before: no epoch comes back even where the volume that kept them is gone. Orders
+are given only while nobody else can have it (`is_sure`): one who was stopped gives none when he goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from stagemesh.errors import ConfigError, StagemeshError, Unavailable
+
+from .kubernetes_api import ApiServer
+
+log = logging.getLogger(__name__)
+
+EPOCHS_OF_A_TERM = 2**24
+
+
+class Conflict(Exception):
+    """Another one wrote first."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the Lease says."""
+
+    holder: str
+    term: int
+    version: str
+    """Another one with every write."""
+
+
+class Lease:
+    """The Lease `name`, which `identity` takes and keeps. `duration_s`: how long it stands without being renewed."""
+
+    def __init__(self, api: ApiServer, name: str, identity: str, duration_s: float) -> None:
+        self.name, self.identity = name, identity
+        self.term = 0
+        """Since it was taken; 0: never."""
+        self._api = api
+        self._duration_s = duration_s
+        self._pause_s = duration_s / 7.5
+        self._give_up_s = duration_s * 2 / 3
+        self._path = f"/apis/coordination.k8s.io/v1/namespaces/{api.namespace}/leases"
+        self._version = ""
+        self._acquired = ""
+        self._sure_until = 0.0
+
+    @property
+    def first_epoch(self) -> int:
+        """Of this term."""
+        return self.term * EPOCHS_OF_A_TERM + 1
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether nobody else can have it yet."""
+        return time.monotonic() < self._sure_until
+
+    async def take(self, stop: asyncio.Event) -> bool:
+        """Waits until it is free or expired; False when told to stop before. Raises ConfigError where the API server
+        would never let it."""
+        told = ""
+        seen: Record | None = None
+        since = time.monotonic()
+        while True:
+            why = ""
+            try:
+                record = await self._read()
+                if record != seen:
+                    seen, since = record, time.monotonic()
+                if record is None or record.holder in ("", self.identity) or self._has_expired(since):
+                    await self._take_over(record)
+                    log.info("leader by Lease %s, term %d, as %s", self.name, self.term, self.identity)
+                    return True
+                why = f"Lease {self.name} is held by {record.holder}; this coordinator waits until it is free"
+            except Conflict:
+                why = f"another coordinator wrote Lease {self.name} first"
+            except Unavailable as e:
+                why = e.message
+            if why != told:
+                log.info("%s", why)
+                told = why
+            try:
+                async with asyncio.timeout(self._pause_s):
+                    await stop.wait()
+                return False
+            except TimeoutError:
+                continue
+
+    async def keep(self) -> str:
+        """Renews it; returns why it is lost, before another one may have it."""
+        why = ""
+        while (left := self._sure_until - time.monotonic()) > 0:
+            await asyncio.sleep(min(self._pause_s, left))
+            try:
+                async with asyncio.timeout(max(0.0, self._sure_until - time.monotonic())):
+                    await self._write_as(self.identity)
+            except Conflict:
+                return f"Lease {self.name} has another holder, or was deleted"
+            except (StagemeshError, TimeoutError) as e:
+                if not why:
+                    log.warning("Lease %s is not renewed: %s", self.name, e)
+                why = str(e) or why or "the API server does not answer"
+            else:
+                why = ""
+        return f"Lease {self.name} could not be renewed for {self._give_up_s:g} s: {why}"
+
+    async def give_up(self) -> None:
+        """Lets another one have it at once. Best effort: it expires by itself."""
+        try:
+            await self._write_as("")
+        except (StagemeshError, Conflict) as e:
+            log.info("Lease %s expires by itself: %s", self.name, e)
+
+    def _has_expired(self, since: float) -> bool:
+        return time.monotonic() > since + self._duration_s
+
+    async def _write_as(self, holder: str) -> None:
+        """Raises Conflict where it is another's by now, Unavailable where that is not known."""
+        try:
+            await self._put(self._body(holder, self.term), self._version)
+        except Conflict:
+            # Or the answer to a write of ours was lost, or such a write is still under way.
+            record = await self._read()
+            if record is None or (record.holder, record.term) != (self.identity, self.term):
+                raise
+            await self._put(self._body(holder, self.term), record.version)
+
+    async def _take_over(self, record: Record | None) -> None:
+        self.term = record.term + 1 if record is not None else 1
+        self._acquired = _now()
+        await self._put(self._body(self.identity, self.term), record.version if record is not None else "")
+
+    async def _put(self, body: dict[str, Any], version: str) -> None:
+        asked = time.monotonic()
+        if version:
+            body["metadata"]["resourceVersion"] = version
+            status, text = await self._api.call("PUT", f"{self._path}/{self.name}", body)
+        else:
+            status, text = await self._api.call("POST", self._path, body)
+        if status == 409 or (version and status == 404):
+            raise Conflict
+        self._version = self._checked(status, text)["metadata"]["resourceVersion"]
+        self._sure_until = asked + self._give_up_s
+
+    async def _read(self) -> Record | None:
+        status, text = await self._api.call("GET", f"{self._path}/{self.name}")
+        if status == 404:
+            return None
+        found = self._checked(status, text)
+        spec = found.get("spec", {})
+        return Record(
+            spec.get("holderIdentity") or "",
+            spec.get("leaseTransitions") or 0,
+            found["metadata"]["resourceVersion"],
+        )
+
+    def _checked(self, status: int, text: bytes) -> dict[str, Any]:
+        if status in (401, 403, 404):
+            raise ConfigError(
+                f"--kubernetes-lease {self.name}: the API server answers {status} in namespace {self._api.namespace}: "
+                "the pod's service account needs a Role with get, create and update of leases (coordination.k8s.io)"
+            )
+        if status not in (200, 201):
+            raise Unavailable(f"the API server answers {status} for Lease {self.name}: {text[:200]!r}")
+        parsed: dict[str, Any] = json.loads(text)
+        return parsed
+
+    def _body(self, holder: str, term: int) -> dict[str, Any]:
+        return {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {"name": self.name, "namespace": self._api.namespace},
+            "spec": {
+                "holderIdentity": holder,
+                "leaseDurationSeconds": max(1, math.ceil(self._duration_s)),
+                "leaseTransitions": term,
+                "acquireTime": self._acquired,
+                "renewTime": _now(),
+            },
+        }
+
+
+def _now() -> str:
+    """As Kubernetes' MicroTime has it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

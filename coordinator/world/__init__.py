@@ -1,0 +1,1 @@
+"""All that the coordinator knows, as data with small queries. Nothing in here decides, and nothing does I/O."""

@@ -1,0 +1,292 @@
+"""All that the coordinator knows, as data with small queries: workers, pipelines, gateways, wishes, beliefs.
+
+Events change it (core/observe.py), and so do attempts as they go on (core/reconcile.py). Policies only read it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from stagemesh.protocol import MOVES
+
+from ..planning.cost import kinds
+from ..planning.placement import Candidate
+from ..planning.target import CannotForm, Target
+from ..timing import CoordinatorTiming
+from ..values import Range, StoredPlan, WorkerInfo
+from .pipeline import Attempt, Phase, Pipeline
+from .record import Record
+from .worker import Worker
+
+UNLIMITED = 1 << 30
+T = TypeVar("T")
+
+
+@dataclass
+class Gateway:
+    """A gateway that watches the mesh, or did a moment ago."""
+
+    streams: int = 0
+    gone_at: float = 0.0
+    knows_moves: bool = True
+    """It speaks a protocol in which pipelines move."""
+
+
+@dataclass
+class Beliefs:
+    """What is believed for a while: each with the clock time at which it ends."""
+
+    apart: dict[frozenset[str], float] = field(default_factory=dict)
+    """Pairs of workers whose link did not come up."""
+    away: dict[str, float] = field(default_factory=dict)
+    """Workers that a gateway does not reach."""
+    missed: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Lost workers -> (the stage that they were started for, until when they count as its replica)."""
+    ucx_failed: dict[frozenset[int], list[str]] = field(default_factory=dict)
+    """Incarnations of a link's two ends -> errors of UCX between them. Ends with either of them."""
+    lost_with: dict[str, int] = field(default_factory=dict)
+    """Workers that were lost as they held the stage that they were started for. Ends when it is given back."""
+
+    def expire(self, now: float) -> bool:
+        """Drops what has ended. Whether there was any."""
+        apart = {pair: until for pair, until in self.apart.items() if until > now}
+        away = {name: until for name, until in self.away.items() if until > now}
+        missed = {name: m for name, m in self.missed.items() if m[1] > now}
+        fewer = len(apart) + len(away) + len(missed) < len(self.apart) + len(self.away) + len(self.missed)
+        self.apart, self.away, self.missed = apart, away, missed
+        return fewer
+
+
+class World:
+    """See the module."""
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        now: float,
+        nonce: Callable[[], int],
+        timing: CoordinatorTiming,
+        record: Record | None = None,
+        first_epoch: int = 1,
+        first_pipeline: str = "pipeline-0",
+    ) -> None:
+        """`nonce`: fresh generations and link nonces. No epoch that is made here is below `first_epoch`."""
+        self.settings = target
+        """As settings and checkpoint have it; see `target`."""
+        self.timing = timing
+        self.nonce = nonce
+        self.record = record or Record()
+        self.first_epoch = first_epoch
+        self.workers: dict[str, Worker] = {}
+        self.lost: dict[str, WorkerInfo] = {}
+        """Lost workers, to be shown."""
+        self.gateways: dict[str, Gateway] = {}
+        self.beliefs = Beliefs()
+        self.late_s = 0.0
+        """How late this process's own clock has run of late."""
+        self.last_tick = now
+        self.share_limit = UNLIMITED
+        """Pipelines that can share pages, as far as that was tried in vain."""
+        self.pages: dict[tuple[str, int], int] = {}
+        """Worker and incarnation -> KV pages of a gateway that it has for all pipelines together."""
+        self.counts_before: tuple[int, ...] | None = None
+        """What was wanted before `record.counts`, for when that cannot be had."""
+        self.load_failures = 0
+        """How often a worker failed to load ranges that are wanted."""
+        self.load_fails_for_good = False
+        """One of those failures would come again."""
+        self.cannot_load = ""
+        """Why it failed last."""
+        self.given_up = ""
+        """Why what an operator wanted last will not be."""
+        self.advices: list[str] = []
+        """What would make the pipelines faster, for people."""
+        self.advised_at = 0.0
+        self.departed: list[str] = []
+        """Addresses of workers that are gone, whose connections are to be closed."""
+        self.said: list[tuple[str, bool]] = []
+        """Lines for the log, each with whether it is a warning."""
+        self.news: bool | None = None
+        """Whether watchers are to be told of something: at once (True), with a delay (False), or of nothing (None)."""
+        self.version = 0
+        """Rises with every change that policies could answer to."""
+        self._memo: dict[object, object] = {}
+        self._memo_version = -1
+        stored = self.record.plans
+        self.had_pipelines = bool(stored)
+        """There were pipelines before a restart."""
+        self.settled_at = now + timing.lease_s + timing.reconnect_s
+        """From then on workers of before a restart are not waited for."""
+        self.gateways_came_at = now + timing.gone_s if self.record.epochs else now
+        """When gateways that followed a coordinator before this one have come back: which they are is not known."""
+        self.pipelines = {
+            name: Pipeline(name, self.record.epochs.get(name, 0)) for name in sorted(stored or (first_pipeline,))
+        }
+        for name, plan in stored.items():
+            # A later epoch may have begun beside it. If it began instead, the workers will not hold this one.
+            if plan.epoch <= self.pipelines[name].epoch and plan.terms == target.terms:
+                self.pipelines[name].restored = plan
+                self.pipelines[name].reason = "the coordinator restarted and waits for the workers to report"
+
+    # -- what is wanted ---------------------------------------------------------------------------------------------
+
+    @property
+    def target(self) -> Target:
+        """What is to be built, with the layer counts that are wanted now."""
+        counts = self.record.counts
+        return self.settings if counts is None else replace(self.settings, layer_partition=counts)
+
+    @property
+    def wanted_ranges(self) -> tuple[Range, ...] | None:
+        """The ranges that are wanted, while a pipeline of all stages serves with others."""
+        if self.record.counts is None:
+            return None
+        ranges = tuple(itertools.pairwise(itertools.accumulate(self.record.counts, initial=0)))
+        whole = [a for p in self.kept if (a := p.serving) is not None and len(a.stages) == len(ranges)]
+        return ranges if any(a.ranges != ranges for a in whole) else None
+
+    def drains(self, worker: Worker) -> bool:
+        """Whether it is to hold nothing any more."""
+        return self.record.drains.get(worker.info.worker_id) == worker.info.incarnation
+
+    def log(self, message: str, *, warning: bool = False) -> None:
+        """A line for the log."""
+        self.said.append((message, warning))
+
+    def publish(self, *, urgent: bool = True) -> None:
+        """Watchers are to be told."""
+        self.news = bool(self.news) or urgent
+
+    # -- time and restarts ------------------------------------------------------------------------------------------
+
+    @property
+    def restoring(self) -> bool:
+        """Whether a pipeline from before a restart may still turn out to be active."""
+        return any(pipeline.restored for pipeline in self.pipelines.values())
+
+    def settles(self, now: float) -> bool:
+        """Whether this coordinator has started so recently that workers of before may still have to come back."""
+        return now < self.settled_at
+
+    def changed(self) -> None:
+        """Something changed to which policies could answer."""
+        self.version += 1
+
+    def membership_changed(self) -> None:
+        """Who is there, or what serves, changed: what was given up may be tried again."""
+        self.changed()
+        for pipeline in self.pipelines.values():
+            if pipeline.gave_up is not None and pipeline.gave_up.policy != "ranges":
+                pipeline.gave_up = None
+
+    def remember(self, key: object, compute: Callable[[], T]) -> T:
+        """The result, or the CannotForm, of a pure computation on the world: done once for each version of it."""
+        if self._memo_version != self.version:
+            self._memo.clear()
+            self._memo_version = self.version
+        if key not in self._memo:
+            try:
+                self._memo[key] = compute()
+            except CannotForm as e:
+                self._memo[key] = e
+        found = self._memo[key]
+        if isinstance(found, CannotForm):
+            raise found.with_traceback(None)
+        return found  # type: ignore[return-value]
+
+    # -- workers ----------------------------------------------------------------------------------------------------
+
+    def knows(self, worker_id: str, incarnation: int) -> bool:
+        """Whether this life of the worker is a member."""
+        worker = self.workers.get(worker_id)
+        return worker is not None and worker.info.incarnation == incarnation
+
+    def worker_at(self, attempt: Attempt, stage: int) -> Worker:
+        """The worker that holds a stage of an attempt."""
+        return self.workers[attempt.stages[stage].worker_id]
+
+    def members(self, attempt: Attempt) -> list[WorkerInfo]:
+        """Those that hold an attempt's stages, in order."""
+        return [self.worker_at(attempt, plan.stage).info for plan in attempt.stages]
+
+    @property
+    def staying(self) -> list[Worker]:
+        """Workers that do not drain."""
+        return [worker for worker in self.workers.values() if not self.drains(worker)]
+
+    def used(self, beside: Pipeline | None = None) -> set[str]:
+        """Workers that pipelines use or are about to use; those of `beside` left out."""
+        others = (p for p in self.pipelines.values() if p is not beside)
+        return {name for p in others for attempt in p.attempts for name in attempt.workers}
+
+    def spare(self) -> list[Worker]:
+        """Workers that no pipeline uses, nor is going to."""
+        used = self.used()
+        return [w for w in self.staying if w.info.worker_id not in used]
+
+    def candidates(self, workers: Iterable[Worker]) -> list[Candidate]:
+        """Workers as placement sees them."""
+        listed = list(workers)
+        return [
+            Candidate(w.info.worker_id, w.info.pool, kind, w.kept, w.info.any_stage, dict(w.refusals))
+            for w, kind in zip(listed, kinds([w.info for w in listed]), strict=True)
+        ]
+
+    def ucx_failure(self, sender: WorkerInfo, receiver: WorkerInfo) -> str:
+        """Why UCX between two workers is not tried any more; empty when it is."""
+        failures = self.beliefs.ucx_failed.get(frozenset((sender.incarnation, receiver.incarnation)), [])
+        return failures[-1] if len(failures) > 1 else ""
+
+    # -- pipelines --------------------------------------------------------------------------------------------------
+
+    @property
+    def kept(self) -> list[Pipeline]:
+        """Pipelines that are to stay."""
+        return [p for p in self.pipelines.values() if not p.leaving]
+
+    def is_short(self, pipeline: Pipeline) -> bool:
+        """Whether it has fewer stages than there should be (policy/takeover.py)."""
+        return 0 < len(pipeline.stages) < self.settings.num_stages
+
+    @property
+    def num_shares(self) -> int:
+        """Pipelines between which pages are to be split. Beside one of fewer stages there is no other."""
+        short = any(self.is_short(p) for p in self.pipelines.values())
+        return 1 if short else len(self.pipelines)
+
+    def pipelines_of(self, worker_id: str) -> list[str]:
+        """Pipelines whose main attempt uses a worker."""
+        return [p.pipeline_id for p in self.pipelines.values() if p.stage_of(worker_id) is not None]
+
+    # -- gateways ---------------------------------------------------------------------------------------------------
+
+    def watching(self, now: float) -> set[str]:
+        """Gateways that may drive pipelines."""
+        return {n for n, g in self.gateways.items() if g.streams or now < g.gone_at + self.timing.gone_s}
+
+    def without_moves(self, now: float) -> list[str]:
+        """Workers and gateways of a release in which pipelines neither move nor share stages."""
+        workers = [w.info.worker_id for w in self.workers.values() if w.info.protocol < MOVES]
+        return workers + sorted(n for n in self.watching(now) if not self.gateways[n].knows_moves)
+
+    def stored(self, pipeline: Pipeline) -> StoredPlan:
+        """A pipeline that serves, as it is written down."""
+        assert pipeline.main is not None
+        plan, move = self._stored(pipeline.main), pipeline.beside
+        return replace(plan, next=self._stored(move)) if move is not None and move.phase is Phase.SWITCH else plan
+
+    def _stored(self, attempt: Attempt) -> StoredPlan:
+        stages = range(len(attempt.stages))
+        return StoredPlan(
+            attempt.pipeline_id,
+            attempt.epoch,
+            attempt.stages,
+            tuple(attempt.loaded[s] for s in stages),
+            tuple(attempt.routes.get(s, "") for s in stages),
+            self.settings.terms,
+            attempt.shares,
+        )
