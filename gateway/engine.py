@@ -1,4 +1,4 @@
-"""The gateway's engine: follows the coordinator, drives every pipeline there is, and spreads requests over them.
+"""The gateway's engine: follows the coordinator, drivers every pipeline there is, and spreads requests over them.
 
 It is ready only when a real token has crossed every stage of a pipeline at its current epoch.
 """
@@ -30,53 +30,54 @@ from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
 from .api.request import GenerationRequest, ModelCard
-from .drive.driver import RETRY_AFTER_S, RETRY_S, Drive, Surroundings
+from .drive.driver import PipelineDriver, Surroundings
 from .drive.live import LiveRequest
+from .drive.loop import Observers
 from .drive.outage import KEPT
 from .drive.reporter import Reporter
-from .drive.slot_lease import Seat
+from .drive.slot_lease import SlotLease
 from .telemetry.bubbles import Bubbles
 from .telemetry.metrics import Load, Metrics
 from .telemetry.trace import Recorder
 from .text.tokenizer import Tokenizer
+from .timing import GatewayTiming
 
 log = logging.getLogger(__name__)
 
-STEPS_S = 2.0
-"""Between two reports of what steps take."""
 NO_COORDINATOR = "no coordinator has been reached yet"
 
 
 class MeshEngine:
     """Implements `request.Engine` on a real mesh."""
 
-    def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
+    def __init__(self, settings: GatewaySettings, metrics: Metrics, timing: GatewayTiming) -> None:
         self.settings = settings
+        self._timing = timing
         self.metrics = metrics
         self.tokenizer: Tokenizer | None = None
         self.model: ModelCard | None = None
         self.mesh = types_pb2.MeshView()
         self.recorder = Recorder()
-        self._seat = Seat(settings.gateway_id)
+        self._slot = SlotLease(settings.gateway_id, self._watch_anew)
         self._watching: asyncio.Task[None] | None = None
-        self._reporter = Reporter(settings.coordinator, settings.gateway_id)
-        self._drives: dict[str, Drive] = {}
+        self._reporter = Reporter(settings.coordinator, settings.gateway_id, timing)
+        self._drivers: dict[str, PipelineDriver] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
-        """By pipeline, like the drives."""
+        """By pipeline, like the drivers."""
         self._reason = NO_COORDINATOR
         """Why nothing is driven."""
         self._stopping = False
         self._live: dict[str, LiveRequest] = {}
-        self._at: dict[LiveRequest, Drive] = {}
+        self._at: dict[LiveRequest, PipelineDriver] = {}
         self._failed: asyncio.Future[None] | None = None
         self._following: asyncio.Task[None] | None = None
         self._events: deque[dict[str, Any]] = deque(maxlen=KEPT)
         bubbles = Bubbles()
+        observers = Observers(metrics, bubbles, self.recorder, timing, time.monotonic)
         self._around = Surroundings(
-            settings, self._seat, self._reporter, metrics, bubbles, self.recorder, self._events,
+            settings, self._slot, self._reporter, observers, self._events,
             self._load_model, self._make_live, self._place,
         )  # fmt: skip
-        self._seat.on_renew = self._watch_anew
         metrics.register(bubbles)
         metrics.watch(self._load)
 
@@ -105,15 +106,15 @@ class MeshEngine:
         deadline = time.monotonic() + drain_timeout_s
         while self._live and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        drives = list(self._drives.values())
-        for drive in drives:
-            await drive.stop()
+        drivers = list(self._drivers.values())
+        for driver in drivers:
+            driver.stop()
         tasks = [*self._runs.values()] + ([self._following] if self._following is not None else [])
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for drive in drives:
-            await drive.close()
+        for driver in drivers:
+            await driver.close()
 
     # -- the front ends' side ---------------------------------------------------------------------------------------
 
@@ -121,10 +122,10 @@ class MeshEngine:
         """Whether a token has crossed every stage of a pipeline that serves; else why not."""
         if self._stopping:
             return False, "the gateway is stopping"
-        drives = self._drives.values()
-        if any(drive.ready for drive in drives):
+        drivers = self._drivers.values()
+        if any(driver.ready for driver in drivers):
             return True, ""
-        reasons = [f"a stage is being drained: {d.reason}" if d.draining else d.reason for d in drives]
+        reasons = [f"a stage is being drained: {d.reason}" if d.wish.draining else d.reason for d in drivers]
         return False, "; ".join(dict.fromkeys(reasons)) or self._reason
 
     def submit(self, request: GenerationRequest) -> LiveRequest:
@@ -133,9 +134,9 @@ class MeshEngine:
 
         Raises Unavailable, QueueFull, PromptTooLong or InvalidRequest.
         """
-        drive = self._least_busy() or next((d for d in self._drives.values() if d.recovering), None)
-        if drive is None or drive.work is None or self.model is None or self._stopping:
-            raise Unavailable(f"no pipeline can serve now: {self.ready()[1]}", retry_after_s=RETRY_AFTER_S)
+        driver = self._least_busy() or next((d for d in self._drivers.values() if d.recovering), None)
+        if driver is None or driver.ledger is None or self.model is None or self._stopping:
+            raise Unavailable(f"no pipeline can serve now: {self.ready()[1]}", retry_after_s=self._timing.retry_after_s)
         if len(request.prompt) + request.max_tokens > self.model.max_model_len:
             raise PromptTooLong(
                 f"{len(request.prompt)} prompt tokens and {request.max_tokens} output tokens exceed the longest "
@@ -144,7 +145,7 @@ class MeshEngine:
             )
         if request.request_id in self._live:
             raise InvalidRequest(f"a request named {request.request_id} is running", param="request_id")
-        scheduler = drive.work.scheduler
+        scheduler = driver.ledger.scheduler
         most = self.settings.max_waiting + scheduler.max_num_seqs
         if request.n > most:
             raise InvalidRequest(f"n is {request.n}, and this gateway holds at most {most} choices at once", param="n")
@@ -152,17 +153,17 @@ class MeshEngine:
         if waiting + request.n > most - len(scheduler.running):
             raise QueueFull(
                 f"{waiting} requests are waiting, and at most {self.settings.max_waiting} may",
-                retry_after_s=RETRY_AFTER_S,
+                retry_after_s=self._timing.retry_after_s,
             )
         live = self._make_live(request)
         if not live.ended:  # Else all of it was promised before.
-            self._at[live] = drive
-            drive.accept(live)
+            self._at[live] = driver
+            driver.accept(live)
         return live
 
-    def _least_busy(self) -> Drive | None:
+    def _least_busy(self) -> PipelineDriver | None:
         """Where a request is likely to be served first, of the pipelines that serve."""
-        return min((d for d in self._drives.values() if d.ready), key=lambda d: d.busy, default=None)
+        return min((d for d in self._drivers.values() if d.ready), key=lambda d: d.busy, default=None)
 
     def _make_live(self, request: GenerationRequest) -> LiveRequest:
         assert self.tokenizer is not None
@@ -182,8 +183,8 @@ class MeshEngine:
 
     def _on_end(self, live: LiveRequest) -> None:
         self._live.pop(live.request.request_id, None)
-        drive = self._at.pop(live, None)
-        for holder in [drive] if drive is not None else self._drives.values():
+        driver = self._at.pop(live, None)
+        for holder in [driver] if driver is not None else self._drivers.values():
             holder.forget(live)
 
     def cancel(self, request_id: str) -> bool:
@@ -198,7 +199,7 @@ class MeshEngine:
         """The mesh as this gateway sees it, JSON-ready."""
         ready, reason = self.ready()
         load = self._load()
-        pages = [d.work.scheduler.pages for d in self._drives.values() if d.work is not None]
+        pages = [d.ledger.scheduler.pages for d in self._drivers.values() if d.ledger is not None]
         seen: dict[str, Any] = MessageToDict(
             self.mesh, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
@@ -214,7 +215,7 @@ class MeshEngine:
                 "free_pages": sum(p.num_free for p in pages),
                 "total_pages": sum(p.num_pages for p in pages),
                 "pipelines": {
-                    name: {"running": d.load.running, "waiting": d.load.waiting} for name, d in self._drives.items()
+                    name: {"running": d.load.running, "waiting": d.load.waiting} for name, d in self._drivers.items()
                 },
             },
             "events": list(self._events),
@@ -222,7 +223,7 @@ class MeshEngine:
         }
 
     def _load(self) -> Load:
-        loads = [drive.load for drive in self._drives.values()]
+        loads = [driver.load for driver in self._drivers.values()]
         return Load(
             sum(load.running for load in loads),
             sum(load.waiting for load in loads),
@@ -261,10 +262,10 @@ class MeshEngine:
                         told = True
                     away = f"the coordinator at {self.settings.coordinator} cannot be reached"
                     self._reason = e.message if isinstance(e, ConfigError) else away
-                    for drive in self._drives.values():
-                        if drive.loop is None:
-                            drive.reason = self._reason
-                await asyncio.sleep(RETRY_S)
+                    for driver in self._drivers.values():
+                        if driver.loop is None:
+                            driver.reason = self._reason
+                await asyncio.sleep(self._timing.retry_s)
         finally:
             await channel.close(None)
 
@@ -272,25 +273,26 @@ class MeshEngine:
         """One stream of the mesh, until the coordinator ends it. Raises its error, or Unavailable."""
         request = coordinator_pb2.WatchPipelinesRequest(
             gateway_id=self.settings.gateway_id,
-            instance=self._seat.instance,
+            instance=self._slot.instance,
             protocol=PROTOCOL,
-            life=self._seat.life,
+            life=self._slot.life,
         )
         with rpc.mapped():
             async for response in stub.WatchPipelines(request):
-                self._take(response)
+                self.take(response)
 
-    def _take(self, response: coordinator_pb2.WatchPipelinesResponse) -> None:
-        self._seat.slot, self._reason = response.slot, "no pipeline is formed yet"
+    def take(self, response: coordinator_pb2.WatchPipelinesResponse) -> None:
+        """The coordinator's word of the mesh."""
+        self._slot.slot, self._reason = response.slot, "no pipeline is formed yet"
         # Not copied into the one before: a protobuf message never gives back what its fields have taken.
         self.mesh = response.mesh
         here = {view.pipeline_id: view for view in response.pipelines}
-        for name in here.keys() - self._drives.keys():
-            self._drives[name] = drive = Drive(name, self._around)
-            self._runs[name] = run = asyncio.create_task(drive.run())
+        for name in here.keys() - self._drivers.keys():
+            self._drivers[name] = driver = PipelineDriver(name, self._around)
+            self._runs[name] = run = asyncio.create_task(driver.run())
             run.add_done_callback(self._run_ended)
-        for name, drive in self._drives.items():
-            drive.follow(here.get(name))
+        for name, driver in self._drivers.items():
+            driver.follow(here.get(name))
 
     def _run_ended(self, run: asyncio.Task[None]) -> None:
         """Only by a bug, which ends this gateway; or because its pipeline is no more."""
@@ -300,30 +302,30 @@ class MeshEngine:
 
     def _place(self) -> None:
         """What a pipeline gives up goes on at another one; one that is to be left, and holds nothing more, is."""
-        for name, drive in list(self._drives.items()):
+        for name, driver in list(self._drivers.items()):
             to = self._least_busy()
-            if drive.gives_up and to is not None and to is not drive:
-                for live in drive.hand_out(to.pipeline_id):
+            if driver.gives_up and to is not None and to is not driver:
+                for live in driver.hand_out(to.pipeline_id):
                     self._at[live] = to
                     to.accept(live)
-            if drive.left:
-                if not drive.told_left:
-                    drive.told_left = True
+            if driver.left:
+                if not driver.told_left:
+                    driver.told_left = True
                     self._reporter.left(name)
-                if drive.gone:
-                    drive.outage.close()
-                    del self._drives[name]
+                if driver.wish.gone:
+                    driver.outage.close()
+                    del self._drivers[name]
                     self._runs.pop(name).cancel()
 
     async def _report_steps(self) -> None:
         """While requests run."""
         while True:
-            await asyncio.sleep(STEPS_S)
-            for drive in self._drives.values():
-                loop, work = drive.loop, drive.work
-                if loop is None or work is None or loop.lost is not None or work.recovering or not work.live:
+            await asyncio.sleep(self._timing.steps_every_s)
+            for driver in self._drivers.values():
+                loop, ledger = driver.loop, driver.ledger
+                if loop is None or ledger is None or loop.lost is not None or ledger.recovering or not ledger.live:
                     continue
-                seconds = work.costs.typical_s()
+                seconds = ledger.costs.typical_s()
                 if seconds is not None and len(seconds) == len(loop.view.stages):
                     self._reporter.steps(*loop.key, seconds)
 

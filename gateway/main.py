@@ -20,6 +20,7 @@ from .api.grpc_api import GatewayServicer
 from .api.http.app import build_app
 from .engine import MeshEngine
 from .telemetry.metrics import Metrics
+from .timing import GatewayTiming
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
         loop.add_signal_handler(sig, stop.set)
     listener = bind(settings.host, settings.port)
     metrics = Metrics()
-    engine = MeshEngine(settings, metrics)
+    engine = MeshEngine(settings, metrics, GatewayTiming().scaled(settings.time_scale))
     grpc_server = await rpc.start_server(
         settings.host,
         settings.grpc_port,

@@ -8,6 +8,7 @@
     ├── QueueFull               admission queue at its bound; `retry_after_s` says when to come back
     ├── Unavailable             no pipeline can serve now; `retry_after_s`
     │   └── StageLost           a stage went away while this request was running
+    │       └── RanksDied       its ranks died with steps under way
     ├── DeadlineExceeded        the request's own deadline passed
     ├── Cancelled               the client went away or called Cancel
     ├── ConfigError             settings or the mesh they ask for cannot be built (numbers and the fix in the text)
@@ -16,6 +17,7 @@
     ├── StaleEpoch              an order from an epoch that has passed; refused and counted
     ├── TransportError          a link or its peer failed
     ├── NumericalError          NaN or infinity in one request's logits
+    ├── PoisonedRequest         the ranks of a stage died each time this request was computed
     └── InternalError           a bug of ours; the request fails, the mesh goes on
 
 One table (`GRPC_STATUS`, `HTTP_STATUS`) maps the tree; foreign errors are mapped where they enter, the cause kept.
@@ -80,6 +82,10 @@ class StageLost(Unavailable):
     reason = "STAGE_LOST"
 
 
+class RanksDied(StageLost):
+    """The ranks of a stage died with steps under way, one of which may be the cause."""
+
+
 class DeadlineExceeded(StagemeshError):
     """The request's own deadline passed."""
 
@@ -128,6 +134,12 @@ class NumericalError(StagemeshError):
     reason = "NUMERICAL"
 
 
+class PoisonedRequest(StagemeshError):
+    """The ranks of a stage died each time this request was computed, the last time while nothing else was."""
+
+    reason = "POISONED_REQUEST"
+
+
 class InternalError(StagemeshError):
     """A bug of ours."""
 
@@ -147,6 +159,7 @@ GRPC_STATUS: dict[type[StagemeshError], grpc.StatusCode] = {
     StaleEpoch: grpc.StatusCode.ABORTED,
     TransportError: grpc.StatusCode.UNAVAILABLE,
     NumericalError: grpc.StatusCode.INTERNAL,
+    PoisonedRequest: grpc.StatusCode.INTERNAL,
     InternalError: grpc.StatusCode.INTERNAL,
 }
 
@@ -163,6 +176,7 @@ HTTP_STATUS: dict[type[StagemeshError], int] = {
     StaleEpoch: 503,
     TransportError: 503,
     NumericalError: 500,
+    PoisonedRequest: 500,
     InternalError: 500,
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = os.environ.get("STAGEMESH_FAULT_DIR")
@@ -58,6 +59,14 @@ def point(name: str) -> None:
     """A place where a process may die, or stop."""
     if FOLDER is not None:
         _reach(FOLDER, name)
+
+
+def poison(tokens: Iterable[int]) -> None:
+    """A place where a rank dies each time that it is to compute the token that the file `rank.poison` names."""
+    if FOLDER is not None:
+        path = Path(FOLDER, "rank.poison")
+        if path.exists() and int(path.read_text()) in tokens:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _reach(folder: str, name: str) -> None:

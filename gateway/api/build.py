@@ -128,12 +128,17 @@ def build(
         max_tokens=max_tokens,
         n=1 if w.n is None else w.n,
         stop=tuple(w.stop),
-        stop_token_ids=frozenset(w.stop_token_ids) | (frozenset() if w.ignore_eos else tokenizer.eos_ids),
+        stop_token_ids=frozenset(w.stop_token_ids) | (frozenset() if w.ignore_eos else _eos_ids(model, tokenizer)),
         min_tokens=w.min_tokens,
         include_stop_str_in_output=w.include_stop_str_in_output,
         skip_special_tokens=w.skip_special_tokens,
         deadline_s=timeout_s,
     )
+
+
+def _eos_ids(model: ModelCard, tokenizer: Tokenizer) -> frozenset[int]:
+    """End-of-sequence ids that can be drawn: a checkpoint may name some that its vocabulary does not have."""
+    return frozenset(token for token in tokenizer.eos_ids if token < model.vocab_size)
 
 
 def _check_prompt(prompt: Sequence[int], model: ModelCard) -> None:

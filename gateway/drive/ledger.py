@@ -1,7 +1,8 @@
-"""Requests and their sequences on one pipeline: what outlives an epoch, and goes on at the next.
+"""What one gateway has accepted on one pipeline: it outlives an epoch, and goes on at the next. Pure.
 
 A sequence keeps its pages and what every stage has confirmed of it. A new epoch tells which stages still hold that; the
-others are refilled (recovery.py) before anything new is computed. Pure, but for the requests that it tells of errors.
+others are refilled (schedule/recovery.py) before anything new is computed. Events come in, plans go out; nobody is
+called back.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from stagemesh.config import GatewaySettings
-from stagemesh.errors import StagemeshError
 from stagemesh.protos.v1 import types_pb2
 
 from ..schedule.budget import StepCosts
+from ..schedule.copying import PageCopier
 from ..schedule.draft_model import DraftModelGuesser, GuessCosts
 from ..schedule.lookup import LookupGuesser, lookup_limits
 from ..schedule.pages import PageAllocator
@@ -23,6 +24,7 @@ from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import Sequence as TokenSequence
 from ..schedule.sequence import State
 from ..schedule.speculation import Guesser
+from ..schedule.suspects import note_deaths
 from .live import LiveRequest
 
 
@@ -36,8 +38,8 @@ class Shape:
     steps_in_flight: int
 
 
-class Work:
-    """What one gateway has accepted, and its scheduler."""
+class Ledger:
+    """Accepted requests and their sequences, the scheduler over them, and what their pages hold."""
 
     def __init__(self, make_scheduler: Callable[[Shape], Scheduler]) -> None:
         self._make_scheduler = make_scheduler
@@ -55,6 +57,8 @@ class Work:
         """Pages that nobody holds, and that may still be written at this epoch."""
         self.scheduler: Scheduler
         self.live: dict[TokenSequence, LiveRequest] = {}
+        """Sequences that have not ended -> their requests, which are kept and not called."""
+        self._copier: PageCopier | None = None
         self.costs = StepCosts()
         self.guess_costs = GuessCosts()
 
@@ -84,10 +88,10 @@ class Work:
             if self.live.pop(choice.sequence, None) is not None:
                 self.scheduler.withdraw(choice.sequence)
 
-    def fail(self, error: StagemeshError) -> None:
-        """Every request ends with an error."""
-        for live in set(self.live.values()):
-            live.fail(error)
+    @property
+    def requests(self) -> list[LiveRequest]:
+        """Those that have not ended, in the order in which they came."""
+        return list(dict.fromkeys(self.live.values()))
 
     # -- epochs -----------------------------------------------------------------------------------------------------
 
@@ -143,6 +147,15 @@ class Work:
         assert self._shape is not None
         self.scheduler.pages.restrict(self._shape.pages)
 
+    def begin_copying(self) -> PageCopier:
+        """What is to be copied to other workers from now on; steps that go out meanwhile are noted."""
+        self._copier = PageCopier(self.scheduler)
+        return self._copier
+
+    def end_copying(self) -> None:
+        """Nothing is copied any more."""
+        self._copier = None
+
     def move(self, shape: Shape, generations: Sequence[int], next_step: int, expecting: Iterable[int]) -> None:
         """An epoch begins whose stages hold all that is confirmed of every sequence; nothing is out. Those that are
         `expecting` some of it have it when `arrived` is called."""
@@ -169,9 +182,13 @@ class Work:
         for sequence in [*before.running, *before.waiting]:
             self.scheduler.add(sequence)
 
-    def end(self) -> None:
-        """The epoch is over: what is out will never come back."""
+    def end(self, *, ranks_died: bool = False) -> list[TokenSequence]:
+        """The epoch is over: what is out will never come back. Returns the sequences that made ranks die, if any."""
+        culprits, given_up = note_deaths(self.scheduler.out.values()) if ranks_died else ([], [])
         self.scheduler.rewind()
+        for sequence in given_up:
+            self.scheduler.give_up_pages(sequence)
+        return culprits
 
     # -- what is computed again -------------------------------------------------------------------------------------
 
@@ -182,6 +199,8 @@ class Work:
 
     def note_sent(self, plan: Plan) -> None:
         """A step went out."""
+        if self._copier is not None:
+            self._copier.note(plan)
         if plan.replay is not None:
             first, last = plan.replay
             # Also where a stage was not lost: who opens a page wipes what it holds behind.
@@ -217,7 +236,7 @@ class Work:
         return True
 
 
-def make_work(view: types_pb2.PipelineView, settings: GatewaySettings) -> Work:
+def make_ledger(view: types_pb2.PipelineView, settings: GatewaySettings) -> Ledger:
     """None yet, with a scheduler as the settings want it."""
 
     def make(shape: Shape) -> Scheduler:
@@ -236,8 +255,8 @@ def make_work(view: types_pb2.PipelineView, settings: GatewaySettings) -> Work:
         if lookup is not None:
             return LookupGuesser(lookup)
         if view.model.HasField("draft"):
-            return DraftModelGuesser(view.model.draft.num_tokens, shape.steps_in_flight, work.guess_costs)
+            return DraftModelGuesser(view.model.draft.num_tokens, shape.steps_in_flight, ledger.guess_costs)
         return None
 
-    work = Work(make)
-    return work
+    ledger = Ledger(make)
+    return ledger

@@ -24,8 +24,14 @@ class Outage:
     """At most one is open. `give_up(cause)` is called when it has lasted `deadline_s`, and it is over then."""
 
     def __init__(
-        self, metrics: Metrics, deadline_s: float, give_up: Callable[[str], None], events: deque[dict[str, Any]]
+        self,
+        metrics: Metrics,
+        deadline_s: float,
+        give_up: Callable[[str], None],
+        events: deque[dict[str, Any]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self.events = events
         self._metrics = metrics
         self._deadline_s = deadline_s
@@ -41,7 +47,7 @@ class Outage:
     @property
     def lasted_s(self) -> float:
         """How long they have waited; 0 while none is open."""
-        return 0.0 if self._since is None else time.monotonic() - self._since
+        return 0.0 if self._since is None else self._clock() - self._since
 
     def lost(self, pipeline_id: str, epoch: int, cause: str, requests: int) -> None:
         """A pipeline is lost; one that is lost again before it was made good keeps its beginning and its deadline."""
@@ -49,14 +55,14 @@ class Outage:
         self._note("lost", pipeline_id, epoch, cause=cause, requests=requests)
         self._metrics.pipeline_lost()
         if self._since is None:
-            self._since = time.monotonic()
+            self._since = self._clock()
             self._timer = asyncio.get_running_loop().call_later(self._deadline_s, self._expired, cause)
 
     def recovered(self, pipeline_id: str, epoch: int, requests: int, replayed_tokens: int) -> None:
         """A token has crossed the pipeline again."""
         if self._since is None:
             return
-        lasted_s = time.monotonic() - self._since
+        lasted_s = self._clock() - self._since
         self._end()
         log.info(
             "%s epoch %d goes on after %.0f ms: %d requests, %d tokens computed again",
@@ -69,7 +75,7 @@ class Outage:
         self._metrics.pipeline_recovered(lasted_s, replayed_tokens)
 
     def moved(self, pipeline_id: str, epoch: int, paused_s: float, requests: int, pages: int) -> None:
-        """A pipeline has gone over to its next epoch as it was planned; nothing was planned for `paused_s`."""
+        """A pipeline has switched to its next epoch as it was wanted; no step was planned for `paused_s`."""
         log.info(
             "%s has gone to epoch %d: no step was planned for %.0f ms, %d requests, %d pages copied",
             pipeline_id, epoch, paused_s * 1000, requests, pages,

@@ -11,11 +11,10 @@ from stagemesh import rpc
 from stagemesh.errors import StagemeshError, Unavailable
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
 
+from ..timing import GatewayTiming
+
 log = logging.getLogger(__name__)
 
-TIMEOUT_S, RETRY_S = 5.0, 0.2
-AWAY_S = 60.0
-"""How long a coordinator is waited for. What is said of an epoch that has passed by then changes nothing."""
 FEW, WAITING = 8, 256
 """Reports that wait at most; behind a few, what steps take is not told."""
 
@@ -25,12 +24,19 @@ Report = (
     | coordinator_pb2.ReportLeftRequest
     | coordinator_pb2.ReportStepsRequest
 )
+METHODS = {
+    coordinator_pb2.ReportStuckRequest: "ReportStuck",
+    coordinator_pb2.ReportMovedRequest: "ReportMoved",
+    coordinator_pb2.ReportLeftRequest: "ReportLeft",
+    coordinator_pb2.ReportStepsRequest: "ReportSteps",
+}
 
 
 class Reporter:
     """Sends reports, one after the other. `run` must run."""
 
-    def __init__(self, coordinator: str, gateway_id: str) -> None:
+    def __init__(self, coordinator: str, gateway_id: str, timing: GatewayTiming) -> None:
+        self._timing = timing
         self._coordinator, self._gateway_id = coordinator, gateway_id
         self._waiting: dict[tuple[type[Report], str, int], Report] = {}
         """What is to be told, the oldest first; what is said again takes the place of what waits."""
@@ -49,7 +55,7 @@ class Reporter:
         )
 
     def moved(self, pipeline_id: str, epoch: int, error: str = "") -> None:
-        """This gateway has gone over to an epoch, or cannot."""
+        """This gateway has switched to an epoch, or cannot."""
         self._put(
             coordinator_pb2.ReportMovedRequest(
                 gateway_id=self._gateway_id, pipeline_id=pipeline_id, epoch=epoch, error=error
@@ -70,6 +76,11 @@ class Reporter:
                 step_us=[round(s * 1e6) for s in seconds],
             )
         )
+
+    @property
+    def waiting(self) -> list[Report]:
+        """What is still to be told, the oldest first."""
+        return list(self._waiting.values())
 
     def _put(self, report: Report) -> None:
         passing = isinstance(report, coordinator_pb2.ReportStepsRequest)
@@ -96,22 +107,15 @@ class Reporter:
     async def _tell(self, stub: coordinator_pb2_grpc.CoordinatorStub, report: Report) -> None:
         """Again while the coordinator is away, but for what steps take: the next report of that says more."""
         passing = isinstance(report, coordinator_pb2.ReportStepsRequest)
-        deadline = time.monotonic() + AWAY_S
+        deadline = time.monotonic() + self._timing.away_s
         while True:
             try:
                 with rpc.mapped():
-                    if isinstance(report, coordinator_pb2.ReportStuckRequest):
-                        await stub.ReportStuck(report, timeout=TIMEOUT_S)
-                    elif isinstance(report, coordinator_pb2.ReportMovedRequest):
-                        await stub.ReportMoved(report, timeout=TIMEOUT_S)
-                    elif isinstance(report, coordinator_pb2.ReportLeftRequest):
-                        await stub.ReportLeft(report, timeout=TIMEOUT_S)
-                    else:
-                        await stub.ReportSteps(report, timeout=TIMEOUT_S)
+                    await getattr(stub, METHODS[type(report)])(report, timeout=self._timing.report_s)
                 return
             except StagemeshError as e:
                 if not passing and isinstance(e, Unavailable) and time.monotonic() < deadline:
-                    await asyncio.sleep(RETRY_S)
+                    await asyncio.sleep(self._timing.retry_s)
                     continue
                 # One of the release before does not know what steps are for.
                 level = logging.DEBUG if passing else logging.WARNING

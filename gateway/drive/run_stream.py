@@ -10,20 +10,18 @@ from typing import cast
 import grpc
 
 from stagemesh import rpc
-from stagemesh.errors import InternalError, StageLost, StagemeshError, Unavailable, by_reason
+from stagemesh.errors import InternalError, RanksDied, StageLost, StagemeshError, Unavailable, by_reason
 from stagemesh.protocol import spoken
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
+from ..timing import GatewayTiming
 from .messages import page_bits
-from .slot_lease import Seat
+from .slot_lease import SlotLease
 
 log = logging.getLogger(__name__)
 
 METHOD = "/stagemesh.v1.Stage/Run"
-OPEN_TIMEOUT_S = 25.0
 OUTBOX_MESSAGES = 4096
-END_S = 0.2
-"""How long a worker that is told that a stream is over may take to end it."""
 
 
 class RunStream:
@@ -35,7 +33,9 @@ class RunStream:
         on_result: Callable[[int, stage_pb2.StepResult], None],
         on_copied: Callable[[stage_pb2.PagesCopied], None],
         on_lost: Callable[[StagemeshError], None],
+        timing: GatewayTiming,
     ) -> None:
+        self._timing = timing
         self.stage = stage
         self._on_result = on_result
         self._on_copied = on_copied
@@ -52,7 +52,9 @@ class RunStream:
         """For messages to people."""
         return f"stage {self.stage.stage} ({self.stage.worker_id})"
 
-    async def open(self, view: types_pb2.PipelineView, seat: Seat, pages: Sequence[int] | None) -> stage_pb2.RunOpened:
+    async def open(
+        self, view: types_pb2.PipelineView, slot: SlotLease, pages: Sequence[int] | None
+    ) -> stage_pb2.RunOpened:
         """Opens the session of a pipeline's epoch, with these pages where some are named.
 
         Raises the worker's error, Unavailable when it cannot be reached, or StageLost.
@@ -64,17 +66,17 @@ class RunStream:
         opening = stage_pb2.RunOpen(
             key=stage_pb2.PipelineKey(pipeline_id=view.pipeline_id, epoch=view.epoch),
             stage=self.stage.stage,
-            gateway_id=seat.gateway_id,
-            life=seat.life,
-            instance=seat.instance,
-            slot=seat.slot,
+            gateway_id=slot.gateway_id,
+            life=slot.life,
+            instance=slot.instance,
+            slot=slot.slot,
             protocol=spoken(self.stage.protocol),
             pages=page_bits(pages or ()),
         )
         self.send(stage_pb2.RunRequest(open=opening).SerializeToString())
         try:
             with rpc.mapped():
-                first = await asyncio.wait_for(anext(responses), OPEN_TIMEOUT_S)
+                first = await asyncio.wait_for(anext(responses), self._timing.open_s)
         except Unavailable as e:
             # A worker that answers says when to come again.
             self.unreachable = e.retry_after_s is None
@@ -83,7 +85,7 @@ class RunStream:
             raise StageLost(f"{self.who} closed the stream at once") from e
         except TimeoutError as e:
             call.cancel()
-            raise StageLost(f"{self.who} did not open a session within {OPEN_TIMEOUT_S:.0f} s") from e
+            raise StageLost(f"{self.who} did not open a session within {self._timing.open_s:.0f} s") from e
         if first.WhichOneof("message") == "ended":
             raise by_reason(first.ended.reason)(first.ended.message)
         self._reader = asyncio.create_task(self._read(call, responses))
@@ -115,11 +117,14 @@ class RunStream:
                     elif response.WhichOneof("message") == "copied":
                         self._on_copied(response.copied)
                     elif response.WhichOneof("message") == "ended":
-                        raise StageLost(f"{self.who}: {response.ended.message}")
+                        ended = response.ended
+                        raise (RanksDied if ended.ranks_died else StageLost)(f"{self.who}: {ended.message}")
             raise StageLost(f"{self.who} closed the stream")
         except StagemeshError as e:
             # A new one: the traceback of `e` holds this frame, and with it the connection.
-            self._on_lost(StageLost(e.message if isinstance(e, StageLost) else f"{self.who} is gone: {e.message}"))
+            self._on_lost(
+                type(e)(e.message) if isinstance(e, StageLost) else StageLost(f"{self.who} is gone: {e.message}")
+            )
         except Exception as e:
             log.exception("a result of %s could not be taken", self.who)
             self._on_lost(InternalError(f"{type(e).__name__}: {e}"))
@@ -136,7 +141,7 @@ class RunStream:
         if self._reader is not None:
             # A call that ends by itself gives its connection back; one that is cancelled keeps it until garbage is
             # collected.
-            await asyncio.wait([self._reader], timeout=END_S)
+            await asyncio.wait([self._reader], timeout=self._timing.end_s)
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
         await self._channel.close(None)

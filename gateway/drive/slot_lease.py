@@ -1,4 +1,4 @@
-"""This gateway's place on the links of a mesh: the slot that the coordinator gave to this life of it."""
+"""The slot that the coordinator leases to this process of a gateway: it names the gateway's lanes on every link."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import secrets
 from collections.abc import Callable
 
 
-class Seat:
-    """Asked for anew when frames that nobody waits for may be under way on the lanes of the old slot."""
+class SlotLease:
+    """Renewed when frames that nobody waits for may be under way on the lanes of the old slot."""
 
-    def __init__(self, gateway_id: str) -> None:
+    def __init__(self, gateway_id: str, on_renew: Callable[[], None]) -> None:
+        """`on_renew`: a fresh slot is to be asked for."""
         self.gateway_id = gateway_id
         self.life = secrets.randbits(63) | 1
         """Of this process."""
         self.slot = 0
         """0: not known yet."""
-        self.on_renew: Callable[[], None] = lambda: None
+        self._on_renew = on_renew
         self._new_instance()
 
     def _new_instance(self) -> None:
         self.instance = secrets.randbits(63)
 
     def renew(self) -> None:
-        """Gives the slot up, for a fresh one."""
+        """Gives the slot up for a fresh one."""
         self._new_instance()
         self.slot = 0
-        self.on_renew()
+        self._on_renew()

@@ -24,6 +24,7 @@ from .prefix import PrefixCache
 from .recovery import Recovery
 from .sequence import Sequence, State
 from .speculation import Guesser, Speculation
+from .suspects import note_back
 
 STEPS_AHEAD = 2
 """Steps of one sequence that may be out: one runs, the next waits for its token."""
@@ -94,6 +95,7 @@ class Scheduler:
             done = min(row.start + row.count, row.sequence.computed)
             row.sequence.confirmed = max(row.sequence.confirmed, done)
             self.prefix.confirm(row.sequence, done)
+        note_back(plan)
         for row in plan.rows:
             self._settle(row.sequence)
         return plan
@@ -156,6 +158,11 @@ class Scheduler:
         sequence.state = State.WAITING
         self._release(sequence)
 
+    def give_up_pages(self, sequence: Sequence) -> None:
+        """Nothing of it is kept: it is computed anew, from its log. Nothing of it may be out."""
+        sequence.preempted = True
+        self._settle(sequence)
+
     def append_token(self, sequence: Sequence, position: int, token: int) -> bool:
         """Enters a token into the log, if it is the next one of a sequence that still wants it."""
         if sequence.state is not State.RUNNING or position != sequence.length:
@@ -209,8 +216,20 @@ class Scheduler:
 
     def _next_run(self) -> Plan | None:
         self._admit()
-        prefilling = self._prefilling()
-        rows = self._decode_rows(beside_prompts=bool(prefilling))
+        suspects = [s for s in self.running if s.alone]
+        if not suspects:
+            return self._plan_for(self.running)
+        if self.out:
+            return None  # What is out comes back first.
+        for suspect in suspects:
+            if (plan := self._plan_for([suspect])) is not None:
+                return plan
+        return self._plan_for([s for s in self.running if not s.alone])
+
+    def _plan_for(self, sequences: list[Sequence]) -> Plan | None:
+        """A step of some of these."""
+        prefilling = self._prefilling(sequences)
+        rows = self._decode_rows(sequences, beside_prompts=bool(prefilling))
         left = self.max_num_batched_tokens - sum(row.count for row in rows)
         rows += self._prefill_rows(prefilling, min(self.prefill_budget, left))
         return Plan(self._next_step, rows, alone=self._runs_alone(rows)) if rows else None
@@ -272,14 +291,14 @@ class Scheduler:
             self.prefix.follow(sequence, self.running)
             self.running.append(sequence)
 
-    def _decode_rows(self, *, beside_prompts: bool) -> list[Row]:
+    def _decode_rows(self, sequences: list[Sequence], *, beside_prompts: bool) -> list[Row]:
         """Sequences whose next token can be computed, in equal shares a step.
 
         One whose token is still out is not named again before every other share has had its turn, or, when there are
         prompts to compute meanwhile, as many steps as can run at once: the first stage would wait for the token, and
         with it all that was planned behind.
         """
-        decoding = [s for s in self.running if s.state is State.RUNNING and not s.preempted and (s.log or s.unsampled)]
+        decoding = [s for s in sequences if s.state is State.RUNNING and not s.preempted and (s.log or s.unsampled)]
         share = min(-(-len(decoding) // self.steps_in_flight), self.max_num_batched_tokens)
         apart = self.steps_in_flight if beside_prompts or not share else -(-len(decoding) // share)
         drafts_left = self._draft_budget(share)
@@ -359,11 +378,11 @@ class Scheduler:
         sequence.pages.extend(pages)
         return True
 
-    def _prefilling(self) -> list[Sequence]:
+    def _prefilling(self, sequences: list[Sequence]) -> list[Sequence]:
         """Sequences with prompt tokens to compute, the one that has waited longest first."""
         return [
             s
-            for s in self.running
+            for s in sequences
             # In this order: one that stops following may have taken over all of its prompt.
             if s.state is State.RUNNING and not s.preempted and not self.prefix.still_follows(s) and s.prefills
         ]

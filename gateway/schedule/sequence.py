@@ -68,6 +68,14 @@ class Sequence:
     """`taken_over` of its first start; None until then."""
     failed: bool = False
     """What it computed is not to be relied on."""
+    steps_back: int = 0
+    """Steps of it that every stage has run, over all epochs."""
+    deaths: int = 0
+    """How often in a row ranks died while a step of it was out, and none of it came back between (suspects.py)."""
+    died_at: int = -1
+    """`steps_back` at the last of these deaths."""
+    alone: bool = False
+    """It may be what ends ranks: nothing else is out while a step of it is."""
     follows: Sequence | None = None
     """One that computes a prefix of it right now: it starts when that one has offered `follows_until` pages."""
     follows_until: int = 0

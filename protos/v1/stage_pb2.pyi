@@ -322,12 +322,14 @@ class StepResults(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[StepResult, _Mapping]]] = ...) -> None: ...
 
 class RunEnded(_message.Message):
-    __slots__ = ("reason", "message")
+    __slots__ = ("reason", "message", "ranks_died")
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RANKS_DIED_FIELD_NUMBER: _ClassVar[int]
     reason: str
     message: str
-    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    ranks_died: bool
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., ranks_died: bool = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step", "epoch", "timing", "sequences", "positions", "tokens", "logprobs", "top_counts", "top_ids", "top_logprobs", "failed_sequences", "guess_counts", "guesses")

@@ -21,7 +21,7 @@ import grpc.aio
 
 from stagemesh import checkpoint
 from stagemesh.config import StageSettings
-from stagemesh.errors import InvalidRequest, NotFound, StageLost, StagemeshError, StaleEpoch, Unavailable
+from stagemesh.errors import InvalidRequest, NotFound, RanksDied, StageLost, StagemeshError, StaleEpoch, Unavailable
 from stagemesh.faults import point
 from stagemesh.protocol import check_protocol
 from stagemesh.protos.v1 import coordinator_pb2, stage_pb2
@@ -108,7 +108,7 @@ class Agent:
         """The rank group died: everything it held is gone."""
         self.held.clear()
         for session in self.sessions.values():
-            session.put(StageLost(f"{self.worker_id}: {reason}"))
+            session.put(RanksDied(f"{self.worker_id}: {reason}"))
 
     def _end_sessions(self, pipeline_id: str, epoch: int, reason: str, since: int = 0) -> None:
         """Tells gateways that their sessions of epochs `since` to `epoch` are over; closing them follows from that."""
@@ -261,7 +261,8 @@ class Agent:
         while True:
             item = await session.outbox.get()
             if isinstance(item, StagemeshError):
-                ended = stage_pb2.RunEnded(reason=item.reason, message=item.message)
+                died = isinstance(item, RanksDied)
+                ended = stage_pb2.RunEnded(reason=item.reason, message=item.message, ranks_died=died)
                 yield stage_pb2.RunResponse(ended=ended).SerializeToString()
                 return
             yield item

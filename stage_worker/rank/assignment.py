@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from stagemesh.errors import InvalidRequest, StageLost, StagemeshError, Unavailable
-from stagemesh.faults import point
+from stagemesh.faults import point, poison
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from ..kv.copy import PageFrames, PageReceiver, PageSender
@@ -289,6 +289,8 @@ class Assignment:
     def add_plan(self, session: Session, plan: stage_pb2.StepPlan) -> None:
         """Prepares a step and posts its receive."""
         point("rank.plan")
+        if self.is_last:
+            poison(plan.tokens)
         step = session.add_plan(plan)
         if step.computes:
             self.shard.prepare(step.batch)

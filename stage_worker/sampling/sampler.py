@@ -73,7 +73,9 @@ class SequenceSampler:
             ids = torch.tensor(list(p.bias_ids), device=logits.device)
             logits[ids] += torch.tensor(list(p.bias_values), device=logits.device)
         if self.output_len < p.min_tokens and p.suppressed_ids:
-            logits[torch.tensor(list(p.suppressed_ids), device=logits.device)] = -torch.inf
+            # A gateway of another release may name ids that the vocabulary does not have.
+            drawable = [token for token in p.suppressed_ids if token < len(logits)]
+            logits[torch.tensor(drawable, dtype=torch.int64, device=logits.device)] = -torch.inf
         if self.seen is not None:
             penalized = torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
             logits.copy_(torch.where(self.seen, penalized, logits))

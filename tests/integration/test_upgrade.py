@@ -111,6 +111,10 @@ def test_a_worker_of_the_release_before_is_replaced_while_requests_run(world: Wo
     gateway = world.gateway(coordinator)
     assert asyncio.run(ask(gateway, FEW)) == [tokens[:FEW] for tokens in expected]
     world.stage(coordinator, "c"), world.stage(coordinator, "d")
+    deadline = time.monotonic() + 60
+    while not {"c", "d"} <= workers(gateway).keys():
+        assert time.monotonic() < deadline, "the new workers do not register"
+        time.sleep(0.05)
 
     async def upgrade() -> list[list[int]]:
         running = asyncio.create_task(ask(gateway))

@@ -76,6 +76,12 @@ def test_penalties_remember_what_was_drawn() -> None:
     assert [sample(row, [remembering], [i]).tokens[0] for i in range(3)] == [0, 1, 2]
 
 
+def test_an_id_that_the_vocabulary_does_not_have_ends_nothing() -> None:
+    """A checkpoint may name such an end-of-sequence id."""
+    ending = state(min_tokens=2, suppressed_ids=[0, VOCAB, VOCAB + 900])
+    assert sample(logits(3, 2), [ending], [0]).tokens == [1]
+
+
 def test_min_tokens_and_bias() -> None:
     row = logits(5.0, 1.0, 0.5)
     ending = state(min_tokens=2, suppressed_ids=[0])

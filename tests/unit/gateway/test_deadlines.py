@@ -2,54 +2,58 @@
 
 from __future__ import annotations
 
-import asyncio
-from unittest.mock import MagicMock
+from stagemesh.gateway.drive.deadline import STEP_MARGIN, StepDeadline
+from stagemesh.gateway.timing import GatewayTiming
 
-import pytest
-
-from stagemesh.gateway.drive.session import LOOK_S, STEP_SLACK_S, BatchLoop
-from stagemesh.protos.v1 import types_pb2
+TIMING = GatewayTiming()
+EXPECTED_S = 0.001
 
 
-@pytest.fixture
-def loop() -> BatchLoop:
-    """One whose steps take next to nothing, with a step out."""
-
-    async def make() -> BatchLoop:
-        view = types_pb2.PipelineView(pipeline_id="pipeline-0", epoch=5, stages=[types_pb2.StageView()])
-        work = MagicMock(recovering=False)
-        work.expected_s.return_value = 0.001
-        return BatchLoop(view, work, MagicMock(), MagicMock(), MagicMock(), MagicMock(), MagicMock())
-
-    made = asyncio.run(make())
-    made.crossed = True
+def deadline(now: float) -> StepDeadline:
+    """With a step out, and looked at."""
+    made = StepDeadline(TIMING)
+    made.out_s(now)
+    made.sent(1, now)
     return made
 
 
-def look(loop: BatchLoop, monkeypatch: pytest.MonkeyPatch, now: float) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("time.monotonic", lambda: now)
-        loop._check_deadline()
+def is_late(watched: StepDeadline, now: float) -> bool:
+    return watched.out_s(now) > watched.most_s(EXPECTED_S, measured=True)
 
 
-def test_a_step_that_does_not_come_back(loop: BatchLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_does_not_come_back() -> None:
     now = 1000.0
-    look(loop, monkeypatch, now)
-    loop._sent_at = {1: now}
-    while loop.lost is None:
-        now += LOOK_S
-        assert now < 1000 + 2 * STEP_SLACK_S
-        look(loop, monkeypatch, now)
-    assert now > 1000 + STEP_SLACK_S
-    assert loop.stuck
+    watched = deadline(now)
+    while not is_late(watched, now):
+        now += TIMING.look_s
+        assert now < 1000 + 2 * TIMING.step_slack_s
+    assert now > 1000 + TIMING.step_slack_s
 
 
-def test_a_gateway_that_was_stopped_blames_nobody(loop: BatchLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_comes_back_gives_the_others_their_time() -> None:
     now = 1000.0
-    look(loop, monkeypatch, now)
-    loop._sent_at = {1: now}
+    watched = deadline(now)
+    watched.sent(2, now)
+    for _ in range(20):
+        now += TIMING.look_s
+        watched.heard(now)
+        assert not is_late(watched, now)
+    watched.done(1), watched.done(2)
+    assert (watched.watches, watched.out_s(now + TIMING.look_s)) == (False, 0.0)
+
+
+def test_a_gateway_that_was_stopped_blames_nobody() -> None:
+    now = 1000.0
+    watched = deadline(now)
     for _ in range(5):
         now += 60
-        look(loop, monkeypatch, now)
-    look(loop, monkeypatch, now + LOOK_S)
-    assert loop.lost is None
+        assert not is_late(watched, now)
+    assert not is_late(watched, now + TIMING.look_s)
+
+
+def test_what_was_not_measured_gets_more_time() -> None:
+    watched = deadline(1000.0)
+    assert watched.most_s(EXPECTED_S, measured=True) == TIMING.step_slack_s + STEP_MARGIN * EXPECTED_S
+    assert watched.most_s(None, measured=True) == TIMING.step_timeout_s
+    assert watched.most_s(EXPECTED_S, measured=False) == TIMING.recovering_s
+    assert watched.most_s(1e6, measured=True) == TIMING.step_timeout_s

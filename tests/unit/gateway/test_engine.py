@@ -7,6 +7,7 @@ import psutil
 from stagemesh.config import GatewaySettings
 from stagemesh.gateway.engine import MeshEngine
 from stagemesh.gateway.telemetry.metrics import Metrics
+from stagemesh.gateway.timing import GatewayTiming
 from stagemesh.protos.v1 import coordinator_pb2, types_pb2
 
 UPDATES = 4000
@@ -23,13 +24,13 @@ def update(loaded: int) -> coordinator_pb2.WatchPipelinesResponse:
 
 
 def test_updates_of_the_mesh_take_no_more_and_more_memory() -> None:
-    engine = MeshEngine(GatewaySettings(), Metrics())
+    engine = MeshEngine(GatewaySettings(), Metrics(), GatewayTiming())
     process = psutil.Process()
     for loaded in range(UPDATES // 4):
-        engine._take(update(loaded))
+        engine.take(update(loaded))
     before = process.memory_info().rss
     for loaded in range(UPDATES):
-        engine._take(update(loaded))
+        engine.take(update(loaded))
     grown = process.memory_info().rss - before
     print(f"{grown / 2**10:.0f} KiB behind {UPDATES} updates")
     assert grown < MAX_GROWTH

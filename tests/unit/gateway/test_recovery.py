@@ -7,7 +7,7 @@ import random
 import pytest
 from prefix_world import SIZE, come_back, draw, make
 
-from stagemesh.gateway.drive.ledger import Shape, Work
+from stagemesh.gateway.drive.ledger import Ledger, Shape
 from stagemesh.gateway.schedule.plan import Plan
 from stagemesh.gateway.schedule.recovery import Recovery, StageKv, lost_stages
 from stagemesh.gateway.schedule.scheduler import Scheduler
@@ -221,10 +221,10 @@ def test_sequences_survive_losses_at_any_moment(seed: int) -> None:
     rng = random.Random(seed)
     stages = Stages(rng.randint(1, 4), rng)
     pages, steps, tokens = rng.randint(30, 100), rng.randint(1, 4), rng.choice((5, 16, 64))
-    work = Work(lambda shape: make(pages=len(shape.pages), steps=shape.steps_in_flight, tokens=tokens, seqs=6))
+    ledger = Ledger(lambda shape: make(pages=len(shape.pages), steps=shape.steps_in_flight, tokens=tokens, seqs=6))
     shape = Shape(tuple(range(pages)), SIZE, steps)
-    work.begin(shape, stages.told())
-    scheduler = work.scheduler
+    ledger.begin(shape, stages.told())
+    scheduler = ledger.scheduler
     common = tuple(rng.randrange(50) for _ in range(24))
     sequences: list[Sequence] = []
     out: list[tuple[Plan, list[int]]] = []
@@ -244,16 +244,16 @@ def test_sequences_survive_losses_at_any_moment(seed: int) -> None:
             for _ in range(rng.randint(0, 2)):
                 stages.lose(rng.randrange(len(stages.slots)))
             out.clear()
-            work.end()
-            work.begin(shape, stages.told())
+            ledger.end()
+            ledger.begin(shape, stages.told())
         elif what < 0.03 and sequences:
             scheduler.finish(rng.choice(sequences))
         elif what < 0.5 and (plan := scheduler.next_plan()) is not None:
-            work.note_sent(plan)
+            ledger.note_sent(plan)
             out.append((plan, [0] * len(stages.slots)))
         elif out:
             step(out, rng, stages, scheduler)
-            work.recovered()
+            ledger.recovered()
     for sequence in sequences:
         assert sequence.state is State.FINISHED
         known = list(sequence.prompt)

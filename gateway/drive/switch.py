@@ -18,19 +18,15 @@ from stagemesh.faults import point
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from ..schedule.copying import PageCopier
-from .ledger import Work
-from .session import BatchLoop
-from .slot_lease import Seat
+from ..timing import GatewayTiming
+from .ledger import Ledger
+from .loop import BatchLoop
+from .slot_lease import SlotLease
 
 OUT = 2
 """Messages of a copy that may be under way."""
 FEW = 8
 """Pages that are not worth another round while steps go on."""
-COPY_S = 50.0
-"""How long all of it may take."""
-PAUSE_S = 5.0
-"""How long what is out may take to come back."""
-LOOK_S = 0.2
 
 
 def next_view(view: types_pb2.PipelineView) -> types_pb2.PipelineView:
@@ -45,71 +41,62 @@ def next_view(view: types_pb2.PipelineView) -> types_pb2.PipelineView:
     return after
 
 
-class Handover:
-    """From `old` to `new`. Until it has gone over, `old` goes on whatever happens."""
+class Switch:
+    """From `old` to `new`. Until that is done, `old` goes on whatever happens."""
 
-    def __init__(self, old: BatchLoop, new: BatchLoop, work: Work, copies: Sequence[types_pb2.KvCopy]) -> None:
+    def __init__(
+        self,
+        old: BatchLoop,
+        new: BatchLoop,
+        ledger: Ledger,
+        copies: Sequence[types_pb2.KvCopy],
+        progress: asyncio.Event,
+        timing: GatewayTiming,
+    ) -> None:
+        """`progress`: set by both loops when something came back."""
         self.paused_s = 0.0
         """From the last step's plan to the first one of the next epoch."""
         self.pages = 0
         """Copied, counted once for each copy's link."""
-        self._old, self._new, self._work, self._copies = old, new, work, copies
+        self._old, self._new, self._ledger, self._copies = old, new, ledger, copies
+        self._progress, self._timing = progress, timing
         self._numbers = {copy.index: 0 for copy in copies}
-        self._progress = asyncio.Event()
         self._slot = 0
+        self._page: list[int] = []
+        """Of the token that crosses the next epoch; nobody's."""
 
-    async def run(self, seat: Seat) -> None:
-        """Goes over. Raises what ended either side, or Unavailable for pages that do not fit or do not come."""
-        old, new, self._slot = self._old, self._new, seat.slot
-        old.on_progress = new.on_progress = self._progress.set
-        page: list[int] = []
+    async def run(self, slot: SlotLease) -> None:
+        """Switches. Raises what ended either side, or Unavailable for pages that do not fit or do not come."""
+        timing, ledger = self._timing, self._ledger
+        self._slot = slot.slot
         try:
-            async with asyncio.timeout(COPY_S):
-                # What is being refilled is not there to be copied.
-                await self._until(lambda: not self._work.recovering)
-                scheduler = self._work.scheduler
-                scheduler.fit(new.share)
-                await self._until(lambda: scheduler.fits)
-                pages = scheduler.pages.choose(new.share)
-                self._work.keep_to(pages)
-                await new.open(seat, pages)
-                if not self._work.fits(new.shape):
-                    raise Unavailable("the next workers have pages of another size")
-                page = self._work.scheduler.pages.allocate(1) or []
-                if page:
-                    probe = new.begin_probe(page[0])
-                    await self._until(lambda: probe.done)
-                copier = PageCopier(self._work.scheduler)
-                old.on_planned = copier.note
+            async with asyncio.timeout(timing.copy_s):
+                await self._make_ready(slot)
+                copier = ledger.begin_copying()
                 await self._copy(copier)
-            old.pause()
+            self._old.pause()
             paused_at = time.monotonic()
-            async with asyncio.timeout(PAUSE_S):
-                while True:
-                    # Pages of rows that are back are under way while the others' steps run.
-                    self._send(copier.next())
-                    self._check_lost()
-                    if not self._work.scheduler.out:
-                        break
-                    await self._wait()
+            async with asyncio.timeout(timing.pause_s):
+                await self._drain(copier)
         except BaseException as e:
             # The probe may still be under way.
-            self._work.quarantined += page
-            self._work.stay()
+            ledger.quarantined += self._page
+            ledger.stay()
             if isinstance(e, TimeoutError):
-                what = f"pages were not copied within {COPY_S:g} s, or steps not back within {PAUSE_S:g} s"
-                raise Unavailable(what) from e
+                raise Unavailable(
+                    f"pages were not copied within {timing.copy_s:g} s, or steps not back within {timing.pause_s:g} s"
+                ) from e
             raise
         else:
-            self._work.scheduler.pages.free(page)
+            ledger.scheduler.pages.free(self._page)
             point("gateway.before_switch")
-            old.retire()
-            new.take_over({copy.to_stage for copy in self._copies})
+            self._old.retire()
+            self._new.take_over({copy.to_stage for copy in self._copies})
             point("gateway.after_switch")
             self.paused_s = time.monotonic() - paused_at
         finally:
-            old.on_planned = lambda plan: None
-            old.resume()
+            ledger.end_copying()
+            self._old.resume()
 
     async def finish(self) -> None:
         """Behind `run`: until all pages have come, so that the workers of the epoch before need not keep theirs. Where
@@ -117,11 +104,28 @@ class Handover:
         while self._under_way() and self._new.lost is None:
             await self._wait()
         if not self._under_way():
-            self._work.arrived()
+            self._ledger.arrived()
+
+    async def _make_ready(self, slot: SlotLease) -> None:
+        """Opens the next epoch's sessions, on pages that it has as well, and has a token cross it."""
+        ledger, scheduler, new = self._ledger, self._ledger.scheduler, self._new
+        # What is being refilled is not there to be copied.
+        await self._until(lambda: not ledger.recovering)
+        scheduler.fit(new.session.share)
+        await self._until(lambda: scheduler.fits)
+        pages = scheduler.pages.choose(new.session.share)
+        ledger.keep_to(pages)
+        await new.open(slot, pages)
+        if not ledger.fits(new.session.shape):
+            raise Unavailable("the next workers have pages of another size")
+        self._page = scheduler.pages.allocate(1) or []
+        if self._page:
+            probe = new.begin_probe(self._page[0])
+            await self._until(lambda: probe.done)
 
     async def _copy(self, copier: PageCopier) -> None:
         """Rounds of pages, until few are left that no step writes."""
-        at_once = max([2 * FEW, *(self._new.copy_pages(copy.to_stage) for copy in self._copies)])
+        at_once = max([2 * FEW, *(self._new.session.copy_pages(copy.to_stage) for copy in self._copies)])
         while self._copies:
             pages = copier.next(at_once)
             self._send(pages)
@@ -130,13 +134,22 @@ class Handover:
             await self._until(lambda: self._under_way() < OUT * len(self._copies))
         await self._until(lambda: not self._under_way())
 
+    async def _drain(self, copier: PageCopier) -> None:
+        """Until no step is out. Pages of rows that are back are under way while the others' steps run."""
+        while True:
+            self._send(copier.next())
+            self._check_lost()
+            if not self._ledger.scheduler.out:
+                return
+            await self._wait()
+
     def _under_way(self) -> int:
         return sum(self._numbers.values()) - len(self._new.copied)
 
     def _send(self, pages: Sequence[int]) -> None:
         """Tells both ends of every copy."""
         for copy in self._copies:
-            most = self._new.copy_pages(copy.to_stage)
+            most = self._new.session.copy_pages(copy.to_stage)
             if not most:
                 raise Unavailable(f"stage {copy.to_stage} of the next epoch takes no pages: its link is gone")
             for at in range(0, len(pages), most):
@@ -150,8 +163,8 @@ class Handover:
                         slot=self._slot,
                     )
                 )
-                self._new.tell(copy.to_stage, message)
-                self._old.tell(copy.from_stage, message)
+                self._new.session.tell(copy.to_stage, message)
+                self._old.session.tell(copy.from_stage, message)
         self.pages += len(pages) * len(self._copies)
 
     async def _until(self, reached: Callable[[], bool]) -> None:
@@ -170,5 +183,5 @@ class Handover:
         """For something to come back, or a while."""
         self._progress.clear()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_S):
+            async with asyncio.timeout(self._timing.look_s):
                 await self._progress.wait()

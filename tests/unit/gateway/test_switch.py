@@ -11,44 +11,46 @@ import pytest
 from prefix_world import make
 
 from stagemesh.errors import StageLost
-from stagemesh.gateway.drive.handover import Handover
-from stagemesh.gateway.drive.ledger import Shape, Work
-from stagemesh.gateway.drive.session import BatchLoop
-from stagemesh.gateway.drive.slot_lease import Seat
+from stagemesh.gateway.drive.ledger import Ledger, Shape
+from stagemesh.gateway.drive.loop import BatchLoop
+from stagemesh.gateway.drive.slot_lease import SlotLease
+from stagemesh.gateway.drive.switch import Switch
 from stagemesh.gateway.schedule.sequence import Sequence
+from stagemesh.gateway.timing import GatewayTiming
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 
 def loop(epoch: int, pages: int) -> MagicMock:
     """Of a pipeline that opens its sessions at once, and across which a token goes."""
-    made = MagicMock(lost=None, share=pages, view=SimpleNamespace(pipeline_id="p", epoch=epoch))
-    made.shape = Shape(tuple(range(pages)), 4, 3)
+    made = MagicMock(lost=None, view=SimpleNamespace(pipeline_id="p", epoch=epoch))
+    made.session.share = pages
+    made.session.shape = Shape(tuple(range(pages)), 4, 3)
+    made.session.copy_pages = lambda stage: 4
 
     async def opened(*_: object) -> None:
         return None
 
     made.open = opened
     made.copied, made.out_when_told = set(), []
-    made.copy_pages = lambda stage: 4
     made.begin_probe = lambda page: SimpleNamespace(done=True)
     return made
 
 
-def story(end: str, num_steps: int = 1) -> tuple[MagicMock, MagicMock, Work]:
+def story(end: str, num_steps: int = 1) -> tuple[MagicMock, MagicMock, Ledger]:
     """A pipeline goes over while so many steps are out, each of one sequence that computes its first page."""
-    work = Work(lambda shape: make(pages=len(shape.pages)))
-    work.begin(Shape(tuple(range(16)), 4, 3), [])
+    ledger = Ledger(lambda shape: make(pages=len(shape.pages)))
+    ledger.begin(Shape(tuple(range(16)), 4, 3), [])
     old, new = loop(1, 16), loop(2, 8)
-    handover = Handover(
-        cast(BatchLoop, old), cast(BatchLoop, new), work, [types_pb2.KvCopy(index=0, from_stage=0, to_stage=1)]
-    )
-    scheduler = work.scheduler
+    scheduler = ledger.scheduler
     for number in range(num_steps):
         scheduler.add(Sequence((number, 1, 1, 1), 0, 9))
         assert scheduler.next_plan() is not None
 
     async def run() -> None:
-        running = asyncio.create_task(handover.run(Seat("g")))
+        progress = asyncio.Event()
+        copies = [types_pb2.KvCopy(index=0, from_stage=0, to_stage=1)]
+        switch = Switch(cast(BatchLoop, old), cast(BatchLoop, new), ledger, copies, progress, GatewayTiming())
+        running = asyncio.create_task(switch.run(SlotLease("g", lambda: None)))
         while not old.pause.called:
             assert not running.done(), running.exception()
             await asyncio.sleep(0)
@@ -56,37 +58,37 @@ def story(end: str, num_steps: int = 1) -> tuple[MagicMock, MagicMock, Work]:
             if end == "lost":
                 # What a loop does that is lost: nothing of it is out any more.
                 old.lost = StageLost("a stream broke")
-                work.end()
+                ledger.end()
             else:
                 scheduler.step_done(step)
             new.copied |= {(0, message.copy.number) for message in told(old)}
-            old.on_progress()
+            progress.set()
             while scheduler.out and len(told(old)) < step and not running.done():
                 await asyncio.sleep(0)
             old.out_when_told.append(len(scheduler.out))
         await running
 
     asyncio.run(asyncio.wait_for(run(), 20))
-    return old, new, work
+    return old, new, ledger
 
 
 def told(made: MagicMock) -> list[stage_pb2.RunRequest]:
     """Messages to its stages."""
-    return [call.args[1] for call in made.tell.call_args_list]
+    return [call.args[1] for call in made.session.tell.call_args_list]
 
 
 def test_with_fewer_pages_it_goes_over() -> None:
-    old, new, work = story("well")
+    old, new, ledger = story("well")
     assert old.retire.called
     assert new.take_over.called
-    assert work.scheduler.pages.num_pages == 8
-    assert work.scheduler.pages.num_free == 8 - len(work.scheduler.running[0].pages), "the probe's page is free"
+    assert ledger.scheduler.pages.num_pages == 8
+    assert ledger.scheduler.pages.num_free == 8 - len(ledger.scheduler.running[0].pages), "the probe's page is free"
 
 
 def test_pages_of_a_step_that_is_back_do_not_wait_for_the_others() -> None:
-    old, new, work = story("well", num_steps=3)
+    old, new, ledger = story("well", num_steps=3)
     assert old.out_when_told == [2, 1, 0]
-    assert [list(message.copy.pages) for message in told(old)] == [[s.pages[0]] for s in work.scheduler.running]
+    assert [list(message.copy.pages) for message in told(old)] == [[s.pages[0]] for s in ledger.scheduler.running]
     assert [m.copy.number for m in told(new)] == [m.copy.number for m in told(old)]
 
 

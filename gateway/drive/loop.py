@@ -1,0 +1,346 @@
+"""The gateway's hot loop: plan, send, take results. One pipeline at one epoch; a new epoch gets a new loop.
+
+The scheduler decides; this file turns its plans into messages, and results into tokens of requests. Scheduler and
+requests are the ledger's, which goes from one epoch's loop to the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from stagemesh.errors import InternalError, NumericalError, PoisonedRequest, RanksDied, StageLost, StagemeshError
+from stagemesh.faults import point
+from stagemesh.protos.v1 import stage_pb2, types_pb2
+
+from ..api.request import TokenLogprob
+from ..schedule.plan import Plan
+from ..schedule.sequence import State
+from ..telemetry.bubbles import Bubbles
+from ..telemetry.metrics import Metrics
+from ..telemetry.trace import Recorder
+from ..timing import GatewayTiming
+from .deadline import StepDeadline
+from .ledger import Ledger
+from .messages import open_message, plan_message
+from .probe import Probe
+from .session import Session
+from .slot_lease import SlotLease
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Observers:
+    """Who is told of what loops measure, and the clock."""
+
+    metrics: Metrics
+    bubbles: Bubbles
+    recorder: Recorder
+    timing: GatewayTiming
+    clock: Callable[[], float]
+
+
+class BatchLoop:
+    """Drives one pipeline at one epoch, from its first plan until it is lost or closed."""
+
+    def __init__(
+        self,
+        view: types_pb2.PipelineView,
+        ledger: Ledger,
+        observers: Observers,
+        progress: asyncio.Event,
+        on_crossed: Callable[[BatchLoop], None],
+        on_lost: Callable[[BatchLoop, StagemeshError], None],
+    ) -> None:
+        """`progress`: set when something came back, or the loop is lost. `on_crossed`: a token has crossed every stage.
+        `on_lost`: this epoch cannot be driven any more."""
+        self.view = view
+        self.session = Session(view, self, observers.timing)
+        self.crossed = False
+        """A token has crossed every stage."""
+        self.stuck = False
+        """Lost because steps do not come back, which nobody but this side sees."""
+        self.lost: StagemeshError | None = None
+        self.copied: set[tuple[int, int]] = set()
+        """Pages that have come from other workers: (copy, number)."""
+        self._ledger = ledger
+        self._observers = observers
+        self._progress = progress
+        self._on_crossed = on_crossed
+        self._on_lost = on_lost
+        self._shares = max(1, view.limits.gateways) * max(1, view.limits.pipelines)
+        """How many may have steps on the same workers."""
+        self._deadline = StepDeadline(observers.timing)
+        self._paused = False
+        self._probe: Probe | None = None
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._preemptions_told = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Pipeline and epoch."""
+        return self.view.pipeline_id, self.view.epoch
+
+    # -- its life ---------------------------------------------------------------------------------------------------
+
+    async def start(self, slot: SlotLease) -> None:
+        """Opens a session on every stage, and goes on with the ledger. Raises the first stage's error."""
+        pages = self._ledger.pages_for(self.session.share)
+        if pages is not None:
+            # Before anybody else can have the others: a stage may give them up, and another one refuse the session.
+            self._ledger.keep_to(pages)
+        await self.open(slot, pages)
+        self._ledger.begin(self.session.shape, self.session.stages_kv)
+        self._go()
+
+    async def open(self, slot: SlotLease, pages: Sequence[int] | None) -> None:
+        """Opens the session. Raises the first stage's error, or what the loop was lost by meanwhile."""
+        await self.session.open(slot, pages)
+        if self.lost is not None:
+            raise self.lost
+
+    def begin_probe(self, page: int) -> Probe:
+        """Sends a token across all stages, before anything else; `page` is nobody's."""
+        self._probe = Probe(page, len(self.view.stages) - 1)
+        for message in self._probe.messages(self.view.epoch):
+            self.session.broadcast(message)
+        return self._probe
+
+    def take_over(self, expecting: Iterable[int]) -> None:
+        """Goes on with the ledger, whose pages all stages hold, or are `expecting`. Nothing of it is out."""
+        first = 1 if self._probe is None else self._probe.STEPS + 1
+        self._ledger.move(self.session.shape, [kv.generation for kv in self.session.stages_kv], first, expecting)
+        self._probe = None
+        self._go()
+
+    def retire(self) -> None:
+        """Another loop has taken the ledger over; this one is only to be closed."""
+        self.lost = StageLost(f"{self.view.pipeline_id} has gone to another epoch")
+        self._wake.set()
+
+    def wake(self) -> None:
+        """There is something new in the ledger."""
+        self._wake.set()
+
+    def pause(self) -> None:
+        """Plans nothing more, until `resume`; what is out comes back."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Plans again."""
+        self._paused = False
+        self._wake.set()
+
+    def fail(self, error: StagemeshError) -> None:
+        """The pipeline is lost at this epoch. Requests wait for the next one; a bug of ours ends them at once."""
+        if self.lost is not None:
+            return
+        self.lost = error
+        self._wake.set()
+        self._progress.set()
+        if self._task is not None:
+            for sequence in self._ledger.end(ranks_died=isinstance(error, RanksDied)):
+                if (live := self._ledger.live.get(sequence)) is not None:
+                    live.fail(PoisonedRequest(_poisoned(live.request.request_id, error)))
+        if isinstance(error, InternalError):
+            for live in self._ledger.requests:
+                live.fail(error)
+        self._on_lost(self, error)
+
+    async def stop(self) -> None:
+        """Plans nothing any more: the ledger is another loop's."""
+        self.fail(StageLost("the gateway is stopping"))
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Ends the sessions on all stages."""
+        await self.stop()
+        await self.session.close()
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def _go(self) -> None:
+        self._preemptions_told = self._ledger.scheduler.preemptions
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            await self._plan_and_send()
+        except Exception as e:
+            log.exception("the batch loop of %s failed", self.view.pipeline_id)
+            self.fail(InternalError(f"{type(e).__name__}: {e}"))
+
+    async def _plan_and_send(self) -> None:
+        scheduler = self._ledger.scheduler
+        while self.lost is None:
+            self._check_deadline()
+            while self.lost is None and not self._paused and (plan := scheduler.next_plan()) is not None:
+                self._send(plan)
+            self._send_closed()
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._observers.timing.look_s if self._deadline.watches else None):
+                    await self._wake.wait()
+
+    def _check_deadline(self) -> None:
+        out_s = self._deadline.out_s(self._observers.clock())
+        if out_s < self._observers.timing.step_slack_s:
+            return
+        measured = self.crossed and not self._ledger.recovering
+        most_s = self._deadline.most_s(self._ledger.expected_s(self._shares), measured=measured)
+        if out_s > most_s:
+            self.stuck = True
+            self.fail(StageLost(f"no step of {self.view.pipeline_id} came back within {most_s:.1f} s"))
+
+    def _send(self, plan: Plan) -> None:
+        """One plan to every worker, behind the sequences it needs them to forget and to know."""
+        scheduler, metrics, recorder = self._ledger.scheduler, self._observers.metrics, self._observers.recorder
+        # Its pages are taken, and no worker has heard of it.
+        point("gateway.after_plan")
+        self._send_closed()
+        for sequence in plan.opened:
+            point("gateway.before_open")
+            live = self._ledger.live[sequence]
+            live.started()
+            if scheduler.prefix.enabled and sequence.confirmed == sequence.taken_over:
+                metrics.prefix_looked_up(sequence.length, sequence.taken_over)
+            self.session.broadcast(stage_pb2.RunRequest(open_sequence=open_message(sequence, live)))
+        message = plan_message(plan, self.view.epoch, alone=self._shares <= 1)
+        self._deadline.sent(plan.step, self._observers.clock())
+        self.session.broadcast(stage_pb2.RunRequest(plan=message))
+        self._ledger.note_sent(plan)
+        if recorder.active:
+            recorder.sent(self.view, plan, message.planned_us)
+        for _ in range(scheduler.preemptions - self._preemptions_told):
+            metrics.preempted()
+        self._preemptions_told = scheduler.preemptions
+
+    def _send_closed(self) -> None:
+        scheduler = self._ledger.scheduler
+        closed, scheduler.closed = scheduler.closed, []
+        for entry in closed:
+            message = stage_pb2.CloseSequence(sequence=entry.ident, after_step=entry.after_step)
+            self.session.broadcast(stage_pb2.RunRequest(close_sequence=message))
+
+    # -- what comes back (session.SessionEvents) ----------------------------------------------------------------------
+
+    def on_copied(self, copied: stage_pb2.PagesCopied) -> None:
+        """Pages have come from another worker."""
+        self.copied.add((copied.index, copied.number))
+        self._progress.set()
+
+    def on_lost(self, error: StagemeshError) -> None:
+        """A stream ended."""
+        self.fail(error)
+
+    def on_result(self, stage: int, result: stage_pb2.StepResult) -> None:
+        """A stage is done with a step; the last one's result brings tokens and ends the step."""
+        ledger, scheduler, recorder = self._ledger, self._ledger.scheduler, self._observers.recorder
+        if result.epoch != self.view.epoch or self.lost is not None:
+            self._observers.metrics.stale_result()
+            return
+        if self._probe is not None:
+            if self._probe.result(stage, result):
+                self.crossed = True
+                self._progress.set()
+            return
+        if self._task is None:
+            return  # Of the probe, from a stage that reports late.
+        # Stages but the last report now and then: the step may be over by now.
+        timing = result.timing
+        self._observers.bubbles.add(stage, timing)
+        if not ledger.is_replay(result.step):
+            ledger.costs.add(stage, timing.tokens, (timing.compute_us - timing.draft_us) * 1e-6)
+        if result.step not in scheduler.out:
+            return
+        if recorder.active:
+            recorder.result(self.view, stage, result)
+        if stage != ledger.last_stage(result.step):
+            return
+        self._deadline.heard(self._observers.clock())
+        point("gateway.before_promise")
+        plan = scheduler.out[result.step]
+        self._promise(plan, result)
+        self._take_guesses(plan, result)
+        if recorder.active:
+            recorder.delivered(self.view, result.step)
+        scheduler.step_done(result.step)
+        self._deadline.done(result.step)
+        self._note_done()
+
+    def _promise(self, plan: Plan, result: stage_pb2.StepResult) -> None:
+        """The step's tokens enter the logs, and requests hear of them."""
+        ledger, scheduler = self._ledger, self._ledger.scheduler
+        by_ident = {row.sequence.ident: row.sequence for row in plan.rows}
+        failed = set(result.failed_sequences)
+        for ident in failed:
+            scheduler.failed(by_ident[ident])
+        logprobs = _logprobs(result)
+        entries = zip(result.sequences, result.positions, result.tokens, strict=True)
+        for at, (ident, position, token) in enumerate(entries, start=1):
+            sequence, logprob = by_ident[ident], next(logprobs)
+            live = ledger.live.get(sequence)
+            if live is None:
+                continue  # It ended while this step was out, or by an earlier token of it.
+            # Of a draft row, the tokens before the last one are good.
+            if ident in failed and ident not in result.sequences[at : at + 1]:
+                live.fail(
+                    NumericalError(f"the logits of request {live.request.request_id} are not finite at {position}")
+                )
+            elif scheduler.append_token(sequence, position, token):
+                wanted = logprob if live.request.sampling.logprobs else None
+                if live.on_token(sequence.choice, token, wanted):
+                    ledger.finish(sequence)
+        if result.tokens and not self.crossed:
+            self.crossed = True
+            self._on_crossed(self)
+
+    def _take_guesses(self, plan: Plan, result: stage_pb2.StepResult) -> None:
+        """What the draft model guessed behind the drawn tokens, and what it took."""
+        asked = [row for row in plan.rows if row.guesses]
+        if not asked:
+            return
+        at = 0
+        for row, count in zip(asked, result.guess_counts, strict=True):
+            if row.sequence.state is not State.FINISHED:
+                self._ledger.scheduler.speculation.told(row.sequence, list(result.guesses[at : at + count]))
+            at += count
+        # Only those that guessed a step ago as well have next to nothing to catch up with.
+        most = max(result.guess_counts)
+        if most and all(row.draft for row in asked):
+            self._ledger.guess_costs.add(most, result.timing.draft_us * 1e-6)
+
+    def _note_done(self) -> None:
+        """A step is over: budgets follow what steps were measured to cost, and the loop plans on."""
+        ledger, scheduler = self._ledger, self._ledger.scheduler
+        if ledger.recovered():
+            log.info("%s epoch %d holds everything again", *self.key)
+        if any(counts := scheduler.speculation.take_counts()):
+            self._observers.metrics.speculated(*counts)
+        scheduler.prefill_budget = ledger.costs.prefill_budget()
+        ledger.guess_costs.stages = ledger.costs.lines()
+        self._wake.set()
+        self._progress.set()
+
+
+def _poisoned(request_id: str, error: StagemeshError) -> str:
+    return f"a rank died each time request {request_id} was computed, the last time alone: {error.message}"
+
+
+def _logprobs(result: stage_pb2.StepResult) -> Iterator[TokenLogprob | None]:
+    """One entry a token, None where the step reported none."""
+    at = 0
+    for row, token in enumerate(result.tokens):
+        if not result.logprobs:
+            yield None
+            continue
+        count = result.top_counts[row]
+        top = tuple(zip(result.top_ids[at : at + count], result.top_logprobs[at : at + count], strict=True))
+        at += count
+        yield TokenLogprob(token, result.logprobs[row], top)
