@@ -59,6 +59,8 @@ class Ledger:
         self.live: dict[TokenSequence, LiveRequest] = {}
         """Sequences that have not ended -> their requests, which are kept and not called."""
         self._copier: PageCopier | None = None
+        self._out_at_end: list[Plan] = []
+        """Steps that were out when the last epoch ended, until another one begins."""
         self.costs = StepCosts()
         self.guess_costs = GuessCosts()
 
@@ -98,6 +100,7 @@ class Ledger:
     def begin(self, shape: Shape, stages: Sequence[StageKv]) -> None:
         """An epoch begins, at which the stages' pages hold what they say."""
         self.release_quarantined()
+        self._out_at_end = []
         if self.fits(shape):
             self._shape = shape
             self.scheduler.pages.restrict(shape.pages)
@@ -182,10 +185,16 @@ class Ledger:
         for sequence in [*before.running, *before.waiting]:
             self.scheduler.add(sequence)
 
-    def end(self, *, ranks_died: bool = False) -> list[TokenSequence]:
-        """The epoch is over: what is out will never come back. Returns the sequences that made ranks die, if any."""
-        culprits, given_up = note_deaths(self.scheduler.out.values()) if ranks_died else ([], [])
+    def end(self) -> None:
+        """The epoch is over: what is out will never come back."""
+        self._out_at_end = list(self.scheduler.out.values())
         self.scheduler.rewind()
+
+    def ranks_died(self) -> list[TokenSequence]:
+        """Ranks died at the epoch that is over, as is heard before another one begins. Returns the sequences that ended
+        them, if that is known by now."""
+        out, self._out_at_end = self._out_at_end, []
+        culprits, given_up = note_deaths(out)
         for sequence in given_up:
             self.scheduler.give_up_pages(sequence)
         return culprits

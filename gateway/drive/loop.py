@@ -144,9 +144,7 @@ class BatchLoop:
         self._wake.set()
         self._progress.set()
         if self._task is not None:
-            for sequence in self._ledger.end(ranks_died=isinstance(error, RanksDied)):
-                if (live := self._ledger.live.get(sequence)) is not None:
-                    live.fail(PoisonedRequest(_poisoned(live.request.request_id, error)))
+            self._ledger.end()
         if isinstance(error, InternalError):
             for live in self._ledger.requests:
                 live.fail(error)
@@ -236,8 +234,12 @@ class BatchLoop:
         self._progress.set()
 
     def on_lost(self, error: StagemeshError) -> None:
-        """A stream ended."""
+        """A stream ended. That ranks died may be heard behind what follows from it, such as a broken link."""
         self.fail(error)
+        if self._task is not None and isinstance(error, RanksDied):
+            for sequence in self._ledger.ranks_died():
+                if (live := self._ledger.live.get(sequence)) is not None:
+                    live.fail(PoisonedRequest(_poisoned(live.request.request_id, error)))
 
     def on_result(self, stage: int, result: stage_pb2.StepResult) -> None:
         """A stage is done with a step; the last one's result brings tokens and ends the step."""

@@ -160,8 +160,9 @@ class Scheduler:
 
     def give_up_pages(self, sequence: Sequence) -> None:
         """Nothing of it is kept: it is computed anew, from its log. Nothing of it may be out."""
-        sequence.preempted = True
-        self._settle(sequence)
+        if sequence.state is State.RUNNING:
+            sequence.preempted = True
+            self._settle(sequence)
 
     def append_token(self, sequence: Sequence, position: int, token: int) -> bool:
         """Enters a token into the log, if it is the next one of a sequence that still wants it."""
