@@ -31,6 +31,8 @@ class GatewayTiming(Timing):
     """What a worker may take to open a session."""
     reach_s: float = 2.5
     """How long an attempt to connect takes at most, and a little."""
+    last_words_s: float = 0.3
+    """So long workers of an epoch that was lost may still say why: that a rank died is known behind the broken link."""
     end_s: float = 0.2
     """How long a worker that is told that a stream is over may take to end it."""
 

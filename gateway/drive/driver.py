@@ -321,7 +321,7 @@ class PipelineDriver:
         ended, self.loop = self.loop, None
         if ended is not None:
             await ended.stop()
-            task = asyncio.create_task(ended.close())
+            task = asyncio.create_task(ended.close(last_words=True))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
         self._around.slot.renew()

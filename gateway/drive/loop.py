@@ -156,9 +156,11 @@ class BatchLoop:
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def close(self) -> None:
-        """Ends the sessions on all stages."""
+    async def close(self, *, last_words: bool = False) -> None:
+        """Ends the sessions on all stages. `last_words`: a worker may still say why this epoch was lost."""
         await self.stop()
+        if last_words:
+            await self.session.hear_out()
         await self.session.close()
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -237,7 +239,10 @@ class BatchLoop:
         """A stream ended. That ranks died may be heard behind what follows from it, such as a broken link."""
         self.fail(error)
         if self._task is not None and isinstance(error, RanksDied):
-            for sequence in self._ledger.ranks_died():
+            culprits = self._ledger.ranks_died()
+            if suspects := [s.ident for s in self._ledger.live if s.alone]:
+                log.warning("%s epoch %d: sequences %s may end ranks and are tried alone", *self.key, suspects)
+            for sequence in culprits:
                 if (live := self._ledger.live.get(sequence)) is not None:
                     live.fail(PoisonedRequest(_poisoned(live.request.request_id, error)))
 

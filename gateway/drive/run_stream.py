@@ -43,7 +43,8 @@ class RunStream:
         self._channel = rpc.channel(stage.address)
         self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue(OUTBOX_MESSAGES)
         """None ends the stream: cancelling a call that is over would leave its sender waiting for ever."""
-        self._reader: asyncio.Task[None] | None = None
+        self.reader: asyncio.Task[None] | None = None
+        """Ends when the stream has ended."""
         self.unreachable = False
         """Nobody answered when the session was to be opened."""
 
@@ -88,7 +89,7 @@ class RunStream:
             raise StageLost(f"{self.who} did not open a session within {self._timing.open_s:.0f} s") from e
         if first.WhichOneof("message") == "ended":
             raise by_reason(first.ended.reason)(first.ended.message)
-        self._reader = asyncio.create_task(self._read(call, responses))
+        self.reader = asyncio.create_task(self._read(call, responses))
         opened: stage_pb2.RunOpened = first.opened
         return opened
 
@@ -138,10 +139,10 @@ class RunStream:
         while not self._outbox.empty():
             self._outbox.get_nowait()
         self._outbox.put_nowait(None)
-        if self._reader is not None:
+        if self.reader is not None:
             # A call that ends by itself gives its connection back; one that is cancelled keeps it until garbage is
             # collected.
-            await asyncio.wait([self._reader], timeout=self._timing.end_s)
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
+            await asyncio.wait([self.reader], timeout=self._timing.end_s)
+            self.reader.cancel()
+            await asyncio.gather(self.reader, return_exceptions=True)
         await self._channel.close(None)

@@ -91,6 +91,12 @@ class Session:
         for stream in self._streams:
             stream.send(data)
 
+    async def hear_out(self) -> None:
+        """For a while, until every stream has ended by itself."""
+        readers = [stream.reader for stream in self._streams if stream.reader is not None]
+        if readers:
+            await asyncio.wait(readers, timeout=self._timing.last_words_s)
+
     async def close(self) -> None:
         """Ends the session on every stage."""
         await asyncio.gather(*(stream.close() for stream in self._streams))

@@ -68,7 +68,7 @@ class FakeLoop:
     async def stop(self) -> None:
         self.fail(StageLost("stopped"))
 
-    async def close(self) -> None:
+    async def close(self, *, last_words: bool = False) -> None:
         self.closed = True
 
 
