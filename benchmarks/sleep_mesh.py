@@ -18,9 +18,9 @@ from pathlib import Path
 from facts import default_model
 from vllm_venv import BenchmarkError
 
-from stagemesh.config import ServeSettings
 from stagemesh.local.children import Child
 from stagemesh.local.plan import LOOPBACK, coordinator_settings, gateway_settings, worker_settings
+from stagemesh.settings.serve import ServeSettings
 
 READY_DEADLINE_S = 240.0
 STOP_DEADLINE_S = 10.0

@@ -17,9 +17,9 @@ import uvloop
 
 from stagemesh import process, rpc
 from stagemesh.checkpoint import CheckpointInfo, fingerprint, inspect
-from stagemesh.config import CoordinatorSettings
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
+from stagemesh.settings.coordinator import CoordinatorSettings
 
 from .api_server import ApiServer
 from .charge import Charge

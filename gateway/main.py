@@ -12,9 +12,9 @@ import uvicorn
 import uvloop
 
 from stagemesh import process, rpc
-from stagemesh.config import GatewaySettings
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
+from stagemesh.settings.gateway import GatewaySettings
 
 from .api.grpc_api import GatewayServicer
 from .api.http.app import build_app

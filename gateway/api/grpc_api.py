@@ -10,8 +10,8 @@ from typing import Any
 from google.protobuf import json_format
 
 from stagemesh import errors
-from stagemesh.config import GatewaySettings
 from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
+from stagemesh.settings.gateway import GatewaySettings
 
 from ..telemetry.metrics import Metrics
 from .build import Wishes, build, encode, render_chat, served

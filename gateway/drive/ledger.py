@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from stagemesh.config import GatewaySettings
 from stagemesh.errors import StagemeshError
 from stagemesh.protos.v1 import types_pb2
+from stagemesh.settings.gateway import GatewaySettings
 
 from ..schedule.budget import StepCosts
 from ..schedule.draft_model import DraftModelGuesser, GuessCosts

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from stagemesh.config import DEMO_MODEL, ServeSettings
 from stagemesh.errors import ConfigError
+from stagemesh.settings.model import DEMO_MODEL
+from stagemesh.settings.serve import ServeSettings
 
 from .flags import add_flags, given
 

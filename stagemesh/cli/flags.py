@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from stagemesh.config import Base
+from stagemesh.settings.base import Base
 
 UNSET = argparse.SUPPRESS
 

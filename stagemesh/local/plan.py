@@ -1,39 +1,29 @@
-"""Which processes make the mesh that `serve` was asked for. Pure: settings in, settings out."""
+"""Which processes make the mesh that `serve` was asked for. Pure: settings in, settings out.
+
+What `serve` and a service have in common is handed on block by block (`shared`). Here stands what `serve` decides.
+"""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from stagemesh.config import (
-    CoordinatorSettings,
-    GatewaySettings,
-    ModelSettings,
-    ServeSettings,
-    StageSettings,
-)
-from stagemesh.speculative_config import SpeculativeConfig
+from stagemesh.settings.base import shared
+from stagemesh.settings.coordinator import CoordinatorSettings
+from stagemesh.settings.gateway import GatewaySettings
+from stagemesh.settings.serve import ServeSettings
+from stagemesh.settings.speculative import SpeculativeConfig
+from stagemesh.settings.stage import StageSettings
 
 LOOPBACK = "127.0.0.1"
+INNER: dict[str, Any] = {"host": LOOPBACK, "insecure": False, "port": 0}
+"""Of all but the gateway: they stay on this machine, on ports that the system gives."""
 
 
 def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSettings:
-    """The coordinator, on a port that the system gives."""
-    shared = {name: getattr(serve, name) for name in ModelSettings.model_fields}
-    return CoordinatorSettings(
-        **shared,
-        time_scale=serve.time_scale,
-        host=LOOPBACK,
-        port=0,
-        pipeline_parallel_size=serve.pipeline_parallel_size,
-        layer_partition=serve.layer_partition,
-        rebalance=serve.rebalance,
-        takeover_after=serve.takeover_after,
-        transport=serve.transport,
-        steps_in_flight=serve.steps_in_flight,
-        speculative_config=_if_method(serve, "draft_model"),
-        state_dir=state_dir,
-    )
+    """The coordinator."""
+    own = {"state_dir": state_dir, "speculative_config": _if_method(serve, "draft_model")}
+    return CoordinatorSettings(**{**shared(serve, CoordinatorSettings), **INNER, **own})
 
 
 def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSettings]:
@@ -58,7 +48,7 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
         idle_cpu_list = "|".join(",".join(others[rank::size]) for rank in range(size)) if pinned and others else None
         stages.append(
             StageSettings(
-                **_common(serve, coordinator),
+                **_of_any_worker(serve, coordinator),
                 worker_id=f"stage-{i}",
                 stage=i,
                 any_stage=len(set(serve.tp_sizes)) == 1,
@@ -77,7 +67,7 @@ def standby_settings(serve: ServeSettings, coordinator: str) -> list[StageSettin
     lent = cores[1:] if serve.device != "cuda" and size == 1 else []
     return [
         StageSettings(
-            **_common(serve, coordinator),
+            **_of_any_worker(serve, coordinator),
             worker_id=f"standby-{i}",
             tensor_parallel_size=size,
             idle_cpu_list=",".join(map(str, lent)) or None,
@@ -86,21 +76,9 @@ def standby_settings(serve: ServeSettings, coordinator: str) -> list[StageSettin
     ]
 
 
-def _common(serve: ServeSettings, coordinator: str) -> dict[str, Any]:
-    return {
-        "coordinator": coordinator,
-        "host": LOOPBACK,
-        "time_scale": serve.time_scale,
-        "device": serve.device,
-        "transport": serve.transport,
-        "kv_cache_gib": serve.kv_cache_gib,
-        "journal_gib": serve.journal_gib,
-        "gpu_memory_utilization": serve.gpu_memory_utilization,
-        "threads": _threads(serve),
-        "enforce_eager": serve.enforce_eager,
-        "model": serve.model,
-        "drain_timeout": 0.0,
-    }
+def _of_any_worker(serve: ServeSettings, coordinator: str) -> dict[str, Any]:
+    own = {"coordinator": coordinator, "model": serve.model, "threads": _threads(serve), "drain_timeout": 0.0}
+    return {**shared(serve, StageSettings), **INNER, **own}
 
 
 def _threads(serve: ServeSettings) -> int:
@@ -109,22 +87,14 @@ def _threads(serve: ServeSettings) -> int:
 
 def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
     """The gateway, the one process that may listen beyond loopback."""
-    return GatewaySettings(
-        coordinator=coordinator,
-        time_scale=serve.time_scale,
-        host=serve.host,
-        insecure=serve.insecure,
-        port=serve.port,
-        grpc_port=serve.grpc_port,
-        api_key=serve.api_key,
-        enable_prefix_caching=serve.enable_prefix_caching,
-        speculative_config=_if_method(serve, "ngram"),
-        max_waiting=serve.max_waiting,
-        request_timeout=serve.request_timeout,
-        recovery_deadline=serve.recovery_deadline,
-        token_log=serve.token_log,
-        drain_timeout=serve.drain_timeout,
-    )
+    own = {
+        "coordinator": coordinator,
+        "port": serve.port,
+        "grpc_port": serve.grpc_port,
+        "drain_timeout": serve.drain_timeout,
+        "speculative_config": _if_method(serve, "ngram"),
+    }
+    return GatewaySettings(**{**shared(serve, GatewaySettings), **own})
 
 
 def _if_method(serve: ServeSettings, method: str) -> SpeculativeConfig | None:

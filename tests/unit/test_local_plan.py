@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from stagemesh.config import ServeSettings
 from stagemesh.local.plan import worker_settings
+from stagemesh.settings.serve import ServeSettings
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from stagemesh.config import GatewaySettings
 from stagemesh.errors import NotFound
 from stagemesh.gateway.api.request import Engine, ModelCard
 from stagemesh.gateway.api.token_log import TokenLog
 from stagemesh.gateway.telemetry.metrics import CONTENT_TYPE, Metrics
 from stagemesh.gateway.telemetry.trace import Recorder
+from stagemesh.settings.gateway import GatewaySettings
 
 from ..openai.call import Api
 from ..openai.chat import ChatCall

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stagemesh.config import GatewaySettings
 from stagemesh.gateway.api.request import Delta, Engine, GenerationRequest, ModelCard
 from stagemesh.gateway.api.token_log import TokenLog
 from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.gateway.text.tokenizer import Tokenizer
+from stagemesh.settings.gateway import GatewaySettings
 
 from .errors import dumps
 from .protocol import Common

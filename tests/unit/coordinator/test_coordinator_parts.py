@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from stagemesh.config import CoordinatorSettings
 from stagemesh.coordinator.main import build
 from stagemesh.coordinator.nonce import Nonces
 from stagemesh.coordinator.slots import MAX_SLOT, QUARANTINE_S, Slots
 from stagemesh.coordinator.store import Store
 from stagemesh.coordinator.values import Loaded, StagePlan, StoredPlan
 from stagemesh.errors import CheckpointError, ConfigError, QueueFull
+from stagemesh.settings.coordinator import CoordinatorSettings
 
 PLAN = StoredPlan(
     "pipeline-0",

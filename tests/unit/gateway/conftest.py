@@ -17,7 +17,6 @@ import uvicorn
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from stagemesh import rpc
-from stagemesh.config import GatewaySettings
 from stagemesh.errors import Cancelled, StagemeshError
 from stagemesh.gateway.api.grpc_api import GatewayServicer
 from stagemesh.gateway.api.http.app import build_app
@@ -26,6 +25,7 @@ from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.gateway.text.detokenizer import Detokenizer
 from stagemesh.gateway.text.tokenizer import Tokenizer
 from stagemesh.protos.v1 import gateway_pb2_grpc
+from stagemesh.settings.gateway import GatewaySettings
 
 # Lets the tests here share `prefix_world`.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -1,4 +1,4 @@
-"""Settings of speculative decoding, shared by gateway and coordinator; keys as vLLM's."""
+"""Speculative decoding: an option of gateway and coordinator. Its value is an object with vLLM's keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from .base import Base
 
 SPECULATIVE_EXAMPLE = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}'
 DEFAULT_LOOKUP = 5
@@ -22,10 +24,8 @@ def parse_json(value: Any) -> Any:
     return value
 
 
-class SpeculativeConfig(BaseModel):
-    """Speculative decoding: tokens are guessed, and verified in one step. Keys as vLLM's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+class SpeculativeConfig(Base):
+    """Speculative decoding: tokens are guessed, and verified in one step."""
 
     method: Literal["ngram", "draft_model"]
     """ngram: what followed the last tokens where they stood before, in the prompt or the output. draft_model: what a
@@ -73,3 +73,14 @@ class SpeculativeConfig(BaseModel):
     def __str__(self) -> str:
         """As a flag says it."""
         return self.model_dump_json(exclude_none=True)
+
+
+class Speculation(Base):
+    """Speculative decoding, or none. Which methods a service takes, the service says."""
+
+    speculative_config: SpeculativeConfig | None = None
+    """Speculative decoding, as JSON: method and num_speculative_tokens; for prompt lookup, which the gateway does
+    (ngram), prompt_lookup_max and prompt_lookup_min; for a draft model on the last stage, which the coordinator places
+    (draft_model), model; default: off."""
+
+    _json = field_validator("speculative_config", mode="before")(parse_json)
