@@ -1,4 +1,8 @@
-"""The activation plane's transports: one contract (`base`), three that keep it (`ucx`, `tcp`, `inproc`)."""
+"""The activation plane's transports: one contract (`base.py`), three that keep it (`ucx`, `tcp`, `inproc.py`).
+
+Tagged messages of raw bytes between processes belong here. What they mean (links, lanes, credits) is the stage
+worker's.
+"""
 
 from __future__ import annotations
 

@@ -78,9 +78,9 @@ class Transport(Protocol):
     def address(self) -> bytes:
         """What a remote side needs to `connect`: carried by gRPC, opaque, a secret on TCP."""
 
-    def connect(self, address: bytes, *, timeout_s: float = 5.0) -> Peer:
+    def connect(self, address: bytes, *, timeout_s: float | None = None) -> Peer:
         """A way to the transport with that address. Returns at once: a failure to reach it shows as `Peer.error`
-        after at most `timeout_s` seconds of `progress()` where the transport can tell.
+        after at most `timeout_s` seconds of `progress()` where the transport can tell; default: the transport's.
 
         Raises:
             TransportError: the address is not one of this transport, or damaged.

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from stagemesh.errors import TransportError
 
 from .base import Buffer, recv_view, send_view
-from .frame import HostRequest, Mailbox, wrong_size
+from .mailbox import HostRequest, Mailbox
 
 EAGER_BYTES = 8192
 
@@ -50,7 +50,7 @@ class InprocTransport:
     def address(self) -> bytes:
         return self._address
 
-    def connect(self, address: bytes, *, timeout_s: float = 5.0) -> InprocPeer:
+    def connect(self, address: bytes, *, timeout_s: float | None = None) -> InprocPeer:
         remote = _transports.get(address)
         if remote is None:
             raise TransportError(f"no in-process transport has the address {address[:32]!r}")
@@ -61,13 +61,13 @@ class InprocTransport:
     def recv(self, tag: int, buffer: Buffer) -> HostRequest:
         view, land = recv_view(buffer)
         request = HostRequest(view, land)
-        held = self._mailbox.post(tag, request)
-        if held is not None:
-            _deliver(held, request)
+        message = self._mailbox.post(tag, request)
+        if message is not None:
+            _deliver(message, request)
         return request
 
     def probe(self, tag: int) -> bool:
-        return self._mailbox.holds(tag)
+        return self._mailbox.has(tag)
 
     def discard(self, tag: int, mask: int, *, forever: bool = False) -> int:
         self.progress()
@@ -91,7 +91,7 @@ class InprocTransport:
             elif self._mailbox.fenced(message.tag):
                 _drop(message)
             else:
-                self._mailbox.hold(message.tag, message)
+                self._mailbox.keep(message.tag, message)
         return happened
 
     def doubt(self) -> None:
@@ -170,12 +170,7 @@ class InprocPeer:
 
 
 def _deliver(message: _Message, request: HostRequest) -> None:
-    target = request.view
-    if target is None or message.view.nbytes != request.nbytes:
-        request.finish(wrong_size(message.tag, message.view.nbytes, request.nbytes))
-    else:
-        target[:] = message.view
-        request.finish()
+    request.take(message.tag, message.view)
     _drop(message)
 
 

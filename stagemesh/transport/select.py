@@ -10,8 +10,9 @@ from stagemesh.errors import ConfigError, TransportError
 
 from .base import Transport
 from .inproc import InprocTransport
-from .tcp import TcpTransport
-from .ucx import UcxTransport
+from .tcp.transport import TcpTransport
+from .timing import TransportTiming
+from .ucx.transport import UcxTransport
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ def open_transport(
     advertise: str | None = None,
     device: str = "cpu",
     ucx_options: Mapping[str, str] | None = None,
+    timing: TransportTiming = TransportTiming(),
 ) -> Transport:
     """Open a transport. "auto" is UCX, or TCP with a warning that says why UCX was not to be had.
 
@@ -36,6 +38,7 @@ def open_transport(
         advertise: host that other workers connect to (TCP only); the bound address when None.
         device: "cpu" or "cuda": where the activations live; chooses UCX's thresholds.
         ucx_options: UCX's own settings without the `UCX_` prefix, e.g. `{"TLS": "tcp", "NET_DEVICES": "eth0"}`.
+        timing: what the transport waits for, and how long.
 
     Raises:
         ConfigError: no transport has this name.
@@ -43,14 +46,14 @@ def open_transport(
     """
     if name in ("auto", "ucx"):
         try:
-            return UcxTransport(ucx_options, device=device)
+            return UcxTransport(ucx_options, device=device, timing=timing)
         except TransportError as error:
             if name == "ucx":
                 raise
             log.warning("activations go over TCP, not UCX: %s", error)
             name = "tcp"
     if name == "tcp":
-        return TcpTransport(host, port, advertise=advertise)
+        return TcpTransport(host, port, advertise=advertise, timing=timing)
     if name == "inproc":
         return InprocTransport()
     raise ConfigError(f"no transport is called {name!r}; there are auto, ucx, tcp and inproc")

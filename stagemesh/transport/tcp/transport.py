@@ -2,34 +2,34 @@
 
 A `Peer` is one outgoing connection; frames travel on it one way only. The address carries a secret (and gRPC carries
 the address): a connection that does not begin with it is told so and dropped, before any frame of it is looked at.
-Reads go straight into the posted buffer; what nobody asked for yet is held up to a bound, then that socket is read no
+Reads go straight into the posted buffer; what nobody asked for yet is kept up to a bound, then that socket is read no
 further until a receive is posted.
 """
 
 from __future__ import annotations
 
 import errno
-import hmac
 import logging
 import os
 import select
 import socket
-import struct
 import time
 
 from stagemesh.errors import TransportError
 
+from ..base import Buffer, recv_view
+from ..mailbox import HostRequest
+from ..timing import TransportTiming
 from . import frame
-from .base import Buffer, recv_view
-from .frame import HostRequest, Mailbox, wrong_size
-from .tcp_conn import Inbound, Outbound
+from .inbound import Inbound
+from .inbox import Inbox
+from .outbound import Outbound
 
 log = logging.getLogger(__name__)
 
-_ADDRESS = struct.Struct("<4sH16s")
-_PREAMBLE_TIMEOUT_S = 5.0
-_MAX_STRANGERS = 64
+_MAX_UNAUTHENTICATED = 64
 _CHECK_EVERY = 256
+"""Calls of `progress` between two looks at deadlines."""
 
 
 class TcpTransport:
@@ -40,7 +40,9 @@ class TcpTransport:
         port: port to bind; 0 asks the system for a free one.
         advertise: host that others connect to; the bound address when None.
         max_frame_bytes: a longer frame is refused and its connection closed.
-        max_held_bytes: bound of all held (unexpected) frames together; one frame is held whatever its size.
+        max_unexpected_bytes: bound of all frames together for which no receive is posted yet; one is kept whatever
+            its size.
+        timing: what is waited for.
 
     Raises:
         TransportError: the address cannot be bound.
@@ -55,9 +57,11 @@ class TcpTransport:
         *,
         advertise: str | None = None,
         max_frame_bytes: int = frame.MAX_FRAME_BYTES,
-        max_held_bytes: int = 1 << 26,
+        max_unexpected_bytes: int = 1 << 26,
+        timing: TransportTiming = TransportTiming(),
     ) -> None:
-        self._max_frame_bytes, self._max_held_bytes = max_frame_bytes, max_held_bytes
+        self._timing = timing
+        self._max_frame_bytes = max_frame_bytes
         self._secret = os.urandom(frame.SECRET_BYTES)
         try:
             family, _, _, _, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -71,22 +75,19 @@ class TcpTransport:
         self._epoll.register(self._listener.fileno(), select.EPOLLIN)
         self._inbound: dict[int, Inbound] = {}
         self._outbound: dict[int, Outbound] = {}
-        self._mailbox: Mailbox[bytearray] = Mailbox()
-        self._held_bytes = 0
+        self._inbox = Inbox(max_unexpected_bytes)
         self._waiting: list[Inbound] = []  # they have a frame for which there is no room
         self.refused_count = 0
         self._calls = 0
         self._closed = False
 
     def address(self) -> bytes:
-        return _ADDRESS.pack(b"SMT1", self.port, self._secret) + self.host.encode()
+        return frame.pack_address(self.host, self.port, self._secret)
 
-    def connect(self, address: bytes, *, timeout_s: float = 5.0) -> Outbound:
-        if len(address) <= _ADDRESS.size or address[:4] != b"SMT1":
-            raise TransportError(f"not a TCP address: {len(address)} bytes that begin with {address[:4]!r}")
-        _, port, secret = _ADDRESS.unpack_from(address)
-        host = address[_ADDRESS.size :].decode(errors="replace")
-        peer = Outbound(host, port, secret, self._epoll, timeout_s)
+    def connect(self, address: bytes, *, timeout_s: float | None = None) -> Outbound:
+        host, port, secret = frame.unpack_address(address)
+        within_s = self._timing.connect_s if timeout_s is None else timeout_s
+        peer = Outbound(host, port, secret, self._epoll, within_s)
         if peer.error is None:
             self._outbound[peer.fd] = peer
         return peer
@@ -94,21 +95,16 @@ class TcpTransport:
     def recv(self, tag: int, buffer: Buffer) -> HostRequest:
         view, land = recv_view(buffer)
         request = HostRequest(view, land)
-        held = self._mailbox.post(tag, request)
-        if held is not None:
-            self._held_bytes -= len(held)
-            _deliver(tag, held, request)
+        self._inbox.post(tag, request)
         if self._waiting:
             self._resume()
         return request
 
     def probe(self, tag: int) -> bool:
-        return self._mailbox.holds(tag) or any(c.tag == tag for c in self._inbound.values() if c.unexpected)
+        return self._inbox.has(tag) or any(c.tag == tag for c in self._inbound.values() if c.unexpected)
 
     def discard(self, tag: int, mask: int, *, forever: bool = False) -> int:
-        dropped = self._mailbox.discard(tag, mask, forever)
-        self._held_bytes -= sum(map(len, dropped))
-        count = len(dropped)
+        count = self._inbox.discard(tag, mask, forever)
         for connection in self._inbound.values():
             if connection.unexpected and (connection.tag ^ tag) & mask == 0:
                 connection.drop_frame()
@@ -118,7 +114,7 @@ class TcpTransport:
 
     @property
     def late_count(self) -> int:
-        return self._mailbox.late_count
+        return self._inbox.late_count
 
     def progress(self) -> bool:
         self._calls += 1
@@ -153,53 +149,8 @@ class TcpTransport:
         for connection in list(self._inbound.values()):
             self._drop(connection, None)
         self._listener.close()
-        self._mailbox.fail_all(TransportError("the transport was closed"))
+        self._inbox.fail_all(TransportError("the transport was closed"))
         self._epoll.close()
-
-    # -- what an inbound connection asks for -------------------------------------------------------------------------
-
-    def check_secret(self, secret: bytes) -> None:
-        """Raises TransportError when a connection does not know the secret."""
-        if not hmac.compare_digest(secret, self._secret):
-            raise TransportError("the tag secret is wrong")
-
-    def place(self, tag: int, length: int) -> HostRequest | memoryview | None:
-        """Where the body of an arriving frame goes: a posted receive, held memory, or (None) nowhere yet.
-
-        An empty view of another length means: read over it.
-        """
-        request = self._mailbox.match(tag)
-        if request is not None:
-            if request.nbytes == length:
-                return request
-            request.finish(wrong_size(tag, length, request.nbytes))
-            return memoryview(b"")
-        if self._mailbox.fenced(tag):
-            return memoryview(b"")
-        if self._held_bytes and self._held_bytes + length > self._max_held_bytes:
-            return None
-        self._held_bytes += length
-        return memoryview(bytearray(length))
-
-    def held(self, tag: int, view: memoryview) -> None:
-        """An unexpected frame is complete."""
-        payload = view.obj
-        assert isinstance(payload, bytearray)
-        request = self._mailbox.match(tag)
-        if request is not None:  # posted while the frame was on its way
-            self._held_bytes -= len(payload)
-            _deliver(tag, payload, request)
-        else:
-            self._mailbox.hold(tag, payload)
-
-    def unhold(self, length: int) -> None:
-        """An unexpected frame was given up before it was complete."""
-        self._held_bytes -= length
-
-    @property
-    def max_frame_bytes(self) -> int:
-        """The longest frame that is accepted."""
-        return self._max_frame_bytes
 
     # -- connections ------------------------------------------------------------------------------------------------
 
@@ -213,11 +164,12 @@ class TcpTransport:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise TransportError("no file descriptors are left to accept a connection") from error
                 return
-            strangers = [c for c in self._inbound.values() if not c.known]
-            if len(strangers) >= _MAX_STRANGERS:  # the oldest goes: a right peer says who it is at once
+            unauthenticated = [c for c in self._inbound.values() if not c.authenticated]
+            if len(unauthenticated) >= _MAX_UNAUTHENTICATED:  # the oldest goes: a right peer says who it is at once
                 self.refused_count += 1
-                self._drop(strangers[0], TransportError("too many connections that do not say who they are"))
-            connection = Inbound(sock, self, time.monotonic() + _PREAMBLE_TIMEOUT_S)
+                self._drop(unauthenticated[0], TransportError("too many connections that do not say who they are"))
+            deadline = time.monotonic() + self._timing.preamble_s
+            connection = Inbound(sock, self._inbox, self._secret, self._max_frame_bytes, deadline)
             self._inbound[sock.fileno()] = connection
             self._epoll.register(sock.fileno(), select.EPOLLIN)
 
@@ -254,17 +206,9 @@ class TcpTransport:
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
-        for connection in [c for c in self._inbound.values() if not c.known and now > c.deadline]:
+        for connection in [c for c in self._inbound.values() if not c.authenticated and now > c.deadline]:
             self.refused_count += 1
             self._drop(connection, TransportError("no preamble came in time"))
         for fd, peer in list(self._outbound.items()):
             if peer.past_deadline(now) or peer.error is not None:
                 del self._outbound[fd]
-
-
-def _deliver(tag: int, payload: bytearray, request: HostRequest) -> None:
-    if len(payload) != request.nbytes or request.view is None:
-        request.finish(wrong_size(tag, len(payload), request.nbytes))
-        return
-    request.view[:] = payload
-    request.finish()

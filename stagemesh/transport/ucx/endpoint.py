@@ -1,93 +1,23 @@
-"""One UCX endpoint: what it takes, whether the process behind it lives."""
+"""One UCX endpoint: who uses it, the way that its bytes take, whether the process behind it lives."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import re
-import struct
-import zlib
-from dataclasses import dataclass
+import select
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stagemesh.errors import TransportError
 
-from .base import Buffer
+from ..base import Buffer
+from .identity import ProcessIdentity
+from .worker import UcxRequest, UcxWorker
 
-if TYPE_CHECKING:
-    from .ucx import UcxRequest, UcxTransport
-
-_ADDRESS = struct.Struct("<4sI16sQIQ")
 _CLOSE_PERIOD_NS = 10_000_000
 _SHARED_MEMORY = {"posix", "sysv", "cma", "xpmem", "knem", "mm", "self"}
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessIdentity:
-    """Which process, on which boot of which host; comparable between processes of one PID namespace."""
-
-    boot_id: bytes
-    pid_namespace: int
-    pid: int
-    start_ticks: int
-
-    @classmethod
-    def own(cls) -> ProcessIdentity:
-        """This process."""
-        boot = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
-        pid = os.getpid()
-        return cls(boot, os.stat("/proc/self/ns/pid").st_ino, pid, _start_ticks(pid) or 0)
-
-    def watch(self, own: ProcessIdentity) -> int | None:
-        """A pidfd of this process, readable when it ends. None where it is out of sight, or `own` itself.
-
-        Raises:
-            TransportError: it has ended already.
-        """
-        if (self.boot_id, self.pid_namespace) != (own.boot_id, own.pid_namespace) or self.pid == own.pid:
-            return None
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except ProcessLookupError as error:
-            raise TransportError(f"the peer process {self.pid} has ended") from error
-        except OSError:
-            return None  # a kernel or sandbox without pidfd: UCX's keep-alive is left
-        if _start_ticks(self.pid) != self.start_ticks:
-            os.close(pidfd)
-            raise TransportError(f"the peer process {self.pid} has ended, another has its number")
-        return pidfd
-
-    @property
-    def shares_network(self) -> bool:
-        """Whether this process of the own host has the same interfaces, and so no network in between."""
-        try:
-            return os.stat(f"/proc/{self.pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
-        except OSError:
-            return False
-
-
-def pack_address(identity: ProcessIdentity, ucx_address: bytes) -> bytes:
-    """A UCX worker address with the process it belongs to, and a checksum: UCX itself trusts what it is given."""
-    body = (
-        _ADDRESS.pack(b"SMU1", 0, identity.boot_id, identity.pid_namespace, identity.pid, identity.start_ticks)
-        + ucx_address
-    )
-    return body[:4] + struct.pack("<I", zlib.crc32(body)) + body[8:]
-
-
-def unpack_address(address: bytes) -> tuple[ProcessIdentity, bytes]:
-    """The parts of `pack_address`.
-
-    Raises:
-        TransportError: not a UCX address of this version, or damaged.
-    """
-    if len(address) <= _ADDRESS.size or address[:4] != b"SMU1":
-        raise TransportError(f"not a UCX address: {len(address)} bytes that begin with {address[:8]!r}")
-    _, crc, boot_id, namespace, pid, start_ticks = _ADDRESS.unpack_from(address)
-    if zlib.crc32(address[:4] + b"\0\0\0\0" + address[8:]) != crc:
-        raise TransportError("the UCX address is damaged: its checksum does not fit")
-    return ProcessIdentity(boot_id, namespace, pid, start_ticks), address[_ADDRESS.size :]
 
 
 class Endpoint:
@@ -100,8 +30,35 @@ class Endpoint:
     last user: behind a cut that has healed a new connection comes up sooner than one that waits to send again.
     """
 
-    def __init__(self, transport: UcxTransport, raw: Any, pidfd: int | None = None, *, kept: bool = False) -> None:
-        self._transport, self.raw, self.pidfd, self._kept = transport, raw, pidfd, kept
+    def __init__(
+        self,
+        worker: UcxWorker,
+        identity: ProcessIdentity,
+        ucx_address: bytes,
+        own: ProcessIdentity,
+        deaths: select.epoll,
+        on_gone: Callable[[], None],
+    ) -> None:
+        """Watches the process behind it, where it can.
+
+        Args:
+            deaths: where that process shows as readable when it has ended.
+            on_gone: called when it is gone: it may have ended within a send.
+
+        Raises:
+            TransportError: UCX cannot make it, or the process has ended.
+        """
+        self._worker, self._deaths, self.on_gone = worker, deaths, on_gone
+        self.pidfd = identity.watch(own)
+        try:
+            self.raw: Any = worker.endpoint(ucx_address)
+        except TransportError:
+            if self.pidfd is not None:
+                os.close(self.pidfd)
+            raise
+        if self.pidfd is not None:
+            deaths.register(self.pidfd, select.EPOLLIN)
+        self._kept = self.pidfd is not None and identity.shares_network
         self.users: set[UcxPeer] = set()
         self._closed = False
 
@@ -115,7 +72,7 @@ class Endpoint:
         """What UCX says of its end, in brackets; empty where it says nothing."""
         try:
             self.raw.raise_on_error()
-        except self._transport.lib.UCXError as error:
+        except self._worker.lib.UCXError as error:
             return f" ({error})"
         return ""
 
@@ -130,8 +87,7 @@ class Endpoint:
         for peer in list(self.users):
             peer.fail(TransportError("the peer process has ended"))
         self.close()
-        # It may have ended within a send.
-        self._transport.doubt()
+        self.on_gone()
 
     def close(self) -> None:
         """Ends it, and its users with it."""
@@ -146,15 +102,16 @@ class Endpoint:
             self.raw.close_blocking(_CLOSE_PERIOD_NS, 1)
         self._closed = True
         if self.pidfd is not None:
-            self._transport.unwatch(self.pidfd)
+            if not self._deaths.closed:
+                self._deaths.unregister(self.pidfd)
             os.close(self.pidfd)
 
 
 class UcxPeer:
     """See `Peer`."""
 
-    def __init__(self, transport: UcxTransport, endpoint: Endpoint) -> None:
-        self._transport = transport
+    def __init__(self, worker: UcxWorker, endpoint: Endpoint) -> None:
+        self._worker = worker
         self._endpoint: Endpoint | None = endpoint
         endpoint.users.add(self)
         self._error: TransportError | None = None
@@ -163,22 +120,21 @@ class UcxPeer:
     @property
     def error(self) -> TransportError | None:
         if self._error is None and self._endpoint is not None and not self._endpoint.alive:
-            self.fail(TransportError(f"the peer is gone: its UCX endpoint failed{self._endpoint.why}"))
-            self._transport.doubt()
+            endpoint = self._endpoint
+            self.fail(TransportError(f"the peer is gone: its UCX endpoint failed{endpoint.why}"))
+            endpoint.on_gone()
         return self._error
 
     @property
     def route(self) -> str:
         if self._endpoint is not None and self.error is None:
-            self._route = self._transport.route_of(self._endpoint.raw)
+            self._route = endpoint_route(self._endpoint.raw.handle)
         return self._route
 
     def send(self, tag: int, buffer: Buffer) -> UcxRequest:
         if self.error is not None or self._endpoint is None:
             raise self._error or TransportError("this peer was closed")
-        array, nbytes = self._transport.array(buffer, writable=False)
-        raw = self._endpoint.raw.tag_send(array, self._transport.tag(tag))
-        return self._transport.track(raw, (array, buffer), nbytes, None)
+        return self._worker.send(self._endpoint.raw, tag, buffer)
 
     def close(self) -> None:
         self.fail(TransportError("this peer was closed"))
@@ -230,12 +186,3 @@ def _describe(handle: int) -> str:
         return ctypes.string_at(text, size.value).decode(errors="replace")
     finally:
         libc.free(text)
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When a process began, in ticks since boot; None when there is no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return int(stat.rpartition(")")[2].split()[19])
