@@ -1,7 +1,7 @@
 """A stage's decode and prefill on one GPU, beside what the device can do and beside transformers.
 
-    python benchmarks/gpu.py          # 1 B and 8 B, one stage and two, decode of 1 and 64 rows, 8 K of prompt
-    python benchmarks/gpu.py --shapes tiny --device cpu --context 64 --steps 4 --prompt 128     # does it run at all
+    python -m benchmarks.gpu          # 1 B and 8 B, one stage and two, decode of 1 and 64 rows, 8 K of prompt
+    python -m benchmarks.gpu --shapes tiny --device cpu --context 64 --steps 4 --prompt 128     # does it run at all
 
 Weights are random (`--load-format dummy`). Every case is a process of its own, so that none finds the other's memory or
 fused functions. Two stages are called one after the other in one process: that is what the split itself costs, without
@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from facts import RESULTS, machine, own_versions, today
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor
 
+from benchmarks.common.facts import machine, own_versions, today
+from benchmarks.common.results import RESULTS
 from stagemesh.stage_worker.kv.pool import KvPool
 from stagemesh.stage_worker.model.batch import StepBatch
 from stagemesh.stage_worker.model.choose import Shard, load_shard

@@ -1,16 +1,15 @@
 """What the boundary journal adds to the steps of a stage, timed within one process.
 
-    python benchmarks/journal_share.py [MODEL]
+    python -m benchmarks.journal_share [MODEL]
 
 Half of the model's layers compute a step, and its output is kept, in turn, as a rank does: the journal writes between
 two steps, when the caches hold the step's weights. Throughput of whole meshes with the journal and without
-(`pairs.py --what journal`) varies by more than it costs.
+(`pairs --what journal`) varies by more than it costs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from facts import RESULTS, default_model, machine, model_facts, own_versions, today
 
+from benchmarks.common.facts import default_model, model_facts
+from benchmarks.common.results import RESULTS, origin, save
 from stagemesh.stage_worker.kv.journal import Journal
 from stagemesh.stage_worker.kv.pool import KvPool
 from stagemesh.stage_worker.model.batch import StepBatch
@@ -76,10 +76,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = given.model or default_model(Path(folder))
         result = {
-            "command": f"python benchmarks/journal_share.py MODEL --repeats {given.repeats}",
-            "date": today(), "machine": machine(), "versions": own_versions(), "model": model_facts(model),
+            **origin(f"journal_share MODEL --repeats {given.repeats}"),
+            "model": model_facts(model),
             "steps": measure(model, given.repeats),
-        }  # fmt: skip
+        }
     lines = [
         "# What the journal adds to a step",
         "",
@@ -93,11 +93,8 @@ def main() -> int:
             f"| {name} | {r['step_ms']:.2f} | {r['journal_ms']:.3f} | {100 * r['share']:.2f} % |"
             for name, r in result["steps"].items()
         ),
-        "",
     ]
-    (RESULTS / "journal-share.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "journal-share.md").write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+    save(RESULTS / "journal-share", result, lines)
     return 0
 
 

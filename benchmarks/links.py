@@ -1,6 +1,6 @@
 """Round trips of activations between two processes, over UCX and TCP: p50 and p99 by message size.
 
-    python -m benchmarks.links  (or: python benchmarks/links.py)  [--rounds 1000] [--repeats 3] [--json FILE]
+    python -m benchmarks.links [--rounds 1000] [--repeats 3] [--json FILE]
 
 Every transport is measured several times in turn, and the run with the lowest median is told: other work on the machine
 only ever adds. `--real-time` (needs root) keeps such work away from the two cores while the frames fly.

@@ -28,6 +28,72 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def import_graph() -> dict[str, set[str]]:
+    """Module -> the modules of this repository that it imports anywhere: within functions, and for types alone, too."""
+    files = {}
+    for folder, target in {**MAPPED, "benchmarks": "benchmarks"}.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            name = ".".join([*target.split("/"), *path.relative_to(ROOT / folder).with_suffix("").parts])
+            files[name.removesuffix(".__init__")] = path
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else []
+                whole = ".".join([*base, *([node.module] if node.module else [])])
+                names = {f"{whole}.{alias.name}" for alias in node.names}
+                # `from . import x` is about x, not about the package that holds both.
+                found |= names & files.keys() or {whole}
+        graph[module] = (found & files.keys()) - {module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Modules that reach each other, each set once (Tarjan)."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(module: str) -> None:
+        order[module] = low[module] = len(order)
+        stack.append(module)
+        for other in graph[module]:
+            if other not in order:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], order[other])
+        if low[module] == order[module]:
+            at = stack.index(module)
+            if len(stack) - at > 1:
+                found.append(set(stack[at:]))
+            del stack[at:]
+
+    for module in graph:
+        if module not in order:
+            visit(module)
+    return found
+
+
+IN_CIRCLES = {
+    "stagemesh.stage_worker.attention.base",
+    "stagemesh.stage_worker.attention.paged",
+    "stagemesh.stage_worker.attention.tables",
+}
+"""Those that are still to be untangled; each entry must be needed."""
+
+
+def test_imports_make_no_circle() -> None:
+    found = circles(import_graph())
+    assert not [circle for circle in found if not circle <= IN_CIRCLES]
+    assert {module for circle in found for module in circle} == IN_CIRCLES
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_service_never_imports_another(service: str) -> None:
     foreign = tuple(f"stagemesh.{other}" for other in SERVICES if other != service)

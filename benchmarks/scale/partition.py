@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import scale_report
-
+from benchmarks.common.results import save
 from stagemesh.checkpoint import CheckpointInfo, Part
 from stagemesh.coordinator.cost import CostModel
 from stagemesh.coordinator.planning import Target, choose
@@ -69,14 +68,14 @@ def run(out: Path, told: Mapping[str, Any]) -> int:
     lines = [
         "# Placing 400 layers on 1,000 workers of five kinds",
         "",
-        f"Written by `benchmarks/scale.py partition` on {told['date']}: `coordinator.planning.choose`, from registered "
-        f"workers to the layers of each stage. Goal: {GOAL_S:g} s.",
+        f"Written by `python -m benchmarks.scale partition` on {told['date']}: `coordinator.planning.choose`, from "
+        f"registered workers to the layers of each stage. Goal: {GOAL_S:g} s.",
         "",
         "| stages | seconds |",
         "| --- | --- |",
         *(f"| {case['stages']} | {case['seconds']:.3f} |" for case in cases),
     ]
-    scale_report.save(out, {**told, "layers": LAYERS, "workers": WORKERS, "kinds": KINDS, "cases": cases}, lines)
+    save(out, {**told, "layers": LAYERS, "workers": WORKERS, "kinds": KINDS, "cases": cases}, lines)
     return 1 if late else 0
 
 

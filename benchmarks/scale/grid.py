@@ -1,15 +1,4 @@
-"""How a mesh grows: stages whose compute is a sleep of a stated length, everything else real.
-
-    python benchmarks/scale.py grid [--stages 1,2,4] [--at-once 1,8,64] [--step-ms 20,3]
-    python benchmarks/scale.py many [--requests 20000]
-    python benchmarks/scale.py replicas
-    python benchmarks/scale.py partition
-
-`grid`: the pipeline's efficiency against the requests at once and the number of stages, and what gateway and
-coordinator cost a step, a token and a worker. `many`: a run of short requests that must end as fast as it began, in the
-same memory. `replicas`: a second worker for the slowest stage while requests run. `partition`: how long the coordinator
-takes to place 400 layers on 1,000 workers of five kinds.
-"""
+"""The pipeline's efficiency against requests at once and stages, and what gateway and coordinator cost."""
 
 from __future__ import annotations
 
@@ -17,22 +6,12 @@ import argparse
 import asyncio
 import dataclasses
 import os
-import sys
-import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
-import facts
-import scale_many
-import scale_partition
-import scale_replicas
-import scale_report
-from http_load import HttpLoad
-from probe import cpu_seconds, processes, scrape, sums_of
-from sleep_mesh import PROMPT_LEN, Shape, SleepMesh, running
-from vllm_venv import BenchmarkError
+from benchmarks.common.http_load import HttpLoad
+from benchmarks.common.probe import cpu_seconds, processes, scrape, sums_of
 
-from stagemesh.errors import StagemeshError
+from .mesh import PROMPT_LEN, Shape, SleepMesh, running
 
 RAMP_DEADLINE_S = 120.0
 POLL_S = 0.1
@@ -171,64 +150,3 @@ async def grid(arguments: argparse.Namespace, folder: Path) -> list[Point]:
                         flush=True,
                     )
     return points
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _milliseconds(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
-def _arguments(argv: Iterable[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="How a mesh grows, with stages that sleep instead of computing.")
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    each = kinds.add_parser("grid", help="efficiency by stages and requests at once")
-    each.add_argument("--stages", type=_numbers, default=[1, 2, 4, 8, 16, 32])
-    each.add_argument("--at-once", type=_numbers, default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512])
-    each.add_argument("--step-ms", type=_milliseconds, default=[20.0, 3.0], help="milliseconds of each stage's sleep")
-    each.add_argument("--window", type=float, default=8.0, help="seconds that each point is measured for")
-    each.add_argument("--stream", action="store_true", help="clients read tokens as they come; else whole answers")
-    many = kinds.add_parser("many", help="many short requests: same speed and memory at the end")
-    many.add_argument("--requests", type=int, default=20000)
-    many.add_argument("--at-once", type=int, default=32)
-    many.add_argument("--max-tokens", type=int, default=4)
-    many.add_argument("--step-ms", type=float, default=1.0)
-    many.add_argument("--stream", action="store_true")
-    replicas = kinds.add_parser("replicas", help="a second worker for the slowest stage while requests run")
-    replicas.add_argument("--at-once", type=int, default=64)
-    replicas.add_argument("--max-tokens", type=int, default=100)
-    replicas.add_argument("--row-ms", type=float, default=4.0, help="milliseconds of a row over both stages")
-    replicas.add_argument("--window", type=float, default=8.0, help="seconds that each point is measured for")
-    replicas.add_argument("--pairs", type=int, default=3)
-    kinds.add_parser("partition", help="placing 400 layers on 1,000 workers")
-    partition = kinds.choices["partition"]
-    outs = ((each, "scale"), (many, "scale-many"), (replicas, "scale-replicas"), (partition, "scale-partition"))
-    for kind, name in outs:
-        kind.add_argument("--out", type=Path, default=facts.RESULTS / name, help="results, without suffix")
-    return parser.parse_args(None if argv is None else list(argv))
-
-
-def main(argv: Iterable[str] | None = None) -> int:
-    """The command line. 0: measured, and what must hold held; 1: it did not; 2: it could not be measured."""
-    arguments = _arguments(argv)
-    told = {"date": facts.today(), "machine": facts.machine(), "versions": facts.own_versions()}
-    told["command"] = "python benchmarks/scale.py " + " ".join(sys.argv[1:] if argv is None else list(argv))
-    try:
-        with tempfile.TemporaryDirectory(prefix="stagemesh-scale-") as scratch:
-            if arguments.kind == "grid":
-                points = asyncio.run(grid(arguments, Path(scratch)))
-                return scale_report.write_grid(arguments.out, points, told)
-            if arguments.kind == "many":
-                return asyncio.run(scale_many.run(arguments, Path(scratch), told))
-            if arguments.kind == "replicas":
-                return asyncio.run(scale_replicas.run(arguments, Path(scratch), told))
-            return scale_partition.run(arguments.out, told)
-    except (BenchmarkError, StagemeshError, TimeoutError, RuntimeError) as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """What clients see when parts of a mesh are killed, stopped or drained under live streams.
 
-    python benchmarks/recovery.py MODEL [--what rank,agent,hang,coordinator,gateway,drain,repartition,scale,nothing]
-                                  [--times 50] [--streams 20] [--tokens 256] [--standbys 1] [--burners 0]
+    python -m benchmarks.recovery MODEL [--what rank,agent,hang,coordinator,gateway,drain,repartition,scale,nothing]
+                                   [--times 50] [--streams 20] [--tokens 256] [--standbys 1] [--burners 0]
 
 Streams run all the time: each asks one of a fixed set of requests, again and again, and its tokens are compared with
 those of a run in which nothing happened. A disturbance comes when every stream has begun and a standby has its weights
@@ -29,12 +29,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import facts
-from recovery_mesh import BACK_S, HARMLESS, KINDS, PLANNED, Mesh, bring_back, disturb, serving
-from recovery_streams import SEED, ResumingStream, make_streams
-from vllm_venv import BenchmarkError
-
+from benchmarks.common import facts
+from benchmarks.common.errors import BenchmarkError
+from benchmarks.common.results import RESULTS
 from stagemesh import Client
+
+from .mesh import BACK_S, HARMLESS, KINDS, PLANNED, Mesh, bring_back, disturb, serving
+from .streams import SEED, ResumingStream, make_streams
 
 SPEED_S = 4.0
 """How long it is looked at how many tokens come while nothing is done, before and after."""
@@ -213,11 +214,11 @@ def main() -> int:
 def write_files(given: argparse.Namespace, results: dict[str, Any]) -> None:
     """JSON and Markdown: these rows, and of the file's others those that this machine made."""
     command = (
-        f"python benchmarks/recovery.py MODEL --what {given.what} --times {given.times} --streams {given.streams} "
+        f"python -m benchmarks.recovery MODEL --what {given.what} --times {given.times} --streams {given.streams} "
         f"--tokens {given.tokens} --standbys {given.standbys} --burners {given.burners} --name {given.name}"
     )
     suffix = "" if given.standbys else " without a standby"
-    machine, path = facts.machine(), facts.RESULTS / f"{given.name}.json"
+    machine, path = facts.machine(), RESULTS / f"{given.name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     rows: dict[str, Any] = before["results"] if before.get("machine") == machine else {}
     versions = facts.own_versions()
@@ -237,7 +238,7 @@ def write_files(given: argparse.Namespace, results: dict[str, Any]) -> None:
         "crossed all stages. `no step planned`: while layers change hands. `pause of a stream`: the longest time "
         "between two of its messages; in the row `nothing`, within a second in which nothing is done.", "",
     ]  # fmt: skip
-    (facts.RESULTS / f"{given.name}.md").write_text("\n".join(text))
+    (RESULTS / f"{given.name}.md").write_text("\n".join(text))
 
 
 if __name__ == "__main__":

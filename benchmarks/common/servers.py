@@ -20,11 +20,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
-from specs import ServerSpec
-from vllm_venv import BenchmarkError
+
+from benchmarks.common.errors import BenchmarkError
 
 START_DEADLINE_S = 300.0
 STOP_DEADLINE_S = 20.0
@@ -33,6 +33,74 @@ LOG_TAIL_LINES = 60
 PR_SET_CHILD_SUBREAPER = 36
 VLLM_SHARED_MEMORY = "vllm_dist_*"
 """Segments that vLLM's ranks leave in /dev/shm when the server ends."""
+
+
+System = Literal["stagemesh", "vllm", "llama.cpp"]
+
+MAX_MODEL_LEN = 2048
+MAX_NUM_SEQS = 32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the model is split: `pp` stages of `tp` ranks each."""
+
+    pp: int
+    tp: int
+
+    @property
+    def ranks(self) -> int:
+        """Processes that compute."""
+        return self.pp * self.tp
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What to start: `command` without model and port, and `environment` on top of the caller's."""
+
+    system: System
+    shown_command: str
+    """What a reader types instead of `command`."""
+    command: list[str]
+    options: list[str]
+    environment: dict[str, str]
+    health_path: str
+    model: Path | None = None
+    """A file of its own, where the system does not read the checkpoint's folder."""
+    helpers: list[list[str]] = field(default_factory=list)
+    """Processes that must listen before it starts, each to be given `--port`."""
+    helpers_option: str = ""
+    """Option that names the helpers' addresses."""
+
+    def arguments(self, model: Path, port: int, helper_ports: Sequence[int]) -> list[str]:
+        """The whole command line."""
+        named = [self.helpers_option, ",".join(f"127.0.0.1:{p}" for p in helper_ports)] if helper_ports else []
+        return [*self.command, str(self.model or model), *self.options, *named, "--port", str(port)]
+
+    def shown(self) -> str:
+        """The command lines for a reader: names instead of this machine's paths and ports."""
+        variables = " ".join(f"{name}='{value}'" for name, value in self.environment.items())
+        helpers = [" ".join([*_bare(helper), "--port", f"PORT{i}"]) + " &" for i, helper in enumerate(self.helpers)]
+        named = [self.helpers_option, ",".join(f"127.0.0.1:PORT{i}" for i in range(len(self.helpers)))]
+        options = [*self.options, *(named if self.helpers else [])]
+        server = f"{variables} {self.shown_command} {' '.join(options)} --port PORT".strip()
+        return "\n".join([*helpers, server])
+
+
+def _bare(command: list[str]) -> list[str]:
+    return [word.rpartition("/")[2] if word.startswith("/") else word for word in command]
+
+
+def options_of(layout: Layout) -> list[str]:
+    """What stagemesh and vLLM are both told, in the flags that they share."""
+    options = ["-pp", str(layout.pp), "-tp", str(layout.tp), "--host=127.0.0.1", "--dtype=bfloat16"]
+    return [*options, f"--max-model-len={MAX_MODEL_LEN}", f"--max-num-seqs={MAX_NUM_SEQS}"]
+
+
+def stagemesh_spec(layout: Layout, *more: str) -> ServerSpec:
+    """`stagemesh serve` with this layout, and more options."""
+    command = [sys.executable, "-m", "stagemesh.cli.main", "serve"]
+    return ServerSpec("stagemesh", "stagemesh serve MODEL", command, [*options_of(layout), *more], {}, "/readyz")
 
 
 @dataclass

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import own_costs
-from own_costs import OwnCosts
+from benchmarks.common.results import machine_line, save
+
+from . import own_costs
+from .own_costs import OwnCosts
 
 
 @dataclass(frozen=True)
@@ -86,22 +87,20 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def write(stem: Path, runs: Sequence[Run], facts: Mapping[str, Any]) -> None:
     """Write `stem`.json and `stem`.md. `facts` holds machine, versions, model and commands."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
     summary = summarize(runs)
     whole = {**facts, "summary": summary, "runs": [asdict(run) for run in runs]}
-    stem.with_name(stem.name + ".json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    stem.with_name(stem.name + ".md").write_text(markdown(summary, runs, facts), encoding="utf-8")
+    save(stem, whole, markdown(summary, runs, facts))
 
 
-def markdown(summary: Sequence[Mapping[str, Any]], runs: Sequence[Run], facts: Mapping[str, Any]) -> str:
+def markdown(summary: Sequence[Mapping[str, Any]], runs: Sequence[Run], facts: Mapping[str, Any]) -> list[str]:
     """The page for readers."""
     peers = ", ".join(s for s in dict.fromkeys(run.system for run in runs) if s != "stagemesh")
     machine, model = facts["machine"], facts["model"]
     lines = [
         f"# stagemesh beside {peers or 'nobody'}",
         "",
-        f"Written by `benchmarks/vllm_table.py` on {facts['date']}. Medians over the repeats of one run, in which the "
-        "systems took turns; between runs and machines only the ratios compare.",
+        f"Written by `python -m benchmarks.peers` on {facts['date']}. Medians over the repeats of one run, in which "
+        "the systems took turns; between runs and machines only the ratios compare.",
         "",
         machine_line(machine),
         f"- Model: {model['parameters'] / 1e6:.0f} M parameters, {model['layers']} layers, hidden {model['hidden']}, "
@@ -123,13 +122,4 @@ def markdown(summary: Sequence[Mapping[str, Any]], runs: Sequence[Run], facts: M
             counted = f"{entry['requests']} ({entry['failed']})"
         lines.append(f"| {entry['row']} | {entry['system']} | {counted} | " + " | ".join(cells) + " |")
     lines += own_costs.markdown([(run.row, run.own) for run in runs if run.own is not None])
-    lines += ["", "The commands:", "", "```sh", *dict.fromkeys(facts["commands"]), "```", ""]
-    return "\n".join(lines)
-
-
-def machine_line(machine: Mapping[str, Any]) -> str:
-    """The machine as an item of a list."""
-    return (
-        f"- Machine: {machine['cores']} cores, {machine['cpu']}, {machine['memory_gib']:.0f} GiB; "
-        f"of its instructions: {', '.join(machine['cpu_flags']) or 'none of those looked for'}."
-    )
+    return [*lines, "", "The commands:", "", "```sh", *dict.fromkeys(facts["commands"]), "```"]

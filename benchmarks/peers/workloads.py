@@ -6,8 +6,9 @@ import dataclasses
 import re
 from pathlib import Path
 
-from specs import Layout
-from vllm_venv import BenchmarkError
+from benchmarks.common.errors import BenchmarkError
+
+from .specs import Layout
 
 
 @dataclasses.dataclass(frozen=True)

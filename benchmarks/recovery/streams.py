@@ -1,4 +1,4 @@
-"""Clients of `recovery.py`: streams that run again and again, each compared with what it brought undisturbed."""
+"""Clients: streams that run again and again, each compared with what it brought undisturbed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mesh of `recovery.py`: a `stagemesh serve` with a standby, and what is done to it."""
+"""The mesh that is disturbed: a `stagemesh serve` with a standby, and what is done to it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from vllm_venv import BenchmarkError
 
+from benchmarks.common.errors import BenchmarkError
 from stagemesh.cli import main as cli
 
 READY_S, BACK_S = 120.0, 60.0

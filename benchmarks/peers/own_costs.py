@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from probe import Spent
+from benchmarks.common.probe import Spent
 
 MIB = 2**20
 

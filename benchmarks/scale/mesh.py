@@ -15,9 +15,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from facts import default_model
-from vllm_venv import BenchmarkError
-
+from benchmarks.common.errors import BenchmarkError
+from benchmarks.common.facts import default_model
 from stagemesh.local.children import Child
 from stagemesh.local.plan import LOOPBACK, coordinator_settings, gateway_settings, worker_settings
 from stagemesh.settings.serve import ServeSettings

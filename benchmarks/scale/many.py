@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import scale_report
-from http_load import HttpLoad
-from probe import processes
-from sleep_mesh import PROMPT_LEN, Shape, running
+
+from benchmarks.common.http_load import HttpLoad
+from benchmarks.common.probe import processes
+from benchmarks.common.results import machine_line, save
+
+from .mesh import PROMPT_LEN, Shape, running
 
 PARTS = 10
 SAMPLE_S = 0.5
@@ -51,14 +53,14 @@ async def run(arguments: argparse.Namespace, folder: Path, told: Mapping[str, An
     lines = [
         f"# {arguments.requests:,} short requests",
         "",
-        f"Written by `benchmarks/scale.py many` on {told['date']}. {STAGES} stages that sleep "
+        f"Written by `python -m benchmarks.scale many` on {told['date']}. {STAGES} stages that sleep "
         f"{arguments.step_ms:g} ms, {arguments.at_once} requests at once, {PROMPT_LEN} tokens in, "
         f"{arguments.max_tokens} out{', streamed' if arguments.stream else ''}; {len(load.failures)} failed.",
         "",
         f"The last tenth ran at {slowest_end:.2f} of the median tenth's rate (must be at least {SLOWEST_END:g}), and "
         f"the gateway grew by {growth:.1f} MiB after the second tenth (must be at most {MOST_GROWTH_MIB:g}).",
         "",
-        scale_report.machine_line(told["machine"]),
+        machine_line(told["machine"]),
         "",
         "| requests | requests/s | p50, ms | p99, ms | RSS of gateway, MiB | of all workers |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -70,7 +72,7 @@ async def run(arguments: argparse.Namespace, folder: Path, told: Mapping[str, An
             f"{part['rss_mib']['gateway']:.1f} | {workers:.1f} |"
         )
     whole = {**told, "held": verdict, "failures": load.failures[:20], "parts": parts}
-    scale_report.save(arguments.out, whole, lines)
+    save(arguments.out, whole, lines)
     return 0 if verdict else 1
 
 

@@ -1,7 +1,7 @@
 """The table: stagemesh, vLLM and llama.cpp serve the same checkpoint in turn, `vllm bench serve` loads all alike.
 
-    python benchmarks/vllm_table.py --setup DIR              # once: vLLM's own environment
-    python benchmarks/vllm_table.py [MODEL] [--rows table]   # writes benchmarks/results/vllm-ROWS.{json,md}
+    python -m benchmarks.peers --setup DIR              # once: vLLM's own environment
+    python -m benchmarks.peers [MODEL] [--rows table]   # writes benchmarks/results/vllm-ROWS.{json,md}
 
 A row is a layout, a load and how many requests run at once: `pp2` is two stages with 16 at once, `tp2` one stage of two
 ranks, `pp2@1` one request at a time, `pp2:long-prompts` another load (workloads.py). The systems take turns (A B A B),
@@ -22,15 +22,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import facts
-import report
-from llama_cpp import LlamaCpp
-from own_costs import OwnCosts, own_costs, weights_and_kv_mib
-from probe import Probe, memory_mib, processes
-from servers import RunningServer, adopt_orphans, running, tail
-from specs import Peers, System, can_serve, spec_for
-from vllm_venv import BenchmarkError, check, set_up, versions
-from workloads import Row, client_command, parse_rows, shown_client
+from benchmarks.common import facts
+from benchmarks.common.errors import BenchmarkError
+from benchmarks.common.probe import Probe, memory_mib, processes
+from benchmarks.common.results import RESULTS
+from benchmarks.common.servers import RunningServer, System, adopt_orphans, running, tail
+
+from . import report
+from .llama_cpp import LlamaCpp
+from .own_costs import OwnCosts, own_costs, weights_and_kv_mib
+from .specs import Peers, can_serve, spec_for
+from .vllm_venv import check, set_up, versions
+from .workloads import Row, client_command, parse_rows, shown_client
 
 CLIENT_DEADLINE_S = 900.0
 
@@ -184,7 +187,7 @@ def _compare_and_write(arguments: argparse.Namespace) -> int:
     systems = _systems(arguments.systems)
     rows = parse_rows(arguments.rows, arguments.num_prompts)
     name = "table" if arguments.rows == "table" else "-".join(row.file_name for row in rows)
-    out: Path = arguments.out or facts.RESULTS / f"vllm-{name}"
+    out: Path = arguments.out or RESULTS / f"vllm-{name}"
     adopt_orphans()
     # A terminated benchmark ends its servers on the way out, as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -202,13 +205,14 @@ def _compare_and_write(arguments: argparse.Namespace) -> int:
             "commands": list(dict.fromkeys(commands)),
         }
     report.write(out, runs, told)
-    print(out.with_name(out.name + ".md").read_text(encoding="utf-8"))
     return 1 if any(run.failed for run in runs) else 0
 
 
 def _llama_cpp(folder: Path | None, model: Path, scratch: Path) -> LlamaCpp:
     if folder is None:
-        raise BenchmarkError("name llama.cpp's folder by --llama-cpp or LLAMA_CPP; benchmarks/llama_cpp.py makes one")
+        raise BenchmarkError(
+            "name llama.cpp's folder by --llama-cpp or LLAMA_CPP; `python -m benchmarks.peers.llama_cpp` makes one"
+        )
     llama = LlamaCpp(Path(folder).absolute())
     llama.check()
     return llama.with_model(model, scratch)

@@ -1,6 +1,6 @@
 """The other peer: llama.cpp, whose RPC servers hold a part of the layers each.
 
-    python benchmarks/llama_cpp.py DIR    # once: half an hour of one core, 1 GB
+    python -m benchmarks.peers.llama_cpp DIR    # once: half an hour of one core, 1 GB
 
 Its source comes with the source distribution of `llama-cpp-python` on PyPI. Built are `llama-server` and
 `ggml-rpc-server`, for this machine's processor.
@@ -14,7 +14,7 @@ import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vllm_venv import BenchmarkError
+from benchmarks.common.errors import BenchmarkError
 
 PACKAGE = "llama-cpp-python==0.3.36"
 CMAKE_OPTIONS = (
@@ -39,7 +39,9 @@ class LlamaCpp:
         """llama.cpp's own tree."""
         found = sorted(self.folder.glob("llama_cpp_python-*/vendor/llama.cpp"))
         if not found:
-            raise BenchmarkError(f"no llama.cpp in {self.folder}: run `python benchmarks/llama_cpp.py {self.folder}`")
+            raise BenchmarkError(
+                f"no llama.cpp in {self.folder}: run `python -m benchmarks.peers.llama_cpp {self.folder}`"
+            )
         return found[-1]
 
     @property
@@ -56,7 +58,7 @@ class LlamaCpp:
         """Raises BenchmarkError unless both programs are there."""
         for program in (self.server, self.rpc_server):
             if not program.exists():
-                raise BenchmarkError(f"no {program}: run `python benchmarks/llama_cpp.py {self.folder}`")
+                raise BenchmarkError(f"no {program}: run `python -m benchmarks.peers.llama_cpp {self.folder}`")
 
     def version(self) -> str:
         """What it says of itself, and the package it came in."""
@@ -104,6 +106,6 @@ if __name__ == "__main__":
     try:
         set_up(Path(sys.argv[1]).absolute(), int(sys.argv[2]) if len(sys.argv) > 2 else 1)
     except IndexError:
-        sys.exit("usage: python benchmarks/llama_cpp.py DIR [JOBS]")
+        sys.exit("usage: python -m benchmarks.peers.llama_cpp DIR [JOBS]")
     except BenchmarkError as error:
         sys.exit(f"error: {error}")
