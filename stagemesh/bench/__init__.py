@@ -1,1 +1,4 @@
-"""`stagemesh bench`: measures a mesh from outside, over its public API."""
+"""`stagemesh bench`: records of steps, taken from a running gateway, on one clock, as a table and a picture.
+
+What a user runs on a mesh of theirs belongs here. What this repository's own figures come from is in `benchmarks/`.
+"""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from demo_example import Example
-from demo_facts import (
+from .example import Example
+from .facts import (
     DEFINITION_FORMS,
     DEFINITIONS,
     QUESTIONS,
@@ -15,8 +15,8 @@ from demo_facts import (
     UNKNOWN_FORMS,
     UNKNOWN_WORDS,
 )
-from demo_sums import ASK
-from demo_words import in_words
+from .sums import ASK
+from .words import in_words
 
 
 def definition(rng: random.Random) -> Example:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from demo_example import Example
-from demo_facts import SORT_WORDS
-from demo_words import capital, in_words
+from .example import Example
+from .facts import SORT_WORDS
+from .words import capital, in_words
 
 _COUNT = (
     "Count {d}from {a} to {b}{t}.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from demo_words import listed
+from .words import listed
 
 DEFINITIONS: dict[str, str] = {
     "a stage": "A stage is a contiguous range of decoder layers. The first stage also embeds; the last one also holds "

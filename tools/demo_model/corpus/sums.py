@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from demo_example import Example
-from demo_words import capital, in_words
+from .example import Example
+from .words import capital, in_words
 
 ASK = (
     "What is {e}?",

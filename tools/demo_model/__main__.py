@@ -1,6 +1,6 @@
 """Trains the model that ships with stagemesh, on text that it makes itself, within a budget of CPU time.
 
-    python tools/train_demo_model.py --minutes 15 --out stagemesh/demo_model
+    python -m tools.demo_model --minutes 15 --out stagemesh/demo_model
 
 A minute is one minute of two cores: two minutes of CPU time, whatever else the machine does beside it. The learning
 rate holds until nearly half the budget is spent, then falls to nothing over as many steps; so the number of steps comes
@@ -15,14 +15,15 @@ import os
 import tempfile
 from pathlib import Path
 
-# Two processes of one thread each (see demo_loop); before torch is imported.
+# Two processes of one thread each (see loop.py); before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from demo_eval import accuracy, answers, load, table
-from demo_loop import CORES, Plan, run_rank
-from demo_tokenizer import train_tokenizer, write_tokenizer
 from torch.multiprocessing.spawn import spawn
+
+from .eval import accuracy, answers, load, table
+from .loop import CORES, Plan, run_rank
+from .tokenizer import train_tokenizer, write_tokenizer
 
 
 def _show(folder: Path) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import random
 
-from demo_example import Example, Task
-from demo_facts import DEFINITIONS, SYSTEM_PROMPTS
-from demo_lists import compare, convert, count, neighbour, parity, sort_numbers, sort_words
-from demo_sums import add_digits, add_words, minus_digits, minus_words, times_digits, times_words
-from demo_talk import conversation, definition, repeat, unknown
+from .example import Example, Task
+from .facts import DEFINITIONS, SYSTEM_PROMPTS
+from .lists import compare, convert, count, neighbour, parity, sort_numbers, sort_words
+from .sums import add_digits, add_words, minus_digits, minus_words, times_digits, times_words
+from .talk import conversation, definition, repeat, unknown
 
 # Share of the questions drawn, in percent.
 TASKS: dict[str, tuple[Task, float]] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from demo_corpus import asked_carelessly, draw, system_prompt
-from demo_example import Example
+from .corpus.example import Example
+from .corpus.tasks import asked_carelessly, draw, system_prompt
 
 BOS, END, END_OF_TEXT, SYSTEM, USER, ASSISTANT, PAD = range(7)
 SPECIAL_TOKENS = ("<|bos|>", "<|end|>", "<|end_of_text|>", "<|system|>", "<|user|>", "<|assistant|>", "<|pad|>")

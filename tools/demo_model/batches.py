@@ -6,9 +6,10 @@ import random
 
 import numpy as np
 import torch
-from demo_chat import ASSISTANT, BOS, IGNORED, PAD, SPECIAL_TOKENS, SYSTEM, USER, document
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from .chat import ASSISTANT, BOS, IGNORED, PAD, SPECIAL_TOKENS, SYSTEM, USER, document
 
 _SHORTEST = 8  # tokens; hardly a document is shorter
 

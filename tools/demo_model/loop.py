@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from demo_batches import Batches
-from demo_muon import Muon
-from demo_net import DemoNet, Shape, write_model
 from tokenizers import Tokenizer
 from torch import nn
+
+from .batches import Batches
+from .muon import Muon
+from .net import DemoNet, Shape, write_model
 
 CORES = 2
 WARM_UP_STEPS = 60

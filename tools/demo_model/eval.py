@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from demo_corpus import TASKS, sample
-from demo_example import HELD_OUT_SHARE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .corpus.example import HELD_OUT_SHARE
+from .corpus.tasks import TASKS, sample
 
 _LONGEST_ANSWER = 160  # tokens
 _BATCH = 100

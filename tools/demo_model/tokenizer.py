@@ -6,9 +6,10 @@ import json
 import random
 from pathlib import Path
 
-from demo_chat import BOS, CHAT_TEMPLATE, END, PAD, SPECIAL_TOKENS, document
-from demo_words import capital, in_words
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from .chat import BOS, CHAT_TEMPLATE, END, PAD, SPECIAL_TOKENS, document
+from .corpus.words import capital, in_words
 
 VOCABULARY = 768
 MAX_POSITIONS = 4096

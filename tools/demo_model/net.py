@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from demo_chat import BOS, EOS_IDS, IGNORED, PAD
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .chat import BOS, EOS_IDS, IGNORED, PAD
 
 
 @dataclass(frozen=True)
