@@ -135,9 +135,10 @@ class Model:
 class Client:
     """A connection to a gateway's gRPC port; several requests at once share it."""
 
-    def __init__(self, target: str, api_key: str | None = None) -> None:
+    def __init__(self, target: str, api_key: str | None = None, *, timing: rpc.RpcTiming = rpc.RpcTiming()) -> None:
         """`target`: host:port. Connects at the first call."""
-        self._channel = rpc.channel(target)
+        self._channel = rpc.channel(target, timing)
+        self._answer_s = timing.answer_s
         self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key is not None else ()
 
@@ -201,10 +202,8 @@ class Client:
     async def _responses(
         self, request: gateway_pb2.GenerateRequest, timeout_s: float | None
     ) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
-        # A little more than the request's own deadline: the gateway's answer says more than the channel's would.
-        call = self._stub.Generate(
-            request, metadata=self._metadata, timeout=None if timeout_s is None else timeout_s + 2.0
-        )
+        within_s = None if timeout_s is None else timeout_s + self._answer_s
+        call = self._stub.Generate(request, metadata=self._metadata, timeout=within_s)
         try:
             with rpc.mapped():
                 async for response in call:

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -20,37 +21,69 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from stagemesh import errors
+from stagemesh.timing import Timing
 
 log = logging.getLogger(__name__)
 
 DETAILS = "grpc-status-details-bin"
 DOMAIN = "stagemesh"
 MAX_MESSAGE_BYTES = 16 << 20
-OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A peer that vanished without closing its socket is noticed by keep-alive pings, not by a request that hangs.
-    ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
-    # Reconnect fast: a restarted peer should be found within a second.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    # This one also bounds each connection attempt: on a busy machine a handshake takes its time.
-    ("grpc.min_reconnect_backoff_ms", 2000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # Services on one machine must not share one connection pool with a dead peer's address.
-    ("grpc.use_local_subchannel_pool", 1),
-    # A taken port is an error, not a second listener that gets half of the calls.
-    ("grpc.so_reuseport", 0),
-]
 
 
-def channel(address: str) -> grpc.aio.Channel:
+@dataclass(frozen=True)
+class RpcTiming(Timing):
+    """Times of every channel and server."""
+
+    keepalive_s: float = 2.0
+    """A connection on which nothing comes for so long is pinged: a peer that vanished without closing its socket is
+    noticed by that, not by a request that hangs."""
+    keepalive_timeout_s: float = 2.0
+    """What a ping's answer may take."""
+    ping_interval_s: float = 1.0
+    """Pings of a peer that come faster than this are an offence."""
+    reconnect_first_s: float = 0.1
+    """Behind the first failure to connect. A restarted peer should be found within a second."""
+    reconnect_most_s: float = 1.0
+    """Behind the later ones, at most."""
+    connect_s: float = 2.0
+    """What an attempt to connect may take at least: on a busy machine a handshake takes its time."""
+    answer_s: float = 2.0
+    """What a client waits beyond its request's own deadline: the gateway's answer says more than the channel's."""
+
+    def relations(self) -> Iterator[tuple[bool, str]]:
+        yield self.ping_interval_s <= self.keepalive_s, "ping_interval_s <= keepalive_s: the other side takes the pings"
+        yield self.reconnect_first_s <= self.reconnect_most_s, "reconnect_first_s <= reconnect_most_s"
+
+
+def options(timing: RpcTiming) -> list[tuple[str, Any]]:
+    """Of a channel or a server."""
+
+    def ms(seconds: float) -> int:
+        return int(seconds * 1000)
+
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", ms(timing.keepalive_s)),
+        ("grpc.keepalive_timeout_ms", ms(timing.keepalive_timeout_s)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", ms(timing.ping_interval_s)),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", ms(timing.ping_interval_s)),
+        ("grpc.initial_reconnect_backoff_ms", ms(timing.reconnect_first_s)),
+        ("grpc.max_reconnect_backoff_ms", ms(timing.reconnect_most_s)),
+        # This one bounds each attempt, too.
+        ("grpc.min_reconnect_backoff_ms", ms(timing.connect_s)),
+        # Services on one machine must not share one connection pool with a dead peer's address.
+        ("grpc.use_local_subchannel_pool", 1),
+        # A taken port is an error, not a second listener that gets half of the calls.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def channel(address: str, timing: RpcTiming = RpcTiming()) -> grpc.aio.Channel:
     """An unencrypted channel to `address` (host:port)."""
-    return grpc.aio.insecure_channel(address, options=OPTIONS)
+    return grpc.aio.insecure_channel(address, options=options(timing))
 
 
 class Server:
@@ -81,12 +114,13 @@ async def start_server(
     *,
     serving: bool = True,
     interceptors: Sequence[Any] = (),
+    timing: RpcTiming = RpcTiming(),
 ) -> Server:
     """Starts a server on host:port (0: the system chooses) with the servicers that `add` adds.
 
     `names` are the full names of those services. Raises ConfigError when the port cannot be bound.
     """
-    server = grpc.aio.server(options=OPTIONS, interceptors=(*interceptors, ErrorInterceptor()))
+    server = grpc.aio.server(options=options(timing), interceptors=(*interceptors, ErrorInterceptor()))
     add(server)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from stagemesh.protos.v1 import types_pb2
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -122,6 +124,10 @@ class Engine(Protocol):
     @property
     def tokenizer(self) -> object | None:
         """The `gateway.tokenizer.Tokenizer` of the served model; None until a pipeline was published."""
+
+    @property
+    def mesh(self) -> types_pb2.MeshView:
+        """The mesh as the coordinator told it last."""
 
     def submit(self, request: GenerationRequest) -> Stream:
         """Queues a request. Raises QueueFull, Unavailable, or PromptTooLong."""

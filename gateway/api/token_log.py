@@ -21,13 +21,11 @@ from typing import Any
 
 from stagemesh.errors import ConfigError, NotFound
 
+from ..timing import GatewayTiming
 from .request import Delta, Logged, TokenLogprob
 
 log = logging.getLogger(__name__)
 
-KEEP_S = 3600.0
-"""How long a stream can be resumed after its last token."""
-SWEEP_S = 60.0
 NAME = re.compile(r"(?:chatcmpl|cmpl)-[0-9a-f]{32}")
 
 
@@ -56,9 +54,10 @@ class Recorded:
 class TokenLog:
     """The files of one folder, which gateways may share."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, timing: GatewayTiming) -> None:
         """Raises ConfigError where the folder cannot be written."""
         self._folder = Path(folder)
+        self._timing = timing
         self._swept_at = 0.0
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +86,8 @@ class TokenLog:
                 with contextlib.suppress(ValueError):  # half a line: its writer was killed within it
                     lines.append(json.loads(line))
         if not lines or path is None:
-            raise NotFound(f"no stream {call_id!r} is known here: it never began, or ended over {KEEP_S:g} s ago")
+            kept_s = self._timing.stream_kept_s
+            raise NotFound(f"no stream {call_id!r} is known here: it never began, or ended over {kept_s:g} s ago")
         head = lines[0]
         call = Call(head["id"], head["path"], head["body"].encode(), head["created"], tuple(head["seeds"]))
         recorded = Recorded(call)
@@ -103,12 +103,12 @@ class TokenLog:
 
     def _sweep(self) -> None:
         now = time.time()
-        if now < self._swept_at + SWEEP_S:
+        if now < self._swept_at + self._timing.stream_sweep_s:
             return
         self._swept_at = now
         for path in self._folder.glob("*.jsonl"):
             with contextlib.suppress(OSError):
-                if path.stat().st_mtime < now - KEEP_S:
+                if path.stat().st_mtime < now - self._timing.stream_kept_s:
                     path.unlink()
 
 

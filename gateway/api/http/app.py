@@ -19,6 +19,7 @@ from stagemesh.gateway.telemetry.metrics import CONTENT_TYPE, Metrics
 from stagemesh.gateway.telemetry.trace import Recorder
 from stagemesh.settings.gateway import GatewaySettings
 
+from ...timing import GatewayTiming
 from ..openai.call import Api
 from ..openai.chat import ChatCall
 from ..openai.completions import CompletionCall
@@ -44,10 +45,15 @@ class App(Starlette):
 
 
 def build_app(
-    engine: Engine, settings: GatewaySettings, metrics: Metrics, recorder: Recorder | None = None
+    engine: Engine,
+    settings: GatewaySettings,
+    metrics: Metrics,
+    timing: GatewayTiming,
+    recorder: Recorder | None = None,
 ) -> Starlette:
     """The application over `engine`; traces where there is a recorder."""
-    api = Api(engine, settings, metrics, TokenLog(settings.token_log) if settings.token_log else None)
+    token_log = TokenLog(settings.token_log, timing) if settings.token_log else None
+    api = Api(engine, settings, metrics, timing, token_log)
     get = Handlers(api)
     routes = [
         Route("/v1/models", get.models),

@@ -12,15 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from stagemesh.errors import InvalidRequest
 
+from ...timing import GatewayTiming
 from ..openai.errors import BodyTooLarge, BodyTooSlow
 
-BODY_TIMEOUT_S = 60.0
-"""A body must be there within this time."""
-WRITE_TIMEOUT_S = 60.0
-"""A reader that takes nothing for this long is ended."""
-LINGER_S = 10.0
-LINGER_BYTES = 256 << 20
-"""How long, and how much of, a body that is too large is taken and dropped while the client reads the answer."""
 ABORT = "stagemesh.abort"
 """Key of the scope: a function that drops the connection with what is still in its buffer."""
 
@@ -31,7 +25,7 @@ class ClientGone(Exception):
     """The client closed the connection, or stopped reading; nobody is left to answer."""
 
 
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int, within_s: float) -> bytes:
     """The request's body. Raises BodyTooLarge without reading on, BodyTooSlow, InvalidRequest, ClientGone."""
     for name, value in scope["headers"]:
         if name == b"content-length":
@@ -42,7 +36,7 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(within_s):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -55,14 +49,14 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
                 if not message.get("more_body", False):
                     return b"".join(chunks)
     except TimeoutError:
-        raise BodyTooSlow(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
+        raise BodyTooSlow(f"the body did not arrive within {within_s:g} s") from None
 
 
 def _too_large(limit_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {limit_bytes / 2**20:g} MiB, this server's bound (--max-body-mib)")
 
 
-async def answer_unread(response: Response, receive: Receive, send: Send) -> None:
+async def answer_unread(response: Response, receive: Receive, send: Send, timing: GatewayTiming) -> None:
     """Sends `response` to a client that is still sending its body, and then takes some more of that and drops it.
 
     Closed at once, the connection would be reset, and most clients would report that and never see the answer (nginx
@@ -72,9 +66,9 @@ async def answer_unread(response: Response, receive: Receive, send: Send) -> Non
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     dropped = 0
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_S):
+        async with asyncio.timeout(timing.linger_s):
             more = True
-            while more and dropped < LINGER_BYTES:
+            while more and dropped < timing.linger_bytes:
                 message = await receive()
                 dropped += len(message.get("body", b""))
                 more = message.get("more_body", False)
@@ -102,12 +96,12 @@ async def _gone(receive: Receive) -> None:
 
 
 class Writer:
-    """Writes one response's events, each within WRITE_TIMEOUT_S."""
+    """Writes one response's events. A reader that takes none for `timeout_s` is dropped."""
 
-    def __init__(self, scope: Scope, send: Send, timeout_s: float | None = None) -> None:
+    def __init__(self, scope: Scope, send: Send, timeout_s: float) -> None:
         self._scope = scope
         self._send = send
-        self._timeout_s = WRITE_TIMEOUT_S if timeout_s is None else timeout_s
+        self._timeout_s = timeout_s
         self.started = False
 
     async def start(self, headers: list[tuple[bytes, bytes]]) -> None:

@@ -43,14 +43,15 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
-        writer = Writer(scope, send)
+        timing = self._api.timing
+        writer = Writer(scope, send, timing.write_s)
         try:
-            data = await read_body(scope, receive, int(self._api.settings.max_body_mib * 2**20))
+            data = await read_body(scope, receive, int(self._api.settings.max_body_mib * 2**20), timing.body_s)
             response = await while_connected(receive, self._answer(scope, data, writer))
         except ClientGone:
             return
         except BodyTooLarge as e:
-            await answer_unread(response_of(e), receive, send)
+            await answer_unread(response_of(e), receive, send, timing)
             return
         except errors.StagemeshError as e:
             if not writer.started:

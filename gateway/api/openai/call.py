@@ -15,6 +15,7 @@ from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.gateway.text.tokenizer import Tokenizer
 from stagemesh.settings.gateway import GatewaySettings
 
+from ...timing import GatewayTiming
 from .errors import dumps
 from .protocol import Common
 from .run import Choice, Run
@@ -29,6 +30,7 @@ class Api:
     engine: Engine
     settings: GatewaySettings
     metrics: Metrics
+    timing: GatewayTiming
     token_log: TokenLog | None = None
 
 

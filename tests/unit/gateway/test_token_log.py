@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from stagemesh.errors import ConfigError, NotFound
 from stagemesh.gateway.api.request import Delta, TokenLogprob
 from stagemesh.gateway.api.token_log import Call, Recorded, TokenLog, Writing
+from stagemesh.gateway.timing import GatewayTiming
 
 IDENT = "cmpl-" + "a" * 32
 CALL = Call(IDENT, "/v1/completions", b'{"prompt": "x"}', 7, (3,))
@@ -25,7 +28,7 @@ def say(writing: Writing, *ids: int, choice: int = 0) -> None:
 
 @pytest.fixture
 def log(tmp_path: Path) -> TokenLog:
-    return TokenLog(str(tmp_path))
+    return TokenLog(str(tmp_path), GatewayTiming())
 
 
 def test_what_was_sent_is_read_back(log: TokenLog) -> None:
@@ -78,6 +81,19 @@ def test_nothing_behind_a_gap_is_of_use(log: TokenLog) -> None:
     assert tokens(log.resume(IDENT)[0]) == [1, 2]
 
 
+def test_a_stream_is_kept_for_its_time(tmp_path: Path) -> None:
+    log = TokenLog(str(tmp_path), GatewayTiming(stream_kept_s=2.0, stream_sweep_s=0.0))
+    say(log.begin(CALL), 1)
+    other = Call("cmpl-" + "b" * 32, CALL.path, CALL.body, CALL.created, CALL.seeds)
+    say(log.begin(other), 1)
+    long_ago = time.time() - 3.0
+    os.utime(tmp_path / f"{IDENT}.jsonl", (long_ago, long_ago))
+    log.begin(other)
+    with pytest.raises(NotFound, match="over 2 s ago"):
+        log.resume(IDENT)
+    assert tokens(log.resume(other.call_id)[0]) == [1]
+
+
 @pytest.mark.parametrize("ident", ["cmpl-1", "../" + IDENT, "chatcmpl-" + "z" * 32])
 def test_names_that_are_none(log: TokenLog, ident: str) -> None:
     with pytest.raises(NotFound):
@@ -86,4 +102,4 @@ def test_names_that_are_none(log: TokenLog, ident: str) -> None:
 
 def test_a_folder_that_cannot_be_written() -> None:
     with pytest.raises(ConfigError, match="--token-log /proc/none"):
-        TokenLog("/proc/none")
+        TokenLog("/proc/none", GatewayTiming())

@@ -145,7 +145,7 @@ def test_one_capture_at_a_time() -> None:
 def test_the_route(make_served: Callable[..., Any]) -> None:
     served = make_served(api_key="key")
     recorder = Recorder()
-    served.app = build_app(served.engine, served.settings, served.metrics, recorder)
+    served.app = build_app(served.engine, served.settings, served.metrics, served.timing, recorder)
     auth = {"authorization": "Bearer key"}
 
     async def go() -> None:
