@@ -91,6 +91,11 @@ class Recorder:
         self._capture: _Capture | None = None
         self._open: OrderedDict[tuple[str, int, int], StepRecord] = OrderedDict()
 
+    @property
+    def open_steps(self) -> int:
+        """Steps that are recorded and not back."""
+        return len(self._open)
+
     # -- the batch loop's side --------------------------------------------------------------------------------------
 
     def sent(self, view: types_pb2.PipelineView, plan: Plan, planned_us: int) -> None:

@@ -6,6 +6,7 @@ What `serve` and a service have in common is handed on block by block (`shared`)
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from stagemesh.settings.base import shared
@@ -26,16 +27,16 @@ def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSet
     return CoordinatorSettings(**{**shared(serve, CoordinatorSettings), **INNER, **own})
 
 
-def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSettings]:
-    """One worker a stage. Compute threads: the machine's cores, shared among the ranks.
+def worker_settings(serve: ServeSettings, coordinator: str, cores: Sequence[int] | None = None) -> list[StageSettings]:
+    """One worker a stage, over `cores`; default: those that this process may use. The ranks share them for threads.
 
     Where there is a core for each rank, ranks are pinned: left to itself, the kernel wakes the receiver of an
     activation on the sender's core, and two stages share one while another idles. When nothing else computes, as with
     one stream, a step uses the others' cores, too.
     """
     ranks = sum(serve.tp_sizes)
-    cores = sorted(os.sched_getaffinity(0))
-    threads = _threads(serve)
+    cores = _own_cores() if cores is None else cores
+    threads = max(1, len(cores) // ranks)
     pinned = serve.device != "cuda" and len(cores) >= ranks
     groups = [",".join(map(str, cores[rank * threads : (rank + 1) * threads])) for rank in range(ranks)]
     stages = []
@@ -48,7 +49,7 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
         idle_cpu_list = "|".join(",".join(others[rank::size]) for rank in range(size)) if pinned and others else None
         stages.append(
             StageSettings(
-                **_of_any_worker(serve, coordinator),
+                **_of_any_worker(serve, coordinator, threads),
                 worker_id=f"stage-{i}",
                 stage=i,
                 any_stage=len(set(serve.tp_sizes)) == 1,
@@ -63,11 +64,12 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
 def standby_settings(serve: ServeSettings, coordinator: str) -> list[StageSettings]:
     """Workers that may take any stage's place. They are not pinned: whose core will be free is not known. To one of one
     rank the other cores are lent, most of all for being refilled."""
-    size, cores = max(serve.tp_sizes), sorted(os.sched_getaffinity(0))
+    size, cores = max(serve.tp_sizes), _own_cores()
+    threads = max(1, len(cores) // sum(serve.tp_sizes))
     lent = cores[1:] if serve.device != "cuda" and size == 1 else []
     return [
         StageSettings(
-            **_of_any_worker(serve, coordinator),
+            **_of_any_worker(serve, coordinator, threads),
             worker_id=f"standby-{i}",
             tensor_parallel_size=size,
             idle_cpu_list=",".join(map(str, lent)) or None,
@@ -76,13 +78,13 @@ def standby_settings(serve: ServeSettings, coordinator: str) -> list[StageSettin
     ]
 
 
-def _of_any_worker(serve: ServeSettings, coordinator: str) -> dict[str, Any]:
-    own = {"coordinator": coordinator, "model": serve.model, "threads": _threads(serve), "drain_timeout": 0.0}
+def _of_any_worker(serve: ServeSettings, coordinator: str, threads: int) -> dict[str, Any]:
+    own = {"coordinator": coordinator, "model": serve.model, "threads": threads, "drain_timeout": 0.0}
     return {**shared(serve, StageSettings), **INNER, **own}
 
 
-def _threads(serve: ServeSettings) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // sum(serve.tp_sizes))
+def _own_cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
 
 
 def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
