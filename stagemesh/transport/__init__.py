@@ -7,6 +7,6 @@ worker's.
 from __future__ import annotations
 
 from .base import Buffer, Peer, Request, Transport
-from .select import available_transports, open_transport
+from .select import open_transport
 
-__all__ = ["Buffer", "Peer", "Request", "Transport", "available_transports", "open_transport"]
+__all__ = ["Buffer", "Peer", "Request", "Transport", "open_transport"]

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 else:
     Buffer: TypeAlias = Any
 
-TAG_BITS = 64
-
 
 class Request(Protocol):
     """One send or receive under way."""

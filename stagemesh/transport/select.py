@@ -57,12 +57,3 @@ def open_transport(
     if name == "inproc":
         return InprocTransport()
     raise ConfigError(f"no transport is called {name!r}; there are auto, ucx, tcp and inproc")
-
-
-def available_transports(ucx_options: Mapping[str, str] | None = None, *, device: str = "cpu") -> dict[str, str | None]:
-    """Each transport between processes, best first, with None when it can be opened here, or the reason why not."""
-    try:
-        UcxTransport(ucx_options, device=device).close()
-    except TransportError as error:
-        return {"ucx": error.message, "tcp": None}
-    return {"ucx": None, "tcp": None}

@@ -16,12 +16,11 @@ FLOOR = -9999.0
 class CompletionLogprobs:
     """The `logprobs` object of one completion choice, piece by piece; offsets go on from piece to piece."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, start: int = 0) -> None:
-        """`start`: characters of the echoed prompt."""
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = start
+        self._offset = 0
 
     def piece(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         """The object for the next `entries`."""

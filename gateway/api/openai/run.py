@@ -43,23 +43,9 @@ class Run:
             raise
 
     @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(len(r.prompt) for r in self.requests)
-
-    @property
     def cached_tokens(self) -> int:
         """Those of them that were not computed again."""
         return sum(stream.cached_tokens for stream in self._streams)
-
-    @property
-    def num_choices(self) -> int:
-        """Choices of all prompts."""
-        return sum(r.n for r in self.requests)
-
-    def prompt_of(self, index: int) -> int:
-        """The prompt that the choice with `index` answers."""
-        return index // self.requests[0].n
 
     def cancel(self) -> None:
         """Ends all of them; safe at any time."""
@@ -97,7 +83,7 @@ class Run:
 
     async def whole(self) -> list[Choice]:
         """All choices, when they have ended."""
-        choices = [Choice() for _ in range(self.num_choices)]
+        choices = [Choice() for _ in range(sum(request.n for request in self.requests))]
         async for batch in self.deltas():
             for index, delta in batch:
                 choices[index].add(delta)
