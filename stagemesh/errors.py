@@ -18,7 +18,7 @@
     ├── NumericalError          NaN or infinity in one request's logits
     └── InternalError           a bug of ours; the request fails, the mesh goes on
 
-One table (`GRPC_STATUS`, `HTTP_STATUS`) maps the tree; foreign errors are mapped where they enter, the cause kept.
+One table (`STATUS`) maps the tree to gRPC and HTTP; foreign errors are mapped where they enter, the cause kept.
 """
 
 from __future__ import annotations
@@ -134,47 +134,35 @@ class InternalError(StagemeshError):
     reason = "INTERNAL"
 
 
-GRPC_STATUS: dict[type[StagemeshError], grpc.StatusCode] = {
-    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    NotFound: grpc.StatusCode.NOT_FOUND,
-    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Unavailable: grpc.StatusCode.UNAVAILABLE,
-    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-    Cancelled: grpc.StatusCode.CANCELLED,
-    ConfigError: grpc.StatusCode.FAILED_PRECONDITION,
-    CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,
-    StaleEpoch: grpc.StatusCode.ABORTED,
-    TransportError: grpc.StatusCode.UNAVAILABLE,
-    NumericalError: grpc.StatusCode.INTERNAL,
-    InternalError: grpc.StatusCode.INTERNAL,
+STATUS: dict[type[StagemeshError], tuple[grpc.StatusCode, int]] = {
+    InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, 400),
+    NotFound: (grpc.StatusCode.NOT_FOUND, 404),
+    Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, 401),
+    QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, 429),
+    Unavailable: (grpc.StatusCode.UNAVAILABLE, 503),
+    DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, 504),
+    Cancelled: (grpc.StatusCode.CANCELLED, 499),
+    ConfigError: (grpc.StatusCode.FAILED_PRECONDITION, 503),
+    CheckpointError: (grpc.StatusCode.FAILED_PRECONDITION, 503),
+    StaleEpoch: (grpc.StatusCode.ABORTED, 503),
+    TransportError: (grpc.StatusCode.UNAVAILABLE, 503),
+    StagemeshError: (grpc.StatusCode.INTERNAL, 500),
 }
-
-HTTP_STATUS: dict[type[StagemeshError], int] = {
-    InvalidRequest: 400,
-    NotFound: 404,
-    Unauthenticated: 401,
-    QueueFull: 429,
-    Unavailable: 503,
-    DeadlineExceeded: 504,
-    Cancelled: 499,
-    ConfigError: 503,
-    CheckpointError: 503,
-    StaleEpoch: 503,
-    TransportError: 503,
-    NumericalError: 500,
-    InternalError: 500,
-}
+"""What gRPC and HTTP clients get: an error that is not named here takes its nearest ancestor's."""
 
 
 def grpc_status(error: StagemeshError) -> grpc.StatusCode:
-    """The gRPC status of `error`: that of its nearest ancestor in the table."""
-    return next((GRPC_STATUS[t] for t in type(error).__mro__ if t in GRPC_STATUS), grpc.StatusCode.INTERNAL)
+    """The gRPC status of `error`."""
+    return _status(error)[0]
 
 
 def http_status(error: StagemeshError) -> int:
-    """The HTTP status of `error`: that of its nearest ancestor in the table."""
-    return next((HTTP_STATUS[t] for t in type(error).__mro__ if t in HTTP_STATUS), 500)
+    """The HTTP status of `error`."""
+    return _status(error)[1]
+
+
+def _status(error: StagemeshError) -> tuple[grpc.StatusCode, int]:
+    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
 
 
 def by_reason(reason: str) -> type[StagemeshError]:

@@ -204,6 +204,7 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExcepti
 
 
 Handler = Any  # grpc.RpcMethodHandler is generic in the stubs only
+KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
@@ -218,7 +219,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         handler = await continuation(details)
         if handler is None:
             return handler
-        inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        kind = next(kind for kind in KINDS if getattr(handler, kind) is not None)
+        inner: Any = getattr(handler, kind)
+        if not (inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner)):
+            return handler  # Reflection's keep their own error handling.
 
         async def one(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
@@ -239,20 +243,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             except Exception as e:  # noqa: BLE001 - the boundary where every error gets its status
                 await _abort(context, e)
 
-        kinds = {
-            "unary_unary": (grpc.unary_unary_rpc_method_handler, one),
-            "unary_stream": (grpc.unary_stream_rpc_method_handler, many),
-            "stream_unary": (grpc.stream_unary_rpc_method_handler, one),
-            "stream_stream": (grpc.stream_stream_rpc_method_handler, many),
-        }
-        for kind, (make, wrapper) in kinds.items():
-            # Handlers that are not coroutines (reflection's) keep their own error handling.
-            if getattr(handler, kind) is not None and (
-                inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner)
-            ):
-                return make(
-                    wrapper,
-                    request_deserializer=handler.request_deserializer,
-                    response_serializer=handler.response_serializer,
-                )
-        return handler
+        make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(
+            many if kind.endswith("_stream") else one,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )

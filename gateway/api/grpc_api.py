@@ -12,7 +12,7 @@ from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
 from stagemesh.settings.gateway import GatewaySettings
 
 from ..telemetry.metrics import Metrics
-from .build import Wishes, build, encode, render_chat, served
+from .build import SAME_IN_BOTH, RequestParams, build, encode, render_chat, served
 from .http.middleware import key_matches
 from .request import Delta, Engine, GenerationRequest
 
@@ -121,7 +121,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         return build(
             request.request_id or f"grpc-{uuid.uuid4().hex}",
             prompt,
-            _wishes(request, timeout_s),
+            _params(request, timeout_s),
             model,
             tokenizer,
             request_timeout_s=self._settings.request_timeout,
@@ -129,26 +129,14 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         )
 
 
-def _wishes(request: gateway_pb2.GenerateRequest, timeout_s: float | None) -> Wishes:
-    def given(name: str) -> Any:
-        return getattr(request, name) if request.HasField(name) else None
-
-    return Wishes(
-        max_tokens=given("max_tokens"),
-        temperature=given("temperature"),
-        top_p=given("top_p"),
-        top_k=given("top_k"),
-        min_p=given("min_p"),
-        presence_penalty=given("presence_penalty"),
-        frequency_penalty=given("frequency_penalty"),
-        repetition_penalty=given("repetition_penalty"),
-        seed=given("seed"),
-        n=given("n"),
+def _params(request: gateway_pb2.GenerateRequest, timeout_s: float | None) -> RequestParams:
+    given = (*SAME_IN_BOTH, "max_tokens", "logprobs")
+    return RequestParams(
+        **{name: getattr(request, name) for name in given if request.HasField(name)},
         stop=tuple(request.stop),
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
         min_tokens=request.min_tokens,
-        logprobs=given("logprobs"),
         timeout_s=timeout_s,
     )
 

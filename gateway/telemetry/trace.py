@@ -39,7 +39,8 @@ STAGE_COLUMNS = (
     "compute_cpu_us",
     "draft_us",
 )
-"""One stage's times in a record: all but `result_received_us` (the gateway's clock) as the stage told them."""
+"""One stage's times in a record: fields of `StepTiming` as the stage told them, and `result_received_us`, which the
+gateway took by its own clock."""
 
 
 @dataclass(slots=True)
@@ -126,20 +127,8 @@ class Recorder:
         if record is None:
             return
         received_us = now_us()
-        t = result.timing
         record.stages[stage] = [
-            t.plan_arrived_us,
-            t.input_complete_us,
-            t.began_us,
-            t.output_us,
-            t.ended_us,
-            t.result_sent_us,
-            received_us,
-            t.wait_input_us,
-            t.compute_us,
-            t.wait_send_us,
-            t.compute_cpu_us,
-            t.draft_us,
+            received_us if name == "result_received_us" else getattr(result.timing, name) for name in STAGE_COLUMNS
         ]
         if stage == len(record.stages) - 1:
             record.received_us = received_us

@@ -26,7 +26,7 @@ from ..openai.completions import CompletionCall
 from ..openai.errors import json_response, response_of, shape
 from .body import ABORT, abort_of
 from .endpoint import Endpoint
-from .middleware import Front
+from .middleware import RequestMiddleware
 from .resume import ResumeEndpoint
 from .trace import TraceEndpoint
 
@@ -72,7 +72,7 @@ def build_app(
         routes.append(Route("/trace", TraceEndpoint(recorder), methods=["POST"]))
     return App(
         routes=routes,
-        middleware=[Middleware(Front, metrics=metrics, api_key=settings.api_key)],
+        middleware=[Middleware(RequestMiddleware, metrics=metrics, api_key=settings.api_key)],
         exception_handlers={HTTPException: _http_error, 500: _server_error},
     )
 

@@ -1,4 +1,4 @@
-"""What every HTTP request passes: its name (x-request-id), the API key, and a count by route and status."""
+"""What is done to every HTTP request: it gets a name (x-request-id), its key is checked, its answer is counted."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def key_matches(authorization: bytes, api_key: str) -> bool:
     return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), api_key.encode())
 
 
-class Front:
-    """The outermost of the application's own layers."""
+class RequestMiddleware:
+    """The outermost layer of the application but for Starlette's own."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None) -> None:
         self._app = app

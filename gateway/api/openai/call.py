@@ -1,4 +1,4 @@
-"""One call of a generating endpoint: what was asked, and how its answer is worded, whole or as events."""
+"""One call of a generating endpoint: its request, and its answer in OpenAI's JSON, whole or as events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stagemesh.settings.gateway import GatewaySettings
 from ...timing import GatewayTiming
 from .errors import dumps
 from .protocol import Common
-from .run import Choice, Run
+from .run import Choice, Generation
 
 DONE = b"data: [DONE]\n\n"
 
@@ -40,7 +40,7 @@ def event(payload: str) -> str:
 
 
 class Call(ABC):
-    """One call; subclasses word the answer for their endpoint."""
+    """One call. Subclasses write the choices of their endpoint."""
 
     object_whole: str
     object_chunk: str
@@ -54,14 +54,14 @@ class Call(ABC):
         self.created = int(time.time())
         self.stream = bool(body.stream)
         self.requests: Sequence[GenerationRequest] = ()
-        self.run: Run | None = None
+        self.generation: Generation | None = None
         """Set when the requests are submitted."""
         options = body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
         self._continuous_usage = self._include_usage and bool(options and options.continuous_usage_stats)
         self._completion_tokens = 0
         self._told: list[int] = []
-        """Tokens of each choice so far, for the events' ids of a stream that can be resumed; empty for others."""
+        """Tokens of each choice so far: the events' ids, where the stream can be resumed; else empty."""
         self._opened: set[int] = set()
         self._head = self._make_head()
 
@@ -77,12 +77,12 @@ class Call(ABC):
     def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
         """A choice of a chunk."""
 
-    def number(self) -> None:
-        """Its events get ids."""
+    def number_events(self) -> None:
+        """Gives its events ids, so that its stream can be resumed."""
         self._told = [0] * sum(request.n for request in self.requests)
 
-    def take_up(self, call_id: str, created: int, seen: Sequence[int]) -> None:
-        """It is the rest of an earlier call, of whose choices the client has so many tokens."""
+    def resume(self, call_id: str, created: int, seen: Sequence[int]) -> None:
+        """Makes it the rest of an earlier call. `seen`: tokens of each choice that the client has."""
         self.id, self.created = call_id, created
         self._head = self._make_head()
         self._told = list(seen)
@@ -129,7 +129,9 @@ class Call(ABC):
             "prompt_tokens": prompt,
             "total_tokens": prompt + self._completion_tokens,
             "completion_tokens": self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.run.cached_tokens if self.run is not None else 0},
+            "prompt_tokens_details": {
+                "cached_tokens": self.generation.cached_tokens if self.generation is not None else 0
+            },
         }
 
     def request_ids(self, count: int) -> list[str]:

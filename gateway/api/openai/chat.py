@@ -46,7 +46,7 @@ class ChatCall(Call):
             build(
                 call.id,
                 prompt,
-                body.to_wishes(),
+                body.to_params(),
                 model,
                 tokenizer,
                 request_timeout_s=api.settings.request_timeout,

@@ -46,7 +46,7 @@ class CompletionCall(Call):
         if len(prompts) > MAX_PROMPTS:
             raise InvalidRequest(f"prompt may hold at most {MAX_PROMPTS} prompts, not {len(prompts)}", param="prompt")
         call = cls(body, model, tokenizer)
-        wishes = body.to_wishes()
+        params = body.to_params()
         requests = []
         for name, prompt in zip(call.request_ids(len(prompts)), prompts, strict=True):
             if isinstance(prompt, str) and prompt:
@@ -58,7 +58,7 @@ class CompletionCall(Call):
                 build(
                     name,
                     ids,
-                    wishes,
+                    params,
                     model,
                     tokenizer,
                     request_timeout_s=api.settings.request_timeout,

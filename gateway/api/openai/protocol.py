@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's two generating endpoints, with vLLM's extensions, and their way to `Wishes`.
+"""The bodies of OpenAI's two generating endpoints, with vLLM's extensions, and their way to `RequestParams`.
 
 Types are strict as OpenAI's are (a number in quotes is refused) and numbers are finite; ranges are checked in
 `gateway.build`, for both protocols. Keys not named here are ignored, as OpenAI does, but for `REFUSED`: those ask for
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from stagemesh.errors import InvalidRequest
-from stagemesh.gateway.api.build import Wishes
+from stagemesh.gateway.api.build import SAME_IN_BOTH, RequestParams
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -98,20 +98,14 @@ class Common(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
 
-    def wishes(self, logprobs: int | None, logprobs_param: str, max_tokens: int | None, max_param: str) -> Wishes:
+    def params(
+        self, logprobs: int | None, logprobs_param: str, max_tokens: int | None, max_param: str
+    ) -> RequestParams:
         """The protocol-neutral form. Raises InvalidRequest for stops and biases that are none."""
-        return Wishes(
+        return RequestParams(
             max_tokens=max_tokens,
             max_tokens_param=max_param,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            n=self.n,
+            **{name: getattr(self, name) for name in SAME_IN_BOTH},
             stop=_stops(self.stop),
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),
@@ -145,9 +139,9 @@ class CompletionRequest(Common):
         if self.echo and self.logprobs is not None:
             raise InvalidRequest("echo with logprobs is not supported by this server", param="echo")
 
-    def to_wishes(self) -> Wishes:
+    def to_params(self) -> RequestParams:
         """The protocol-neutral form."""
-        return self.wishes(self.logprobs, "logprobs", self.max_tokens, "max_tokens")
+        return self.params(self.logprobs, "logprobs", self.max_tokens, "max_tokens")
 
 
 class ChatMessage(BaseModel):
@@ -182,12 +176,12 @@ class ChatCompletionRequest(Common):
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
 
-    def to_wishes(self) -> Wishes:
+    def to_params(self) -> RequestParams:
         """The protocol-neutral form; `max_completion_tokens` goes before the older `max_tokens`."""
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         if self.max_completion_tokens is not None:
-            return self.wishes(logprobs, "top_logprobs", self.max_completion_tokens, "max_completion_tokens")
-        return self.wishes(logprobs, "top_logprobs", self.max_tokens, "max_tokens")
+            return self.params(logprobs, "top_logprobs", self.max_completion_tokens, "max_completion_tokens")
+        return self.params(logprobs, "top_logprobs", self.max_tokens, "max_tokens")
 
     def turns(self) -> list[dict[str, Any]]:
         """The messages as a chat template takes them. Raises InvalidRequest for roles and parts it cannot."""

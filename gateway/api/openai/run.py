@@ -1,4 +1,4 @@
-"""From checked requests to deltas: submits them, merges their streams, and ends them whatever happens."""
+"""From checked requests to deltas: submits them to the engine, merges their streams, and ends them in any case."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Choice:
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
-class Run:
+class Generation:
     """The requests of one call, one per prompt; choice `c` of prompt `p` has the index p * n + c."""
 
     def __init__(self, engine: Engine, requests: Sequence[GenerationRequest]) -> None:
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def cached_tokens(self) -> int:
-        """Those of them that were not computed again."""
+        """Tokens of all prompts that the prefix cache held."""
         return sum(stream.cached_tokens for stream in self._streams)
 
     def cancel(self) -> None:
