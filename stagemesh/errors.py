@@ -18,7 +18,8 @@
     ├── NumericalError          NaN or infinity in one request's logits
     └── InternalError           a bug of ours; the request fails, the mesh goes on
 
-One table (`STATUS`) maps the tree to gRPC and HTTP; foreign errors are mapped where they enter, the cause kept.
+One table (`STATUS`) maps the tree to gRPC and HTTP statuses. Errors of other libraries are mapped where they enter,
+with their cause kept.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import grpc
 
 
 class StagemeshError(Exception):
-    """Root of the tree. `reason` is a stable upper-case word (google.rpc.ErrorInfo.reason)."""
+    """Root of the tree. `reason` is a stable upper-case identifier (google.rpc.ErrorInfo.reason)."""
 
     reason = "INTERNAL"
 
@@ -148,7 +149,7 @@ STATUS: dict[type[StagemeshError], tuple[grpc.StatusCode, int]] = {
     TransportError: (grpc.StatusCode.UNAVAILABLE, 503),
     StagemeshError: (grpc.StatusCode.INTERNAL, 500),
 }
-"""What gRPC and HTTP clients get: an error that is not named here takes its nearest ancestor's."""
+"""The statuses that clients get. An error that is not in the table takes those of its nearest ancestor."""
 
 
 def grpc_status(error: StagemeshError) -> grpc.StatusCode:
@@ -166,7 +167,7 @@ def _status(error: StagemeshError) -> tuple[grpc.StatusCode, int]:
 
 
 def by_reason(reason: str) -> type[StagemeshError]:
-    """The class that a peer's `ErrorInfo.reason` names; `InternalError` for a word not known here."""
+    """The class that a peer's `ErrorInfo.reason` names; `InternalError` when the reason is unknown."""
     pending: list[type[StagemeshError]] = [StagemeshError]
     while pending:
         cls = pending.pop()

@@ -1,7 +1,7 @@
-"""gRPC servers and channels as every service makes them: bounds, health, reflection, and one mapping of errors.
+"""gRPC servers and channels for all services: bounds, health, reflection, and one mapping of errors.
 
-A handler raises an error of `stagemesh.errors`; the interceptor turns it into its gRPC status with a
-`google.rpc.ErrorInfo` (and `RetryInfo`) detail; `from_rpc_error` makes the same error again on the other side.
+A handler raises an error of `stagemesh.errors`. The interceptor turns it into a gRPC status with a
+`google.rpc.ErrorInfo` detail (and `RetryInfo`). `from_rpc_error` makes the same error again on the other side.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ class RpcTiming(Timing):
     """Times of every channel and server."""
 
     keepalive_s: float = 2.0
-    """A connection on which nothing comes for so long is pinged: a peer that vanished without closing its socket is
-    noticed by that, not by a request that hangs."""
+    """A connection that is idle for so long is pinged, so that a peer that vanished without closing its socket is
+    noticed before a request hangs."""
     keepalive_timeout_s: float = 2.0
-    """What a ping's answer may take."""
+    """Until a ping must be answered."""
     ping_interval_s: float = 1.0
-    """Pings of a peer that come faster than this are an offence."""
+    """The least time between two pings. A server drops peers that ping faster."""
     reconnect_first_s: float = 0.1
-    """Behind the first failure to connect. A restarted peer should be found within a second."""
+    """Pause after the first failed attempt to connect. A restarted peer should be found within a second."""
     reconnect_most_s: float = 1.0
-    """Behind the later ones, at most."""
+    """The longest pause after later ones."""
     connect_s: float = 2.0
-    """What an attempt to connect may take at least: on a busy machine a handshake takes its time."""
+    """The least time that an attempt to connect may take: on a busy machine a handshake is slow."""
     answer_s: float = 2.0
-    """What a client waits beyond its request's own deadline: the gateway's answer says more than the channel's."""
+    """How much longer than its request's deadline a client waits: the gateway's error says more than the channel's."""
 
     def relations(self) -> Iterator[tuple[bool, str]]:
         yield self.ping_interval_s <= self.keepalive_s, "ping_interval_s <= keepalive_s: the other side takes the pings"
@@ -56,7 +56,7 @@ class RpcTiming(Timing):
 
 
 def options(timing: RpcTiming) -> list[tuple[str, Any]]:
-    """Of a channel or a server."""
+    """gRPC's options for a channel or a server."""
 
     def ms(seconds: float) -> int:
         return int(seconds * 1000)
@@ -72,11 +72,11 @@ def options(timing: RpcTiming) -> list[tuple[str, Any]]:
         ("grpc.http2.min_recv_ping_interval_without_data_ms", ms(timing.ping_interval_s)),
         ("grpc.initial_reconnect_backoff_ms", ms(timing.reconnect_first_s)),
         ("grpc.max_reconnect_backoff_ms", ms(timing.reconnect_most_s)),
-        # This one bounds each attempt, too.
+        # gRPC takes this as the least time of an attempt, too.
         ("grpc.min_reconnect_backoff_ms", ms(timing.connect_s)),
         # Services on one machine must not share one connection pool with a dead peer's address.
         ("grpc.use_local_subchannel_pool", 1),
-        # A taken port is an error, not a second listener that gets half of the calls.
+        # A port that is in use is an error. Otherwise a second listener would get half of the calls.
         ("grpc.so_reuseport", 0),
     ]
 
@@ -186,7 +186,7 @@ def from_rpc_error(error: grpc.RpcError) -> errors.StagemeshError:
 
 @contextlib.contextmanager
 def mapped() -> Iterator[None]:
-    """Within it, a failed call raises the error of ours that it stands for."""
+    """A context in which a failed call raises the error of `stagemesh.errors` that it stands for."""
     try:
         yield
     except grpc.RpcError as e:
@@ -208,7 +208,7 @@ KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Turns errors that handlers raise into gRPC statuses with details; an unknown one is INTERNAL and logged."""
+    """Turns errors that handlers raise into gRPC statuses with details. Any other exception is INTERNAL and logged."""
 
     async def intercept_service(
         self,
@@ -222,7 +222,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         kind = next(kind for kind in KINDS if getattr(handler, kind) is not None)
         inner: Any = getattr(handler, kind)
         if not (inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner)):
-            return handler  # Reflection's keep their own error handling.
+            return handler  # Reflection's handlers are plain functions and handle their own errors.
 
         async def one(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
@@ -239,7 +239,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             except (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.UsageError, GeneratorExit):
                 raise
             except grpc.aio.BaseError:
-                return  # The server was stopped, or the peer went away: nobody is there to be told.
+                return  # The server was stopped, or the peer went away: nobody can receive a status.
             except Exception as e:  # noqa: BLE001 - the boundary where every error gets its status
                 await _abort(context, e)
 

@@ -14,12 +14,12 @@ from stagemesh.settings.serve import ServeSettings
 from .flags import add_flags, given
 
 OURS = ("model", "port", "grpc_port", "host", "insecure", "api_key", "seed")
-"""Settings of `serve` that its mesh for a benchmark does not take from the command line."""
+"""Settings of `serve` that `bench` sets itself, or uses under another meaning."""
 URL = "http://127.0.0.1:8000"
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `bench` and what it can do."""
+    """Adds `bench` and its subcommands to the parser."""
     text = "measure a mesh"
     bench = commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
     kinds = bench.add_subparsers(dest="bench", required=True, metavar="KIND")
@@ -75,7 +75,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _as_flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as `serve` takes them on its command line."""
+    """Settings as flags of `serve`."""
     out = []
     for name, value in settings.items():
         flag = name.replace("_", "-")

@@ -1,6 +1,6 @@
 """Which processes make the mesh that `serve` was asked for. Pure: settings in, settings out.
 
-What `serve` and a service have in common is handed on block by block (`shared`). Here stands what `serve` decides.
+Options that `serve` shares with a service are handed on block by block (`shared`). The rest is decided here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stagemesh.settings.stage import StageSettings
 
 LOOPBACK = "127.0.0.1"
 INNER: dict[str, Any] = {"host": LOOPBACK, "insecure": False, "port": 0}
-"""Of all but the gateway: they stay on this machine, on ports that the system gives."""
+"""Settings of all services but the gateway: they stay on this machine, on ports that the system chooses."""
 
 
 def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSettings:
@@ -28,11 +28,11 @@ def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSet
 
 
 def worker_settings(serve: ServeSettings, coordinator: str, cores: Sequence[int] | None = None) -> list[StageSettings]:
-    """One worker a stage, over `cores`; default: those that this process may use. The ranks share them for threads.
+    """One worker for each stage. `cores` are shared among all ranks; default: those that this process may use.
 
-    Where there is a core for each rank, ranks are pinned: left to itself, the kernel wakes the receiver of an
-    activation on the sender's core, and two stages share one while another idles. When nothing else computes, as with
-    one stream, a step uses the others' cores, too.
+    Ranks are pinned if there is a core for each. The kernel would otherwise wake the receiver of an activation on the
+    sender's core, so that two stages share one core while another is idle. While nothing else computes, as with one
+    stream, a step uses the other ranks' cores, too.
     """
     ranks = sum(serve.tp_sizes)
     cores = _own_cores() if cores is None else cores
@@ -45,7 +45,7 @@ def worker_settings(serve: ServeSettings, coordinator: str, cores: Sequence[int]
         own = groups[first : first + size]
         others = [group for i, group in enumerate(groups) if not first <= i < first + size]
         cpu_list = "|".join(own) if pinned else None
-        # Ranks of a stage compute at once: a core is lent to one of them.
+        # Ranks of a stage compute at the same time, so each idle core goes to one of them.
         idle_cpu_list = "|".join(",".join(others[rank::size]) for rank in range(size)) if pinned and others else None
         stages.append(
             StageSettings(
@@ -62,8 +62,8 @@ def worker_settings(serve: ServeSettings, coordinator: str, cores: Sequence[int]
 
 
 def standby_settings(serve: ServeSettings, coordinator: str) -> list[StageSettings]:
-    """Workers that may take any stage's place. They are not pinned: whose core will be free is not known. To one of one
-    rank the other cores are lent, most of all for being refilled."""
+    """Workers that may replace any stage. They are not pinned, because it is not known which core will be free. One
+    with a single rank may use idle cores of others, which helps most when it is refilled in a recovery."""
     size, cores = max(serve.tp_sizes), _own_cores()
     threads = max(1, len(cores) // sum(serve.tp_sizes))
     lent = cores[1:] if serve.device != "cuda" and size == 1 else []
@@ -88,7 +88,7 @@ def _own_cores() -> list[int]:
 
 
 def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
-    """The gateway, the one process that may listen beyond loopback."""
+    """The gateway. It alone may listen beyond loopback."""
     own = {
         "coordinator": coordinator,
         "port": serve.port,

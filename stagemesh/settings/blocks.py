@@ -1,4 +1,4 @@
-"""Options that several services have: where they listen, whom they join, what links are made of, how they end."""
+"""Options that several services have: addresses, the coordinator to join, the transport of links, draining."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import Base
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-# Options whose default is each service's own: the service declares the field as one of these, with its default.
+# Options with a different default in each service. A service declares the field with one of these types.
 GrpcPort = Annotated[int, Field(ge=0, le=65535, description="gRPC port; 0 asks the system for one.")]
 HttpPort = Annotated[int, Field(ge=0, le=65535, description="HTTP port; 0 asks the system for one.")]
 DrainTimeout = Annotated[
@@ -22,11 +22,11 @@ class TimeScale(Base):
     """The pace of a service (stagemesh/timing.py)."""
 
     time_scale: float = Field(1.0, gt=0, le=100)
-    """All time-outs and pauses that the service keeps within itself, times this: above 1 for slow machines."""
+    """Factor for all internal time-outs and pauses of the service: above 1 for slow machines."""
 
 
 class Bind(Base):
-    """A bind address that stays on this machine unless told otherwise."""
+    """The address that a server binds. It is a loopback address unless --insecure is given."""
 
     host: str = "127.0.0.1"
     """Address to bind. Anything but loopback needs --insecure: traffic is not encrypted yet."""
@@ -47,11 +47,11 @@ class Listen(Bind, TimeScale):
     """Where a service of its own listens, and how others reach it."""
 
     advertise_host: str | None = None
-    """Address that others are told, where it differs from `host` (a pod's IP, a NAT)."""
+    """Address that other services use to reach this one, if it differs from `host` (a pod's IP, a NAT)."""
 
     @property
     def reachable_host(self) -> str:
-        """The host part of the address that others are told."""
+        """The host part of the address that other services use."""
         return self.advertise_host or self.host
 
 
@@ -61,11 +61,11 @@ class Join(Base):
     coordinator: str = "127.0.0.1:50050"
     """Address of the coordinator, host:port."""
     model: str | None = None
-    """Directory of the checkpoint on this machine, where it differs from the coordinator's."""
+    """Directory of the checkpoint on this machine, if it differs from the coordinator's."""
 
 
 class Links(Base):
     """Links between stages."""
 
     transport: Literal["auto", "ucx", "tcp"] = "auto"
-    """What links are made of; auto takes UCX where both ends have it, and TCP elsewhere."""
+    """Transport of links between stages; auto takes UCX where both ends have it, and TCP elsewhere."""

@@ -20,9 +20,10 @@ class PipelineSettings(Base):
     layer_partition: list[int] | None = None
     """Layers of each stage, such as 5,7; default: chosen by the cost model."""
     rebalance: Literal["off", "auto"] = "off"
-    """auto: layers move between stages by themselves when measured steps would be a tenth faster for it."""
+    """auto: layers move between stages without a command when that is expected to make steps a tenth faster."""
     takeover_after: float = Field(15.0, ge=0)
-    """Seconds after which the other stages' workers take a lost stage's layers over, where nobody else does."""
+    """Seconds after which the workers of the other stages take over the layers of a lost stage, if no other worker
+    has."""
     steps_in_flight: int | None = Field(None, ge=1, le=64)
     """Batches that decode rows are spread over, and so the steps that run at once; default: the number of stages, and
     from four on one more."""
@@ -35,18 +36,18 @@ class CoordinatorSettings(Listen, Links, PipelineSettings, Speculation, ModelSet
 
     port: GrpcPort = 50050
     gateways: int = Field(1, ge=1, le=64)
-    """Gateways that share the KV pages; each is granted an equal range."""
+    """Number of gateways that share the KV pages; each gets an equal range."""
     state_dir: str | None = None
-    """Folder of the SQLite file that keeps epochs; default: epochs are kept in memory only."""
+    """Folder of the SQLite file with the coordinator's state; default: the state is kept in memory only."""
     kubernetes_lease: str | None = None
-    """Name of a Lease in this pod's namespace: the coordinator that holds it is in charge; default: the lock of
+    """Name of a Lease in this pod's namespace: the coordinator that holds it is the leader; default: the lock of
     --state-dir decides."""
     kubernetes_account: str = "/var/run/secrets/kubernetes.io/serviceaccount"
     """Folder of the service account's token, ca.crt and namespace."""
     lease_duration: float = Field(15.0, ge=1)
     """Seconds after which a Lease that is not renewed may be taken."""
     lease_identity: str | None = None
-    """Whom the Lease names, such as the pod's UID; default: one for this process."""
+    """Holder identity written into the Lease, such as the pod's UID; default: one for this process."""
 
     @field_validator("speculative_config")
     @classmethod

@@ -10,20 +10,20 @@ from .speculative import Speculation, SpeculativeConfig
 
 
 class RequestSettings(Base):
-    """How clients' requests are taken and kept."""
+    """How requests are accepted, and what happens to them in a recovery."""
 
     api_key: str | None = None
     """Key that clients must send as `Authorization: Bearer`."""
     max_waiting: int = Field(256, ge=0)
-    """Requests that may wait for admission; beyond it, 429."""
+    """Most requests that wait for admission; a further one gets 429."""
     request_timeout: float = Field(600.0, gt=0)
-    """Longest life of a request in seconds; a client may ask for less."""
+    """Deadline of a request in seconds; a client may ask for a shorter one."""
     recovery_deadline: float = Field(60.0, ge=0)
-    """Seconds that running requests wait for a lost stage to be made good; then they end with STAGE_LOST."""
+    """Seconds that running requests wait for a lost stage to be replaced; then they end with STAGE_LOST."""
     enable_prefix_caching: bool = True
-    """Keep the KV of full pages as long as memory lasts, so that a prompt that begins alike is not computed again."""
+    """Keep the KV of full pages while memory lasts, so that a shared prefix of prompts is computed once."""
     token_log: str | None = None
-    """Folder in which streams are written down, so that a client can resume them at any gateway that shares it."""
+    """Folder in which streams are logged, so that a client can resume one at any gateway that shares the folder."""
 
 
 class GatewaySettings(Listen, RequestSettings, Speculation, Join):

@@ -28,21 +28,21 @@ class SpeculativeConfig(Base):
     """Speculative decoding: tokens are guessed, and verified in one step."""
 
     method: Literal["ngram", "draft_model"]
-    """ngram: what followed the last tokens where they stood before, in the prompt or the output. draft_model: what a
-    small model says, on the last stage."""
+    """ngram: the tokens that followed the last ones earlier in the prompt or the output. draft_model: the tokens that
+    a small model on the last stage generates."""
     num_speculative_tokens: int = Field(ge=1, le=32)
-    """Most tokens that are guessed at a time."""
+    """Most tokens that are guessed for one step."""
     model: str | None = None
     """Directory of the draft model's checkpoint."""
     prompt_lookup_max: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
-    """Most last tokens that are looked for; default: prompt_lookup_min, or 5."""
+    """Longest n-gram that is looked up; default: prompt_lookup_min, or 5."""
     prompt_lookup_min: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
-    """Fewest last tokens that have to be found; default: prompt_lookup_max, or 5."""
+    """Shortest n-gram that is looked up; default: prompt_lookup_max, or 5."""
 
     @model_validator(mode="before")
     @classmethod
     def _one_for_both(cls, values: Any) -> Any:
-        """vLLM's defaults: one of the two lengths stands for the other."""
+        """Fills in vLLM's defaults: a length that is left out is the other one."""
         if isinstance(values, SpeculativeConfig):
             return values
         if not isinstance(values, Mapping):
@@ -71,12 +71,12 @@ class SpeculativeConfig(Base):
         return self
 
     def __str__(self) -> str:
-        """As a flag says it."""
+        """As the value of a flag."""
         return self.model_dump_json(exclude_none=True)
 
 
 class Speculation(Base):
-    """Speculative decoding, or none. Which methods a service takes, the service says."""
+    """The option. Each service says which methods it takes."""
 
     speculative_config: SpeculativeConfig | None = None
     """Speculative decoding, as JSON: method and num_speculative_tokens; for prompt lookup, which the gateway does

@@ -25,10 +25,10 @@ class ComputeSettings(Base):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of a card's memory that may be used."""
     journal_gib: float = Field(1.0, ge=0)
-    """Memory of one rank for activations that it sent, so that a lost neighbour can be refilled; 0: none, and the
-    stages before a lost one compute again."""
+    """Memory of one rank for the activations that it sent, from which a lost neighbour is recovered; 0: none, and
+    the stages before a lost one compute them again."""
     enforce_eager: bool = False
-    """Run transformers' modules as they are, without compiled kernels."""
+    """Run transformers' modules, without compiled kernels and CUDA graphs."""
 
 
 class StageSettings(Listen, Links, ComputeSettings, Join):
@@ -38,9 +38,9 @@ class StageSettings(Listen, Links, ComputeSettings, Join):
     worker_id: str | None = None
     """Stable name of this worker; default: host name and process id."""
     stage: int | None = Field(None, ge=0)
-    """Stage this worker is pooled for; default: any."""
+    """Stage that this worker is for; default: any."""
     any_stage: bool = False
-    """Where another worker holds --stage, this one may stand in for any."""
+    """While another worker holds --stage, this one may take any other stage."""
     tensor_parallel_size: int = Field(1, ge=1, le=64, json_schema_extra=flags("-tp"))
     """Ranks of this worker."""
     ucx_tls: str | None = None
@@ -48,12 +48,12 @@ class StageSettings(Listen, Links, ComputeSettings, Join):
     net_device: str | None = None
     """Network device of UCX (UCX_NET_DEVICES), such as "eth0" or "mlx5_0:1"."""
     threads: int | None = Field(None, ge=1)
-    """Compute threads of one rank on a CPU; default: the machine's cores, shared among the ranks `serve` starts."""
+    """Compute threads of one rank on a CPU; default: one for each core that the rank may use."""
     cpu_list: str | None = None
     """Cores to pin the ranks to, one group a rank, such as "0|1"; default: not pinned."""
     idle_cpu_list: str | None = None
-    """Cores of other workers on this machine, one group a rank, such as "1|0": used besides by steps beside which
-    nothing else computes, as when one stream decodes; default: none."""
+    """Cores of other workers on this machine, one group a rank, such as "1|0"; a step uses them, too, while nothing
+    else computes, as when one stream decodes; default: none."""
     drain_timeout: DrainTimeout = 30.0
 
 

@@ -1,4 +1,4 @@
-"""The life of one generating HTTP request: body, checks, submission, answer; or an early end, when the client leaves."""
+"""The life of one generating HTTP request: body, checks, submission, answer; or an early end when the client leaves."""
 
 from __future__ import annotations
 

@@ -125,13 +125,12 @@ class Call(ABC):
     def usage(self) -> dict[str, Any]:
         """Tokens so far; a prompt counts once, however many choices answer it."""
         prompt = sum(len(request.prompt) for request in self.requests)
+        cached = self.generation.cached_tokens if self.generation is not None else 0
         return {
             "prompt_tokens": prompt,
             "total_tokens": prompt + self._completion_tokens,
             "completion_tokens": self._completion_tokens,
-            "prompt_tokens_details": {
-                "cached_tokens": self.generation.cached_tokens if self.generation is not None else 0
-            },
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     def request_ids(self, count: int) -> list[str]:
