@@ -68,7 +68,7 @@ async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
 
 
 async def _tell_health(engine: MeshEngine, server: rpc.Server, look_s: float) -> None:
-    """Keeps grpc.health.v1 as /health is."""
+    """Keeps grpc.health.v1 equal to /health."""
     told: bool | None = None
     while True:
         ready, _ = engine.ready()

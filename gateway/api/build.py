@@ -1,4 +1,4 @@
-"""One builder of checked `GenerationRequest`s, for the HTTP and the gRPC front alike."""
+"""Checks parameters and builds `GenerationRequest`s, for HTTP and gRPC."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ MAX_BIASES = 1024
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default of max_tokens for a completion."""
 SLOW_TEXT_CHARS = LONG_CHARS
-"""From here on a text is tokenized in a thread: it would hold up the event loop for tens of milliseconds."""
+"""Longer texts are tokenized in a thread: they would block the event loop for tens of milliseconds."""
 
 
 @dataclass(frozen=True)
 class RequestParams:
-    """What a client may ask for, in neither protocol's shape; None takes the checkpoint's default, then OpenAI's."""
+    """Parameters of a request, independent of the protocol. None takes the checkpoint's default, then OpenAI's."""
 
     max_tokens: int | None = None
     max_tokens_param: str = "max_tokens"
-    """What the client calls it."""
+    """The client's name for it, for error messages."""
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -46,7 +46,7 @@ class RequestParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
-    """None: no log-probabilities; k: of each token that comes and of the k likeliest."""
+    """None: no log-probabilities. k: those of each sampled token and of the k likeliest."""
     logprobs_param: str = "logprobs"
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     include_stop_str_in_output: bool = False
@@ -65,11 +65,11 @@ SAME_IN_BOTH = (
     "seed",
     "n",
 )
-"""Parameters that both protocols name and mean alike, and that a client may leave out."""
+"""Optional parameters that have the same name and meaning in both protocols."""
 
 
 def served(engine: Engine, name: str | None) -> tuple[ModelCard, Tokenizer]:
-    """The served model and its tokenizer; `name` None or empty means the only one. Raises NotFound, Unavailable."""
+    """The served model and its tokenizer. `name` may be None or empty. Raises NotFound, Unavailable."""
     model, tokenizer = engine.model, engine.tokenizer
     if model is None or tokenizer is None:
         raise Unavailable(f"no model is served yet: {engine.ready()[1]}", retry_after_s=1.0)
@@ -79,7 +79,7 @@ def served(engine: Engine, name: str | None) -> tuple[ModelCard, Tokenizer]:
 
 
 async def encode(tokenizer: Tokenizer, model: ModelCard, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-    """Ids of `text`. Raises InvalidRequest, and PromptTooLong without tokenizing where its length alone says so."""
+    """Token ids of `text`. Raises InvalidRequest, or PromptTooLong; a text that is far too long is not tokenized."""
     if len(text) < SLOW_TEXT_CHARS:
         return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
     fewest = await asyncio.to_thread(tokenizer.fewest_tokens, text)
@@ -97,7 +97,7 @@ async def render_chat(
     add_special_tokens: bool = False,
     extra: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
-    """Ids of a conversation: the chat template writes the special tokens itself. Raises InvalidRequest."""
+    """Token ids of a conversation. The chat template writes the special tokens. Raises InvalidRequest."""
     template = tokenizer.chat_template
     if template is None:
         raise InvalidRequest(
@@ -120,10 +120,10 @@ def build(
     request_timeout_s: float,
     fill_context: bool,
 ) -> GenerationRequest:
-    """Checks parameters against each other and the model.
+    """Checks the parameters, and builds the request.
 
-    `fill_context`: without max_tokens, whether the output may take the rest of the context (a chat) or 16 tokens (a
-    completion). Raises InvalidRequest that names the field and what it may be, PromptTooLong with all numbers.
+    `fill_context`: whether an output without max_tokens may fill the context (a chat), or has 16 tokens at most (a
+    completion). Raises InvalidRequest, which names the field and its range, and PromptTooLong with all numbers.
     """
     _check_prompt(prompt, model)
     max_tokens = _max_tokens(len(prompt), p, model, fill_context)
@@ -223,13 +223,13 @@ def _sampling(p: RequestParams, model: ModelCard, tokenizer: Tokenizer) -> Sampl
     return Sampling(
         temperature=_or(p.temperature, default.temperature),
         top_p=_or(p.top_p, default.top_p),
-        # -1 is vLLM's word for "all"; so is any k from the vocabulary's size on.
+        # As in vLLM, -1 means all tokens.
         top_k=0 if top_k < 0 or top_k >= model.vocab_size else top_k,
         min_p=_or(p.min_p, default.min_p),
         presence_penalty=_or(p.presence_penalty, default.presence_penalty),
         frequency_penalty=_or(p.frequency_penalty, default.frequency_penalty),
         repetition_penalty=_or(p.repetition_penalty, default.repetition_penalty),
-        # A negative seed is the unsigned number with the same bits.
+        # A negative seed becomes the unsigned number with the same bits.
         seed=None if p.seed is None else p.seed % 2**64,
         logprobs=p.logprobs is not None,
         top_logprobs=min(p.logprobs or 0, model.vocab_size),

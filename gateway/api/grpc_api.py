@@ -1,4 +1,4 @@
-"""The gRPC front: the same engine, checks and limits as the HTTP API."""
+"""The gRPC API. Engine, checks and limits are those of the HTTP API."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FINISH = {
     "length": gateway_pb2.FINISH_REASON_LENGTH,
 }
 
-Context = Any  # grpc.aio.ServicerContext; its stubs know no generic one at run time
+Context = Any  # grpc.aio.ServicerContext is generic in the stubs only
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
-    """`stagemesh.v1.Gateway`; raises errors of ours, which `rpc.ErrorInterceptor` turns into statuses."""
+    """`stagemesh.v1.Gateway`. `rpc.ErrorInterceptor` turns the errors that it raises into statuses."""
 
     def __init__(self, engine: Engine, settings: GatewaySettings, metrics: Metrics) -> None:
         self._engine = engine
@@ -40,17 +40,17 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def Generate(
         self, request: gateway_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
-        """Streams deltas as they come, then one message with the usage. A client that goes away ends the request."""
+        """Streams deltas, then one message with the usage. The request ends when the client goes away."""
         self._authorize(context)
         asked = await self._build(request, context.time_remaining())
         stream = self._engine.submit(asked)
-        # Not in a `finally` here: a call that ends while a message waits for the reader does not resume this generator.
+        # `finally` would not do: when a call ends while a message waits for its reader, this generator is not resumed.
         context.add_done_callback(lambda _: stream.cancel())
         completion_tokens = 0
         async for batch in stream:
             for delta in batch:
                 completion_tokens += len(delta.tokens)
-                # Waits while the reader's window is full; meanwhile the engine merges.
+                # This waits while the reader's window is full. The engine merges deltas meanwhile.
                 yield _response(asked, delta)
         yield gateway_pb2.GenerateResponse(
             request_id=asked.request_id,
@@ -67,7 +67,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def ListModels(
         self, request: gateway_pb2.ListModelsRequest, context: Context
     ) -> gateway_pb2.ListModelsResponse:
-        """The served model, if there is one yet."""
+        """Lists the served model, if there is one yet."""
         self._authorize(context)
         model = self._engine.model
         if model is None:
@@ -78,7 +78,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def DescribeMesh(
         self, request: gateway_pb2.GatewayDescribeMeshRequest, context: Context
     ) -> gateway_pb2.GatewayDescribeMeshResponse:
-        """What /mesh shows as JSON, typed."""
+        """The mesh as a message; /mesh shows the same as JSON."""
         self._authorize(context)
         own: Any = self._engine.describe()["gateway"]
         figures = {name: own[name] for name in ("running", "waiting", "free_pages", "total_pages")}

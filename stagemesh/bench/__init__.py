@@ -1,4 +1,4 @@
-"""`stagemesh bench`: records of steps, taken from a running gateway, on one clock, as a table and a picture.
+"""`stagemesh bench`: traces the steps of a running mesh, and shows them as a table, a picture and a Chrome trace.
 
-What a user runs on a mesh of theirs belongs here. What this repository's own figures come from is in `benchmarks/`.
+Measurements that users make of their own mesh belong here. This repository's own benchmarks are in `benchmarks/`.
 """

@@ -56,14 +56,14 @@ def run(namespace: argparse.Namespace) -> int:
             f"--{min(settings).replace('_', '-')} says how a mesh is served, and none is started: give MODEL "
             "('demo' for the one that ships)"
         )
-    own = None
+    serve_flags = None
     if namespace.model is not None:
         model = str(DEMO_MODEL) if namespace.model == "demo" else namespace.model
-        own = [model, "--port", "0", "--grpc-port", "0", *_as_flags(settings)]
+        serve_flags = [model, "--port", "0", "--grpc-port", "0", *_as_flags(settings)]
     return run(
         TraceOptions(
             url=namespace.url or URL,
-            own=own,
+            serve_flags=serve_flags,
             steps=namespace.steps,
             timeout_s=namespace.timeout,
             load=namespace.load,

@@ -1,7 +1,7 @@
-"""The activation plane's transports: one contract (`base.py`), three that keep it (`ucx`, `tcp`, `inproc.py`).
+"""Transports of activations: one interface (`base.py`) and three implementations (`ucx`, `tcp`, `inproc.py`).
 
-Tagged messages of raw bytes between processes belong here. What they mean (links, lanes, credits) is the stage
-worker's.
+They carry tagged messages of raw bytes between processes. What the messages mean (links, lanes, credits) belongs to the
+stage worker.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The transport inside one process: for tests, and for stages that share a process.
+"""The transport within one process: for tests, and for stages that share a process.
 
-Small messages are copied when they are sent; larger ones wait in the sender's buffer until the receiver takes them, as
-a rendezvous over UCX does, so that code which forgets to hold a buffer fails here too. Two transports may be driven by
-two threads; each one is driven by one.
+Small messages are copied when they are sent. Larger ones stay in the sender's buffer until the receiver takes them, as
+with a rendezvous over UCX, so that code that frees a buffer too early fails here, too. Two transports may be driven by
+two threads; each one by one thread.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class InprocTransport:
         return happened
 
     def doubt(self) -> None:
-        """Every peer has a way of its own here: none can break another's."""
+        """Does nothing: no peer can block another one's messages here."""
 
     def fds(self) -> list[tuple[int, int]]:
         return [(self._wake_fd, select.POLLIN)]
@@ -120,12 +120,12 @@ class InprocTransport:
         os.close(self._wake_fd)
 
     def put(self, message: _Message) -> None:
-        """Called by a sender, maybe on its thread."""
+        """Adds a message. The sender calls it, on its own thread."""
         self._inbox.append(message)
         self.wake()
 
     def wake(self) -> None:
-        """Let a sleeping owner look again."""
+        """Wakes an owner that sleeps on `fds()`."""
         self._completed = True
         if not self.closed:
             os.eventfd_write(self._wake_fd, 1)

@@ -1,6 +1,6 @@
-"""Tag matching in host memory: posted receives, and messages that came before anybody asked for them.
+"""Tag matching in host memory: posted receives, and messages that arrived before a receive was posted.
 
-The words are MPI's: a message for which no receive is posted is unexpected.
+As in MPI, a message without a posted receive is called unexpected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class HostRequest:
         self._on_cancel: Callable[[HostRequest], None] | None = None
 
     def finish(self, error: TransportError | None = None) -> None:
-        """The buffer is free from here on."""
+        """Ends the request. Its buffer is free from here on."""
         if self.done:
             return
         if error is None and self._land is not None:
@@ -42,7 +42,7 @@ class HostRequest:
         self.done = True
 
     def take(self, tag: int, message: bytearray | memoryview) -> None:
-        """Ends a receive with a whole message, which is copied; with an error where it has another size."""
+        """Ends a receive by copying a whole message; with an error when its size is wrong."""
         if self.view is None or len(message) != self.nbytes:
             self.finish(wrong_size(tag, len(message), self.nbytes))
         else:
@@ -50,7 +50,7 @@ class HostRequest:
             self.finish()
 
     def on_cancel(self, hook: Callable[[HostRequest], None]) -> None:
-        """Whom to ask for an early end."""
+        """Sets what `cancel` calls."""
         self._on_cancel = hook
 
     def cancel(self) -> None:
@@ -80,7 +80,7 @@ class Mailbox(Generic[Message]):
         """See `Transport.late_count`."""
 
     def post(self, tag: int, request: HostRequest) -> Message | None:
-        """Posts a receive; returns the unexpected message that it matches, if there is one, and does not post then."""
+        """Posts a receive. When an unexpected message matches, returns that message instead."""
         message = _pop(self._unexpected, tag)
         if message is None:
             self._posted.setdefault(tag, deque()).append(request)
@@ -100,7 +100,7 @@ class Mailbox(Generic[Message]):
         return tag in self._unexpected
 
     def fenced(self, tag: int) -> bool:
-        """True when a message with this tag, which has just come, is to be dropped; it is counted."""
+        """Whether an arriving message with this tag must be dropped. If so, it is counted as late."""
         late = any((tag ^ value) & mask == 0 for value, mask in self._fences)
         self.late_count += late
         return late
@@ -133,7 +133,7 @@ Item = TypeVar("Item")
 
 
 def _pop(queues: dict[int, deque[Item]], tag: int) -> Item | None:
-    """The oldest of a tag's; no empty queue stays behind."""
+    """Takes a tag's oldest item, and removes its queue when that was the last one."""
     queue = queues.get(tag)
     if queue is None:
         return None

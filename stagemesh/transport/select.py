@@ -1,4 +1,4 @@
-"""Which transport to open."""
+"""Opens a transport by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def open_transport(
     ucx_options: Mapping[str, str] | None = None,
     timing: TransportTiming = TransportTiming(),
 ) -> Transport:
-    """Open a transport. "auto" is UCX, or TCP with a warning that says why UCX was not to be had.
+    """Open a transport. "auto" is UCX; where UCX cannot be opened, TCP, with a warning that says why.
 
     Args:
         name: "auto", "ucx", "tcp" or "inproc".

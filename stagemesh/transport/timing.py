@@ -1,4 +1,4 @@
-"""Times that transports keep."""
+"""Times of transports."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from stagemesh.timing import Timing
 
 @dataclass(frozen=True)
 class TransportTiming(Timing):
-    """One for all kinds: each takes what it needs."""
+    """Times of all kinds of transport. Each uses those that concern it."""
 
     connect_s: float = 5.0
-    """TCP: until a connection must be made, where the caller of `connect` says nothing else."""
+    """TCP: until a connection must be established, unless the caller of `connect` gives another time."""
     preamble_s: float = 5.0
-    """TCP: until a connection must have said who it is."""
+    """TCP: until an accepted connection must have sent its preamble."""
     self_probe_s: float = 0.5
-    """UCX: what a message to oneself through shared memory may take (ucx/self_probe.py). A sender that lives and was
-    descheduled while it copied holds it up, too."""
+    """UCX: how long the self-probe's message may take (ucx/self_probe.py). A sender that is descheduled while it copies
+    delays it, too."""
     self_probe_look_s: float = 0.05
-    """UCX: of the time between two calls of `progress`, no more than this counts as waiting for that message: nobody
-    ran, or this process computed meanwhile."""
+    """UCX: how much of the time between two calls of `progress` counts at most as waiting for that message. In a longer
+    gap this process computed, or did not run."""
     unready_sleep_s: float = 0.001
-    """UCX: how long `arm` sleeps where a descriptor stays readable though nothing is there."""
+    """UCX: how long `arm` sleeps while a descriptor stays readable although nothing is pending."""
 
     def relations(self) -> Iterator[tuple[bool, str]]:
         yield self.unready_sleep_s < self.self_probe_look_s, "unready_sleep_s < self_probe_look_s"

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's API and what operators look at."""
+"""The HTTP application: OpenAI's API and the operators' endpoints."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from .resume import ResumeEndpoint
 from .trace import TraceEndpoint
 
 PARSERS = {"/v1/completions": CompletionCall.parse, "/v1/chat/completions": ChatCall.parse}
-"""Endpoints that generate."""
+"""The endpoints that generate, and how each reads a body."""
 
 
 class App(Starlette):
-    """Starlette, with a way to drop a connection kept in the scope before any layer wraps `send`."""
+    """Starlette that keeps in the scope how to drop the connection. No layer has wrapped `send` yet."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -51,7 +51,7 @@ def build_app(
     timing: GatewayTiming,
     recorder: Recorder | None = None,
 ) -> Starlette:
-    """The application over `engine`; traces where there is a recorder."""
+    """The application over `engine`. With a recorder it has /trace."""
     token_log = TokenLog(settings.token_log, timing) if settings.token_log else None
     api = Api(engine, settings, metrics, timing, token_log)
     get = Handlers(api)
@@ -96,14 +96,15 @@ class Handlers:
         return json_response(_card(model))
 
     async def ready(self, request: Request) -> Response:
-        """GET /health and /readyz: 503 and why, until a token has crossed all stages and while no pipeline serves."""
+        """GET /health and /readyz: 503 with the reason, until a token has crossed all stages and while no pipeline
+        serves."""
         ready, reason = self._api.engine.ready()
         if ready:
             return json_response({"status": "ready"})
         return json_response({"status": "unavailable", "reason": reason}, 503, {"retry-after": "1"})
 
     async def live(self, request: Request) -> Response:
-        """GET /livez: answering at all says that the process makes progress."""
+        """GET /livez: any answer shows that the process makes progress."""
         return json_response({"status": "alive"})
 
     async def mesh(self, request: Request) -> Response:
@@ -132,7 +133,7 @@ def _card(model: ModelCard) -> dict[str, object]:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """A path or method that does not exist, in OpenAI's shape."""
+    """The error of an unknown path or method, in OpenAI's format."""
     assert isinstance(error, HTTPException)
     message = str(error.detail)
     if error.status_code == 404:
@@ -143,5 +144,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
-    """A bug of ours; Starlette raises it again behind this, so that it is logged."""
+    """The error of a bug, in OpenAI's format. Starlette raises it again afterwards, so that it is logged."""
     return json_response(shape(f"{type(error).__name__}: {error}", 500, None, "internal"), 500)

@@ -1,4 +1,4 @@
-"""What the generating endpoints need of HTTP: bodies with bounds, clients that go away, readers that do not read."""
+"""Request bodies and response streams, with clients that are slow or go away."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ...timing import GatewayTiming
 from ..openai.errors import BodyTooLarge, BodyTooSlow
 
 ABORT = "stagemesh.abort"
-"""Key of the scope: a function that drops the connection with what is still in its buffer."""
+"""Key of the scope under which a function drops the connection, with what is in its buffer."""
 
 T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """The client closed the connection, or stopped reading; nobody is left to answer."""
+    """The client closed the connection, or stopped reading."""
 
 
 async def read_body(scope: Scope, receive: Receive, limit_bytes: int, within_s: float) -> bytes:
-    """The request's body. Raises BodyTooLarge without reading on, BodyTooSlow, InvalidRequest, ClientGone."""
+    """The request's body. Raises BodyTooLarge (and reads no further), BodyTooSlow, InvalidRequest, ClientGone."""
     for name, value in scope["headers"]:
         if name == b"content-length":
             if not value.isdigit():
@@ -57,10 +57,10 @@ def _too_large(limit_bytes: int) -> BodyTooLarge:
 
 
 async def answer_unread(response: Response, receive: Receive, send: Send, timing: GatewayTiming) -> None:
-    """Sends `response` to a client that is still sending its body, and then takes some more of that and drops it.
+    """Sends `response` to a client that is still sending its body, and drops some more of that body.
 
-    Closed at once, the connection would be reset, and most clients would report that and never see the answer (nginx
-    calls it a lingering close). What does not end within the bounds is cut off.
+    This is nginx's lingering close. If the connection were closed at once it would be reset, and most clients would
+    report the reset and not the response. A body that does not end within the bounds is cut off.
     """
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
@@ -76,7 +76,7 @@ async def answer_unread(response: Response, receive: Receive, send: Send, timing
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns or raises; ClientGone, with `work` cancelled, when the client goes away before."""
+    """The result of `work`. When the client goes away first, cancels `work` and raises ClientGone."""
     worker = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_gone(receive))
     try:
@@ -96,7 +96,7 @@ async def _gone(receive: Receive) -> None:
 
 
 class Writer:
-    """Writes one response's events. A reader that takes none for `timeout_s` is dropped."""
+    """Writes one response. The connection of a client that reads nothing for `timeout_s` is dropped."""
 
     def __init__(self, scope: Scope, send: Send, timeout_s: float) -> None:
         self._scope = scope
@@ -110,7 +110,7 @@ class Writer:
         await self._within({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
-        """Sends a piece of the body. Raises ClientGone when the reader took nothing for too long."""
+        """Sends a piece of the body. Raises ClientGone when the client has read nothing for too long."""
         await self._within({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _within(self, message: dict[str, Any]) -> None:
@@ -127,10 +127,10 @@ class Writer:
 
 
 def abort_of(send: Send) -> Any:
-    """How to drop the connection behind `send` at once, None where the server does not offer it.
+    """The function that drops the connection behind `send` at once; None if the server has none.
 
-    ASGI has no word for it, and a close waits until the reader has taken the buffer: for ever, with one that reads
-    nothing. uvicorn's `send` is a method of an object that holds the transport.
+    ASGI has no call for this, and a close waits until the client has read the buffer, which it may never do. uvicorn's
+    `send` is a method of an object that holds the transport.
     """
     transport = getattr(getattr(send, "__self__", None), "transport", None)
     return getattr(transport, "abort", None)

@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    # nginx would gather the events into blocks.
+    # Otherwise nginx would buffer the events.
     (b"x-accel-buffering", b"no"),
 ]
 
 
 class Endpoint:
-    """An ASGI application that answers one kind of call."""
+    """The ASGI application of one endpoint."""
 
     def __init__(self, api: Api, parse: Callable[[Api, bytes], Awaitable[Call]], path: str = "") -> None:
         """`path`: written into the token log, so that the stream is resumed by the same endpoint."""
@@ -89,7 +89,7 @@ async def answer(api: Api, call: Call, writer: Writer, log_file: StreamWriter | 
                 return json_response(call.whole(await generation.whole()))
             async with contextlib.aclosing(generation.deltas()) as batches:
                 async for batch in batches:
-                    # Not before the first batch: until then a failure still has its own status.
+                    # Not before the first batch: until then a failure can still have its own status.
                     if not writer.started:
                         await writer.start(EVENT_STREAM)
                     if log_file is not None:

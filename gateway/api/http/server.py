@@ -1,4 +1,4 @@
-"""The HTTP server: a socket of ours, and uvicorn on it."""
+"""The HTTP server: uvicorn on a socket that is bound before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ BACKLOG = 1024
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its own signal handlers: stopping has an order, and it is ours. Set `should_exit` to end it."""
+    """uvicorn without its signal handlers: the gateway stops its parts in an order of its own. `should_exit` ends
+    it."""
 
     def __init__(self, app: ASGIApp, timing: GatewayTiming) -> None:
         config = uvicorn.Config(
@@ -31,15 +32,15 @@ class HttpServer(uvicorn.Server):
         super().__init__(config)
 
     def install_signal_handlers(self) -> None:
-        """Leaves signals alone (older uvicorn)."""
+        """Does nothing (for older releases of uvicorn)."""
 
     def capture_signals(self):  # type: ignore[no-untyped-def]
-        """Leaves signals alone."""
+        """Captures no signals."""
         return contextlib.nullcontext()
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError when the port is taken or the address not ours."""
+    """A listening socket. Raises ConfigError when the port is in use or the address is not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

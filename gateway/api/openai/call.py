@@ -71,11 +71,11 @@ class Call(ABC):
 
     @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
-        """What comes before a choice's first delta, if anything does."""
+        """A choice of the chunk before the first delta, if there is one."""
 
     @abstractmethod
     def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A choice of a chunk."""
+        """A choice of a streamed chunk."""
 
     def number_events(self) -> None:
         """Gives its events ids, so that its stream can be resumed."""
@@ -93,7 +93,7 @@ class Call(ABC):
         return dumps(self._base(self.object_chunk))[:-1] + ',"choices":['
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The whole answer."""
         self._completion_tokens = sum(len(choice.tokens) for choice in choices)
         return {
             **self._base(self.object_whole),
@@ -102,7 +102,7 @@ class Call(ABC):
         }
 
     def events(self, batch: Iterable[tuple[int, Delta]]) -> bytes:
-        """The events of one batch of deltas, to be sent in one piece."""
+        """The events of one batch of deltas."""
         lines: list[str] = []
         for index, delta in batch:
             if index not in self._opened:
@@ -118,12 +118,12 @@ class Call(ABC):
         return "".join(lines).encode()
 
     def last_event(self) -> bytes:
-        """The usage, where asked for, and the end."""
+        """The events that end the stream: the usage, if it is wanted, and [DONE]."""
         usage = event(f'{self._head}],"usage":{dumps(self.usage())}}}').encode() if self._include_usage else b""
         return usage + DONE
 
     def usage(self) -> dict[str, Any]:
-        """Tokens so far; a prompt counts once, however many choices answer it."""
+        """The token counts so far. A prompt counts once, whatever the number of its choices."""
         prompt = sum(len(request.prompt) for request in self.requests)
         cached = self.generation.cached_tokens if self.generation is not None else 0
         return {
@@ -134,7 +134,7 @@ class Call(ABC):
         }
 
     def request_ids(self, count: int) -> list[str]:
-        """The engine's name for each of `count` prompts."""
+        """Request ids for `count` prompts."""
         return [self.id] if count == 1 else [f"{self.id}-{i}" for i in range(count)]
 
     def _base(self, kind: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class ChatCall(Call):
 
     @classmethod
     async def parse(cls, api: Api, data: bytes) -> ChatCall:
-        """The call that the body `data` asks for. Raises InvalidRequest, NotFound, Unavailable."""
+        """Parses a body. Raises InvalidRequest, NotFound, Unavailable."""
         try:
             body = ChatCompletionRequest.model_validate_json(data)
         except ValidationError as e:
@@ -56,7 +56,7 @@ class ChatCall(Call):
         return call
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The whole answer."""
         told = super().whole(choices)
         if self.body.return_token_ids:
             told["prompt_token_ids"] = list(self.requests[0].prompt)
@@ -76,14 +76,14 @@ class ChatCall(Call):
         return told
 
     def opening(self, index: int) -> dict[str, Any]:
-        """The speaker."""
+        """The chunk with the role."""
         told = self._choice(index, {"role": "assistant", "content": ""})
         if self.body.return_token_ids:
             told["prompt_token_ids"] = list(self.requests[0].prompt)
         return told
 
     def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A choice of a chunk."""
+        """A choice of a streamed chunk."""
         told = self._choice(index, {"content": delta.text} if delta.text else {})
         told["logprobs"] = self._logprobs_of(delta.logprobs)
         if delta.finish_reason is not None:

@@ -22,7 +22,7 @@ MAX_PROMPTS = 1024
 
 
 class CompletionCall(Call):
-    """One completion call, of one or several prompts."""
+    """One completion call with one or several prompts."""
 
     object_whole = object_chunk = "text_completion"
     id_prefix = "cmpl-"
@@ -30,12 +30,12 @@ class CompletionCall(Call):
     def __init__(self, body: CompletionRequest, model: ModelCard, tokenizer: Tokenizer) -> None:
         super().__init__(body, model, tokenizer)
         self.echoed: list[str] = []
-        """Each prompt's text, where `echo` asks for it."""
+        """The text of each prompt, with `echo`; else empty."""
         self._logprobs: dict[int, CompletionLogprobs] = {}
 
     @classmethod
     async def parse(cls, api: Api, data: bytes) -> CompletionCall:
-        """The call that the body `data` asks for. Raises InvalidRequest, NotFound, Unavailable."""
+        """Parses a body. Raises InvalidRequest, NotFound, Unavailable."""
         try:
             body = CompletionRequest.model_validate_json(data)
         except ValidationError as e:
@@ -90,7 +90,7 @@ class CompletionCall(Call):
         return told
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The echoed prompt, and its ids where asked for."""
+        """The chunk with the echoed prompt or its ids, if either is wanted."""
         if not self.echoed and not self.body.return_token_ids:
             return None
         told = self._choice(index, self._echo(index))
@@ -99,7 +99,7 @@ class CompletionCall(Call):
         return told
 
     def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A choice of a chunk."""
+        """A choice of a streamed chunk."""
         told = self._choice(index, delta.text)
         told["logprobs"] = self._logprobs_of(index, delta.logprobs)
         if delta.finish_reason is not None:

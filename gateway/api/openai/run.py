@@ -1,4 +1,4 @@
-"""From checked requests to deltas: submits them to the engine, merges their streams, and ends them in any case."""
+"""Submits the requests of one call to the engine, merges their streams, and makes sure that they end."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Choice:
 
 
 class Generation:
-    """The requests of one call, one per prompt; choice `c` of prompt `p` has the index p * n + c."""
+    """The running requests of one call, one for each prompt. Choice `c` of prompt `p` has the index p * n + c."""
 
     def __init__(self, engine: Engine, requests: Sequence[GenerationRequest]) -> None:
-        """Submits all of them, or none: raises what the engine raises."""
+        """Submits all requests, or none. Raises what the engine raises."""
         self.requests = requests
         self._streams: list[Stream] = []
         try:
@@ -48,17 +48,17 @@ class Generation:
         return sum(stream.cached_tokens for stream in self._streams)
 
     def cancel(self) -> None:
-        """Ends all of them; safe at any time."""
+        """Ends all requests. It may be called at any time."""
         for stream in self._streams:
             stream.cancel()
 
     async def deltas(self) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        """Batches of (index, delta), as they come; raises what the engine raises."""
+        """Batches of (index, delta) as they come. Raises what the engine raises."""
         if len(self._streams) == 1:
             async for batch in self._streams[0]:
                 yield [(delta.choice, delta) for delta in batch]
             return
-        # One batch of each stream at most is held here: what is slow to be taken stays with the engine.
+        # At most one batch of each stream is kept here. For a slow reader the engine keeps the rest.
         iterators = [aiter(stream) for stream in self._streams]
         pending = {asyncio.ensure_future(anext(it)): p for p, it in enumerate(iterators)}
         try:
@@ -82,7 +82,7 @@ class Generation:
             await asyncio.gather(*pending, return_exceptions=True)
 
     async def whole(self) -> list[Choice]:
-        """All choices, when they have ended."""
+        """All choices, once they have ended."""
         choices = [Choice() for _ in range(sum(request.n for request in self.requests))]
         async for batch in self.deltas():
             for index, delta in batch:

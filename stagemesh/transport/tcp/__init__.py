@@ -1,4 +1,4 @@
-"""TCP: the bytes on a stream (`frame.py`), the two ends of a connection, and the transport that drives them.
+"""The transport over TCP: the bytes on a stream (`frame.py`), the two ends of a connection, and what drives them.
 
-No threads, no event loop and no asyncio: sockets behind one epoll, moved by `progress()`.
+There are no threads and no event loop: `progress()` moves non-blocking sockets behind one epoll.
 """

@@ -76,7 +76,7 @@ def unpack_header(data: bytes | memoryview, max_frame_bytes: int) -> tuple[int, 
     """(tag, length in bytes) of a frame.
 
     Raises:
-        TransportError: not a header, or a length over the bound: the stream cannot be followed any further.
+        TransportError: not a header, or a length over the bound: nothing more of the stream can be read.
     """
     magic, version, tag, length = _unpack(_HEADER, data, "frame header")
     if magic != b"SMFR" or version != VERSION:
@@ -87,7 +87,7 @@ def unpack_header(data: bytes | memoryview, max_frame_bytes: int) -> tuple[int, 
 
 
 def pack_refusal(reason: str) -> bytes:
-    """Told to a connection before it is closed."""
+    """What a connection is sent before it is closed."""
     return _REFUSAL.pack(b"SMNO", reason.encode()[:60])
 
 

@@ -1,4 +1,4 @@
-"""The receiving end of a TCP connection: preamble, then frames, each read into the buffer that waits for it."""
+"""The receiving end of a TCP connection. It reads the preamble, then frames, each into the buffer of its receive."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Inbound:
         self._length = 0
         self._in_frame = False  # a header was read, its body is not complete
         self._request: HostRequest | None = None
-        self._body: memoryview | None = None  # None: no room yet
+        self._body: memoryview | None = None  # None: no memory yet
         self._missing = 0  # bytes of the body still to come
 
     @property
@@ -49,14 +49,14 @@ class Inbound:
 
     @property
     def stalled(self) -> bool:
-        """A frame waits for room."""
+        """A frame waits for memory."""
         return self._in_frame and self._body is None
 
     def read(self) -> None:
         """Reads what is there.
 
         Raises:
-            TransportError: the stream is not what it should be; it cannot be followed any further.
+            TransportError: the stream is not valid; nothing more of it can be read.
         """
         for _ in range(_READS_A_TURN):
             if not self._parse():
@@ -75,7 +75,7 @@ class Inbound:
                 return
 
     def drop_frame(self) -> None:
-        """Reads over the rest of the present frame."""
+        """Drops the present frame: the rest of it is read and thrown away."""
         if self._request is None and self._body is not None:
             self._inbox.give_up(self._length)
         self._request = None
@@ -93,7 +93,7 @@ class Inbound:
             self._inbox.give_up(self._length)
 
     def _parse(self) -> bool:
-        """Uses up `_rx`. False: a frame waits for room."""
+        """Parses what was read. False: a frame waits for memory."""
         view = memoryview(self._rx)
         while True:
             if self._in_frame:

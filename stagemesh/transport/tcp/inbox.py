@@ -1,4 +1,4 @@
-"""Where the bodies of arriving frames go."""
+"""Where the bodies of arriving frames are put."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from ..mailbox import HostRequest, Mailbox, wrong_size
 
 
 class Inbox:
-    """Into posted receives; unexpected ones into memory of their own, up to a bound over all connections.
+    """A body goes into the buffer of its posted receive. An unexpected one goes into new memory.
 
-    One unexpected frame is taken whatever its size.
+    That memory is bounded over all connections, but one unexpected frame is accepted whatever its size.
     """
 
     def __init__(self, max_unexpected_bytes: int) -> None:
         self._max_bytes = max_unexpected_bytes
         self._bytes = 0
-        """Of unexpected frames, those that are still on their way included."""
+        """Bytes of unexpected frames, including those that are still arriving."""
         self._mailbox: Mailbox[bytearray] = Mailbox()
 
     @property
@@ -27,7 +27,7 @@ class Inbox:
     # -- the transport's side ---------------------------------------------------------------------------------------
 
     def post(self, tag: int, request: HostRequest) -> None:
-        """Posts a receive, or ends it with the frame that is here already."""
+        """Posts a receive. If its frame is here already, ends it."""
         message = self._mailbox.post(tag, request)
         if message is not None:
             self._bytes -= len(message)
@@ -38,7 +38,7 @@ class Inbox:
         return self._mailbox.has(tag)
 
     def discard(self, tag: int, mask: int, forever: bool) -> int:
-        """See `Transport.discard`; those that are here."""
+        """See `Transport.discard`. Drops complete frames only."""
         dropped = self._mailbox.discard(tag, mask, forever)
         self._bytes -= sum(map(len, dropped))
         return len(dropped)
@@ -50,9 +50,9 @@ class Inbox:
     # -- a connection's side ----------------------------------------------------------------------------------------
 
     def place(self, tag: int, length: int) -> HostRequest | memoryview | None:
-        """Where the body of an arriving frame goes: a posted receive, memory, or (None) nowhere yet.
+        """Where the body of an arriving frame goes: a posted receive, or memory. None: it must wait for memory.
 
-        An empty view of another length means: read over it.
+        An empty view of another length means that the body must be thrown away.
         """
         request = self._mailbox.match(tag)
         if request is not None:
@@ -68,7 +68,7 @@ class Inbox:
         return memoryview(bytearray(length))
 
     def complete(self, tag: int, body: bytearray) -> None:
-        """The memory of an unexpected frame is filled."""
+        """Takes the complete body of an unexpected frame."""
         request = self._mailbox.match(tag)
         if request is None:
             self._mailbox.keep(tag, body)
@@ -77,5 +77,5 @@ class Inbox:
             request.take(tag, body)
 
     def give_up(self, length: int) -> None:
-        """An unexpected frame ends before it is complete."""
+        """Frees the memory of an unexpected frame that will not be completed."""
         self._bytes -= length

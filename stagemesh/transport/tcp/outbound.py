@@ -1,4 +1,4 @@
-"""The sending end of a TCP connection: a queue of frames, written as the socket takes them."""
+"""The sending end of a TCP connection: a queue of frames that are written as the socket accepts them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _IOV = 64
 
 
 class Outbound:
-    """See `Peer`. Connects in the background; sends queue until then."""
+    """See `Peer`. It connects in the background, and queues what is sent meanwhile."""
 
     def __init__(self, host: str, port: int, secret: bytes, epoll: select.epoll, timeout_s: float) -> None:
         self._where = f"{host}:{port}"
@@ -72,7 +72,7 @@ class Outbound:
         return request
 
     def on_event(self, event: int) -> bool:
-        """Called by the transport; False when the connection is over."""
+        """Handles an event of epoll. False: the connection is over."""
         if self._sock is None:
             return False
         if not self._connected:
@@ -90,7 +90,7 @@ class Outbound:
         return self._sock is not None
 
     def past_deadline(self, now: float) -> bool:
-        """Ends a connection that was not made in time."""
+        """Ends the connection when it was not established in time; True then."""
         if self._deadline is not None and now > self._deadline:
             self._fail(f"did not answer within {self._timeout_s:g} s")
             return True
@@ -100,7 +100,7 @@ class Outbound:
         self._fail("was closed by this side")
 
     def _hear(self) -> bool:
-        """The other side only ever speaks to refuse, or ends."""
+        """Reads from the connection. The other side sends nothing but a refusal, before it closes."""
         assert self._sock is not None
         try:
             data = self._sock.recv(frame.REFUSAL_BYTES)

@@ -1,9 +1,9 @@
-"""TCP without threads: non-blocking sockets behind one epoll, in the same `progress()` as the other transports.
+"""The TCP transport: a listener, and connections in both directions.
 
-A `Peer` is one outgoing connection; frames travel on it one way only. The address carries a secret (and gRPC carries
-the address): a connection that does not begin with it is told so and dropped, before any frame of it is looked at.
-Reads go straight into the posted buffer; what nobody asked for yet is kept up to a bound, then that socket is read no
-further until a receive is posted.
+A `Peer` is one outgoing connection, on which frames travel one way. The address carries a secret, and gRPC carries the
+address. A connection that does not begin with the secret is refused before any frame of it is read. Bodies are read
+straight into posted buffers. Unexpected ones are kept up to a bound; beyond it a socket is not read until a receive is
+posted.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class TcpTransport:
         port: port to bind; 0 asks the system for a free one.
         advertise: host that others connect to; the bound address when None.
         max_frame_bytes: a longer frame is refused and its connection closed.
-        max_unexpected_bytes: bound of all frames together for which no receive is posted yet; one is kept whatever
-            its size.
-        timing: what is waited for.
+        max_unexpected_bytes: bound of the memory for unexpected frames, over all connections.
 
     Raises:
         TransportError: the address cannot be bound.
@@ -76,7 +74,7 @@ class TcpTransport:
         self._inbound: dict[int, Inbound] = {}
         self._outbound: dict[int, Outbound] = {}
         self._inbox = Inbox(max_unexpected_bytes)
-        self._waiting: list[Inbound] = []  # they have a frame for which there is no room
+        self._waiting: list[Inbound] = []  # they have a frame that waits for memory
         self.refused_count = 0
         self._calls = 0
         self._closed = False
@@ -131,7 +129,7 @@ class TcpTransport:
         return bool(events)
 
     def doubt(self) -> None:
-        """Every peer has a way of its own here: none can break another's."""
+        """Does nothing: each peer has a connection of its own, and none can block another one's messages."""
 
     def fds(self) -> list[tuple[int, int]]:
         return [(self._epoll.fileno(), select.POLLIN)]
@@ -165,7 +163,9 @@ class TcpTransport:
                     raise TransportError("no file descriptors are left to accept a connection") from error
                 return
             unauthenticated = [c for c in self._inbound.values() if not c.authenticated]
-            if len(unauthenticated) >= _MAX_UNAUTHENTICATED:  # the oldest goes: a right peer says who it is at once
+            if (
+                len(unauthenticated) >= _MAX_UNAUTHENTICATED
+            ):  # The oldest is dropped: a peer with the secret sends it at once.
                 self.refused_count += 1
                 self._drop(unauthenticated[0], TransportError("too many connections that do not say who they are"))
             deadline = time.monotonic() + self._timing.preamble_s

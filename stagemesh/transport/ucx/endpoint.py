@@ -1,4 +1,4 @@
-"""One UCX endpoint: who uses it, the way that its bytes take, whether the process behind it lives."""
+"""One UCX endpoint: its users, the route of its bytes, and whether the process behind it lives."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SHARED_MEMORY = {"posix", "sysv", "cma", "xpmem", "knem", "mm", "self"}
 
 
 class Endpoint:
-    """One UCX endpoint for all peers of a transport that have the same address.
+    """The endpoint to one remote worker, shared by all peers with that address.
 
-    UCX pairs the endpoints of two workers in the order in which each made its own, and what is left of a pair is failed
-    when the other one is closed. So with one for each link, closing one would break whichever link the other side's
-    happens to be for. And where no network is in between it is `kept` as long as the peer's process runs, also while
-    no link uses it: the other side may be making the next link, on its own, already. Elsewhere it is closed with its
-    last user: behind a cut that has healed a new connection comes up sooner than one that waits to send again.
+    UCX pairs the endpoints of two workers in the order in which each side made them, and fails one half of a pair when
+    the other is closed. With an endpoint for each link, closing one link could break another. On one host the endpoint
+    is kept as long as the peer's process runs, even while no link uses it: the other side may already be making the
+    next link on its half. Between hosts it is closed with its last user: after a network cut, a new connection comes up
+    sooner than an old one recovers.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Endpoint:
         deaths: select.epoll,
         on_gone: Callable[[], None],
     ) -> None:
-        """Watches the process behind it, where it can.
+        """Makes the endpoint, and watches the process behind it if that is on this host.
 
         Args:
-            deaths: where that process shows as readable when it has ended.
-            on_gone: called when it is gone: it may have ended within a send.
+            deaths: gets a pidfd of that process, which is readable when the process has ended.
+            on_gone: called when the peer is gone. It may have ended during a send.
 
         Raises:
             TransportError: UCX cannot make it, or the process has ended.
@@ -64,12 +64,12 @@ class Endpoint:
 
     @property
     def alive(self) -> bool:
-        """Neither closed nor given up by UCX."""
+        """Neither closed nor failed."""
         return not self._closed and bool(self.raw.alive)
 
     @property
     def why(self) -> str:
-        """What UCX says of its end, in brackets; empty where it says nothing."""
+        """UCX's reason for a failure, in brackets; empty if there is none."""
         try:
             self.raw.raise_on_error()
         except self._worker.lib.UCXError as error:
@@ -77,28 +77,28 @@ class Endpoint:
         return ""
 
     def release(self, peer: UcxPeer) -> None:
-        """A user less."""
+        """Removes a user. The last one may close the endpoint."""
         self.users.discard(peer)
         if not self.users and not (self._kept and self.alive):
             self.close()
 
     def died(self) -> None:
-        """Its process has ended: ends what is under way."""
+        """Fails all users, because the process behind it has ended."""
         for peer in list(self.users):
             peer.fail(TransportError("the peer process has ended"))
         self.close()
         self.on_gone()
 
     def close(self) -> None:
-        """Ends it, and its users with it."""
+        """Closes it and all its users."""
         for peer in list(self.users):
             if peer.error is None:
                 peer.close()
         if self._closed:
             return
         if self.alive:
-            # Forced: ends the requests under way, also a rendezvous that waits for a dead peer, which `close` would
-            # leave open. It takes microseconds.
+            # A forced close ends pending requests, even a rendezvous with a dead peer, which `close` would leave open.
+            # It takes microseconds.
             self.raw.close_blocking(_CLOSE_PERIOD_NS, 1)
         self._closed = True
         if self.pidfd is not None:
@@ -140,7 +140,7 @@ class UcxPeer:
         self.fail(TransportError("this peer was closed"))
 
     def fail(self, error: TransportError) -> None:
-        """Nothing goes this way any more."""
+        """Ends this peer with an error."""
         self._error = self._error or error
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is not None:
@@ -148,7 +148,7 @@ class UcxPeer:
 
 
 def endpoint_route(handle: int) -> str:
-    """The transports that UCX chose for the messages sent so far on an endpoint, from its own description.
+    """The transports that UCX chose for the messages sent so far, from its description of the endpoint.
 
     The description holds one table for each kind of message that was sent ("tagged message by ... from host memory"),
     whose last column names transport and device of each size range. Before the first message there is none.

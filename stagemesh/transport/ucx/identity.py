@@ -1,4 +1,4 @@
-"""Which process a UCX address belongs to, and whether that lives.
+"""The process that a UCX address belongs to.
 
     address    magic "SMU1", CRC-32 u32, boot id 16 bytes, PID namespace u64, PID u32, start ticks u64, then UCX's own
 
@@ -21,7 +21,7 @@ _MAGIC = b"SMU1"
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """Which process, on which boot of which host; comparable between processes of one PID namespace."""
+    """Identifies a process, also across hosts and reboots."""
 
     boot_id: bytes
     pid_namespace: int
@@ -36,7 +36,7 @@ class ProcessIdentity:
         return cls(boot, os.stat("/proc/self/ns/pid").st_ino, pid, _start_ticks(pid) or 0)
 
     def watch(self, own: ProcessIdentity) -> int | None:
-        """A pidfd of this process, readable when it ends. None where it is out of sight, or `own` itself.
+        """A pidfd of this process, readable when it ends. None if it is not on this host, or is `own`.
 
         Raises:
             TransportError: it has ended already.
@@ -48,7 +48,7 @@ class ProcessIdentity:
         except ProcessLookupError as error:
             raise TransportError(f"the peer process {self.pid} has ended") from error
         except OSError:
-            return None  # a kernel or sandbox without pidfd: UCX's keep-alive is left
+            return None  # A kernel or sandbox without pidfd: only UCX's keep-alive notices its end.
         if _start_ticks(self.pid) != self.start_ticks:
             os.close(pidfd)
             raise TransportError(f"the peer process {self.pid} has ended, another has its number")
@@ -56,7 +56,7 @@ class ProcessIdentity:
 
     @property
     def shares_network(self) -> bool:
-        """Whether this process of the own host has the same interfaces, and so no network in between."""
+        """Whether this process, which is on this host, is in the same network namespace."""
         try:
             return os.stat(f"/proc/{self.pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
         except OSError:
@@ -64,7 +64,7 @@ class ProcessIdentity:
 
 
 def pack_address(identity: ProcessIdentity, ucx_address: bytes) -> bytes:
-    """A UCX worker address with the process it belongs to, and a checksum: UCX itself trusts what it is given."""
+    """A UCX worker address with its process and a checksum: UCX does not check an address itself."""
     own = (identity.boot_id, identity.pid_namespace, identity.pid, identity.start_ticks)
     crc = zlib.crc32(_ADDRESS.pack(_MAGIC, 0, *own) + ucx_address)
     return _ADDRESS.pack(_MAGIC, crc, *own) + ucx_address

@@ -1,10 +1,10 @@
-"""Whether other processes of this host still reach a UCX worker through shared memory.
+"""Finds out whether other processes of this host still reach a UCX worker through shared memory.
 
-All senders of a host share one queue of the receiver. UCX's sender takes an element of it, copies its message there,
-then marks it as written; one that is killed between the two (most likely while it is descheduled in the copy) leaves an
-element that is never marked, and the receiver waits before it for ever: deaf to everyone, not only to the dead. UCX has
-no call that tells. So the worker is sent a message, by another worker of the same process that knows no other way than
-shared memory: it comes within microseconds, or never.
+All senders of a host share one queue of the receiver. A sender takes an element of the queue, copies its message there,
+and marks the element as written. A sender that is killed in between leaves an element that is never marked. The
+receiver waits for it for ever, and gets no message of any sender any more. UCX has no call that reports this state. So
+another worker of the same process, which can use shared memory only, sends the receiver a message. It comes within
+microseconds or never.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CLOSE_PERIOD_NS = 10_000_000
 
 
 class SelfProbe:
-    """Asks, when told to, whether `receiver` still hears.
+    """Probes `receiver` when asked to.
 
     Args:
         config: UCX's options of that worker.
@@ -42,7 +42,7 @@ class SelfProbe:
         self._endpoint: Any = None
         shared = ",".join(sorted(set(_SHARED_QUEUE.findall(receiver.resources))))
         if not shared:
-            return  # nobody else writes into this process's memory
+            return  # No other process writes into this one's memory.
         try:
             self._sender = UcxWorker({**config, "TLS": shared}, wakeup=False)
             self._endpoint = self._sender.endpoint(receiver.address)
@@ -51,8 +51,8 @@ class SelfProbe:
             log.warning("whether this process still hears through shared memory cannot be asked: %s", e)
 
     def ask(self) -> None:
-        """Sends a message; `progress` looks for it. Also behind one that is under way: that may be in front of what
-        this one is about. The queue keeps the order, so the newest alone is waited for."""
+        """Sends a message, for which `progress` then looks. A message that is still on its way does not count: it may
+        be in front of the blocked element. The queue keeps the order, so only the newest message is waited for."""
         if self._sender is None:
             return
         self._request = self._receiver.recv(self._tag, bytearray(8))
@@ -60,7 +60,7 @@ class SelfProbe:
         self._sender.send(self._endpoint, self._tag, bytearray(8))
 
     def progress(self) -> None:
-        """Call with the receiver's own `progress`. Raises TransportError once it is known to be deaf."""
+        """Call with the receiver's own `progress`. Raises TransportError once the queue is known to be blocked."""
         if self._request is None or self._sender is None:
             return
         self._sender.progress()
@@ -79,7 +79,7 @@ class SelfProbe:
             )
 
     def close(self) -> None:
-        """Before the receiver is closed."""
+        """Call before the receiver is closed."""
         if self._sender is not None:
             if self._endpoint.alive:
                 self._endpoint.close_blocking(_CLOSE_PERIOD_NS, 1)

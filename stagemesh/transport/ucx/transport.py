@@ -1,4 +1,4 @@
-"""The transport over UCX: endpoints, the processes behind them, and what is dropped as late."""
+"""The UCX transport: endpoints, the processes behind them, and late messages."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .worker import UcxRequest, UcxWorker
 DEFAULTS = {"MM_ERROR_HANDLING": "y", "KEEPALIVE_INTERVAL": "1s", "TCP_CONN_NB": "y"}
 
 HOST_DEFAULTS = {**DEFAULTS, "RNDV_THRESH": "262144"}
-"""Below 256 KiB a host message goes eagerly: it needs no progress of a sender that is deep in compute."""
+"""Below 256 KiB a host message is sent eagerly: it then needs no further progress of a sender that computes."""
 
 CUDA_DEFAULTS = {**DEFAULTS, "RNDV_THRESH": "8192"}
-"""CUDA memory goes by rendezvous, so that cuda_ipc moves it without a bounce through host memory."""
+"""CUDA memory goes by rendezvous, so that cuda_ipc moves it without a copy through host memory."""
 
 _WATCH_EVERY = 64
-"""Calls of `progress` between two looks at what does not come by UCX."""
+"""Calls of `progress` between two checks for ended processes and late messages."""
 _IDLE_ARMS = 16
 
 _open: WeakSet[UcxTransport] = WeakSet()
@@ -34,7 +34,7 @@ _open: WeakSet[UcxTransport] = WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """A process that ends on an error ends, too: see `UcxTransport.__del__`."""
+    """Closes all transports before the interpreter ends: see `UcxTransport.__del__`."""
     for transport in list(_open):
         transport.close()
 
@@ -42,7 +42,7 @@ def _close_all() -> None:
 class UcxTransport:
     """See `Transport`. `options` are UCX's own, without the `UCX_` prefix: `{"TLS": "tcp", "NET_DEVICES": "eth0"}`.
 
-    They win over `UCX_*` in the environment, which win over the defaults above.
+    They override `UCX_*` in the environment, which overrides the defaults above.
 
     Raises:
         TransportError: ucxx is missing, or UCX cannot be initialised with these options.
@@ -76,7 +76,7 @@ class UcxTransport:
         _open.add(self)
 
     def __del__(self) -> None:
-        # The destructors behind these objects wait for peers when they run in the wrong order: for ever, maybe.
+        # UCX's destructors may wait for peers for ever when they run in the wrong order.
         if not getattr(self, "_closed", True):
             self.close()
 
@@ -156,7 +156,7 @@ class UcxTransport:
         self._endpoints.clear()
 
     def _watch(self) -> bool:
-        """Looks whether a watched process has ended, and drops the frames of dead lanes."""
+        """Fails the endpoints of processes that have ended, and drops late messages. True when a process has ended."""
         for value, mask in self._fences:
             self.late_count += self._worker.discard(value, mask)
         ended = {fd for fd, _ in self._deaths.poll(0)}

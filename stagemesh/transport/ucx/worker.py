@@ -1,4 +1,4 @@
-"""A UCX worker: sends and receives under way in this process, and their early end."""
+"""A UCX worker with its pending sends and receives."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class UcxRequest:
         self._worker, self._raw, self._buffer = worker, raw, buffer
         self.nbytes = nbytes
         self.tag = tag  # of a receive
-        self.canceller_open = False  # the message that should cancel it has not been found again
+        self.canceller_open = False  # the message that cancels it has not been received or dropped yet
         self._done = self._cancelled = False
         self._error: TransportError | None = None
 
@@ -75,7 +75,7 @@ class UcxRequest:
                 self._error = TransportError(f"UCX: {error}")
             self._error.__cause__ = error
         if self.canceller_open and self.tag is not None:
-            # The real message was first; the other one must not meet a later receive.
+            # The real message came first. The cancelling one must not match a later receive.
             self._worker.discard(self.tag, FULL_MASK)
             if self.canceller_open:
                 return
@@ -110,14 +110,14 @@ class UcxWorker:
         self._tag, self._mask = self.lib.UCXXTag, self.lib.UCXXTagMask
         self.address: bytes = self.lib.UCXAddress.create_from_worker(self._worker).tobytes()
         self.resources: str = self._context.info
-        """What the context says of the ways that it has."""
+        """UCX's description of the context, which lists its transports."""
         self._under_way: dict[int, UcxRequest] = {}
-        self._cancelling: dict[int, UcxRequest] = {}  # by tag: receives whose canceller is open
+        self._cancelling: dict[int, UcxRequest] = {}  # by tag: receives whose cancelling message is still open
         self._to_self: Any = None
 
     @property
     def fd(self) -> int:
-        """To sleep on after `arm`."""
+        """Descriptor to sleep on after `arm`."""
         return int(self._worker.epoll_file_descriptor)
 
     def arm(self) -> bool:
@@ -125,7 +125,7 @@ class UcxWorker:
         return bool(self._worker.arm())
 
     def progress(self) -> bool:
-        """Moves what can be moved; True when something happened."""
+        """See `Transport.progress`."""
         spins = 0
         while spins < _MAX_SPINS and self._worker.progress_once():
             spins += 1
@@ -154,7 +154,7 @@ class UcxWorker:
         return bool(self._worker.tag_probe(self._tag(tag)).matched)
 
     def discard(self, tag: int, mask: int) -> int:
-        """See `Transport.discard`; those that are here. Messages that cancel a receive are not counted."""
+        """See `Transport.discard`. Messages that cancel a receive are dropped, too, but not counted."""
         dropped = 0
         while (found := self._worker.tag_probe(self._tag(tag & mask), self._mask(mask), True)).matched:
             self._drop(found)
@@ -167,28 +167,28 @@ class UcxWorker:
         return dropped
 
     def sweep(self) -> None:
-        """Lets go of requests that are complete though nobody asked."""
+        """Releases the buffers of completed requests that nobody has asked for."""
         for request in list(self._under_way.values()):
             _ = request.done
 
     def forget(self, request: UcxRequest) -> None:
-        """A request is done."""
+        """Removes a request that is done."""
         self._under_way.pop(id(request), None)
         if request.tag is not None and self._cancelling.get(request.tag) is request:
             del self._cancelling[request.tag]
 
     def send_canceller(self, request: UcxRequest, tag: int) -> None:
-        """A message to this worker itself that ends a receive which waits for its tag."""
+        """Sends this worker a message that ends the receive with that tag."""
         if self._to_self is None:
             self._to_self = self.endpoint(self.address)
         self._cancelling[tag] = request
         self.send(self._to_self, tag, bytearray(request.nbytes + 1))
 
     def close(self) -> None:
-        """Ends what is under way, and the worker. Endpoints that others made are theirs to close before."""
+        """Ends pending requests and the worker. Endpoints must have been closed before."""
         for _ in range(_CLOSE_TURNS):
             self.progress()
-        self.discard(0, 0)  # ucxx would fetch what nobody took, and wait for senders that are gone
+        self.discard(0, 0)  # ucxx would fetch unexpected messages, and wait for senders that are gone
         if self._to_self is not None and self._to_self.alive:
             self._to_self.close_blocking()
         self._worker.cancel_inflight_requests()
@@ -201,14 +201,14 @@ class UcxWorker:
         del self._worker, self._context
 
     def _drop(self, found: Any) -> None:
-        """Takes a probed message off the queue. One byte is enough: UCX drops what does not fit, and does not fetch a
-        rendezvous for it."""
+        """Takes a probed message off the queue. A buffer of one byte is enough: UCX drops what does not fit, and does
+        not fetch a rendezvous."""
         scratch = bytearray(1)
         array = self._array_of(scratch)
         self._track(self._worker.tag_recv_with_handle(array, found), (array, scratch), 1, None)
 
     def _track(self, raw: Any, buffer: Any, nbytes: int, tag: int | None) -> UcxRequest:
-        """Holds request and buffer until UCX has completed it, whatever the caller does with the request."""
+        """Keeps request and buffer until UCX has completed the request, even if the caller drops it."""
         request = UcxRequest(self, raw, buffer, nbytes, tag)
         if not request.done:
             self._under_way[id(request)] = request

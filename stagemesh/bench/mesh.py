@@ -1,4 +1,4 @@
-"""A mesh for the time of a measurement: `stagemesh serve`, as a user would start it."""
+"""Starts a mesh for the time of a measurement, by `stagemesh serve` as a user would."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ADDRESS = re.compile(rb"OpenAI API\s+(\S+)/v1")
 
 
 @contextlib.asynccontextmanager
-async def own_mesh(flags: Sequence[str]) -> AsyncIterator[str]:
-    """The URL of a ready mesh that ends with the block; its warnings and the loading of weights are on stderr.
+async def temporary_mesh(flags: Sequence[str]) -> AsyncIterator[str]:
+    """Starts a mesh, yields its URL when it is ready, and ends it after the block. Its log goes to stderr.
 
-    Raises ConfigError when it ends, or is not ready in time.
+    Raises ConfigError when it ends early or is not ready in time.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "stagemesh.cli.main", "serve", *flags,
@@ -53,7 +53,7 @@ async def own_mesh(flags: Sequence[str]) -> AsyncIterator[str]:
 
 
 async def _address(stdout: asyncio.StreamReader) -> str | None:
-    """From the banner, which is printed once the mesh is ready; None when the mesh ended before."""
+    """The URL in the banner, which is printed when the mesh is ready; None when the mesh ended before."""
     while line := await stdout.readline():
         found = ADDRESS.search(line)
         if found:
