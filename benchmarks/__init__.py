@@ -1,6 +1,6 @@
-"""Benchmarks: each a module to run from the repository's root, such as `python -m benchmarks.links`.
+"""Benchmarks. Each is a module to run from the repository's root, such as `python -m benchmarks.links`.
 
-A benchmark of one file stands here, one of several in a room of its own. Each measures, writes JSON and Markdown below
-`results/` with the machine, the versions and its own command, and says by its exit status whether what must hold held.
-They are no part of the package that is installed.
+A benchmark of one file is here, one of several files has a folder. Each writes JSON and Markdown to `results/`, with
+the machine, the versions and its own command. Its exit status says whether its goals were met. Benchmarks are not part
+of the installed package.
 """

@@ -1,10 +1,9 @@
-"""What the boundary journal adds to the steps of a stage, timed within one process.
+"""Measures what the journal of sent activations adds to a stage's steps, within one process.
 
     python -m benchmarks.journal_share [MODEL]
 
-Half of the model's layers compute a step, and its output is kept, in turn, as a rank does: the journal writes between
-two steps, when the caches hold the step's weights. Throughput of whole meshes with the journal and without
-(`pairs --what journal`) varies by more than it costs.
+Half of the model's layers compute a step, then the journal stores its output, as in a rank: between two steps, when the
+caches hold the step's weights. The throughput of whole meshes (`pairs --what journal`) varies by more than that costs.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ STEPS = {"decode of 8 rows": (8, 1), "decode of 16 rows": (16, 1), "48 tokens of
 
 
 def measure(model: Path, repeats: int) -> dict[str, Any]:
-    """Milliseconds of a step and of what keeping its output takes, and the share of both that the latter is."""
+    """Milliseconds of a step, milliseconds of storing its output, and the share of the latter in both."""
     torch.set_num_threads(1)
     layers = model_facts(model)["layers"]
     spec = ShardSpec(str(model), 0, layers // 2, "bfloat16", "cpu", page_size=PAGE_SIZE, threads=1)
@@ -50,7 +49,7 @@ def measure(model: Path, repeats: int) -> dict[str, Any]:
         tables = [list(range(row * each, (row + 1) * each)) for row in range(count)]
         step_s, keep_s = [], []
         for at in range(repeats):
-            # Decode goes on from page to page; a prompt's chunk is computed anew each time.
+            # Decode continues from page to page. The chunk of a prompt is computed again each time.
             start = CONTEXT + at if tokens == 1 else 0
             ids = torch.randint(5, shard.vocab_size, (count * tokens,))
             batch = StepBatch([start] * count, [tokens] * count, tables, PAGE_SIZE, token_ids=ids)

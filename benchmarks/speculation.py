@@ -1,11 +1,11 @@
-"""What a draft model brings: tokens a second with its guesses beside those without.
+"""Measures what a draft model brings: tokens a second with it and without it.
 
     python -m benchmarks.speculation [MODEL] [--streams 1,4,16] [--repeats 2]
 
-Random weights guess nothing of each other, so the draft model is made of the model itself: its first layers, with the
-model's own embedding and head. The layers behind are scaled down in a copy of the model, more or less, so that the two
-agree more or less; the acceptance that comes of it is measured and told. What a figure means for other models is read
-by its acceptance and by the draft model's share of the weights.
+Models with random weights do not predict each other. So the draft model is made of the model's own first layers,
+embedding and head, and the other layers are scaled down in a copy of the model. The scale decides how often the two
+agree. The acceptance is measured and reported, so that a figure can be compared with other models of the same
+acceptance.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.common.servers import Layout, running, stagemesh_spec
 
 DRAFT_LAYERS = 1
 SCALES = (0.02, 0.1, 0.3)
-"""Of what the layers behind the draft model's add: the smaller, the more the two agree."""
+"""Scales of the layers that the draft model lacks. The smaller, the more often the two models agree."""
 OUTPUT, PROMPT = 192, 32
 GUESSES = 4
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -73,11 +73,11 @@ def rate_of(url: str, streams: int) -> float:
 
 
 def measure(target: Path, config: dict[str, Any] | None, streams: list[int], logs: Path) -> dict[int, dict[str, float]]:
-    """By number of streams: tokens a second, guessed tokens by drawn ones, accepted by guessed ones."""
+    """By number of streams: tokens a second, guessed tokens per sampled token, share of accepted guesses."""
     found = {}
     more = ["--speculative-config", json.dumps(config)] if config else []
     with running(stagemesh_spec(Layout(2, 1), *more), target, logs) as server:
-        rate_of(server.base_url, 2)  # Warm: what steps cost is known from here on.
+        rate_of(server.base_url, 2)  # A warm-up, after which the gateway knows what steps cost.
         for count in streams:
             names = "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"
             before = [metric(server.base_url, name) for name in names]

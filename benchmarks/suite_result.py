@@ -1,4 +1,4 @@
-"""What a suite showed that takes longer than CI has, as `results/NAME.md`.
+"""Writes the result of a long test suite to `results/NAME.md`.
 
     python -m benchmarks.suite_result NAME JUNIT COMMAND
 
@@ -30,7 +30,7 @@ class Module:
 
 
 def modules(cases: Iterable[ET.Element]) -> dict[str, Module]:
-    """junit's cases by the file that they are in."""
+    """junit's cases, by file."""
     found: dict[str, Module] = {}
     for case in cases:
         name, seconds = case.get("name", ""), float(case.get("time", "0"))

@@ -1,4 +1,4 @@
-"""What several benchmarks need: facts of the machine, clients, a look at processes, how results are written.
+"""Code that several benchmarks use: facts of the machine, servers and clients, CPU time of processes, files of results.
 
-No measurement of its own belongs here, and nothing that one benchmark alone needs.
+Benchmarks do not belong here, and nothing that only one of them needs.
 """

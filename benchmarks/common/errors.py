@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class BenchmarkError(Exception):
-    """Nothing can be measured; the text says what is missing and what to do."""
+    """The benchmark cannot run. The text says what is missing and what to do."""

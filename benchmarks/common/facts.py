@@ -1,4 +1,4 @@
-"""What a result must say of where it came from: the machine, the model, the commit and the versions."""
+"""Facts that a result must state: the machine, the model, the commit and the versions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def machine() -> dict[str, Any]:
 
 
 def model_facts(model: Path) -> dict[str, Any]:
-    """What a reader needs of the checkpoint's config, and its parameter count from the tensors' own headers."""
+    """The model's sizes from its config, and its number of parameters from the tensors' headers."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     return {
         "parameters": sum(_parameters(file) for file in sorted(model.glob("*.safetensors"))),
@@ -62,7 +62,7 @@ def today() -> str:
 
 
 def own_versions() -> dict[str, str]:
-    """Of this interpreter's packages, and the commit."""
+    """Versions of this interpreter's packages, and the commit."""
     found = {"python": sys.version.split()[0]}
     for package in ("stagemesh", "torch", "transformers", "grpcio", "ucxx-cu12"):
         try:

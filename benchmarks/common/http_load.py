@@ -1,7 +1,7 @@
-"""A client that costs little: keeps N completions going over HTTP/1.1 connections of its own.
+"""A cheap load generator: keeps N completions running, each over an HTTP/1.1 connection of its own.
 
-Requests are made by hand over asyncio's streams, because a general HTTP client would take more of the cores that it
-shares with the server than the server's gateway does.
+It writes requests by hand to asyncio's streams. A general HTTP client would use more CPU than the gateway, and it
+shares the cores with the server.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LIMIT_BYTES = 1 << 22
 
 @dataclass
 class HttpLoad:
-    """`at_once` clients, each with one request after the other, until `stop` or `requests` have been begun."""
+    """`at_once` clients, each with one request after the other, until `requests` have been started."""
 
     port: int
     at_once: int
@@ -32,7 +32,7 @@ class HttpLoad:
     """When each request ended well, `time.monotonic()`."""
     took_s: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    """Of each request that did not end well: what the server said."""
+    """The server's answer to each request that failed."""
     _begun: int = 0
 
     async def __aenter__(self) -> HttpLoad:
@@ -45,11 +45,11 @@ class HttpLoad:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def done(self) -> None:
-        """Waits until all `requests` have ended. Raises what a client raised."""
+        """Waits until all `requests` have ended. Raises the error of a client."""
         await asyncio.gather(*self._tasks)
 
     def check(self) -> None:
-        """Raises what a client raised, and RuntimeError when requests failed."""
+        """Raises the error of a client, and RuntimeError when requests failed."""
         for task in self._tasks:
             if task.done():
                 task.result()

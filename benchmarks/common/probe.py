@@ -1,7 +1,7 @@
-"""Where a mesh's processor time and memory go: by the roles that its processes say in their titles.
+"""Measures a mesh's CPU time and memory by role. Roles are in the titles of the mesh's processes.
 
-`Probe` looks at a running mesh a few times a second. What it saw between two moments is taken by interpolation, as all
-it reads are sums: seconds of CPU of each process, and of each stage what `/metrics` says its steps went to.
+`Probe` samples a running mesh a few times a second. All it reads are sums (CPU seconds of each process, and the stages'
+times in `/metrics`), so the values between two samples are interpolated.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Sample:
 
 @dataclass
 class Probe:
-    """Samples of the mesh below process `pid` while the block runs. Raises nothing: a look that fails is left out."""
+    """Samples the mesh below process `pid` while the block runs. A sample that fails is left out."""
 
     pid: int
     base_url: str
@@ -137,7 +137,7 @@ class Probe:
                 return
 
     def spent(self, duration_s: float) -> Spent | None:
-        """What the last `duration_s` before the last token went to; None when no token came."""
+        """Sums over the last `duration_s` before the last token; None when no token came."""
         changed = [i for i in range(1, len(self.samples)) if self._tokens(i) > self._tokens(i - 1)]
         if not changed:
             return None
@@ -152,7 +152,7 @@ class Probe:
         return self.samples[index].sums.get("tokens", 0.0)
 
     def _at(self, at: float) -> Sample:
-        """Between the two samples around `at`, in proportion."""
+        """The interpolated sample at time `at`."""
         after = next((i for i, sample in enumerate(self.samples) if sample.at >= at), len(self.samples) - 1)
         b, a = self.samples[after], self.samples[max(0, after - 1)]
         share = (at - a.at) / (b.at - a.at) if b.at > a.at else 1.0
@@ -165,7 +165,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Spent:
-    """Of one period: CPU seconds by role, and the differences of `/metrics`' sums."""
+    """CPU seconds by role, and differences of the sums in `/metrics`, of one period."""
 
     seconds: float
     cpu_s: dict[str, float]
@@ -173,7 +173,7 @@ class Spent:
 
     @property
     def stages(self) -> dict[int, dict[str, float]]:
-        """Seconds of each stage by what they went to (`wait_input`, `compute`, `wait_send`)."""
+        """Seconds of each stage by what they were spent on (`wait_input`, `compute`, `wait_send`)."""
         stages: dict[int, dict[str, float]] = {}
         for name, value in self.sums.items():
             if (match := re.fullmatch(r"stage (\d+) (.+)", name)) is not None:
@@ -193,9 +193,9 @@ class Spent:
         return 1.0 - ranks / total if total else 0.0
 
     def not_compute(self) -> float:
-        """Share of the CPU seconds outside the ranks' steps; right where each rank computes on one thread.
+        """Share of the CPU seconds outside the ranks' steps. It holds if each rank computes on one thread.
 
-        A step takes at most the CPU that its rank had: the rest of its time other processes held the core.
+        A step is counted with the CPU time that its rank had; for the rest of the step another process had the core.
         """
         total = sum(self.cpu_s.values())
         compute = 0.0

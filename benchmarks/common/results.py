@@ -1,4 +1,4 @@
-"""Where results go, and how: JSON for tools, a page of Markdown for readers."""
+"""Writes results: JSON for tools, Markdown for readers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def origin(command: str) -> dict[str, Any]:
-    """What every result says of where it came from; `command` as a reader types it behind `python -m benchmarks.`."""
+    """The origin of a result. `command` is what follows `python -m benchmarks.` on the command line."""
     versions = own_versions()
     return {"date": today(), "machine": machine(), "versions": versions, "command": f"python -m benchmarks.{command}"}
 
@@ -28,7 +28,7 @@ def save(stem: Path, whole: Mapping[str, Any], lines: Sequence[str]) -> None:
 
 
 def machine_line(found: Mapping[str, Any]) -> str:
-    """The machine as an item of a list."""
+    """The machine, as an item of a Markdown list."""
     return (
         f"- Machine: {found['cores']} cores, {found['cpu']}, {found['memory_gib']:.0f} GiB; "
         f"of its instructions: {', '.join(found['cpu_flags']) or 'none of those looked for'}."

@@ -1,8 +1,7 @@
-"""Servers under test: how each is started, when it is ready, and how nothing of it is left behind.
+"""Starts and ends servers under test, and waits until they are ready.
 
-A server is a process group on 127.0.0.1 with a port asked from the OS and a log file of its own. "Started" means the
-same for every system: from the start of its process to the first token of a completion, because a health page says
-different things on different servers.
+A server is a process group on 127.0.0.1 with a free port and a log file of its own. It counts as started when it has
+answered the first token of a completion. Health pages would not do: each system means something else by them.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class ServerSpec:
 
     system: System
     shown_command: str
-    """What a reader types instead of `command`."""
+    """`command` for a reader, without this machine's paths."""
     command: list[str]
     options: list[str]
     environment: dict[str, str]
@@ -92,7 +91,7 @@ def _bare(command: list[str]) -> list[str]:
 
 
 def options_of(layout: Layout) -> list[str]:
-    """What stagemesh and vLLM are both told, in the flags that they share."""
+    """Options of stagemesh and vLLM, in the flags that they share."""
     options = ["-pp", str(layout.pp), "-tp", str(layout.tp), "--host=127.0.0.1", "--dtype=bfloat16"]
     return [*options, f"--max-model-len={MAX_MODEL_LEN}", f"--max-num-seqs={MAX_NUM_SEQS}"]
 

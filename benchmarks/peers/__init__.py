@@ -1,4 +1,4 @@
-"""stagemesh beside vLLM and llama.cpp: `python -m benchmarks.peers` (README.md says how to set the others up).
+"""Compares stagemesh with vLLM and llama.cpp: `python -m benchmarks.peers`. README.md says how to set these up.
 
-How the other systems are installed and started is here, and nowhere else.
+How the other systems are installed and started belongs here.
 """

@@ -1,12 +1,12 @@
-"""The table: stagemesh, vLLM and llama.cpp serve the same checkpoint in turn, `vllm bench serve` loads all alike.
+"""Measures stagemesh, vLLM and llama.cpp on the same checkpoint, with the same load from `vllm bench serve`.
 
     python -m benchmarks.peers --setup DIR              # once: vLLM's own environment
     python -m benchmarks.peers [MODEL] [--rows table]   # writes benchmarks/results/vllm-ROWS.{json,md}
 
-A row is a layout, a load and how many requests run at once: `pp2` is two stages with 16 at once, `tp2` one stage of two
-ranks, `pp2@1` one request at a time, `pp2:long-prompts` another load (workloads.py). The systems take turns (A B A B),
-because a machine drifts; a server's life serves every row of its layout once. Run it with the interpreter that
-stagemesh is installed in, on an otherwise idle machine.
+A row is a layout, a load and a number of concurrent requests: `pp2` is two stages with 16 requests at once, `tp2` one
+stage of two ranks, `pp2@1` one request at a time, `pp2:long-prompts` another load (workloads.py). The systems take
+turns (A B A B), because the speed of a machine drifts. A server is started once for all rows of its layout. Run it on
+an idle machine, with the interpreter in which stagemesh is installed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def measure(server: RunningServer, model: Path, row: Row, venv: Path, folder: Pa
 def measure_own(
     server: RunningServer, model: Path, row: Row, venv: Path, folder: Path, pss_start_mib: dict[str, float]
 ) -> tuple[dict[str, Any], OwnCosts | None]:
-    """`measure`, with a look at where stagemesh's processor time and memory go."""
+    """`measure`, with CPU time and memory of stagemesh's processes."""
     with Probe(server.process.pid, server.base_url) as probe:
         measured = measure(server, model, row, venv, folder)
     spent = probe.spent(measured["duration"])

@@ -1,4 +1,4 @@
-"""Where stagemesh's processor time and memory went in each row: taken from a `Probe`, told as Markdown."""
+"""CPU time and memory of stagemesh's processes in each row, as Markdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class OwnCosts:
-    """Of one client run. Shares are of 1, times in seconds, memory in MiB."""
+    """Costs of one client run. Shares are between 0 and 1, times in seconds, memory in MiB."""
 
     period_s: float
     """From the first request measured to the last token, after warming up."""
@@ -61,7 +61,7 @@ def own_costs(
 
 
 def weights_and_kv_mib(base_url: str, model: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """What each rank holds in weights and has allocated for KV, from `/mesh` and the model's config."""
+    """MiB of weights and of KV of each rank, from `/mesh` and the model's config."""
     with urllib.request.urlopen(base_url + "/mesh", timeout=10) as response:
         pipeline: dict[str, Any] = json.load(response)["pipelines"][0]
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def _memory(by_row: Mapping[str, Sequence[OwnCosts]]) -> list[str]:
 
 
 def _waits(costs: OwnCosts) -> float:
-    """Share of the period that the stage which computed most waited, by its own account."""
+    """Share of the period in which the busiest stage waited."""
     busiest = max(costs.stage_s.values(), key=lambda stage: stage.get("compute", 0.0), default={})
     return (busiest.get("wait_input", 0.0) + busiest.get("wait_send", 0.0)) / costs.period_s
 

@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: medians and ratios over the repeats, as JSON for tools and Markdown for readers."""
+"""Writes a comparison: medians and ratios over the repeats, as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Run:
     load_before: float
     """The machine's one-minute load average before the server started: other work shows here."""
     own: OwnCosts | None = None
-    """Of stagemesh: where its processor time and memory went."""
+    """Of stagemesh: its CPU time and memory."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ METRICS = (
 
 
 def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For each row and system the medians over its repeats; then stagemesh beside each other system of the row."""
+    """Medians over the repeats for each row and system, then the ratios of stagemesh to each other system."""
     summary: list[dict[str, Any]] = []
     for row in dict.fromkeys(run.row for run in runs):
         medians: dict[str, dict[str, float]] = {}

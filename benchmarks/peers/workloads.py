@@ -1,4 +1,4 @@
-"""What the client asks for: the rows of the table and `vllm bench serve`'s command line for each."""
+"""The rows of the table, and `vllm bench serve`'s command line for each."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ WORKLOADS = {
     )
 }
 SINGLE_PROMPTS = 8
-"""Requests of a row that runs one at a time: as many as a busy row would take the better part of a minute."""
+"""Number of requests of a row that runs one at a time. More would take too long."""
 TABLE = ("pp2", "pp2@1", "pp2:long-prompts", "pp2:long-outputs", "pp2:mixed", "tp2", "tp2@1", "pp1", "pp1@1")
 """The whole table: `--rows table`."""
 

@@ -1,16 +1,16 @@
-"""What clients see when parts of a mesh are killed, stopped or drained under live streams.
+"""Measures what clients see when parts of a mesh are killed, stopped or drained while streams run.
 
     python -m benchmarks.recovery MODEL [--what rank,agent,hang,coordinator,gateway,drain,repartition,scale,nothing]
                                    [--times 50] [--streams 20] [--tokens 256] [--standbys 1] [--burners 0]
 
-Streams run all the time: each asks one of a fixed set of requests, again and again, and its tokens are compared with
-those of a run in which nothing happened. A disturbance comes when every stream has begun and a standby has its weights
-loaded. Told are, of every kind: requests that failed, wrong tokens, the time until the gateway knew (`lost`), until a
-token came again (`recovered`, from the loss), and the longest pause of any stream. In the row `nothing` nothing is
-done for a second at a time: a loss that is told then is a false alarm, as it is where the coordinator is killed or
-layers are moved. `scale` gives a stage a second worker, waits until both pipelines run requests, and takes it away
-again. Burners are processes that compute beside it.
-Clients speak gRPC; where the gateway is killed they speak HTTP, and go on with their streams at the next one.
+Streams run all the time. Each sends one of a fixed set of requests again and again, and its tokens are compared with
+those of an undisturbed run. A disturbance is made when every stream has started and a standby has loaded its weights.
+For each kind, the table shows failed requests, wrong tokens, the time until the gateway knew of the loss (`lost`), the
+time from there to the next token (`recovered`), and the longest pause of any stream. In the row `nothing`, nothing is
+done for a second at a time; a loss that is reported then is a false alarm. So it is in the rows of the coordinator, of
+moved layers and of `scale`, which gives a stage a second worker, waits until both pipelines run requests, and takes it
+away again. Burners are processes that compute besides. Clients speak gRPC. If the gateway is killed they speak HTTP,
+and resume their streams at the next gateway.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from .mesh import BACK_S, HARMLESS, KINDS, PLANNED, Mesh, bring_back, disturb, s
 from .streams import SEED, ResumingStream, make_streams
 
 SPEED_S = 4.0
-"""How long it is looked at how many tokens come while nothing is done, before and after."""
+"""How long the undisturbed speed is measured, before and after."""
 
 
 async def tokens_a_second(mesh: Mesh, streams: Sequence[ResumingStream]) -> float:
-    """Of all streams, while nothing is done."""
+    """Undisturbed speed of all streams together."""
     await asyncio.to_thread(mesh.wait_whole)
     before, began = sum(s.tokens for s in streams), time.monotonic()
     await asyncio.sleep(SPEED_S)
@@ -56,7 +56,7 @@ async def measure(
     after."""
     rng, stop, figures, pauses = random.Random(SEED), asyncio.Event(), [], list[float]()
     async with Client(mesh.grpc_address) as client:
-        # Only HTTP's streams can be gone on with at another gateway.
+        # Only streams over HTTP can be resumed at another gateway.
         runs = (s.run_http(mesh.url, stop) if kind == "gateway" else s.run(client, stop) for s in streams)
         running = [asyncio.create_task(run) for run in runs]
         speeds = [await tokens_a_second(mesh, streams)]
@@ -65,7 +65,7 @@ async def measure(
             before = [s.tokens for s in streams]
             while any(s.tokens <= at for s, at in zip(streams, before, strict=True)):
                 await asyncio.sleep(0.05)
-            # At another moment of a step each time.
+            # So that disturbances fall on different moments of a step.
             await asyncio.sleep(rng.random() * 0.2)
             for stream in streams:
                 stream.pause_s = 0.0
@@ -115,7 +115,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 async def run(given: argparse.Namespace, kinds: Mapping[str, int], write: Callable[[dict[str, Any]], None]) -> None:
-    """All kinds, each on a mesh of its own, so many times; written as they come."""
+    """Measures all kinds, each on a new mesh. Results are written after each kind."""
     results: dict[str, Any] = {}
     logs: Path | None = given.logs
     for kind, times in kinds.items():
@@ -153,7 +153,7 @@ async def run(given: argparse.Namespace, kinds: Mapping[str, int], write: Callab
 
 @contextmanager
 def burning(count: int) -> Iterator[None]:
-    """So many processes that compute all the time."""
+    """Runs `count` processes that compute all the time."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -195,7 +195,7 @@ def main() -> int:
     parser.add_argument("--burners", type=int, default=0, help="processes that compute beside it")
     parser.add_argument("--name", default="recovery", help="of the files under results")
     given = parser.parse_args()
-    # What is told to end ends its mesh, too.
+    # SIGTERM must end the mesh, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     kinds = {kind: int(times or given.times) for kind, _, times in (w.partition("=") for w in given.what.split(","))}
     if unknown := kinds.keys() - set(KINDS):
@@ -212,7 +212,7 @@ def main() -> int:
 
 
 def write_files(given: argparse.Namespace, results: dict[str, Any]) -> None:
-    """JSON and Markdown: these rows, and of the file's others those that this machine made."""
+    """Writes JSON and Markdown. Rows in the file that were measured on this machine are kept."""
     command = (
         f"python -m benchmarks.recovery MODEL --what {given.what} --times {given.times} --streams {given.streams} "
         f"--tokens {given.tokens} --standbys {given.standbys} --burners {given.burners} --name {given.name}"

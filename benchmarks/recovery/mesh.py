@@ -1,4 +1,4 @@
-"""The mesh that is disturbed: a `stagemesh serve` with a standby, and what is done to it."""
+"""Starts a `stagemesh serve` with standbys, and disturbs it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOTHING_S = 1.0
 STABLE_S = 5.5
 PLANNED = ("drain", "repartition")
 HARMLESS = ("coordinator", "repartition", "scale", "nothing")
-"""No worker, link or rank is lost by these: who says so raises a false alarm."""
+"""Kinds in which no worker, link or rank is lost: a reported loss is a false alarm."""
 
 
 @dataclass
@@ -49,11 +49,11 @@ class Mesh:
             return seen
 
     def wait_whole(self) -> dict[str, Any]:
-        """Until it serves, and a standby has layers loaded where there is one, which could take either stage."""
+        """Waits until the mesh serves, and until each standby has loaded layers and can take either stage."""
         deadline = time.monotonic() + BACK_S
         why = "the gateway does not answer"
         while True:
-            with suppress(OSError):  # A gateway that was killed comes back to its address.
+            with suppress(OSError):  # A gateway that was killed comes back at its address.
                 seen = self.get()
                 spare = [
                     w for w in seen["workers"]
@@ -76,7 +76,7 @@ class Mesh:
             time.sleep(0.05)
 
     def alarms(self) -> int:
-        """How often anybody said so far that a worker, a pipeline or a rank is lost or hangs; standbys among them."""
+        """Number of log lines that report a lost or hanging worker, pipeline or rank."""
         lines = self.log.read_text(errors="replace").splitlines()
         return sum(" is lost" in line or " hangs: " in line for line in lines)
 
@@ -94,7 +94,7 @@ class Mesh:
 
 @contextmanager
 def serving(model: Path, folder: Path, standbys: int, log: Path) -> Iterator[Mesh]:
-    """The mesh, with nothing left of it behind but its log, where that lies outside of `folder`."""
+    """Starts the mesh, and ends it after the block. A log outside of `folder` is kept."""
     command = [sys.executable, "-m", "stagemesh.cli.main", "serve", str(model), "-pp", "2", "--standby", str(standbys),
                "--max-model-len", "1024", "--port", "0", "--grpc-port", "0",
                "--token-log", str(folder / "streams")]  # fmt: skip
@@ -123,7 +123,7 @@ def serving(model: Path, folder: Path, standbys: int, log: Path) -> Iterator[Mes
 
 
 def disturb(mesh: Mesh, kind: str, rng: random.Random) -> float:
-    """Does it to one stage, the coordinator or the gateway; when it began, which may be after a while."""
+    """Makes one disturbance; returns when it began."""
     stage = rng.randrange(2)
     began_at = time.time()
     if kind == "nothing":
@@ -132,7 +132,7 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> float:
     if kind == "repartition":
         layers = [s["layers"] for s in mesh.get()["pipelines"][0]["stages"]]
         total, here = layers[-1]["last"], layers[0]["last"]
-        # To and fro, so that the speed before and after is that of the same layers.
+        # To and fro, so that the first and the last speed are measured with the same layers.
         others = [count for count in range(total // 4, total - total // 4 + 1) if count != mesh.first_layers]
         there = rng.choice(others) if here == mesh.first_layers else mesh.first_layers
         operate(mesh, "repartition", f"{there},{total - there}")
@@ -143,18 +143,18 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> float:
         operate(mesh, "scale", str(stage), "1")
         return began_at
     if kind in ("coordinator", "gateway"):
-        # One that was started again has its title when it has read its settings.
+        # A process that was just restarted has no title yet.
         while not (found := mesh.named(f"stagemesh {kind}")):
             time.sleep(0.02)
         if kind == "gateway":
-            # One that dies soon after its start is started again later each time: that is not what is measured.
+            # A process that dies soon after its start is restarted with a growing delay, which must not be measured.
             time.sleep(max(0.0, found[0].create_time() + STABLE_S - time.time()))
         began_at = time.time()
         found[0].kill()
         return began_at
     (rank,) = mesh.named(f"stage {stage} layers")
     if not mesh.standbys:
-        # As above: here it is waited for.
+        # As above.
         time.sleep(max(0.0, rank.create_time() + STABLE_S - time.time()))
     began_at = time.time()
     if kind == "rank":
@@ -173,14 +173,14 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> float:
 
 
 def operate(mesh: Mesh, *words: str) -> None:
-    """As an operator does it, but for a process of his own: its start would be measured, too."""
+    """Runs an operator's command within this process: the start of another one would be measured, too."""
     with redirect_stdout(io.StringIO()):
         if cli.main([*words, "--url", mesh.url, "--timeout", "60"]):
             raise BenchmarkError(f"{words} failed")
 
 
 def bring_back(mesh: Mesh) -> None:
-    """A worker that was drained is ended; the supervisor starts it again as a standby."""
+    """Kills the drained worker. The supervisor restarts it, and it becomes a standby."""
     for worker in [w for w in mesh.get()["workers"] if w["state"] == "draining"]:
         port = int(worker["address"].rsplit(":", 1)[1])
         for process in mesh.named("stagemesh stage") + mesh.named("stagemesh standby"):

@@ -1,4 +1,4 @@
-"""Clients: streams that run again and again, each compared with what it brought undisturbed."""
+"""Clients whose streams run again and again, and are compared with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BETWEEN_TRIES_S = 0.05
 
 @dataclass
 class Stream:
-    """One client: its request, what it should bring, and how it went so far."""
+    """One client: its request, the expected tokens, and its results so far."""
 
     prompt: list[int]
     params: dict[str, Any]
@@ -32,7 +32,7 @@ class Stream:
     wrong: int = 0
     last_at: float = 0.0
     pause_s: float = 0.0
-    """Longest since it was looked at last."""
+    """Longest pause since it was reset."""
 
     async def run(self, client: Client, stop: asyncio.Event | None) -> None:
         """Asks over gRPC: once, for what is expected, or again and again until `stop`."""
@@ -60,22 +60,22 @@ class Stream:
         self.tokens += len(tokens)
 
     def finish(self, got: list[int]) -> None:
-        """An answer is whole."""
+        """An answer is complete."""
         self.finished += 1
         self.wrong += got != self.expected
 
     async def fail(self, why: str) -> None:
-        """An answer ended in an error; a client that comes back does so a moment later."""
+        """An answer ended in an error. The client tries again a moment later."""
         self.failed.append(why)
         await asyncio.sleep(0.1)
 
 
 @dataclass
 class ResumingStream(Stream):
-    """Asks over HTTP, and goes on behind the last event that it has where its connection broke."""
+    """Sends the request over HTTP, and resumes the stream after its last event when the connection breaks."""
 
     asked_again: int = 0
-    """Requests of whose answer nothing had come when the connection broke."""
+    """Number of requests without any answer when the connection broke."""
 
     async def run_http(self, url: str, stop: asyncio.Event) -> None:
         """Again and again until `stop`."""

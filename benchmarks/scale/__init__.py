@@ -1,1 +1,1 @@
-"""How a mesh grows, with stages that sleep instead of computing: `python -m benchmarks.scale KIND`."""
+"""Measures how a mesh scales, with stages that sleep instead of computing: `python -m benchmarks.scale KIND`."""

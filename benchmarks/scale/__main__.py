@@ -1,14 +1,14 @@
-"""How a mesh grows: stages whose compute is a sleep of a stated length, everything else real.
+"""Measures how a mesh scales, with stages that sleep for a given time instead of computing.
 
     python -m benchmarks.scale grid [--stages 1,2,4] [--at-once 1,8,64] [--step-ms 20,3]
     python -m benchmarks.scale many [--requests 20000]
     python -m benchmarks.scale replicas
     python -m benchmarks.scale partition
 
-`grid`: the pipeline's efficiency against the requests at once and the number of stages, and what gateway and
-coordinator cost a step, a token and a worker. `many`: a run of short requests that must end as fast as it began, in the
-same memory. `replicas`: a second worker for the slowest stage while requests run. `partition`: how long the coordinator
-takes to place 400 layers on 1,000 workers of five kinds.
+`grid`: efficiency of the pipeline by concurrent requests and stages, and CPU time of gateway and coordinator per step,
+token and worker. `many`: many short requests, which must end as fast as they began, in the same memory. `replicas`: a
+second worker for the slowest stage while requests run. `partition`: the time that the coordinator needs to place 400
+layers on 1,000 workers of five kinds.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _arguments(argv: Iterable[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    """The command line. 0: measured, and what must hold held; 1: it did not; 2: it could not be measured."""
+    """The command line. 0: the goals are met; 1: they are not; 2: nothing could be measured."""
     arguments = _arguments(argv)
     told = origin("scale " + " ".join(sys.argv[1:] if argv is None else list(argv)))
     try:

@@ -1,4 +1,4 @@
-"""The pipeline's efficiency against requests at once and stages, and what gateway and coordinator cost."""
+"""Measures a pipeline's efficiency and its services' CPU time, by concurrent requests and stages."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ class Point:
     """Share of the window that the busiest stage was in a step."""
     cpu_s: dict[str, float]
     cpu_share: float
-    """Of all cores, by the mesh and the client together: near 1, the machine and not the mesh is the bound."""
+    """Share of all cores that mesh and client use. Near 1 the machine is the bound, not the mesh."""
     idle_cpu: dict[str, float]
     """CPU seconds a second by role, of the same mesh without requests."""
     load_before: float
 
     @property
     def efficiency(self) -> float:
-        """Steps a second beside the ideal pipeline's: one each sleep where there are requests enough to fill it."""
+        """Steps a second divided by those of an ideal pipeline, which runs a step in the time of a sleep when it is
+        full."""
         return self.steps_s * self.step_ms / 1e3 / self.ideal_busy
 
     @property
@@ -55,7 +56,7 @@ class Point:
         return min(1.0, self.at_once / self.stages)
 
     def busy_cpu_s(self, role: str) -> float:
-        """CPU seconds of the roles that begin so, over what they would have used idle."""
+        """CPU seconds of the roles whose name begins so, minus their idle use."""
         return sum(
             max(0.0, seconds - self.idle_cpu.get(name, 0.0) * self.window_s)
             for name, seconds in self.cpu_s.items()

@@ -1,4 +1,4 @@
-"""Many short requests, one after the other on every connection: the last as fast as the first, in the same memory."""
+"""Runs many short requests. The last ones must be as fast as the first ones, in the same memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .mesh import PROMPT_LEN, Shape, running
 PARTS = 10
 SAMPLE_S = 0.5
 SLOWEST_END = 0.95
-"""Requests a second of the last part, beside the median part's."""
+"""Least ratio of the last part's requests a second to the median part's."""
 MOST_GROWTH_MIB = 4.0
-"""Of the gateway's resident memory from the second part's end on: the first fills caches."""
+"""Most growth of the gateway's resident memory after the second part. The first part fills caches."""
 STAGES = 2
 
 

@@ -1,4 +1,4 @@
-"""A mesh whose stages sleep instead of computing; every process of it is the one that serves models."""
+"""A mesh whose stages sleep instead of computing. Its processes are those that serve models."""
 
 from __future__ import annotations
 

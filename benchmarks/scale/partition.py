@@ -1,4 +1,4 @@
-"""How long the coordinator takes to choose who holds what: 400 layers, 1,000 workers of five kinds."""
+"""Measures how long the coordinator needs to place 400 layers on 1,000 workers of five kinds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One more worker for the slowest stage while requests run: how much faster the whole becomes, and that nothing fails.
+"""Adds a worker to the slowest stage while requests run, and measures how much faster the mesh becomes.
 
-The slowest stage takes 60 % of a step's time. A step's time grows with its rows, as it does where arithmetic and not
-the reading of weights is the bound: there, two workers can do what one cannot.
+The slowest stage takes 60 % of a step's time. A step's time grows with its rows, as it does when arithmetic is the
+bound and not the reading of weights. Otherwise a second worker would not help.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DOUBLED = 1
 GOAL = 1.3
 CHANGE_S = 60.0
 SETTLE_S = 3.0
-"""Behind a change: requests that run already stay where they are, new ones are spread."""
+"""Pause after a change: running requests stay in their pipeline, and only new ones are spread."""
 
 
 async def run(arguments: argparse.Namespace, folder: Path, told: Mapping[str, Any]) -> int:

@@ -1,5 +1,4 @@
-"""How the model that ships with stagemesh is made: `python -m tools.demo_model`. See docs/demo-model.md.
+"""Trains the model that ships with stagemesh: `python -m tools.demo_model`. See docs/demo-model.md.
 
-`corpus/` makes the text; the modules here turn it into tokens and batches, train the model, and count how often it is
-right.
+`corpus/` makes the text. The modules here make tokens and batches of it, train the model, and measure its accuracy.
 """

@@ -1,6 +1,6 @@
-"""The values of the chart `helm/stagemesh` as pydantic models: what `values.schema.json` is made from.
+"""Pydantic models of the chart's values, from which `values.schema.json` is made.
 
-Settings of the services are taken from `stagemesh.settings`, less those that the chart itself sets.
+The services' settings come from `stagemesh.settings`, without those that the chart itself sets.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The demo model's text, made here task by task from a seed: `tasks.py` draws, the others know one kind of task."""
+"""Makes the demo model's text from a seed. `tasks.py` draws examples; each other module makes one kind of task."""
