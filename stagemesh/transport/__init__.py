@@ -1,4 +1,4 @@
-"""Transports of activations: one interface (`base.py`) and three implementations (`ucx`, `tcp`, `inproc.py`).
+"""Transports of activations: one interface (`base.py`) and two implementations (`ucx`, `tcp`).
 
 They carry tagged messages of raw bytes between processes. What the messages mean (links, lanes, credits) belongs to the
 stage worker.

@@ -4,7 +4,8 @@ A transport has no thread and no event loop. Its owner calls `progress()` in its
 computes. It sleeps on `fds()` after `arm()` has said that nothing is pending. A request keeps its buffer alive, and is
 `done` only when nothing will read or write that buffer any more.
 
-`ucx`, `tcp` and `inproc` implement the interface. One set of tests runs on all of them.
+`ucx` and `tcp` implement the interface. One set of tests runs on both, and on an implementation within one process
+(`tests/inproc.py`).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Peer(Protocol):
     @property
     def route(self) -> str:
         """How bytes really travel, as the transport reports it: "shared memory", "tcp", "rc", "cuda_ipc",
-        "in-process", or several joined by "+". It may be "unknown" before the first message."""
+        or several joined by "+". It may be "unknown" before the first message."""
 
     @property
     def error(self) -> TransportError | None:
@@ -71,7 +72,7 @@ class Transport(Protocol):
 
     @property
     def name(self) -> str:
-        """ "ucx", "tcp" or "inproc"."""
+        """ "ucx" or "tcp"."""
 
     def address(self) -> bytes:
         """What a remote side passes to `connect`. It is opaque, travels by gRPC, and holds a secret on TCP."""
@@ -87,7 +88,7 @@ class Transport(Protocol):
     def recv(self, tag: int, buffer: Buffer) -> Request:
         """Post a receive for the next message with exactly this tag, from any peer. The message must have the size of
         the buffer. A longer one is an error of the request, and nothing is written past the buffer. A shorter one is an
-        error on TCP and in process; UCX cannot tell."""
+        error on TCP; UCX cannot tell."""
 
     def probe(self, tag: int) -> bool:
         """True when a message with this tag has arrived, or begun to arrive, and no receive is posted for it."""

@@ -9,14 +9,13 @@ from typing import Literal, TypeAlias
 from stagemesh.errors import ConfigError, TransportError
 
 from .base import Transport
-from .inproc import InprocTransport
 from .tcp.transport import TcpTransport
 from .timing import TransportTiming
 from .ucx.transport import UcxTransport
 
 log = logging.getLogger(__name__)
 
-TransportName: TypeAlias = Literal["auto", "ucx", "tcp", "inproc"]
+TransportName: TypeAlias = Literal["auto", "ucx", "tcp"]
 
 
 def open_transport(
@@ -32,7 +31,7 @@ def open_transport(
     """Open a transport. "auto" is UCX; where UCX cannot be opened, TCP, with a warning that says why.
 
     Args:
-        name: "auto", "ucx", "tcp" or "inproc".
+        name: "auto", "ucx" or "tcp".
         host: address to bind (TCP only; UCX takes its network devices from `ucx_options["NET_DEVICES"]`).
         port: port to bind (TCP only); 0 asks the system for a free one.
         advertise: host that other workers connect to (TCP only); the bound address when None.
@@ -54,6 +53,4 @@ def open_transport(
             name = "tcp"
     if name == "tcp":
         return TcpTransport(host, port, advertise=advertise, timing=timing)
-    if name == "inproc":
-        return InprocTransport()
-    raise ConfigError(f"no transport is called {name!r}; there are auto, ucx, tcp and inproc")
+    raise ConfigError(f"no transport is called {name!r}; there are auto, ucx and tcp")
