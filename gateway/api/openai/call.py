@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stagemesh.gateway.api.request import Delta, Engine, GenerationRequest, ModelCard
+from stagemesh.gateway.api.request import Delta, Engine, GenerationRequest, ModelCard, TokenLogprob
 from stagemesh.gateway.api.token_log import TokenLog
 from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.gateway.text.tokenizer import Tokenizer
@@ -66,16 +66,20 @@ class Call(ABC):
         self._head = self._make_head()
 
     @abstractmethod
-    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """A choice of the whole answer."""
+    def content(self, index: int, text: str) -> dict[str, Any]:
+        """The text of a whole choice."""
 
     @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
         """A choice of the chunk before the first delta, if there is one."""
 
     @abstractmethod
-    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A choice of a streamed chunk."""
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        """A choice of a streamed chunk: everything but what comes with tokens and the end."""
+
+    @abstractmethod
+    def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The `logprobs` object of the next tokens of a choice."""
 
     def number_events(self) -> None:
         """Gives its events ids, so that its stream can be resumed."""
@@ -97,7 +101,7 @@ class Call(ABC):
         self._completion_tokens = sum(len(choice.tokens) for choice in choices)
         return {
             **self._base(self.object_whole),
-            "choices": [self.whole_choice(i, choice) for i, choice in enumerate(choices)],
+            "choices": [self._whole_choice(i, choice) for i, choice in enumerate(choices)],
             "usage": self.usage(),
         }
 
@@ -114,7 +118,7 @@ class Call(ABC):
             if self._told:
                 self._told[index] += len(delta.tokens)
             if delta.text or delta.tokens or delta.finish_reason is not None:
-                lines.append(self._chunk(dumps(self.chunk_choice(index, delta))))
+                lines.append(self._chunk(dumps(self._chunk_choice(index, delta))))
         return "".join(lines).encode()
 
     def last_event(self) -> bytes:
@@ -136,6 +140,25 @@ class Call(ABC):
     def request_ids(self, count: int) -> list[str]:
         """Request ids for `count` prompts."""
         return [self.id] if count == 1 else [f"{self.id}-{i}" for i in range(count)]
+
+    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": index,
+            **self.content(index, "".join(choice.text)),
+            "logprobs": self._logprobs_of(index, choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+            **({"token_ids": choice.tokens} if self.body.return_token_ids else {}),
+        }
+
+    def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        made = {**self.piece(index, delta.text), "logprobs": self._logprobs_of(index, delta.logprobs)}
+        if delta.finish_reason is not None:
+            made |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+        return {**made, "token_ids": delta.tokens} if self.body.return_token_ids else made
+
+    def _logprobs_of(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        return self.logprobs(index, entries) if self.requests[0].sampling.logprobs else None
 
     def _base(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}

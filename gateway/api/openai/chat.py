@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from stagemesh.gateway.api.build import build, render_chat, served
-from stagemesh.gateway.api.request import Delta, TokenLogprob
+from stagemesh.gateway.api.request import TokenLogprob
 
 from .call import Api, Call
 from .errors import from_validation
@@ -62,39 +62,25 @@ class ChatCall(Call):
             told["prompt_token_ids"] = list(self.requests[0].prompt)
         return told
 
-    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """A choice of the whole answer."""
-        told = {
-            "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
-            "logprobs": self._logprobs_of(choice.logprobs),
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-        }
-        if self.body.return_token_ids:
-            told["token_ids"] = choice.tokens
-        return told
+    def content(self, index: int, text: str) -> dict[str, Any]:
+        """The message."""
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def opening(self, index: int) -> dict[str, Any]:
         """The chunk with the role."""
-        told = self._choice(index, {"role": "assistant", "content": ""})
+        made = self._choice(index, {"role": "assistant", "content": ""})
         if self.body.return_token_ids:
-            told["prompt_token_ids"] = list(self.requests[0].prompt)
-        return told
+            made["prompt_token_ids"] = list(self.requests[0].prompt)
+        return made
 
-    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A choice of a streamed chunk."""
-        told = self._choice(index, {"content": delta.text} if delta.text else {})
-        told["logprobs"] = self._logprobs_of(delta.logprobs)
-        if delta.finish_reason is not None:
-            told |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
-        if self.body.return_token_ids:
-            told["token_ids"] = delta.tokens
-        return told
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        """The new content, if there is any."""
+        return self._choice(index, {"content": text} if text else {})
+
+    def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The object in a chat's format."""
+        return chat_logprobs(self.tokenizer, entries)
 
     @staticmethod
     def _choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def _logprobs_of(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        return chat_logprobs(self.tokenizer, entries) if self.requests[0].sampling.logprobs else None

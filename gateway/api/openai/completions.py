@@ -9,14 +9,13 @@ from pydantic import ValidationError
 
 from stagemesh.errors import InvalidRequest
 from stagemesh.gateway.api.build import build, encode, served
-from stagemesh.gateway.api.request import Delta, ModelCard, TokenLogprob
+from stagemesh.gateway.api.request import ModelCard, TokenLogprob
 from stagemesh.gateway.text.tokenizer import Tokenizer
 
 from .call import Api, Call
 from .errors import from_validation
 from .logprobs import CompletionLogprobs
 from .protocol import CompletionRequest, prompts_of
-from .run import Choice
 
 MAX_PROMPTS = 1024
 
@@ -70,52 +69,31 @@ class CompletionCall(Call):
         call.requests = requests
         return call
 
-    def _echo(self, index: int) -> str:
-        return self.echoed[index // self.requests[0].n] if self.echoed else ""
-
-    def _prompt_ids(self, index: int) -> list[int]:
-        return list(self.requests[index // self.requests[0].n].prompt)
-
-    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """A choice of the whole answer."""
-        told = {
-            "index": index,
-            "text": self._echo(index) + "".join(choice.text),
-            "logprobs": self._logprobs_of(index, choice.logprobs),
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-        }
-        if self.body.return_token_ids:
-            told |= {"token_ids": choice.tokens, "prompt_token_ids": self._prompt_ids(index)}
-        return told
+    def content(self, index: int, text: str) -> dict[str, Any]:
+        """The text behind the echoed prompt, and the prompt's ids."""
+        return {"text": self._echo(index) + text, **self._prompt_ids(index)}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The chunk with the echoed prompt or its ids, if either is wanted."""
         if not self.echoed and not self.body.return_token_ids:
             return None
-        told = self._choice(index, self._echo(index))
-        if self.body.return_token_ids:
-            told |= {"token_ids": [], "prompt_token_ids": self._prompt_ids(index)}
-        return told
+        no_tokens: dict[str, Any] = {"token_ids": []} if self.body.return_token_ids else {}
+        return {**self.piece(index, self._echo(index)), **no_tokens, **self._prompt_ids(index)}
 
-    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A choice of a streamed chunk."""
-        told = self._choice(index, delta.text)
-        told["logprobs"] = self._logprobs_of(index, delta.logprobs)
-        if delta.finish_reason is not None:
-            told |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
-        if self.body.return_token_ids:
-            told["token_ids"] = delta.tokens
-        return told
-
-    @staticmethod
-    def _choice(index: int, text: str) -> dict[str, Any]:
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        """The new text."""
         return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
-    def _logprobs_of(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        request = self.requests[0]
-        if not request.sampling.logprobs:
-            return None
+    def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The object in a completion's format, whose offsets continue."""
         if index not in self._logprobs:
-            self._logprobs[index] = CompletionLogprobs(self.tokenizer, request.skip_special_tokens)
+            self._logprobs[index] = CompletionLogprobs(self.tokenizer, self.requests[0].skip_special_tokens)
         return self._logprobs[index].piece(entries)
+
+    def _echo(self, index: int) -> str:
+        return self.echoed[index // self.requests[0].n] if self.echoed else ""
+
+    def _prompt_ids(self, index: int) -> dict[str, Any]:
+        if not self.body.return_token_ids:
+            return {}
+        return {"prompt_token_ids": list(self.requests[index // self.requests[0].n].prompt)}
