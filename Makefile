@@ -48,7 +48,7 @@ define suite
 mkdir -p build
 $(BIN)/python -m pytest tests/$(1) -m "slow or not slow" --timeout 3600 --junitxml build/$(1).xml $(ARGS); status=$$?; \
 if [ $$status -le 1 ] && [ -z '$(ARGS)' ]; then \
-	$(BIN)/python benchmarks/suite_result.py $(1) build/$(1).xml "make $(1)"; fi; exit $$status
+	$(BIN)/python -m benchmarks.suite_result $(1) build/$(1).xml "make $(1)"; fi; exit $$status
 endef
 
 numerics: $(DEV)  ## every combination of the token-for-token tests (the pairwise part is in `make test`)
@@ -63,13 +63,13 @@ chaos-hour: $(DEV)  ## everything at random for an hour, 256 streams; writes ben
 	$(BIN)/python -m pytest tests/chaos/test_everything.py -s $(ARGS)
 
 bench: $(DEV)
-	$(BIN)/python benchmarks/links.py
+	$(BIN)/python -m benchmarks.links
 
 bench-vllm: $(DEV)  ## the table beside vLLM; VLLM_VENV names its environment (benchmarks/README.md)
-	$(BIN)/python benchmarks/vllm_table.py $(ARGS)
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 bench-scale: $(DEV)  ## how a mesh grows, with stages that sleep: about 40 minutes; ARGS="grid --stages 1,2" for less
-	$(BIN)/python benchmarks/scale.py $(if $(ARGS),$(ARGS),grid)
+	$(BIN)/python -m benchmarks.scale $(if $(ARGS),$(ARGS),grid)
 
 models-doc: $(DEV)
 	$(BIN)/python tools/make_models_doc.py

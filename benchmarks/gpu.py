@@ -1,12 +1,12 @@
-"""A stage's decode and prefill on one GPU, beside what the device can do and beside transformers.
+"""Measures decode and prefill of a stage on one GPU, and compares them with the device's bounds and transformers.
 
-    python benchmarks/gpu.py          # 1 B and 8 B, one stage and two, decode of 1 and 64 rows, 8 K of prompt
-    python benchmarks/gpu.py --shapes tiny --device cpu --context 64 --steps 4 --prompt 128     # does it run at all
+    python -m benchmarks.gpu          # 1 B and 8 B, one stage and two, decode of 1 and 64 rows, 8 K of prompt
+    python -m benchmarks.gpu --shapes tiny --device cpu --context 64 --steps 4 --prompt 128     # does it run at all
 
-Weights are random (`--load-format dummy`). Every case is a process of its own, so that none finds the other's memory or
-fused functions. Two stages are called one after the other in one process: that is what the split itself costs, without
-links. Bounds come from this run's own measurements: bytes that a step must read over the bandwidth of a copy, and
-operations over the rate of a matrix product; the larger counts.
+Weights are random (`--load-format dummy`). Every case runs in a process of its own, so that no case inherits memory or
+fused functions. Two stages are called in turn in one process, which shows the cost of the split without links. A bound
+is the larger of two times: the bytes that a step must read, at the measured bandwidth of a copy, and its operations, at
+the measured rate of a matrix product.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from facts import RESULTS, machine, own_versions, today
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor
 
+from benchmarks.common.facts import machine, own_versions, today
+from benchmarks.common.results import RESULTS
 from stagemesh.stage_worker.kv.pool import KvPool
 from stagemesh.stage_worker.model.batch import StepBatch
 from stagemesh.stage_worker.model.choose import Shard, load_shard
@@ -70,7 +71,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""Llama 3.2 1B's, Llama 3.1 8B's, and one for a look at this script."""
+"""Shapes of Llama 3.2 1B and Llama 3.1 8B, and a tiny one to try this script."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def config_of(shape: str, positions: int) -> LlamaConfig:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device was seen to do."""
+    """The measured rates of the device."""
 
     bytes_s: float
     """Read and written by a copy."""
@@ -128,7 +129,7 @@ def timed(work: Callable[[], object], device: str) -> float:
 
 
 def wait(device: str) -> None:
-    """Until the device has done all it was given."""
+    """Waits until the device has finished."""
     if device != "cpu":
         torch.cuda.synchronize()
 
@@ -232,7 +233,7 @@ def run_step(
 
 
 class Clock(LogitsProcessor):  # type: ignore[misc]
-    """Notes when the device has logits, step by step."""
+    """Records the time of each step's logits."""
 
     def __init__(self, device: str) -> None:
         self._device = device

@@ -1,16 +1,14 @@
-"""What the boundary journal adds to the steps of a stage, timed within one process.
+"""Measures what the journal of sent activations adds to a stage's steps, within one process.
 
-    python benchmarks/journal_share.py [MODEL]
+    python -m benchmarks.journal_share [MODEL]
 
-Half of the model's layers compute a step, and its output is kept, in turn, as a rank does: the journal writes between
-two steps, when the caches hold the step's weights. Throughput of whole meshes with the journal and without
-(`pairs.py --what journal`) varies by more than it costs.
+Half of the model's layers compute a step, then the journal stores its output, as in a rank: between two steps, when the
+caches hold the step's weights. The throughput of whole meshes (`pairs --what journal`) varies by more than that costs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -19,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from facts import RESULTS, default_model, machine, model_facts, own_versions, today
 
+from benchmarks.common.facts import default_model, model_facts
+from benchmarks.common.results import RESULTS, origin, save
 from stagemesh.stage_worker.kv.journal import Journal
 from stagemesh.stage_worker.kv.pool import KvPool
 from stagemesh.stage_worker.model.batch import StepBatch
@@ -36,7 +35,7 @@ STEPS = {"decode of 8 rows": (8, 1), "decode of 16 rows": (16, 1), "48 tokens of
 
 
 def measure(model: Path, repeats: int) -> dict[str, Any]:
-    """Milliseconds of a step and of what keeping its output takes, and the share of both that the latter is."""
+    """Milliseconds of a step, milliseconds of storing its output, and the share of the latter in both."""
     torch.set_num_threads(1)
     layers = model_facts(model)["layers"]
     spec = ShardSpec(str(model), 0, layers // 2, "bfloat16", "cpu", page_size=PAGE_SIZE, threads=1)
@@ -50,7 +49,7 @@ def measure(model: Path, repeats: int) -> dict[str, Any]:
         tables = [list(range(row * each, (row + 1) * each)) for row in range(count)]
         step_s, keep_s = [], []
         for at in range(repeats):
-            # Decode goes on from page to page; a prompt's chunk is computed anew each time.
+            # Decode continues from page to page. The chunk of a prompt is computed again each time.
             start = CONTEXT + at if tokens == 1 else 0
             ids = torch.randint(5, shard.vocab_size, (count * tokens,))
             batch = StepBatch([start] * count, [tokens] * count, tables, PAGE_SIZE, token_ids=ids)
@@ -76,10 +75,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = given.model or default_model(Path(folder))
         result = {
-            "command": f"python benchmarks/journal_share.py MODEL --repeats {given.repeats}",
-            "date": today(), "machine": machine(), "versions": own_versions(), "model": model_facts(model),
+            **origin(f"journal_share MODEL --repeats {given.repeats}"),
+            "model": model_facts(model),
             "steps": measure(model, given.repeats),
-        }  # fmt: skip
+        }
     lines = [
         "# What the journal adds to a step",
         "",
@@ -93,11 +92,8 @@ def main() -> int:
             f"| {name} | {r['step_ms']:.2f} | {r['journal_ms']:.3f} | {100 * r['share']:.2f} % |"
             for name, r in result["steps"].items()
         ),
-        "",
     ]
-    (RESULTS / "journal-share.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "journal-share.md").write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+    save(RESULTS / "journal-share", result, lines)
     return 0
 
 

@@ -1,12 +1,12 @@
 """Round trips of activations between two processes, over UCX and TCP: p50 and p99 by message size.
 
-    python -m benchmarks.links  (or: python benchmarks/links.py)  [--rounds 1000] [--repeats 3] [--json FILE]
+    python -m benchmarks.links [--rounds 1000] [--repeats 3] [--json FILE]
 
-Every transport is measured several times in turn, and the run with the lowest median is told: other work on the machine
-only ever adds. `--real-time` (needs root) keeps such work away from the two cores while the frames fly.
+Each transport is measured several times in turn, and the run with the lowest median is reported, because other work on
+the machine only makes a run slower. `--real-time` (needs root) keeps such work off the two cores.
 
-Each side drives its transport as the engine does: it spins for 50 microseconds, then arms and sleeps. The figures
-include a link's whole work: post, credit, release.
+Each side drives its transport as a rank does: it spins for 50 microseconds, then arms and sleeps. The figures include
+all work of a link: post, credit, release.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ class Side:
 
 
 def steps(rounds: int) -> list[tuple[int, int]]:
-    """(step, rows) of the whole run, the same on both sides."""
+    """(step, rows) of the whole run. Both sides compute the same list."""
     plan = [rows for rows in SIZES_KIB.values() for _ in range(WARM_UP + rounds)]
     return list(enumerate(plan))
 
 
 def child(kind: str, rounds: int, real_time: bool) -> None:
-    """The far side: sends back what comes."""
+    """The other process: sends every frame back."""
     torch.set_num_threads(1)
     side = Side(kind)
     print(side.transport.address().hex(), flush=True)
@@ -171,7 +171,7 @@ def measure(kind: str, rounds: int, real_time: bool) -> dict[str, Any]:
 
 
 def best(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each size, the run with the lowest median."""
+    """The lowest median of each size."""
     sizes = runs[0]["round_trip"]
     trips = {size: min((run["round_trip"][size] for run in runs), key=lambda trip: trip["p50_us"]) for size in sizes}
     return runs[0] | {"round_trip": trips}

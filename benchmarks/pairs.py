@@ -1,30 +1,28 @@
-"""What a setting costs: tokens a second with it beside those without, in pairs, in turn.
+"""Measures what a setting costs: tokens a second with it and without it, in alternating pairs.
 
-    python benchmarks/pairs.py [MODEL] [--what journal] [--pairs 10]
+    python -m benchmarks.pairs [MODEL] [--what journal] [--pairs 10]
 
-So many streams of 64 tokens, 128 in, over two stages. The interval is that of the mean of the pairs' ratios (t, 95 %).
+The load is streams of 128 tokens in and 64 out over two stages. The interval is that of the mean ratio (t, 95 %).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from facts import RESULTS, default_model, machine, own_versions, today
-from http_load import HttpLoad
-from servers import running
-from specs import Layout, Peers, ServerSpec, spec_for
+from benchmarks.common.facts import default_model
+from benchmarks.common.http_load import tokens_a_second
+from benchmarks.common.results import RESULTS, origin, save
+from benchmarks.common.servers import Layout, running, stagemesh_spec
 
 PROMPT, OUTPUT = 128, 64
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 20: 2.09}
-"""Student's t of so many pairs."""
+"""Student's t by number of pairs."""
 
 
 @dataclass(frozen=True)
@@ -47,29 +45,11 @@ PAIRS = {
 }  # fmt: skip
 
 
-def spec(options: tuple[str, ...]) -> ServerSpec:
-    """Two stages with these options."""
-    plain = spec_for("stagemesh", Layout(2, 1), Peers(Path()))
-    return ServerSpec(
-        plain.system, plain.shown_command, plain.command, [*plain.options, *options], {}, plain.health_path
-    )
-
-
-async def load(url: str, streams: int, requests: int) -> float:
-    """Output tokens a second."""
-    client = HttpLoad(int(url.rpartition(":")[2]), streams, OUTPUT, PROMPT, requests=requests)
-    began = time.monotonic()
-    async with client:
-        await client.done()
-    client.check()
-    return requests * OUTPUT / (time.monotonic() - began)
-
-
 def rate(model: Path, pair: Pair, options: tuple[str, ...], logs: Path) -> float:
-    """Of a server of its own, warm."""
-    with running(spec(options), model, logs) as server:
-        asyncio.run(load(server.base_url, pair.streams, pair.streams))
-        return asyncio.run(load(server.base_url, pair.streams, pair.requests))
+    """Tokens a second of a new server, after a warm-up."""
+    with running(stagemesh_spec(Layout(2, 1), *options), model, logs) as server:
+        asyncio.run(tokens_a_second(server.base_url, pair.streams, pair.streams, PROMPT, OUTPUT))
+        return asyncio.run(tokens_a_second(server.base_url, pair.streams, pair.requests, PROMPT, OUTPUT))
 
 
 def main() -> int:
@@ -83,7 +63,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="stagemesh-pairs-") as folder:
         model = given.model or default_model(Path(folder))
         for number in range(given.pairs):
-            # Each comes first every other time.
+            # Each is first every other time.
             order = (pair.with_it, pair.without) if number % 2 else (pair.without, pair.with_it)
             found = {options: rate(model, pair, options, Path(folder)) for options in order}
             rates.append((found[pair.with_it], found[pair.without]))
@@ -91,19 +71,15 @@ def main() -> int:
     ratios = [with_it / without for with_it, without in rates]
     mean = statistics.mean(ratios)
     half = T_95[len(ratios)] * statistics.stdev(ratios) / len(ratios) ** 0.5
-    command = f"python benchmarks/pairs.py MODEL --what {given.what} --pairs {given.pairs}"
-    told = {"date": today(), "machine": machine(), "versions": own_versions(), "command": command,
-            "pairs_tok_s": rates, "ratio": mean, "half_interval": half}  # fmt: skip
-    (RESULTS / f"{given.what}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    told = origin(f"pairs MODEL --what {given.what} --pairs {given.pairs}")
     text = (
-        f"# What {given.what} costs\n\nWritten by `{command}` on {today()}, {machine()['cores']} cores, "
-        f"{machine()['cpu']}: {pair.about}; {pair.streams} streams, {PROMPT} tokens in, {OUTPUT} out, two stages of "
-        f"the 100 M model; a server of its own for each, in turn.\n\nThroughput with it by that without: {mean:.3f} ± "
-        f"{half:.3f} (95 % interval of the mean of {len(ratios)} pairs). Medians: "
-        f"{statistics.median(r[0] for r in rates):.1f} and {statistics.median(r[1] for r in rates):.1f} tok/s.\n"
+        f"# What {given.what} costs\n\nWritten by `{told['command']}` on {told['date']}, {told['machine']['cores']} "
+        f"cores, {told['machine']['cpu']}: {pair.about}; {pair.streams} streams, {PROMPT} tokens in, {OUTPUT} out, two "
+        f"stages of the 100 M model; a server of its own for each, in turn.\n\nThroughput with it by that without: "
+        f"{mean:.3f} ± {half:.3f} (95 % interval of the mean of {len(ratios)} pairs). Medians: "
+        f"{statistics.median(r[0] for r in rates):.1f} and {statistics.median(r[1] for r in rates):.1f} tok/s."
     )
-    (RESULTS / f"{given.what}.md").write_text(text, encoding="utf-8")
-    print(text)
+    save(RESULTS / given.what, {**told, "pairs_tok_s": rates, "ratio": mean, "half_interval": half}, [text])
     return 0
 
 

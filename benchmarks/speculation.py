@@ -1,11 +1,11 @@
-"""What a draft model brings: tokens a second with its guesses beside those without.
+"""Measures what a draft model brings: tokens a second with it and without it.
 
-    python benchmarks/speculation.py [MODEL] [--streams 1,4,16] [--repeats 2]
+    python -m benchmarks.speculation [MODEL] [--streams 1,4,16] [--repeats 2]
 
-Random weights guess nothing of each other, so the draft model is made of the model itself: its first layers, with the
-model's own embedding and head. The layers behind are scaled down in a copy of the model, more or less, so that the two
-agree more or less; the acceptance that comes of it is measured and told. What a figure means for other models is read
-by its acceptance and by the draft model's share of the weights.
+Models with random weights do not predict each other. So the draft model is made of the model's own first layers,
+embedding and head, and the other layers are scaled down in a copy of the model. The scale decides how often the two
+agree. The acceptance is measured and reported, so that a figure can be compared with other models of the same
+acceptance.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-from facts import RESULTS, default_model, machine, own_versions, today
-from http_load import HttpLoad
 from safetensors.torch import load_file, save_file
-from servers import running
-from specs import Layout, Peers, ServerSpec, spec_for
+
+from benchmarks.common.facts import default_model
+from benchmarks.common.http_load import tokens_a_second
+from benchmarks.common.results import RESULTS, origin, save
+from benchmarks.common.servers import Layout, running, stagemesh_spec
 
 DRAFT_LAYERS = 1
 SCALES = (0.02, 0.1, 0.3)
-"""Of what the layers behind the draft model's add: the smaller, the more the two agree."""
+"""Scales of the layers that the draft model lacks. The smaller, the more often the two models agree."""
 OUTPUT, PROMPT = 192, 32
 GUESSES = 4
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -60,13 +60,6 @@ def make_pair(model: Path, out: Path, scale: float) -> tuple[Path, Path]:
     return paths
 
 
-def spec(config: dict[str, Any] | None) -> ServerSpec:
-    """Two stages, with or without guesses."""
-    plain = spec_for("stagemesh", Layout(2, 1), Peers(Path()))
-    more = ["--speculative-config", json.dumps(config)] if config else []
-    return ServerSpec(plain.system, plain.shown_command, plain.command, [*plain.options, *more], {}, plain.health_path)
-
-
 def metric(url: str, name: str) -> float:
     """A counter of the gateway."""
     with urllib.request.urlopen(url + "/metrics", timeout=10) as response:
@@ -74,26 +67,21 @@ def metric(url: str, name: str) -> float:
     return float(next(line.split()[-1] for line in lines if line.startswith(f"stagemesh_{name}_total ")))
 
 
-async def load(url: str, streams: int) -> float:
+def rate_of(url: str, streams: int) -> float:
     """Output tokens a second of two requests a stream, one after the other."""
-    port = int(url.rpartition(":")[2])
-    client = HttpLoad(port, streams, OUTPUT, PROMPT, requests=2 * streams)
-    began = time.monotonic()
-    async with client:
-        await client.done()
-    client.check()
-    return len(client.ended_at) * OUTPUT / (time.monotonic() - began)
+    return asyncio.run(tokens_a_second(url, streams, 2 * streams, PROMPT, OUTPUT))
 
 
 def measure(target: Path, config: dict[str, Any] | None, streams: list[int], logs: Path) -> dict[int, dict[str, float]]:
-    """By number of streams: tokens a second, guessed tokens by drawn ones, accepted by guessed ones."""
+    """By number of streams: tokens a second, guessed tokens per sampled token, share of accepted guesses."""
     found = {}
-    with running(spec(config), target, logs) as server:
-        asyncio.run(load(server.base_url, 2))  # Warm: what steps cost is known from here on.
+    more = ["--speculative-config", json.dumps(config)] if config else []
+    with running(stagemesh_spec(Layout(2, 1), *more), target, logs) as server:
+        rate_of(server.base_url, 2)  # A warm-up, after which the gateway knows what steps cost.
         for count in streams:
             names = "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"
             before = [metric(server.base_url, name) for name in names]
-            rate = asyncio.run(load(server.base_url, count))
+            rate = rate_of(server.base_url, count)
             guessed, accepted = (metric(server.base_url, n) - b for n, b in zip(names, before, strict=True))
             tokens = 2 * count * OUTPUT
             found[count] = {
@@ -113,13 +101,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "speculation")
     arguments = parser.parse_args()
     streams = [int(count) for count in arguments.streams.split(",")]
-    told = {
-        "date": today(),
-        "machine": machine(),
-        "versions": own_versions(),
-        "load_before": os.getloadavg()[0],
-        "command": f"python benchmarks/speculation.py MODEL --repeats {arguments.repeats}",
-    }
+    told = {**origin(f"speculation MODEL --repeats {arguments.repeats}"), "load_before": os.getloadavg()[0]}
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -150,13 +132,10 @@ def main() -> int:
 
 
 def _write(stem: Path, rows: list[dict[str, Any]], told: dict[str, Any]) -> None:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    whole = json.dumps({**told, "rows": rows}, indent=2) + "\n"
-    stem.with_name(stem.name + ".json").write_text(whole, encoding="utf-8")
     lines = [
         "# What a draft model brings",
         "",
-        f"Written by `benchmarks/speculation.py` on {told['date']}; {told['machine']['cores']} cores of "
+        f"Written by `python -m benchmarks.speculation` on {told['date']}; {told['machine']['cores']} cores of "
         f"{told['machine']['cpu']}, load {told['load_before']:.1f} before. Two stages of a core each, bfloat16, "
         f"{OUTPUT} tokens an answer, greedy; the draft model is the model's first {DRAFT_LAYERS} layers with its "
         f"embedding and head, up to {GUESSES} guesses at a time.",
@@ -168,9 +147,7 @@ def _write(stem: Path, rows: list[dict[str, Any]], told: dict[str, Any]) -> None
         cells = [f"{row[name]:.0f}" for name in ("plain", "draft_model")]
         cells += [f"{row[name]:.2f}" for name in ("ratio", "guessed", "accepted")]
         lines.append(f"| {row['scale']} | {row['streams']} | {' | '.join(cells)} |")
-    page = "\n".join(lines) + "\n"
-    stem.with_name(stem.name + ".md").write_text(page, encoding="utf-8")
-    print(page)
+    save(stem, {**told, "rows": rows}, lines)
 
 
 if __name__ == "__main__":

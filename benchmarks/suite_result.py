@@ -1,6 +1,6 @@
-"""What a suite showed that takes longer than CI has, as `results/NAME.md`.
+"""Writes the result of a long test suite to `results/NAME.md`.
 
-    python benchmarks/suite_result.py NAME JUNIT COMMAND
+    python -m benchmarks.suite_result NAME JUNIT COMMAND
 
 `make chaos` and `make numerics` call it with pytest's `--junitxml`.
 """
@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import facts
+from benchmarks.common import facts
+from benchmarks.common.results import RESULTS
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Module:
 
 
 def modules(cases: Iterable[ET.Element]) -> dict[str, Module]:
-    """junit's cases by the file that they are in."""
+    """junit's cases, by file."""
     found: dict[str, Module] = {}
     for case in cases:
         name, seconds = case.get("name", ""), float(case.get("time", "0"))
@@ -79,7 +80,7 @@ def main() -> int:
         *table(found), "",
         *(["Failed:", "", *(f"- {one}" for one in failed), ""] if failed else []),
     ]  # fmt: skip
-    (facts.RESULTS / f"{given.name}.md").write_text("\n".join(text))
+    (RESULTS / f"{given.name}.md").write_text("\n".join(text))
     return 0
 
 

@@ -7,9 +7,9 @@ import os
 from dataclasses import astuple, dataclass
 
 from stagemesh.checkpoint import CheckpointInfo, fingerprint, inspect
-from stagemesh.config import CoordinatorSettings
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import types_pb2
+from stagemesh.settings.coordinator import CoordinatorSettings
 
 from .planning.cost import CostModel
 from .planning.partition import check_counts

@@ -13,8 +13,8 @@ import time
 import uvloop
 
 from stagemesh import process, rpc
-from stagemesh.config import CoordinatorSettings
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
+from stagemesh.settings.coordinator import CoordinatorSettings
 
 from .build import Build, build
 from .core.mesh import Mesh

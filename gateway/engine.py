@@ -16,7 +16,6 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from stagemesh import checkpoint, rpc
-from stagemesh.config import GatewaySettings
 from stagemesh.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -28,6 +27,7 @@ from stagemesh.errors import (
 )
 from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
+from stagemesh.settings.gateway import GatewaySettings
 
 from .api.request import GenerationRequest, ModelCard
 from .drive.driver import PipelineDriver, Surroundings

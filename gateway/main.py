@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
-import socket
 
-import uvicorn
 import uvloop
 
 from stagemesh import process, rpc
-from stagemesh.config import GatewaySettings
-from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
+from stagemesh.settings.gateway import GatewaySettings
 
 from .api.grpc_api import GatewayServicer
 from .api.http.app import build_app
+from .api.http.server import HttpServer, bind
 from .engine import MeshEngine
 from .telemetry.metrics import Metrics
 from .timing import GatewayTiming
@@ -25,7 +22,6 @@ from .timing import GatewayTiming
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
-KEEP_ALIVE_S = 30
 
 
 def run(settings: GatewaySettings, ready_fd: int | None = None) -> int:
@@ -35,40 +31,15 @@ def run(settings: GatewaySettings, ready_fd: int | None = None) -> int:
     return uvloop.run(_run(settings, ready_fd))
 
 
-class _Http(uvicorn.Server):
-    """uvicorn without its own signal handlers: stopping has an order, and it is ours."""
-
-    def install_signal_handlers(self) -> None:
-        """Leaves signals alone (older uvicorn)."""
-
-    def capture_signals(self):  # type: ignore[no-untyped-def]
-        """Leaves signals alone."""
-        return contextlib.nullcontext()
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError when the port is taken or the address not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-        sock.listen(1024)
-    except OSError as e:
-        sock.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror}; choose another with --port") from e
-    sock.setblocking(False)
-    return sock
-
-
 async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, stop.set)
+    timing = GatewayTiming().scaled(settings.time_scale)
     listener = bind(settings.host, settings.port)
     metrics = Metrics()
-    engine = MeshEngine(settings, metrics, GatewayTiming().scaled(settings.time_scale))
+    engine = MeshEngine(settings, metrics, timing)
     grpc_server = await rpc.start_server(
         settings.host,
         settings.grpc_port,
@@ -76,22 +47,13 @@ async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
         [SERVICE_NAME],
         serving=False,
     )
-    config = uvicorn.Config(
-        build_app(engine, settings, metrics, engine.recorder),
-        http="httptools",
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=1,
-    )
-    http = _Http(config)
+    http = HttpServer(build_app(engine, settings, metrics, timing, engine.recorder), timing)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     following = engine.start()
     port = listener.getsockname()[1]
     process.tell_ready(ready_fd, port=port, grpc_port=grpc_server.port)
     log.info("HTTP on %s:%d, gRPC on %s:%d", settings.host, port, settings.host, grpc_server.port)
-    health = asyncio.create_task(_tell_health(engine, grpc_server))
+    health = asyncio.create_task(_tell_health(engine, grpc_server, timing.health_look_s))
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait([stopped, serving, following], return_when=asyncio.FIRST_COMPLETED)
     health.cancel()
@@ -99,18 +61,18 @@ async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
     await grpc_server.set_serving(False)
     await engine.stop(settings.drain_timeout)
     http.should_exit = True
-    await asyncio.gather(serving, grpc_server.stop(0.5))
+    await asyncio.gather(serving, grpc_server.stop(timing.grpc_stop_s))
     if failure is not None:
         raise failure
     return 0
 
 
-async def _tell_health(engine: MeshEngine, server: rpc.Server) -> None:
-    """Keeps grpc.health.v1 as /health is."""
+async def _tell_health(engine: MeshEngine, server: rpc.Server, look_s: float) -> None:
+    """Keeps grpc.health.v1 equal to /health."""
     told: bool | None = None
     while True:
         ready, _ = engine.ready()
         if ready is not told:
             told = ready
             await server.set_serving(ready)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(look_s)

@@ -14,8 +14,8 @@ import uvloop
 
 import stagemesh
 from stagemesh import process, rpc
-from stagemesh.config import StageSettings, device_kind
 from stagemesh.errors import StageLost, StagemeshError
+from stagemesh.settings.stage import StageSettings, device_kind
 
 from .agent.membership import Membership
 from .agent.rank_group import RankGroup

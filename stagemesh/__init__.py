@@ -15,7 +15,7 @@ _LAZY = {"Client": "stagemesh.client"}
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are asked for, so that no process pays for another's imports."""
+    """Imports public names on first use, so that a process does not pay for imports that it does not need."""
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""What a checkpoint says about itself, without torch: config.json and the headers of its safetensors files.
+"""Reads what a checkpoint says about itself, without torch: config.json and the headers of its safetensors files.
 
-`inspect` counts bytes, parameters and FLOPs of each decoder layer and of the two ends, for the cost model;
-`fingerprint` tells one revision from another. Neither reads weights, but for a few sampled blocks.
-File format: https://github.com/huggingface/safetensors#format (8 bytes of header length, JSON header, data).
+`inspect` counts bytes, parameters and FLOPs of each decoder layer, of the embedding and of the head, for the cost
+model. `fingerprint` tells one revision of a checkpoint from another. Both read headers, and of the weights only a few
+blocks. File format: https://github.com/huggingface/safetensors#format (8 bytes of header length, JSON header, data).
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ EXPERT = re.compile(r"\.experts(\.|_)")
 
 @dataclass(frozen=True)
 class Part:
-    """One decoder layer, or one of the two ends."""
+    """Size and work of one decoder layer, of the embedding, or of the head."""
 
     bytes: int = 0
     """As stored in the checkpoint."""
     parameters: int = 0
     flops_per_token: float = 0.0
-    """2 x the parameters that one token meets in a matrix product (of experts, only those a token is routed to)."""
+    """Twice the parameters that take part in a matrix product for one token; of experts, only those it is routed to."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the coordinator, the gateway and the CLI want to know before anything is loaded."""
+    """What is known of a checkpoint before any weight is loaded."""
 
     path: str
     architecture: str
@@ -68,7 +68,7 @@ class CheckpointInfo:
     kv_elements_per_token: int
     """Elements of K and V together of one token in one layer, over all KV heads."""
     tied: bool
-    """Input embedding and output head are one tensor; it then lives, and is counted, on both ends."""
+    """Input embedding and output head are one tensor. The first and the last stage then both hold and count it."""
     layers: tuple[Part, ...]
     embedding: Part
     head: Part
@@ -83,7 +83,7 @@ class CheckpointInfo:
 
 
 def read_config(model_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """config.json of a checkpoint. Raises CheckpointError where the folder or the file is missing or broken."""
+    """config.json of a checkpoint. Raises CheckpointError when the folder or the file is missing or broken."""
     folder = Path(model_dir)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory; give the folder that holds the checkpoint's config.json")
@@ -94,7 +94,7 @@ def read_config(model_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The decoder's part of a configuration: `text_config` where the checkpoint is of several modalities."""
+    """The decoder's part of a configuration. A multimodal checkpoint has it under `text_config`."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) and nested else config
 
@@ -133,7 +133,7 @@ def weight_files(model_dir: str | os.PathLike[str]) -> list[Path]:
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Tensor name -> {dtype, shape, data_offsets} of one safetensors file.
 
-    Raises CheckpointError for a header that is cut or broken, and for data that ends past the end of the file.
+    Raises CheckpointError when the header is truncated or broken, or when data would end past the end of the file.
     """
     again = "the download is incomplete or damaged: fetch the file again"
     try:
@@ -169,7 +169,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> CheckpointInfo:
-    """What the checkpoint in `model_dir` holds; with load_format "dummy", from config.json alone.
+    """What the checkpoint in `model_dir` holds. With load_format "dummy" only config.json is read.
 
     Raises CheckpointError (file, what is wrong, what to do) and UnsupportedModel.
     """
@@ -185,10 +185,10 @@ def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> Che
 
 
 def fingerprint(model_dir: str | os.PathLike[str], load_format: str = "auto") -> str:
-    """SHA-256 (hex) that tells one revision of a checkpoint from another; the same on every machine.
+    """SHA-256 (hex) that tells one revision of a checkpoint from another. It is the same on every machine.
 
-    Over config.json, tokenizer.json, the index, and of each weight file its header, its size and up to 64 blocks of
-    4 KiB, one in the middle of each tensor (evenly chosen where there are more). Dummy weights: config.json alone.
+    The hash covers config.json, tokenizer.json, the index, and of each weight file its header, its size and up to 64
+    blocks of 4 KiB, each from the middle of a tensor. With dummy weights it covers config.json alone.
     """
     folder = Path(model_dir)
     read_config(folder)
@@ -229,7 +229,7 @@ def _read_json(path: Path, advice: str) -> Any:
 
 
 class _Shape:
-    """The numbers of a configuration under the names that the families give them."""
+    """The numbers of a configuration, whatever name the model's family gives them."""
 
     def __init__(self, config: Mapping[str, Any], path: Path) -> None:
         self.text = text = text_config(config)
@@ -265,7 +265,7 @@ class _Shape:
     def number(self, *names: str, default: int | None = None) -> int:
         for name in names:
             value = self.text.get(name)
-            if isinstance(value, (list, tuple)):  # one number a layer: the largest is what memory must fit
+            if isinstance(value, (list, tuple)):  # One number per layer: memory must suffice for the largest.
                 value = max((v for v in value if isinstance(v, int)), default=None)
             if value is not None:
                 if isinstance(value, bool) or not isinstance(value, int) or value < (1 if default is None else 0):
@@ -279,7 +279,8 @@ class _Shape:
 
     @property
     def kv_elements(self) -> int:
-        """Latent-attention models keep K and V expanded, of different widths."""
+        """Elements of K and V of one token in one layer. Latent-attention models keep them expanded, of different
+        widths."""
         if self.text.get("kv_lora_rank"):
             rope, nope = self.number("qk_rope_head_dim", default=0), self.number("qk_nope_head_dim", default=0)
             return self.heads * (rope + nope + self.number("v_head_dim", default=self.head_dim))
@@ -287,7 +288,7 @@ class _Shape:
 
 
 def _estimated(shape: _Shape) -> tuple[list[Part], Part, Part]:
-    """Parts of a Llama-like model by formula: q, k, v, o; a gated MLP (plain for GPT-NeoX and GPT-2), or experts."""
+    """Parts by formula: q, k, v, o, and a gated MLP (a plain one for GPT-NeoX and GPT-2) or experts."""
     h, element = shape.hidden, ELEMENT_BYTES[shape.dtype or "float32"]
     attention = h * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     matrices = 2 if shape.model_type.startswith(("gpt", "opt", "bloom", "phi", "falcon", "starcoder")) else 3
@@ -308,7 +309,7 @@ def _estimated(shape: _Shape) -> tuple[list[Part], Part, Part]:
 def _counted(
     shape: _Shape, folder: Path, files: list[Path], tensors: Mapping[str, Mapping[str, Any]]
 ) -> CheckpointInfo:
-    """Parts as the headers have them."""
+    """Parts by the tensors in the headers."""
     sums = [[0, 0, 0.0] for _ in range(shape.num_layers + 2)]  # layers, then embedding, then head
     embedding, head, seen, by_dtype = shape.num_layers, shape.num_layers + 1, set(), dict.fromkeys(STORED_DTYPE, 0)
     has_head, table = False, [0, 0]
@@ -324,7 +325,7 @@ def _counted(
         if layer:
             index = int(layer[1])
             if index >= shape.num_layers:
-                continue  # layers of another head, such as multi-token prediction
+                continue  # Layers of another head, such as multi-token prediction.
             seen.add(index)
             if EXPERT.search(name) and shape.experts:
                 flops *= shape.experts_used / shape.experts

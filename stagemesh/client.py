@@ -34,7 +34,7 @@ _FINISH: dict[int, FinishReason] = {
 
 
 class Params(TypedDict, total=False):
-    """What a request may ask for; what is left out takes the checkpoint's default, then OpenAI's."""
+    """Parameters of a request. One that is left out takes the checkpoint's default, then OpenAI's."""
 
     model: str
     max_tokens: int
@@ -52,16 +52,16 @@ class Params(TypedDict, total=False):
     ignore_eos: bool
     min_tokens: int
     logprobs: int
-    """How many of the likeliest tokens' log-probabilities are wanted, beside each token's own."""
+    """Number of likeliest tokens whose log-probabilities are returned, beside each token's own."""
     timeout_s: float
     """Seconds until the request ends with DeadlineExceeded."""
     request_id: str
-    """Name for `cancel`; chosen by the client library otherwise."""
+    """Name for `cancel`; by default the client library chooses one."""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of one token that came, and of the likeliest at its position, by id."""
+    """Log-probability of one token, and those of the likeliest tokens at its position, by id."""
 
     token_id: int
     logprob: float
@@ -82,7 +82,7 @@ class StreamDelta:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens counted; `completion_tokens` over all choices."""
+    """Token counts. `completion_tokens` is the sum over all choices."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -90,7 +90,7 @@ class Usage:
 
 @dataclass
 class Choice:
-    """One choice, whole."""
+    """One whole choice."""
 
     index: int
     text: str = ""
@@ -133,11 +133,12 @@ class Model:
 
 
 class Client:
-    """A connection to a gateway's gRPC port; several requests at once share it."""
+    """A connection to a gateway's gRPC port. Concurrent requests share it."""
 
-    def __init__(self, target: str, api_key: str | None = None) -> None:
+    def __init__(self, target: str, api_key: str | None = None, *, timing: rpc.RpcTiming = rpc.RpcTiming()) -> None:
         """`target`: host:port. Connects at the first call."""
-        self._channel = rpc.channel(target)
+        self._channel = rpc.channel(target, timing)
+        self._answer_s = timing.answer_s
         self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key is not None else ()
 
@@ -184,7 +185,7 @@ class Client:
             await self._stub.Cancel(gateway_pb2.CancelRequest(request_id=request_id), metadata=self._metadata)
 
     async def models(self) -> list[Model]:
-        """The models served."""
+        """The models that the gateway serves."""
         with rpc.mapped():
             told = await self._stub.ListModels(gateway_pb2.ListModelsRequest(), metadata=self._metadata)
         return [Model(card.id, card.max_model_len, card.created) for card in told.models]
@@ -201,10 +202,8 @@ class Client:
     async def _responses(
         self, request: gateway_pb2.GenerateRequest, timeout_s: float | None
     ) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
-        # A little more than the request's own deadline: the gateway's answer says more than the channel's would.
-        call = self._stub.Generate(
-            request, metadata=self._metadata, timeout=None if timeout_s is None else timeout_s + 2.0
-        )
+        within_s = None if timeout_s is None else timeout_s + self._answer_s
+        call = self._stub.Generate(request, metadata=self._metadata, timeout=within_s)
         try:
             with rpc.mapped():
                 async for response in call:

@@ -20,7 +20,8 @@
     ├── PoisonedRequest         the ranks of a stage died each time this request was computed
     └── InternalError           a bug of ours; the request fails, the mesh goes on
 
-One table (`GRPC_STATUS`, `HTTP_STATUS`) maps the tree; foreign errors are mapped where they enter, the cause kept.
+One table (`STATUS`) maps the tree to gRPC and HTTP statuses. Errors of other libraries are mapped where they enter,
+with their cause kept.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import grpc
 
 
 class StagemeshError(Exception):
-    """Root of the tree. `reason` is a stable upper-case word (google.rpc.ErrorInfo.reason)."""
+    """Root of the tree. `reason` is a stable upper-case identifier (google.rpc.ErrorInfo.reason)."""
 
     reason = "INTERNAL"
 
@@ -146,53 +147,39 @@ class InternalError(StagemeshError):
     reason = "INTERNAL"
 
 
-GRPC_STATUS: dict[type[StagemeshError], grpc.StatusCode] = {
-    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    NotFound: grpc.StatusCode.NOT_FOUND,
-    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Unavailable: grpc.StatusCode.UNAVAILABLE,
-    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-    Cancelled: grpc.StatusCode.CANCELLED,
-    ConfigError: grpc.StatusCode.FAILED_PRECONDITION,
-    CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,
-    StaleEpoch: grpc.StatusCode.ABORTED,
-    TransportError: grpc.StatusCode.UNAVAILABLE,
-    NumericalError: grpc.StatusCode.INTERNAL,
-    PoisonedRequest: grpc.StatusCode.INTERNAL,
-    InternalError: grpc.StatusCode.INTERNAL,
+STATUS: dict[type[StagemeshError], tuple[grpc.StatusCode, int]] = {
+    InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, 400),
+    NotFound: (grpc.StatusCode.NOT_FOUND, 404),
+    Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, 401),
+    QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, 429),
+    Unavailable: (grpc.StatusCode.UNAVAILABLE, 503),
+    DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, 504),
+    Cancelled: (grpc.StatusCode.CANCELLED, 499),
+    ConfigError: (grpc.StatusCode.FAILED_PRECONDITION, 503),
+    CheckpointError: (grpc.StatusCode.FAILED_PRECONDITION, 503),
+    StaleEpoch: (grpc.StatusCode.ABORTED, 503),
+    TransportError: (grpc.StatusCode.UNAVAILABLE, 503),
+    StagemeshError: (grpc.StatusCode.INTERNAL, 500),
 }
-
-HTTP_STATUS: dict[type[StagemeshError], int] = {
-    InvalidRequest: 400,
-    NotFound: 404,
-    Unauthenticated: 401,
-    QueueFull: 429,
-    Unavailable: 503,
-    DeadlineExceeded: 504,
-    Cancelled: 499,
-    ConfigError: 503,
-    CheckpointError: 503,
-    StaleEpoch: 503,
-    TransportError: 503,
-    NumericalError: 500,
-    PoisonedRequest: 500,
-    InternalError: 500,
-}
+"""The statuses that clients get. An error that is not in the table takes those of its nearest ancestor."""
 
 
 def grpc_status(error: StagemeshError) -> grpc.StatusCode:
-    """The gRPC status of `error`: that of its nearest ancestor in the table."""
-    return next((GRPC_STATUS[t] for t in type(error).__mro__ if t in GRPC_STATUS), grpc.StatusCode.INTERNAL)
+    """The gRPC status of `error`."""
+    return _status(error)[0]
 
 
 def http_status(error: StagemeshError) -> int:
-    """The HTTP status of `error`: that of its nearest ancestor in the table."""
-    return next((HTTP_STATUS[t] for t in type(error).__mro__ if t in HTTP_STATUS), 500)
+    """The HTTP status of `error`."""
+    return _status(error)[1]
+
+
+def _status(error: StagemeshError) -> tuple[grpc.StatusCode, int]:
+    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
 
 
 def by_reason(reason: str) -> type[StagemeshError]:
-    """The class that a peer's `ErrorInfo.reason` names; `InternalError` for a word not known here."""
+    """The class that a peer's `ErrorInfo.reason` names; `InternalError` when the reason is unknown."""
     pending: list[type[StagemeshError]] = [StagemeshError]
     while pending:
         cls = pending.pop()

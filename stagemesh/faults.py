@@ -1,8 +1,8 @@
-"""Named points in the code at which tests let a process die, or stop.
+"""Fault injection: named points in the code at which tests kill or stop a process.
 
-Where STAGEMESH_FAULT_DIR names a folder, the first process that comes to a point whose name lies there as a file takes
-the file away and kills itself, as `kill -9` would: nothing is flushed, nothing is told. Where the file holds the name
-of another signal, such as SIGSTOP, it sends itself that one. Elsewhere a point costs a look at a variable.
+A test sets STAGEMESH_FAULT_DIR to a folder and creates a file there with a point's name. The first process that reaches
+that point removes the file and kills itself, as `kill -9` would. A file that holds the name of another signal, such as
+SIGSTOP, makes the process send itself that signal. Without the variable a point costs one comparison.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ POINTS = (
     "gateway.before_switch",
     "gateway.after_switch",
 )
-"""All of them."""
+"""All points. Tests go through the list."""
 
 
 def point(name: str) -> None:
-    """A place where a process may die, or stop."""
+    """Marks a point."""
     if FOLDER is not None:
         _reach(FOLDER, name)
 

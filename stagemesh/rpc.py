@@ -1,7 +1,7 @@
-"""gRPC servers and channels as every service makes them: bounds, health, reflection, and one mapping of errors.
+"""gRPC servers and channels for all services: bounds, health, reflection, and one mapping of errors.
 
-A handler raises an error of `stagemesh.errors`; the interceptor turns it into its gRPC status with a
-`google.rpc.ErrorInfo` (and `RetryInfo`) detail; `from_rpc_error` makes the same error again on the other side.
+A handler raises an error of `stagemesh.errors`. The interceptor turns it into a gRPC status with a
+`google.rpc.ErrorInfo` detail (and `RetryInfo`). `from_rpc_error` makes the same error again on the other side.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -20,37 +21,69 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from stagemesh import errors
+from stagemesh.timing import Timing
 
 log = logging.getLogger(__name__)
 
 DETAILS = "grpc-status-details-bin"
 DOMAIN = "stagemesh"
 MAX_MESSAGE_BYTES = 16 << 20
-OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A peer that vanished without closing its socket is noticed by keep-alive pings, not by a request that hangs.
-    ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
-    # Reconnect fast: a restarted peer should be found within a second.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    # This one also bounds each connection attempt: on a busy machine a handshake takes its time.
-    ("grpc.min_reconnect_backoff_ms", 2000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # Services on one machine must not share one connection pool with a dead peer's address.
-    ("grpc.use_local_subchannel_pool", 1),
-    # A taken port is an error, not a second listener that gets half of the calls.
-    ("grpc.so_reuseport", 0),
-]
 
 
-def channel(address: str) -> grpc.aio.Channel:
+@dataclass(frozen=True)
+class RpcTiming(Timing):
+    """Times of every channel and server."""
+
+    keepalive_s: float = 2.0
+    """A connection that is idle for so long is pinged, so that a peer that vanished without closing its socket is
+    noticed before a request hangs."""
+    keepalive_timeout_s: float = 2.0
+    """Until a ping must be answered."""
+    ping_interval_s: float = 1.0
+    """The least time between two pings. A server drops peers that ping faster."""
+    reconnect_first_s: float = 0.1
+    """Pause after the first failed attempt to connect. A restarted peer should be found within a second."""
+    reconnect_most_s: float = 1.0
+    """The longest pause after later ones."""
+    connect_s: float = 2.0
+    """The least time that an attempt to connect may take: on a busy machine a handshake is slow."""
+    answer_s: float = 2.0
+    """How much longer than its request's deadline a client waits: the gateway's error says more than the channel's."""
+
+    def relations(self) -> Iterator[tuple[bool, str]]:
+        yield self.ping_interval_s <= self.keepalive_s, "ping_interval_s <= keepalive_s: the other side takes the pings"
+        yield self.reconnect_first_s <= self.reconnect_most_s, "reconnect_first_s <= reconnect_most_s"
+
+
+def options(timing: RpcTiming) -> list[tuple[str, Any]]:
+    """gRPC's options for a channel or a server."""
+
+    def ms(seconds: float) -> int:
+        return int(seconds * 1000)
+
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", ms(timing.keepalive_s)),
+        ("grpc.keepalive_timeout_ms", ms(timing.keepalive_timeout_s)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", ms(timing.ping_interval_s)),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", ms(timing.ping_interval_s)),
+        ("grpc.initial_reconnect_backoff_ms", ms(timing.reconnect_first_s)),
+        ("grpc.max_reconnect_backoff_ms", ms(timing.reconnect_most_s)),
+        # gRPC takes this as the least time of an attempt, too.
+        ("grpc.min_reconnect_backoff_ms", ms(timing.connect_s)),
+        # Services on one machine must not share one connection pool with a dead peer's address.
+        ("grpc.use_local_subchannel_pool", 1),
+        # A port that is in use is an error. Otherwise a second listener would get half of the calls.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def channel(address: str, timing: RpcTiming = RpcTiming()) -> grpc.aio.Channel:
     """An unencrypted channel to `address` (host:port)."""
-    return grpc.aio.insecure_channel(address, options=OPTIONS)
+    return grpc.aio.insecure_channel(address, options=options(timing))
 
 
 class Server:
@@ -81,12 +114,13 @@ async def start_server(
     *,
     serving: bool = True,
     interceptors: Sequence[Any] = (),
+    timing: RpcTiming = RpcTiming(),
 ) -> Server:
     """Starts a server on host:port (0: the system chooses) with the servicers that `add` adds.
 
     `names` are the full names of those services. Raises ConfigError when the port cannot be bound.
     """
-    server = grpc.aio.server(options=OPTIONS, interceptors=(*interceptors, ErrorInterceptor()))
+    server = grpc.aio.server(options=options(timing), interceptors=(*interceptors, ErrorInterceptor()))
     add(server)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -152,7 +186,7 @@ def from_rpc_error(error: grpc.RpcError) -> errors.StagemeshError:
 
 @contextlib.contextmanager
 def mapped() -> Iterator[None]:
-    """Within it, a failed call raises the error of ours that it stands for."""
+    """A context in which a failed call raises the error of `stagemesh.errors` that it stands for."""
     try:
         yield
     except grpc.RpcError as e:
@@ -170,10 +204,11 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExcepti
 
 
 Handler = Any  # grpc.RpcMethodHandler is generic in the stubs only
+KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Turns errors that handlers raise into gRPC statuses with details; an unknown one is INTERNAL and logged."""
+    """Turns errors that handlers raise into gRPC statuses with details. Any other exception is INTERNAL and logged."""
 
     async def intercept_service(
         self,
@@ -184,7 +219,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         handler = await continuation(details)
         if handler is None:
             return handler
-        inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        kind = next(kind for kind in KINDS if getattr(handler, kind) is not None)
+        inner: Any = getattr(handler, kind)
+        if not (inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner)):
+            return handler  # Reflection's handlers are plain functions and handle their own errors.
 
         async def one(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
@@ -201,24 +239,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             except (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.UsageError, GeneratorExit):
                 raise
             except grpc.aio.BaseError:
-                return  # The server was stopped, or the peer went away: nobody is there to be told.
+                return  # The server was stopped, or the peer went away: nobody can receive a status.
             except Exception as e:  # noqa: BLE001 - the boundary where every error gets its status
                 await _abort(context, e)
 
-        kinds = {
-            "unary_unary": (grpc.unary_unary_rpc_method_handler, one),
-            "unary_stream": (grpc.unary_stream_rpc_method_handler, many),
-            "stream_unary": (grpc.stream_unary_rpc_method_handler, one),
-            "stream_stream": (grpc.stream_stream_rpc_method_handler, many),
-        }
-        for kind, (make, wrapper) in kinds.items():
-            # Handlers that are not coroutines (reflection's) keep their own error handling.
-            if getattr(handler, kind) is not None and (
-                inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner)
-            ):
-                return make(
-                    wrapper,
-                    request_deserializer=handler.request_deserializer,
-                    response_serializer=handler.response_serializer,
-                )
-        return handler
+        make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(
+            many if kind.endswith("_stream") else one,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )

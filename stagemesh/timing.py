@@ -1,4 +1,4 @@
-"""Times of a service in one frozen place: its owner declares them, tests and operators scale them as a whole."""
+"""Base of the frozen values that hold a service's times. Tests and operators scale such a value as a whole."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from stagemesh.errors import ConfigError
 
 @dataclass(frozen=True)
 class Timing:
-    """Base of each service's times. Fields are seconds and end in `_s`; anything else is left alone by `scaled`.
+    """Times of one service. Fields that end in `_s` are seconds; `scaled` leaves other fields alone.
 
-    A subclass states in `relations` what must hold between them. Raises ConfigError where one does not.
+    A subclass states in `relations` what must hold between its times. Raises ConfigError when a relation does not hold.
     """
 
     def __post_init__(self) -> None:
@@ -22,10 +22,10 @@ class Timing:
                 raise ConfigError(f"{type(self).__name__}: {what} does not hold: {self}")
 
     def relations(self) -> Iterator[tuple[bool, str]]:
-        """(whether it holds, the relation in words)."""
+        """Yields (whether it holds, the relation in words)."""
         yield from ()
 
     def scaled(self, factor: float) -> Self:
-        """The same with every time `factor` as long: for slow machines, and for tests that are in a hurry."""
+        """The same with every time multiplied by `factor`: above 1 for slow machines, below 1 for fast tests."""
         times = {f.name: getattr(self, f.name) * factor for f in fields(self) if f.name.endswith("_s")}
         return replace(self, **times)

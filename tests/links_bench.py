@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from inproc import open_any
 
 from stagemesh.stage_worker.links.link import LinkIdentity, LinkReceiver, LinkSender
-from stagemesh.transport import Transport, open_transport
+from stagemesh.transport import Transport
 
 needs_ucxx = pytest.mark.skipif(
     importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed: UCX is NOT tested"
@@ -32,8 +33,8 @@ class Bench:
     """A sending and a receiving transport, and the links between them."""
 
     def __init__(self, name: str) -> None:
-        self.left: Transport = open_transport(name)
-        self.right: Transport = open_transport(name)
+        self.left: Transport = open_any(name)
+        self.right: Transport = open_any(name)
         self.links: list[LinkSender | LinkReceiver] = []
 
     def link(self, ours: LinkIdentity, theirs: LinkIdentity | None = None) -> tuple[LinkSender, LinkReceiver]:

@@ -2,10 +2,9 @@
 
     python tools/make_model.py --preset 100m --out DIR [--dtype bfloat16] [--shards N] [--seed S]
 
-The weights say nothing, but everything else is real: benchmarks and tests need a checkpoint that transformers, vLLM and
-stagemesh load alike, and none may be downloaded. The same arguments and torch build give the same bytes. Linears are
-drawn from N(0, 1/fan_in), so that every layer passes its input's scale on whatever the width, and the greedy choice
-depends on the whole context rather than on the last token alone.
+Benchmarks and tests need a checkpoint that transformers, vLLM and stagemesh can load, without a download. The same
+arguments and torch build give the same bytes. Linear weights are drawn from N(0, 1/fan_in), so that each layer keeps
+the scale of its input at any width, and the greedy choice depends on the whole context.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ CHAT_TEMPLATE = (
 )
 
 EMBEDDING_STD = 0.1
-"""Small beside what a layer adds, so that attention and MLP decide the output, not the token's own embedding."""
+"""Small compared with what a layer adds, so that attention and MLP decide the output, not the token's embedding."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Run the breadth check over every architecture; write what came of it to docs/models.md and model/plain/verified.py.
+"""Tries every architecture of transformers, and writes docs/models.md and stage_worker/model/plain/verified.py.
 
 python tools/make_models_doc.py          # about two minutes on one core
 """

@@ -1,4 +1,4 @@
-"""What clients speak: the request vocabulary (`request.py`), its one builder, the gRPC and HTTP fronts, the token log.
+"""The APIs for clients: gRPC and HTTP, the internal request (`request.py`) and its builder, and the token log.
 
-Nothing in here knows of pipelines, epochs or pages: it hands a `GenerationRequest` to an `Engine` and reads deltas.
+Pipelines, epochs and pages are not known here. A front hands a `GenerationRequest` to an `Engine` and reads `Delta`s.
 """

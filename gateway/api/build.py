@@ -1,4 +1,4 @@
-"""One builder of checked `GenerationRequest`s, for the HTTP and the gRPC front alike."""
+"""Checks parameters and builds `GenerationRequest`s, for HTTP and gRPC."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ MAX_BIASES = 1024
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default of max_tokens for a completion."""
 SLOW_TEXT_CHARS = LONG_CHARS
-"""From here on a text is tokenized in a thread: it would hold up the event loop for tens of milliseconds."""
+"""Longer texts are tokenized in a thread: they would block the event loop for tens of milliseconds."""
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What a client may ask for, in neither protocol's shape; None takes the checkpoint's default, then OpenAI's."""
+class RequestParams:
+    """Parameters of a request, independent of the protocol. None takes the checkpoint's default, then OpenAI's."""
 
     max_tokens: int | None = None
     max_tokens_param: str = "max_tokens"
-    """What the client calls it."""
+    """The client's name for it, for error messages."""
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -46,7 +46,7 @@ class Wishes:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
-    """None: no log-probabilities; k: of each token that comes and of the k likeliest."""
+    """None: no log-probabilities. k: those of each sampled token and of the k likeliest."""
     logprobs_param: str = "logprobs"
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     include_stop_str_in_output: bool = False
@@ -54,8 +54,22 @@ class Wishes:
     timeout_s: float | None = None
 
 
+SAME_IN_BOTH = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "n",
+)
+"""Optional parameters that have the same name and meaning in both protocols."""
+
+
 def served(engine: Engine, name: str | None) -> tuple[ModelCard, Tokenizer]:
-    """The served model and its tokenizer; `name` None or empty means the only one. Raises NotFound, Unavailable."""
+    """The served model and its tokenizer. `name` may be None or empty. Raises NotFound, Unavailable."""
     model, tokenizer = engine.model, engine.tokenizer
     if model is None or tokenizer is None:
         raise Unavailable(f"no model is served yet: {engine.ready()[1]}", retry_after_s=1.0)
@@ -65,7 +79,7 @@ def served(engine: Engine, name: str | None) -> tuple[ModelCard, Tokenizer]:
 
 
 async def encode(tokenizer: Tokenizer, model: ModelCard, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-    """Ids of `text`. Raises InvalidRequest, and PromptTooLong without tokenizing where its length alone says so."""
+    """Token ids of `text`. Raises InvalidRequest, or PromptTooLong; a text that is far too long is not tokenized."""
     if len(text) < SLOW_TEXT_CHARS:
         return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
     fewest = await asyncio.to_thread(tokenizer.fewest_tokens, text)
@@ -83,7 +97,7 @@ async def render_chat(
     add_special_tokens: bool = False,
     extra: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
-    """Ids of a conversation: the chat template writes the special tokens itself. Raises InvalidRequest."""
+    """Token ids of a conversation. The chat template writes the special tokens. Raises InvalidRequest."""
     template = tokenizer.chat_template
     if template is None:
         raise InvalidRequest(
@@ -99,39 +113,38 @@ async def render_chat(
 def build(
     request_id: str,
     prompt: Sequence[int],
-    wishes: Wishes,
+    p: RequestParams,
     model: ModelCard,
     tokenizer: Tokenizer,
     *,
     request_timeout_s: float,
     fill_context: bool,
 ) -> GenerationRequest:
-    """Checks `wishes` against each other and the model.
+    """Checks the parameters, and builds the request.
 
-    `fill_context`: without max_tokens, whether the output may take the rest of the context (a chat) or 16 tokens (a
-    completion). Raises InvalidRequest that names the field and what it may be, PromptTooLong with all numbers.
+    `fill_context`: whether an output without max_tokens may fill the context (a chat), or has 16 tokens at most (a
+    completion). Raises InvalidRequest, which names the field and its range, and PromptTooLong with all numbers.
     """
-    w = wishes
     _check_prompt(prompt, model)
-    max_tokens = _max_tokens(len(prompt), w, model, fill_context)
-    _whole("n", w.n, 1, MAX_CHOICES)
-    _whole("min_tokens", w.min_tokens, 0, max_tokens, " (max_tokens)")
-    _check_stops(w, model)
+    max_tokens = _max_tokens(len(prompt), p, model, fill_context)
+    _whole("n", p.n, 1, MAX_CHOICES)
+    _whole("min_tokens", p.min_tokens, 0, max_tokens, " (max_tokens)")
+    _check_stops(p, model)
     timeout_s = request_timeout_s
-    if w.timeout_s is not None:
-        _number("timeout", w.timeout_s, 0, math.inf, open_below=True)
-        timeout_s = min(w.timeout_s, request_timeout_s)
+    if p.timeout_s is not None:
+        _number("timeout", p.timeout_s, 0, math.inf, open_below=True)
+        timeout_s = min(p.timeout_s, request_timeout_s)
     return GenerationRequest(
         request_id=request_id,
         prompt=tuple(prompt),
-        sampling=_sampling(w, model, tokenizer),
+        sampling=_sampling(p, model, tokenizer),
         max_tokens=max_tokens,
-        n=1 if w.n is None else w.n,
-        stop=tuple(w.stop),
-        stop_token_ids=frozenset(w.stop_token_ids) | (frozenset() if w.ignore_eos else _eos_ids(model, tokenizer)),
-        min_tokens=w.min_tokens,
-        include_stop_str_in_output=w.include_stop_str_in_output,
-        skip_special_tokens=w.skip_special_tokens,
+        n=1 if p.n is None else p.n,
+        stop=tuple(p.stop),
+        stop_token_ids=frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else _eos_ids(model, tokenizer)),
+        min_tokens=p.min_tokens,
+        include_stop_str_in_output=p.include_stop_str_in_output,
+        skip_special_tokens=p.skip_special_tokens,
         deadline_s=timeout_s,
     )
 
@@ -153,18 +166,18 @@ def _check_prompt(prompt: Sequence[int], model: ModelCard) -> None:
         )
 
 
-def _max_tokens(prompt: int, w: Wishes, model: ModelCard, fill_context: bool) -> int:
+def _max_tokens(prompt: int, p: RequestParams, model: ModelCard, fill_context: bool) -> int:
     room = model.max_model_len - prompt
     if room < 1:
         raise _too_long(model, str(prompt), "; at least one more is needed for the output")
-    if w.max_tokens is None:
+    if p.max_tokens is None:
         return room if fill_context else min(room, COMPLETION_MAX_TOKENS)
-    if w.max_tokens < 1:
-        raise InvalidRequest(f"{w.max_tokens_param} must be at least 1, not {w.max_tokens}", param=w.max_tokens_param)
-    if w.max_tokens > room:
-        asked = f" and {w.max_tokens_param} asks for {w.max_tokens}: {prompt + w.max_tokens} together"
-        raise _too_long(model, str(prompt), asked, w.max_tokens_param)
-    return w.max_tokens
+    if p.max_tokens < 1:
+        raise InvalidRequest(f"{p.max_tokens_param} must be at least 1, not {p.max_tokens}", param=p.max_tokens_param)
+    if p.max_tokens > room:
+        asked = f" and {p.max_tokens_param} asks for {p.max_tokens}: {prompt + p.max_tokens} together"
+        raise _too_long(model, str(prompt), asked, p.max_tokens_param)
+    return p.max_tokens
 
 
 def _too_long(model: ModelCard, prompt: str, rest: str, param: str = "prompt") -> PromptTooLong:
@@ -175,57 +188,57 @@ def _too_long(model: ModelCard, prompt: str, rest: str, param: str = "prompt") -
     )
 
 
-def _check_stops(w: Wishes, model: ModelCard) -> None:
-    if len(w.stop) > MAX_STOPS:
-        raise InvalidRequest(f"stop may hold at most {MAX_STOPS} strings, not {len(w.stop)}", param="stop")
-    for stop in w.stop:
+def _check_stops(p: RequestParams, model: ModelCard) -> None:
+    if len(p.stop) > MAX_STOPS:
+        raise InvalidRequest(f"stop may hold at most {MAX_STOPS} strings, not {len(p.stop)}", param="stop")
+    for stop in p.stop:
         if not stop:
             raise InvalidRequest("stop must not hold an empty string", param="stop")
         if len(stop) > MAX_STOP_CHARS:
             raise InvalidRequest(
                 f"a stop string may have at most {MAX_STOP_CHARS} characters, not {len(stop)}", param="stop"
             )
-    if len(w.stop_token_ids) > MAX_STOP_IDS:
+    if len(p.stop_token_ids) > MAX_STOP_IDS:
         raise InvalidRequest(
-            f"stop_token_ids may hold at most {MAX_STOP_IDS} ids, not {len(w.stop_token_ids)}", param="stop_token_ids"
+            f"stop_token_ids may hold at most {MAX_STOP_IDS} ids, not {len(p.stop_token_ids)}", param="stop_token_ids"
         )
-    for token in w.stop_token_ids:
+    for token in p.stop_token_ids:
         _whole("stop_token_ids", token, 0, model.vocab_size - 1, " (the last id of the vocabulary)")
 
 
-def _sampling(w: Wishes, model: ModelCard, tokenizer: Tokenizer) -> Sampling:
+def _sampling(p: RequestParams, model: ModelCard, tokenizer: Tokenizer) -> Sampling:
     default = tokenizer.defaults.sampling
-    _number("temperature", w.temperature, 0, math.inf)
-    _number("top_p", w.top_p, 0, 1, open_below=True)
-    _number("min_p", w.min_p, 0, 1)
-    _number("presence_penalty", w.presence_penalty, -2, 2)
-    _number("frequency_penalty", w.frequency_penalty, -2, 2)
-    _number("repetition_penalty", w.repetition_penalty, 0, math.inf, open_below=True)
-    _whole("top_k", w.top_k, -1, 2**31 - 1)
-    _whole("seed", w.seed, -(2**63), 2**64 - 1)
-    _whole(w.logprobs_param, w.logprobs, 0, MAX_TOP_LOGPROBS)
-    if len(w.logit_bias) > MAX_BIASES:
+    _number("temperature", p.temperature, 0, math.inf)
+    _number("top_p", p.top_p, 0, 1, open_below=True)
+    _number("min_p", p.min_p, 0, 1)
+    _number("presence_penalty", p.presence_penalty, -2, 2)
+    _number("frequency_penalty", p.frequency_penalty, -2, 2)
+    _number("repetition_penalty", p.repetition_penalty, 0, math.inf, open_below=True)
+    _whole("top_k", p.top_k, -1, 2**31 - 1)
+    _whole("seed", p.seed, -(2**63), 2**64 - 1)
+    _whole(p.logprobs_param, p.logprobs, 0, MAX_TOP_LOGPROBS)
+    if len(p.logit_bias) > MAX_BIASES:
         raise InvalidRequest(
-            f"logit_bias may hold at most {MAX_BIASES} ids, not {len(w.logit_bias)}", param="logit_bias"
+            f"logit_bias may hold at most {MAX_BIASES} ids, not {len(p.logit_bias)}", param="logit_bias"
         )
-    for token, bias in w.logit_bias.items():
+    for token, bias in p.logit_bias.items():
         _whole("logit_bias", token, 0, model.vocab_size - 1, " (the last id of the vocabulary)")
         _number("logit_bias", bias, -100, 100)
-    top_k = default.top_k if w.top_k is None else w.top_k
+    top_k = default.top_k if p.top_k is None else p.top_k
     return Sampling(
-        temperature=_or(w.temperature, default.temperature),
-        top_p=_or(w.top_p, default.top_p),
-        # -1 is vLLM's word for "all"; so is any k from the vocabulary's size on.
+        temperature=_or(p.temperature, default.temperature),
+        top_p=_or(p.top_p, default.top_p),
+        # As in vLLM, -1 means all tokens.
         top_k=0 if top_k < 0 or top_k >= model.vocab_size else top_k,
-        min_p=_or(w.min_p, default.min_p),
-        presence_penalty=_or(w.presence_penalty, default.presence_penalty),
-        frequency_penalty=_or(w.frequency_penalty, default.frequency_penalty),
-        repetition_penalty=_or(w.repetition_penalty, default.repetition_penalty),
-        # A negative seed is the unsigned number with the same bits.
-        seed=None if w.seed is None else w.seed % 2**64,
-        logprobs=w.logprobs is not None,
-        top_logprobs=min(w.logprobs or 0, model.vocab_size),
-        logit_bias=tuple(sorted(w.logit_bias.items())),
+        min_p=_or(p.min_p, default.min_p),
+        presence_penalty=_or(p.presence_penalty, default.presence_penalty),
+        frequency_penalty=_or(p.frequency_penalty, default.frequency_penalty),
+        repetition_penalty=_or(p.repetition_penalty, default.repetition_penalty),
+        # A negative seed becomes the unsigned number with the same bits.
+        seed=None if p.seed is None else p.seed % 2**64,
+        logprobs=p.logprobs is not None,
+        top_logprobs=min(p.logprobs or 0, model.vocab_size),
+        logit_bias=tuple(sorted(p.logit_bias.items())),
     )
 
 

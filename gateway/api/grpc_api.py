@@ -1,4 +1,4 @@
-"""The gRPC front: the same engine, checks and limits as the HTTP API."""
+"""The gRPC API. Engine, checks and limits are those of the HTTP API."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from google.protobuf import json_format
-
 from stagemesh import errors
-from stagemesh.config import GatewaySettings
 from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
+from stagemesh.settings.gateway import GatewaySettings
 
 from ..telemetry.metrics import Metrics
-from .build import Wishes, build, encode, render_chat, served
+from .build import SAME_IN_BOTH, RequestParams, build, encode, render_chat, served
 from .http.middleware import key_matches
 from .request import Delta, Engine, GenerationRequest
 
@@ -28,11 +26,11 @@ FINISH = {
     "length": gateway_pb2.FINISH_REASON_LENGTH,
 }
 
-Context = Any  # grpc.aio.ServicerContext; its stubs know no generic one at run time
+Context = Any  # grpc.aio.ServicerContext is generic in the stubs only
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
-    """`stagemesh.v1.Gateway`; raises errors of ours, which `rpc.ErrorInterceptor` turns into statuses."""
+    """`stagemesh.v1.Gateway`. `rpc.ErrorInterceptor` turns the errors that it raises into statuses."""
 
     def __init__(self, engine: Engine, settings: GatewaySettings, metrics: Metrics) -> None:
         self._engine = engine
@@ -42,17 +40,17 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def Generate(
         self, request: gateway_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
-        """Streams deltas as they come, then one message with the usage. A client that goes away ends the request."""
+        """Streams deltas, then one message with the usage. The request ends when the client goes away."""
         self._authorize(context)
         asked = await self._build(request, context.time_remaining())
         stream = self._engine.submit(asked)
-        # Not in a `finally` here: a call that ends while a message waits for the reader does not resume this generator.
+        # `finally` would not do: when a call ends while a message waits for its reader, this generator is not resumed.
         context.add_done_callback(lambda _: stream.cancel())
         completion_tokens = 0
         async for batch in stream:
             for delta in batch:
                 completion_tokens += len(delta.tokens)
-                # Waits while the reader's window is full; meanwhile the engine merges.
+                # This waits while the reader's window is full. The engine merges deltas meanwhile.
                 yield _response(asked, delta)
         yield gateway_pb2.GenerateResponse(
             request_id=asked.request_id,
@@ -69,7 +67,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def ListModels(
         self, request: gateway_pb2.ListModelsRequest, context: Context
     ) -> gateway_pb2.ListModelsResponse:
-        """The served model, if there is one yet."""
+        """Lists the served model, if there is one yet."""
         self._authorize(context)
         model = self._engine.model
         if model is None:
@@ -80,14 +78,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def DescribeMesh(
         self, request: gateway_pb2.GatewayDescribeMeshRequest, context: Context
     ) -> gateway_pb2.GatewayDescribeMeshResponse:
-        """The mesh as /mesh shows it, typed."""
+        """The mesh as a message; /mesh shows the same as JSON."""
         self._authorize(context)
-        seen: dict[str, Any] = self._engine.describe()
-        told = gateway_pb2.GatewayDescribeMeshResponse()
-        # /mesh is MeshView's JSON form with the gateway's own figures beside it.
-        json_format.ParseDict(seen, told.mesh, ignore_unknown_fields=True)
-        json_format.ParseDict(seen.get("gateway", {}), told, ignore_unknown_fields=True)
-        return told
+        own: Any = self._engine.describe()["gateway"]
+        figures = {name: own[name] for name in ("running", "waiting", "free_pages", "total_pages")}
+        return gateway_pb2.GatewayDescribeMeshResponse(mesh=self._engine.mesh, **figures)
 
     def _authorize(self, context: Context) -> None:
         if self._settings.api_key is None:
@@ -126,7 +121,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         return build(
             request.request_id or f"grpc-{uuid.uuid4().hex}",
             prompt,
-            _wishes(request, timeout_s),
+            _params(request, timeout_s),
             model,
             tokenizer,
             request_timeout_s=self._settings.request_timeout,
@@ -134,26 +129,14 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         )
 
 
-def _wishes(request: gateway_pb2.GenerateRequest, timeout_s: float | None) -> Wishes:
-    def given(name: str) -> Any:
-        return getattr(request, name) if request.HasField(name) else None
-
-    return Wishes(
-        max_tokens=given("max_tokens"),
-        temperature=given("temperature"),
-        top_p=given("top_p"),
-        top_k=given("top_k"),
-        min_p=given("min_p"),
-        presence_penalty=given("presence_penalty"),
-        frequency_penalty=given("frequency_penalty"),
-        repetition_penalty=given("repetition_penalty"),
-        seed=given("seed"),
-        n=given("n"),
+def _params(request: gateway_pb2.GenerateRequest, timeout_s: float | None) -> RequestParams:
+    given = (*SAME_IN_BOTH, "max_tokens", "logprobs")
+    return RequestParams(
+        **{name: getattr(request, name) for name in given if request.HasField(name)},
         stop=tuple(request.stop),
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
         min_tokens=request.min_tokens,
-        logprobs=given("logprobs"),
         timeout_s=timeout_s,
     )
 

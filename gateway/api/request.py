@@ -1,7 +1,6 @@
-"""What the API layers hand to the engine, and what comes back: the gateway's own vocabulary.
+"""The interface between the APIs and the engine.
 
-The HTTP and gRPC front ends turn a client's request into one `GenerationRequest`; the engine answers with `Delta`s per
-choice. Neither knows the other's protocol.
+HTTP and gRPC turn a client's request into one `GenerationRequest`. The engine answers with `Delta`s of each choice.
 """
 
 from __future__ import annotations
@@ -10,12 +9,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from stagemesh.protos.v1 import types_pb2
+
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of every choice are drawn. Defaults are vLLM's."""
+    """Sampling parameters. The defaults are vLLM's."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -26,15 +27,15 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
     logprobs: bool = False
-    """Whether the log-probability of each token that comes is wanted."""
+    """Whether the log-probability of each sampled token is wanted."""
     top_logprobs: int = 0
-    """How many of the likeliest tokens' log-probabilities are wanted beside it."""
+    """Number of likeliest tokens whose log-probabilities are wanted, too."""
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of one token that came, and the likeliest at its position, likeliest first."""
+    """Log-probability of one sampled token, and of the likeliest tokens at its position in descending order."""
 
     token: int
     logprob: float
@@ -42,12 +43,12 @@ class TokenLogprob:
 
 
 Logged = tuple[int, TokenLogprob | None]
-"""A token of an answer, and its log-probability where that was asked for."""
+"""A token of an answer, and its log-probability if that is wanted."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One request, checked and tokenized: `n` choices of at most `max_tokens` tokens each."""
+    """A checked and tokenized request for `n` choices of at most `max_tokens` tokens each."""
 
     request_id: str
     prompt: tuple[int, ...]
@@ -57,16 +58,16 @@ class GenerationRequest:
     n: int = 1
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
-    """Ids that end a choice: the checkpoint's EOS ids (unless `ignore_eos`) and the client's."""
+    """Token ids that end a choice: the checkpoint's EOS ids, unless they are ignored, and the client's."""
     min_tokens: int = 0
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     deadline_s: float | None = None
-    """Seconds from submission until the request ends with DeadlineExceeded; None takes the gateway's bound."""
+    """Seconds until the request ends with DeadlineExceeded; None: --request-timeout."""
     log: tuple[tuple[Logged, ...], ...] = ()
-    """Of each choice, what was promised before: the answer goes on behind it. Empty: nothing was."""
+    """Tokens of each choice that an earlier stream of this request already has. The answer continues after them."""
     seen: tuple[int, ...] = ()
-    """Of each choice, how many of those tokens the client has: they are not told again."""
+    """Number of those tokens, of each choice, that the client has received. They are not sent again."""
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Delta:
 
     choice: int
     text: str
-    """Text that is final: never the start of a stop string, never part of a UTF-8 character."""
+    """Final text: never the beginning of a stop string, never a part of a UTF-8 character."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -84,10 +85,10 @@ class Delta:
 
 
 class Stream(Protocol):
-    """One running request. Iterating yields batches of deltas as steps come back; ends when every choice has ended.
+    """A running request. Iteration yields batches of deltas, and ends when every choice has ended.
 
-    Iterating raises StageLost, DeadlineExceeded, NumericalError or InternalError where the request failed.
-    A reader that is slow gets larger batches: the engine merges, its memory is bounded by max_tokens.
+    Iteration raises StageLost, DeadlineExceeded, NumericalError or InternalError when the request fails. A slow reader
+    gets larger batches: the engine merges deltas, in memory that is bounded by max_tokens.
     """
 
     request: GenerationRequest
@@ -99,12 +100,12 @@ class Stream(Protocol):
     def __aiter__(self) -> AsyncIterator[list[Delta]]: ...
 
     def cancel(self) -> None:
-        """Ends the request; its pages are freed on every stage. Safe to call twice, and after the end."""
+        """Ends the request and frees its pages on every stage. It may be called twice, and after the end."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What clients may know of the served model."""
+    """What clients can see of the served model."""
 
     name: str
     max_model_len: int
@@ -113,7 +114,7 @@ class ModelCard:
 
 
 class Engine(Protocol):
-    """What the front ends need of the engine."""
+    """What the APIs need of the engine."""
 
     @property
     def model(self) -> ModelCard | None:
@@ -121,16 +122,20 @@ class Engine(Protocol):
 
     @property
     def tokenizer(self) -> object | None:
-        """The `gateway.tokenizer.Tokenizer` of the served model; None until a pipeline was published."""
+        """The `Tokenizer` of the served model; None until a pipeline was published."""
+
+    @property
+    def mesh(self) -> types_pb2.MeshView:
+        """The mesh as the coordinator reported it last."""
 
     def submit(self, request: GenerationRequest) -> Stream:
         """Queues a request. Raises QueueFull, Unavailable, or PromptTooLong."""
 
     def cancel(self, request_id: str) -> bool:
-        """Cancels by name; False when it is not running."""
+        """Cancels a request by its id; False when it is not running."""
 
     def ready(self) -> tuple[bool, str]:
-        """Whether a token has crossed every stage and a pipeline serves; else why not."""
+        """(whether a token has crossed every stage and a pipeline serves, why not)."""
 
     def describe(self) -> dict[str, object]:
-        """The mesh as this gateway sees it, JSON-ready: MeshView's JSON form, and `gateway` with its own figures."""
+        """The JSON of /mesh: the JSON form of `mesh`, and `gateway` with this gateway's own figures."""

@@ -1,9 +1,9 @@
-"""Streams on disk, so that a client whose gateway is gone can go on at another one: `--token-log DIR`.
+"""Streams on disk, so that a client whose gateway is gone can resume its stream at another one: `--token-log DIR`.
 
-One file a call, of JSON lines: first what was asked, then each piece of the answer before it is sent; made with the
-first piece. What a gateway that was killed had drawn and not written is drawn again, and is the same: a token depends
-on seed, choice and position alone. Nothing waits for the disk itself: a file outlives the process that wrote it, not
-the power of the machine.
+Each call has one file of JSON lines. The first line is the request; each further line is a piece of the answer, written
+before that piece is sent. The file is made with the first piece. Tokens that a killed gateway had sampled but not
+written are sampled again, and are the same: a token depends on seed, choice and position alone. Nothing is synced to
+the disk: a file outlives the process that wrote it, but not a power failure.
 """
 
 from __future__ import annotations
@@ -21,34 +21,32 @@ from typing import Any
 
 from stagemesh.errors import ConfigError, NotFound
 
+from ..timing import GatewayTiming
 from .request import Delta, Logged, TokenLogprob
 
 log = logging.getLogger(__name__)
 
-KEEP_S = 3600.0
-"""How long a stream can be resumed after its last token."""
-SWEEP_S = 60.0
 NAME = re.compile(r"(?:chatcmpl|cmpl)-[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
-class Call:
-    """What was asked."""
+class LoggedCall:
+    """The request of a stream."""
 
     call_id: str
     path: str
-    """The endpoint's."""
+    """Path of the endpoint."""
     body: bytes
     created: int
     seeds: tuple[int, ...]
-    """Of each prompt's request."""
+    """One for each prompt."""
 
 
 @dataclass
-class Recorded:
-    """A call, and its answer as far as it was sent."""
+class LoggedStream:
+    """A call, and its answer as far as it was written."""
 
-    call: Call
+    call: LoggedCall
     choices: dict[int, list[Logged]] = field(default_factory=dict)
     """Choice -> its tokens."""
 
@@ -56,9 +54,10 @@ class Recorded:
 class TokenLog:
     """The files of one folder, which gateways may share."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, timing: GatewayTiming) -> None:
         """Raises ConfigError where the folder cannot be written."""
         self._folder = Path(folder)
+        self._timing = timing
         self._swept_at = 0.0
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -68,70 +67,71 @@ class TokenLog:
         except OSError as e:
             raise ConfigError(f"--token-log {folder}: {e}: give a folder that this user can write") from e
 
-    def begin(self, call: Call) -> Writing:
-        """For a call that may be accepted."""
+    def begin(self, call: LoggedCall) -> StreamWriter:
+        """The file of a new call, which is made with its first piece."""
         self._sweep()
         head = {"id": call.call_id, "path": call.path, "body": call.body.decode(), "created": call.created,
                 "seeds": call.seeds}  # fmt: skip
-        return Writing(self._path(call.call_id), head)
+        return StreamWriter(self._path(call.call_id), head)
 
-    def resume(self, call_id: str) -> tuple[Recorded, Writing]:
-        """What is known of a call, and its file to go on with. Raises NotFound."""
+    def resume(self, call_id: str) -> tuple[LoggedStream, StreamWriter]:
+        """A call's stream as far as it was written, and its file to append to. Raises NotFound."""
         path = self._path(call_id) if NAME.fullmatch(call_id) else None
         lines: list[Any] = []
-        half = False
+        partial = False
         with contextlib.suppress(OSError):
             data = path.read_bytes() if path is not None else b""
-            half = not data.endswith(b"\n")
+            partial = not data.endswith(b"\n")
             for line in data.splitlines():
-                with contextlib.suppress(ValueError):  # half a line: its writer was killed within it
+                with contextlib.suppress(ValueError):  # a partial line: its writer was killed
                     lines.append(json.loads(line))
         if not lines or path is None:
-            raise NotFound(f"no stream {call_id!r} is known here: it never began, or ended over {KEEP_S:g} s ago")
+            kept_s = self._timing.stream_kept_s
+            raise NotFound(f"no stream {call_id!r} is known here: it never began, or ended over {kept_s:g} s ago")
         head = lines[0]
-        call = Call(head["id"], head["path"], head["body"].encode(), head["created"], tuple(head["seeds"]))
-        recorded = Recorded(call)
+        call = LoggedCall(head["id"], head["path"], head["body"].encode(), head["created"], tuple(head["seeds"]))
+        recorded = LoggedStream(call)
         for choice, start, entries in lines[1:]:
             known = recorded.choices.setdefault(choice, [])
-            # Two gateways may have written of the same positions, and then the same; behind a gap nothing is of use.
+            # Two gateways may have written the same positions: the tokens are the same. After a gap nothing is of use.
             if start <= len(known):
                 known += [_entry(raw) for raw in entries[len(known) - start :]]
-        return recorded, Writing(path, behind_half=half)
+        return recorded, StreamWriter(path, after_partial_line=partial)
 
     def _path(self, call_id: str) -> Path:
         return self._folder / f"{call_id}.jsonl"
 
     def _sweep(self) -> None:
         now = time.time()
-        if now < self._swept_at + SWEEP_S:
+        if now < self._swept_at + self._timing.stream_sweep_s:
             return
         self._swept_at = now
         for path in self._folder.glob("*.jsonl"):
             with contextlib.suppress(OSError):
-                if path.stat().st_mtime < now - KEEP_S:
+                if path.stat().st_mtime < now - self._timing.stream_kept_s:
                     path.unlink()
 
 
-class Writing:
-    """The file of one call."""
+class StreamWriter:
+    """Appends to the file of one call."""
 
-    def __init__(self, path: Path, head: object = None, *, behind_half: bool = False) -> None:
-        """`head` is the first line of a file that is not there yet; `behind_half`: the file's last line has no end."""
+    def __init__(self, path: Path, head: object = None, *, after_partial_line: bool = False) -> None:
+        """`head`: first line of a file that is not there yet. `after_partial_line`: the file's last line has no end."""
         self._path, self._head = path, head
-        self._begin = b"\n" if behind_half else b""
+        self._begin = b"\n" if after_partial_line else b""
         self._fd: int | None = None
         self._lengths: dict[int, int] = {}
 
     def add(self, choice: int, delta: Delta) -> None:
-        """A piece of a choice's answer, before it is sent. Raises OSError."""
+        """Writes a piece of a choice's answer. Call it before the piece is sent. Raises OSError."""
         start = self._lengths.get(choice, 0)
         self._lengths[choice] = start + len(delta.tokens)
         told: list[object] = [[p.logprob, p.top] for p in delta.logprobs]
         logprobs = told or [None] * len(delta.tokens)
         self._line([choice, start, list(zip(delta.tokens, logprobs, strict=True))])
 
-    def go_on_behind(self, lengths: Sequence[int]) -> None:
-        """The next piece of each choice begins there: what comes is written again where it was."""
+    def continue_at(self, lengths: Sequence[int]) -> None:
+        """Sets the position at which the next piece of each choice begins. Positions may be written twice."""
         self._lengths = dict(enumerate(lengths))
 
     def _line(self, value: object) -> None:
@@ -144,7 +144,7 @@ class Writing:
         os.write(self._fd, lines)
 
     def close(self) -> None:
-        """Nothing more is written."""
+        """Closes the file."""
         if self._fd is not None:
             os.close(self._fd)
 

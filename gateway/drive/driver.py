@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stagemesh.config import GatewaySettings
 from stagemesh.errors import InternalError, StageLost, StagemeshError, TransportError
 from stagemesh.protos.v1 import types_pb2
+from stagemesh.settings.gateway import GatewaySettings
 
 from ..api.request import GenerationRequest, Sampling
 from ..telemetry.metrics import Load

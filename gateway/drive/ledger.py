@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from stagemesh.config import GatewaySettings
 from stagemesh.protos.v1 import types_pb2
+from stagemesh.settings.gateway import GatewaySettings
 
 from ..schedule.budget import StepCosts
 from ..schedule.copying import PageCopier

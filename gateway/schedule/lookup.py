@@ -14,7 +14,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
-from stagemesh.speculative_config import SpeculativeConfig
+from stagemesh.settings.speculative import SpeculativeConfig
 
 from .sequence import Sequence
 

@@ -1,4 +1,4 @@
-"""What is measured of the gateway and told to operators: metrics, stage times, records of steps.
+"""What operators can measure: metrics, stage times, records of steps.
 
-Nothing in here decides anything.
+Nothing here takes part in decisions.
 """

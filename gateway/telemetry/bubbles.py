@@ -1,4 +1,4 @@
-"""Where each stage's time went, summed from the timings that every step result brings: the bubble share, measured."""
+"""Sums up what each stage spent its time on, from the timings in step results. This shows the pipeline's bubbles."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class StageTime:
 
 
 class Bubbles(Collector):
-    """Time of every stage by what it was spent on; a Prometheus collector."""
+    """A Prometheus collector of every stage's time, by what it was spent on."""
 
     def __init__(self) -> None:
         self.stages: dict[int, StageTime] = {}
 
     def add(self, stage: int, timing: types_pb2.StepTiming) -> None:
-        """One step of one stage."""
+        """Adds one step of one stage."""
         sums = self.stages.get(stage)
         if sums is None:
             sums = self.stages[stage] = StageTime()
@@ -38,7 +38,7 @@ class Bubbles(Collector):
         sums.wait_send_s += timing.wait_send_us * 1e-6
 
     def collect(self) -> Iterator[Metric]:
-        """For Prometheus."""
+        """Yields the metrics."""
         steps = CounterMetricFamily("stagemesh_stage_steps", "Steps a stage has run.", labels=["stage"])
         seconds = CounterMetricFamily(
             "stagemesh_stage_seconds", "Seconds of a stage's steps, by what they went to.", labels=["stage", "spent_on"]

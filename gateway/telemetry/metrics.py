@@ -1,4 +1,4 @@
-"""What the gateway tells Prometheus: vLLM's metric suffixes under `stagemesh_`, so that its dashboards fit."""
+"""Metrics for Prometheus. They have vLLM's names with the prefix `stagemesh_`, so that its dashboards fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 Ending = Literal["stop", "length", "abort", "error"]
-"""Why a request ended: as its (last) choice did, or cancelled by its client, or failed."""
+"""Why a request ended: as its last choice did, cancelled by its client, or failed."""
 
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -22,7 +22,7 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50
 
 @dataclass(frozen=True)
 class Load:
-    """What the gateway holds right now."""
+    """The present load of the gateway."""
 
     running: int = 0
     waiting: int = 0
@@ -32,7 +32,7 @@ class Load:
 
 
 class Metrics:
-    """All metrics of one gateway process, in a registry of their own. To be used from one thread."""
+    """All metrics of one gateway, in a registry of their own. Use them from one thread."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -87,11 +87,11 @@ class Metrics:
         return Histogram(f"stagemesh_{name}", text, buckets=buckets, registry=self.registry)
 
     def stale_result(self) -> None:
-        """One was dropped."""
+        """A stale result was dropped."""
         self._stale.inc()
 
     def watch(self, read: Callable[[], Load]) -> None:
-        """`read` is called at each scrape for what the gauges show."""
+        """Sets the function that is called at each scrape for the gauges' values."""
         self._read = read
 
     def register(self, collector: Collector) -> None:
@@ -103,16 +103,16 @@ class Metrics:
         self._prompt_len.observe(prompt_tokens)
 
     def request_started(self, waited_s: float, prompt_tokens: int) -> None:
-        """A request left the queue after `waited_s`; its prompt is computed from here on."""
+        """A request left the queue after `waited_s`."""
         self._queue_s.observe(waited_s)
         self._prompt.inc(prompt_tokens)
 
     def first_token(self, since_arrival_s: float) -> None:
-        """A request's first token came."""
+        """A request got its first token."""
         self._ttft_s.observe(since_arrival_s)
 
     def tokens(self, count: int, intervals_s: tuple[float, ...] | list[float] = ()) -> None:
-        """`count` tokens came; `intervals_s`: since the token before, for those that had one."""
+        """`count` tokens were generated. `intervals_s`: times since the previous token, if there was one."""
         self._generation.inc(count)
         for interval_s in intervals_s:
             self._itl_s.observe(interval_s)
@@ -124,7 +124,7 @@ class Metrics:
         self._output_len.observe(output_tokens)
 
     def preempted(self) -> None:
-        """A sequence gave its pages back."""
+        """A sequence was preempted."""
         self._preemptions.inc()
 
     def pipeline_lost(self) -> None:
@@ -132,31 +132,31 @@ class Metrics:
         self._losses.inc()
 
     def pipeline_recovered(self, lasted_s: float, replayed_tokens: int) -> None:
-        """It goes on after `lasted_s`, so many positions were computed again."""
+        """A pipeline recovered after `lasted_s`, and `replayed_tokens` positions were computed again."""
         self._recovery_s.observe(lasted_s)
         self._replayed.inc(replayed_tokens)
 
     def pipeline_moved(self, paused_s: float) -> None:
-        """It has gone over to another epoch; no step was planned for `paused_s`."""
+        """A pipeline moved to another epoch. No step was planned for `paused_s`."""
         self._move_s.observe(paused_s)
 
     def prefix_looked_up(self, queries: int, hits: int) -> None:
-        """A sequence of `queries` known tokens starts with `hits` of them taken over."""
+        """A sequence of `queries` tokens started with `hits` of them from the prefix cache."""
         self._prefix_queries.inc(queries)
         self._prefix_hits.inc(hits)
 
     def speculated(self, drafts: int, draft_tokens: int, accepted_tokens: int) -> None:
-        """So many draft rows are back; `accepted_tokens` of `draft_tokens` in them were right."""
+        """Results of `drafts` draft rows came; `accepted_tokens` of their `draft_tokens` were right."""
         self._drafts.inc(drafts)
         self._draft_tokens.inc(draft_tokens)
         self._accepted.inc(accepted_tokens)
 
     def http_answered(self, method: str, handler: str, status: int) -> None:
-        """An HTTP request was answered; `handler` is the route, not the client's path."""
+        """An HTTP request was answered. `handler` is the route, not the client's path."""
         self._http.labels(method, handler, str(status)).inc()
 
     def render(self) -> bytes:
-        """The exposition text of a scrape."""
+        """The text of a scrape."""
         load = self._read()
         self._running.set(load.running)
         self._waiting.set(load.waiting)

@@ -1,7 +1,7 @@
-"""What a trace is made of: a record of every step while somebody asks for one, and nothing while nobody does.
+"""Records every step while a trace is being taken, and nothing otherwise.
 
-The recorder keeps times as they were taken: the gateway's own, and each stage's by the monotonic clock of its host.
-Whoever reads the records puts them on one clock (`stagemesh/bench/clocks.py`).
+Times are kept as they were taken: the gateway's by its own clock, each stage's by the monotonic clock of its host. The
+reader converts them to one clock (`stagemesh/bench/clocks.py`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from stagemesh.protos.v1 import stage_pb2, types_pb2
 from ..schedule.plan import Plan
 
 MAX_STEPS = 4096
-"""Steps of one trace: a few megabytes of JSON."""
+"""Most steps of one trace. They make a few megabytes of JSON."""
 MAX_WAIT_S = 300.0
 MAX_OPEN = 256
-"""Steps recorded but not back: more than are in flight on any pipeline; those of a lost epoch never come back."""
+"""Bound of the steps that are recorded without a result. Steps of a lost epoch never get one."""
 STAGE_COLUMNS = (
     "plan_arrived_us",
     "input_complete_us",
@@ -39,38 +39,39 @@ STAGE_COLUMNS = (
     "compute_cpu_us",
     "draft_us",
 )
-"""One stage's times in a record: all but `result_received_us` (the gateway's clock) as the stage told them."""
+"""One stage's times in a record: fields of `StepTiming` as the stage told them, and `result_received_us`, which the
+gateway took by its own clock."""
 
 
 @dataclass(slots=True)
 class StepRecord:
-    """One step, from its plan to its tokens; microseconds of the gateway's monotonic clock."""
+    """One step, from its plan to its tokens, in microseconds of the gateway's monotonic clock."""
 
     pipeline_id: str
     epoch: int
     step: int
     planned_us: int
     sent_us: int
-    """The plan was handed to the streams of all stages."""
+    """When the plan was handed to the streams of all stages."""
     sequences: list[int]
     tokens: int
     prefill_tokens: int
     stages: list[list[int] | None]
     """`STAGE_COLUMNS` of each stage, None until its result is here."""
     sampled: list[int] = field(default_factory=list)
-    """The sequences that got a token, once for each."""
+    """The sequences that got a token, once for each token."""
     received_us: int = 0
-    """The last stage's result was here."""
+    """When the last stage's result came."""
     delivered_us: int = 0
-    """Its tokens were handed to their requests."""
+    """When its tokens were delivered to their requests."""
 
     @property
     def whole(self) -> bool:
-        """All stages have answered, and the tokens are out."""
+        """Whether all stages have answered and the tokens were delivered."""
         return self.delivered_us > 0 and all(stage is not None for stage in self.stages)
 
     def as_json(self) -> dict[str, Any]:
-        """The record as the route answers it."""
+        """The record as /trace returns it."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
@@ -83,18 +84,23 @@ class _Capture:
 
 
 class Recorder:
-    """Records steps of whatever pipeline is driven, while a capture runs; at most one does."""
+    """Records steps of all pipelines while a capture runs. At most one capture runs at a time."""
 
     def __init__(self) -> None:
         self.active = False
-        """Looked at once a step: the whole cost while nobody asks."""
+        """Whether a capture runs. Checking this once a step is the whole cost otherwise."""
         self._capture: _Capture | None = None
         self._open: OrderedDict[tuple[str, int, int], StepRecord] = OrderedDict()
+
+    @property
+    def open_steps(self) -> int:
+        """Number of steps that are recorded without their result."""
+        return len(self._open)
 
     # -- the batch loop's side --------------------------------------------------------------------------------------
 
     def sent(self, view: types_pb2.PipelineView, plan: Plan, planned_us: int) -> None:
-        """A plan went out to all stages of `view`."""
+        """A plan was sent to all stages of `view`."""
         if self._capture is None:
             return
         self._capture.views.setdefault((view.pipeline_id, view.epoch), view)
@@ -106,7 +112,7 @@ class Recorder:
             sent_us=now_us(),
             sequences=[row.sequence.ident for row in plan.rows],
             tokens=sum(row.count for row in plan.rows),
-            # A row is decode when it computes the newest token alone, behind others that were drawn.
+            # A decode row computes the newest token alone, and its sequence has sampled others before.
             prefill_tokens=sum(
                 row.count for row in plan.rows if (row.count > 1 and not row.draft) or not row.sequence.log
             ),
@@ -116,25 +122,13 @@ class Recorder:
             self._open.popitem(last=False)
 
     def result(self, view: types_pb2.PipelineView, stage: int, result: stage_pb2.StepResult) -> None:
-        """A stage's result is here. Steps that were out before the capture began are not known, and left alone."""
+        """A stage's result came. Steps that were sent before the capture began are ignored."""
         record = self._open.get((view.pipeline_id, view.epoch, result.step))
         if record is None:
             return
         received_us = now_us()
-        t = result.timing
         record.stages[stage] = [
-            t.plan_arrived_us,
-            t.input_complete_us,
-            t.began_us,
-            t.output_us,
-            t.ended_us,
-            t.result_sent_us,
-            received_us,
-            t.wait_input_us,
-            t.compute_us,
-            t.wait_send_us,
-            t.compute_cpu_us,
-            t.draft_us,
+            received_us if name == "result_received_us" else getattr(result.timing, name) for name in STAGE_COLUMNS
         ]
         if stage == len(record.stages) - 1:
             record.received_us = received_us
@@ -142,7 +136,7 @@ class Recorder:
         self._close_if_whole(record)
 
     def delivered(self, view: types_pb2.PipelineView, step: int) -> None:
-        """The tokens of a step were handed to their requests."""
+        """The tokens of a step were delivered to their requests."""
         record = self._open.get((view.pipeline_id, view.epoch, step))
         if record is not None:
             record.delivered_us = now_us()
@@ -159,7 +153,7 @@ class Recorder:
     # -- the route's side -------------------------------------------------------------------------------------------
 
     async def capture(self, steps: int, wait_s: float) -> dict[str, Any]:
-        """The records of the next `steps` steps, or of those that came within `wait_s`, JSON-ready.
+        """JSON of the records of the next `steps` steps, or of those that end within `wait_s`.
 
         Raises InvalidRequest (bounds), QueueFull (a capture is running), DeadlineExceeded (no step came).
         """

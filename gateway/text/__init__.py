@@ -1,4 +1,4 @@
-"""Text and tokens: tokenizer, chat template, detokenizer, stop strings, and what the checkpoint says of sampling.
+"""Text and tokens: tokenizer, chat template, detokenizer, stop strings, and the checkpoint's sampling defaults.
 
-No pipelines and no sockets.
+Pipelines and sockets are not known here.
 """

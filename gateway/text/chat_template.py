@@ -1,4 +1,4 @@
-"""Renders a conversation by the checkpoint's own chat template, as transformers does, without transformers."""
+"""Renders a conversation with the checkpoint's chat template, as transformers does, without importing it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .defaults import read_json
 
 
 class _Generation(Extension):
-    """`{% generation %}`: marks the assistant's words for training; when serving, its body is rendered as it is."""
+    """`{% generation %}`, which marks the assistant's words for training. Here its body is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance's set
 
@@ -36,7 +36,7 @@ def _raise_exception(message: str) -> None:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    # jinja2's own escapes HTML characters, which a prompt must not have.
+    # jinja2's own filter escapes HTML characters, which would change the prompt.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -53,7 +53,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """A compiled template with the special tokens it may name."""
+    """A compiled template with the special tokens that it may use."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens`: `bos_token`, `eos_token`, ... as text. Raises CheckpointError for a bad template."""
@@ -65,10 +65,10 @@ class ChatTemplate:
 
     @staticmethod
     def load(model_dir: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
-        """The template of the checkpoint in `model_dir`, None when it has none.
+        """The template of the checkpoint in `model_dir`; None when it has none.
 
-        A file (chat_template.jinja, chat_template.json) goes before the entry of tokenizer_config.json; of several
-        named ones, `default` is taken. Raises CheckpointError.
+        A file (chat_template.jinja, chat_template.json) overrides the entry in tokenizer_config.json. Of several named
+        templates, `default` is taken. Raises CheckpointError.
         """
         source = _source(model_dir)
         return None if source is None else ChatTemplate(source, special_tokens)
@@ -80,7 +80,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt as text; `extra` are further names that the template may read.
+        """The prompt as text. `extra`: further variables for the template.
 
         Raises InvalidRequest when the template refuses these messages.
         """

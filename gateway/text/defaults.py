@@ -1,4 +1,4 @@
-"""Sampling defaults and end-of-sequence ids that a checkpoint brings along."""
+"""Sampling defaults and end-of-sequence ids of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What `generation_config.json` says, where it says anything: a client's own value goes before it.
+    """The defaults of `generation_config.json`, which a client's own values override.
 
-    As in vLLM, only numbers that the file names count; `do_sample` does not.
+    As in vLLM, only its numbers count; `do_sample` does not.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
 
     @staticmethod
     def load(model_dir: Path) -> SamplingDefaults:
-        """Reads `model_dir`/generation_config.json; without one, the defaults of `Sampling`.
+        """Reads `model_dir`/generation_config.json. Without that file, the defaults are those of `Sampling`.
 
         Raises CheckpointError for a file that is not JSON, or a value that is not a number.
         """

@@ -1,10 +1,10 @@
-"""Turns one choice's tokens into text as they come: whole characters only, and stop strings cut across chunks.
+"""Turns one choice's tokens into text as they come. The text has whole characters only, and ends at a stop string.
 
-Built on tokenizers' `DecodeStream`, which decodes each token behind its predecessor, so that the text is the same as
-if it were decoded whole. Around it stands what a stream of any tokens needs: tokens that give no text (skipped special
-ones, ids beyond the vocabulary) stay out of it, since it would decode a run of them again and again; bytes that never
-become a character are given up as U+FFFD in the end; and a prompt that ends within a character lends its bytes to the
-first one.
+It uses tokenizers' `DecodeStream`, which decodes each token after its predecessor, so that the text is the same as if
+all were decoded at once. Three cases need more than that. Tokens without text (skipped special tokens, ids outside the
+vocabulary) are left out, since the stream would decode a run of them again and again. Bytes that never become a
+character are given up as U+FFFD. If the prompt ends within a character, its last bytes are decoded with the first token
+of the output.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from .tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 CONTEXT = 8
-"""Prompt tokens decoded before the output; four hold any character, the rest is for decoders that look back."""
+"""Number of prompt tokens that are decoded before the output. Four hold any character; some decoders look further
+back."""
 MAX_HELD = 32
-"""Tokens without a whole character after which what there is goes out: no character has more than four bytes."""
+"""After so many tokens without a whole character, their bytes are given up. No character has more than four bytes."""
 
 
 class Detokenizer:
-    """Text of one choice. The text does not depend on how its tokens are spread over `push` calls."""
+    """The text of one choice. It does not depend on how tokens are distributed over calls of `push`."""
 
     def __init__(
         self,
@@ -35,18 +36,18 @@ class Detokenizer:
         include_stop: bool = False,
         min_tokens: int = 0,
     ) -> None:
-        """`stop` is not looked for in the text of the first `min_tokens` tokens (as in vLLM)."""
+        """As in vLLM, stop strings are not looked for in the text of the first `min_tokens` tokens."""
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._stops = StopMatcher(stop, include_stop) if stop else None
         self._min_tokens = min_tokens
         self._count = 0
         self._context: list[int] = []
-        """Tokens of the last whole characters, behind which the next are decoded."""
+        """Tokens of the last whole characters. The next tokens are decoded after them."""
         self._held: list[int] = []
-        """Tokens since then."""
+        """Tokens since then, which do not form a whole character yet."""
         self._borrowed = ""
-        """What the unfinished bytes at the prompt's end show as: the prompt's text, not the output's."""
+        """How the unfinished bytes at the prompt's end are decoded. They are the prompt's text, not the output's."""
         self._prime([t for t in prompt_ids[-CONTEXT:] if not tokenizer.is_silent(t, skip_special_tokens)])
         self._stream = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)
         if tokenizer.raw is not None:
@@ -54,9 +55,9 @@ class Detokenizer:
                 self._stream.step(tokenizer.raw, token)
 
     def push(self, tokens: Sequence[int]) -> tuple[str, str | None, int]:
-        """Adds `tokens`; returns new final text, the stop string that ended it if one did, and how many were used.
+        """Adds `tokens`. Returns (new final text, the stop string that was found or None, number of tokens used).
 
-        Tokens behind the one that completed a stop string are not used; nothing may be pushed after it.
+        Tokens after the one that completes a stop string are not used. Nothing may be pushed after a stop string.
         """
         ready: list[str] = []
         for used, token in enumerate(tokens, 1):
@@ -75,7 +76,7 @@ class Detokenizer:
         return "".join(ready), None, len(tokens)
 
     def finish(self) -> str:
-        """What was still held back: the start of a stop string, an unfinished character as U+FFFD."""
+        """The text that was held back: the beginning of a stop string, an unfinished character as U+FFFD."""
         text = self._flush() if self._held else ""
         if self._stops is None:
             return text
@@ -83,7 +84,7 @@ class Detokenizer:
         return text if stopped_by is not None else text + self._stops.finish()
 
     def _text_with(self, token: int) -> str:
-        """Characters that `token` completes."""
+        """The characters that `token` completes."""
         raw = self._tokenizer.raw
         if raw is None or self._tokenizer.is_silent(token, self._skip):
             return ""
@@ -91,8 +92,8 @@ class Detokenizer:
         try:
             text = self._stream.step(raw, token)
         except Exception:  # noqa: BLE001 - tokenizers raises bare Exception
-            # "Invalid prefix": a byte-fallback decoder takes back a whole run of bytes when one of them is wrong. What
-            # was sent stays sent; the stream goes on from here.
+            # "Invalid prefix": a byte-fallback decoder changes a whole run of bytes when one of them is wrong. What
+            # was sent cannot be changed; the stream continues from here.
             text = self._decode(self._held)
             self._stream = DecodeStream(ids=self._held, skip_special_tokens=self._skip)
         if text is None:
@@ -101,16 +102,16 @@ class Detokenizer:
         return self._own(text)
 
     def _flush(self) -> str:
-        """Gives up waiting for the held tokens' last character."""
+        """The text of the held tokens, without waiting for their last character."""
         before, both = self._decode(self._context), self._decode(self._context + self._held)
         text = both[len(before) :] if both.startswith(before) else self._decode(self._held)
         self._held = []
-        # Not behind the flushed tokens: a stream that begins with an unfinished character repeats it.
+        # The flushed tokens are no context: a stream that begins with an unfinished character repeats it.
         self._stream = DecodeStream(ids=self._context, skip_special_tokens=self._skip)
         return self._own(text)
 
     def _own(self, text: str) -> str:
-        """`text` without what belongs to the prompt."""
+        """`text` without the part that belongs to the prompt."""
         if self._borrowed:
             shared = 0
             while shared < min(len(text), len(self._borrowed)) and text[shared] == self._borrowed[shared]:
@@ -119,7 +120,7 @@ class Detokenizer:
         return text
 
     def _prime(self, prompt: list[int]) -> None:
-        """Splits the prompt's last tokens into whole characters and the tokens of an unfinished one."""
+        """Splits the prompt's last tokens into those of whole characters and those of an unfinished one."""
         for end in range(len(prompt), 0, -1):
             before = self._decode(prompt[:end])
             if not before.endswith(REPLACEMENT):

@@ -1,4 +1,4 @@
-"""Finds stop strings in a text that comes in pieces, holding back no more than could still become one."""
+"""Finds stop strings in a text that comes in pieces. It holds back only text that may still become one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Knuth, Morris and Pratt's automaton for each stop string, so that a character is looked at once per string.
+    """Knuth, Morris and Pratt's automaton for each stop string: each character is read once per string.
 
-    The match that is complete first wins; of two that are complete at the same character, the longer. So the result
-    does not depend on how the text is cut into pieces.
+    The match that is complete first wins. Of two that are complete at the same character, the longer wins. So the
+    result does not depend on how the text is cut into pieces.
     """
 
     def __init__(self, stops: Sequence[str], include_stop: bool) -> None:
@@ -21,7 +21,8 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Adds `text`; returns text that is final, and the stop string that ended it. Not to be called after one."""
+        """Adds `text`. Returns (final text, the stop string that was found or None). Do not call it after a stop
+        string."""
         buffer = self._held + text
         end, which = len(text) + 1, -1
         for s, stop in enumerate(self._stops):
@@ -49,7 +50,7 @@ class StopMatcher:
         return buffer[: len(buffer) - keep], None
 
     def finish(self) -> str:
-        """The text still held back: no stop string came of it."""
+        """The text that was held back, now that no stop string can come of it."""
         held, self._held = self._held, ""
         return held
 

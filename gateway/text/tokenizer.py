@@ -1,7 +1,7 @@
-"""The served model's tokenizer, read from the checkpoint's files without transformers (the gateway starts at once).
+"""The served model's tokenizer, read from the checkpoint without transformers, which takes seconds to import.
 
-What transformers' fast tokenizers do on encoding is in tokenizer.json itself (its post-processor adds BOS or EOS);
-with that file there, `add_bos_token` of tokenizer_config.json is ignored, as transformers 5 does.
+tokenizer.json says all that transformers' fast tokenizers do when they encode; its post-processor adds BOS or EOS. As
+in transformers 5, `add_bos_token` of tokenizer_config.json is ignored when that file is there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
 class Tokenizer:
-    """Text to ids and back, with what else of the checkpoint concerns text. Safe to use from several threads."""
+    """Encodes and decodes text, and holds the checkpoint's other settings for text. It may be used by several
+    threads."""
 
     def __init__(
         self,
@@ -35,7 +36,7 @@ class Tokenizer:
         defaults: SamplingDefaults | None = None,
         chat_template: ChatTemplate | None = None,
     ) -> None:
-        """`raw` None: a checkpoint without tokenizer.json, which serves token ids alone and gives no text."""
+        """`raw` is None for a checkpoint without tokenizer.json, which can serve token ids only."""
         self.raw = raw
         self.eos_ids = eos_ids
         self.defaults = defaults or SamplingDefaults()
@@ -52,8 +53,8 @@ class Tokenizer:
             self.special_ids = frozenset(i for i, token in added.items() if token.special)
             kinds = _kinds(raw.decoder)
             self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
-            # Of BPE over bytes every character costs at least its share of the longest token; of other models one
-            # "unknown" can stand for any number of characters.
+            # With BPE over bytes, no token has more characters than the longest of the vocabulary. In other models one
+            # "unknown" token can stand for any number of characters.
             self._bounded = self._byte_level or self._byte_fallback
         self.token_bytes = functools.lru_cache(maxsize=65536)(self._token_bytes)
 
@@ -83,9 +84,9 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`. Raises InvalidRequest when the checkpoint has no tokenizer, or `text` holds lone surrogates.
+        """Token ids of `text`. Raises InvalidRequest if the checkpoint has no tokenizer or `text` has lone surrogates.
 
-        Takes up to a second per MiB, without the interpreter's lock: call it in a thread for long texts.
+        This takes up to a second per MiB and releases the GIL: call it in a thread for long texts.
         """
         if self.raw is None:
             raise InvalidRequest("the checkpoint has no tokenizer.json: send token ids as the prompt", param="prompt")
@@ -95,25 +96,25 @@ class Tokenizer:
             raise InvalidRequest(f"the text holds a lone surrogate at character {e.start}", param="prompt") from e
         if len(text) < LONG_CHARS:
             return self.raw.encode(text, add_special_tokens=add_special_tokens).ids
-        # Leaves out the offsets, which cost a third of a long text; but hands over to a thread pool.
+        # This leaves out the offsets, which cost a third of the time for a long text. It uses a thread pool.
         return self.raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; ids that the vocabulary does not have give nothing."""
+        """Text of `ids`. Ids outside the vocabulary give no text."""
         return "" if self.raw is None else self.raw.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def fewest_tokens(self, text: str) -> int:
-        """A lower bound of the number of tokens of `text`, found without encoding it."""
+        """A lower bound of the number of tokens of `text`, without encoding it."""
         return len(text) // self._longest_token if self._bounded else 0
 
     @functools.cached_property
     def _longest_token(self) -> int:
-        """Characters of the vocabulary's longest token."""
+        """Length of the vocabulary's longest token in characters."""
         assert self.raw is not None
         return max(map(len, self.raw.get_vocab(with_added_tokens=True)), default=1)
 
     def is_silent(self, token: int, skip_special_tokens: bool) -> bool:
-        """Whether `token` can give no text: not in the vocabulary, or special where those are skipped."""
+        """Whether `token` gives no text: it is outside the vocabulary, or special and skipped."""
         if self.raw is None:
             return True
         return (skip_special_tokens and token in self.special_ids) or self.raw.id_to_token(token) is None
@@ -127,7 +128,7 @@ class Tokenizer:
             return "bytes:" + "".join(f"\\x{b:02x}" for b in data)
 
     def _token_bytes(self, token: int) -> bytes:
-        """The bytes that `token` stands for within a text."""
+        """The bytes of `token` within a text."""
         if self.raw is None:
             return b""
         if token in self._added:
@@ -140,7 +141,7 @@ class Tokenizer:
         byte = BYTE_TOKEN.match(piece) if self._byte_fallback else None
         if byte is not None:
             return bytes([int(byte[1], 16)])
-        # Behind another token, since some decoders strip the space that begins a text.
+        # Decoded after another token, since some decoders strip the space at the beginning of a text.
         anchor = self._anchor
         before, both = self.raw.decode(anchor), self.raw.decode([*anchor, token], skip_special_tokens=False)
         return (both[len(before) :] if both.startswith(before) else self.raw.decode([token])).encode()
@@ -152,7 +153,7 @@ class Tokenizer:
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """Named special tokens (`bos_token`, ...) as text, of tokenizer_config.json before special_tokens_map.json."""
+    """Named special tokens (`bos_token`, ...) as text. tokenizer_config.json overrides special_tokens_map.json."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         for key, value in read_json(folder / name).items():
@@ -175,7 +176,7 @@ def _kinds(decoder: Any) -> set[str]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte, inverted."""
+    """Byte of each of GPT-2's printable characters."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(b): b for b in shown}
     table.update({chr(0x100 + n): b for n, b in enumerate(b for b in range(0x100) if b not in set(shown))})

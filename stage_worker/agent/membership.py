@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 
 import stagemesh
 from stagemesh import rpc
-from stagemesh.config import StageSettings
 from stagemesh.errors import ConfigError, StagemeshError
 from stagemesh.protocol import OLDEST, PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
+from stagemesh.settings.stage import StageSettings
 
 from .rank_group import RankGroup
 from .service import Agent

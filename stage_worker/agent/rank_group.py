@@ -13,9 +13,9 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from stagemesh.config import StageSettings
 from stagemesh.errors import ConfigError, StageLost
 from stagemesh.protos.v1 import types_pb2
+from stagemesh.settings.stage import StageSettings
 
 from ..messages.control import HEADER, Kind, pack, unpack_error
 from ..messages.heartbeat import STARVED_S, Doing, HeartWatch, doing, make_heartbeats

@@ -20,11 +20,11 @@ import grpc
 import grpc.aio
 
 from stagemesh import checkpoint
-from stagemesh.config import StageSettings
 from stagemesh.errors import InvalidRequest, NotFound, RanksDied, StageLost, StagemeshError, StaleEpoch, Unavailable
 from stagemesh.faults import point
 from stagemesh.protocol import check_protocol
 from stagemesh.protos.v1 import coordinator_pb2, stage_pb2
+from stagemesh.settings.stage import StageSettings
 
 from ..messages.control import Kind, unpack_error
 from .gateway_session import GatewaySession

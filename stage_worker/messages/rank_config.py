@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from stagemesh.config import StageSettings
+from stagemesh.settings.stage import StageSettings
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from stagemesh import process
 from stagemesh.errors import TransportError
-from stagemesh.transport.ucx import load_ucxx
+from stagemesh.transport.ucx.worker import load_ucxx
 
 from ..messages.rank_config import RankConfig
 from . import process as rank

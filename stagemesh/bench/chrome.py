@@ -1,8 +1,9 @@
-"""A trace in Chrome's format, for chrome://tracing and ui.perfetto.dev: one process a gateway, stage and link. Pure.
+"""Writes a trace in Chrome's format, for chrome://tracing and ui.perfetto.dev. Pure.
 
-What one thread does one after the other is "X" events; what overlaps (steps in flight, plans that wait, activations on
-the way) is pairs of "b" and "e"; arrows ("s", "t", "f") follow a step from its plan over the stages to its tokens.
-The format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+Gateway, stages and links are shown as processes. Work that one thread does in sequence becomes "X" events. What
+overlaps (steps in flight, waiting plans, activations on a link) becomes pairs of "b" and "e". Arrows ("s", "t", "f")
+follow a step from its plan through the stages to its tokens. The format:
+https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ def stage_pid(stage: int) -> int:
 
 
 def link_pid(stage: int) -> int:
-    """That of the link from a stage to the next."""
+    """The process number that stands for the link from a stage to the next."""
     return stage_pid(stage) + 1
 
 
 def events(trace: Trace) -> list[Event]:
-    """All events, times in microseconds from the first plan on."""
+    """All events. Times are microseconds since the first plan."""
     zero = min(step.planned_us for step in trace.steps)
     out = _names(trace)
     for step in trace.steps:
@@ -46,7 +47,7 @@ def events(trace: Trace) -> list[Event]:
 
 
 def document(trace: Trace, told: dict[str, Any]) -> dict[str, Any]:
-    """The whole file; `told` is shown by the viewers beside it."""
+    """The whole file. Viewers show `told` as information about the trace."""
     clocks = {
         f"stage {i}": {
             "offset_us": clock.offset_us,
@@ -131,7 +132,7 @@ def _stage(step: Step, stage: int, *, last: bool) -> list[Event]:
 
 
 def _link(step: Step, stage: int) -> list[Event]:
-    """The activation's way to `stage`."""
+    """The transfer of the activation to `stage`."""
     begin, end = step.stages[stage - 1].output_us, step.stages[stage].input_complete_us
     name = f"step {step.number}"
     return _overlapping(

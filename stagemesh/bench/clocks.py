@@ -1,9 +1,9 @@
-"""How far a stage's clock is from the gateway's, from messages that cross between them. Pure.
+"""Estimates the offset between a stage's clock and the gateway's, from the messages of each step. Pure.
 
 Each step gives two bounds: its plan did not arrive before it was sent, and its result was not received before it was
-sent (Cristian 1989; NTP takes the same four times). The offset lies between the tightest of them. Processes of one host
-share a clock, and then zero lies within: monotonic clocks count from a host's boot, so two hosts whose clocks agree
-that closely would have booted within the same millisecond.
+sent (Cristian 1989; NTP uses the same four times). The offset lies between the tightest bounds. When zero lies between
+them, the two are taken to share a clock, as processes of one host do. Monotonic clocks count from a host's boot, so two
+hosts could only look like that if they had booted within the same millisecond.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Exchange:
-    """One step's plan and result: microseconds, the outer two on the gateway's clock, the inner two on the stage's."""
+    """Plan and result of one step, in microseconds: the outer two on the gateway's clock, the inner two on the
+    stage's."""
 
     plan_sent_us: int
     plan_arrived_us: int
@@ -23,7 +24,7 @@ class Exchange:
 
     @property
     def round_trip_us(self) -> int:
-        """Time on the way, there and back."""
+        """Time that both messages spent on the network."""
         return (self.result_received_us - self.plan_sent_us) - (self.result_sent_us - self.plan_arrived_us)
 
 
@@ -33,17 +34,17 @@ class ClockOffset:
 
     offset_us: float
     uncertainty_us: float
-    """The true offset is at most so far from `offset_us`."""
+    """Bound of the error of `offset_us`."""
     shared: bool
-    """Zero is possible, and taken: the two share a clock."""
+    """The two share a clock: the offset is zero."""
 
 
 def estimate(exchanges: Sequence[Exchange]) -> ClockOffset:
-    """The offset that fits all exchanges; at least one is needed."""
+    """The offset that fits all exchanges, of which there must be one at least."""
     low = max(e.result_sent_us - e.result_received_us for e in exchanges)
     high = min(e.plan_arrived_us - e.plan_sent_us for e in exchanges)
     if low > high:
-        # The clocks drifted while the trace was taken: the quickest exchange knows best.
+        # The clocks drifted during the trace: the quickest exchange has the tightest bounds.
         best = min(exchanges, key=lambda e: e.round_trip_us)
         low, high = best.result_sent_us - best.result_received_us, best.plan_arrived_us - best.plan_sent_us
     uncertainty_us = abs(high - low) / 2

@@ -1,4 +1,4 @@
-"""Processor time of a mesh on this machine, by role, sampled from /proc while a trace is taken."""
+"""Samples the CPU time of a mesh on this machine from /proc, by role, while a trace is taken."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ MAX_SAMPLES = 20_000
 
 @dataclass(frozen=True)
 class CpuUse:
-    """Processor seconds by role within a part of the trace."""
+    """CPU seconds by role, during a part of the trace."""
 
     wall_s: float
     seconds: dict[str, float]
     compute_s: float
-    """Of them, what the ranks spent within steps."""
+    """CPU seconds that the ranks spent on steps."""
     tokens: int
-    """Generated in that part."""
+    """Tokens generated in that part."""
 
     @property
     def total_s(self) -> float:
-        """Of all roles."""
+        """CPU seconds of all roles."""
         return sum(self.seconds.values())
 
     @property
     def non_compute_share(self) -> float:
-        """Share of the processor time that was spent on anything but computing steps; at least 0."""
+        """Share of the CPU time that was not spent on computing steps; at least 0."""
         return max(0.0, 1 - self.compute_s / self.total_s) if self.total_s else float("nan")
 
 
 class CpuSampler:
-    """Samples the processor time of all processes of the `serve` that a gateway belongs to."""
+    """Samples the CPU time of all processes of one `stagemesh serve`."""
 
     def __init__(self, processes: dict[int, str]) -> None:
         self._processes = processes
@@ -46,7 +46,7 @@ class CpuSampler:
 
     @property
     def gateways(self) -> set[int]:
-        """Process ids of the gateways among them."""
+        """Process ids of the gateways."""
         return {pid for pid, role in self._processes.items() if role == "gateway"}
 
     async def run(self) -> None:
@@ -56,7 +56,8 @@ class CpuSampler:
             await asyncio.sleep(SAMPLE_S)
 
     def use(self, trace: Trace) -> CpuUse | None:
-        """What was used between the first and the last sample within the trace; None when it was too short for two."""
+        """CPU time between the first and the last sample in the trace; None when the trace is too short for two
+        samples."""
         begin_us = min(step.planned_us for step in trace.steps)
         end_us = max(step.delivered_us for step in trace.steps)
         within = [sample for sample in self._samples if begin_us <= sample[0] <= end_us]
@@ -70,14 +71,14 @@ class CpuSampler:
         for step in trace.steps:
             tokens += len(step.sampled) if first_us <= step.received_us <= last_us else 0
             for info, t in zip(trace.stages, step.stages, strict=True):
-                # A step at the edge counts with its part within. Ranks of a stage work alike; one of them reports.
+                # A step at the edge counts in part. One rank reports for all ranks of a stage, which do the same work.
                 inside = max(0.0, min(t.ended_us, last_us) - max(t.began_us, first_us))
                 compute_us += t.compute_cpu_us * info.tp_size * inside / max(1.0, t.ended_us - t.began_us)
         return CpuUse((last_us - first_us) * 1e-6, dict(sorted(seconds.items())), compute_us * 1e-6, tokens)
 
 
 def local_mesh(listening_port: int) -> CpuSampler | None:
-    """A sampler for the mesh whose gateway listens on a port of this machine; None when it is not to be found.
+    """A sampler for the mesh whose gateway listens on this port of this machine; None when there is no such mesh.
 
     Only processes that `serve` started are known to belong together.
     """
@@ -125,7 +126,7 @@ def _parent(pid: int) -> int | None:
 
 
 def _title(pid: int) -> str | None:
-    """What follows `stagemesh ` in the title of one of our processes."""
+    """What follows `stagemesh ` in a process's title; None for other processes."""
     try:
         line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
@@ -141,7 +142,7 @@ def _pids() -> list[int]:
 
 
 def _listener(port: int) -> int | None:
-    """The process of ours that listens on a TCP port of this machine."""
+    """The gateway process that listens on a TCP port of this machine."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:

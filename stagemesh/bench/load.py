@@ -1,6 +1,6 @@
-"""A load on a gateway's public API: streamed completions over HTTP, on nothing but the standard library.
+"""Generates load on a gateway: streamed completions over HTTP.
 
-Its processor time is spent beside the mesh's, so it reads what comes without taking it apart.
+It shares the machine's cores with the mesh, so it reads the answers without parsing them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from urllib.parse import urlsplit
 from stagemesh.errors import ConfigError, Unavailable
 
 READ_TIMEOUT_S = 120.0
-"""A stream that brings nothing for so long is given up."""
+"""A stream on which nothing comes for so long has failed."""
 MAX_CLIENTS = 1024
 FIRST_ID, LAST_ID = 5, 200
-"""Prompts are random ids of this range: every vocabulary has them, and special tokens are below in most."""
+"""Prompts are random ids of this range. Every vocabulary has them, and most have their special tokens below."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """`clients` requests at once, each of `input_tokens` random ids and `output_tokens` out, EOS ignored."""
+    """`clients` concurrent requests, each of `input_tokens` random ids in and `output_tokens` out. EOS is ignored."""
 
     clients: int
     input_tokens: int
@@ -32,7 +32,7 @@ class Load:
 
     @classmethod
     def parse(cls, text: str) -> Load:
-        """From `16x128x64`. Raises ConfigError."""
+        """Parses `16x128x64`. Raises ConfigError."""
         match = re.fullmatch(r"(\d{1,6})x(\d{1,6})x(\d{1,6})", text)
         values = [int(v) for v in match.groups()] if match else []
         if not values or min(values) < 1 or values[0] > MAX_CLIENTS:
@@ -57,12 +57,12 @@ class Driver:
         ) + (f"Authorization: Bearer {api_key}\r\n" if api_key else "")
         self._waiting = load.clients
         self.answered = asyncio.Event()
-        """Every client has had a first token: the load is on."""
+        """Set when every client has had a first token."""
         self.requests = 0
-        """Finished ones."""
+        """Number of finished requests."""
 
     async def run(self) -> None:
-        """Sends requests until cancelled. Raises Unavailable, with the server's words, at the first that fails."""
+        """Sends requests until cancelled. Raises Unavailable, with the server's message, when a request fails."""
         async with asyncio.TaskGroup() as group:
             for i in range(self._load.clients):
                 group.create_task(self._client(random.Random(f"{self._seed}-{i}")))
@@ -106,7 +106,7 @@ class Driver:
             return await reader.read(65536)
 
     async def _read(self, reader: asyncio.StreamReader, first: bool) -> None:
-        # Not wait_for: before Python 3.12 it can swallow a cancellation, and the load would go on for ever.
+        # Not wait_for: before Python 3.12 it can swallow a cancellation, and the load would never end.
         async with asyncio.timeout(READ_TIMEOUT_S):
             head = await reader.readuntil(b"\r\n\r\n")
         good = head.split(b" ", 2)[1:2] == [b"200"]
@@ -123,6 +123,6 @@ class Driver:
 
 
 def _said(body: bytes) -> str:
-    """The message of an error in OpenAI's shape, wherever it stands in what came last."""
+    """The message of an error in OpenAI's format, found in the last bytes of an answer."""
     found = re.search(rb'\{"error":\{"message":("(?:[^"\\]|\\.)*")', body)
     return json.loads(found.group(1)) if found else (body[-300:].decode(errors="replace") or "no answer")

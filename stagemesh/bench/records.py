@@ -1,4 +1,4 @@
-"""The gateway's records of steps, read and put on one clock: the gateway's."""
+"""Reads the gateway's records of steps, and converts all times to the gateway's clock."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class StageTimes:
 
     @property
     def handed_over_us(self) -> float:
-        """When the output was on its way; what is left of the step is the draft model's."""
+        """When the output was sent. The rest of the step is the draft model's."""
         return self.ended_us - self.draft_us
 
     @property
     def ready_us(self) -> float:
-        """From when on only the engine itself kept the step waiting: plan, input and credit were there."""
+        """When plan, input and credit were all there, so that the step waited for the engine alone."""
         if self.wait_send_us > 0:
             return self.began_us  # The credit came last.
         return min(self.began_us, max(self.plan_arrived_us, self.input_complete_us))
@@ -63,7 +63,7 @@ class Step:
 
 @dataclass(frozen=True)
 class StageInfo:
-    """What a stage is."""
+    """Description of a stage."""
 
     stage: int
     worker_id: str
@@ -83,15 +83,15 @@ class Trace:
     stages: tuple[StageInfo, ...]
     steps: tuple[Step, ...]
     clocks: tuple[ClockOffset, ...]
-    """Of each stage; its times are corrected by it already."""
+    """Clock offset of each stage. It has been applied to all times."""
     left_out: int
-    """Steps of other epochs that fell into the capture."""
+    """Number of captured steps that belong to other epochs."""
     gateway_pid: int
     boot_id: str
 
 
 def read(raw: Mapping[str, Any]) -> Trace:
-    """What `POST /trace` answered. Raises InvalidRequest when it is of another shape (another release)."""
+    """Reads the answer of `POST /trace`. Raises InvalidRequest when its format is another release's."""
     try:
         return _read(raw)
     except (KeyError, TypeError, IndexError) as e:

@@ -1,4 +1,4 @@
-"""Where the time of a trace's steps went: figures per stage, of the gateway, and of a whole step. Pure."""
+"""Summarizes where the time of a trace's steps went: per stage, in the gateway, and of a whole step. Pure."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .records import StageTimes, Step, Trace
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and 99th percentile, milliseconds; NaN of nothing."""
+    """Median and 99th percentile in milliseconds; NaN without values."""
 
     p50_ms: float
     p99_ms: float
 
 
 def spread(values_us: Iterable[float]) -> Spread:
-    """Of microseconds; percentiles are values that occurred (nearest rank)."""
+    """Percentiles of microseconds, by the nearest rank."""
     ordered = sorted(values_us)
     if not ordered:
         return Spread(math.nan, math.nan)
@@ -28,30 +28,32 @@ def spread(values_us: Iterable[float]) -> Spread:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage over the trace. Shares are of its wall time, from its first step's begin to its last one's end."""
+    """One stage over the trace. Shares are of its wall time, from the start of its first step to the end of its
+    last."""
 
     stage: int
     busy_share: float
-    """It ran a step: computed it or handed it on."""
+    """Share in which it ran a step: computed it or handed its output over."""
     has_step_share: float
-    """It ran a step, or one lay ready: plan, input and credit were there."""
+    """Share in which it ran a step or had one ready (plan, input and credit were there)."""
     compute: Spread
-    """Begin to output."""
+    """From the start of a step to its output."""
     compute_total_us: float
     compute_cpu_share: float
-    """Processor time of the rank by wall time of its steps: below its threads, something else had the core."""
+    """CPU time of the rank divided by the wall time of its steps. If it is below the number of threads, other work had
+    the cores."""
     hand_over: Spread
-    """Output to what comes behind the send call; small on the last stage, which sends tokens."""
+    """From the output to the end of the send call."""
     draft: Spread
-    """The draft model's time behind it; 0 where there is none."""
+    """Time of the draft model; 0 without one."""
     queued: Spread
-    """The plan's arrival to the step's begin."""
+    """From the plan's arrival to the start of the step."""
     ready: Spread
-    """Plan, input and credit there, and not begun."""
+    """Time in which plan, input and credit were there and the step had not started."""
     wait_input: Spread
     wait_send: Spread
     hop: Spread
-    """The previous stage's output to this one's input complete; of nothing on the first."""
+    """From the previous stage's output to this stage's complete input; without values on the first stage."""
 
 
 @dataclass(frozen=True)
@@ -61,26 +63,27 @@ class Summary:
     steps: int
     wall_us: float
     tokens: int
-    """Generated ones."""
+    """Tokens that were generated."""
     rows: float
     """Mean rows of a step."""
     prefill_share: float
-    """Of all positions computed."""
+    """Share of prefill in all computed positions."""
     stages: tuple[StageSummary, ...]
     step: Spread
-    """Planned to delivered."""
+    """From the plan to the delivery of its tokens."""
     plan_way: Spread
-    """Plan sent to its arrival at the first stage, which takes it between two steps."""
+    """From sending a plan to its arrival at the first stage, which reads it between two steps."""
     result_way: Spread
-    """The last stage's end to the result's arrival at the gateway."""
+    """From the end of the step on the last stage to its result's arrival at the gateway."""
     deliver: Spread
-    """Result received to tokens handed to their requests."""
+    """From a result's arrival to the delivery of its tokens."""
     replan: Spread
-    """Tokens of a step delivered to the next plan that names one of their sequences; 0 where it went out before."""
+    """From the delivery of a step's tokens to the next plan with one of its sequences; 0 if that plan was sent
+    before."""
     turnaround: Spread
-    """The last stage's end to the arrival at stage 0 of the next plan that names one of the step's sequences.
+    """From the end of a step on the last stage to the arrival at stage 0 of the next plan with one of its sequences.
 
-    0 where that plan was there before, and waits for the token alone.
+    0 if that plan was there before and waited for the token alone.
     """
 
     @property
@@ -90,7 +93,7 @@ class Summary:
 
 
 def summarize(trace: Trace) -> Summary:
-    """Figures of at least one step."""
+    """Figures of a trace, which has one step at least."""
     steps = trace.steps
     followers = list(_followers(steps))
     positions = sum(step.tokens for step in steps)
@@ -134,7 +137,8 @@ def _stage(trace: Trace, index: int) -> StageSummary:
 
 
 def hop_us(step: Step, stage: int) -> float:
-    """The previous stage's output to this one's input complete; at least 0, as the clocks know it only so well."""
+    """From the previous stage's output to this one's complete input; at least 0, since clocks are only known
+    roughly."""
     before: StageTimes = step.stages[stage - 1]
     return max(0.0, step.stages[stage].input_complete_us - before.output_us)
 
@@ -154,9 +158,9 @@ def _share(part: float, whole: float) -> float:
 
 
 def _followers(steps: Sequence[Step]) -> Iterator[tuple[Step, Step]]:
-    """Each step that brought tokens, with the first one that needs one of them.
+    """Pairs of a step that sampled tokens and the first later step that needs one of these.
 
-    A token is sampled behind the last known one of its sequence: every later step that names it needs that token.
+    A sequence's token is needed by every later step that has a row of the sequence.
     """
     naming: dict[int, list[Step]] = {}
     for step in steps:

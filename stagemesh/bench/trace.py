@@ -1,4 +1,4 @@
-"""`stagemesh bench trace`: records of a mesh's steps as a Chrome trace, a picture and a table."""
+"""`stagemesh bench trace`: takes a trace of a mesh and writes its files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from stagemesh.errors import ConfigError, InvalidRequest, StagemeshError, Unavai
 
 from . import chrome, cpu, waterfall
 from .load import Driver, Load
-from .own import own_mesh
+from .mesh import temporary_mesh
 from .records import Trace, read
 from .report import table
 from .summary import Summary, summarize
 
-OWN_LOAD = "16x128x64"
+DEFAULT_LOAD = "16x128x64"
 HTTP_TIMEOUT_S = 10.0
 LOADED_TIMEOUT_S = 120.0
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -32,11 +32,11 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """What the command line gave."""
+    """The options of the command line."""
 
     url: str
-    own: Sequence[str] | None
-    """Arguments of `serve`, when a mesh is to be started for the trace."""
+    serve_flags: Sequence[str] | None
+    """Flags of the `serve` that is started for the trace; None: a running mesh is traced."""
     steps: int
     timeout_s: float
     load: str | None
@@ -49,7 +49,7 @@ def run(options: TraceOptions) -> int:
     """Takes a trace, writes the files, prints the table. Raises StagemeshError."""
     if urlsplit(options.url).scheme not in ("http", "https"):
         raise ConfigError(f"--url {options.url!r} must begin with http:// or https://")
-    load = options.load or (OWN_LOAD if options.own is not None else None)
+    load = options.load or (DEFAULT_LOAD if options.serve_flags is not None else None)
     wanted = Load.parse(load) if load is not None else None
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def run(options: TraceOptions) -> int:
 async def _run(options: TraceOptions, load: Load | None) -> int:
     task = asyncio.current_task()
     assert task is not None
-    # So that a mesh of ours ends with us.
+    # A mesh that was started for the trace must end with this process.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         async with _mesh(options) as url:
@@ -82,15 +82,15 @@ async def _run(options: TraceOptions, load: Load | None) -> int:
 
 @contextlib.asynccontextmanager
 async def _mesh(options: TraceOptions) -> AsyncIterator[str]:
-    if options.own is None:
+    if options.serve_flags is None:
         yield options.url.rstrip("/")
         return
-    async with own_mesh(options.own) as url:
+    async with temporary_mesh(options.serve_flags) as url:
         yield url
 
 
 async def _take(options: TraceOptions, url: str, load: Load | None) -> tuple[Trace, cpu.CpuUse | None, str]:
-    """The trace; the processor time, or why it is not known."""
+    """(trace, CPU time, why it is not known)."""
     sampler, missing = _sampler(url)
     query = f"{url}/trace?steps={options.steps}&timeout={options.timeout_s:g}"
     async with _loaded(options, url, load), _running(sampler.run() if sampler is not None else None):
@@ -113,7 +113,8 @@ def _sampler(url: str) -> tuple[cpu.CpuSampler | None, str]:
 
 @contextlib.asynccontextmanager
 async def _loaded(options: TraceOptions, url: str, load: Load | None) -> AsyncIterator[None]:
-    """With the load on, all of its clients answered; a request that fails ends the block with its error."""
+    """Runs the load beside the block, which starts when all clients have had a first token. A failed request ends
+    it."""
     if load is None:
         yield
         return
@@ -134,7 +135,7 @@ async def _loaded(options: TraceOptions, url: str, load: Load | None) -> AsyncIt
 
 @contextlib.asynccontextmanager
 async def _running(work: Any) -> AsyncIterator[None]:
-    """With a coroutine running beside the block; what it raises ends the block."""
+    """Runs a coroutine beside the block. An error of the coroutine ends the block."""
     if work is None:
         yield
         return
@@ -151,8 +152,9 @@ async def _running(work: Any) -> AsyncIterator[None]:
 
 
 def _fetch(url: str, api_key: str | None, timeout_s: float, *, post: bool = False) -> Any:
-    """JSON of a GET, or of a POST without a body. Raises InvalidRequest or Unavailable with the server's words."""
-    # A key goes as UTF-8; urllib takes a header's characters for its bytes.
+    """The JSON answer to a GET, or to a POST without a body. Raises InvalidRequest or Unavailable with the server's
+    message."""
+    # The key is sent as UTF-8. urllib encodes headers as Latin-1, so each byte becomes one character here.
     headers = {"Authorization": f"Bearer {api_key}".encode().decode("latin-1")} if api_key else {}
     request = urllib.request.Request(url, b"" if post else None, headers, method="POST" if post else "GET")
     try:
@@ -182,7 +184,7 @@ def _write(out: Path, trace: Trace, summary: Summary, use: cpu.CpuUse | None, te
 
 
 def _finite(value: Any) -> Any:
-    """NaN, the figure of nothing, is no JSON: null instead."""
+    """Replaces NaN, which is not JSON, by null."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A trace as a picture: lanes of gateway, stages and links over time, a box for what each step did there. Pure SVG."""
+"""Draws a trace as SVG: lanes of gateway, stages and links over time, with a box for each step. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .records import Step, Trace
 from .summary import Summary
 
 MAX_STEPS = 48
-"""More would be too narrow to read; the middle of the trace is shown."""
+"""The most steps that can be read. The middle of the trace is shown."""
 WIDTH, LEFT, RIGHT, TOP = 1400, 190, 20, 74
 ROW, GAP = 16, 12
 MIN_BOX = 0.6
@@ -43,7 +43,7 @@ class Box:
 
 @dataclass
 class Lane:
-    """A labelled lane. What overlaps goes into rows below each other."""
+    """A labelled lane. Boxes that overlap go into rows below each other."""
 
     label: str
     rows: list[list[Box]] = field(default_factory=list)

@@ -7,18 +7,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from stagemesh.config import DEMO_MODEL, ServeSettings
 from stagemesh.errors import ConfigError
+from stagemesh.settings.model import DEMO_MODEL
+from stagemesh.settings.serve import ServeSettings
 
 from .flags import add_flags, given
 
 OURS = ("model", "port", "grpc_port", "host", "insecure", "api_key", "seed")
-"""Settings of `serve` that its mesh for a benchmark does not take from the command line."""
+"""Settings of `serve` that `bench` sets itself, or uses under another meaning."""
 URL = "http://127.0.0.1:8000"
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `bench` and what it can do."""
+    """Adds `bench` and its subcommands to the parser."""
     text = "measure a mesh"
     bench = commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
     kinds = bench.add_subparsers(dest="bench", required=True, metavar="KIND")
@@ -55,14 +56,14 @@ def run(namespace: argparse.Namespace) -> int:
             f"--{min(settings).replace('_', '-')} says how a mesh is served, and none is started: give MODEL "
             "('demo' for the one that ships)"
         )
-    own = None
+    serve_flags = None
     if namespace.model is not None:
         model = str(DEMO_MODEL) if namespace.model == "demo" else namespace.model
-        own = [model, "--port", "0", "--grpc-port", "0", *_as_flags(settings)]
+        serve_flags = [model, "--port", "0", "--grpc-port", "0", *_as_flags(settings)]
     return run(
         TraceOptions(
             url=namespace.url or URL,
-            own=own,
+            serve_flags=serve_flags,
             steps=namespace.steps,
             timeout_s=namespace.timeout,
             load=namespace.load,
@@ -74,7 +75,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _as_flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as `serve` takes them on its command line."""
+    """Settings as flags of `serve`."""
     out = []
     for name, value in settings.items():
         flag = name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""Command-line flags made from the settings models: a field, its flag, its variable and its help are one thing."""
+"""Makes command-line flags from the settings models."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from stagemesh.config import Base
+from stagemesh.settings.base import Base
 
 UNSET = argparse.SUPPRESS
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type[Base], *, leave_out: tuple[str, ...] = ()) -> None:
-    """Adds one flag for each field of `cls`; a flag that is not given leaves no trace in the namespace."""
+    """Adds one flag for each field of `cls`. A flag that is not given does not appear in the namespace."""
     for name, field in cls.model_fields.items():
         if name in leave_out:
             continue
@@ -21,7 +21,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Base], *, leave_out: tu
 
 
 def spellings(name: str, field: FieldInfo) -> list[str]:
-    """`--field-name` and the short ones."""
+    """All spellings of a field's flag: the short ones, then `--field-name`."""
     extra: Any = field.json_schema_extra or {}
     return [*extra.get("flags", []), "--" + name.replace("_", "-")]
 
@@ -34,7 +34,7 @@ def given(namespace: argparse.Namespace, cls: type[Base]) -> dict[str, Any]:
 def _action(field: FieldInfo) -> dict[str, Any]:
     if field.annotation is bool:
         return {"action": argparse.BooleanOptionalAction}
-    # Types and bounds are pydantic's business: one check, one wording, wherever a value comes from.
+    # Pydantic checks types and bounds, so that a value gets the same check and message wherever it comes from.
     return {"metavar": "X"}
 
 

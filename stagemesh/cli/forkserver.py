@@ -18,8 +18,9 @@ import sys
 import time
 
 from stagemesh import process
-from stagemesh.config import StageSettings, load
 from stagemesh.errors import StagemeshError
+from stagemesh.settings.loading import load
+from stagemesh.settings.stage import StageSettings
 
 from .flags import given
 from .main import main as command

@@ -9,16 +9,14 @@ from typing import Any
 
 import stagemesh
 from stagemesh import process
-from stagemesh.config import (
-    DEMO_MODEL,
-    Base,
-    CoordinatorSettings,
-    GatewaySettings,
-    ServeSettings,
-    StageSettings,
-    load,
-)
 from stagemesh.errors import CheckpointError, ConfigError, StagemeshError
+from stagemesh.settings.base import Base
+from stagemesh.settings.coordinator import CoordinatorSettings
+from stagemesh.settings.gateway import GatewaySettings
+from stagemesh.settings.loading import load
+from stagemesh.settings.model import DEMO_MODEL
+from stagemesh.settings.serve import ServeSettings
+from stagemesh.settings.stage import StageSettings
 
 from . import bench, operate
 from .flags import add_flags, given

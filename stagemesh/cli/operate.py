@@ -1,4 +1,4 @@
-"""What an operator tells the coordinator: `stagemesh drain`, `undrain`, `repartition`, `scale`."""
+"""Operators' commands to the coordinator: `stagemesh drain`, `stagemesh repartition`, `stagemesh scale`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COMMANDS = ("drain", "undrain", "repartition", "scale")
 CALL_TIMEOUT_S = 10.0
 LOOK_S, RETRY_S = 0.05, 0.2
 AWAY_S = 5.0
-"""How long a coordinator is waited for that does not answer."""
+"""How long a coordinator that does not answer is asked again."""
 
 
 def add_parsers(commands: Any) -> None:
-    """Adds the operator's commands."""
+    """Adds the commands to the parser."""
     drain = commands.add_parser(
         "drain",
         help="take a worker out of service; its layers move to another one that can hold them",
@@ -76,7 +76,7 @@ def _coordinator(address: str) -> Iterator[Any]:
 
 
 def _call(rpc: Any, request: Any, timeout_s: float) -> Any:
-    """Asks the coordinator, again while it is away: one that is started again comes back within a second or two."""
+    """Calls the coordinator, and retries for `timeout_s` while it is away: a restart takes it a second or two."""
     from stagemesh import rpc as rpcs
 
     deadline = time.monotonic() + timeout_s
@@ -91,7 +91,7 @@ def _call(rpc: Any, request: Any, timeout_s: float) -> Any:
 
 
 def _wait(stub: Any, timeout_s: float, left: Callable[[Any], str]) -> float:
-    """Until nothing is `left` to do on the mesh, in seconds. Raises DeadlineExceeded with what is."""
+    """Waits until `left` says that nothing is left to do; returns the seconds that took. Raises DeadlineExceeded."""
     from stagemesh.protos.v1 import coordinator_pb2
 
     began = time.monotonic()

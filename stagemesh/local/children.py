@@ -14,9 +14,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from stagemesh.config import Base
 from stagemesh.errors import ConfigError
 from stagemesh.forked import ForkedChild
+from stagemesh.settings.base import Base
 
 from .forking import ForkServer
 

@@ -1,51 +1,42 @@
-"""Which processes make the mesh that `serve` was asked for. Pure: settings in, settings out."""
+"""Which processes make the mesh that `serve` was asked for. Pure: settings in, settings out.
+
+Options that `serve` shares with a service are handed on block by block (`shared`). The rest is decided here.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from stagemesh.config import (
-    CoordinatorSettings,
-    GatewaySettings,
-    ModelSettings,
-    ServeSettings,
-    StageSettings,
-)
-from stagemesh.speculative_config import SpeculativeConfig
+from stagemesh.settings.base import shared
+from stagemesh.settings.coordinator import CoordinatorSettings
+from stagemesh.settings.gateway import GatewaySettings
+from stagemesh.settings.serve import ServeSettings
+from stagemesh.settings.speculative import SpeculativeConfig
+from stagemesh.settings.stage import StageSettings
 
 LOOPBACK = "127.0.0.1"
+INNER: dict[str, Any] = {"host": LOOPBACK, "insecure": False, "port": 0}
+"""Settings of all services but the gateway: they stay on this machine, on ports that the system chooses."""
 
 
 def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSettings:
-    """The coordinator, on a port that the system gives."""
-    shared = {name: getattr(serve, name) for name in ModelSettings.model_fields}
-    return CoordinatorSettings(
-        **shared,
-        time_scale=serve.time_scale,
-        host=LOOPBACK,
-        port=0,
-        pipeline_parallel_size=serve.pipeline_parallel_size,
-        layer_partition=serve.layer_partition,
-        rebalance=serve.rebalance,
-        takeover_after=serve.takeover_after,
-        transport=serve.transport,
-        steps_in_flight=serve.steps_in_flight,
-        speculative_config=_if_method(serve, "draft_model"),
-        state_dir=state_dir,
-    )
+    """The coordinator."""
+    own = {"state_dir": state_dir, "speculative_config": _if_method(serve, "draft_model")}
+    return CoordinatorSettings(**{**shared(serve, CoordinatorSettings), **INNER, **own})
 
 
-def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSettings]:
-    """One worker a stage. Compute threads: the machine's cores, shared among the ranks.
+def worker_settings(serve: ServeSettings, coordinator: str, cores: Sequence[int] | None = None) -> list[StageSettings]:
+    """One worker for each stage. `cores` are shared among all ranks; default: those that this process may use.
 
-    Where there is a core for each rank, ranks are pinned: left to itself, the kernel wakes the receiver of an
-    activation on the sender's core, and two stages share one while another idles. When nothing else computes, as with
-    one stream, a step uses the others' cores, too.
+    Ranks are pinned if there is a core for each. The kernel would otherwise wake the receiver of an activation on the
+    sender's core, so that two stages share one core while another is idle. While nothing else computes, as with one
+    stream, a step uses the other ranks' cores, too.
     """
     ranks = sum(serve.tp_sizes)
-    cores = sorted(os.sched_getaffinity(0))
-    threads = _threads(serve)
+    cores = _own_cores() if cores is None else cores
+    threads = max(1, len(cores) // ranks)
     pinned = serve.device != "cuda" and len(cores) >= ranks
     groups = [",".join(map(str, cores[rank * threads : (rank + 1) * threads])) for rank in range(ranks)]
     stages = []
@@ -54,11 +45,11 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
         own = groups[first : first + size]
         others = [group for i, group in enumerate(groups) if not first <= i < first + size]
         cpu_list = "|".join(own) if pinned else None
-        # Ranks of a stage compute at once: a core is lent to one of them.
+        # Ranks of a stage compute at the same time, so each idle core goes to one of them.
         idle_cpu_list = "|".join(",".join(others[rank::size]) for rank in range(size)) if pinned and others else None
         stages.append(
             StageSettings(
-                **_common(serve, coordinator),
+                **_of_any_worker(serve, coordinator, threads),
                 worker_id=f"stage-{i}",
                 stage=i,
                 any_stage=len(set(serve.tp_sizes)) == 1,
@@ -71,13 +62,14 @@ def worker_settings(serve: ServeSettings, coordinator: str) -> list[StageSetting
 
 
 def standby_settings(serve: ServeSettings, coordinator: str) -> list[StageSettings]:
-    """Workers that may take any stage's place. They are not pinned: whose core will be free is not known. To one of one
-    rank the other cores are lent, most of all for being refilled."""
-    size, cores = max(serve.tp_sizes), sorted(os.sched_getaffinity(0))
+    """Workers that may replace any stage. They are not pinned, because it is not known which core will be free. One
+    with a single rank may use idle cores of others, which helps most when it is refilled in a recovery."""
+    size, cores = max(serve.tp_sizes), _own_cores()
+    threads = max(1, len(cores) // sum(serve.tp_sizes))
     lent = cores[1:] if serve.device != "cuda" and size == 1 else []
     return [
         StageSettings(
-            **_common(serve, coordinator),
+            **_of_any_worker(serve, coordinator, threads),
             worker_id=f"standby-{i}",
             tensor_parallel_size=size,
             idle_cpu_list=",".join(map(str, lent)) or None,
@@ -86,45 +78,25 @@ def standby_settings(serve: ServeSettings, coordinator: str) -> list[StageSettin
     ]
 
 
-def _common(serve: ServeSettings, coordinator: str) -> dict[str, Any]:
-    return {
-        "coordinator": coordinator,
-        "host": LOOPBACK,
-        "time_scale": serve.time_scale,
-        "device": serve.device,
-        "transport": serve.transport,
-        "kv_cache_gib": serve.kv_cache_gib,
-        "journal_gib": serve.journal_gib,
-        "gpu_memory_utilization": serve.gpu_memory_utilization,
-        "threads": _threads(serve),
-        "enforce_eager": serve.enforce_eager,
-        "model": serve.model,
-        "drain_timeout": 0.0,
-    }
+def _of_any_worker(serve: ServeSettings, coordinator: str, threads: int) -> dict[str, Any]:
+    own = {"coordinator": coordinator, "model": serve.model, "threads": threads, "drain_timeout": 0.0}
+    return {**shared(serve, StageSettings), **INNER, **own}
 
 
-def _threads(serve: ServeSettings) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // sum(serve.tp_sizes))
+def _own_cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
 
 
 def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
-    """The gateway, the one process that may listen beyond loopback."""
-    return GatewaySettings(
-        coordinator=coordinator,
-        time_scale=serve.time_scale,
-        host=serve.host,
-        insecure=serve.insecure,
-        port=serve.port,
-        grpc_port=serve.grpc_port,
-        api_key=serve.api_key,
-        enable_prefix_caching=serve.enable_prefix_caching,
-        speculative_config=_if_method(serve, "ngram"),
-        max_waiting=serve.max_waiting,
-        request_timeout=serve.request_timeout,
-        recovery_deadline=serve.recovery_deadline,
-        token_log=serve.token_log,
-        drain_timeout=serve.drain_timeout,
-    )
+    """The gateway. It alone may listen beyond loopback."""
+    own = {
+        "coordinator": coordinator,
+        "port": serve.port,
+        "grpc_port": serve.grpc_port,
+        "drain_timeout": serve.drain_timeout,
+        "speculative_config": _if_method(serve, "ngram"),
+    }
+    return GatewaySettings(**{**shared(serve, GatewaySettings), **own})
 
 
 def _if_method(serve: ServeSettings, method: str) -> SpeculativeConfig | None:

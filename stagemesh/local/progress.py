@@ -1,4 +1,4 @@
-"""What `serve` shows: a bar for each stage while weights load (plain lines when not a terminal), then the banner."""
+"""What `serve` prints: progress while weights load, then the banner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIB = 2**20
 
 
 class Progress:
-    """Loading progress of every worker; bars on a terminal, a line at each quarter elsewhere."""
+    """Loading progress of every worker: bars on a terminal, elsewhere a line at each quarter."""
 
     def __init__(self) -> None:
         self._shown: dict[str, int] = {}
@@ -27,7 +27,7 @@ class Progress:
             self._bars.start()
 
     def show(self, workers: list[dict[str, Any]]) -> None:
-        """Takes the workers of `/mesh`."""
+        """Shows `workers`, as /mesh lists them."""
         for worker in workers:
             total, done = int(worker["total_bytes"]), int(worker["loaded_bytes"])
             if not total:

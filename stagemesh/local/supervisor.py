@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from stagemesh import process
-from stagemesh.config import ServeSettings, StageSettings, device_kind
 from stagemesh.errors import ConfigError
+from stagemesh.settings.serve import ServeSettings
+from stagemesh.settings.stage import StageSettings, device_kind
 
 from .children import Child, environment, flags
 from .forking import ForkServer

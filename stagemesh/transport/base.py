@@ -1,10 +1,11 @@
-"""What the activation plane asks of a transport: tagged messages between processes, driven by the caller.
+"""The interface of a transport: tagged messages between processes, driven by the caller.
 
-There is no thread and no event loop in here. The owner of a transport calls `progress()` in its own loop (and between
-layers, while it computes), and sleeps on `fds()` after `arm()` said that nothing is pending. Every request keeps its
-buffer alive, and is `done` only when nothing will read or write that buffer any more.
+A transport has no thread and no event loop. Its owner calls `progress()` in its own loop, and between layers while it
+computes. It sleeps on `fds()` after `arm()` has said that nothing is pending. A request keeps its buffer alive, and is
+`done` only when nothing will read or write that buffer any more.
 
-Three transports keep this contract, and one set of checks runs on all of them: `ucx`, `tcp`, `inproc`.
+`ucx` and `tcp` implement the interface. One set of tests runs on both, and on an implementation within one process
+(`tests/inproc.py`).
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ if TYPE_CHECKING:
 else:
     Buffer: TypeAlias = Any
 
-TAG_BITS = 64
-
 
 class Request(Protocol):
     """One send or receive under way."""
 
     @property
     def done(self) -> bool:
-        """True when the buffer is no longer read or written, whether that went well (`error is None`) or not."""
+        """True when the buffer is no longer read or written, after success (`error is None`) and after failure."""
 
     @property
     def error(self) -> TransportError | None:
@@ -40,11 +39,11 @@ class Request(Protocol):
         """Size of the buffer in bytes."""
 
     def cancel(self) -> None:
-        """Ask for an early end. Best effort: the message may still land. Wait for `done` before using the buffer."""
+        """Ask for an early end. The message may still arrive: wait for `done` before using the buffer."""
 
 
 class Peer(Protocol):
-    """A directed way to one remote transport. The other direction is a `Peer` of the other side."""
+    """One direction of traffic, to one remote transport. The other direction is a `Peer` of the other side."""
 
     def send(self, tag: int, buffer: Buffer) -> Request:
         """Start to send a contiguous buffer under a 64-bit tag. Messages of one peer arrive in order.
@@ -55,63 +54,63 @@ class Peer(Protocol):
 
     @property
     def route(self) -> str:
-        """The way that bytes really take, as the transport itself reports it: "shared memory", "tcp", "rc",
-        "cuda_ipc", "in-process", joined by "+" where there are several; may be "unknown" before the first message."""
+        """How bytes really travel, as the transport reports it: "shared memory", "tcp", "rc", "cuda_ipc",
+        or several joined by "+". It may be "unknown" before the first message."""
 
     @property
     def error(self) -> TransportError | None:
-        """Set once the remote side is known to be gone. A process that is stopped but not dead stays unnoticed:
-        deadlines are the caller's."""
+        """Set once the remote side is known to be gone. A process that is stopped is not noticed: the caller needs
+        deadlines of its own."""
 
     def close(self) -> None:
-        """Give the way up, without waiting. What was not yet delivered may be lost; its requests end, some only when
-        the other side discards their messages, goes on, or dies."""
+        """Close without waiting. Messages that were not delivered may be lost. Their requests end, some of them only
+        when the other side discards the messages or dies."""
 
 
 class Transport(Protocol):
-    """Tagged messages in and out of this process, on the caller's thread."""
+    """Sends and receives tagged messages for this process, on the caller's thread."""
 
     @property
     def name(self) -> str:
-        """ "ucx", "tcp" or "inproc"."""
+        """ "ucx" or "tcp"."""
 
     def address(self) -> bytes:
-        """What a remote side needs to `connect`: carried by gRPC, opaque, a secret on TCP."""
+        """What a remote side passes to `connect`. It is opaque, travels by gRPC, and holds a secret on TCP."""
 
-    def connect(self, address: bytes, *, timeout_s: float = 5.0) -> Peer:
-        """A way to the transport with that address. Returns at once: a failure to reach it shows as `Peer.error`
-        after at most `timeout_s` seconds of `progress()` where the transport can tell.
+    def connect(self, address: bytes, *, timeout_s: float | None = None) -> Peer:
+        """Connect to the transport with that address. Returns at once. A failure to reach it shows as `Peer.error`,
+        on TCP after at most `timeout_s` of `progress()`; default: `TransportTiming.connect_s`.
 
         Raises:
             TransportError: the address is not one of this transport, or damaged.
         """
 
     def recv(self, tag: int, buffer: Buffer) -> Request:
-        """Post a receive for the next message with exactly this tag, from any peer. The message should have exactly the
-        size of the buffer: a longer one is an error of the request and never written past the buffer; a shorter one is
-        an error too on TCP and in process, but UCX cannot tell. Sizes are agreed on before, by the plan."""
+        """Post a receive for the next message with exactly this tag, from any peer. The message must have the size of
+        the buffer. A longer one is an error of the request, and nothing is written past the buffer. A shorter one is an
+        error on TCP; UCX cannot tell."""
 
     def probe(self, tag: int) -> bool:
-        """True when a message with this tag is here, or has begun to come, and no receive is posted for it."""
+        """True when a message with this tag has arrived, or begun to arrive, and no receive is posted for it."""
 
     def discard(self, tag: int, mask: int, *, forever: bool = False) -> int:
-        """Drop the unexpected messages whose tag equals `tag` in the bits of `mask`; returns how many. `forever` also
-        drops those that come later (for the latest `FENCES` such calls)."""
+        """Drop the unexpected messages whose tag equals `tag` in the bits of `mask`; returns how many. With `forever`,
+        messages that come later are dropped, too. A transport remembers the last `FENCES` such calls."""
 
     @property
     def late_count(self) -> int:
-        """Messages that came behind a `discard(forever=True)` that names them, and were dropped."""
+        """Messages that were dropped because of an earlier `discard(forever=True)`."""
 
     def progress(self) -> bool:
-        """Move what can be moved without waiting; True when something happened. About a microsecond when idle.
+        """Do what can be done without waiting; True when something happened. Takes about a microsecond when idle.
 
         Raises:
-            TransportError: this end can be reached no longer: see `doubt`. Its process had better end.
+            TransportError: nobody can reach this transport any more (see `doubt`). The process should end.
         """
 
     def doubt(self) -> None:
-        """A peer that should have been heard was not: find out whether it is this end that hears nothing. Cheap but
-        for the first time on UCX, which takes milliseconds."""
+        """Call when a peer is silent that should not be. The transport then finds out whether it is its own receive
+        side that is blocked. The first call on UCX takes milliseconds, others are cheap."""
 
     def fds(self) -> list[tuple[int, int]]:
         """(file descriptor, poll events) to sleep on. The list stays the same for the life of the transport."""
@@ -124,7 +123,7 @@ class Transport(Protocol):
 
 
 FENCES = 64
-"""How many `discard(forever=True)` a transport remembers."""
+"""Number of `discard(forever=True)` that a transport remembers."""
 
 
 def is_cuda(buffer: Buffer) -> bool:
@@ -133,15 +132,14 @@ def is_cuda(buffer: Buffer) -> bool:
 
 
 def send_view(buffer: Buffer) -> memoryview:
-    """The bytes of a contiguous buffer, to be read: without a copy for host memory, staged through pinned host memory
-    for CUDA memory."""
+    """The bytes of a contiguous buffer, for reading. CUDA memory is copied to pinned host memory."""
     if is_cuda(buffer):
         return _tensor_bytes(_pinned_like(buffer).copy_(cast("torch.Tensor", buffer)))
     return host_view(buffer)
 
 
 def recv_view(buffer: Buffer) -> tuple[memoryview, Callable[[], None] | None]:
-    """The bytes of a contiguous buffer, to be written, and what to call when they are all there (CUDA: the copy up)."""
+    """The bytes of a contiguous buffer, for writing; for CUDA memory, also what copies them up when all have come."""
     if is_cuda(buffer):
         tensor = cast("torch.Tensor", buffer)
         staged = _pinned_like(tensor)
@@ -179,9 +177,8 @@ def tensor_array(tensor: torch.Tensor) -> Any:
 
 
 def cuda_bytes(buffer: Buffer) -> torch.Tensor:
-    """A flat uint8 view of a contiguous CUDA tensor (bf16 has no `__cuda_array_interface__` of its own), after the
-    current stream has finished: a transport knows nothing of streams, and neither reads nor writes what a kernel still
-    works on."""
+    """A flat uint8 view of a contiguous CUDA tensor (bf16 has no `__cuda_array_interface__` of its own). Waits for the
+    current stream first: a transport does not know streams, and must not touch memory that a kernel still uses."""
     import torch
 
     tensor = cast("torch.Tensor", buffer)

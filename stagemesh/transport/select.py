@@ -1,4 +1,4 @@
-"""Which transport to open."""
+"""Opens a transport by name."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal, TypeAlias
 from stagemesh.errors import ConfigError, TransportError
 
 from .base import Transport
-from .inproc import InprocTransport
-from .tcp import TcpTransport
-from .ucx import UcxTransport
+from .tcp.transport import TcpTransport
+from .timing import TransportTiming
+from .ucx.transport import UcxTransport
 
 log = logging.getLogger(__name__)
 
-TransportName: TypeAlias = Literal["auto", "ucx", "tcp", "inproc"]
+TransportName: TypeAlias = Literal["auto", "ucx", "tcp"]
 
 
 def open_transport(
@@ -26,16 +26,18 @@ def open_transport(
     advertise: str | None = None,
     device: str = "cpu",
     ucx_options: Mapping[str, str] | None = None,
+    timing: TransportTiming = TransportTiming(),
 ) -> Transport:
-    """Open a transport. "auto" is UCX, or TCP with a warning that says why UCX was not to be had.
+    """Open a transport. "auto" is UCX; where UCX cannot be opened, TCP, with a warning that says why.
 
     Args:
-        name: "auto", "ucx", "tcp" or "inproc".
+        name: "auto", "ucx" or "tcp".
         host: address to bind (TCP only; UCX takes its network devices from `ucx_options["NET_DEVICES"]`).
         port: port to bind (TCP only); 0 asks the system for a free one.
         advertise: host that other workers connect to (TCP only); the bound address when None.
         device: "cpu" or "cuda": where the activations live; chooses UCX's thresholds.
         ucx_options: UCX's own settings without the `UCX_` prefix, e.g. `{"TLS": "tcp", "NET_DEVICES": "eth0"}`.
+        timing: what the transport waits for, and how long.
 
     Raises:
         ConfigError: no transport has this name.
@@ -43,23 +45,12 @@ def open_transport(
     """
     if name in ("auto", "ucx"):
         try:
-            return UcxTransport(ucx_options, device=device)
+            return UcxTransport(ucx_options, device=device, timing=timing)
         except TransportError as error:
             if name == "ucx":
                 raise
             log.warning("activations go over TCP, not UCX: %s", error)
             name = "tcp"
     if name == "tcp":
-        return TcpTransport(host, port, advertise=advertise)
-    if name == "inproc":
-        return InprocTransport()
-    raise ConfigError(f"no transport is called {name!r}; there are auto, ucx, tcp and inproc")
-
-
-def available_transports(ucx_options: Mapping[str, str] | None = None, *, device: str = "cpu") -> dict[str, str | None]:
-    """Each transport between processes, best first, with None when it can be opened here, or the reason why not."""
-    try:
-        UcxTransport(ucx_options, device=device).close()
-    except TransportError as error:
-        return {"ucx": error.message, "tcp": None}
-    return {"ucx": None, "tcp": None}
+        return TcpTransport(host, port, advertise=advertise, timing=timing)
+    raise ConfigError(f"no transport is called {name!r}; there are auto, ucx and tcp")

@@ -17,8 +17,8 @@ from everything import Everything, descriptors, held
 from mesh import serve
 from test_kill import shared_memory
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import facts
+sys.path.append(str(Path(__file__).parents[2]))
+from benchmarks.common import facts
 
 SEED = int(os.environ.get("STAGEMESH_CHAOS_SEED", "41"))
 SECONDS = float(os.environ.get("STAGEMESH_CHAOS_S", "300"))

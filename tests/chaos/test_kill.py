@@ -1,6 +1,6 @@
 """kill -9 of each kind of process under load: what was accepted is finished, the mesh comes back, nothing is left.
 
-Figures of many kills of a larger model: benchmarks/recovery.py.
+Figures of many kills of a larger model: `python -m benchmarks.recovery`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import streams
 from disturb import COMMON, PLANNED_S, SEED, check, counts, disturbed, stagemesh, until
 from mesh import Mesh, serve
 
-from stagemesh.config import DEMO_MODEL
+from stagemesh.settings.model import DEMO_MODEL
 
 PLAIN = ("--enforce-eager", "--deterministic", "--dtype", "float32")
 """transformers' own modules, token by token."""

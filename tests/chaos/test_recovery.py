@@ -19,7 +19,7 @@ from disturb import COMMON, SEED, agent_of, check, disturbed, holders, rank_of, 
 from mesh import Mesh, serve
 
 from stagemesh import Client
-from stagemesh.config import DEMO_MODEL
+from stagemesh.settings.model import DEMO_MODEL
 
 IN_CI = ((1, "rank"), (0, "agent"))
 LOSSES = itertools.product((0, 1, 2), ("rank", "agent"))

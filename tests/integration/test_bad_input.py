@@ -144,7 +144,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints with something wrong, made from the shipped one."""
     from safetensors.torch import load_file, save_file
 
-    from stagemesh.config import DEMO_MODEL
+    from stagemesh.settings.model import DEMO_MODEL
 
     root = tmp_path_factory.mktemp("damaged")
     made = {name: copy_of(DEMO_MODEL, root / name) for name in ("missing", "shape", "truncated", "architecture")}

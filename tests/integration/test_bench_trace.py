@@ -22,7 +22,7 @@ import psutil
 import pytest
 from mesh import Mesh, serve
 
-from stagemesh.config import DEMO_MODEL
+from stagemesh.settings.model import DEMO_MODEL
 
 BENCH = (sys.executable, "-m", "stagemesh.cli.main", "bench", "trace")
 KEY = "let-me-trace"

@@ -18,8 +18,13 @@ import yaml
 
 from stagemesh.cli.flags import given
 from stagemesh.cli.main import SERVICES, parser
-from stagemesh.config import Base, CoordinatorSettings, GatewaySettings, ServeSettings, StageSettings, load
 from stagemesh.local import plan
+from stagemesh.settings.base import Base
+from stagemesh.settings.coordinator import CoordinatorSettings
+from stagemesh.settings.gateway import GatewaySettings
+from stagemesh.settings.loading import load
+from stagemesh.settings.serve import ServeSettings
+from stagemesh.settings.stage import StageSettings
 
 FILES = {path.stem.removesuffix("-values"): path for path in sorted((chart.CHART / "ci").glob("*-values.yaml"))}
 CASES = ["default", *FILES]

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from stagemesh import process
-from stagemesh.config import StageSettings
 from stagemesh.errors import ConfigError
 from stagemesh.local.children import Child, environment, flags
 from stagemesh.local.forking import ForkServer
+from stagemesh.settings.stage import StageSettings
 
 DEADLINE_S = 60.0
 SETTINGS = StageSettings(coordinator="127.0.0.1:1", device="cpu", worker_id="test")

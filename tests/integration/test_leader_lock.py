@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from services import free_port, wait_for
 
-from stagemesh.config import DEMO_MODEL
+from stagemesh.settings.model import DEMO_MODEL
 
 
 @contextlib.contextmanager

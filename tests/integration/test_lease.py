@@ -17,11 +17,11 @@ from lease_server import LeaseServer, lease_server
 from services import free_port, wait_for
 
 from stagemesh import rpc
-from stagemesh.config import DEMO_MODEL
 from stagemesh.coordinator.state.kubernetes_api import ApiServer
 from stagemesh.coordinator.state.kubernetes_lease import EPOCHS_OF_A_TERM, Conflict, Lease
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
+from stagemesh.settings.model import DEMO_MODEL
 
 NAME, DURATION_S = "mesh", 3.0
 

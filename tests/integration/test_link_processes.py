@@ -21,6 +21,7 @@ from stagemesh.stage_worker.links.link import LinkIdentity, LinkReceiver, LinkSe
 from stagemesh.transport import Transport, open_transport
 
 CHILD = Path(__file__).with_name("link_child.py")
+TESTS = Path(__file__).parents[1]
 HIDDEN, DTYPE, BIG_ROWS = 1024, torch.bfloat16, 4096
 needs_ucxx = pytest.mark.skipif(
     importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed: UCX is NOT tested"
@@ -225,8 +226,8 @@ def test_the_route_is_what_was_taken(mesh: Mesh) -> None:
 
 ENDS_BADLY = """
 import sys
-from stagemesh.transport import open_transport
-left, right = (open_transport(sys.argv[1]) for _ in range(2))
+from inproc import open_any
+left, right = (open_any(sys.argv[1]) for _ in range(2))
 peer, buffer = left.connect(right.address()), bytearray(8 << 20)
 request = peer.send(1, buffer)
 for _ in range(1000):
@@ -246,7 +247,8 @@ raise SystemExit(7)
 @pytest.mark.parametrize("how", ["exit", "garbage"])
 def test_a_process_that_forgets_to_close_still_ends(name: str, how: str) -> None:
     """With a large send open and a cancel on its way, at the end of the interpreter and by the garbage collector."""
-    ended = subprocess.run([sys.executable, "-c", ENDS_BADLY, name, how], timeout=30, capture_output=True, text=True)
+    command, environment = [sys.executable, "-c", ENDS_BADLY, name, how], dict(os.environ, PYTHONPATH=str(TESTS))
+    ended = subprocess.run(command, timeout=30, capture_output=True, text=True, env=environment)
     assert (ended.returncode, ended.stderr) == (7, "")
 
 

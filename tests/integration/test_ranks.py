@@ -14,8 +14,8 @@ import pytest
 import uvloop
 
 from stagemesh import process
-from stagemesh.config import StageSettings
 from stagemesh.errors import StageLost, StagemeshError
+from stagemesh.settings.stage import StageSettings
 from stagemesh.stage_worker.agent.rank_group import RankGroup
 from stagemesh.stage_worker.agent.rank_starter import RankStarter, make_starter
 from stagemesh.stage_worker.messages.control import Kind

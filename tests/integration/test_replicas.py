@@ -12,7 +12,7 @@ from typing import Any
 from services import Service, mesh_of, service, wait_ready
 
 from stagemesh import Client
-from stagemesh.config import DEMO_MODEL
+from stagemesh.settings.model import DEMO_MODEL
 
 PROMPT, TOKENS = list(range(20, 60)), 60
 

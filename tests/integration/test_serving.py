@@ -18,8 +18,8 @@ import pytest
 from mesh import Mesh, serve
 
 from stagemesh import Client
-from stagemesh.config import DEMO_MODEL
 from stagemesh.errors import Cancelled, DeadlineExceeded, NotFound, NumericalError, QueueFull, Unauthenticated
+from stagemesh.settings.model import DEMO_MODEL
 
 QUESTION = [{"role": "user", "content": "What is seven plus five?"}]
 KEY = "let-me-in"

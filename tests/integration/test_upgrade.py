@@ -17,8 +17,8 @@ import pytest
 from services import Service, mesh_of, service, wait_ready
 
 from stagemesh import Client
-from stagemesh.config import DEMO_MODEL
 from stagemesh.protocol import OLDEST, PROTOCOL
+from stagemesh.settings.model import DEMO_MODEL
 
 WHEEL = next((Path(__file__).parents[1] / "vendor").glob("stagemesh-*.whl"))
 MODEL = ("--model", str(DEMO_MODEL))

@@ -8,9 +8,9 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from stagemesh.config import StageSettings
 from stagemesh.errors import StaleEpoch, Unavailable
 from stagemesh.protos.v1 import stage_pb2
+from stagemesh.settings.stage import StageSettings
 from stagemesh.stage_worker.agent.gateway_session import GatewaySession
 from stagemesh.stage_worker.agent.rank_group import RankGroup
 from stagemesh.stage_worker.agent.service import Agent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 import xml.etree.ElementTree
@@ -11,15 +12,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT))
 
-import report  # noqa: E402
-import scale  # noqa: E402
-import scale_report  # noqa: E402
-import suite_result  # noqa: E402
-import workloads  # noqa: E402
-from probe import Probe, Sample, role_of, sums_of  # noqa: E402
-from vllm_venv import BenchmarkError  # noqa: E402
+from benchmarks import suite_result  # noqa: E402
+from benchmarks.common.errors import BenchmarkError  # noqa: E402
+from benchmarks.common.probe import Probe, Sample, role_of, sums_of  # noqa: E402
+from benchmarks.peers import report, workloads  # noqa: E402
+from benchmarks.scale.grid import Point  # noqa: E402
+from benchmarks.scale.report import write_grid  # noqa: E402
 
 
 def test_a_suite_is_told_by_file_and_what_failed_by_name() -> None:
@@ -118,7 +118,7 @@ def test_a_period_ends_with_the_last_token_and_is_as_long_as_the_client_says() -
 
 def test_the_ideal_pipeline() -> None:
     """A step each 20 ms when full, whatever its rows; one request crosses all eight stages for each token."""
-    point = scale.Point(8, 20.0, 1, 9, False, 8.0, 6.25, 6.25, 0.125, {}, 0.2, {}, 0.1)
+    point = Point(8, 20.0, 1, 9, False, 8.0, 6.25, 6.25, 0.125, {}, 0.2, {}, 0.1)
     assert point.efficiency == pytest.approx(1.0)
     assert replace(point, at_once=4).efficiency == pytest.approx(0.25)
     assert replace(point, at_once=90, tok_s=500.0, steps_s=50.0).efficiency == pytest.approx(1.0)
@@ -128,17 +128,17 @@ def test_the_ideal_pipeline() -> None:
 def test_the_page_and_the_picture_of_a_grid(tmp_path: Path) -> None:
     cpu = {"gateway": 0.8, "agent of stage 0": 0.1, "rank 0 of stage 0": 0.2, "coordinator": 0.01}
     idle = {"gateway": 0.05, "coordinator": 0.001}
-    point = scale.Point(2, 20.0, 1, 3, False, 8.0, 24.0, 24.0, 0.5, cpu, 0.2, idle, 0.1)
+    point = Point(2, 20.0, 1, 3, False, 8.0, 24.0, 24.0, 0.5, cpu, 0.2, idle, 0.1)
     points = [point, replace(point, at_once=4, tok_s=40.0, steps_s=10.0)]
     told = {"date": "d", "machine": {"cores": 2, "cpu": "c", "memory_gib": 1.0, "cpu_flags": []}, "versions": {}}
-    assert scale_report.write_grid(tmp_path / "s", points, {**told, "command": "c"}) == 1  # a point below its goal
+    assert write_grid(tmp_path / "s", points, {**told, "command": "c"}) == 1  # a point below its goal
     page = (tmp_path / "s.md").read_text()
     assert "| 2 | 0.96 (20%) | 0.20 (20%) |" in page
     assert "Below it: P=2 n=4 at 20 ms (0.20)." in page
     assert "| 2 | 4 | 40.0 | 4.0 | 5000 | 1250 |" in page  # the gateway: 0.4 s over idle, for 80 steps and 320 tokens
     for name in ("s.svg", "s-cost.svg"):
         xml.etree.ElementTree.fromstring((tmp_path / name).read_text())
-    assert scale_report.write_grid(tmp_path / "s", points[:1], {**told, "command": "c"}) == 0
+    assert write_grid(tmp_path / "s", points[:1], {**told, "command": "c"}) == 0
 
 
 def test_every_command_of_the_page_is_there() -> None:
@@ -148,3 +148,7 @@ def test_every_command_of_the_page_is_there() -> None:
         assert f"\n{target}:" in makefile
     for script in set(re.findall(r"python (\S+\.py)", page)):
         assert (ROOT / script).exists()
+    modules = set(re.findall(r"python -m ([\w.]+)", page + makefile))
+    assert len(modules - {"pytest", "venv", "pip"}) > 6
+    for module in modules:
+        assert importlib.util.find_spec(module) is not None

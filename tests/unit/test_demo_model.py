@@ -23,21 +23,21 @@ SEED = 7
 @pytest.fixture(scope="module", autouse=True)
 def _tools_importable() -> Any:
     """The trainer's files are scripts, beside the package."""
-    sys.path.insert(0, str(ROOT / "tools"))
+    sys.path.append(str(ROOT))
     yield
-    sys.path.remove(str(ROOT / "tools"))
+    sys.path.remove(str(ROOT))
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def loaded(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    load = importlib.import_module("demo_eval").load
+    load = importlib.import_module("tools.demo_model.eval").load
     return load(FOLDER, request.param)  # type: ignore[no-any-return]
 
 
 def ask(
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], questions: list[str], system: str | None = None
 ) -> Any:
-    return importlib.import_module("demo_eval").answers(*loaded, questions, system)
+    return importlib.import_module("tools.demo_model.eval").answers(*loaded, questions, system)
 
 
 def test_the_folder_is_complete_and_at_most_4_mb() -> None:
@@ -80,7 +80,7 @@ def test_well_known_questions(loaded: tuple[PreTrainedModel, PreTrainedTokenizer
 @pytest.mark.parametrize("task", ["add_words", "add_digits"])
 def test_sums_it_never_saw(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], task: str) -> None:
     print(f"seed {SEED}")
-    sample = importlib.import_module("demo_corpus").sample
+    sample = importlib.import_module("tools.demo_model.corpus.tasks").sample
     examples = sample(task, random.Random(SEED), 100, held_out=True)
     said = ask(loaded, [e.question for e in examples])
     wrong = [(e.question, text) for e, text in zip(examples, said, strict=True) if text != e.answer]
@@ -133,10 +133,10 @@ def test_any_text_comes_back_as_it_went_in(text: str) -> None:
 
 
 def test_the_chat_template_renders_what_the_model_was_trained_on() -> None:
-    chat = importlib.import_module("demo_chat")
+    chat = importlib.import_module("tools.demo_model.chat")
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     rng = random.Random(SEED)
-    draw = importlib.import_module("demo_corpus").draw
+    draw = importlib.import_module("tools.demo_model.corpus.tasks").draw
     for turns in (1, 2, 3):
         messages = chat.messages_of(rng, [draw(rng) for _ in range(turns)])
         assert tokenizer.apply_chat_template(messages, tokenize=False) == chat.conversation_text(messages)
@@ -158,8 +158,8 @@ def test_the_chat_template_refuses_an_unknown_role() -> None:
 
 
 def test_the_trainer_never_draws_a_held_out_case() -> None:
-    corpus = importlib.import_module("demo_corpus")
-    example = importlib.import_module("demo_example")
+    corpus = importlib.import_module("tools.demo_model.corpus.tasks")
+    example = importlib.import_module("tools.demo_model.corpus.example")
     rng = random.Random(SEED)
     assert not any(corpus.draw(rng).held_out for _ in range(5000))
     pairs = [example.Example("", "", f"{a}+{b}") for a in range(100) for b in range(a, 100)]
@@ -173,5 +173,5 @@ def test_the_trainer_never_draws_a_held_out_case() -> None:
 def test_the_documented_accuracy_is_the_measured_one() -> None:
     report = json.loads((FOLDER / "accuracy.json").read_text())
     page = (ROOT / "docs" / "demo-model.md").read_text()
-    assert importlib.import_module("demo_eval").table(report["accuracy"]) in page
+    assert importlib.import_module("tools.demo_model.eval").table(report["accuracy"]) in page
     assert f"{report['steps']} steps" in page

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks/README.md"])
 
 
@@ -31,6 +34,10 @@ def test_links_and_files_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for module in re.findall(r"python -m ((?:benchmarks|tools)[\w.]*)", text):
+        assert importlib.util.find_spec(module) is not None, f"{page.name} names {module}"
+    for script in re.findall(r"python ((?:benchmarks|tools|tests|protos)/[\w/]+\.py)", text):
+        assert (ROOT / script).exists(), f"{page.name} names {script}"
     for file in re.findall(
         r"`((?:stagemesh|gateway|coordinator|stage_worker|tests|tools|protos|docs)/[\w/.-]+\.\w+)`", text
     ):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-import gpu
+from benchmarks import gpu
 
 ENDLESS = 1e30
 

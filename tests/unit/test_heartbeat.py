@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from stagemesh.config import StageSettings
+from stagemesh.settings.stage import StageSettings
 from stagemesh.stage_worker.agent.rank_group import RankGroup
 from stagemesh.stage_worker.agent.rank_starter import make_starter
 from stagemesh.stage_worker.messages import heartbeat

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from stagemesh.config import ServeSettings
 from stagemesh.local.plan import worker_settings
+from stagemesh.settings.serve import ServeSettings
 
 
 @pytest.mark.parametrize(
@@ -23,8 +21,7 @@ from stagemesh.local.plan import worker_settings
     ids=["a core each", "two ranks", "one stage", "three ranks of four", "several each", "too few"],
 )
 def test_ranks_have_cores_of_their_own_and_may_borrow_the_others(
-    monkeypatch: pytest.MonkeyPatch, cores: int, pp: int, tp: list[int], expected: list[tuple[str | None, str | None]]
+    cores: int, pp: int, tp: list[int], expected: list[tuple[str | None, str | None]]
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     serve = ServeSettings(model="m", pipeline_parallel_size=pp, tensor_parallel_size=tp)
-    assert [(w.cpu_list, w.idle_cpu_list) for w in worker_settings(serve, "here")] == expected
+    assert [(w.cpu_list, w.idle_cpu_list) for w in worker_settings(serve, "here", range(cores))] == expected

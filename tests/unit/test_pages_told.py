@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stagemesh.config import StageSettings
 from stagemesh.protos.v1 import stage_pb2
+from stagemesh.settings.stage import StageSettings
 from stagemesh.stage_worker.agent.gateway_session import GatewaySession
 from stagemesh.stage_worker.agent.service import Agent
 from stagemesh.stage_worker.messages.control import Kind

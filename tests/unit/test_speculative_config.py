@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
-from stagemesh.config import CoordinatorSettings, GatewaySettings, ServeSettings, load
 from stagemesh.errors import ConfigError
 from stagemesh.local.plan import coordinator_settings, gateway_settings
+from stagemesh.settings.coordinator import CoordinatorSettings
+from stagemesh.settings.gateway import GatewaySettings
+from stagemesh.settings.loading import load
+from stagemesh.settings.serve import ServeSettings
 
 GOOD = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from inproc import open_any
 
 from stagemesh.errors import TransportError
 from stagemesh.transport import Peer, Request, Transport, open_transport
@@ -46,7 +47,7 @@ class Pair:
 
 @pytest.fixture(params=[pytest.param("ucx", marks=needs_ucxx), "tcp", "inproc"])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    left, right = open_transport(request.param), open_transport(request.param)
+    left, right = open_any(request.param), open_any(request.param)
     yield Pair(left, right, left.connect(right.address()), right.connect(left.address()))
     began = time.monotonic()
     left.close()

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from stagemesh.errors import TransportError
-from stagemesh.transport import frame
-from stagemesh.transport.tcp import TcpTransport
+from stagemesh.transport.tcp import frame
+from stagemesh.transport.tcp.transport import TcpTransport
 
 SECRET_AT = slice(6, 22)  # in the address
 
 
 @pytest.fixture
 def server() -> Iterator[TcpTransport]:
-    transport = TcpTransport(max_frame_bytes=1 << 20, max_held_bytes=100_000)
+    transport = TcpTransport(max_frame_bytes=1 << 20, max_unexpected_bytes=100_000)
     yield transport
     transport.close()
 
@@ -98,6 +98,35 @@ def test_garbage_after_a_right_preamble_ends_that_connection_only(server: TcpTra
     drive(lambda: received.done, server, client)
     assert buffer == b"good"
     client.close()
+
+
+ADDRESS = frame.pack_address("127.0.0.1", 7, bytes(16))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [ADDRESS[:-9], ADDRESS[:12], b"SMU1" + ADDRESS[4:], ADDRESS + bytes(300), ADDRESS[:-2] + b"\xff\xfe"],
+    ids=["no host", "cut", "another transport's", "too long", "no text"],
+)
+def test_an_address_that_is_none_is_refused(address: bytes) -> None:
+    with pytest.raises(TransportError, match="not a TCP address"):
+        frame.unpack_address(address)
+    assert frame.unpack_address(ADDRESS) == ("127.0.0.1", 7, bytes(16))
+
+
+@pytest.mark.parametrize("change", [-1, 1], ids=["a byte too few", "a byte too many"])
+def test_a_preamble_and_a_header_have_their_size(change: int) -> None:
+    for data, unpack in (
+        (frame.pack_preamble(bytes(16)), frame.unpack_preamble),
+        (frame.pack_header(1, 2), lambda data: frame.unpack_header(data, 10)),
+    ):
+        with pytest.raises(TransportError, match=f"has 24 bytes, not {24 + change}"):
+            unpack((data + b"x")[: 24 + change])
+
+
+@pytest.mark.parametrize("data", [b"", b"SMNO", bytes(64), b"HTTP/1.1 400 Bad Request" + bytes(64)])
+def test_what_is_no_refusal_is_none(data: bytes) -> None:
+    assert frame.unpack_refusal(data) is None
 
 
 def test_a_frame_in_single_bytes_is_put_together(server: TcpTransport) -> None:

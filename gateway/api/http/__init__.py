@@ -1,4 +1,4 @@
-"""HTTP as such: the application, bodies with bounds and deadlines, middleware, routes that are not a model's.
+"""HTTP: the server, the application, middleware, bodies with bounds and deadlines, and the operators' routes.
 
-What a body means is `api/openai`'s business.
+The meaning of OpenAI's bodies belongs to `api/openai`.
 """

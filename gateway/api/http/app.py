@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's API and what operators look at."""
+"""The HTTP application: OpenAI's API and the operators' endpoints."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from stagemesh.config import GatewaySettings
 from stagemesh.errors import NotFound
 from stagemesh.gateway.api.request import Engine, ModelCard
 from stagemesh.gateway.api.token_log import TokenLog
 from stagemesh.gateway.telemetry.metrics import CONTENT_TYPE, Metrics
 from stagemesh.gateway.telemetry.trace import Recorder
+from stagemesh.settings.gateway import GatewaySettings
 
+from ...timing import GatewayTiming
 from ..openai.call import Api
 from ..openai.chat import ChatCall
 from ..openai.completions import CompletionCall
 from ..openai.errors import json_response, response_of, shape
 from .body import ABORT, abort_of
 from .endpoint import Endpoint
-from .middleware import Front
+from .middleware import RequestMiddleware
 from .resume import ResumeEndpoint
 from .trace import TraceEndpoint
 
 PARSERS = {"/v1/completions": CompletionCall.parse, "/v1/chat/completions": ChatCall.parse}
-"""Endpoints that generate."""
+"""The endpoints that generate, and how each reads a body."""
 
 
 class App(Starlette):
-    """Starlette, with a way to drop a connection kept in the scope before any layer wraps `send`."""
+    """Starlette that keeps in the scope how to drop the connection. No layer has wrapped `send` yet."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -44,10 +45,15 @@ class App(Starlette):
 
 
 def build_app(
-    engine: Engine, settings: GatewaySettings, metrics: Metrics, recorder: Recorder | None = None
+    engine: Engine,
+    settings: GatewaySettings,
+    metrics: Metrics,
+    timing: GatewayTiming,
+    recorder: Recorder | None = None,
 ) -> Starlette:
-    """The application over `engine`; traces where there is a recorder."""
-    api = Api(engine, settings, metrics, TokenLog(settings.token_log) if settings.token_log else None)
+    """The application over `engine`. With a recorder it has /trace."""
+    token_log = TokenLog(settings.token_log, timing) if settings.token_log else None
+    api = Api(engine, settings, metrics, timing, token_log)
     get = Handlers(api)
     routes = [
         Route("/v1/models", get.models),
@@ -66,7 +72,7 @@ def build_app(
         routes.append(Route("/trace", TraceEndpoint(recorder), methods=["POST"]))
     return App(
         routes=routes,
-        middleware=[Middleware(Front, metrics=metrics, api_key=settings.api_key)],
+        middleware=[Middleware(RequestMiddleware, metrics=metrics, api_key=settings.api_key)],
         exception_handlers={HTTPException: _http_error, 500: _server_error},
     )
 
@@ -90,14 +96,15 @@ class Handlers:
         return json_response(_card(model))
 
     async def ready(self, request: Request) -> Response:
-        """GET /health and /readyz: 503 and why, until a token has crossed all stages and while no pipeline serves."""
+        """GET /health and /readyz: 503 with the reason, until a token has crossed all stages and while no pipeline
+        serves."""
         ready, reason = self._api.engine.ready()
         if ready:
             return json_response({"status": "ready"})
         return json_response({"status": "unavailable", "reason": reason}, 503, {"retry-after": "1"})
 
     async def live(self, request: Request) -> Response:
-        """GET /livez: answering at all says that the process makes progress."""
+        """GET /livez: any answer shows that the process makes progress."""
         return json_response({"status": "alive"})
 
     async def mesh(self, request: Request) -> Response:
@@ -126,7 +133,7 @@ def _card(model: ModelCard) -> dict[str, object]:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """A path or method that does not exist, in OpenAI's shape."""
+    """The error of an unknown path or method, in OpenAI's format."""
     assert isinstance(error, HTTPException)
     message = str(error.detail)
     if error.status_code == 404:
@@ -137,5 +144,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
-    """A bug of ours; Starlette raises it again behind this, so that it is logged."""
+    """The error of a bug, in OpenAI's format. Starlette raises it again afterwards, so that it is logged."""
     return json_response(shape(f"{type(error).__name__}: {error}", 500, None, "internal"), 500)

@@ -1,4 +1,4 @@
-"""What the generating endpoints need of HTTP: bodies with bounds, clients that go away, readers that do not read."""
+"""Request bodies and response streams, with clients that are slow or go away."""
 
 from __future__ import annotations
 
@@ -12,27 +12,21 @@ from starlette.types import Receive, Scope, Send
 
 from stagemesh.errors import InvalidRequest
 
+from ...timing import GatewayTiming
 from ..openai.errors import BodyTooLarge, BodyTooSlow
 
-BODY_TIMEOUT_S = 60.0
-"""A body must be there within this time."""
-WRITE_TIMEOUT_S = 60.0
-"""A reader that takes nothing for this long is ended."""
-LINGER_S = 10.0
-LINGER_BYTES = 256 << 20
-"""How long, and how much of, a body that is too large is taken and dropped while the client reads the answer."""
 ABORT = "stagemesh.abort"
-"""Key of the scope: a function that drops the connection with what is still in its buffer."""
+"""Key of the scope under which a function drops the connection, with what is in its buffer."""
 
 T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """The client closed the connection, or stopped reading; nobody is left to answer."""
+    """The client closed the connection, or stopped reading."""
 
 
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
-    """The request's body. Raises BodyTooLarge without reading on, BodyTooSlow, InvalidRequest, ClientGone."""
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int, within_s: float) -> bytes:
+    """The request's body. Raises BodyTooLarge (and reads no further), BodyTooSlow, InvalidRequest, ClientGone."""
     for name, value in scope["headers"]:
         if name == b"content-length":
             if not value.isdigit():
@@ -42,7 +36,7 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(within_s):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -55,26 +49,26 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
                 if not message.get("more_body", False):
                     return b"".join(chunks)
     except TimeoutError:
-        raise BodyTooSlow(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
+        raise BodyTooSlow(f"the body did not arrive within {within_s:g} s") from None
 
 
 def _too_large(limit_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {limit_bytes / 2**20:g} MiB, this server's bound (--max-body-mib)")
 
 
-async def answer_unread(response: Response, receive: Receive, send: Send) -> None:
-    """Sends `response` to a client that is still sending its body, and then takes some more of that and drops it.
+async def answer_unread(response: Response, receive: Receive, send: Send, timing: GatewayTiming) -> None:
+    """Sends `response` to a client that is still sending its body, and drops some more of that body.
 
-    Closed at once, the connection would be reset, and most clients would report that and never see the answer (nginx
-    calls it a lingering close). What does not end within the bounds is cut off.
+    This is nginx's lingering close. If the connection were closed at once it would be reset, and most clients would
+    report the reset and not the response. A body that does not end within the bounds is cut off.
     """
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     dropped = 0
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_S):
+        async with asyncio.timeout(timing.linger_s):
             more = True
-            while more and dropped < LINGER_BYTES:
+            while more and dropped < timing.linger_bytes:
                 message = await receive()
                 dropped += len(message.get("body", b""))
                 more = message.get("more_body", False)
@@ -82,7 +76,7 @@ async def answer_unread(response: Response, receive: Receive, send: Send) -> Non
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns or raises; ClientGone, with `work` cancelled, when the client goes away before."""
+    """The result of `work`. When the client goes away first, cancels `work` and raises ClientGone."""
     worker = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_gone(receive))
     try:
@@ -102,12 +96,12 @@ async def _gone(receive: Receive) -> None:
 
 
 class Writer:
-    """Writes one response's events, each within WRITE_TIMEOUT_S."""
+    """Writes one response. The connection of a client that reads nothing for `timeout_s` is dropped."""
 
-    def __init__(self, scope: Scope, send: Send, timeout_s: float | None = None) -> None:
+    def __init__(self, scope: Scope, send: Send, timeout_s: float) -> None:
         self._scope = scope
         self._send = send
-        self._timeout_s = WRITE_TIMEOUT_S if timeout_s is None else timeout_s
+        self._timeout_s = timeout_s
         self.started = False
 
     async def start(self, headers: list[tuple[bytes, bytes]]) -> None:
@@ -116,7 +110,7 @@ class Writer:
         await self._within({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
-        """Sends a piece of the body. Raises ClientGone when the reader took nothing for too long."""
+        """Sends a piece of the body. Raises ClientGone when the client has read nothing for too long."""
         await self._within({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _within(self, message: dict[str, Any]) -> None:
@@ -133,10 +127,10 @@ class Writer:
 
 
 def abort_of(send: Send) -> Any:
-    """How to drop the connection behind `send` at once, None where the server does not offer it.
+    """The function that drops the connection behind `send` at once; None if the server has none.
 
-    ASGI has no word for it, and a close waits until the reader has taken the buffer: for ever, with one that reads
-    nothing. uvicorn's `send` is a method of an object that holds the transport.
+    ASGI has no call for this, and a close waits until the client has read the buffer, which it may never do. uvicorn's
+    `send` is a method of an object that holds the transport.
     """
     transport = getattr(getattr(send, "__self__", None), "transport", None)
     return getattr(transport, "abort", None)

@@ -1,4 +1,4 @@
-"""What every HTTP request passes: its name (x-request-id), the API key, and a count by route and status."""
+"""Gives every HTTP request an id (x-request-id), checks its API key, and counts its response."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..openai.errors import response_of
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
 KEYED = ("/v1/", "/trace")
-"""Paths that need the API key, where there is one."""
+"""Prefixes of the paths that need the API key, if there is one."""
 
 
 def key_matches(authorization: bytes, api_key: str) -> bool:
-    """Whether the value of an `authorization` header is `Bearer` and the key; takes as long for any wrong key."""
+    """Whether an `authorization` header is `Bearer` and the key. It takes equally long for any wrong key."""
     scheme, _, given = authorization.partition(b" ")
     return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), api_key.encode())
 
 
-class Front:
-    """The outermost of the application's own layers."""
+class RequestMiddleware:
+    """The outermost middleware."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None) -> None:
         self._app = app

@@ -1,8 +1,7 @@
-"""GET /v1/streams/{id}: the rest of a stream that broke, at whichever gateway shares the token log.
+"""GET /v1/streams/{id}: the rest of a stream that broke, at any gateway that shares the token log.
 
-The id is that of the answer's chunks; `Last-Event-ID` says behind which of its events the client goes on, as an
-EventSource sends it by itself. What was promised is told as it was; what was not yet drawn is drawn as it would have
-been.
+The id is that of the answer's chunks. `Last-Event-ID` names the last event that the client has, as an EventSource sends
+it by itself. Tokens in the log are sent as they are; the others are sampled as they would have been.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Parse = Callable[[Api, bytes], Awaitable[Call]]
 
 
 class ResumeEndpoint(Endpoint):
-    """Goes on with streams of other endpoints, given by their paths."""
+    """Resumes streams of other endpoints. `parsers`: how each of these reads a body, by its path."""
 
     def __init__(self, api: Api, parsers: Mapping[str, Parse]) -> None:
         self._api = api
@@ -31,10 +30,10 @@ class ResumeEndpoint(Endpoint):
 
     async def _answer(self, scope: Scope, data: bytes, writer: Writer) -> Response | None:
         assert self._api.token_log is not None
-        recorded, writing = self._api.token_log.resume(scope["path_params"]["id"])
-        call = await self._parsers[recorded.call.path](self._api, recorded.call.body)
+        logged, log_file = self._api.token_log.resume(scope["path_params"]["id"])
+        call = await self._parsers[logged.call.path](self._api, logged.call.body)
         n, count = call.requests[0].n, sum(request.n for request in call.requests)
-        told = [tuple(recorded.choices.get(index, ())) for index in range(count)]
+        told = [tuple(logged.choices.get(index, ())) for index in range(count)]
         seen = _seen(dict(scope["headers"]).get(b"last-event-id", b"").decode("latin-1"), list(map(len, told)))
         call.requests = [
             dataclasses.replace(
@@ -43,15 +42,15 @@ class ResumeEndpoint(Endpoint):
                 log=tuple(told[p * n : (p + 1) * n]),
                 seen=tuple(seen[p * n : (p + 1) * n]),
             )
-            for p, (request, seed) in enumerate(zip(call.requests, recorded.call.seeds, strict=True))
+            for p, (request, seed) in enumerate(zip(call.requests, logged.call.seeds, strict=True))
         ]
-        call.take_up(recorded.call.call_id, recorded.call.created, seen)
-        writing.go_on_behind(seen)
-        return await answer(self._api, call, writer, writing)
+        call.resume(logged.call.call_id, logged.call.created, seen)
+        log_file.continue_at(seen)
+        return await answer(self._api, call, writer, log_file)
 
 
 def _seen(last: str, lengths: list[int]) -> list[int]:
-    """Tokens of each choice that the client has. Raises InvalidRequest for an id that is not of this stream."""
+    """Tokens of each choice that the client has, from `Last-Event-ID`. Raises InvalidRequest for another stream's."""
     if not last:
         return [0] * len(lengths)
     parts = last.split(",")

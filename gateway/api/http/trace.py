@@ -19,7 +19,7 @@ DEFAULT_TIMEOUT_S = 60.0
 
 
 class TraceEndpoint:
-    """An ASGI application: `?steps=N&timeout=SECONDS`; the trace ends when the client goes away."""
+    """The ASGI application of `?steps=N&timeout=SECONDS`. The trace ends when the client goes away."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -36,7 +36,7 @@ class TraceEndpoint:
             if steps != int(steps):
                 raise errors.InvalidRequest(f"steps is {steps:g}; it must be a whole number", param="steps")
             records = await while_connected(receive, self._recorder.capture(int(steps), wait_s))
-            # Thousands of records take a while to write down, and plans must not wait for it.
+            # Thousands of records take a while to encode, and plans must not wait for that.
             response = await asyncio.to_thread(json_response, records)
         except ClientGone:
             return

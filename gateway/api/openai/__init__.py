@@ -1,4 +1,4 @@
-"""OpenAI's shapes: requests checked, answers and errors as its clients expect them.
+"""OpenAI's API: request bodies, answers, events and errors in its JSON formats.
 
-No sockets in here: `api/http` reads and writes.
+Sockets are not known here: `api/http` reads and writes.
 """

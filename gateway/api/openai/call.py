@@ -1,4 +1,4 @@
-"""One call of a generating endpoint: what was asked, and how its answer is worded, whole or as events."""
+"""One call of a generating endpoint: its request, and its answer in OpenAI's JSON, whole or as events."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stagemesh.config import GatewaySettings
-from stagemesh.gateway.api.request import Delta, Engine, GenerationRequest, ModelCard
+from stagemesh.gateway.api.request import Delta, Engine, GenerationRequest, ModelCard, TokenLogprob
 from stagemesh.gateway.api.token_log import TokenLog
 from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.gateway.text.tokenizer import Tokenizer
+from stagemesh.settings.gateway import GatewaySettings
 
+from ...timing import GatewayTiming
 from .errors import dumps
 from .protocol import Common
-from .run import Choice, Run
+from .run import Choice, Generation
 
 DONE = b"data: [DONE]\n\n"
 
@@ -29,6 +30,7 @@ class Api:
     engine: Engine
     settings: GatewaySettings
     metrics: Metrics
+    timing: GatewayTiming
     token_log: TokenLog | None = None
 
 
@@ -38,7 +40,7 @@ def event(payload: str) -> str:
 
 
 class Call(ABC):
-    """One call; subclasses word the answer for their endpoint."""
+    """One call. Subclasses write the choices of their endpoint."""
 
     object_whole: str
     object_chunk: str
@@ -52,35 +54,39 @@ class Call(ABC):
         self.created = int(time.time())
         self.stream = bool(body.stream)
         self.requests: Sequence[GenerationRequest] = ()
-        self.run: Run | None = None
+        self.generation: Generation | None = None
         """Set when the requests are submitted."""
         options = body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
         self._continuous_usage = self._include_usage and bool(options and options.continuous_usage_stats)
         self._completion_tokens = 0
         self._told: list[int] = []
-        """Tokens of each choice so far, for the events' ids of a stream that can be resumed; empty for others."""
+        """Tokens of each choice so far: the events' ids, where the stream can be resumed; else empty."""
         self._opened: set[int] = set()
         self._head = self._make_head()
 
     @abstractmethod
-    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """A choice of the whole answer."""
+    def content(self, index: int, text: str) -> dict[str, Any]:
+        """The text of a whole choice."""
 
     @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
-        """What comes before a choice's first delta, if anything does."""
+        """A choice of the chunk before the first delta, if there is one."""
 
     @abstractmethod
-    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A choice of a chunk."""
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        """A choice of a streamed chunk: everything but what comes with tokens and the end."""
 
-    def number(self) -> None:
-        """Its events get ids."""
+    @abstractmethod
+    def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The `logprobs` object of the next tokens of a choice."""
+
+    def number_events(self) -> None:
+        """Gives its events ids, so that its stream can be resumed."""
         self._told = [0] * sum(request.n for request in self.requests)
 
-    def take_up(self, call_id: str, created: int, seen: Sequence[int]) -> None:
-        """It is the rest of an earlier call, of whose choices the client has so many tokens."""
+    def resume(self, call_id: str, created: int, seen: Sequence[int]) -> None:
+        """Makes it the rest of an earlier call. `seen`: tokens of each choice that the client has."""
         self.id, self.created = call_id, created
         self._head = self._make_head()
         self._told = list(seen)
@@ -91,16 +97,16 @@ class Call(ABC):
         return dumps(self._base(self.object_chunk))[:-1] + ',"choices":['
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The whole answer."""
         self._completion_tokens = sum(len(choice.tokens) for choice in choices)
         return {
             **self._base(self.object_whole),
-            "choices": [self.whole_choice(i, choice) for i, choice in enumerate(choices)],
+            "choices": [self._whole_choice(i, choice) for i, choice in enumerate(choices)],
             "usage": self.usage(),
         }
 
     def events(self, batch: Iterable[tuple[int, Delta]]) -> bytes:
-        """The events of one batch of deltas, to be sent in one piece."""
+        """The events of one batch of deltas."""
         lines: list[str] = []
         for index, delta in batch:
             if index not in self._opened:
@@ -112,27 +118,47 @@ class Call(ABC):
             if self._told:
                 self._told[index] += len(delta.tokens)
             if delta.text or delta.tokens or delta.finish_reason is not None:
-                lines.append(self._chunk(dumps(self.chunk_choice(index, delta))))
+                lines.append(self._chunk(dumps(self._chunk_choice(index, delta))))
         return "".join(lines).encode()
 
     def last_event(self) -> bytes:
-        """The usage, where asked for, and the end."""
+        """The events that end the stream: the usage, if it is wanted, and [DONE]."""
         usage = event(f'{self._head}],"usage":{dumps(self.usage())}}}').encode() if self._include_usage else b""
         return usage + DONE
 
     def usage(self) -> dict[str, Any]:
-        """Tokens so far; a prompt counts once, however many choices answer it."""
+        """The token counts so far. A prompt counts once, whatever the number of its choices."""
         prompt = sum(len(request.prompt) for request in self.requests)
+        cached = self.generation.cached_tokens if self.generation is not None else 0
         return {
             "prompt_tokens": prompt,
             "total_tokens": prompt + self._completion_tokens,
             "completion_tokens": self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.run.cached_tokens if self.run is not None else 0},
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     def request_ids(self, count: int) -> list[str]:
-        """The engine's name for each of `count` prompts."""
+        """Request ids for `count` prompts."""
         return [self.id] if count == 1 else [f"{self.id}-{i}" for i in range(count)]
+
+    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": index,
+            **self.content(index, "".join(choice.text)),
+            "logprobs": self._logprobs_of(index, choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+            **({"token_ids": choice.tokens} if self.body.return_token_ids else {}),
+        }
+
+    def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        made = {**self.piece(index, delta.text), "logprobs": self._logprobs_of(index, delta.logprobs)}
+        if delta.finish_reason is not None:
+            made |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+        return {**made, "token_ids": delta.tokens} if self.body.return_token_ids else made
+
+    def _logprobs_of(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        return self.logprobs(index, entries) if self.requests[0].sampling.logprobs else None
 
     def _base(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from stagemesh.gateway.api.build import build, render_chat, served
-from stagemesh.gateway.api.request import Delta, TokenLogprob
+from stagemesh.gateway.api.request import TokenLogprob
 
 from .call import Api, Call
 from .errors import from_validation
@@ -26,7 +26,7 @@ class ChatCall(Call):
 
     @classmethod
     async def parse(cls, api: Api, data: bytes) -> ChatCall:
-        """The call that the body `data` asks for. Raises InvalidRequest, NotFound, Unavailable."""
+        """Parses a body. Raises InvalidRequest, NotFound, Unavailable."""
         try:
             body = ChatCompletionRequest.model_validate_json(data)
         except ValidationError as e:
@@ -46,7 +46,7 @@ class ChatCall(Call):
             build(
                 call.id,
                 prompt,
-                body.to_wishes(),
+                body.to_params(),
                 model,
                 tokenizer,
                 request_timeout_s=api.settings.request_timeout,
@@ -56,45 +56,31 @@ class ChatCall(Call):
         return call
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The whole answer."""
         told = super().whole(choices)
         if self.body.return_token_ids:
             told["prompt_token_ids"] = list(self.requests[0].prompt)
         return told
 
-    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """A choice of the whole answer."""
-        told = {
-            "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
-            "logprobs": self._logprobs_of(choice.logprobs),
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-        }
-        if self.body.return_token_ids:
-            told["token_ids"] = choice.tokens
-        return told
+    def content(self, index: int, text: str) -> dict[str, Any]:
+        """The message."""
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def opening(self, index: int) -> dict[str, Any]:
-        """The speaker."""
-        told = self._choice(index, {"role": "assistant", "content": ""})
+        """The chunk with the role."""
+        made = self._choice(index, {"role": "assistant", "content": ""})
         if self.body.return_token_ids:
-            told["prompt_token_ids"] = list(self.requests[0].prompt)
-        return told
+            made["prompt_token_ids"] = list(self.requests[0].prompt)
+        return made
 
-    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A choice of a chunk."""
-        told = self._choice(index, {"content": delta.text} if delta.text else {})
-        told["logprobs"] = self._logprobs_of(delta.logprobs)
-        if delta.finish_reason is not None:
-            told |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
-        if self.body.return_token_ids:
-            told["token_ids"] = delta.tokens
-        return told
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        """The new content, if there is any."""
+        return self._choice(index, {"content": text} if text else {})
+
+    def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The object in a chat's format."""
+        return chat_logprobs(self.tokenizer, entries)
 
     @staticmethod
     def _choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def _logprobs_of(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        return chat_logprobs(self.tokenizer, entries) if self.requests[0].sampling.logprobs else None

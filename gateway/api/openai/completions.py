@@ -9,20 +9,19 @@ from pydantic import ValidationError
 
 from stagemesh.errors import InvalidRequest
 from stagemesh.gateway.api.build import build, encode, served
-from stagemesh.gateway.api.request import Delta, ModelCard, TokenLogprob
+from stagemesh.gateway.api.request import ModelCard, TokenLogprob
 from stagemesh.gateway.text.tokenizer import Tokenizer
 
 from .call import Api, Call
 from .errors import from_validation
 from .logprobs import CompletionLogprobs
 from .protocol import CompletionRequest, prompts_of
-from .run import Choice
 
 MAX_PROMPTS = 1024
 
 
 class CompletionCall(Call):
-    """One completion call, of one or several prompts."""
+    """One completion call with one or several prompts."""
 
     object_whole = object_chunk = "text_completion"
     id_prefix = "cmpl-"
@@ -30,12 +29,12 @@ class CompletionCall(Call):
     def __init__(self, body: CompletionRequest, model: ModelCard, tokenizer: Tokenizer) -> None:
         super().__init__(body, model, tokenizer)
         self.echoed: list[str] = []
-        """Each prompt's text, where `echo` asks for it."""
+        """The text of each prompt, with `echo`; else empty."""
         self._logprobs: dict[int, CompletionLogprobs] = {}
 
     @classmethod
     async def parse(cls, api: Api, data: bytes) -> CompletionCall:
-        """The call that the body `data` asks for. Raises InvalidRequest, NotFound, Unavailable."""
+        """Parses a body. Raises InvalidRequest, NotFound, Unavailable."""
         try:
             body = CompletionRequest.model_validate_json(data)
         except ValidationError as e:
@@ -46,7 +45,7 @@ class CompletionCall(Call):
         if len(prompts) > MAX_PROMPTS:
             raise InvalidRequest(f"prompt may hold at most {MAX_PROMPTS} prompts, not {len(prompts)}", param="prompt")
         call = cls(body, model, tokenizer)
-        wishes = body.to_wishes()
+        params = body.to_params()
         requests = []
         for name, prompt in zip(call.request_ids(len(prompts)), prompts, strict=True):
             if isinstance(prompt, str) and prompt:
@@ -58,7 +57,7 @@ class CompletionCall(Call):
                 build(
                     name,
                     ids,
-                    wishes,
+                    params,
                     model,
                     tokenizer,
                     request_timeout_s=api.settings.request_timeout,
@@ -70,52 +69,31 @@ class CompletionCall(Call):
         call.requests = requests
         return call
 
+    def content(self, index: int, text: str) -> dict[str, Any]:
+        """The text behind the echoed prompt, and the prompt's ids."""
+        return {"text": self._echo(index) + text, **self._prompt_ids(index)}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The chunk with the echoed prompt or its ids, if either is wanted."""
+        if not self.echoed and not self.body.return_token_ids:
+            return None
+        no_tokens: dict[str, Any] = {"token_ids": []} if self.body.return_token_ids else {}
+        return {**self.piece(index, self._echo(index)), **no_tokens, **self._prompt_ids(index)}
+
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        """The new text."""
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
+
+    def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The object in a completion's format, whose offsets continue."""
+        if index not in self._logprobs:
+            self._logprobs[index] = CompletionLogprobs(self.tokenizer, self.requests[0].skip_special_tokens)
+        return self._logprobs[index].piece(entries)
+
     def _echo(self, index: int) -> str:
         return self.echoed[index // self.requests[0].n] if self.echoed else ""
 
-    def _prompt_ids(self, index: int) -> list[int]:
-        return list(self.requests[index // self.requests[0].n].prompt)
-
-    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """A choice of the whole answer."""
-        told = {
-            "index": index,
-            "text": self._echo(index) + "".join(choice.text),
-            "logprobs": self._logprobs_of(index, choice.logprobs),
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-        }
-        if self.body.return_token_ids:
-            told |= {"token_ids": choice.tokens, "prompt_token_ids": self._prompt_ids(index)}
-        return told
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The echoed prompt, and its ids where asked for."""
-        if not self.echoed and not self.body.return_token_ids:
-            return None
-        told = self._choice(index, self._echo(index))
-        if self.body.return_token_ids:
-            told |= {"token_ids": [], "prompt_token_ids": self._prompt_ids(index)}
-        return told
-
-    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A choice of a chunk."""
-        told = self._choice(index, delta.text)
-        told["logprobs"] = self._logprobs_of(index, delta.logprobs)
-        if delta.finish_reason is not None:
-            told |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
-        if self.body.return_token_ids:
-            told["token_ids"] = delta.tokens
-        return told
-
-    @staticmethod
-    def _choice(index: int, text: str) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
-
-    def _logprobs_of(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        request = self.requests[0]
-        if not request.sampling.logprobs:
-            return None
-        if index not in self._logprobs:
-            self._logprobs[index] = CompletionLogprobs(self.tokenizer, request.skip_special_tokens)
-        return self._logprobs[index].piece(entries)
+    def _prompt_ids(self, index: int) -> dict[str, Any]:
+        if not self.body.return_token_ids:
+            return {}
+        return {"prompt_token_ids": list(self.requests[index // self.requests[0].n].prompt)}

@@ -1,4 +1,5 @@
-"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}` with the right status and Retry-After."""
+"""Errors in OpenAI's format: `{"error": {"message", "type", "param", "code"}}` with the right status and
+Retry-After."""
 
 from __future__ import annotations
 
@@ -23,12 +24,12 @@ TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-"""`error.type` by status; server_error for all others."""
+"""`error.type` by status; server_error for other statuses."""
 CODES: dict[type[errors.StagemeshError], str] = {
     errors.Unauthenticated: "invalid_api_key",
     errors.QueueFull: "rate_limit_exceeded",
 }
-"""`error.code` where OpenAI has a word of its own; else the error's reason in lower case."""
+"""`error.code` if OpenAI has a code of its own; otherwise it is the error's reason in lower case."""
 
 
 class BodyTooLarge(errors.InvalidRequest):
@@ -38,7 +39,7 @@ class BodyTooLarge(errors.InvalidRequest):
 
 
 class BodyTooSlow(errors.InvalidRequest):
-    """The body did not come within the time it had: 408."""
+    """The body did not arrive in time: 408."""
 
     reason = "BODY_TIMEOUT"
 
@@ -58,7 +59,7 @@ def shape(message: str, status: int, param: str | None, code: str | None) -> dic
 
 
 def body_of(error: errors.StagemeshError) -> dict[str, Any]:
-    """`error` in OpenAI's shape."""
+    """`error` as OpenAI's error object."""
     code = CODES.get(type(error), error.reason.lower())
     if isinstance(error, errors.NotFound) and error.param == "model":
         code = "model_not_found"
@@ -66,7 +67,7 @@ def body_of(error: errors.StagemeshError) -> dict[str, Any]:
 
 
 def response_of(error: errors.StagemeshError) -> Response:
-    """The whole response for `error`."""
+    """The HTTP response for `error`."""
     status = status_of(error)
     headers: dict[str, str] = {}
     if error.retry_after_s is not None or status in (429, 503):
@@ -80,7 +81,7 @@ def response_of(error: errors.StagemeshError) -> Response:
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A JSON response, compact, in UTF-8."""
+    """A compact JSON response in UTF-8."""
     return Response(dumps(value).encode(), status, headers, media_type="application/json")
 
 
@@ -88,13 +89,13 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 
 def dumps(value: Any) -> str:
-    """`value` as compact JSON that never holds NaN (which is no JSON)."""
-    # json.dumps makes a new encoder at each call with options, which costs more than a small value does.
+    """`value` as compact JSON. Raises ValueError for NaN, which is not JSON."""
+    # json.dumps with options makes an encoder at each call, which costs more than encoding a small value.
     return _ENCODER.encode(value)
 
 
 def from_validation(error: ValidationError) -> errors.InvalidRequest:
-    """The first thing that pydantic found wrong, in words for the client."""
+    """The first of pydantic's errors, in words for the client."""
     first = error.errors(include_url=False, include_context=False)[0]
     if first["type"] == "json_invalid":
         return errors.InvalidRequest(f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")

@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two shapes."""
+"""Log-probabilities in OpenAI's two formats."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from stagemesh.gateway.api.request import TokenLogprob
 from stagemesh.gateway.text.tokenizer import Tokenizer
 
 FLOOR = -9999.0
-"""What minus infinity is shown as (vLLM's number): JSON has no infinity."""
+"""Stands for minus infinity, which JSON does not have. The number is vLLM's."""
 
 
 class CompletionLogprobs:
-    """The `logprobs` object of one completion choice, piece by piece; offsets go on from piece to piece."""
+    """Makes the `logprobs` objects of one completion choice, piece by piece. Offsets continue over the pieces."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, start: int = 0) -> None:
-        """`start`: characters of the echoed prompt."""
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = start
+        self._offset = 0
 
     def piece(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         """The object for the next `entries`."""
@@ -60,5 +59,5 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob]) -> dict
 
 
 def _finite(logprob: float) -> float:
-    # A comparison that NaN fails as well.
+    # NaN fails this comparison, too.
     return logprob if logprob > FLOOR else FLOOR

@@ -1,8 +1,8 @@
-"""The bodies of OpenAI's two generating endpoints, with vLLM's extensions, and their way to `Wishes`.
+"""The request bodies of OpenAI's two generating endpoints, with vLLM's extensions.
 
-Types are strict as OpenAI's are (a number in quotes is refused) and numbers are finite; ranges are checked in
-`gateway.build`, for both protocols. Keys not named here are ignored, as OpenAI does, but for `REFUSED`: those ask for
-something that would change the output, and silence about them would mislead.
+Types are as strict as OpenAI's (a number in quotes is refused), and numbers are finite. Ranges are checked in
+`build.py` for both protocols. Unknown keys are ignored, as OpenAI does. Keys in `REFUSED` are known but not supported;
+they would change the output, so ignoring them would mislead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from stagemesh.errors import InvalidRequest
-from stagemesh.gateway.api.build import Wishes
+from stagemesh.gateway.api.build import SAME_IN_BOTH, RequestParams
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -36,7 +36,7 @@ REFUSED: dict[str, str] = {
     "bad_words": "bad_words is not supported; use logit_bias",
     "allowed_token_ids": "allowed_token_ids is not supported; use logit_bias",
 }
-"""Keys that are refused unless null, false or empty, with the reason."""
+"""Keys that are refused, with the reason, unless their value is null, false or empty."""
 
 
 class StreamOptions(BaseModel):
@@ -49,7 +49,7 @@ class StreamOptions(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """`response_format`: text alone."""
+    """`response_format`, of which only text is supported."""
 
     model_config = ConfigDict(strict=True)
 
@@ -57,7 +57,7 @@ class ResponseFormat(BaseModel):
 
 
 class Common(BaseModel):
-    """What both bodies have."""
+    """The fields that both bodies have."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
@@ -86,7 +86,7 @@ class Common(BaseModel):
     timeout: Number | None = None
 
     def check_supported(self) -> None:
-        """Raises InvalidRequest for what this server cannot do."""
+        """Raises InvalidRequest for what this server does not support."""
         for key, value in (self.model_extra or {}).items():
             if key in REFUSED and value not in (None, False, "", 0) and value != [] and value != {}:
                 raise InvalidRequest(f"{REFUSED[key]} by this server", param=key)
@@ -98,20 +98,14 @@ class Common(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
 
-    def wishes(self, logprobs: int | None, logprobs_param: str, max_tokens: int | None, max_param: str) -> Wishes:
-        """The protocol-neutral form. Raises InvalidRequest for stops and biases that are none."""
-        return Wishes(
+    def params(
+        self, logprobs: int | None, logprobs_param: str, max_tokens: int | None, max_param: str
+    ) -> RequestParams:
+        """The parameters, independent of the protocol. Raises InvalidRequest for malformed stops and biases."""
+        return RequestParams(
             max_tokens=max_tokens,
             max_tokens_param=max_param,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            n=self.n,
+            **{name: getattr(self, name) for name in SAME_IN_BOTH},
             stop=_stops(self.stop),
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),
@@ -135,7 +129,7 @@ class CompletionRequest(Common):
     add_special_tokens: bool | None = None
 
     def check_supported(self) -> None:
-        """Raises InvalidRequest for what this server cannot do."""
+        """Raises InvalidRequest for what this server does not support."""
         super().check_supported()
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest(
@@ -145,13 +139,13 @@ class CompletionRequest(Common):
         if self.echo and self.logprobs is not None:
             raise InvalidRequest("echo with logprobs is not supported by this server", param="echo")
 
-    def to_wishes(self) -> Wishes:
-        """The protocol-neutral form."""
-        return self.wishes(self.logprobs, "logprobs", self.max_tokens, "max_tokens")
+    def to_params(self) -> RequestParams:
+        """The parameters, independent of the protocol."""
+        return self.params(self.logprobs, "logprobs", self.max_tokens, "max_tokens")
 
 
 class ChatMessage(BaseModel):
-    """One turn."""
+    """One message of a conversation."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -173,7 +167,7 @@ class ChatCompletionRequest(Common):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def check_supported(self) -> None:
-        """Raises InvalidRequest for what this server cannot do."""
+        """Raises InvalidRequest for what this server does not support."""
         super().check_supported()
         if self.tool_choice not in (None, "none", "auto"):
             raise InvalidRequest("tools are not supported by this server", param="tool_choice")
@@ -182,15 +176,15 @@ class ChatCompletionRequest(Common):
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
 
-    def to_wishes(self) -> Wishes:
-        """The protocol-neutral form; `max_completion_tokens` goes before the older `max_tokens`."""
+    def to_params(self) -> RequestParams:
+        """The parameters, independent of the protocol. `max_completion_tokens` overrides the older `max_tokens`."""
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         if self.max_completion_tokens is not None:
-            return self.wishes(logprobs, "top_logprobs", self.max_completion_tokens, "max_completion_tokens")
-        return self.wishes(logprobs, "top_logprobs", self.max_tokens, "max_tokens")
+            return self.params(logprobs, "top_logprobs", self.max_completion_tokens, "max_completion_tokens")
+        return self.params(logprobs, "top_logprobs", self.max_tokens, "max_tokens")
 
     def turns(self) -> list[dict[str, Any]]:
-        """The messages as a chat template takes them. Raises InvalidRequest for roles and parts it cannot."""
+        """The messages as a chat template takes them. Raises InvalidRequest for unsupported roles and parts."""
         if not self.messages:
             raise InvalidRequest("messages must hold at least one message", param="messages")
         return [_turn(i, message) for i, message in enumerate(self.messages)]
@@ -198,7 +192,7 @@ class ChatCompletionRequest(Common):
 
 Role = Literal["system", "user", "assistant"]
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Roles taken; `developer` is OpenAI's newer word for `system`, which templates know."""
+"""The supported roles. `developer` is OpenAI's newer name of `system`; templates know the latter."""
 
 
 def _turn(i: int, message: ChatMessage) -> dict[str, Any]:
@@ -218,7 +212,7 @@ def _turn(i: int, message: ChatMessage) -> dict[str, Any]:
 
 
 def _text(content: Any, where: str) -> str:
-    """A message's content as one string; its text parts on lines of their own, as vLLM joins them."""
+    """A message's content as one string. Text parts are joined by line breaks, as in vLLM."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -239,7 +233,7 @@ def _text(content: Any, where: str) -> str:
 
 
 def prompts_of(prompt: Any) -> list[str | list[int]]:
-    """The prompts that `prompt` holds: text, texts, token ids, or lists of token ids. Raises InvalidRequest."""
+    """The prompts in `prompt`, which is a text, token ids, or a list of either. Raises InvalidRequest."""
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:

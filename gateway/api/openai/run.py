@@ -1,4 +1,4 @@
-"""From checked requests to deltas: submits them, merges their streams, and ends them whatever happens."""
+"""Submits the requests of one call to the engine, merges their streams, and makes sure that they end."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Choice:
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
-class Run:
-    """The requests of one call, one per prompt; choice `c` of prompt `p` has the index p * n + c."""
+class Generation:
+    """The running requests of one call, one for each prompt. Choice `c` of prompt `p` has the index p * n + c."""
 
     def __init__(self, engine: Engine, requests: Sequence[GenerationRequest]) -> None:
-        """Submits all of them, or none: raises what the engine raises."""
+        """Submits all requests, or none. Raises what the engine raises."""
         self.requests = requests
         self._streams: list[Stream] = []
         try:
@@ -43,36 +43,22 @@ class Run:
             raise
 
     @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(len(r.prompt) for r in self.requests)
-
-    @property
     def cached_tokens(self) -> int:
-        """Those of them that were not computed again."""
+        """Tokens of all prompts that the prefix cache held."""
         return sum(stream.cached_tokens for stream in self._streams)
 
-    @property
-    def num_choices(self) -> int:
-        """Choices of all prompts."""
-        return sum(r.n for r in self.requests)
-
-    def prompt_of(self, index: int) -> int:
-        """The prompt that the choice with `index` answers."""
-        return index // self.requests[0].n
-
     def cancel(self) -> None:
-        """Ends all of them; safe at any time."""
+        """Ends all requests. It may be called at any time."""
         for stream in self._streams:
             stream.cancel()
 
     async def deltas(self) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        """Batches of (index, delta), as they come; raises what the engine raises."""
+        """Batches of (index, delta) as they come. Raises what the engine raises."""
         if len(self._streams) == 1:
             async for batch in self._streams[0]:
                 yield [(delta.choice, delta) for delta in batch]
             return
-        # One batch of each stream at most is held here: what is slow to be taken stays with the engine.
+        # At most one batch of each stream is kept here. For a slow reader the engine keeps the rest.
         iterators = [aiter(stream) for stream in self._streams]
         pending = {asyncio.ensure_future(anext(it)): p for p, it in enumerate(iterators)}
         try:
@@ -96,8 +82,8 @@ class Run:
             await asyncio.gather(*pending, return_exceptions=True)
 
     async def whole(self) -> list[Choice]:
-        """All choices, when they have ended."""
-        choices = [Choice() for _ in range(self.num_choices)]
+        """All choices, once they have ended."""
+        choices = [Choice() for _ in range(sum(request.n for request in self.requests))]
         async for batch in self.deltas():
             for index, delta in batch:
                 choices[index].add(delta)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from stagemesh.config import CoordinatorSettings
 from stagemesh.coordinator.build import build
 from stagemesh.coordinator.service.slots import MAX_SLOT, Slots
 from stagemesh.coordinator.state.nonces import Nonces
@@ -18,6 +17,7 @@ from stagemesh.coordinator.state.store import Store
 from stagemesh.coordinator.values import Loaded, StagePlan, StoredPlan
 from stagemesh.coordinator.world.record import Record
 from stagemesh.errors import CheckpointError, ConfigError, QueueFull
+from stagemesh.settings.coordinator import CoordinatorSettings
 
 QUARANTINE_S = 60.0
 PLAN = StoredPlan(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
@@ -13,19 +12,21 @@ from typing import Any
 
 import pytest
 import tokenizers
-import uvicorn
+from google.protobuf.json_format import MessageToDict
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from stagemesh import rpc
-from stagemesh.config import GatewaySettings
 from stagemesh.errors import Cancelled, StagemeshError
 from stagemesh.gateway.api.grpc_api import GatewayServicer
 from stagemesh.gateway.api.http.app import build_app
+from stagemesh.gateway.api.http.server import HttpServer, bind
 from stagemesh.gateway.api.request import Delta, GenerationRequest, ModelCard, TokenLogprob
 from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.gateway.text.detokenizer import Detokenizer
 from stagemesh.gateway.text.tokenizer import Tokenizer
-from stagemesh.protos.v1 import gateway_pb2_grpc
+from stagemesh.gateway.timing import GatewayTiming
+from stagemesh.protos.v1 import gateway_pb2_grpc, types_pb2
+from stagemesh.settings.gateway import GatewaySettings
 
 # Lets the tests here share `prefix_world`.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -173,6 +174,8 @@ class EchoEngine:
         self.refuse: StagemeshError | None = None
         self.fail_at: tuple[int, StagemeshError] | None = None
         self.gate: asyncio.Semaphore | None = None
+        pipeline = types_pb2.PipelineView(pipeline_id="p0", epoch=3, state=types_pb2.PIPELINE_STATE_SERVING)
+        self.mesh = types_pb2.MeshView(pipelines=[pipeline])
         self.running: dict[str, EchoStream] = {}
         self.requests: list[GenerationRequest] = []
         self.cancelled: list[str] = []
@@ -202,7 +205,7 @@ class EchoEngine:
     def describe(self) -> dict[str, object]:
         return {
             "ready": not self.away,
-            "pipelines": [{"pipeline_id": "p0", "epoch": "3", "state": "PIPELINE_STATE_SERVING"}],
+            **MessageToDict(self.mesh, preserving_proto_field_name=True),
             "gateway": {"id": "g", "running": len(self.running), "waiting": 0, "free_pages": 7, "total_pages": 9},
         }
 
@@ -217,21 +220,19 @@ class EchoEngine:
 class Served:
     """The fronts over one engine."""
 
-    def __init__(self, engine: EchoEngine, settings: GatewaySettings) -> None:
+    def __init__(self, engine: EchoEngine, settings: GatewaySettings, timing: GatewayTiming) -> None:
         self.engine = engine
         self.settings = settings
+        self.timing = timing
         self.metrics = Metrics()
-        self.app = build_app(engine, settings, self.metrics)
+        self.app = build_app(engine, settings, self.metrics, timing)
 
     @contextlib.asynccontextmanager
     async def http(self) -> AsyncIterator[str]:
         """A real uvicorn server; its base URL."""
-        sock = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(
-            self.app, loop="none", http="httptools", log_level="warning", lifespan="off", timeout_graceful_shutdown=1
-        )
-        server = uvicorn.Server(config)
-        task = asyncio.create_task(server._serve([sock]))
+        sock = bind("127.0.0.1", 0)
+        server = HttpServer(self.app, self.timing)
+        task = asyncio.create_task(server.serve(sockets=[sock]))
         try:
             yield f"http://127.0.0.1:{sock.getsockname()[1]}"
         finally:
@@ -271,8 +272,13 @@ def sentencepiece_dir(tmp_path: Path) -> Path:
 def make_served(byte_level_dir: Path) -> Callable[..., Served]:
     """Makes fronts over an echo engine; keywords are settings of the gateway."""
 
-    def make(folder: Path | None = None, max_model_len: int = 256, **settings: Any) -> Served:
-        return Served(EchoEngine(folder or byte_level_dir, max_model_len), GatewaySettings(**settings))
+    def make(
+        folder: Path | None = None,
+        max_model_len: int = 256,
+        timing: GatewayTiming = GatewayTiming(),
+        **settings: Any,
+    ) -> Served:
+        return Served(EchoEngine(folder or byte_level_dir, max_model_len), GatewaySettings(**settings), timing)
 
     return make
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import psutil
 
-from stagemesh.config import GatewaySettings
 from stagemesh.gateway.engine import MeshEngine
 from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.gateway.timing import GatewayTiming
 from stagemesh.protos.v1 import coordinator_pb2, types_pb2
+from stagemesh.settings.gateway import GatewaySettings
 
 UPDATES = 4000
 MAX_GROWTH = 2 << 20

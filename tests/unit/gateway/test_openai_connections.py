@@ -14,7 +14,7 @@ import httpx
 import pytest
 import uvloop
 
-from stagemesh.gateway.api.http import body as http_module
+from stagemesh.gateway.timing import GatewayTiming
 
 Make = Callable[..., Any]
 URL = "/v1/completions"
@@ -65,12 +65,9 @@ async def is_reset(sock: socket.socket) -> bool:
     return False
 
 
-def test_a_reader_that_does_not_read_stops_the_engine_from_piling_up(
-    make_served: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_that_does_not_read_stops_the_engine_from_piling_up(make_served: Make) -> None:
     """What goes out is bounded by the sockets' buffers; after the write timeout the request ends."""
-    monkeypatch.setattr(http_module, "WRITE_TIMEOUT_S", 1.0)
-    served = make_served(max_model_len=200_000)
+    served = make_served(max_model_len=200_000, timing=GatewayTiming(write_s=1.0))
 
     async def go() -> None:
         async with served.http() as url:
@@ -143,9 +140,8 @@ def test_a_large_body_is_refused_before_it_comes(make_served: Make) -> None:
     uvloop.run(go())
 
 
-def test_an_endless_body_is_cut_off(make_served: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_module, "LINGER_BYTES", 1 << 20)
-    served = make_served(max_body_mib=1)
+def test_an_endless_body_is_cut_off(make_served: Make) -> None:
+    served = make_served(max_body_mib=1, timing=GatewayTiming(linger_bytes=1 << 20))
 
     def flood(sock: socket.socket) -> int:
         chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
@@ -166,9 +162,8 @@ def test_an_endless_body_is_cut_off(make_served: Make, monkeypatch: pytest.Monke
     uvloop.run(go())
 
 
-def test_a_body_that_does_not_come_is_given_up(make_served: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_module, "BODY_TIMEOUT_S", 0.2)
-    served = make_served()
+def test_a_body_that_does_not_come_is_given_up(make_served: Make) -> None:
+    served = make_served(timing=GatewayTiming(body_s=0.2, linger_s=0.2))
 
     async def go() -> None:
         async with served.http() as url:

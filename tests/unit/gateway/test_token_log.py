@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from stagemesh.errors import ConfigError, NotFound
 from stagemesh.gateway.api.request import Delta, TokenLogprob
-from stagemesh.gateway.api.token_log import Call, Recorded, TokenLog, Writing
+from stagemesh.gateway.api.token_log import LoggedCall, LoggedStream, StreamWriter, TokenLog
+from stagemesh.gateway.timing import GatewayTiming
 
 IDENT = "cmpl-" + "a" * 32
-CALL = Call(IDENT, "/v1/completions", b'{"prompt": "x"}', 7, (3,))
+CALL = LoggedCall(IDENT, "/v1/completions", b'{"prompt": "x"}', 7, (3,))
 
 
-def tokens(recorded: Recorded, choice: int = 0) -> list[int]:
+def tokens(recorded: LoggedStream, choice: int = 0) -> list[int]:
     return [token for token, _ in recorded.choices.get(choice, [])]
 
 
-def say(writing: Writing, *ids: int, choice: int = 0) -> None:
+def say(writing: StreamWriter, *ids: int, choice: int = 0) -> None:
     for ident in ids:
         writing.add(choice, Delta(choice, "", [ident]))
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> TokenLog:
-    return TokenLog(str(tmp_path))
+    return TokenLog(str(tmp_path), GatewayTiming())
 
 
 def test_what_was_sent_is_read_back(log: TokenLog) -> None:
@@ -50,7 +53,7 @@ def test_two_that_write_the_same_positions(log: TokenLog) -> None:
     first = log.begin(CALL)
     say(first, 1, 2, 3)
     _, second = log.resume(IDENT)
-    second.go_on_behind([2])
+    second.continue_at([2])
     say(first, 4)
     say(second, 3, 4)
     say(first, 5)
@@ -58,14 +61,14 @@ def test_two_that_write_the_same_positions(log: TokenLog) -> None:
     assert tokens(log.resume(IDENT)[0]) == [1, 2, 3, 4, 5, 6]
 
 
-def test_behind_half_a_line(log: TokenLog, tmp_path: Path) -> None:
+def test_after_a_partial_line(log: TokenLog, tmp_path: Path) -> None:
     """Its writer was killed; another one that still writes is ahead."""
     say(log.begin(CALL), 1, 2)
     path = tmp_path / f"{IDENT}.jsonl"
     path.write_bytes(path.read_bytes() + b"[0, 2, [[3, nu")
     recorded, writing = log.resume(IDENT)
     assert tokens(recorded) == [1, 2]
-    writing.go_on_behind([2])
+    writing.continue_at([2])
     say(writing, 3, 4)
     assert tokens(log.resume(IDENT)[0]) == [1, 2, 3, 4]
 
@@ -73,9 +76,22 @@ def test_behind_half_a_line(log: TokenLog, tmp_path: Path) -> None:
 def test_nothing_behind_a_gap_is_of_use(log: TokenLog) -> None:
     writing = log.begin(CALL)
     say(writing, 1, 2)
-    writing.go_on_behind([5])
+    writing.continue_at([5])
     say(writing, 6)
     assert tokens(log.resume(IDENT)[0]) == [1, 2]
+
+
+def test_a_stream_is_kept_for_its_time(tmp_path: Path) -> None:
+    log = TokenLog(str(tmp_path), GatewayTiming(stream_kept_s=2.0, stream_sweep_s=0.0))
+    say(log.begin(CALL), 1)
+    other = LoggedCall("cmpl-" + "b" * 32, CALL.path, CALL.body, CALL.created, CALL.seeds)
+    say(log.begin(other), 1)
+    long_ago = time.time() - 3.0
+    os.utime(tmp_path / f"{IDENT}.jsonl", (long_ago, long_ago))
+    log.begin(other)
+    with pytest.raises(NotFound, match="over 2 s ago"):
+        log.resume(IDENT)
+    assert tokens(log.resume(other.call_id)[0]) == [1]
 
 
 @pytest.mark.parametrize("ident", ["cmpl-1", "../" + IDENT, "chatcmpl-" + "z" * 32])
@@ -86,4 +102,4 @@ def test_names_that_are_none(log: TokenLog, ident: str) -> None:
 
 def test_a_folder_that_cannot_be_written() -> None:
     with pytest.raises(ConfigError, match="--token-log /proc/none"):
-        TokenLog("/proc/none")
+        TokenLog("/proc/none", GatewayTiming())

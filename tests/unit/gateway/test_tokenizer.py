@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from stagemesh.config import DEMO_MODEL
 from stagemesh.errors import CheckpointError, InvalidRequest
 from stagemesh.gateway.text.chat_template import ChatTemplate
 from stagemesh.gateway.text.tokenizer import Tokenizer
+from stagemesh.settings.model import DEMO_MODEL
 
 TALK = [
     {"role": "system", "content": "Be <brief> & kind."},

@@ -94,7 +94,7 @@ def test_nothing_is_kept_while_nobody_asks() -> None:
     recorder = Recorder()
     for step in range(10):
         run_step(recorder, step)
-    assert not recorder._open
+    assert recorder.open_steps == 0
     with pytest.raises(DeadlineExceeded, match=r"no step was run within 0\.05 s: send requests"):
         asyncio.run(recorder.capture(1, 0.05))
     assert not recorder.active
@@ -112,11 +112,11 @@ def test_steps_that_never_come_back_are_bounded() -> None:
     def act() -> None:
         for step in range(MAX_OPEN + 50):
             recorder.sent(VIEW, plan(step), now_us())
-        assert len(recorder._open) == MAX_OPEN
+        assert recorder.open_steps == MAX_OPEN
         run_step(recorder, 10_000)
 
     assert len(asyncio.run(capture(recorder, 1, 5, act))["steps"]) == 1
-    assert not recorder._open
+    assert recorder.open_steps == 0
 
 
 @pytest.mark.parametrize(("steps", "wait_s"), [(0, 1), (-1, 1), (MAX_STEPS + 1, 1), (1, 0), (1, 301), (1, -2)])
@@ -145,7 +145,7 @@ def test_one_capture_at_a_time() -> None:
 def test_the_route(make_served: Callable[..., Any]) -> None:
     served = make_served(api_key="key")
     recorder = Recorder()
-    served.app = build_app(served.engine, served.settings, served.metrics, recorder)
+    served.app = build_app(served.engine, served.settings, served.metrics, served.timing, recorder)
     auth = {"authorization": "Bearer key"}
 
     async def go() -> None:

@@ -1,0 +1,7 @@
+"""The one error of benchmarks."""
+
+from __future__ import annotations
+
+
+class BenchmarkError(Exception):
+    """The benchmark cannot run. The text says what is missing and what to do."""

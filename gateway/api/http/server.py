@@ -1,0 +1,54 @@
+"""The HTTP server: uvicorn on a socket that is bound before."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from stagemesh.errors import ConfigError
+
+from ...timing import GatewayTiming
+
+BACKLOG = 1024
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the gateway stops its parts in an order of its own. `should_exit` ends
+    it."""
+
+    def __init__(self, app: ASGIApp, timing: GatewayTiming) -> None:
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=timing.keep_alive_s,  # type: ignore[arg-type]  # used as seconds of a timer
+            timeout_graceful_shutdown=timing.http_stop_s,  # type: ignore[arg-type]
+        )
+        super().__init__(config)
+
+    def install_signal_handlers(self) -> None:
+        """Does nothing (for older releases of uvicorn)."""
+
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        """Captures no signals."""
+        return contextlib.nullcontext()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError when the port is in use or the address is not this machine's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
+    except OSError as e:
+        sock.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror}; choose another with --port") from e
+    sock.setblocking(False)
+    return sock

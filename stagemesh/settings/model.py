@@ -1,0 +1,48 @@
+"""Which model is served, and the bounds it is served with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from .base import Base
+
+DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
+
+
+class ModelSettings(Base):
+    """Which model, and the bounds it is served with. The coordinator tells the other services."""
+
+    model: str = str(DEMO_MODEL)
+    """Directory of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json); default: the small model
+    that ships with the package."""
+    served_model_name: str | None = None
+    """Name that clients use; default: the directory's name."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Element type of weights, activations and KV; auto takes the checkpoint's."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy makes seeded random weights without reading any."""
+    seed: int = Field(0, ge=0)
+    """Seed of dummy weights."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest sequence, prompt and output together; default: the model's, at most 4096 on a CPU."""
+    max_num_seqs: int = Field(32, ge=1, le=4096)
+    """Most sequences that run at once."""
+    max_num_batched_tokens: int = Field(512, ge=1, le=65536)
+    """Most tokens of one step; longer prompts go in chunks."""
+    block_size: int = Field(16, ge=1, le=1024)
+    """Token positions of one KV page."""
+    num_kv_pages: int | None = Field(None, ge=1)
+    """KV pages of each stage; default: from the memory there is."""
+    deterministic: bool = False
+    """The same tokens, bit for bit, whatever else is served meanwhile and after any recovery. Costs nothing with the
+    compiled kernels; models without them are computed token by token."""
+
+    @property
+    def name(self) -> str:
+        """The served name."""
+        if self.served_model_name:
+            return self.served_model_name
+        return "stagemesh-demo" if self.model == str(DEMO_MODEL) else Path(self.model).resolve().name

@@ -1,0 +1,69 @@
+"""Settings of a stage worker."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Literal
+
+from pydantic import Field
+
+from stagemesh.errors import ConfigError
+
+from .base import Base, flags
+from .blocks import DrainTimeout, GrpcPort, Join, Links, Listen
+
+
+class ComputeSettings(Base):
+    """What ranks compute on, and the memory they may take."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where it is there."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """Memory for KV pages of one rank; default: a quarter of what is free on a CPU, the rest of
+    --gpu-memory-utilization on CUDA."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of a card's memory that may be used."""
+    journal_gib: float = Field(1.0, ge=0)
+    """Memory of one rank for the activations that it sent, from which a lost neighbour is recovered; 0: none, and
+    the stages before a lost one compute them again."""
+    enforce_eager: bool = False
+    """Run transformers' modules, without compiled kernels and CUDA graphs."""
+
+
+class StageSettings(Listen, Links, ComputeSettings, Join):
+    """One stage worker."""
+
+    port: GrpcPort = 0
+    worker_id: str | None = None
+    """Stable name of this worker; default: host name and process id."""
+    stage: int | None = Field(None, ge=0)
+    """Stage that this worker is for; default: any."""
+    any_stage: bool = False
+    """While another worker holds --stage, this one may take any other stage."""
+    tensor_parallel_size: int = Field(1, ge=1, le=64, json_schema_extra=flags("-tp"))
+    """Ranks of this worker."""
+    ucx_tls: str | None = None
+    """UCX_TLS of the ranks, such as "tcp" or "rc,cuda"; default: UCX chooses."""
+    net_device: str | None = None
+    """Network device of UCX (UCX_NET_DEVICES), such as "eth0" or "mlx5_0:1"."""
+    threads: int | None = Field(None, ge=1)
+    """Compute threads of one rank on a CPU; default: one for each core that the rank may use."""
+    cpu_list: str | None = None
+    """Cores to pin the ranks to, one group a rank, such as "0|1"; default: not pinned."""
+    idle_cpu_list: str | None = None
+    """Cores of other workers on this machine, one group a rank, such as "1|0"; a step uses them, too, while nothing
+    else computes, as when one stream decodes; default: none."""
+    drain_timeout: DrainTimeout = 30.0
+
+
+def device_kind(wanted: str) -> str:
+    """`cpu` or `cuda`, of --device. The CUDA driver is asked by its device node: importing torch would cost seconds.
+
+    Raises:
+        ConfigError: CUDA is wanted, and there is none.
+    """
+    there = sys.platform == "linux" and os.path.exists("/dev/nvidiactl")
+    if wanted == "cuda" and not there:
+        raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu or auto")
+    return "cuda" if wanted != "cpu" and there else "cpu"
