@@ -148,7 +148,7 @@ class _Worker:
 
     async def _drain(self, agent: Agent, membership: Membership) -> None:
         """SIGTERM: takes nothing new and lets gateways finish what they hold, within --drain-timeout."""
-        if not any(held.active for held in agent.held.values()) or self.settings.drain_timeout == 0:
+        if not any(stage.active for stage in agent.assigned.values()) or self.settings.drain_timeout == 0:
             return
         log.info("draining for at most %.0f s", self.settings.drain_timeout)
         try:
@@ -160,7 +160,7 @@ class _Worker:
         asked_at = left_at = clock()
         deadline = asked_at + self.settings.drain_timeout
         # Gateways that have gone over say so behind their sessions' ends: to die before they are heard would undo it.
-        while (now := clock()) < deadline and (agent.sessions or (agent.held and now < left_at + RELEASED_S)):
+        while (now := clock()) < deadline and (agent.sessions or (agent.assigned and now < left_at + RELEASED_S)):
             await asyncio.sleep(0.05)
             left_at = now if agent.sessions else left_at
             if now > asked_at + ASK_AGAIN_S:

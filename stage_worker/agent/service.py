@@ -38,8 +38,8 @@ OPEN_TIMEOUT_S = 20.0
 
 
 @dataclass
-class Held:
-    """What the coordinator assigned."""
+class AssignedStage:
+    """A stage that the coordinator assigned to this worker, at one epoch."""
 
     request: stage_pb2.AssignRequest
     done: stage_pb2.AssignDone | None = None
@@ -53,7 +53,7 @@ class Agent:
         self.settings = settings
         self.worker_id = worker_id
         self.ranks: RankGroup | None = None
-        self.held: dict[tuple[str, int], Held] = {}
+        self.assigned: dict[tuple[str, int], AssignedStage] = {}
         """By pipeline and epoch; while a pipeline moves to another epoch, both."""
         self.epochs: dict[str, int] = {}
         """Highest epoch seen of each pipeline: an order of an older one is refused."""
@@ -106,7 +106,7 @@ class Agent:
 
     def ranks_lost(self, reason: str) -> None:
         """The rank group died: everything it held is gone."""
-        self.held.clear()
+        self.assigned.clear()
         for session in self.sessions.values():
             session.put(StageLost(f"{self.worker_id}: {reason}"))
 
@@ -131,22 +131,22 @@ class Agent:
         key = _key(request.key)
         if not request.beside:
             self._drop(request.key, request.key.epoch - 1, f"epoch {request.key.epoch} begins")
-        held = self.held[key] = Held(request)
+        assigned = self.assigned[key] = AssignedStage(request)
         try:
             async for response in self._load(Kind.ASSIGN, request):
                 if response.HasField("done"):
-                    held.done = response.done
+                    assigned.done = response.done
                 yield response
         except BaseException:
             # The coordinator ends the call when it has heard of `done`, which is no failure.
-            if held.done is None and self.held.get(key) is held:
-                del self.held[key]
+            if assigned.done is None and self.assigned.get(key) is assigned:
+                del self.assigned[key]
             raise
 
     def _drop(self, key: stage_pb2.PipelineKey, until: int, reason: str, since: int = 0) -> None:
         """What is held of a pipeline at epochs `since` to `until` is over."""
-        for k in [k for k in self.held if k[0] == key.pipeline_id and since <= k[1] <= until]:
-            del self.held[k]
+        for k in [k for k in self.assigned if k[0] == key.pipeline_id and since <= k[1] <= until]:
+            del self.assigned[k]
         self._end_sessions(key.pipeline_id, until, reason, since)
 
     async def prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
@@ -169,7 +169,7 @@ class Agent:
             log.warning("checkpoint %s has fingerprint %s here, %s there", model, request.model.fingerprint, theirs)
         if isinstance(request, stage_pb2.PrepareRequest):
             # As it is now: an assignment that came meanwhile is not to be wiped.
-            request.beside = bool(self.held)
+            request.beside = bool(self.assigned)
         ident = group.take_id()
         progress = self._progress[ident] = {}
         call = asyncio.create_task(group.call_as(ident, kind, request.SerializeToString(), ASSIGN_TIMEOUT_S))
@@ -216,10 +216,10 @@ class Agent:
         """Stage.Activate."""
         self._fence(request.key, "activation")
         await self._group().call(Kind.ACTIVATE, request.SerializeToString(), CALL_TIMEOUT_S)
-        held = self.held.get(_key(request.key))
-        if held is None:
-            raise StaleEpoch(f"{request.key.pipeline_id} epoch {request.key.epoch} is no longer held here")
-        held.active = True
+        assigned = self.assigned.get(_key(request.key))
+        if assigned is None:
+            raise StaleEpoch(f"{request.key.pipeline_id} epoch {request.key.epoch} is no longer assigned here")
+        assigned.active = True
         return stage_pb2.ActivateResponse()
 
     async def release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseResponse:
@@ -269,15 +269,15 @@ class Agent:
     async def _open(self, request: stage_pb2.RunOpen) -> tuple[GatewaySession, stage_pb2.RunOpened]:
         point("agent.open_session")
         check_protocol(request.protocol, f"gateway {request.gateway_id}")
-        held = self.held.get(_key(request.key))
+        assigned = self.assigned.get(_key(request.key))
         known = self.epochs.get(request.key.pipeline_id, 0)
-        if held is None and request.key.epoch < known:
+        if assigned is None and request.key.epoch < known:
             self._count("session")
             raise StaleEpoch(f"{request.key.pipeline_id} is at epoch {known} here, not {request.key.epoch}")
-        if held is None or not held.active:
+        if assigned is None or not assigned.active:
             raise Unavailable(f"{request.key.pipeline_id} is not active here yet; try again", retry_after_s=0.2)
-        if held.request.stage != request.stage:
-            raise NotFound(f"{self.worker_id} holds stage {held.request.stage}, not {request.stage}")
+        if assigned.request.stage != request.stage:
+            raise NotFound(f"{self.worker_id} holds stage {assigned.request.stage}, not {request.stage}")
         # A gateway that was restarted takes its own pages over at once; its old life's steps never run.
         for old in [s for s in self.sessions.values() if s.open.gateway_id == request.gateway_id]:
             if old.open.key == request.key or old.open.life != request.life:
@@ -337,16 +337,16 @@ class Agent:
         """What a coordinator that may have forgotten is told."""
         return [
             coordinator_pb2.HeldAssignment(
-                pipeline_id=held.request.key.pipeline_id,
-                epoch=held.request.key.epoch,
-                stage=held.request.stage,
-                layers=held.request.layers,
-                generation=held.request.generation,
-                active=held.active,
-                fingerprint=held.request.model.fingerprint,
+                pipeline_id=assigned.request.key.pipeline_id,
+                epoch=assigned.request.key.epoch,
+                stage=assigned.request.stage,
+                layers=assigned.request.layers,
+                generation=assigned.request.generation,
+                active=assigned.active,
+                fingerprint=assigned.request.model.fingerprint,
             )
-            for held in self.held.values()
-            if held.done is not None
+            for assigned in self.assigned.values()
+            if assigned.done is not None
         ]
 
 

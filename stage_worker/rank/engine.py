@@ -20,10 +20,10 @@ from stagemesh.transport.base import Transport
 
 from ..messages.control import Kind, Socket, dumps
 from ..messages.heartbeat import Heart
-from ..sampling.guessing import follow
+from ..sampling.guessing import run_drafter
 from ..sampling.sampler import sample
 from .assignment import Assignment
-from .order import Follower, Leader, TakeCall
+from .order import OrderReceiver, OrderSender, TakeCall
 from .reports import Reports
 from .session import Session, Step
 
@@ -43,8 +43,8 @@ class Engine:
         self,
         control: Socket,
         transports: dict[str, Transport],
-        leader: Leader | None,
-        follower: Follower | None,
+        orders_out: OrderSender | None,
+        orders_in: OrderReceiver | None,
         heart: Heart,
     ) -> None:
         self.control = control
@@ -57,9 +57,9 @@ class Engine:
         """What to do with a control frame; set by the rank's commands."""
         self.background: Callable[[], bool] = lambda: False
         """Looks at what other threads do, and says whether that was news; likewise."""
-        self._leader = leader
-        self._follower = follower
-        self._held_calls: dict[int, tuple[Kind, bytes]] = {}
+        self._orders_out = orders_out
+        self._orders_in = orders_in
+        self._waiting_calls: dict[int, tuple[Kind, bytes]] = {}
         self._poll = select.poll()
         self._poll.register(control.fileno(), select.POLLIN)
         self._polled: set[int] = set()
@@ -90,11 +90,11 @@ class Engine:
         """Handles the control frames that have come."""
         frames = self.control.receive()
         for kind, ident, payload in frames:
-            if kind.is_call and self._follower is not None:
-                self._held_calls[ident] = (kind, payload)
+            if kind.is_call and self._orders_in is not None:
+                self._waiting_calls[ident] = (kind, payload)
                 continue
-            if kind.is_call and self._leader is not None:
-                self._leader.take_call(ident)
+            if kind.is_call and self._orders_out is not None:
+                self._orders_out.take_call(ident)
             self.handle(kind, ident, payload)
         return bool(frames)
 
@@ -143,8 +143,8 @@ class Engine:
             timeout_s = min(timeout_s, LINK_POLL_S)
         if any(a.awaits_pages for a in self.assignments.values()):
             timeout_s = min(timeout_s, PAGES_POLL_S)
-        if self._leader is None and self._follower is not None:
-            self._watch(self._follower.fileno())
+        if self._orders_out is None and self._orders_in is not None:
+            self._watch(self._orders_in.fileno())
         for transport in self.transports.values():
             for fd, events in transport.fds():
                 self._watch(fd, events)
@@ -164,14 +164,14 @@ class Engine:
 
     def run_next_step(self) -> bool:
         """Runs one step, the one that has been ready longest; False when none is ready."""
-        if self._follower is not None:
-            return self._carry_out_order(self._follower)
+        if self._orders_in is not None:
+            return self._carry_out_order(self._orders_in)
         ready = min(self._ready_steps(), key=lambda entry: entry[2].arrived_at, default=None)
         if ready is None:
             return False
         assignment, session, step = ready
-        if self._leader is not None:
-            self._leader.run_step(session.ident, step.number, step.referred_tokens)
+        if self._orders_out is not None:
+            self._orders_out.run_step(session.ident, step.number, step.referred_tokens)
         self.run_step(assignment, session, step)
         return True
 
@@ -182,16 +182,16 @@ class Engine:
                 if step is not None and assignment.can_run(session, step):
                     yield assignment, session, step
 
-    def _carry_out_order(self, follower: Follower) -> bool:
+    def _carry_out_order(self, orders_in: OrderReceiver) -> bool:
         """On ranks above 0: does what rank 0 ordered, once this rank has what it needs for it."""
-        order = follower.current()
+        order = orders_in.current()
         if order is None:
             return False
         if isinstance(order, TakeCall):
-            held = self._held_calls.pop(order.call, None)
-            if held is not None:
-                follower.done()
-                self.handle(held[0], order.call, held[1])
+            waiting = self._waiting_calls.pop(order.call, None)
+            if waiting is not None:
+                orders_in.done()
+                self.handle(waiting[0], order.call, waiting[1])
                 return True
         else:
             found = self._find(order.session, order.step)
@@ -201,10 +201,10 @@ class Engine:
             if found is not None:
                 found[1].give_tokens(found[2], order.tokens)
             if found is not None and found[0].can_run(found[1], found[2]):
-                follower.done()
+                orders_in.done()
                 self.run_step(*found)
                 return True
-        follower.check_deadline()
+        orders_in.check_deadline()
         return False
 
     def _find(self, ident: int, number: int) -> tuple[Assignment, Session, Step] | None:
@@ -241,17 +241,19 @@ class Engine:
             elif certain:
                 assignment.send_tokens(session, step, certain)
         except TransportError as e:
-            if self._leader is not None or self._follower is not None:
+            if self._orders_out is not None or self._orders_in is not None:
                 raise  # The other ranks are in step with this one: only together can they stop.
             self.end_session(session, StageLost(e.message))
             return
         point("rank.after_send")
         assignment.release_input(session, step)
         point("rank.after_release")
-        guessed_s = follow(assignment.drafter, step.followed, result) if assignment.drafter is not None else 0.0
+        guessed_s = (
+            run_drafter(assignment.drafter, step.drafter_rows, result) if assignment.drafter is not None else 0.0
+        )
         ended = time.monotonic()
         point("rank.before_report")
-        if self._follower is None:
+        if self._orders_in is None:
             timing = self._timing(step, began, ended, assignment.take_wait_send_s(session))
             timing.input_complete_us, timing.output_us = int(complete_at * 1e6), int(output_at * 1e6)
             timing.draft_us = int(guessed_s * 1e6)

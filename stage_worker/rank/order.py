@@ -39,7 +39,7 @@ class TakeCall:
     call: int
 
 
-class Leader:
+class OrderSender:
     """Rank 0's side: one socket to each other rank."""
 
     def __init__(self, sockets: list[socket.socket]) -> None:
@@ -60,7 +60,7 @@ class Leader:
                 raise InternalError(f"rank {rank} of this group is gone")
 
 
-class Follower:
+class OrderReceiver:
     """Another rank's side: orders in the order in which rank 0 gave them."""
 
     def __init__(self, sock: socket.socket) -> None:

@@ -32,13 +32,14 @@ from ..messages.shared_memory import path_of
 from ..model.choose import Shard, preload
 from ..model.parallel import TensorParallel
 from ..model.spec import ShardSpec
-from .assignment import Assignment, Held, page_share
+from .assignment import Assignment
 from .engine import Engine
 from .link_commands import LinkCommands
 from .measure import measure
-from .order import Follower, Leader
+from .order import OrderReceiver, OrderSender
 from .preparing import Preparing
 from .rank_memory import RankMemory
+from .resources import StageResources, page_share
 from .session import Session
 
 log = logging.getLogger(__name__)
@@ -107,13 +108,13 @@ class Rank:
             if before.pipeline_id == request.key.pipeline_id and not before.active:
                 before.close()
                 del self.engine.assignments[key]
-        held = self._memory.find(request)
-        if held is None:
+        resources = self._memory.find(request)
+        if resources is None:
             # Not before: what is in memory already need not wait for what is being loaded beside it.
             self._preparing.join()
-            held = self._memory.hold(request, lambda done, total: self._tell_progress(ident, done, total))
-        pool = held.pool
-        assignment = Assignment(request, held, self.config.rank)
+            resources = self._memory.hold(request, lambda done, total: self._tell_progress(ident, done, total))
+        pool = resources.pool
+        assignment = Assignment(request, resources, self.config.rank)
         self.engine.assignments[request.key.pipeline_id, request.key.epoch] = assignment
         self._memory.trim()
         layers = f"layers {request.layers.first}-{request.layers.last - 1}"
@@ -124,27 +125,27 @@ class Rank:
             request.stage, layers, pool.num_pages, pool.page_size, tokens,
             tokens / request.limits.max_model_len, request.limits.max_model_len,
         )  # fmt: skip
-        return _done(held, request).SerializeToString()
+        return _done(resources, request).SerializeToString()
 
     def prepare(self, ident: int, payload: bytes) -> bytes | None:
         """Loads a range and allocates its pages, for an assignment that may come; answers when that is done."""
         request = stage_pb2.PrepareRequest.FromString(payload)
         if not request.beside:
             # What is left is of an order that was called off while it was carried out.
-            for held_before in self.engine.assignments.values():
-                held_before.close()
+            for before in self.engine.assignments.values():
+                before.close()
             self.engine.assignments.clear()
-        held = self._memory.find(request)
-        if held is None:
+        resources = self._memory.find(request)
+        if resources is None:
             self._preparing.start(ident, request, serves=bool(self.engine.assignments))
             return None
-        return _done(held, request).SerializeToString()
+        return _done(resources, request).SerializeToString()
 
     def _prepared(self, ident: int, request: stage_pb2.PrepareRequest, outcome: list[Shard] | BaseException) -> None:
         """The weights are in memory."""
         if not isinstance(outcome, BaseException):
             try:
-                held = self._memory.make(request, outcome)
+                resources = self._memory.make(request, outcome)
             except (StagemeshError, RuntimeError, MemoryError) as e:
                 outcome = e
             else:
@@ -152,7 +153,7 @@ class Rank:
                 if not self.engine.assignments:
                     self._stands_by(first, last)
                 log.info("layers %d-%d are loaded, and wait for an assignment", first, last)
-                self.engine.control.send(Kind.REPLY, ident, _done(held, request).SerializeToString())
+                self.engine.control.send(Kind.REPLY, ident, _done(resources, request).SerializeToString())
                 return
         self._failed(Kind.PREPARE, ident, outcome)
 
@@ -182,22 +183,22 @@ class Rank:
         return stage_pb2.ReleaseResponse().SerializeToString()
 
     def _close(self, pipeline_id: str, until: int, since: int = 0) -> None:
-        """What is held of a pipeline at epochs `since` to `until` is over."""
-        for key, held in list(self.engine.assignments.items()):
-            if held.pipeline_id == pipeline_id and since <= held.epoch <= until:
-                held.close()
+        """What is assigned of a pipeline at epochs `since` to `until` is over."""
+        for key, assignment in list(self.engine.assignments.items()):
+            if assignment.pipeline_id == pipeline_id and since <= assignment.epoch <= until:
+                assignment.close()
                 del self.engine.assignments[key]
                 if not self.engine.assignments:
                     # Its weights stay in memory.
-                    layers = held.shard.kv_layers
+                    layers = assignment.shard.kv_layers
                     self._stands_by(layers[0].layer_idx, layers[-1].layer_idx)
 
     def _assignment(self, key: stage_pb2.PipelineKey, stage: int) -> Assignment:
-        held = self.engine.assignments.get((key.pipeline_id, key.epoch))
-        if held is not None and held.stage == stage:
-            return held
+        assignment = self.engine.assignments.get((key.pipeline_id, key.epoch))
+        if assignment is not None and assignment.stage == stage:
+            return assignment
         others = [str(epoch) for name, epoch in self.engine.assignments if name == key.pipeline_id]
-        if not others or held is not None:
+        if not others or assignment is not None:
             raise NotFound(f"this worker does not hold stage {stage} of {key.pipeline_id}")
         raise StaleEpoch(f"{key.pipeline_id} is at epoch {', '.join(others)} here, not {key.epoch}")
 
@@ -207,24 +208,24 @@ class Rank:
         """Opens a gateway's session; the payload is the gateway's RunOpen, the id names the session from now on."""
         point("rank.open_session")
         request = stage_pb2.RunOpen.FromString(payload)
-        held = self._assignment(request.key, request.stage)
-        opened = held.open_session(ident, request)
-        self._sessions[ident] = held
+        assignment = self._assignment(request.key, request.stage)
+        opened = assignment.open_session(ident, request)
+        self._sessions[ident] = assignment
         return opened.SerializeToString()
 
     def close_session(self, ident: int, payload: bytes) -> bytes:
         """Closes the session that the payload's number names."""
         session = int.from_bytes(payload, "little")
-        held = self._sessions.pop(session, None)
-        if held is not None:
-            held.close_session(session)
+        assignment = self._sessions.pop(session, None)
+        if assignment is not None:
+            assignment.close_session(session)
         return b""
 
     def run_message(self, ident: int, payload: bytes) -> None:
         """A gateway's message within a session; a wrong one ends the session, never the rank."""
-        held = self._sessions.get(ident)
-        session: Session | None = held.sessions.get(ident) if held is not None else None
-        if held is None or session is None:
+        assignment = self._sessions.get(ident)
+        session: Session | None = assignment.sessions.get(ident) if assignment is not None else None
+        if assignment is None or session is None:
             return  # It was closed while this message was under way; the gateway has been told.
         if session.failed:
             return
@@ -232,28 +233,30 @@ class Rank:
             request = stage_pb2.RunRequest.FromString(payload)
             match request.WhichOneof("message"):
                 case "plan":
-                    held.add_plan(session, request.plan)
+                    assignment.add_plan(session, request.plan)
                 case "open_sequence":
                     session.open_sequence(request.open_sequence)
                 case "close_sequence":
                     session.close_sequence(request.close_sequence)
                 case "copy":
-                    held.copy_pages(session, request.copy)
+                    assignment.copy_pages(session, request.copy)
         except StagemeshError as e:
             self.engine.end_session(session, e)
         except DecodeError as e:
             self.engine.end_session(session, InvalidRequest(f"a message of the session cannot be read: {e}"))
 
 
-def _done(held: Held, request: stage_pb2.AssignRequest | stage_pb2.PrepareRequest) -> stage_pb2.AssignDone:
+def _done(
+    resources: StageResources, request: stage_pb2.AssignRequest | stage_pb2.PrepareRequest
+) -> stage_pb2.AssignDone:
     return stage_pb2.AssignDone(
-        num_pages=page_share(held.pool.num_pages, request.limits),
-        page_bytes=held.page_bytes,
-        weight_bytes=held.weight_bytes,
-        tensor_bytes_read=held.shard.tensor_bytes_read,
+        num_pages=page_share(resources.pool.num_pages, request.limits),
+        page_bytes=resources.page_bytes,
+        weight_bytes=resources.weight_bytes,
+        tensor_bytes_read=resources.shard.tensor_bytes_read,
         fingerprint=request.model.fingerprint,
-        vocab_size=held.shard.vocab_size,
-        kv_layout=f"{held.shard.kv_layout}, {held.shard.dtype}, pages of {held.pool.page_size}",
+        vocab_size=resources.shard.vocab_size,
+        kv_layout=f"{resources.shard.kv_layout}, {resources.shard.dtype}, pages of {resources.pool.page_size}",
     )
 
 
@@ -312,8 +315,8 @@ def run(config: RankConfig) -> int:
         engine = Engine(
             control,
             transports,
-            Leader(order) if config.size > 1 and config.rank == 0 else None,
-            Follower(order[0]) if config.rank > 0 else None,
+            OrderSender(order) if config.size > 1 and config.rank == 0 else None,
+            OrderReceiver(order[0]) if config.rank > 0 else None,
             Heart(config.heart_fd, config.rank, config.size, cuda=device.type == "cuda"),
         )
         Rank(config, engine, device, parallel)
@@ -324,8 +327,8 @@ def run(config: RankConfig) -> int:
     addresses = {name: transport.address().hex() for name, transport in transports.items()}
     control.send(Kind.READY, 0, dumps({"device": info.SerializeToString().hex(), "addresses": addresses}))
     engine.run()
-    for held in engine.assignments.values():
-        held.close()
+    for assignment in engine.assignments.values():
+        assignment.close()
     for transport in transports.values():
         transport.close()
     parallel.close()
