@@ -60,7 +60,7 @@ class RegisterResponse(_message.Message):
     def __init__(self, lease_ms: _Optional[int] = ..., renew_ms: _Optional[int] = ...) -> None: ...
 
 class KeepAliveRequest(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "broken_pipeline", "broken_epoch", "broken_reason", "stale_refused")
+    __slots__ = ("worker_id", "incarnation", "broken_pipeline", "broken_epoch", "broken_reason", "stale_refused", "late_ms")
     class StaleRefusedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -74,13 +74,15 @@ class KeepAliveRequest(_message.Message):
     BROKEN_EPOCH_FIELD_NUMBER: _ClassVar[int]
     BROKEN_REASON_FIELD_NUMBER: _ClassVar[int]
     STALE_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    LATE_MS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     broken_pipeline: str
     broken_epoch: int
     broken_reason: str
     stale_refused: _containers.ScalarMap[str, int]
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., broken_pipeline: _Optional[str] = ..., broken_epoch: _Optional[int] = ..., broken_reason: _Optional[str] = ..., stale_refused: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    late_ms: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., broken_pipeline: _Optional[str] = ..., broken_epoch: _Optional[int] = ..., broken_reason: _Optional[str] = ..., stale_refused: _Optional[_Mapping[str, int]] = ..., late_ms: _Optional[int] = ...) -> None: ...
 
 class KeepAliveResponse(_message.Message):
     __slots__ = ("known",)

@@ -14,22 +14,21 @@ from stagemesh.errors import ConfigError, StagemeshError
 from stagemesh.protocol import OLDEST, PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
 
+from ..timing import StageTiming
 from .rank_group import RankGroup
 from .service import Agent
 
 log = logging.getLogger(__name__)
 
-RETRY_S = 0.3
-CALL_TIMEOUT_S = 5.0
-END_S = 1.0
-"""How long a stream that is called off may take to end."""
-
 
 class Membership:
     """Keeps this worker registered for as long as its rank group lives; a coordinator that went away is found again."""
 
-    def __init__(self, settings: StageSettings, agent: Agent, worker_id: str, address: str) -> None:
+    def __init__(
+        self, settings: StageSettings, agent: Agent, worker_id: str, address: str, timing: StageTiming
+    ) -> None:
         self._settings = settings
+        self._timing = timing
         self._agent = agent
         self._worker_id = worker_id
         self._address = address
@@ -55,7 +54,9 @@ class Membership:
     async def drain(self) -> None:
         """Asks the coordinator to take this worker out of service. Raises its error, or Unavailable."""
         with rpc.mapped():
-            await self._stub.Drain(coordinator_pb2.DrainRequest(worker_id=self._worker_id), timeout=CALL_TIMEOUT_S)
+            await self._stub.Drain(
+                coordinator_pb2.DrainRequest(worker_id=self._worker_id), timeout=self._timing.coordinator_call_s
+            )
 
     async def stop(self) -> None:
         """Leaves and closes the channel."""
@@ -67,7 +68,9 @@ class Membership:
         while True:
             try:
                 with rpc.mapped():
-                    response = await self._stub.Register(self._introduction(group, incarnation), timeout=CALL_TIMEOUT_S)
+                    response = await self._stub.Register(
+                        self._introduction(group, incarnation), timeout=self._timing.coordinator_call_s
+                    )
                 log.info("registered with the coordinator at %s", self._settings.coordinator)
                 told = False
                 with rpc.mapped():
@@ -86,7 +89,7 @@ class Membership:
                     told = True
             except Exception:
                 log.exception("registering failed; it is tried again")
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(self._timing.register_again_s)
 
     async def _renew(self, incarnation: int, every_s: float) -> None:
         """Renews until the coordinator goes away or no longer knows this incarnation."""
@@ -103,7 +106,7 @@ class Membership:
         finally:
             call.cancel()
             # Its renewals end with it, before others begin.
-            await asyncio.wait([asyncio.ensure_future(call.code())], timeout=END_S)
+            await asyncio.wait([asyncio.ensure_future(call.code())], timeout=self._timing.stream_end_s)
 
     async def _renewals(self, incarnation: int, every_s: float) -> AsyncIterator[coordinator_pb2.KeepAliveRequest]:
         while True:

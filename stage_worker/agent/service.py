@@ -8,33 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
 import operator
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from stagemesh import checkpoint
 from stagemesh.config import StageSettings
 from stagemesh.errors import InvalidRequest, NotFound, StageLost, StagemeshError, StaleEpoch, Unavailable
 from stagemesh.faults import point
+from stagemesh.processes.frames import parse
 from stagemesh.protocol import check_protocol
-from stagemesh.protos.v1 import coordinator_pb2, stage_pb2
+from stagemesh.protos.v1 import coordinator_pb2, stage_pb2, worker_pb2
 
-from ..messages.control import Kind, unpack_error
+from ..messages.control import Kind, error_of
+from ..timing import StageTiming
 from .gateway_session import GatewaySession
 from .rank_group import RankGroup
 
 log = logging.getLogger(__name__)
 
-ASSIGN_TIMEOUT_S = 1800.0
-CALL_TIMEOUT_S = 20.0
-OPEN_TIMEOUT_S = 20.0
+M = TypeVar("M", bound=Message)
 
 
 @dataclass
@@ -49,8 +49,9 @@ class AssignedStage:
 class Agent:
     """State of one worker and the handlers of its Stage service."""
 
-    def __init__(self, settings: StageSettings, worker_id: str) -> None:
+    def __init__(self, settings: StageSettings, worker_id: str, timing: StageTiming) -> None:
         self.settings = settings
+        self.timing = timing
         self.worker_id = worker_id
         self.ranks: RankGroup | None = None
         self.assigned: dict[tuple[str, int], AssignedStage] = {}
@@ -62,7 +63,7 @@ class Agent:
         self.broken: dict[tuple[str, int], str] = {}
         """Pipelines and epochs of which a link broke here, and why; carried to the coordinator by KeepAlives."""
         self._closing: set[asyncio.Task[None]] = set()
-        self._progress: dict[int, dict[int, stage_pb2.AssignResponse]] = {}
+        self.progress: dict[int, dict[int, stage_pb2.AssignResponse]] = {}
         """Of each order under way, how far each rank is."""
 
     # -- ranks ------------------------------------------------------------------------------------------------------
@@ -74,23 +75,23 @@ class Agent:
             if session is not None:
                 session.put(payload)
         elif kind == Kind.SESSION_ENDED:
-            session, error = self.sessions.get(ident), unpack_error(payload)
+            session, error = self.sessions.get(ident), error_of(parse(worker_pb2.Failure, payload))
             if isinstance(error, StaleEpoch):
                 self._count("plan")
             if session is not None:
                 session.put(error)
         elif kind == Kind.PROGRESS:
-            if ident in self._progress:  # Else of an order that was called off.
-                self._progress[ident][rank] = stage_pb2.AssignResponse.FromString(payload)
+            if ident in self.progress:  # Else of an order that was called off.
+                self.progress[ident][rank] = parse(stage_pb2.AssignResponse, payload)
         elif kind == Kind.PAGES_COPIED:
             self._on_pages(rank, ident, payload)
         elif kind == Kind.LATE_FRAMES:
-            self._count("frame", ident)
+            self._count("frame", parse(worker_pb2.LateFrames, payload).count)
         elif kind == Kind.LINK_BROKEN:
-            said = json.loads(payload)
-            self.broken[said["pipeline_id"], said["epoch"]] = said["reason"]
-            self._end_sessions(said["pipeline_id"], said["epoch"], f"a link broke: {said['reason']}", said["epoch"])
-            log.warning("link of %s broke: %s", said["pipeline_id"], said["reason"])
+            said = parse(worker_pb2.LinkBroken, payload)
+            self.broken[said.pipeline_id, said.epoch] = said.reason
+            self._end_sessions(said.pipeline_id, said.epoch, f"a link broke: {said.reason}", said.epoch)
+            log.warning("link of %s broke: %s", said.pipeline_id, said.reason)
 
     def _on_pages(self, rank: int, ident: int, payload: bytes) -> None:
         """Pages have come on one rank; the gateway is told when they have on all."""
@@ -101,7 +102,7 @@ class Agent:
         ranks.add(rank)
         if len(ranks) == session.group.size:
             del session.copied[payload]
-            copied = stage_pb2.PagesCopied.FromString(payload)
+            copied = parse(stage_pb2.PagesCopied, payload)
             session.put(stage_pb2.RunResponse(copied=copied).SerializeToString())
 
     def ranks_lost(self, reason: str) -> None:
@@ -171,22 +172,23 @@ class Agent:
             # As it is now: an assignment that came meanwhile is not to be wiped.
             request.beside = bool(self.assigned)
         ident = group.take_id()
-        progress = self._progress[ident] = {}
-        call = asyncio.create_task(group.call_as(ident, kind, request.SerializeToString(), ASSIGN_TIMEOUT_S))
+        progress = self.progress[ident] = {}
+        loading = group.call_as(ident, kind, request, stage_pb2.AssignDone, self.timing.assign_s)
+        call = asyncio.create_task(loading)
         try:
             while not call.done():
-                await asyncio.wait([call], timeout=0.1)
+                await asyncio.wait([call], timeout=self.timing.progress_look_s)
                 if progress:
                     yield stage_pb2.AssignResponse(
                         loaded_bytes=sum(p.loaded_bytes for p in progress.values()),
                         total_bytes=sum(p.total_bytes for p in progress.values()),
                     )
-            ranks = [stage_pb2.AssignDone.FromString(reply) for reply in call.result()]
+            ranks = call.result()
         finally:
             # The coordinator may have gone while the ranks load: the answer is nobody's then.
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
-            del self._progress[ident]
+            del self.progress[ident]
         done = ranks[0]
         done.num_pages = min(rank.num_pages for rank in ranks)
         done.tensor_bytes_read = sum(rank.tensor_bytes_read for rank in ranks)
@@ -198,24 +200,22 @@ class Agent:
         ranks = 1 if request.tokens else self._group().size
         if len(request.nonces) != ranks:
             raise InvalidRequest(f"{len(request.nonces)} nonces for {ranks} ranks")
-        replies = await self._group().call(Kind.OFFER_LINK, request.SerializeToString(), CALL_TIMEOUT_S)
-        offers = [stage_pb2.OfferLinkResponse.FromString(reply) for reply in replies[:ranks]]
+        offers = await self._call(Kind.OFFER_LINK, request, stage_pb2.OfferLinkResponse)
         return stage_pb2.OfferLinkResponse(
-            receiver_addresses=[offer.receiver_addresses[0] for offer in offers],
-            secrets=[offer.secrets[0] for offer in offers],
+            receiver_addresses=[offer.receiver_addresses[0] for offer in offers[:ranks]],
+            secrets=[offer.secrets[0] for offer in offers[:ranks]],
         )
 
     async def connect_link(self, request: stage_pb2.ConnectLinkRequest, context: Any) -> stage_pb2.ConnectLinkResponse:
         """Stage.ConnectLink."""
         self._fence(request.key, "link")
-        replies = await self._group().call(Kind.CONNECT_LINK, request.SerializeToString(), CALL_TIMEOUT_S)
-        routes = {stage_pb2.ConnectLinkResponse.FromString(reply).route for reply in replies}
+        routes = {reply.route for reply in await self._call(Kind.CONNECT_LINK, request, stage_pb2.ConnectLinkResponse)}
         return stage_pb2.ConnectLinkResponse(route=", ".join(sorted(routes - {""})))
 
     async def activate(self, request: stage_pb2.ActivateRequest, context: Any) -> stage_pb2.ActivateResponse:
         """Stage.Activate."""
         self._fence(request.key, "activation")
-        await self._group().call(Kind.ACTIVATE, request.SerializeToString(), CALL_TIMEOUT_S)
+        await self._call(Kind.ACTIVATE, request, stage_pb2.ActivateResponse)
         assigned = self.assigned.get(_key(request.key))
         if assigned is None:
             raise StaleEpoch(f"{request.key.pipeline_id} epoch {request.key.epoch} is no longer assigned here")
@@ -229,8 +229,12 @@ class Agent:
         since = key.epoch if request.alone else 0
         self._drop(key, key.epoch, request.reason or "the pipeline is being changed", since)
         # Also what ranks hold of an order that was called off while they carried it out.
-        await self._group().call(Kind.RELEASE, request.SerializeToString(), CALL_TIMEOUT_S)
+        await self._call(Kind.RELEASE, request, stage_pb2.ReleaseResponse)
         return stage_pb2.ReleaseResponse()
+
+    async def _call(self, kind: Kind, request: Message, reply: type[M]) -> list[M]:
+        """Has the ranks carry out an order that loads nothing."""
+        return await self._group().call(kind, request, reply, self.timing.call_s)
 
     def _count(self, kind: str, number: int = 1) -> None:
         self.stale_refused[kind] = self.stale_refused.get(kind, 0) + number
@@ -281,17 +285,19 @@ class Agent:
         # A gateway that was restarted takes its own pages over at once; its old life's steps never run.
         for old in [s for s in self.sessions.values() if s.open.gateway_id == request.gateway_id]:
             if old.open.key == request.key or old.open.life != request.life:
-                await self._close(old)
+                await self.close_session(old)
         group = self._group()
         session = GatewaySession(group.take_id(), request, group)
         self.sessions[session.ident] = session
         try:
-            replies = await group.call_as(session.ident, Kind.OPEN_SESSION, request.SerializeToString(), OPEN_TIMEOUT_S)
+            opened = await group.call_as(
+                session.ident, Kind.OPEN_SESSION, request, stage_pb2.RunOpened, self.timing.call_s
+            )
         except BaseException:
             # A rank may have opened it, or may still: what comes behind the open closes it.
             self._close_soon(session, None)
             raise
-        return session, _together([stage_pb2.RunOpened.FromString(reply) for reply in replies])
+        return session, _together(opened)
 
     async def _pump(self, session: GatewaySession, requests: AsyncIterator[bytes]) -> None:
         reason = "the gateway closed its stream"
@@ -314,20 +320,21 @@ class Agent:
             if pump is not None:
                 pump.cancel()
                 await asyncio.gather(pump, return_exceptions=True)
-            await self._close(session)
+            await self.close_session(session)
 
         task = asyncio.create_task(close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    async def _close(self, session: GatewaySession) -> None:
+    async def close_session(self, session: GatewaySession) -> None:
         if self.sessions.get(session.ident) is not session:
             return
         del self.sessions[session.ident]
         session.put(StageLost("the session was closed"))
         if not session.group.lost.done():
             try:
-                await session.group.call(Kind.CLOSE_SESSION, session.ident.to_bytes(4, "little"), CALL_TIMEOUT_S)
+                request = worker_pb2.CloseSession(session=session.ident)
+                await session.group.call(Kind.CLOSE_SESSION, request, worker_pb2.CloseSession, self.timing.call_s)
             except StagemeshError as e:
                 log.warning("closing a session of %s: %s", session.open.gateway_id, e.message)
 

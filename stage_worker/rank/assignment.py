@@ -12,7 +12,7 @@ from stagemesh.protos.v1 import stage_pb2
 
 from ..kv.copy import PageReceiver, PageSender
 from ..links.link import LinkReceiver, LinkSender
-from .resources import StageResources, page_share
+from .memory.resources import StageResources, page_share
 from .session import Session, SessionContext, Step
 
 TOKEN_CREDITS = 64

@@ -15,25 +15,19 @@ import torch
 
 from stagemesh.errors import InternalError, StageLost, StagemeshError, TransportError
 from stagemesh.faults import point
-from stagemesh.protos.v1 import stage_pb2, types_pb2
+from stagemesh.protos.v1 import stage_pb2, types_pb2, worker_pb2
 from stagemesh.transport.base import Transport
 
-from ..messages.control import Kind, Socket, dumps
+from ..messages.control import Kind, failure_of
 from ..messages.heartbeat import Heart
 from ..sampling.guessing import run_drafter
 from ..sampling.sampler import sample
+from ..timing import StageTiming
 from .assignment import Assignment
+from .control_socket import ControlSocket
 from .order import OrderReceiver, OrderSender, TakeCall
 from .reports import Reports
 from .session import Session, Step
-
-SPIN_S = 50e-6
-IDLE_POLL_S = 0.2
-"""How long an idle rank sleeps: well within the time in which its agent wants to hear of it."""
-PAGES_POLL_S = 0.001
-"""How often pages are looked at that a thread puts where they belong."""
-LINK_POLL_S = 0.01
-"""How often links are looked at while a handshake is under way: its deadline has no descriptor."""
 
 
 class Engine:
@@ -41,14 +35,16 @@ class Engine:
 
     def __init__(
         self,
-        control: Socket,
+        control: ControlSocket,
         transports: dict[str, Transport],
         orders_out: OrderSender | None,
         orders_in: OrderReceiver | None,
         heart: Heart,
+        timing: StageTiming,
     ) -> None:
         self.control = control
         self.heart = heart
+        self.timing = timing
         self.transports = transports
         self.assignments: dict[tuple[str, int], Assignment] = {}
         """By pipeline and epoch."""
@@ -64,7 +60,7 @@ class Engine:
         self._poll.register(control.fileno(), select.POLLIN)
         self._polled: set[int] = set()
         self._free_at = time.monotonic()
-        self._reports = Reports(control)
+        self._reports = Reports(control, timing.results_s)
         self._late_told = 0
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -82,7 +78,7 @@ class Engine:
             self._tell_late_frames()
             self.heart.beat()
             if worked:
-                spin_until = now + SPIN_S
+                spin_until = now + self.timing.spin_s
             elif now > spin_until:
                 self.sleep()
 
@@ -116,7 +112,7 @@ class Engine:
         """Tells the agent how much has come over links that are over, and was dropped: frames, and ends of lanes."""
         late = sum(transport.late_count for transport in self.transports.values())
         if late > self._late_told:
-            self.control.send(Kind.LATE_FRAMES, late - self._late_told)
+            self.control.send(Kind.LATE_FRAMES, 0, worker_pb2.LateFrames(count=late - self._late_told))
             self._late_told = late
 
     def _take_pages(self, assignment: Assignment) -> bool:
@@ -124,7 +120,7 @@ class Engine:
         took = assignment.take_pages()
         for ident, index, number in took:
             copied = stage_pb2.PagesCopied(index=index, number=number)
-            self.control.send(Kind.PAGES_COPIED, ident, copied.SerializeToString())
+            self.control.send(Kind.PAGES_COPIED, ident, copied)
         return bool(took)
 
     def drive_transports(self) -> None:
@@ -138,11 +134,11 @@ class Engine:
     def sleep(self) -> None:
         """Waits for a message or an event of a transport."""
         due_s = self._reports.due_in_s(time.monotonic())
-        timeout_s = IDLE_POLL_S if due_s is None else due_s
+        timeout_s = self.timing.idle_s if due_s is None else due_s
         if any(a.links_pending for a in self.assignments.values()):
-            timeout_s = min(timeout_s, LINK_POLL_S)
+            timeout_s = min(timeout_s, self.timing.links_look_s)
         if any(a.awaits_pages for a in self.assignments.values()):
-            timeout_s = min(timeout_s, PAGES_POLL_S)
+            timeout_s = min(timeout_s, self.timing.pages_look_s)
         if self._orders_out is None and self._orders_in is not None:
             self._watch(self._orders_in.fileno())
         for transport in self.transports.values():
@@ -303,12 +299,15 @@ class Engine:
 
     def report_broken(self, assignment: Assignment, error: StagemeshError) -> None:
         """Tells the agent that a link of an active assignment broke; it ends the sessions of all ranks in one order."""
-        said = {"pipeline_id": assignment.pipeline_id, "epoch": assignment.epoch, "reason": error.message}
-        self.control.send(Kind.LINK_BROKEN, 0, dumps(said))
+        self.control.send(
+            Kind.LINK_BROKEN,
+            0,
+            worker_pb2.LinkBroken(pipeline_id=assignment.pipeline_id, epoch=assignment.epoch, reason=error.message),
+        )
 
     def end_session(self, session: Session, error: StagemeshError) -> None:
         """Fails a session from this side; the gateway learns why, and the agent has it closed on every rank."""
         if session.failed:
             return
         session.failed = True
-        self.control.send(Kind.SESSION_ENDED, session.ident, dumps({"reason": error.reason, "message": error.message}))
+        self.control.send(Kind.SESSION_ENDED, session.ident, failure_of(error))

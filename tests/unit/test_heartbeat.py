@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from unittest.mock import MagicMock
 
 import pytest
 
 from stagemesh.config import StageSettings
 from stagemesh.stage_worker.agent.rank_group import RankGroup
-from stagemesh.stage_worker.agent.rank_starter import make_starter
 from stagemesh.stage_worker.messages import heartbeat
 from stagemesh.stage_worker.messages.heartbeat import (
     ALIVE_S,
@@ -31,6 +31,8 @@ from stagemesh.stage_worker.messages.heartbeat import (
     doing,
     make_heartbeats,
 )
+from stagemesh.stage_worker.messages.rank_config import RankConfig
+from stagemesh.stage_worker.timing import StageTiming
 
 EVERY_S = 0.1
 
@@ -258,8 +260,9 @@ def test_who_is_overdue_is_killed_unless_he_goes_on_or_is_dead(
     rank, looks, asked = Process(), 0, 0
 
     async def watch() -> None:
-        group = RankGroup(StageSettings(device="cpu"), "cpu", "stage test", lambda *frame: None, make_starter("cpu"))
-        group._processes = [Process(), rank]  # type: ignore[list-item]
+        configs = RankConfig.of_worker("stage test", StageSettings(), "cpu")
+        group = RankGroup(configs, "nothing:run", lambda *frame: None, MagicMock(), StageTiming())
+        group.processes = [Process(), rank]  # type: ignore[list-item]
 
         def what(asked_of: int) -> Doing:
             nonlocal asked

@@ -103,6 +103,16 @@ def test_a_circle_is_found() -> None:
     assert circles(graph) == {frozenset({"b", "c"})}
 
 
+@pytest.mark.parametrize(("room", "other"), [("agent", "rank"), ("rank", "agent"), ("messages", "agent|rank")])
+def test_agent_and_ranks_know_nothing_of_each_other_but_their_messages(room: str, other: str) -> None:
+    known = modules()
+    foreign = tuple(f"stagemesh.stage_worker.{name}" for name in other.split("|"))
+    for name in known:
+        if name.startswith(f"stagemesh.stage_worker.{room}"):
+            for imported in imported_modules(name, known):
+                assert not imported.startswith(foreign), f"{name} imports {imported}"
+
+
 MOST_MODULES = 12
 CROWDED = {"coordinator"}
 """Folders with more that are being worked on; an entry that is no longer needed fails the test."""

@@ -19,7 +19,7 @@ from stagemesh.stage_worker.kv.pool import KvPool
 from stagemesh.stage_worker.model.sleeping import MODEL_TYPE, SleepShard
 from stagemesh.stage_worker.model.spec import ShardSpec
 from stagemesh.stage_worker.rank.assignment import Assignment
-from stagemesh.stage_worker.rank.resources import StageResources
+from stagemesh.stage_worker.rank.memory.resources import StageResources
 
 KEY = stage_pb2.PipelineKey(pipeline_id="p", epoch=2)
 

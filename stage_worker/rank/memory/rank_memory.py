@@ -12,16 +12,16 @@ import torch
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
-from ..kv.journal import Journal
-from ..kv.page_ranges import PageRanges
-from ..kv.pool import KvPool
-from ..messages.rank_config import RankConfig
-from ..model.choose import Shard, load_shard
-from ..model.parallel import TensorParallel
-from ..model.spec import ShardSpec
-from ..sampling.drafter import Drafter
-from .engine import Engine
-from .measure import available_memory_bytes
+from ...kv.journal import Journal
+from ...kv.page_ranges import PageRanges
+from ...kv.pool import KvPool
+from ...messages.rank_config import RankConfig
+from ...model.choose import Shard, load_shard
+from ...model.parallel import TensorParallel
+from ...model.spec import ShardSpec
+from ...sampling.drafter import Drafter
+from ..engine import Engine
+from ..measure import available_memory_bytes
 from .resources import StageResources, page_share
 
 CPU_KV_SHARE = 0.25
@@ -208,7 +208,7 @@ class RankMemory:
             page_size=limits.page_size,
             threads=self.config.compute_threads,
             idle_cores=() if whole else tuple(self.config.idle_cpus),
-            enforce_eager=self.config.enforce_eager,
+            enforce_eager=self.config.settings.enforce_eager,
         )
 
     def _num_pages(self, limits: types_pb2.RunLimits, shards: list[Shard]) -> int:
@@ -242,15 +242,15 @@ class RankMemory:
     def _make_journal(self, pool: KvPool, shard: Shard) -> Journal | None:
         """As much of it as --journal-gib allows; nothing where that is not one page."""
         page_bytes = Journal.page_bytes(pool.page_size, shard.hidden_size, shard.dtype)
-        pages = min(pool.num_pages, int(self.config.journal_gib * 2**30) // page_bytes)
+        pages = min(pool.num_pages, int(self.config.settings.journal_gib * 2**30) // page_bytes)
         return Journal(pages, pool.page_size, shard.hidden_size, shard.dtype) if pages else None
 
     def _kv_budget_bytes(self) -> int:
-        if self.config.kv_cache_gib is not None:
-            return int(self.config.kv_cache_gib * 2**30)
+        if self.config.settings.kv_cache_gib is not None:
+            return int(self.config.settings.kv_cache_gib * 2**30)
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
-            return max(0, int(total * self.config.gpu_memory_utilization) - (total - free))
+            return max(0, int(total * self.config.settings.gpu_memory_utilization) - (total - free))
         return int(available_memory_bytes() * CPU_KV_SHARE / self.config.size)
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from stagemesh.protos.v1 import types_pb2
 
-from ..kv.copy import PageFrames
-from ..kv.journal import Journal
-from ..kv.page_ranges import PageRanges
-from ..kv.pool import KvPool
-from ..model.choose import Shard
-from ..sampling.drafter import Drafter
+from ...kv.copy import PageFrames
+from ...kv.journal import Journal
+from ...kv.page_ranges import PageRanges
+from ...kv.pool import KvPool
+from ...model.choose import Shard
+from ...sampling.drafter import Drafter
 
 
 @dataclass(frozen=True, eq=False)
