@@ -29,11 +29,37 @@ class StageTiming(Timing):
     progress_look_s: float = 0.1
     """How often the coordinator is told how far a load is."""
 
+    # -- the watchdog (agent/watchdog.py, rank/heartbeat.py) -----------------------------------------------------------
+    look_s: float = 0.1
+    """How often the ranks are looked at."""
+    alive_s: float = 0.4
+    """A rank that has nothing to do, or very little, is heard of within this time."""
+    stuck_s: float = 0.6
+    """So much longer a rank may be stopped, or no rank of a group run: one that waits for another does so while that
+    one runs. Whoever looks at a rank with a debugger's means stops it for less."""
+    order_stuck_s: float = 15.0
+    """How long no rank may run within an order, or before it is up: a file system, or a name, may be on the network."""
+    order_sign_s: float = 120.0
+    """What an order may take between two signs of life: to import a model's modules, a large tensor."""
+    first_step_s: float = 30.0
+    """A stretch of a step smaller than any before: much is made when it is needed for the first time."""
+    cuda_step_s: float = 5.0
+    """Beyond its own on a CUDA device: a decode step of a new size is captured first."""
+    beside_load_s: float = 2.0
+    """Beyond its own while weights are loaded beside steps."""
+    late_s: float = 3.0
+    """So much longer a rank may take that is late and runs."""
+
     # -- the coordinator ---------------------------------------------------------------------------------------------
     coordinator_call_s: float = 5.0
     """A call to the coordinator."""
     register_again_s: float = 0.3
     """Between two tries to register."""
+    silence_s: float = 2.0
+    """A worker that is not registered by then says so; twice as long each time until it does again, up to the next."""
+    silence_most_s: float = 60.0
+    lateness_half_life_s: float = 2.0
+    """In which half of how late this worker was is forgotten."""
     stream_end_s: float = 1.0
     """How long a stream that is called off may take to end."""
     released_s: float = 1.0
@@ -70,6 +96,9 @@ class StageTiming(Timing):
     def relations(self) -> Iterator[tuple[bool, str]]:
         """See `Timing`."""
         yield self.restart_s < self.restart_most_s, "restart_s < restart_most_s"
+        yield self.idle_s < self.alive_s, "idle_s < alive_s: an idle rank writes in time"
+        yield self.look_s < self.alive_s / 2, "look_s < alive_s / 2"
+        yield self.stuck_s < self.order_stuck_s < self.order_sign_s, "stuck_s < order_stuck_s < order_sign_s"
         yield self.link_s < self.call_s, "link_s < call_s: a handshake ends before the order that it is a part of"
         yield (
             self.order_s < self.peers_s,

@@ -15,23 +15,20 @@ from google.protobuf.message import Message
 
 from stagemesh.errors import ConfigError, InternalError, StageLost, Unavailable
 from stagemesh.processes.child import ChildProcess, how_it_ended
-from stagemesh.processes.cpu import Patience, answered
+from stagemesh.processes.cpu import CpuMeter, Patience, answered
 from stagemesh.processes.frames import Decoder, pack, parse
 from stagemesh.processes.launcher import Launcher
 from stagemesh.protos.v1 import worker_pb2
 
 from ..messages.control import READY_ID, Kind, error_of
-from ..messages.heartbeat import STARVED_S, Doing, HeartWatch, doing, make_heartbeats
+from ..messages.heartbeat import Heartbeats, make_heartbeats
 from ..messages.rank_config import RankConfig, RankDescriptors
 from ..messages.shared_memory import make_shared_memory, make_store
 from ..timing import StageTiming
+from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.1
-"""How often the ranks' heartbeats are looked at."""
-LATE_S = 2.0
-"""How late a rank may be while a call is out."""
 END_LOOK_S = 0.01
 READ_BYTES = 1 << 18
 
@@ -89,70 +86,50 @@ class RankGroup:
         group = self.size > 1
         exchange = make_shared_memory(self.size) if group and self._configs[0].device == "cpu" else None
         store = make_store() if group else None
-        hearts = make_heartbeats(self.size)
+        heartbeats = make_heartbeats(self.size)
         up: list[asyncio.Future[bytes]] = []
         try:
             for rank, config in enumerate(self._configs):
                 order = [pair[0] for pair in orders] if rank == 0 else [orders[rank - 1][1]]
                 order_fds = tuple(sock.fileno() for sock in order)
-                fds = RankDescriptors(controls[rank][1].fileno(), hearts, order_fds, exchange, store)
+                fds = RankDescriptors(controls[rank][1].fileno(), heartbeats, order_fds, exchange, store)
                 self.processes.append(await self._launcher.start(self._function, config.pack(), fds.in_order))
                 reader, writer = await asyncio.open_unix_connection(sock=controls[rank][0])
                 up.append(self._expect(rank, READY_ID))
                 self._writers.append(writer)
                 self._readers.append(asyncio.create_task(self._read(rank, reader)))
-            self._watching = asyncio.create_task(self._watch(HeartWatch(hearts, self.size, LOOK_S)))
+            self._watching = asyncio.create_task(self._watch(Heartbeats(os.dup(heartbeats), self.size)))
         except Unavailable as e:
             raise StageLost(e.message) from e
         finally:
             ours = [pair[0] for pair in controls[len(self._writers) :]]
             for end in [*ours, *(pair[1] for pair in controls), *(end for pair in orders for end in pair)]:
                 end.close()
-            for fd in (hearts, exchange, store):
+            for fd in (heartbeats, exchange, store):
                 if fd is not None:
                     os.close(fd)
         self.ready += await asyncio.gather(*(self._until_up(rank, ready) for rank, ready in enumerate(up)))
 
     async def _until_up(self, rank: int, ready: asyncio.Future[bytes]) -> worker_pb2.RankReady:
         total_s = self._timing.ready_s
-        patience = Patience(self.processes[rank].pid, total_s=total_s, idle_s=total_s, look_s=LOOK_S)
+        patience = Patience(self.processes[rank].pid, total_s=total_s, idle_s=total_s, look_s=self._timing.look_s)
         try:
             return parse(worker_pb2.RankReady, await answered(ready, patience))
         except TimeoutError as e:
             raise ConfigError(f"rank {rank} of {self._label} is not up after {total_s:.0f} s") from e
 
-    async def _watch(self, hearts: HeartWatch) -> None:
-        """Kills a rank that hangs, which is then lost like one that died; or the group, of which none goes on."""
+    async def _watch(self, memory: Heartbeats) -> None:
+        """Kills a rank that hangs, which is then lost like one that died."""
+        meters = [CpuMeter(process.pid) for process in self.processes]
+        watchdog = Watchdog(memory, meters, self._timing, cuda=self._configs[0].device == "cuda")
         while not self.lost.done():
             self._launcher.reap()
-            look = hearts.look(self._doing)
-            for rank, overdue_s in look.overdue:
-                # A rank that carries out a call has said so; one that loads beside may be late, and one that has not
-                # taken the call at all hangs.
-                if self._calls and overdue_s <= LATE_S:
-                    continue
-                if overdue_s <= STARVED_S and self._doing(rank).blameless:
-                    continue
-                if hearts.wrote(rank):
-                    continue
-                self._hangs(rank, f"{overdue_s:.1f} s overdue")
-                return
-            if look.stopped:
-                self._hangs(look.stopped[0], "it is stopped")
-                return
-            # On CUDA devices nobody can tell: the work is the device's.
-            if look.rests and self._configs[0].device != "cuda":
-                self._hangs(0, "no rank runs")
-                return
-            await asyncio.sleep(LOOK_S)
-
-    def _doing(self, rank: int) -> Doing:
-        return doing(self.processes[rank].pid)
-
-    def _hangs(self, rank: int, why: str) -> None:
-        log.error("rank %d of %s hangs: %s; it is killed", rank, self._label, why)
-        self.processes[rank].kill()
-        self._lose(f"rank {rank} of {self._label} did not go on")
+            hang = watchdog.look()
+            if hang is not None:
+                log.error("rank %d of %s hangs: %s; it is killed", hang.rank, self._label, hang.why)
+                self.processes[hang.rank].kill()
+                self._lose(f"rank {hang.rank} of {self._label} did not go on")
+            await asyncio.sleep(self._timing.look_s)
 
     # -- frames -----------------------------------------------------------------------------------------------------
 

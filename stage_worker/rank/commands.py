@@ -74,7 +74,7 @@ class RankCommands:
         elif kind == Kind.SHUTDOWN:
             self.engine.stopping = True
         else:
-            self.engine.heart.call()
+            self.engine.heartbeat.order(kind)
             try:
                 reply = self._calls[kind](ident, payload)
             except (StagemeshError, RuntimeError, OSError, ValueError, MemoryError) as e:
@@ -129,11 +129,14 @@ class RankCommands:
         resources = self._memory.find(request)
         if resources is None:
             self._preparing.start(ident, request, serves=bool(self.engine.assignments))
+            self.engine.heartbeat.loads = True
             return None
         return _done(resources, request)
 
     def _prepared(self, ident: int, request: stage_pb2.PrepareRequest, outcome: list[Shard] | BaseException) -> None:
         """The weights are in memory."""
+        self.engine.heartbeat.loads = False
+        self.engine.heartbeat.load()
         if not isinstance(outcome, BaseException):
             try:
                 resources = self._memory.make(request, outcome)
@@ -152,7 +155,7 @@ class RankCommands:
         process.set_title(f"standby layers {first}-{last} rank {self.config.rank}")
 
     def _tell_progress(self, ident: int, done: int, total: int) -> None:
-        self.engine.heart.call()
+        self.engine.heartbeat.load()
         now = time.monotonic()
         if now - self._told_at > self.timing.progress_s or done == total:
             self._told_at = now

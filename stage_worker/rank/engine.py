@@ -19,12 +19,12 @@ from stagemesh.protos.v1 import stage_pb2, types_pb2, worker_pb2
 from stagemesh.transport.base import Transport
 
 from ..messages.control import Kind, failure_of
-from ..messages.heartbeat import Heart
 from ..sampling.guessing import run_drafter
 from ..sampling.sampler import sample
 from ..timing import StageTiming
 from .assignment import Assignment
 from .control_socket import ControlSocket
+from .heartbeat import Heartbeat
 from .order import OrderReceiver, OrderSender, TakeCall
 from .reports import Reports
 from .session import Session, Step
@@ -39,11 +39,11 @@ class Engine:
         transports: dict[str, Transport],
         orders_out: OrderSender | None,
         orders_in: OrderReceiver | None,
-        heart: Heart,
+        heartbeat: Heartbeat,
         timing: StageTiming,
     ) -> None:
         self.control = control
-        self.heart = heart
+        self.heartbeat = heartbeat
         self.timing = timing
         self.transports = transports
         self.assignments: dict[tuple[str, int], Assignment] = {}
@@ -76,7 +76,7 @@ class Engine:
             now = time.monotonic()
             self._reports.send_due(now)
             self._tell_late_frames()
-            self.heart.beat()
+            self.heartbeat.alive()
             if worked:
                 spin_until = now + self.timing.spin_s
             elif now > spin_until:
@@ -129,7 +129,7 @@ class Engine:
             transport.progress()
         for assignment in self.assignments.values():
             assignment.note_completed()
-        self.heart.beat()
+        self.heartbeat.alive()
 
     def sleep(self) -> None:
         """Waits for a message or an event of a transport."""
@@ -212,9 +212,9 @@ class Engine:
 
     def run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
         """One step of one stage."""
-        self.heart.work(step.num_tokens)
+        self.heartbeat.begin_step(step.num_tokens)
         self._run_step(assignment, session, step)
-        self.heart.rest()
+        self.heartbeat.end_step()
 
     @torch.inference_mode()
     def _run_step(self, assignment: Assignment, session: Session, step: Step) -> None:

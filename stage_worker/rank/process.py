@@ -21,7 +21,7 @@ from stagemesh.transport.select import open_transport
 from stagemesh.transport.ucx import load_ucxx
 
 from ..messages.control import READY_ID, Kind, failure_of
-from ..messages.heartbeat import Heart
+from ..messages.heartbeat import Heartbeats
 from ..messages.rank_config import RankConfig, RankDescriptors
 from ..messages.shared_memory import path_of
 from ..model.choose import import_for
@@ -31,6 +31,7 @@ from ..timing import StageTiming
 from .commands import RankCommands
 from .control_socket import ControlSocket
 from .engine import Engine
+from .heartbeat import Heartbeat
 from .measure import measure
 from .order import OrderReceiver, OrderSender
 
@@ -105,6 +106,8 @@ def run(argument: bytes, fds: list[int]) -> int:
         device=str(device),
         timeout_s=timing.peers_s,
     )
+    memory = Heartbeats(descriptors.heartbeats, config.size)
+    heartbeat = Heartbeat(memory, config.rank, timing, cuda=device.type == "cuda")
     try:
         transports = open_transports(config)
         engine = Engine(
@@ -112,7 +115,7 @@ def run(argument: bytes, fds: list[int]) -> int:
             transports,
             OrderSender(orders) if orders and config.rank == 0 else None,
             OrderReceiver(orders[0], timing.order_s) if config.rank > 0 else None,
-            Heart(descriptors.heartbeats, config.rank, config.size, cuda=device.type == "cuda"),
+            heartbeat,
             timing,
         )
         RankCommands(config, engine, device, parallel, timing)
