@@ -13,7 +13,7 @@ import sys
 import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
-FILES = ["types", "coordinator", "stage", "gateway"]
+FILES = ["types", "coordinator", "stage", "gateway", "worker", "processes"]
 
 
 def generate(out: pathlib.Path) -> None:

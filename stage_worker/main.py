@@ -9,74 +9,83 @@ import os
 import secrets
 import signal
 import socket
+import sys
 
 import uvloop
 
 import stagemesh
 from stagemesh import process, rpc
 from stagemesh.errors import StageLost, StagemeshError
+from stagemesh.processes.launcher import Launcher, LaunchTiming
+from stagemesh.protos.v1.processes_pb2 import Call
 from stagemesh.settings.stage import StageSettings, device_kind
 
 from .agent.membership import Membership
 from .agent.rank_group import RankGroup
-from .agent.rank_starter import RankStarter, Zygote, make_starter
 from .agent.service import SERVICE_NAME, Agent, add_to_server
 from .messages.rank_config import RankConfig
+from .timing import StageTiming
 
 log = logging.getLogger(__name__)
 
-RESTART_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
-STABLE_S = 5.0
-"""A rank group that was up for so long before it died does not count as failing."""
-RELEASED_S = 1.0
-"""How long the coordinator may take to release a worker whose gateways have left it."""
-ASK_AGAIN_S = 1.0
-"""Between two asks for a drain: one that was started again without its state has forgotten the first."""
-
-_imported = False
-"""Whether this process has imported what ranks need, before it became a worker."""
+RANK = "stagemesh.stage_worker.rank.process:run"
+RANK_IMPORTS = "stagemesh.stage_worker.rank.process:preload"
+"""By name: the agent imports nothing of the ranks."""
+MOST_RESTARTS = 5
+"""Of a group that dies soon after each start."""
 
 
 def run(settings: StageSettings, ready_fd: int | None = None) -> int:
     """Runs one worker until SIGTERM or SIGINT; returns the exit status. Raises ConfigError when it cannot start."""
-    role = _role(settings)
+    role = f"stage {settings.stage}" if settings.stage is not None else "standby"
     process.set_title(role)
     process.set_up_logging(role)
-    device = device_kind(settings.device)
-    starter = make_starter(device)
-    if _imported and isinstance(starter, Zygote):
-        # Now, while one thread runs and nothing is open that is not the ranks'.
-        starter.fork(RankConfig.of_worker(role, settings, device), ready_fd)
+    configs = RankConfig.of_worker(role, settings, device_kind(settings.device))
+    launcher = rank_launcher(configs, LaunchTiming().scaled(settings.time_scale))
+    # Now, while one thread runs and nothing is open that is not the ranks'.
+    imported = RANK.partition(":")[0] in sys.modules
+    launcher.begin(fork_here=imported, close=[ready_fd] if ready_fd is not None else [])
     process.prefer()
-    return uvloop.run(_Worker(settings, role, device, starter).run(ready_fd))
+    timing = StageTiming().scaled(settings.time_scale)
+    return uvloop.run(_Worker(settings, configs, launcher, timing).run(ready_fd))
 
 
-def preload(settings: StageSettings) -> None:
-    """Imports what the ranks of such a worker need, in a process that is to be forked into workers. On CUDA devices
-    nothing: there each rank imports for itself."""
-    global _imported
-    device = device_kind(settings.device)
-    if device == "cpu":
-        if settings.threads:
-            os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # Read once, when torch is imported.
-        from .rank.process import import_all
-
-        import_all(RankConfig.of_worker(_role(settings), settings, device))
-        _imported = True
+def rank_launcher(configs: list[RankConfig], timing: LaunchTiming) -> Launcher:
+    """Starts the ranks of a worker. On a CUDA device each is a new interpreter: a library may initialise CUDA when it
+    is imported, and what is forked behind that cannot use it."""
+    forks = configs[0].device == "cpu" and sys.platform == "linux"
+    imports = Call(function=RANK_IMPORTS, argument=configs[0].pack()) if forks else None
+    threads = configs[0].settings.threads
+    # Read once, when torch is imported.
+    env = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    return Launcher(configs[0].label, timing, imports=imports, env=env)
 
 
-def _role(settings: StageSettings) -> str:
-    return f"stage {settings.stage}" if settings.stage is not None else "standby"
+def preload(argument: bytes, fds: list[int]) -> int:
+    """Imports what agents and their ranks need, in a process that is to be forked into workers; an exit status.
+
+    `argument`: the settings of a worker like those, as JSON.
+    """
+    from .rank.process import import_all
+
+    settings = StageSettings.model_validate_json(argument)
+    if settings.threads:
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    with contextlib.suppress(StagemeshError):  # A worker that cannot run says so itself.
+        import_all(RankConfig.of_worker("", settings, "cpu")[0])
+    return 0
 
 
 class _Worker:
     """One worker from start to end: its agent stays while rank groups come and go."""
 
-    def __init__(self, settings: StageSettings, role: str, device: str, starter: RankStarter) -> None:
+    def __init__(
+        self, settings: StageSettings, configs: list[RankConfig], launcher: Launcher, timing: StageTiming
+    ) -> None:
         self.settings = settings
-        self.role = role
-        self.device = device
-        self.starter = starter
+        self.configs = configs
+        self.launcher = launcher
+        self.timing = timing
         self.worker_id = settings.worker_id or f"{socket.gethostname()}-{os.getpid()}"
         self.stop = asyncio.Event()
 
@@ -84,7 +93,7 @@ class _Worker:
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, self.stop.set)
-        agent = Agent(self.settings, self.worker_id)
+        agent = Agent(self.settings, self.worker_id, self.timing)
         server = await rpc.start_server(
             self.settings.host,
             self.settings.port,
@@ -95,7 +104,7 @@ class _Worker:
         address = f"{self.settings.reachable_host}:{server.port}"
         process.tell_ready(ready_fd, port=server.port)
         log.info("worker %s of stagemesh %s listens on %s", self.worker_id, stagemesh.__version__, address)
-        membership = Membership(self.settings, agent, self.worker_id, address)
+        membership = Membership(self.settings, agent, self.worker_id, address, self.timing)
         try:
             await self._serve(agent, membership, server)
         finally:
@@ -103,7 +112,7 @@ class _Worker:
             await server.stop(0.2)
             if agent.ranks is not None:
                 await agent.ranks.stop()
-            self.starter.stop()
+            self.launcher.stop()
         return 0
 
     async def _serve(self, agent: Agent, membership: Membership, server: rpc.Server) -> None:
@@ -112,7 +121,7 @@ class _Worker:
         failures = 0
         try:
             while not stopped.done():
-                group = RankGroup(self.settings, self.device, self.role, agent.on_frame, self.starter)
+                group = RankGroup(self.configs, RANK, agent.on_frame, self.launcher, self.timing)
                 agent.ranks = group
                 starting = asyncio.create_task(group.start())
                 await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -134,21 +143,19 @@ class _Worker:
                 agent.ranks_lost(group.lost.result() if group.lost.done() else str(failure))
                 await membership.leave()
                 await group.stop()
-                failures = 0 if asyncio.get_running_loop().time() - up_at > STABLE_S else failures + 1
-                if failures > len(RESTART_BACKOFF_S):
-                    raise StageLost(
-                        f"the ranks of {self.worker_id} died {failures} times within a minute of their start"
-                    )
+                failures = 0 if asyncio.get_running_loop().time() - up_at > self.timing.stable_s else failures + 1
+                if failures > MOST_RESTARTS:
+                    raise StageLost(f"the ranks of {self.worker_id} died {failures} times soon after their start")
                 log.error("%s; starting the group anew", group.lost.result() if group.lost.done() else failure)
+                pause_s = min(self.timing.restart_s * 3 ** (failures - 1), self.timing.restart_most_s)
                 with contextlib.suppress(TimeoutError):
-                    backoff_s = RESTART_BACKOFF_S[failures - 1] if failures else 0
-                    await asyncio.wait_for(asyncio.shield(stopped), backoff_s)
+                    await asyncio.wait_for(asyncio.shield(stopped), pause_s if failures else 0)
         finally:
             stopped.cancel()
 
     async def _drain(self, agent: Agent, membership: Membership) -> None:
         """SIGTERM: takes nothing new and lets gateways finish what they hold, within --drain-timeout."""
-        if not any(held.active for held in agent.held.values()) or self.settings.drain_timeout == 0:
+        if not any(stage.active for stage in agent.assigned.values()) or self.settings.drain_timeout == 0:
             return
         log.info("draining for at most %.0f s", self.settings.drain_timeout)
         try:
@@ -160,10 +167,12 @@ class _Worker:
         asked_at = left_at = clock()
         deadline = asked_at + self.settings.drain_timeout
         # Gateways that have gone over say so behind their sessions' ends: to die before they are heard would undo it.
-        while (now := clock()) < deadline and (agent.sessions or (agent.held and now < left_at + RELEASED_S)):
-            await asyncio.sleep(0.05)
+        while (now := clock()) < deadline and (
+            agent.sessions or (agent.assigned and now < left_at + self.timing.released_s)
+        ):
+            await asyncio.sleep(self.timing.drain_look_s)
             left_at = now if agent.sessions else left_at
-            if now > asked_at + ASK_AGAIN_S:
+            if now > asked_at + self.timing.drain_again_s:
                 asked_at = now
                 with contextlib.suppress(StagemeshError):
                     await membership.drain()

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import setproctitle
 
+from stagemesh.processes.messages import pack_listening
+
 PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
 log = logging.getLogger(__name__)
 
 PREFERRED_NICE = -10
-
-_nice_before: int | None = None
-"""The priority of this process before it was preferred."""
 
 
 def set_title(title: str) -> None:
@@ -40,38 +37,8 @@ def die_with_parent(parent_pid: int, sig: signal.Signals = signal.SIGKILL) -> No
 
 def prefer() -> None:
     """Asks to be scheduled before compute: for processes that keep leases. Goes without where that is not allowed."""
-    global _nice_before
-    nice = os.getpriority(os.PRIO_PROCESS, 0)
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, PREFERRED_NICE)
-        _nice_before = nice
-
-
-def not_prefer(pid: int) -> None:
-    """Has a child that was just started go on as this process did before `prefer`, if anything came of that."""
-    if _nice_before is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, pid, _nice_before)
-
-
-def adopt_orphans() -> None:
-    """Makes this process the parent of its descendants' orphans, so that they are reaped here (and not by nobody)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def reap_orphans(own: Collection[int], *, kill: bool = False) -> None:
-    """Reaps children of this process that it did not start itself; kills them first when asked to."""
-    if sys.platform != "linux":
-        return
-    with open(f"/proc/self/task/{os.getpid()}/children") as f:
-        adopted = [pid for pid in map(int, f.read().split()) if pid not in own]
-    for pid in adopted:
-        if kill:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0 if kill else os.WNOHANG)
 
 
 def boot_id() -> str:
@@ -94,15 +61,15 @@ def set_up_logging(role: str) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-def tell_ready(ready_fd: int | None, **said: object) -> None:
-    """Writes one JSON line (ports that were asked of the system) for the parent and closes the descriptor."""
+def tell_ready(ready_fd: int | None, **ports: int) -> None:
+    """Tells the parent that this service listens, and on which ports, and closes the descriptor."""
     if ready_fd is not None:
-        with os.fdopen(ready_fd, "w") as pipe:
-            pipe.write(json.dumps(said) + "\n")
+        with os.fdopen(ready_fd, "wb") as pipe:
+            pipe.write(pack_listening(ports))
 
 
-def run_and_exit(run: Callable[[], int], ends: str) -> NoReturn:
-    """Runs what a process is for, and ends it with the status that this returns; `ends` is logged with an error.
+def run_and_exit(run: Callable[[], int]) -> NoReturn:
+    """Runs what a child process is for, and ends it with the status that this returns.
 
     The interpreter's own teardown is left out: of torch, gloo and UCX threads it has no work left that matters and can
     hang, and in a fork it would carry out the parent's.
@@ -113,7 +80,9 @@ def run_and_exit(run: Callable[[], int], ends: str) -> NoReturn:
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
     except Exception:
-        log.exception(ends)
+        log.exception("this process ends")
     finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         logging.shutdown()
         os._exit(code)

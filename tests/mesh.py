@@ -116,11 +116,8 @@ class Mesh:
 
     @staticmethod
     def agent_of(rank: psutil.Process) -> psutil.Process | None:
-        """The agent of a rank, whose parent is the agent's zygote; None where either has just ended."""
-        parents = [rank.parent()]
-        while parents[-1] is not None and "zygote" in " ".join(parents[-1].cmdline()):
-            parents.append(parents[-1].parent())
-        agent = parents[-1]
+        """The agent of a rank; None where either has just ended."""
+        agent = rank.parent()
         return agent if agent is not None and "stagemesh st" in " ".join(agent.cmdline()) else None
 
     def named(self, title: str) -> list[psutil.Process]:
@@ -156,13 +153,20 @@ class Mesh:
 
 
 @contextlib.contextmanager
-def serve(*args: str, wait: bool = True, env: dict[str, str] | None = None) -> Iterator[Mesh]:
-    """`stagemesh serve ARGS` until the block ends; nothing is left behind."""
+def serve(
+    *args: str,
+    wait: bool = True,
+    env: dict[str, str] | None = None,
+    command: Sequence[str] = (sys.executable, "-m", "stagemesh.cli.main"),
+    cwd: Path | None = None,
+) -> Iterator[Mesh]:
+    """`stagemesh serve ARGS` until the block ends; nothing is left behind. `command`: how `stagemesh` is typed."""
     with tempfile.TemporaryDirectory(prefix="stagemesh-test-") as folder:
         log = Path(folder) / "log"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "stagemesh.cli.main", "serve", *args, "--port", "0", "--grpc-port", "0"],
+                [*command, "serve", *args, "--port", "0", "--grpc-port", "0"],
+                cwd=cwd,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

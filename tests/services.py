@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stagemesh.processes.messages import unpack_listening
+
 TIMEOUT_S = 90.0
 
 
@@ -31,6 +33,15 @@ def wait_for(log: Path, text: str, timeout_s: float = 30) -> None:
     while text not in log.read_text():
         assert time.monotonic() < deadline, f"no {text!r} in:\n{log.read_text()}"
         time.sleep(0.01)
+
+
+def read_ports(fd: int) -> dict[str, int]:
+    """What a service tells to its --ready-fd; nothing where it ended before."""
+    with os.fdopen(fd, "rb") as pipe:
+        said = pipe.read()
+    if said.startswith(b"{"):
+        return dict(json.loads(said))  # Releases before 0.4.
+    return unpack_listening(said) if said else {}
 
 
 @dataclass
@@ -50,8 +61,7 @@ def service(folder: Path, *args: str, env: dict[str, str] | None = None) -> Iter
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[write_fd], env=env)
     os.close(write_fd)
     try:
-        with os.fdopen(read_fd) as pipe:
-            ports = json.loads(pipe.readline() or "{}")
+        ports = read_ports(read_fd)
         assert ports, Path(log.name).read_text()
         yield Service(process, ports)
     except BaseException:

@@ -25,13 +25,13 @@ LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 def role_of(title: str) -> str:
-    """`gateway`, `coordinator`, `supervisor`, `forkserver`, `agent of stage 0`, `zygote of stage 0`, `rank 0 of
+    """`gateway`, `coordinator`, `supervisor`, `forkserver`, `agent of stage 0`, `forkserver of stage 0`, `rank 0 of
     stage 0`; `other` for what is none."""
     stage = STAGE.match(title)
     if stage is not None:
         rank = re.search(r"rank (\d+)", stage[2])
-        if "zygote" in stage[2]:
-            return f"zygote of {stage[1]}"
+        if "forkserver" in stage[2]:
+            return f"forkserver of {stage[1]}"
         return f"rank {rank[1]} of {stage[1]}" if rank else f"agent of {stage[1]}"
     for word in ("gateway", "coordinator", "forkserver", "serve"):
         if title.startswith(f"stagemesh {word}"):

@@ -162,8 +162,7 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> float:
     elif kind == "hang":
         rank.send_signal(signal.SIGSTOP)
     elif kind == "agent":
-        zygote = rank.parent()
-        agent = zygote.parent() if zygote is not None else None
+        agent = rank.parent()
         assert agent is not None
         agent.kill()
     else:

@@ -19,6 +19,9 @@ from benchmarks.common.errors import BenchmarkError
 from benchmarks.common.facts import default_model
 from stagemesh.local.children import Child
 from stagemesh.local.plan import LOOPBACK, coordinator_settings, gateway_settings, worker_settings
+from stagemesh.local.timing import ServeTiming
+from stagemesh.processes.launcher import Launcher, LaunchTiming
+from stagemesh.settings.base import Base
 from stagemesh.settings.serve import ServeSettings
 
 READY_DEADLINE_S = 240.0
@@ -110,30 +113,32 @@ async def running(shape: Shape, folder: Path) -> AsyncIterator[SleepMesh]:
     )
     began = time.monotonic()
     children: list[Child] = []
+    launcher, timing = Launcher("", LaunchTiming(), own_groups=True), ServeTiming()
+
+    def child(role: str, label: str, settings: Base) -> Child:
+        children.append(Child(role, label, settings, launcher, timing))
+        return children[-1]
+
     log = folder / "log"
     with log.open("ab") as sink, _stderr_to(sink.fileno()):
         try:
-            coordinator = Child("coordinator", "coordinator", coordinator_settings(settings, str(folder)))
-            children.append(coordinator)
+            coordinator = child("coordinator", "coordinator", coordinator_settings(settings, str(folder)))
             await coordinator.start()
             address = f"{LOOPBACK}:{coordinator.ports['port']}"
             # Told the folder, a rank knows before its assignment that it needs no modelling code.
             told = {"model": model, "threads": 1}
             workers = [
-                Child("stage", str(worker.worker_id), worker.model_copy(update=told))
+                child("stage", str(worker.worker_id), worker.model_copy(update=told))
                 for worker in worker_settings(settings, address)
             ]
-            children += workers
             await asyncio.gather(*(worker.start() for worker in workers))
-            gateway = Child("gateway", "gateway", gateway_settings(settings, address))
-            children.append(gateway)
+            gateway = child("gateway", "gateway", gateway_settings(settings, address))
             await gateway.start()
 
             async def add(stage: int) -> None:
                 more = worker_settings(settings, address)[stage]
                 name = f"{more.worker_id}-{len(children)}"
-                children.append(Child("stage", name, more.model_copy(update={**told, "worker_id": name})))
-                await children[-1].start()
+                await child("stage", name, more.model_copy(update={**told, "worker_id": name})).start()
 
             mesh = SleepMesh(shape, gateway.ports["port"], 0.0, children, add)
             await _until_ready(mesh, began + READY_DEADLINE_S)

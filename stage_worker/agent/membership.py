@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import AsyncIterator
 
 import stagemesh
 from stagemesh import rpc
 from stagemesh.errors import ConfigError, StagemeshError
+from stagemesh.processes.cpu import CpuMeter
 from stagemesh.protocol import OLDEST, PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
 from stagemesh.settings.stage import StageSettings
 
+from ..timing import StageTiming
+from .lateness import Lateness
 from .rank_group import RankGroup
 from .service import Agent
 
 log = logging.getLogger(__name__)
 
-RETRY_S = 0.3
-CALL_TIMEOUT_S = 5.0
-END_S = 1.0
-"""How long a stream that is called off may take to end."""
-
 
 class Membership:
     """Keeps this worker registered for as long as its rank group lives; a coordinator that went away is found again."""
 
-    def __init__(self, settings: StageSettings, agent: Agent, worker_id: str, address: str) -> None:
+    def __init__(
+        self, settings: StageSettings, agent: Agent, worker_id: str, address: str, timing: StageTiming
+    ) -> None:
         self._settings = settings
+        self._timing = timing
         self._agent = agent
         self._worker_id = worker_id
         self._address = address
@@ -40,6 +42,8 @@ class Membership:
         """Which broken link each renewal told of that is not answered yet."""
         self._protocol = PROTOCOL
         """What is said to the coordinator, which may be of the release before."""
+        self._why = ""
+        """What went wrong last."""
 
     def register(self, group: RankGroup, incarnation: int) -> None:
         """Starts registering this life of the rank group, and renewing its lease."""
@@ -56,7 +60,7 @@ class Membership:
         """Asks the coordinator to take this worker out of service. Raises its error, or Unavailable."""
         with rpc.mapped():
             request = coordinator_pb2.DrainRequest(worker_id=self._worker_id, force=True)
-            await self._stub.Drain(request, timeout=CALL_TIMEOUT_S)
+            await self._stub.Drain(request, timeout=self._timing.coordinator_call_s)
 
     async def stop(self) -> None:
         """Leaves and closes the channel."""
@@ -64,30 +68,61 @@ class Membership:
         await self._channel.close(None)
 
     async def _keep(self, group: RankGroup, incarnation: int) -> None:
-        told = False
         while True:
+            every_s = await self._until_registered(group, incarnation)
             try:
                 with rpc.mapped():
-                    response = await self._stub.Register(self._introduction(group, incarnation), timeout=CALL_TIMEOUT_S)
-                log.info("registered with the coordinator at %s", self._settings.coordinator)
-                told = False
-                with rpc.mapped():
-                    await self._renew(incarnation, response.renew_ms / 1000)
+                    await self._renew(incarnation, every_s)
             except StagemeshError as e:
-                heard = isinstance(e, ConfigError)
-                if heard:
-                    self._protocol = OLDEST if self._protocol == PROTOCOL else PROTOCOL
-                if not told and not (heard and self._protocol == OLDEST):
-                    log.warning(
-                        "the coordinator at %s %s: %s",
-                        self._settings.coordinator,
-                        "refuses this worker" if heard else "cannot be reached",
-                        e.message,
-                    )
-                    told = True
+                self._why = e.message
             except Exception:
-                log.exception("registering failed; it is tried again")
-            await asyncio.sleep(RETRY_S)
+                log.exception("renewing failed; this worker registers again")
+            await asyncio.sleep(self._timing.register_again_s)
+
+    async def _until_registered(self, group: RankGroup, incarnation: int) -> float:
+        """Registers, as often as it takes; how often the lease is to be renewed, in seconds."""
+        refused = False
+        warning = asyncio.create_task(self._warn_of_silence())
+        try:
+            while True:
+                try:
+                    with rpc.mapped():
+                        answer = await self._stub.Register(
+                            self._introduction(group, incarnation), timeout=self._timing.coordinator_call_s
+                        )
+                    log.info("registered with the coordinator at %s", self._settings.coordinator)
+                    self._why, every_s = "", float(answer.renew_ms) / 1000
+                    return every_s
+                except ConfigError as e:
+                    self._why = e.message
+                    self._protocol = OLDEST if self._protocol == PROTOCOL else PROTOCOL
+                    if self._protocol == PROTOCOL and not refused:
+                        refused = True
+                        log.warning(
+                            "the coordinator at %s refuses this worker: %s", self._settings.coordinator, e.message
+                        )
+                except StagemeshError as e:
+                    self._why = e.message
+                except Exception:
+                    log.exception("registering failed; it is tried again")
+                await asyncio.sleep(self._timing.register_again_s)
+        finally:
+            warning.cancel()
+
+    async def _warn_of_silence(self) -> None:
+        """Says that the coordinator does not take this worker: soon, then less and less often."""
+        clock, pause_s = asyncio.get_running_loop().time, self._timing.silence_s
+        began = clock()
+        while True:
+            await asyncio.sleep(pause_s)
+            log.warning(
+                "this worker is not registered after %.0f s: the coordinator at %s %s. It is tried again and again. "
+                "See that it runs, that --coordinator names it, and that this machine may connect to it",
+                clock() - began,
+                self._settings.coordinator,
+                f"cannot be reached: {self._why}" if self._why else "does not answer",
+            )
+            pause_s = min(2 * pause_s, self._timing.silence_most_s)
 
     async def _renew(self, incarnation: int, every_s: float) -> None:
         """Renews until the coordinator goes away or no longer knows this incarnation."""
@@ -104,9 +139,10 @@ class Membership:
         finally:
             call.cancel()
             # Its renewals end with it, before others begin.
-            await asyncio.wait([asyncio.ensure_future(call.code())], timeout=END_S)
+            await asyncio.wait([asyncio.ensure_future(call.code())], timeout=self._timing.stream_end_s)
 
     async def _renewals(self, incarnation: int, every_s: float) -> AsyncIterator[coordinator_pb2.KeepAliveRequest]:
+        lateness = Lateness(self._timing.lateness_half_life_s, CpuMeter(os.getpid()))
         while True:
             request = coordinator_pb2.KeepAliveRequest(worker_id=self._worker_id, incarnation=incarnation)
             request.stale_refused.update(self._agent.stale_refused)
@@ -115,6 +151,7 @@ class Membership:
                 request.broken_pipeline, request.broken_epoch = carried
                 request.broken_reason = self._agent.broken[carried]
             self._carried.append(carried)
+            request.late_ms = int(lateness.note(every_s) * 1000)
             yield request
             await asyncio.sleep(every_s)
 

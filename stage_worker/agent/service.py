@@ -8,38 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
 import operator
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from stagemesh import checkpoint
 from stagemesh.errors import InvalidRequest, NotFound, RanksDied, StageLost, StagemeshError, StaleEpoch, Unavailable
 from stagemesh.faults import point
+from stagemesh.processes.frames import parse
 from stagemesh.protocol import check_protocol
-from stagemesh.protos.v1 import coordinator_pb2, stage_pb2
+from stagemesh.protos.v1 import coordinator_pb2, stage_pb2, worker_pb2
 from stagemesh.settings.stage import StageSettings
 
-from ..messages.control import Kind, unpack_error
+from ..messages.control import Kind, error_of
+from ..timing import StageTiming
 from .gateway_session import GatewaySession
 from .rank_group import RankGroup
 
 log = logging.getLogger(__name__)
 
-ASSIGN_TIMEOUT_S = 1800.0
-CALL_TIMEOUT_S = 20.0
-OPEN_TIMEOUT_S = 20.0
+M = TypeVar("M", bound=Message)
 
 
 @dataclass
-class Held:
-    """What the coordinator assigned."""
+class AssignedStage:
+    """A stage that the coordinator assigned to this worker, at one epoch."""
 
     request: stage_pb2.AssignRequest
     done: stage_pb2.AssignDone | None = None
@@ -49,11 +49,12 @@ class Held:
 class Agent:
     """State of one worker and the handlers of its Stage service."""
 
-    def __init__(self, settings: StageSettings, worker_id: str) -> None:
+    def __init__(self, settings: StageSettings, worker_id: str, timing: StageTiming) -> None:
         self.settings = settings
+        self.timing = timing
         self.worker_id = worker_id
         self.ranks: RankGroup | None = None
-        self.held: dict[tuple[str, int], Held] = {}
+        self.assigned: dict[tuple[str, int], AssignedStage] = {}
         """By pipeline and epoch; while a pipeline moves to another epoch, both."""
         self.epochs: dict[str, int] = {}
         """Highest epoch seen of each pipeline: an order of an older one is refused."""
@@ -62,7 +63,7 @@ class Agent:
         self.broken: dict[tuple[str, int], str] = {}
         """Pipelines and epochs of which a link broke here, and why; carried to the coordinator by KeepAlives."""
         self._closing: set[asyncio.Task[None]] = set()
-        self._progress: dict[int, dict[int, stage_pb2.AssignResponse]] = {}
+        self.progress: dict[int, dict[int, stage_pb2.AssignResponse]] = {}
         """Of each order under way, how far each rank is."""
 
     # -- ranks ------------------------------------------------------------------------------------------------------
@@ -74,23 +75,23 @@ class Agent:
             if session is not None:
                 session.put(payload)
         elif kind == Kind.SESSION_ENDED:
-            session, error = self.sessions.get(ident), unpack_error(payload)
+            session, error = self.sessions.get(ident), error_of(parse(worker_pb2.Failure, payload))
             if isinstance(error, StaleEpoch):
                 self._count("plan")
             if session is not None:
                 session.put(error)
         elif kind == Kind.PROGRESS:
-            if ident in self._progress:  # Else of an order that was called off.
-                self._progress[ident][rank] = stage_pb2.AssignResponse.FromString(payload)
+            if ident in self.progress:  # Else of an order that was called off.
+                self.progress[ident][rank] = parse(stage_pb2.AssignResponse, payload)
         elif kind == Kind.PAGES_COPIED:
             self._on_pages(rank, ident, payload)
         elif kind == Kind.LATE_FRAMES:
-            self._count("frame", ident)
+            self._count("frame", parse(worker_pb2.LateFrames, payload).count)
         elif kind == Kind.LINK_BROKEN:
-            said = json.loads(payload)
-            self.broken[said["pipeline_id"], said["epoch"]] = said["reason"]
-            self._end_sessions(said["pipeline_id"], said["epoch"], f"a link broke: {said['reason']}", said["epoch"])
-            log.warning("link of %s broke: %s", said["pipeline_id"], said["reason"])
+            said = parse(worker_pb2.LinkBroken, payload)
+            self.broken[said.pipeline_id, said.epoch] = said.reason
+            self._end_sessions(said.pipeline_id, said.epoch, f"a link broke: {said.reason}", said.epoch)
+            log.warning("link of %s broke: %s", said.pipeline_id, said.reason)
 
     def _on_pages(self, rank: int, ident: int, payload: bytes) -> None:
         """Pages have come on one rank; the gateway is told when they have on all."""
@@ -101,12 +102,12 @@ class Agent:
         ranks.add(rank)
         if len(ranks) == session.group.size:
             del session.copied[payload]
-            copied = stage_pb2.PagesCopied.FromString(payload)
+            copied = parse(stage_pb2.PagesCopied, payload)
             session.put(stage_pb2.RunResponse(copied=copied).SerializeToString())
 
     def ranks_lost(self, reason: str) -> None:
         """The rank group died: everything it held is gone."""
-        self.held.clear()
+        self.assigned.clear()
         for session in self.sessions.values():
             session.put(RanksDied(f"{self.worker_id}: {reason}"))
 
@@ -131,22 +132,22 @@ class Agent:
         key = _key(request.key)
         if not request.beside:
             self._drop(request.key, request.key.epoch - 1, f"epoch {request.key.epoch} begins")
-        held = self.held[key] = Held(request)
+        assigned = self.assigned[key] = AssignedStage(request)
         try:
             async for response in self._load(Kind.ASSIGN, request):
                 if response.HasField("done"):
-                    held.done = response.done
+                    assigned.done = response.done
                 yield response
         except BaseException:
             # The coordinator ends the call when it has heard of `done`, which is no failure.
-            if held.done is None and self.held.get(key) is held:
-                del self.held[key]
+            if assigned.done is None and self.assigned.get(key) is assigned:
+                del self.assigned[key]
             raise
 
     def _drop(self, key: stage_pb2.PipelineKey, until: int, reason: str, since: int = 0) -> None:
         """What is held of a pipeline at epochs `since` to `until` is over."""
-        for k in [k for k in self.held if k[0] == key.pipeline_id and since <= k[1] <= until]:
-            del self.held[k]
+        for k in [k for k in self.assigned if k[0] == key.pipeline_id and since <= k[1] <= until]:
+            del self.assigned[k]
         self._end_sessions(key.pipeline_id, until, reason, since)
 
     async def prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
@@ -169,24 +170,25 @@ class Agent:
             log.warning("checkpoint %s has fingerprint %s here, %s there", model, request.model.fingerprint, theirs)
         if isinstance(request, stage_pb2.PrepareRequest):
             # As it is now: an assignment that came meanwhile is not to be wiped.
-            request.beside = bool(self.held)
+            request.beside = bool(self.assigned)
         ident = group.take_id()
-        progress = self._progress[ident] = {}
-        call = asyncio.create_task(group.call_as(ident, kind, request.SerializeToString(), ASSIGN_TIMEOUT_S))
+        progress = self.progress[ident] = {}
+        loading = group.call_as(ident, kind, request, stage_pb2.AssignDone, self.timing.assign_s)
+        call = asyncio.create_task(loading)
         try:
             while not call.done():
-                await asyncio.wait([call], timeout=0.1)
+                await asyncio.wait([call], timeout=self.timing.progress_look_s)
                 if progress:
                     yield stage_pb2.AssignResponse(
                         loaded_bytes=sum(p.loaded_bytes for p in progress.values()),
                         total_bytes=sum(p.total_bytes for p in progress.values()),
                     )
-            ranks = [stage_pb2.AssignDone.FromString(reply) for reply in call.result()]
+            ranks = call.result()
         finally:
             # The coordinator may have gone while the ranks load: the answer is nobody's then.
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
-            del self._progress[ident]
+            del self.progress[ident]
         done = ranks[0]
         done.num_pages = min(rank.num_pages for rank in ranks)
         done.tensor_bytes_read = sum(rank.tensor_bytes_read for rank in ranks)
@@ -198,28 +200,26 @@ class Agent:
         ranks = 1 if request.tokens else self._group().size
         if len(request.nonces) != ranks:
             raise InvalidRequest(f"{len(request.nonces)} nonces for {ranks} ranks")
-        replies = await self._group().call(Kind.OFFER_LINK, request.SerializeToString(), CALL_TIMEOUT_S)
-        offers = [stage_pb2.OfferLinkResponse.FromString(reply) for reply in replies[:ranks]]
+        offers = await self._call(Kind.OFFER_LINK, request, stage_pb2.OfferLinkResponse)
         return stage_pb2.OfferLinkResponse(
-            receiver_addresses=[offer.receiver_addresses[0] for offer in offers],
-            secrets=[offer.secrets[0] for offer in offers],
+            receiver_addresses=[offer.receiver_addresses[0] for offer in offers[:ranks]],
+            secrets=[offer.secrets[0] for offer in offers[:ranks]],
         )
 
     async def connect_link(self, request: stage_pb2.ConnectLinkRequest, context: Any) -> stage_pb2.ConnectLinkResponse:
         """Stage.ConnectLink."""
         self._fence(request.key, "link")
-        replies = await self._group().call(Kind.CONNECT_LINK, request.SerializeToString(), CALL_TIMEOUT_S)
-        routes = {stage_pb2.ConnectLinkResponse.FromString(reply).route for reply in replies}
+        routes = {reply.route for reply in await self._call(Kind.CONNECT_LINK, request, stage_pb2.ConnectLinkResponse)}
         return stage_pb2.ConnectLinkResponse(route=", ".join(sorted(routes - {""})))
 
     async def activate(self, request: stage_pb2.ActivateRequest, context: Any) -> stage_pb2.ActivateResponse:
         """Stage.Activate."""
         self._fence(request.key, "activation")
-        await self._group().call(Kind.ACTIVATE, request.SerializeToString(), CALL_TIMEOUT_S)
-        held = self.held.get(_key(request.key))
-        if held is None:
-            raise StaleEpoch(f"{request.key.pipeline_id} epoch {request.key.epoch} is no longer held here")
-        held.active = True
+        await self._call(Kind.ACTIVATE, request, stage_pb2.ActivateResponse)
+        assigned = self.assigned.get(_key(request.key))
+        if assigned is None:
+            raise StaleEpoch(f"{request.key.pipeline_id} epoch {request.key.epoch} is no longer assigned here")
+        assigned.active = True
         return stage_pb2.ActivateResponse()
 
     async def release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseResponse:
@@ -229,8 +229,12 @@ class Agent:
         since = key.epoch if request.alone else 0
         self._drop(key, key.epoch, request.reason or "the pipeline is being changed", since)
         # Also what ranks hold of an order that was called off while they carried it out.
-        await self._group().call(Kind.RELEASE, request.SerializeToString(), CALL_TIMEOUT_S)
+        await self._call(Kind.RELEASE, request, stage_pb2.ReleaseResponse)
         return stage_pb2.ReleaseResponse()
+
+    async def _call(self, kind: Kind, request: Message, reply: type[M]) -> list[M]:
+        """Has the ranks carry out an order that loads nothing."""
+        return await self._group().call(kind, request, reply, self.timing.call_s)
 
     def _count(self, kind: str, number: int = 1) -> None:
         self.stale_refused[kind] = self.stale_refused.get(kind, 0) + number
@@ -270,29 +274,31 @@ class Agent:
     async def _open(self, request: stage_pb2.RunOpen) -> tuple[GatewaySession, stage_pb2.RunOpened]:
         point("agent.open_session")
         check_protocol(request.protocol, f"gateway {request.gateway_id}")
-        held = self.held.get(_key(request.key))
+        assigned = self.assigned.get(_key(request.key))
         known = self.epochs.get(request.key.pipeline_id, 0)
-        if held is None and request.key.epoch < known:
+        if assigned is None and request.key.epoch < known:
             self._count("session")
             raise StaleEpoch(f"{request.key.pipeline_id} is at epoch {known} here, not {request.key.epoch}")
-        if held is None or not held.active:
+        if assigned is None or not assigned.active:
             raise Unavailable(f"{request.key.pipeline_id} is not active here yet; try again", retry_after_s=0.2)
-        if held.request.stage != request.stage:
-            raise NotFound(f"{self.worker_id} holds stage {held.request.stage}, not {request.stage}")
+        if assigned.request.stage != request.stage:
+            raise NotFound(f"{self.worker_id} holds stage {assigned.request.stage}, not {request.stage}")
         # A gateway that was restarted takes its own pages over at once; its old life's steps never run.
         for old in [s for s in self.sessions.values() if s.open.gateway_id == request.gateway_id]:
             if old.open.key == request.key or old.open.life != request.life:
-                await self._close(old)
+                await self.close_session(old)
         group = self._group()
         session = GatewaySession(group.take_id(), request, group)
         self.sessions[session.ident] = session
         try:
-            replies = await group.call_as(session.ident, Kind.OPEN_SESSION, request.SerializeToString(), OPEN_TIMEOUT_S)
+            opened = await group.call_as(
+                session.ident, Kind.OPEN_SESSION, request, stage_pb2.RunOpened, self.timing.call_s
+            )
         except BaseException:
             # A rank may have opened it, or may still: what comes behind the open closes it.
             self._close_soon(session, None)
             raise
-        return session, _together([stage_pb2.RunOpened.FromString(reply) for reply in replies])
+        return session, _together(opened)
 
     async def _pump(self, session: GatewaySession, requests: AsyncIterator[bytes]) -> None:
         reason = "the gateway closed its stream"
@@ -315,20 +321,21 @@ class Agent:
             if pump is not None:
                 pump.cancel()
                 await asyncio.gather(pump, return_exceptions=True)
-            await self._close(session)
+            await self.close_session(session)
 
         task = asyncio.create_task(close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    async def _close(self, session: GatewaySession) -> None:
+    async def close_session(self, session: GatewaySession) -> None:
         if self.sessions.get(session.ident) is not session:
             return
         del self.sessions[session.ident]
         session.put(StageLost("the session was closed"))
         if not session.group.lost.done():
             try:
-                await session.group.call(Kind.CLOSE_SESSION, session.ident.to_bytes(4, "little"), CALL_TIMEOUT_S)
+                request = worker_pb2.CloseSession(session=session.ident)
+                await session.group.call(Kind.CLOSE_SESSION, request, worker_pb2.CloseSession, self.timing.call_s)
             except StagemeshError as e:
                 log.warning("closing a session of %s: %s", session.open.gateway_id, e.message)
 
@@ -338,16 +345,16 @@ class Agent:
         """What a coordinator that may have forgotten is told."""
         return [
             coordinator_pb2.HeldAssignment(
-                pipeline_id=held.request.key.pipeline_id,
-                epoch=held.request.key.epoch,
-                stage=held.request.stage,
-                layers=held.request.layers,
-                generation=held.request.generation,
-                active=held.active,
-                fingerprint=held.request.model.fingerprint,
+                pipeline_id=assigned.request.key.pipeline_id,
+                epoch=assigned.request.key.epoch,
+                stage=assigned.request.stage,
+                layers=assigned.request.layers,
+                generation=assigned.request.generation,
+                active=assigned.active,
+                fingerprint=assigned.request.model.fingerprint,
             )
-            for held in self.held.values()
-            if held.done is not None
+            for assigned in self.assigned.values()
+            if assigned.done is not None
         ]
 
 

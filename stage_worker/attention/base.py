@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from stagemesh.errors import InternalError
 
-if TYPE_CHECKING:
-    from .tables import DecodeTables
+from .tables import DecodeTables
 
 
 class PageRows:
@@ -167,6 +166,26 @@ class AttentionMetadata:
             decode_tokens=where,
             prefill_rows=prefill_rows,
             _tables=tables,
+        )
+
+    @staticmethod
+    def of_tables(tables: DecodeTables) -> AttentionMetadata:
+        """Metadata of a pass over these tables, padding rows included; what it holds lies on the device."""
+        index = tables.refresh()
+        return AttentionMetadata(
+            starts=[],
+            counts=[1] * tables.rows,
+            page_size=tables.page_size,
+            device=tables.packed.device,
+            num_tokens=tables.rows,
+            positions=index.positions,
+            slot_mapping=index.positions,
+            opened_pages=None,
+            decode_rows=list(range(tables.rows)),
+            decode_tokens=slice(0, tables.rows),
+            prefill_rows=[],
+            tables=tables,
+            _tables=[],
         )
 
     def prepare(self, kinds: Iterable[tuple[int | None, int]]) -> None:

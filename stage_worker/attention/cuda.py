@@ -18,8 +18,9 @@ from torch.nn.attention.bias import causal_lower_right
 from stagemesh.errors import ConfigError, InternalError
 
 from .base import AttentionMetadata, PrefillRow, PrefillView
-from .paged import PagedAttention, _Kind
-from .tables import DecodeKernel, DecodeTables, LayerKind, TorchDecode, difference
+from .decode import DecodeKernel, LayerKind, TorchDecode, difference
+from .paged import AttentionKind, PagedAttention
+from .tables import DecodeTables
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class CudaAttention(PagedAttention):
         raise InternalError("the plain functions refuse no layer")
 
     def prefill(
-        self, query: Tensor, k_pages: Tensor, v_pages: Tensor, row: PrefillRow, view: PrefillView, kind: _Kind
+        self, query: Tensor, k_pages: Tensor, v_pages: Tensor, row: PrefillRow, view: PrefillView, kind: AttentionKind
     ) -> Tensor:
         """Flash attention where it knows the layer, else the plain function's blocks of scores."""
         if self._flash and query.is_cuda and flash_knows(query, v_pages, row, kind):
@@ -155,7 +156,7 @@ def make_kernels(names: Sequence[str], device: torch.device) -> list[DecodeKerne
     return [*made, plain]
 
 
-def flash_knows(query: Tensor, v_pages: Tensor, row: PrefillRow, kind: _Kind) -> bool:
+def flash_knows(query: Tensor, v_pages: Tensor, row: PrefillRow, kind: AttentionKind) -> bool:
     """Whether flash attention computes such a layer: 16 bits, one head size, nothing but causal."""
     if query.dtype not in (torch.bfloat16, torch.float16) or kind.softcap is not None or kind.sinks is not None:
         return False

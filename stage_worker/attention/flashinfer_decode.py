@@ -16,7 +16,8 @@ from torch import Tensor
 
 from stagemesh.errors import ConfigError, InternalError
 
-from .tables import DecodeKernel, DecodeTables, LayerKind
+from .decode import DecodeKernel, LayerKind
+from .tables import DecodeTables
 
 WORKSPACE_BYTES = 128 << 20
 TENSOR_CORE_GROUPS = 4

@@ -18,7 +18,7 @@ SCORES_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class _Kind:
+class AttentionKind:
     """What sets a layer's attention apart: see `AttentionBackend.attend`."""
 
     scaling: float
@@ -56,7 +56,7 @@ def attend_decode(
     k_pages: Tensor,
     v_pages: Tensor,
     metadata: AttentionMetadata,
-    kind: _Kind,
+    kind: AttentionKind,
 ) -> Tensor:
     """[B, N, Dv] for `query` [B, N, D]: one token a row."""
     views = metadata.decode_views(kind.sliding_window)
@@ -68,7 +68,7 @@ def attend_decode(
     return out
 
 
-def _attend_batch(query: Tensor, k_pages: Tensor, v_pages: Tensor, view: DecodeView, kind: _Kind) -> Tensor:
+def _attend_batch(query: Tensor, k_pages: Tensor, v_pages: Tensor, view: DecodeView, kind: AttentionKind) -> Tensor:
     """[B, N, Dv]: all rows of a view at once."""
     batch, heads, head_dim = query.shape
     kv_heads = k_pages.shape[1]
@@ -90,7 +90,7 @@ def attend_prefill(
     v_pages: Tensor,
     row: PrefillRow,
     view: PrefillView,
-    kind: _Kind,
+    kind: AttentionKind,
 ) -> Tensor:
     """[C, N, Dv] for the C queries [C, N, D] of one row."""
     count, heads, head_dim = query.shape
@@ -140,7 +140,7 @@ class PagedAttention:
         if not is_causal:
             raise ValueError("paged attention is causal")
         write_pages(key, value, k_pages, v_pages, metadata)
-        kind = _Kind(scaling, sliding_window, softcap, sinks)
+        kind = AttentionKind(scaling, sliding_window, softcap, sinks)
         if not metadata.prefill_rows:
             return attend_decode(query, k_pages, v_pages, metadata, kind)
         tokens, heads, _ = query.shape
@@ -154,7 +154,7 @@ class PagedAttention:
         return out
 
     def prefill(
-        self, query: Tensor, k_pages: Tensor, v_pages: Tensor, row: PrefillRow, view: PrefillView, kind: _Kind
+        self, query: Tensor, k_pages: Tensor, v_pages: Tensor, row: PrefillRow, view: PrefillView, kind: AttentionKind
     ) -> Tensor:
         """See `attend_prefill`; for backends with a better way."""
         return attend_prefill(query, k_pages, v_pages, row, view, kind)

@@ -1,40 +1,19 @@
-"""Decode attention whose rows are described by one tensor on the device: what a captured graph can hold.
+"""The rows of a decode step as one tensor on the device: what a captured graph can hold.
 
 A captured step is launched again and again over other rows. So nothing of the rows may be in its arguments: lengths
 and page ids lie in one tensor of fixed shape, which is overwritten before each launch, and every index is computed
 from it on the device. Rows beyond the step's own (padding up to the captured number) have length 0.
 
-Shapes: B rows, padding included, M pages a row at most, N query heads, K KV heads, D head size, P pages, S page size.
+Shapes: B rows, padding included, M pages a row at most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from .base import AttentionMetadata
-from .paged import probabilities
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """What a decode kernel must know of a layer before it runs."""
-
-    heads: int
-    kv_heads: int
-    k_dim: int
-    v_dim: int
-    page_size: int
-    dtype: torch.dtype
-    scaling: float
-    window: int | None
-    """Positions a query sees, itself included; None: all."""
-    softcap: float | None
-    has_sinks: bool
 
 
 @dataclass(frozen=True)
@@ -85,31 +64,14 @@ class DecodeTables:
 
     def now(self) -> TableIndex:
         """What follows from the rows, for the pass under way."""
-        if self.index is None:
-            self.begin()
-        assert self.index is not None
-        return self.index
+        return self.index if self.index is not None else self.refresh()
 
-    def begin(self) -> AttentionMetadata:
-        """The metadata of a pass over these tables; the first thing in a captured step."""
+    def refresh(self) -> TableIndex:
+        """Computes it anew: the first thing in a captured step."""
         lengths = self.packed[:, 0].long()
         pages = torch.where((lengths > 0)[:, None], self.packed[:, 1:], self.packed[:1, 1:]).long()
-        index = self.index = TableIndex(lengths, (lengths - 1).clamp_min(0), pages)
-        return AttentionMetadata(
-            starts=[],
-            counts=[1] * self.rows,
-            page_size=self.page_size,
-            device=self.packed.device,
-            num_tokens=self.rows,
-            positions=index.positions,
-            slot_mapping=index.positions,
-            opened_pages=None,
-            decode_rows=list(range(self.rows)),
-            decode_tokens=slice(0, self.rows),
-            prefill_rows=[],
-            tables=self,
-            _tables=[],
-        )
+        self.index = TableIndex(lengths, (lengths - 1).clamp_min(0), pages)
+        return self.index
 
 
 def pack_rows(starts: Sequence[int], tables: Sequence[Sequence[int]], page_size: int, rows: int, width: int) -> Tensor:
@@ -122,146 +84,3 @@ def pack_rows(starts: Sequence[int], tables: Sequence[Sequence[int]], page_size:
         view[row, 0] = start + 1
         view[row, 1 : 1 + used] = table[:used]
     return packed
-
-
-def write_rows(key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables) -> None:
-    """Put each row's `key` [K, D] and `value` [K, Dv] into its page, and zero what is left of a page just opened.
-
-    Padding rows do what row 0 does: written twice, its page holds the same. (A slot of their own would cost a page.)
-    """
-    index = tables.now()
-    size = tables.page_size
-    is_row = index.lengths > 0
-    written = torch.where(is_row, index.positions, index.positions[:1])
-    page, offset = index.pages.gather(1, (written // size)[:, None])[:, 0], written % size
-    places = torch.arange(size, device=page.device)
-    here = (places == offset[:, None])[:, None, :, None]
-    behind = ((offset == 0)[:, None] & (places > 0))[:, None, :, None]
-    for new, pages in ((key, k_pages), (value, v_pages)):
-        new = torch.where(is_row[:, None, None], new, new[:1])
-        content = torch.where(here, new[:, :, None, :], pages.index_select(0, page)).masked_fill(behind, 0)
-        pages.index_copy_(0, page, content)
-
-
-def attend_rows(
-    query: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables, kind: LayerKind, sinks: Tensor | None
-) -> Tensor:
-    """[B, N, Dv] for `query` [B, N, D] over pages [P, K, S, D]. What padding rows get means nothing, but is finite.
-
-    Gathers all M pages of every row: for checks, and where no kernel runs.
-    """
-    index = tables.now()
-    batch, groups = query.shape[0], kind.heads // kind.kv_heads
-    slots = torch.arange(tables.width * tables.page_size, device=query.device)
-    length = index.lengths.clamp_min(1)[:, None]
-    invalid = slots >= length
-    if kind.window is not None:
-        invalid |= slots < length - kind.window
-    # Places of the table that no row uses name page 0: what is there is another's, and may be NaN.
-    keys = k_pages.index_select(0, index.pages.flatten()).view(batch, tables.width, *k_pages.shape[1:])
-    values = v_pages.index_select(0, index.pages.flatten()).view(batch, tables.width, *v_pages.shape[1:])
-    keys = keys.transpose(1, 2).flatten(2, 3)  # [B, K, L, D]
-    values = values.transpose(1, 2).flatten(2, 3).masked_fill(invalid[:, None, :, None], 0)
-    grouped = (query * kind.scaling).reshape(batch, kind.kv_heads, groups, kind.k_dim)
-    scores = grouped @ keys.transpose(2, 3)
-    sink_logits = None if sinks is None else sinks.view(kind.kv_heads, groups, 1)
-    weights = probabilities(scores, invalid[:, None, None, :], kind.softcap, sink_logits)
-    return (weights.to(values.dtype) @ values).reshape(batch, kind.heads, kind.v_dim)
-
-
-class DecodeKernel(Protocol):
-    """One way to write and attend rows of `DecodeTables`, padding included, without a word from the host."""
-
-    name: str
-    failures: tuple[type[Exception], ...]
-    """What it raises where it cannot be compiled or launched."""
-
-    def refuses(self, kind: LayerKind) -> str | None:
-        """Why it cannot serve layers of this kind; None: it can."""
-
-    def plan(self, tables: DecodeTables) -> None:
-        """What it needs to do on the host before a captured step over other rows is launched again."""
-
-    def write(self, key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables) -> None:
-        """See `write_rows`."""
-
-    def attend(
-        self,
-        query: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        tables: DecodeTables,
-        kind: LayerKind,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """See `attend_rows`."""
-        ...
-
-
-class TorchDecode:
-    """The functions above: right for every kind of layer, and slow."""
-
-    name = "torch"
-    failures: tuple[type[Exception], ...] = (RuntimeError,)
-
-    def refuses(self, kind: LayerKind) -> str | None:
-        """Nothing."""
-        return None
-
-    def plan(self, tables: DecodeTables) -> None:
-        """Nothing: all is read on the device."""
-
-    def write(self, key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables) -> None:
-        """See `write_rows`."""
-        write_rows(key, value, k_pages, v_pages, tables)
-
-    def attend(
-        self,
-        query: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        tables: DecodeTables,
-        kind: LayerKind,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """See `attend_rows`."""
-        return attend_rows(query, k_pages, v_pages, tables, kind, sinks)
-
-
-def difference(kernel: DecodeKernel, kind: LayerKind, device: torch.device) -> str | None:
-    """What sets a kernel apart from the functions above on a small step with padding; None: nothing that matters.
-
-    Waits for the device; not to be called while a graph is captured.
-    """
-    size = kind.page_size
-    starts = [0, size, 3 * size - 1, 299]
-    pages = [start // size + 1 for start in starts]
-    width = max(pages) + 1
-    order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(1)).tolist()
-    rows = [[order.pop() for _ in range(count)] for count in pages]
-    tables = DecodeTables.empty(len(starts) + 2, width, size, device)
-    tables.load(pack_rows(starts, rows, size, tables.rows, width), [start + 1 for start in starts], rows)
-    generator = torch.Generator().manual_seed(2)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device=device, dtype=kind.dtype)
-
-    k_pages, v_pages = (random(sum(pages), kind.kv_heads, size, dim) for dim in (kind.k_dim, kind.v_dim))
-    query = random(tables.rows, kind.heads, kind.k_dim)
-    key, value = (random(tables.rows, kind.kv_heads, dim) for dim in (kind.k_dim, kind.v_dim))
-    sinks = random(kind.heads) if kind.has_sinks else None
-    own_k, own_v = k_pages.clone(), v_pages.clone()
-    tables.begin()
-    write_rows(key, value, k_pages, v_pages, tables)
-    expected = attend_rows(query, k_pages, v_pages, tables, kind, sinks)[: len(starts)].float()
-    try:
-        kernel.write(key, value, own_k, own_v, tables)
-        found = kernel.attend(query, own_k, own_v, tables, kind, sinks)[: len(starts)].float()
-        error = float((found - expected).abs().max())
-    except kernel.failures as e:
-        return f"{type(e).__name__}: {e}"
-    if not (torch.equal(own_k, k_pages) and torch.equal(own_v, v_pages)):
-        return "it writes other pages than the plain functions do"
-    allowed = 1e-3 if kind.dtype == torch.float32 else 4e-2
-    # Not `error > allowed`: NaN must fail too.
-    return None if error <= allowed else f"its output differs by {error:.3g} where {allowed:.3g} is allowed"

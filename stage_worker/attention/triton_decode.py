@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stagemesh.errors import ConfigError
 
-from .tables import DecodeTables, LayerKind
+from .decode import LayerKind
+from .tables import DecodeTables
 
 BLOCK_BYTES = 128
 """Context slots that a program takes at once, times the bytes of a number: 64 of bf16."""

@@ -1,30 +1,22 @@
-"""Frames between a worker's agent (gRPC, asyncio) and its rank processes (engine), over a Unix socket pair.
+"""Frames between a worker's agent and its ranks, and between rank 0 and the others: their kinds, and what they carry.
 
-A frame is a kind, a 32-bit id and a payload: protobuf bytes, or JSON for the few that have no message. A rank reads and
-writes without asyncio; the agent has asyncio streams on its end. Plans and results pass through unparsed.
+Payloads are protobuf messages. RUN and RESULT are a gateway's own (`RunRequest`, `RunResponse`), which an agent passes
+on unparsed, in both directions.
 """
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import json
-import select
-import socket
-import struct
-import time
-from typing import Any
 
 from stagemesh.errors import InternalError, StagemeshError, by_reason
-
-HEADER = struct.Struct("<IBI")
+from stagemesh.protos.v1 import worker_pb2
 
 
 class Kind(enum.IntEnum):
-    """What a frame says. The id names a call (ASSIGN..PREPARE and their replies), a session (RUN, RESULT) or a
-    number (LATE_FRAMES)."""
+    """What a frame says. Its id names a call (ASSIGN..PREPARE and their answers) or a session (RUN, RESULT,
+    SESSION_ENDED, PAGES_COPIED, ORDER_STEP)."""
 
-    # agent -> rank
+    # agent -> rank: stage.proto's requests of the same names, but for OPEN_SESSION (RunOpen) and CLOSE_SESSION
     ASSIGN = 1
     OFFER_LINK = 2
     CONNECT_LINK = 3
@@ -35,19 +27,30 @@ class Kind(enum.IntEnum):
     PREPARE = 8
     RUN = 10
     SHUTDOWN = 11
+    """No payload."""
     # rank -> agent
     READY = 20
+    """RankReady"""
     PROGRESS = 21
+    """AssignResponse, under the call's id"""
     REPLY = 22
+    """The call's response."""
     ERROR = 23
+    """Failure, in place of a reply, or of READY"""
     RESULT = 24
     SESSION_ENDED = 25
+    """Failure"""
     LINK_BROKEN = 26
+    """LinkBroken"""
     PAGES_COPIED = 27
+    """PagesCopied"""
     LATE_FRAMES = 28
+    """LateFrames"""
     # rank 0 -> other ranks
     ORDER_STEP = 40
+    """StepOrder"""
     ORDER_CALL = 41
+    """Carry out the agent's call of this id next; no payload."""
 
     @property
     def is_call(self) -> bool:
@@ -55,94 +58,17 @@ class Kind(enum.IntEnum):
         return self <= Kind.PREPARE
 
 
-def pack(kind: Kind, ident: int, payload: bytes = b"") -> bytes:
-    """One frame."""
-    return HEADER.pack(len(payload), kind, ident) + payload
+READY_ID = 0
+"""Of READY, or the ERROR in its place: a rank's start is a call of its own."""
 
 
-def pack_error(ident: int, error: BaseException) -> bytes:
-    """An ERROR frame that `unpack_error` makes the same error from."""
+def failure_of(error: BaseException) -> worker_pb2.Failure:
+    """What `error_of` makes the same error from."""
     known = error if isinstance(error, StagemeshError) else InternalError(f"{type(error).__name__}: {error}")
-    return pack(
-        Kind.ERROR,
-        ident,
-        dumps({"reason": known.reason, "message": known.message, "retry_after_s": known.retry_after_s}),
-    )
+    return worker_pb2.Failure(reason=known.reason, message=known.message, retry_after_s=known.retry_after_s)
 
 
-def unpack_error(payload: bytes) -> StagemeshError:
-    """The error that an ERROR or SESSION_ENDED frame carries."""
-    said = json.loads(payload)
-    return by_reason(said["reason"])(said["message"], retry_after_s=said.get("retry_after_s"))
-
-
-def dumps(value: Any) -> bytes:
-    """JSON bytes."""
-    return json.dumps(value).encode()
-
-
-class Socket:
-    """A rank's end: reads what has come without waiting, writes with a deadline."""
-
-    def __init__(self, sock: socket.socket, write_timeout_s: float = 30.0) -> None:
-        sock.setblocking(False)
-        self._sock = sock
-        self._pending = bytearray()
-        self._write_timeout_s = write_timeout_s
-        self.closed = False
-
-    def fileno(self) -> int:
-        """For poll."""
-        return self._sock.fileno()
-
-    def receive(self) -> list[tuple[Kind, int, bytes]]:
-        """All whole frames that have come. Sets `closed` when the other end is gone."""
-        while True:
-            try:
-                data = self._sock.recv(1 << 18)
-            except BlockingIOError:
-                break
-            except ConnectionError:
-                data = b""
-            if not data:
-                self.closed = True
-                break
-            self._pending += data
-            if len(data) < (1 << 18):
-                break
-        frames: list[tuple[Kind, int, bytes]] = []
-        at = 0
-        while len(self._pending) - at >= HEADER.size:
-            size, kind, ident = HEADER.unpack_from(self._pending, at)
-            if len(self._pending) - at - HEADER.size < size:
-                break
-            at += HEADER.size
-            frames.append((Kind(kind), ident, bytes(self._pending[at : at + size])))
-            at += size
-        if at:
-            del self._pending[:at]
-        return frames
-
-    def send(self, kind: Kind, ident: int, payload: bytes = b"") -> None:
-        """Writes one frame; a reader that is gone sets `closed`, one that is stuck past the deadline too."""
-        self.send_packed(pack(kind, ident, payload))
-
-    def send_packed(self, frame: bytes) -> None:
-        """`send` for a frame that is packed already."""
-        left = memoryview(frame)
-        deadline = time.monotonic() + self._write_timeout_s
-        while left and not self.closed:
-            try:
-                left = left[self._sock.send(left) :]
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    self.closed = True
-                select.select([], [self._sock], [], 0.1)
-            except ConnectionError:
-                self.closed = True
-
-    def close(self) -> None:
-        """Closes the socket."""
-        self.closed = True
-        with contextlib.suppress(OSError):
-            self._sock.close()
+def error_of(failure: worker_pb2.Failure) -> StagemeshError:
+    """The error that a rank met."""
+    retry_after_s = failure.retry_after_s if failure.HasField("retry_after_s") else None
+    return by_reason(failure.reason)(failure.message, retry_after_s=retry_after_s)

@@ -1,106 +1,136 @@
-"""What an agent tells a rank process at its start."""
+"""What an agent tells a rank process at its start, and the descriptors that it hands over."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import ValidationError
+
+from stagemesh.errors import ConfigError, InternalError
+from stagemesh.processes.frames import parse
+from stagemesh.protos.v1 import worker_pb2
 from stagemesh.settings.stage import StageSettings
 
 
 @dataclass(frozen=True)
 class RankConfig:
-    """One rank's identity, descriptors and resources; travels as JSON."""
+    """Who a rank is, and the settings of its worker."""
 
     label: str
     """Role in titles and logs, such as `stage 1`."""
     rank: int
-    size: int
-    parent_pid: int
-    control_fd: int
-    """Socket to the agent."""
-    order_fds: list[int]
-    """Rank 0: a socket to each other rank; others: one to rank 0."""
-    heart_fd: int
-    """Memory in which the ranks tell their agent that they go on (heartbeat.py)."""
     device: Literal["cpu", "cuda"]
-    threads: int | None
-    cpus: list[int] = field(default_factory=list)
+    settings: StageSettings
+    cpus: tuple[int, ...] = ()
     """Cores to run on; empty: any."""
-    idle_cpus: list[int] = field(default_factory=list)
+    idle_cpus: tuple[int, ...] = ()
     """Cores of others, to be used by steps beside which nothing else computes."""
-    transport: Literal["auto", "ucx", "tcp"] = "auto"
-    host: str = "127.0.0.1"
-    advertise_host: str | None = None
-    ucx_tls: str | None = None
-    net_device: str | None = None
-    kv_cache_gib: float | None = None
-    gpu_memory_utilization: float = 0.9
-    journal_gib: float = 1.0
-    exchange_fd: int | None = None
-    """Memory that the ranks of a group share (native/exchange.py)."""
-    store_fd: int | None = None
-    """File over which the ranks of a group find each other (torch.distributed.FileStore)."""
-    enforce_eager: bool = False
-    """No compiled kernels."""
-    model: str | None = None
-    """Folder of the checkpoint, where the worker was given one: what to import is known before an assignment."""
 
     @staticmethod
-    def of_worker(label: str, settings: StageSettings, device: str) -> RankConfig:
-        """What is the same for all ranks of a worker, as rank 0, without descriptors."""
-        s = settings
-        return RankConfig(
-            label=label,
-            rank=0,
-            size=s.tensor_parallel_size,
-            parent_pid=os.getpid(),
-            control_fd=-1,
-            order_fds=[],
-            heart_fd=-1,
-            device="cuda" if device == "cuda" else "cpu",
-            threads=s.threads,
-            transport=s.transport,
-            host=s.host,
-            advertise_host=s.advertise_host,
-            ucx_tls=s.ucx_tls,
-            net_device=s.net_device,
-            kv_cache_gib=s.kv_cache_gib,
-            gpu_memory_utilization=s.gpu_memory_utilization,
-            journal_gib=s.journal_gib,
-            enforce_eager=s.enforce_eager,
-            model=s.model,
-        )
+    def of_worker(label: str, settings: StageSettings, device: str) -> list[RankConfig]:
+        """Of all ranks of a worker. Raises ConfigError for a list of cores that cannot be read."""
+        kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
+        return [
+            RankConfig(label, rank, kind, settings, _cpus(settings.cpu_list, rank), _cpus(settings.idle_cpu_list, rank))
+            for rank in range(settings.tensor_parallel_size)
+        ]
+
+    @property
+    def size(self) -> int:
+        """Ranks of the worker."""
+        return self.settings.tensor_parallel_size
+
+    @property
+    def title(self) -> str:
+        """In ps and logs."""
+        return f"{self.label} rank {self.rank}"
 
     @property
     def compute_threads(self) -> int:
         """Threads that compute: as many as were asked for, else one for each core that this rank may use."""
-        return self.threads or len(self.cpus) or len(os.sched_getaffinity(0))
+        return self.settings.threads or len(self.cpus) or len(os.sched_getaffinity(0))
 
-    @property
-    def fds(self) -> list[int]:
-        """The descriptors that it is to inherit."""
-        return [
-            self.control_fd,
-            self.heart_fd,
-            *self.order_fds,
-            *(fd for fd in (self.exchange_fd, self.store_fd) if fd is not None),
-        ]
-
-    def inherit(self, fds: list[int]) -> RankConfig:
-        """The same with other numbers for `fds`, in their order."""
-        control, heart, *order = fds
-        store = order.pop() if self.store_fd is not None else None
-        exchange = order.pop() if self.exchange_fd is not None else None
-        return replace(self, control_fd=control, heart_fd=heart, order_fds=order, exchange_fd=exchange, store_fd=store)
-
-    def to_json(self) -> str:
-        """For a command line, or a zygote's socket."""
-        return json.dumps(asdict(self))
+    def pack(self) -> bytes:
+        """For `unpack`, in the rank."""
+        return worker_pb2.RankStart(
+            label=self.label,
+            rank=self.rank,
+            device=self.device,
+            cpus=self.cpus,
+            idle_cpus=self.idle_cpus,
+            settings=self.settings.model_dump_json(),
+        ).SerializeToString()
 
     @staticmethod
-    def from_json(text: str) -> RankConfig:
-        """What `to_json` made."""
-        return RankConfig(**json.loads(text))
+    def unpack(data: bytes) -> RankConfig:
+        """Raises InternalError for what `pack` has not made."""
+        said = parse(worker_pb2.RankStart, data)
+        try:
+            settings = StageSettings.model_validate_json(said.settings)
+        except ValidationError as e:
+            raise InternalError(f"the settings that a rank was started with cannot be read: {e}") from e
+        if said.rank >= settings.tensor_parallel_size:
+            raise InternalError(f"rank {said.rank} was started of a group of {settings.tensor_parallel_size}")
+        return RankConfig(
+            said.label,
+            said.rank,
+            "cuda" if said.device == "cuda" else "cpu",
+            settings,
+            tuple(said.cpus),
+            tuple(said.idle_cpus),
+        )
+
+
+@dataclass(frozen=True)
+class RankDescriptors:
+    """What a rank inherits; under numbers of its own in each process."""
+
+    control: int
+    """Socket to the agent."""
+    heartbeats: int
+    """Memory in which the ranks tell their agent what they are at (heartbeat.py)."""
+    orders: tuple[int, ...] = ()
+    """Rank 0: a socket to each other rank; others: one to rank 0."""
+    exchange: int | None = None
+    """Memory that the ranks of a group on a CPU share (native/exchange.py)."""
+    store: int | None = None
+    """File over which the ranks of a group find each other (torch.distributed.FileStore)."""
+
+    @property
+    def in_order(self) -> list[int]:
+        """For `of`, in the rank."""
+        shared = [fd for fd in (self.exchange, self.store) if fd is not None]
+        return [self.control, self.heartbeats, *shared, *self.orders]
+
+    @staticmethod
+    def of(config: RankConfig, fds: list[int]) -> RankDescriptors:
+        """Which is which. Raises InternalError where they are not as many as such a rank gets."""
+        group = config.size > 1
+        shares = group and config.device == "cpu"
+        orders = 0 if not group else config.size - 1 if config.rank == 0 else 1
+        expected = 2 + shares + group + orders
+        if len(fds) != expected:
+            raise InternalError(
+                f"{len(fds)} descriptors came for rank {config.rank} of {config.size}, {expected} are expected"
+            )
+        control, heartbeats, *rest = fds
+        exchange = rest.pop(0) if shares else None
+        store = rest.pop(0) if group else None
+        return RankDescriptors(control, heartbeats, tuple(rest), exchange, store)
+
+
+def _cpus(cpu_list: str | None, rank: int) -> tuple[int, ...]:
+    """Cores of one rank from vLLM's notation: `0-3|4-7` pins rank 0 to 0..3 and rank 1 to 4..7."""
+    if not cpu_list:
+        return ()
+    groups = cpu_list.split("|")
+    cpus: list[int] = []
+    try:
+        for part in filter(None, groups[rank % len(groups)].split(",")):
+            low, _, high = part.partition("-")
+            cpus.extend(range(int(low), int(high or low) + 1))
+    except ValueError:
+        raise ConfigError(f"cpu_list {cpu_list!r} is not of the form 0-3|4-7") from None
+    return tuple(cpus)

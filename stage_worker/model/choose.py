@@ -138,7 +138,7 @@ def native_architecture(spec: ShardSpec) -> Architecture:
     return architecture
 
 
-def preload(spec: ShardSpec) -> None:
+def import_for(spec: ShardSpec) -> None:
     """Imports what `load_shard` will need of slow things, where the model is known before an assignment."""
     if not spec.model_dir or sleeps(spec.model_dir):
         return

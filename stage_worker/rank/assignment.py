@@ -3,73 +3,38 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import torch
 
 from stagemesh.errors import InvalidRequest, StageLost, StagemeshError, Unavailable
 from stagemesh.faults import point, poison
-from stagemesh.protos.v1 import stage_pb2, types_pb2
+from stagemesh.protos.v1 import stage_pb2
 
-from ..kv.copy import PageFrames, PageReceiver, PageSender
-from ..kv.journal import Journal
-from ..kv.page_ranges import PageRanges
-from ..kv.pool import KvPool
+from ..kv.copy import PageReceiver, PageSender
 from ..links.link import LinkReceiver, LinkSender
-from ..model.choose import Shard
-from ..sampling.drafter import Drafter
+from .memory.resources import StageResources, page_share
 from .session import Session, SessionContext, Step
 
 TOKEN_CREDITS = 64
 """Frames of tokens that may be under way on a lane; the first stage takes them as they come."""
 
 
-@dataclass(frozen=True, eq=False)
-class Held:
-    """What one assignment runs on."""
-
-    shard: Shard
-    pool: KvPool
-    drafter: Drafter | None
-    ranges: PageRanges
-    journal: Journal | None
-    salt: int
-    """Of the generations of its pages: other layers' pages never look like these, though they have ranges in common."""
-
-    @property
-    def page_bytes(self) -> int:
-        """Of one page, the draft model's part included."""
-        return self.pool.bytes_per_page + (self.drafter.pool.bytes_per_page if self.drafter else 0)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of all weights, the draft model's included."""
-        return self.shard.weight_bytes + (self.drafter.shard.weight_bytes if self.drafter else 0)
-
-    def frames(self, layers: types_pb2.LayerRange) -> PageFrames:
-        """Pages of some layers, as they go to another worker. The last layer's bring the draft model's along."""
-        parts: list[tuple[KvPool, list[int]]] = [(self.pool, list(range(layers.first, layers.last)))]
-        if self.drafter is not None and layers.last == self.shard.kv_layers[-1].layer_idx + 1:
-            parts.append((self.drafter.pool, [layer.layer_idx for layer in self.drafter.pool.layers]))
-        return PageFrames(parts)
-
-
 class Assignment:
     """What one rank does for one stage of one pipeline, from Assign to Release."""
 
-    def __init__(self, request: stage_pb2.AssignRequest, held: Held, tp_rank: int) -> None:
+    def __init__(self, request: stage_pb2.AssignRequest, resources: StageResources, tp_rank: int) -> None:
         self.pipeline_id = request.key.pipeline_id
         self.epoch = request.key.epoch
         self.stage = request.stage
         self.is_first = request.stage == 0
         self.is_last = request.stage == request.num_stages - 1
         self.limits = request.limits
-        self.held = held
-        self.shard = held.shard
-        self.pool = held.pool
-        self.drafter = held.drafter
-        self.ranges = held.ranges
-        self.journal = held.journal
+        self.resources = resources
+        self.shard = resources.shard
+        self.pool = resources.pool
+        self.drafter = resources.drafter
+        self.ranges = resources.ranges
+        self.journal = resources.journal
         self.active = False
         self.sessions: dict[int, Session] = {}
         self.receiver: LinkReceiver | None = None
@@ -211,7 +176,7 @@ class Assignment:
             num_pages=grant.count,
             page_size=self.limits.page_size,
             steps_in_flight=self.limits.steps_in_flight,
-            kv_generation=grant.generation ^ self.held.salt,
+            kv_generation=grant.generation ^ self.resources.salt,
             journal=self.journal.held(grant.pages) if self.journal is not None else b"",
             copy_pages=min((copy.most_pages for copy in self.page_receivers.values()), default=0),
         )
@@ -393,8 +358,3 @@ class Assignment:
 def _ids(bits: bytes) -> list[int]:
     """The numbers of the bits that are set, the lowest first."""
     return [8 * at + bit for at, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1]
-
-
-def page_share(num_pages: int, limits: types_pb2.RunLimits) -> int:
-    """Pages that each gateway is granted on each pipeline."""
-    return num_pages // (max(1, limits.gateways) * max(1, limits.pipelines))

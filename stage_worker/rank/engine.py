@@ -15,25 +15,19 @@ import torch
 
 from stagemesh.errors import InternalError, StageLost, StagemeshError, TransportError
 from stagemesh.faults import point
-from stagemesh.protos.v1 import stage_pb2, types_pb2
+from stagemesh.protos.v1 import stage_pb2, types_pb2, worker_pb2
 from stagemesh.transport.base import Transport
 
-from ..messages.control import Kind, Socket, dumps
-from ..messages.heartbeat import Heart
-from ..sampling.guessing import follow
+from ..messages.control import Kind, failure_of
+from ..sampling.guessing import run_drafter
 from ..sampling.sampler import sample
+from ..timing import StageTiming
 from .assignment import Assignment
-from .order import Follower, Leader, TakeCall
+from .control_socket import ControlSocket
+from .heartbeat import Heartbeat
+from .order import OrderReceiver, OrderSender, TakeCall
 from .reports import Reports
 from .session import Session, Step
-
-SPIN_S = 50e-6
-IDLE_POLL_S = 0.2
-"""How long an idle rank sleeps: well within the time in which its agent wants to hear of it."""
-PAGES_POLL_S = 0.001
-"""How often pages are looked at that a thread puts where they belong."""
-LINK_POLL_S = 0.01
-"""How often links are looked at while a handshake is under way: its deadline has no descriptor."""
 
 
 class Engine:
@@ -41,14 +35,16 @@ class Engine:
 
     def __init__(
         self,
-        control: Socket,
+        control: ControlSocket,
         transports: dict[str, Transport],
-        leader: Leader | None,
-        follower: Follower | None,
-        heart: Heart,
+        orders_out: OrderSender | None,
+        orders_in: OrderReceiver | None,
+        heartbeat: Heartbeat,
+        timing: StageTiming,
     ) -> None:
         self.control = control
-        self.heart = heart
+        self.heartbeat = heartbeat
+        self.timing = timing
         self.transports = transports
         self.assignments: dict[tuple[str, int], Assignment] = {}
         """By pipeline and epoch."""
@@ -57,14 +53,14 @@ class Engine:
         """What to do with a control frame; set by the rank's commands."""
         self.background: Callable[[], bool] = lambda: False
         """Looks at what other threads do, and says whether that was news; likewise."""
-        self._leader = leader
-        self._follower = follower
-        self._held_calls: dict[int, tuple[Kind, bytes]] = {}
+        self._orders_out = orders_out
+        self._orders_in = orders_in
+        self._waiting_calls: dict[int, tuple[Kind, bytes]] = {}
         self._poll = select.poll()
         self._poll.register(control.fileno(), select.POLLIN)
         self._polled: set[int] = set()
         self._free_at = time.monotonic()
-        self._reports = Reports(control)
+        self._reports = Reports(control, timing.results_s)
         self._late_told = 0
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -80,9 +76,9 @@ class Engine:
             now = time.monotonic()
             self._reports.send_due(now)
             self._tell_late_frames()
-            self.heart.beat()
+            self.heartbeat.alive()
             if worked:
-                spin_until = now + SPIN_S
+                spin_until = now + self.timing.spin_s
             elif now > spin_until:
                 self.sleep()
 
@@ -90,11 +86,11 @@ class Engine:
         """Handles the control frames that have come."""
         frames = self.control.receive()
         for kind, ident, payload in frames:
-            if kind.is_call and self._follower is not None:
-                self._held_calls[ident] = (kind, payload)
+            if kind.is_call and self._orders_in is not None:
+                self._waiting_calls[ident] = (kind, payload)
                 continue
-            if kind.is_call and self._leader is not None:
-                self._leader.take_call(ident)
+            if kind.is_call and self._orders_out is not None:
+                self._orders_out.take_call(ident)
             self.handle(kind, ident, payload)
         return bool(frames)
 
@@ -116,7 +112,7 @@ class Engine:
         """Tells the agent how much has come over links that are over, and was dropped: frames, and ends of lanes."""
         late = sum(transport.late_count for transport in self.transports.values())
         if late > self._late_told:
-            self.control.send(Kind.LATE_FRAMES, late - self._late_told)
+            self.control.send(Kind.LATE_FRAMES, 0, worker_pb2.LateFrames(count=late - self._late_told))
             self._late_told = late
 
     def _take_pages(self, assignment: Assignment) -> bool:
@@ -124,7 +120,7 @@ class Engine:
         took = assignment.take_pages()
         for ident, index, number in took:
             copied = stage_pb2.PagesCopied(index=index, number=number)
-            self.control.send(Kind.PAGES_COPIED, ident, copied.SerializeToString())
+            self.control.send(Kind.PAGES_COPIED, ident, copied)
         return bool(took)
 
     def drive_transports(self) -> None:
@@ -133,18 +129,18 @@ class Engine:
             transport.progress()
         for assignment in self.assignments.values():
             assignment.note_completed()
-        self.heart.beat()
+        self.heartbeat.alive()
 
     def sleep(self) -> None:
         """Waits for a message or an event of a transport."""
         due_s = self._reports.due_in_s(time.monotonic())
-        timeout_s = IDLE_POLL_S if due_s is None else due_s
+        timeout_s = self.timing.idle_s if due_s is None else due_s
         if any(a.links_pending for a in self.assignments.values()):
-            timeout_s = min(timeout_s, LINK_POLL_S)
+            timeout_s = min(timeout_s, self.timing.links_look_s)
         if any(a.awaits_pages for a in self.assignments.values()):
-            timeout_s = min(timeout_s, PAGES_POLL_S)
-        if self._leader is None and self._follower is not None:
-            self._watch(self._follower.fileno())
+            timeout_s = min(timeout_s, self.timing.pages_look_s)
+        if self._orders_out is None and self._orders_in is not None:
+            self._watch(self._orders_in.fileno())
         for transport in self.transports.values():
             for fd, events in transport.fds():
                 self._watch(fd, events)
@@ -164,14 +160,14 @@ class Engine:
 
     def run_next_step(self) -> bool:
         """Runs one step, the one that has been ready longest; False when none is ready."""
-        if self._follower is not None:
-            return self._carry_out_order(self._follower)
+        if self._orders_in is not None:
+            return self._carry_out_order(self._orders_in)
         ready = min(self._ready_steps(), key=lambda entry: entry[2].arrived_at, default=None)
         if ready is None:
             return False
         assignment, session, step = ready
-        if self._leader is not None:
-            self._leader.run_step(session.ident, step.number, step.referred_tokens)
+        if self._orders_out is not None:
+            self._orders_out.run_step(session.ident, step.number, step.referred_tokens)
         self.run_step(assignment, session, step)
         return True
 
@@ -182,16 +178,16 @@ class Engine:
                 if step is not None and assignment.can_run(session, step):
                     yield assignment, session, step
 
-    def _carry_out_order(self, follower: Follower) -> bool:
+    def _carry_out_order(self, orders_in: OrderReceiver) -> bool:
         """On ranks above 0: does what rank 0 ordered, once this rank has what it needs for it."""
-        order = follower.current()
+        order = orders_in.current()
         if order is None:
             return False
         if isinstance(order, TakeCall):
-            held = self._held_calls.pop(order.call, None)
-            if held is not None:
-                follower.done()
-                self.handle(held[0], order.call, held[1])
+            waiting = self._waiting_calls.pop(order.call, None)
+            if waiting is not None:
+                orders_in.done()
+                self.handle(waiting[0], order.call, waiting[1])
                 return True
         else:
             found = self._find(order.session, order.step)
@@ -201,10 +197,10 @@ class Engine:
             if found is not None:
                 found[1].give_tokens(found[2], order.tokens)
             if found is not None and found[0].can_run(found[1], found[2]):
-                follower.done()
+                orders_in.done()
                 self.run_step(*found)
                 return True
-        follower.check_deadline()
+        orders_in.check_deadline()
         return False
 
     def _find(self, ident: int, number: int) -> tuple[Assignment, Session, Step] | None:
@@ -216,9 +212,9 @@ class Engine:
 
     def run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
         """One step of one stage."""
-        self.heart.work(step.num_tokens)
+        self.heartbeat.begin_step(step.num_tokens)
         self._run_step(assignment, session, step)
-        self.heart.rest()
+        self.heartbeat.end_step()
 
     @torch.inference_mode()
     def _run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
@@ -241,17 +237,19 @@ class Engine:
             elif certain:
                 assignment.send_tokens(session, step, certain)
         except TransportError as e:
-            if self._leader is not None or self._follower is not None:
+            if self._orders_out is not None or self._orders_in is not None:
                 raise  # The other ranks are in step with this one: only together can they stop.
             self.end_session(session, StageLost(e.message))
             return
         point("rank.after_send")
         assignment.release_input(session, step)
         point("rank.after_release")
-        guessed_s = follow(assignment.drafter, step.followed, result) if assignment.drafter is not None else 0.0
+        guessed_s = (
+            run_drafter(assignment.drafter, step.drafter_rows, result) if assignment.drafter is not None else 0.0
+        )
         ended = time.monotonic()
         point("rank.before_report")
-        if self._follower is None:
+        if self._orders_in is None:
             timing = self._timing(step, began, ended, assignment.take_wait_send_s(session))
             timing.input_complete_us, timing.output_us = int(complete_at * 1e6), int(output_at * 1e6)
             timing.draft_us = int(guessed_s * 1e6)
@@ -301,12 +299,15 @@ class Engine:
 
     def report_broken(self, assignment: Assignment, error: StagemeshError) -> None:
         """Tells the agent that a link of an active assignment broke; it ends the sessions of all ranks in one order."""
-        said = {"pipeline_id": assignment.pipeline_id, "epoch": assignment.epoch, "reason": error.message}
-        self.control.send(Kind.LINK_BROKEN, 0, dumps(said))
+        self.control.send(
+            Kind.LINK_BROKEN,
+            0,
+            worker_pb2.LinkBroken(pipeline_id=assignment.pipeline_id, epoch=assignment.epoch, reason=error.message),
+        )
 
     def end_session(self, session: Session, error: StagemeshError) -> None:
         """Fails a session from this side; the gateway learns why, and the agent has it closed on every rank."""
         if session.failed:
             return
         session.failed = True
-        self.control.send(Kind.SESSION_ENDED, session.ident, dumps({"reason": error.reason, "message": error.message}))
+        self.control.send(Kind.SESSION_ENDED, session.ident, failure_of(error))

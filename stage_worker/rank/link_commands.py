@@ -16,14 +16,12 @@ from stagemesh.transport.base import Transport
 
 from ..kv.copy import PageFrames, PageReceiver, PageSender
 from ..links.link import LinkIdentity, LinkReceiver, LinkSender, sending_rank
-from ..messages.control import Kind, pack_error
+from ..messages.control import Kind, failure_of
 from ..messages.rank_config import RankConfig
 from .assignment import Assignment
 from .engine import Engine
 
 log = logging.getLogger(__name__)
-
-LINK_TIMEOUT_S = 4.0
 
 
 @dataclass
@@ -40,7 +38,7 @@ class _Handshake:
         """Whether all have been answered, or one will not be."""
         return any(s.state in ("failed", "closed") for s in self.senders) or all(s.up for s in self.senders)
 
-    def answer(self) -> bytes:
+    def answer(self) -> stage_pb2.ConnectLinkResponse:
         """Raises what went wrong."""
         for sender in self.senders:
             if not sender.up:
@@ -48,7 +46,7 @@ class _Handshake:
         route = ", ".join(sorted({sender.route for sender in self.senders}))
         if route:
             log.info("%s goes over %s: %s", self.what, self.transport, route)
-        return stage_pb2.ConnectLinkResponse(route=route).SerializeToString()
+        return stage_pb2.ConnectLinkResponse(route=route)
 
 
 class LinkCommands:
@@ -60,51 +58,49 @@ class LinkCommands:
         engine: Engine,
         device: torch.device,
         find: Callable[[stage_pb2.PipelineKey, int], Assignment],
+        timeout_s: float,
     ) -> None:
         self.config = config
         self.engine = engine
         self.device = device
         self._find = find
+        self._timeout_s = timeout_s
         self._handshakes: list[_Handshake] = []
 
-    def offer(self, ident: int, payload: bytes) -> bytes:
+    def offer(self, ident: int, request: stage_pb2.OfferLinkRequest) -> stage_pb2.OfferLinkResponse:
         """Makes this rank's receiving end."""
         point("rank.offer_link")
-        request = stage_pb2.OfferLinkRequest.FromString(payload)
-        held = self._find(request.key, request.stage)
+        assignment = self._find(request.key, request.stage)
         if request.tokens and self.config.rank > 0:
-            return b""
+            return stage_pb2.OfferLinkResponse()
         transport = self._transport(request.transport)
         secret = secrets.token_bytes(16)
         source = 0
         if not request.tokens:
             source = sending_rank(self.config.rank, len(request.sender_addresses), self.config.size)
-        frames = held.held.frames(request.copy.layers) if request.HasField("copy") else None
+        frames = assignment.resources.frames(request.copy.layers) if request.HasField("copy") else None
         link = LinkReceiver(
             transport,
             request.sender_addresses[source],
-            self._identity(held, request.key, request.nonces[self.config.rank], secret, request.tokens, frames),
+            self._identity(assignment, request.key, request.nonces[self.config.rank], secret, request.tokens, frames),
             device="cpu" if request.tokens else self.device,
-            timeout_s=LINK_TIMEOUT_S,
+            timeout_s=self._timeout_s,
         )
         if frames is not None:
-            held.page_receivers[request.copy.index] = PageReceiver(link, frames)
+            assignment.page_receivers[request.copy.index] = PageReceiver(link, frames)
         else:
-            held.take_receiver(link, tokens=request.tokens)
-        return stage_pb2.OfferLinkResponse(
-            receiver_addresses=[transport.address()], secrets=[secret]
-        ).SerializeToString()
+            assignment.take_receiver(link, tokens=request.tokens)
+        return stage_pb2.OfferLinkResponse(receiver_addresses=[transport.address()], secrets=[secret])
 
-    def connect(self, ident: int, payload: bytes) -> bytes | None:
+    def connect(self, ident: int, request: stage_pb2.ConnectLinkRequest) -> stage_pb2.ConnectLinkResponse | None:
         """Makes this rank's sending ends; receiving ranks that read from another rank are not ours. It is answered when
         hands are shaken: other steps run meanwhile."""
         point("rank.connect_link")
-        request = stage_pb2.ConnectLinkRequest.FromString(payload)
         copies = request.HasField("copy")
         key = stage_pb2.PipelineKey(pipeline_id=request.key.pipeline_id, epoch=request.copy.from_epoch)
-        held = self._find(key if copies else request.key, request.stage)
+        assignment = self._find(key if copies else request.key, request.stage)
         transport = self._transport(request.transport)
-        frames = held.held.frames(request.copy.layers) if copies else None
+        frames = assignment.resources.frames(request.copy.layers) if copies else None
         receivers = len(request.receiver_addresses)
         mine = [r for r in range(receivers) if sending_rank(r, self.config.size, receivers) == self.config.rank]
         if request.tokens:
@@ -113,36 +109,38 @@ class LinkCommands:
             LinkSender(
                 transport,
                 request.receiver_addresses[r],
-                self._identity(held, request.key, request.nonces[r], request.secrets[r], request.tokens, frames),
-                timeout_s=LINK_TIMEOUT_S,
+                self._identity(assignment, request.key, request.nonces[r], request.secrets[r], request.tokens, frames),
+                timeout_s=self._timeout_s,
             )
             for r in mine
         ]
         if frames is not None:
             (sender,) = senders
-            held.page_senders[request.key.epoch, request.copy.index] = PageSender(sender, frames)
+            assignment.page_senders[request.key.epoch, request.copy.index] = PageSender(sender, frames)
         else:
-            held.take_senders(senders, tokens=request.tokens)
-        shaking = _Handshake(ident, senders, f"link of stage {held.stage} to {request.receiver_id}", transport.name)
-        if not shaking.over:
-            self._handshakes.append(shaking)
+            assignment.take_senders(senders, tokens=request.tokens)
+        handshake = _Handshake(
+            ident, senders, f"link of stage {assignment.stage} to {request.receiver_id}", transport.name
+        )
+        if not handshake.over:
+            self._handshakes.append(handshake)
             return None
-        return shaking.answer()
+        return handshake.answer()
 
     def poll(self) -> bool:
         """Answers for the links that stand, or will not; True when there were any."""
-        over = [shaking for shaking in self._handshakes if shaking.over]
-        for shaking in over:
-            self._handshakes.remove(shaking)
+        over = [handshake for handshake in self._handshakes if handshake.over]
+        for handshake in over:
+            self._handshakes.remove(handshake)
             try:
-                self.engine.control.send(Kind.REPLY, shaking.ident, shaking.answer())
+                self.engine.control.send(Kind.REPLY, handshake.ident, handshake.answer())
             except StagemeshError as e:
-                self.engine.control.send_packed(pack_error(shaking.ident, e))
+                self.engine.control.send(Kind.ERROR, handshake.ident, failure_of(e))
         return bool(over)
 
     @staticmethod
     def _identity(
-        held: Assignment,
+        assignment: Assignment,
         key: stage_pb2.PipelineKey,
         nonce: int,
         secret: bytes,
@@ -153,7 +151,7 @@ class LinkCommands:
             return LinkIdentity(nonce, key.epoch, secret, 1, torch.int32)
         if frames is not None:
             return LinkIdentity(nonce, key.epoch, secret, frames.page_bytes, torch.uint8)
-        return LinkIdentity(nonce, key.epoch, secret, held.shard.hidden_size, held.shard.dtype)
+        return LinkIdentity(nonce, key.epoch, secret, assignment.shard.hidden_size, assignment.shard.dtype)
 
     def _transport(self, name: str) -> Transport:
         if name not in self.engine.transports:

@@ -7,19 +7,19 @@ another rank is about to run.
 
 from __future__ import annotations
 
-import socket
-import struct
 import time
-from array import array
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from google.protobuf.message import Message
+
 from stagemesh.errors import InternalError
+from stagemesh.processes.frames import parse
+from stagemesh.protos.v1 import worker_pb2
 
-from ..messages.control import Kind, Socket
-
-STEP = struct.Struct("<Q")
-ORDER_TIMEOUT_S = 30.0
+from ..messages.control import Kind
+from .control_socket import ControlSocket
 
 
 @dataclass(frozen=True)
@@ -39,32 +39,33 @@ class TakeCall:
     call: int
 
 
-class Leader:
+class OrderSender:
     """Rank 0's side: one socket to each other rank."""
 
-    def __init__(self, sockets: list[socket.socket]) -> None:
-        self._sockets = [Socket(sock) for sock in sockets]
+    def __init__(self, sockets: Sequence[ControlSocket]) -> None:
+        self._sockets = sockets
 
     def run_step(self, session: int, step: int, tokens: list[int]) -> None:
         """Orders a step; `tokens` stand where its plan refers to results. Raises InternalError when a rank is gone."""
-        self._send(Kind.ORDER_STEP, session, STEP.pack(step) + array("i", tokens).tobytes())
+        self._send(Kind.ORDER_STEP, session, worker_pb2.StepOrder(step=step, tokens=tokens))
 
     def take_call(self, call: int) -> None:
         """Orders a call of the agent. Raises InternalError when a rank is gone."""
-        self._send(Kind.ORDER_CALL, call, b"")
+        self._send(Kind.ORDER_CALL, call)
 
-    def _send(self, kind: Kind, ident: int, payload: bytes) -> None:
+    def _send(self, kind: Kind, ident: int, message: Message | None = None) -> None:
         for rank, sock in enumerate(self._sockets, start=1):
-            sock.send(kind, ident, payload)
+            sock.send(kind, ident, message)
             if sock.closed:
                 raise InternalError(f"rank {rank} of this group is gone")
 
 
-class Follower:
+class OrderReceiver:
     """Another rank's side: orders in the order in which rank 0 gave them."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = Socket(sock)
+    def __init__(self, sock: ControlSocket, timeout_s: float) -> None:
+        self._socket = sock
+        self._timeout_s = timeout_s
         self._orders: deque[RunStep | TakeCall] = deque()
         self._current_since = 0.0
 
@@ -77,7 +78,7 @@ class Follower:
         for kind, ident, payload in self._socket.receive():
             if not self._orders:
                 self._current_since = time.monotonic()
-            self._orders.append(_run_step(ident, payload) if kind == Kind.ORDER_STEP else TakeCall(ident))
+            self._orders.append(_order(kind, ident, payload))
         if not self._orders and self._socket.closed:
             raise InternalError("rank 0 of this group is gone")
         return self._orders[0] if self._orders else None
@@ -85,7 +86,7 @@ class Follower:
     def check_deadline(self) -> None:
         """Raises InternalError when the current order cannot be carried out in time: rank 0 would wait for ever."""
         waited_s = time.monotonic() - self._current_since
-        if waited_s > ORDER_TIMEOUT_S:
+        if waited_s > self._timeout_s:
             raise InternalError(f"{self._orders[0]} was ordered {waited_s:.0f} s ago and cannot be carried out")
 
     def done(self) -> None:
@@ -94,7 +95,10 @@ class Follower:
         self._current_since = time.monotonic()
 
 
-def _run_step(session: int, payload: bytes) -> RunStep:
-    tokens = array("i")
-    tokens.frombytes(payload[STEP.size :])
-    return RunStep(session, STEP.unpack_from(payload)[0], tuple(tokens))
+def _order(kind: Kind, ident: int, payload: bytes) -> RunStep | TakeCall:
+    if kind is Kind.ORDER_CALL:
+        return TakeCall(ident)
+    if kind is not Kind.ORDER_STEP:
+        raise InternalError(f"rank 0 of this group sent {kind.name}, which is no order")
+    order = parse(worker_pb2.StepOrder, payload)
+    return RunStep(ident, order.step, tuple(order.tokens))

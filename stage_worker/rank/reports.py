@@ -10,19 +10,20 @@ import time
 
 from stagemesh.protos.v1 import stage_pb2
 
-from ..messages.control import Kind, Socket
+from ..messages.control import Kind
+from .control_socket import ControlSocket
 
 TOGETHER = 16
 """Results of one session in a message, at most."""
-WITHIN_S = 0.05
-"""How long a result may wait for others."""
 
 
 class Reports:
     """Results that were not sent yet, by session."""
 
-    def __init__(self, control: Socket) -> None:
+    def __init__(self, control: ControlSocket, within_s: float) -> None:
+        """`within_s`: how long a result may wait for others."""
         self._control = control
+        self._within_s = within_s
         self._waiting: dict[int, list[stage_pb2.StepResult]] = {}
         self._since: float | None = None
 
@@ -37,11 +38,11 @@ class Reports:
 
     def due_in_s(self, now: float) -> float | None:
         """Seconds until `send_due` has something to send; None when nothing waits."""
-        return None if self._since is None else max(0.0, self._since + WITHIN_S - now)
+        return None if self._since is None else max(0.0, self._since + self._within_s - now)
 
     def send_due(self, now: float) -> None:
         """Sends what has waited long enough."""
-        if self._since is not None and now >= self._since + WITHIN_S:
+        if self._since is not None and now >= self._since + self._within_s:
             self._since = None
             waiting, self._waiting = self._waiting, {}
             for session, results in waiting.items():
@@ -49,4 +50,4 @@ class Reports:
 
     def _send(self, session: int, results: list[stage_pb2.StepResult]) -> None:
         message = stage_pb2.RunResponse(results=stage_pb2.StepResults(results=results))
-        self._control.send(Kind.RESULT, session, message.SerializeToString())
+        self._control.send(Kind.RESULT, session, message)

@@ -20,7 +20,7 @@ from stagemesh.protos.v1 import stage_pb2
 
 from ..model.batch import StepBatch
 from ..sampling.drafter import Drafted
-from ..sampling.guessing import FollowedRow, check_guesses, followed_rows
+from ..sampling.guessing import StepRow, check_guesses, step_rows
 from ..sampling.sampler import SequenceSampler
 
 TOKENS_KEPT_STEPS = 256
@@ -76,7 +76,7 @@ class Step:
     arrived_at: float
     tokens_known_at: float = 0.0
     """When the last result that it refers to was here."""
-    followed: list[FollowedRow] = field(default_factory=list)
+    drafter_rows: list[StepRow] = field(default_factory=list)
     """Its rows as the draft model sees them, where there is one."""
     receives: bool = True
     """An activation comes over the link."""
@@ -212,7 +212,7 @@ class Session:
         if self.context.is_first:
             self._refer(plan, counts, step)
         if self.context.guesses and step.computes:
-            step.followed = followed_rows(plan, tables, self._drafted)
+            step.drafter_rows = step_rows(plan, tables, self._drafted)
         self.last_planned = plan.step
         self.steps[plan.step] = step
         return step

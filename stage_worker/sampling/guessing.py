@@ -20,7 +20,7 @@ MOST_GUESSES = 32
 
 
 @dataclass(frozen=True)
-class FollowedRow:
+class StepRow:
     """A row of a step as the draft model sees it."""
 
     sequence: int
@@ -42,9 +42,9 @@ def check_guesses(plan: stage_pb2.StepPlan) -> None:
         raise InvalidRequest(f"step {plan.step} asks for guesses behind a row that draws nothing")
 
 
-def followed_rows(
+def step_rows(
     plan: stage_pb2.StepPlan, tables: Sequence[Sequence[int]], drafted: Callable[[int, int], Drafted]
-) -> list[FollowedRow]:
+) -> list[StepRow]:
     """Every row of the plan; `drafted(sequence, start)`: what is known of a sequence, made where a row is its first."""
     wanted = dict(zip(plan.guess_rows, plan.guess_counts, strict=True))
     drafts, references = set(plan.draft_rows), set(plan.ref_rows)
@@ -54,7 +54,7 @@ def followed_rows(
     ):
         certain = 0 if i in references else 1 if i in drafts else count
         rows.append(
-            FollowedRow(
+            StepRow(
                 sequence=ident,
                 drafted=drafted(ident, start),
                 table=tables[i],
@@ -67,7 +67,7 @@ def followed_rows(
     return rows
 
 
-def follow(drafter: Drafter, rows: Sequence[FollowedRow], result: stage_pb2.StepResult) -> float:
+def run_drafter(drafter: Drafter, rows: Sequence[StepRow], result: stage_pb2.StepResult) -> float:
     """Notes what the step made known, and puts the guesses that its plan asks for into `result`.
 
     Returns the seconds that guessing took; 0 for a step with prompts, which the draft model computes in any case.

@@ -100,7 +100,7 @@ def local_mesh(listening_port: int) -> CpuSampler | None:
         pending += children.get(pid, [])
         title = _title(pid)
         if title is not None:
-            is_agent = title.startswith("stage") and not {"rank", "zygote"} & set(title.split())
+            is_agent = title.startswith("stage") and not {"rank", "forkserver"} & set(title.split())
             roles[pid] = f"{title} agent" if is_agent else title
     return CpuSampler(roles)
 

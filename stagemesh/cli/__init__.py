@@ -1,4 +1,1 @@
-"""The `stagemesh` command: its arguments, and the commands that are answered at once.
-
-What a service does belongs to the service, which is imported when its command is given: `--help` must be quick.
-"""
+"""The `stagemesh` command: what is typed, read into settings, and handed to the service or command that it names."""

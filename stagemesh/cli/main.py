@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import stagemesh
-from stagemesh import process
 from stagemesh.errors import CheckpointError, ConfigError, StagemeshError
 from stagemesh.settings.base import Base
 from stagemesh.settings.coordinator import CoordinatorSettings
@@ -68,7 +67,6 @@ def parser() -> argparse.ArgumentParser:
             add_flags(command, cls, leave_out=("model",))
         else:
             command.add_argument("--ready-fd", type=int, default=None, help=argparse.SUPPRESS)
-            command.add_argument("--parent-pid", type=int, default=None, help=argparse.SUPPRESS)
             add_flags(command, cls)
         command.add_argument("--config", metavar="FILE", help="YAML file of settings")
     bench.add_parser(commands)
@@ -81,28 +79,34 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 2 for wrong usage or settings, 1 for a failure while running."""
     namespace = parser().parse_args(argv)
-    try:
-        if namespace.command == "status":
-            from .status import show
+    return reported(namespace.command, lambda: _run(namespace))
 
-            return show(namespace.url)
-        if namespace.command == "bench":
-            return bench.run(namespace)
-        if namespace.command in operate.COMMANDS:
-            return operate.run(namespace)
-        cls, run, _ = SERVICES[namespace.command]
-        values = given(namespace, cls)
-        if namespace.command == "serve" and namespace.config and values["model"] == str(DEMO_MODEL):
-            del values["model"]
-        if getattr(namespace, "parent_pid", None) is not None:
-            process.die_with_parent(namespace.parent_pid)
-        settings = load(cls, file=namespace.config, given=values)
-        return run(settings, getattr(namespace, "ready_fd", None))
+
+def reported(command: str, run: Callable[[], int]) -> int:
+    """Runs it; its exit status. What goes wrong is said in one line on stderr."""
+    try:
+        return run()
     except StagemeshError as e:
-        print(f"stagemesh {namespace.command}: {e.message}", file=sys.stderr)
+        print(f"stagemesh {command}: {e.message}", file=sys.stderr)
         return USAGE_ERROR if isinstance(e, (ConfigError, CheckpointError)) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def _run(namespace: argparse.Namespace) -> int:
+    if namespace.command == "status":
+        from .status import show
+
+        return show(namespace.url)
+    if namespace.command == "bench":
+        return bench.run(namespace)
+    if namespace.command in operate.COMMANDS:
+        return operate.run(namespace)
+    cls, run, _ = SERVICES[namespace.command]
+    values = given(namespace, cls)
+    if namespace.command == "serve" and namespace.config and values["model"] == str(DEMO_MODEL):
+        del values["model"]
+    return run(load(cls, file=namespace.config, given=values), getattr(namespace, "ready_fd", None))
 
 
 if __name__ == "__main__":

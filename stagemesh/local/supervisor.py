@@ -21,25 +21,26 @@ from typing import Any
 
 from stagemesh import process
 from stagemesh.errors import ConfigError
+from stagemesh.processes.launcher import Launcher, LaunchTiming
+from stagemesh.processes.orphans import adopt_orphans, reap_orphans
+from stagemesh.protos.v1.processes_pb2 import Call
 from stagemesh.settings.serve import ServeSettings
 from stagemesh.settings.stage import StageSettings, device_kind
 
-from .children import Child, environment, flags
-from .forking import ForkServer
+from .children import Child
 from .plan import LOOPBACK, coordinator_settings, gateway_settings, standby_settings, worker_settings
 from .progress import Progress, banner
+from .timing import ServeTiming
 
 log = logging.getLogger(__name__)
 
-WATCH_S = 0.1
-WORKERS_STOP_S = 1.5
-HTTP_TIMEOUT_S = 2.0
+WORKER_IMPORTS = "stagemesh.stage_worker.main:preload"
 
 
 def run(settings: ServeSettings) -> int:
     """Serves until SIGTERM or Ctrl-C; returns the exit status. Raises ConfigError when the mesh cannot be built."""
     process.set_title("serve")
-    process.adopt_orphans()
+    adopt_orphans()
     # Inherited by all: they are in this session, but not in the terminal's foreground, where `stty tostop` stops who
     # writes.
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
@@ -52,13 +53,24 @@ class _Supervisor:
         self.settings = settings
         self.children: list[Child] = []
         self._gateway: Child
-        self._forkserver: ForkServer | None = None
         self._coordinator = ""
         self.stop = asyncio.Event()
         self.started_at = time.monotonic()
+        self.timing = ServeTiming().scaled(settings.time_scale)
         # On a terminal, bars and the banner tell the story; elsewhere the services' own log lines do.
         quiet = sys.stderr.isatty() and "STAGEMESH_LOG_LEVEL" not in os.environ
-        self.env = {"STAGEMESH_LOG_LEVEL": "WARNING"} if quiet else {}
+        imports = None
+        if sys.platform == "linux" and device_kind(settings.device) == "cpu":
+            like = max(worker_settings(settings, ""), key=lambda worker: worker.tensor_parallel_size)
+            imports = Call(function=WORKER_IMPORTS, argument=like.model_dump_json().encode())
+        self._forks = imports is not None
+        self.launcher = Launcher(
+            "",
+            LaunchTiming().scaled(settings.time_scale),
+            imports=imports,
+            own_groups=True,
+            env={"STAGEMESH_LOG_LEVEL": "WARNING"} if quiet else {},
+        )
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -99,10 +111,8 @@ class _Supervisor:
 
     async def _start(self, state_dir: str) -> None:
         coordinator = self._child("coordinator", "coordinator", coordinator_settings(self.settings, state_dir))
-        if sys.platform == "linux" and device_kind(self.settings.device) == "cpu":
-            # Beside the coordinator: it imports longer than any other process.
-            like = max(worker_settings(self.settings, ""), key=lambda worker: worker.tensor_parallel_size)
-            self._forkserver = ForkServer(["stage", *flags(like)], environment() | self.env)
+        # Beside the coordinator: it imports longer than any other process.
+        self.launcher.begin()
         await coordinator.start()
         coordinator.pin_ports()
         address = f"{LOOPBACK}:{coordinator.ports['port']}"
@@ -125,9 +135,7 @@ class _Supervisor:
         await self._keep(child)
 
     def _worker(self, settings: StageSettings) -> Child:
-        child = self._child("stage", f"worker {settings.worker_id}", settings)
-        child.forkserver = self._forkserver
-        return child
+        return self._child("stage", f"worker {settings.worker_id}", settings, forked=self._forks)
 
     @staticmethod
     async def _start_all(children: Sequence[Child]) -> None:
@@ -135,8 +143,8 @@ class _Supervisor:
         for child in children:
             child.pin_ports()
 
-    def _child(self, role: str, label: str, settings: Any) -> Child:
-        child = Child(role, label, settings, env=self.env)
+    def _child(self, role: str, label: str, settings: Any, *, forked: bool = False) -> Child:
+        child = Child(role, label, settings, self.launcher, self.timing, forked)
         self.children.append(child)
         return child
 
@@ -147,21 +155,14 @@ class _Supervisor:
     async def _reap(self) -> None:
         """The ranks of an agent that was killed come to this process when they die."""
         while not self.stop.is_set():
-            if self._forkserver is None or not self._forkserver.forks:
-                process.reap_orphans(self._own())
-            await asyncio.sleep(WATCH_S)
-
-    def _own(self) -> set[int]:
-        processes = [child.process for child in self.children]
-        if self._forkserver is not None:
-            processes.append(self._forkserver.process)
-        return {process.pid for process in processes if process is not None}
+            self.launcher.reap()
+            await asyncio.sleep(self.timing.watch_s)
 
     async def _keep(self, child: Child) -> None:
         while not self.stop.is_set():
             if not child.alive:
                 await child.restart()
-            await asyncio.sleep(WATCH_S)
+            await asyncio.sleep(self.timing.watch_s)
 
     # -- readiness --------------------------------------------------------------------------------------------------
 
@@ -179,7 +180,7 @@ class _Supervisor:
             while not self.stop.is_set():
                 if watching.done():
                     watching.result()
-                answer = await asyncio.to_thread(_get_json, f"{self.url}/mesh")
+                answer = await asyncio.to_thread(_get_json, f"{self.url}/mesh", self.timing.http_s)
                 if answer is not None:
                     mesh = answer
                     progress.show(mesh.get("workers", []))
@@ -191,7 +192,7 @@ class _Supervisor:
                         f"the mesh is not ready after {self.settings.start_timeout:.0f} s: "
                         f"{mesh.get('reason', 'the gateway does not answer')}"
                     )
-                await asyncio.sleep(WATCH_S)
+                await asyncio.sleep(self.timing.watch_s)
         finally:
             progress.close()
         if not self.stop.is_set():
@@ -213,20 +214,19 @@ class _Supervisor:
         self.stop.set()
         gateway = [child for child in self.children if child.role == "gateway"]
         rest = [child for child in self.children if child.role != "gateway"]
-        for children, timeout_s in ((gateway, self.settings.drain_timeout + 1.0), (rest, WORKERS_STOP_S)):
+        for children, timeout_s in ((gateway, self.settings.drain_timeout + 1.0), (rest, self.timing.end_s)):
             for child in children:
                 child.signal(signal.SIGTERM)
             await asyncio.gather(*(child.wait(timeout_s) for child in children))
         for child in self.children:
             child.kill()
-        if self._forkserver is not None:
-            self._forkserver.end()
-        process.reap_orphans(self._own(), kill=True)
+        self.launcher.stop()
+        reap_orphans((), kill=True)
 
 
-def _get_json(url: str) -> dict[str, Any] | None:
+def _get_json(url: str, timeout_s: float) -> dict[str, Any] | None:
     try:
-        with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S) as response:
+        with urllib.request.urlopen(url, timeout=timeout_s) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
     except (OSError, ValueError):

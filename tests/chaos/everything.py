@@ -145,7 +145,7 @@ class Everything:
     async def _disturb(self, until: float) -> None:
         rng = random.Random(self.seed)
         kinds = [
-            (self._kill_rank, 6), (self._kill_zygote, 1), (self._kill_agent, 3), (self._stop_rank, 2),
+            (self._kill_rank, 6), (self._kill_forkserver, 1), (self._kill_agent, 3), (self._stop_rank, 2),
             (self._stop_agent, 1), (self._kill_coordinator, 2), (self._drain, 2), (self._repartition, 3),
             (self._scale, 3),
         ]  # fmt: skip
@@ -176,9 +176,9 @@ class Everything:
             return self.mesh.agent_of(rng.choice(ranks)) if ranks else None
         return None
 
-    def _kill_zygote(self, rng: random.Random) -> bool:
-        """With it go the ranks that it has forked."""
-        found = self.mesh.named(" zygote")
+    def _kill_forkserver(self, rng: random.Random) -> bool:
+        """A worker's, or that of `serve`: what it has forked goes on."""
+        found = self.mesh.named("forkserver")
         if found:
             rng.choice(found).kill()
         return bool(found)

@@ -26,9 +26,10 @@ ROLES = {
     "agent": "stagemesh stage 1",
     "rank": "layers",
     "one of two ranks": "rank 1",
-    "zygote": "stagemesh stage 1 zygote",
+    "forkserver": "stagemesh stage 1 forkserver",
     "gateway": "stagemesh gateway",
 }
+UNNOTICED = ("coordinator", "forkserver")
 
 
 def shared_memory() -> set[str]:
@@ -39,9 +40,9 @@ def shared_memory() -> set[str]:
 
 
 def candidates(mesh: Mesh, role: str) -> list[psutil.Process]:
-    """Processes of a role, by their titles; an agent's name is also the beginning of its zygote's and ranks'."""
+    """Processes of a role, by their titles; an agent's name is also the beginning of its forkserver's and ranks'."""
     found = mesh.named(ROLES[role])
-    return [p for p in found if role != "agent" or not {"rank", "zygote"} & set(" ".join(p.cmdline()).split())]
+    return [p for p in found if role != "agent" or not {"rank", "forkserver"} & set(" ".join(p.cmdline()).split())]
 
 
 async def wait_until(what: str, check: Any, timeout_s: float) -> float:
@@ -63,14 +64,14 @@ async def kill_once(mesh: Mesh, role: str, load: Load, count: int) -> dict[str, 
     target = candidates(mesh, role)[-1]
     live, killed_at = load.live(), time.monotonic()
     target.send_signal(signal.SIGKILL)
-    if role == "coordinator":
+    if role in UNNOTICED:
         # Nobody notices: what runs goes on, and new requests are served while it is away.
         began = load.finished()
-        await wait_until("requests finish without a coordinator", lambda: load.finished() >= began + 3, 30)
+        await wait_until(f"requests finish without a {role}", lambda: load.finished() >= began + 3, 30)
         assert not [e for e in load.endings if e.error is not None and e.ended > killed_at]
-        await wait_until("the coordinator is back", lambda: len(mesh.children()) == count, BACK_S)
+        await wait_until(f"the {role} is back", lambda: len(mesh.children()) == count, BACK_S)
         back_s = time.monotonic() - killed_at
-        assert mesh.epoch() == epoch, "a coordinator's restart must not change a running pipeline"
+        assert mesh.epoch() == epoch, f"a {role}'s restart must not change a running pipeline"
     else:
         if role == "gateway":
             await wait_until("every live request ends", lambda: all(e.ended for e in live), TYPED_S)
@@ -106,7 +107,7 @@ async def kill_repeatedly(mesh: Mesh, role: str, times: int) -> list[dict[str, f
         await asyncio.wait_for(running, 60)
 
 
-IN_CI = ("coordinator", "rank", "zygote", "gateway")
+IN_CI = ("coordinator", "rank", "forkserver", "gateway")
 
 
 @pytest.mark.parametrize("role", [pytest.param(r, marks=() if r in IN_CI else pytest.mark.slow) for r in ROLES])

@@ -11,8 +11,8 @@ from tiny_models import clear_prompts, make_checkpoint
 
 from stagemesh.stage_worker.attention.base import AttentionMetadata
 from stagemesh.stage_worker.attention.cuda import attend_prefill_sdpa, make_kernels
-from stagemesh.stage_worker.attention.paged import _Kind, attend_prefill
-from stagemesh.stage_worker.attention.tables import LayerKind, difference
+from stagemesh.stage_worker.attention.decode import LayerKind, difference
+from stagemesh.stage_worker.attention.paged import AttentionKind, attend_prefill
 from stagemesh.stage_worker.model.batch import StepBatch
 from stagemesh.stage_worker.model.plain.graphs import GraphedShard
 
@@ -114,5 +114,5 @@ def test_flash_attention_over_pages_is_attention(start: int, count: int) -> None
     )
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         found = attend_prefill_sdpa(query, k_pages, v_pages, view, 0.08)
-    expected = attend_prefill(query, k_pages, v_pages, row, view, _Kind(0.08, None, None, None))
+    expected = attend_prefill(query, k_pages, v_pages, row, view, AttentionKind(0.08, None, None, None))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

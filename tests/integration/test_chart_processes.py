@@ -22,6 +22,7 @@ import chart
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from services import read_ports
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
@@ -55,10 +56,8 @@ class Running:
                 start_new_session=True,
             )
         os.close(write_fd)
-        with os.fdopen(read_fd) as pipe:
-            said = pipe.readline()  # Ends when the process does.
-        assert said, f"{self.name} did not listen:\n{self.log.read_text()}"
-        self.ports: dict[str, int] = json.loads(said)
+        self.ports = read_ports(read_fd)
+        assert self.ports, f"{self.name} did not listen:\n{self.log.read_text()}"
 
     def probe(self) -> int:
         """What the kubelet's gRPC probe would hear."""

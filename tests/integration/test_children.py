@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
+import contextlib
 import os
 import signal
 import time
@@ -14,8 +14,12 @@ import pytest
 
 from stagemesh import process
 from stagemesh.errors import ConfigError
-from stagemesh.local.children import Child, environment, flags
-from stagemesh.local.forking import ForkServer
+from stagemesh.local.children import Child
+from stagemesh.local.supervisor import WORKER_IMPORTS
+from stagemesh.local.timing import ServeTiming
+from stagemesh.processes.launcher import Launcher, LaunchTiming
+from stagemesh.processes.orphans import adopt_orphans
+from stagemesh.protos.v1.processes_pb2 import Call
 from stagemesh.settings.stage import StageSettings
 
 DEADLINE_S = 60.0
@@ -25,45 +29,53 @@ SETTINGS = StageSettings(coordinator="127.0.0.1:1", device="cpu", worker_id="tes
 @pytest.fixture(autouse=True)
 def adopting() -> Iterator[None]:
     """As `serve`, this process is the parent of its descendants' orphans."""
-    process.adopt_orphans()
+    before = adopt_orphans()
     try:
         yield
     finally:
-        ctypes.CDLL(None).prctl(process.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        adopt_orphans(before)
 
 
-def told(story: Callable[[ForkServer, Child], Awaitable[None]], settings: StageSettings = SETTINGS) -> None:
-    """Runs a story of a worker and the forkserver that it comes from; nothing of them is left behind it."""
+def told(
+    story: Callable[[Launcher, Child], Awaitable[None]],
+    settings: StageSettings = SETTINGS,
+    timing: LaunchTiming | None = None,
+) -> None:
+    """Runs a story of a worker and the launcher that it comes from; nothing of them is left behind it."""
 
     async def run() -> None:
-        forkserver = ForkServer(["stage", *flags(SETTINGS)], environment())
-        child = Child("stage", "worker test", settings, forkserver=forkserver)
+        imports = Call(function=WORKER_IMPORTS, argument=SETTINGS.model_dump_json().encode())
+        launcher = Launcher("", timing or LaunchTiming(), imports=imports, own_groups=True)
+        child = Child("stage", "worker test", settings, launcher, ServeTiming(), forked=True)
         try:
             async with asyncio.timeout(DEADLINE_S):
-                await story(forkserver, child)
+                await story(launcher, child)
         finally:
             child.kill()
-            forkserver.end()
+            launcher.stop()
         own = psutil.Process()
         deadline = time.monotonic() + DEADLINE_S
         while own.children() and time.monotonic() < deadline:
-            process.reap_orphans(())
+            launcher.reap()
             await asyncio.sleep(0.01)
         assert not own.children(), "what a worker has started ends with it"
 
     asyncio.run(run())
 
 
-async def zygote_of(child: Child) -> psutil.Process:
-    """Of a worker that is up."""
+async def named(child: Child, title: str) -> psutil.Process:
+    """A process of a worker, once it has its title."""
     assert child.process is not None
-    while not (found := psutil.Process(child.process.pid).children()):
+    while True:
+        for found in psutil.Process(child.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # As a zombie, too.
+                if title in " ".join(found.cmdline()):
+                    return found
         await asyncio.sleep(0.01)
-    return found[0]
 
 
 async def start(child: Child) -> float:
-    """Starts it, or starts it again behind a SIGKILL, until its ranks are up; seconds that took."""
+    """Starts it, or starts it again behind a SIGKILL, until its rank has its title; seconds that took."""
     began = time.monotonic()
     if child.process is None:
         await child.start()
@@ -72,24 +84,15 @@ async def start(child: Child) -> float:
         child.process.kill()
         child.process.wait()
         await child.restart()
-    while not any(map(is_rank, (await zygote_of(child)).children())):
-        await asyncio.sleep(0.01)
+    await named(child, "rank 0")
     return time.monotonic() - began
-
-
-def is_rank(found: psutil.Process) -> bool:
-    """Importing torch starts a process of its own for a moment (`ldconfig`), which has no threads."""
-    try:
-        return found.num_threads() > 1
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_a_worker_that_is_started_again_imports_nothing() -> None:
     """It is a child like any other, at its port again, and preferred, as it keeps a lease; its ranks are not."""
 
-    async def story(forkserver: ForkServer, child: Child) -> None:
-        without = Child("stage", "worker test", SETTINGS)
+    async def story(launcher: Launcher, child: Child) -> None:
+        without = Child("stage", "worker test", SETTINGS, launcher, ServeTiming())
         try:
             took_s = [await start(without), await start(child)]
         finally:
@@ -100,12 +103,13 @@ def test_a_worker_that_is_started_again_imports_nothing() -> None:
         assert took_s[2] < took_s[0] / 2
         assert child.ports == ports
         assert child.process is not None
-        agent, zygote = psutil.Process(child.process.pid), await zygote_of(child)
+        agent, forks_ranks = psutil.Process(child.process.pid), await named(child, "forkserver")
         assert agent.ppid() == os.getpid()
         assert os.getpgid(agent.pid) == agent.pid, "Ctrl-C is for `serve` alone"
         assert os.getsid(agent.pid) == os.getsid(0), "between sessions nice values count for nothing"
-        assert psutil.Process(forkserver.process.pid).num_threads() == zygote.num_threads() == 1
-        priorities = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (agent.pid, zygote.pid)]
+        assert launcher.forkserver is not None
+        assert psutil.Process(launcher.forkserver.pid).num_threads() == forks_ranks.num_threads() == 1
+        priorities = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (agent.pid, forks_ranks.pid)]
         ours = os.getpriority(os.PRIO_PROCESS, 0)
         process.prefer()
         preferred = os.getpriority(os.PRIO_PROCESS, 0)
@@ -116,14 +120,16 @@ def test_a_worker_that_is_started_again_imports_nothing() -> None:
 
 
 def test_without_the_forkserver_a_worker_goes_on_and_another_can_be_started(caplog: pytest.LogCaptureFixture) -> None:
-    async def story(forkserver: ForkServer, child: Child) -> None:
+    async def story(launcher: Launcher, child: Child) -> None:
         await start(child)
         before = child.process
-        forkserver.process.kill()
-        forkserver.process.wait()
-        zygote = await zygote_of(child)
-        zygote.children()[0].kill()
-        while not zygote.children():
+        assert launcher.forkserver is not None
+        launcher.forkserver.kill()
+        launcher.forkserver.wait()
+        launcher.reap()
+        rank = await named(child, "rank 0")
+        rank.kill()
+        while (await named(child, "rank 0")).pid == rank.pid:
             await asyncio.sleep(0.01)
         assert child.alive
         assert child.process is before
@@ -135,19 +141,20 @@ def test_without_the_forkserver_a_worker_goes_on_and_another_can_be_started(capl
     assert caplog.text.count("the forkserver is gone") == 1
 
 
-def test_a_forkserver_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stagemesh.local.forking.FIRST_S", 0.5)
-
-    async def story(forkserver: ForkServer, child: Child) -> None:
-        forkserver.process.send_signal(signal.SIGSTOP)
+def test_a_forkserver_that_hangs_is_given_up() -> None:
+    async def story(launcher: Launcher, child: Child) -> None:
+        launcher.begin()
+        hangs = launcher.forkserver
+        assert hangs is not None
+        hangs.send_signal(signal.SIGSTOP)
         await start(child)
-        assert forkserver.process.poll() == -signal.SIGKILL
+        assert hangs.poll() == -signal.SIGKILL
 
-    told(story)
+    told(story, timing=LaunchTiming(idle_s=0.5))
 
 
 def test_a_worker_that_cannot_start_says_why_and_how_it_ended(capfd: pytest.CaptureFixture[str]) -> None:
-    async def story(forkserver: ForkServer, child: Child) -> None:
+    async def story(launcher: Launcher, child: Child) -> None:
         with pytest.raises(ConfigError, match=r"did not start \(exit status 2\)"):
             await child.start()
 

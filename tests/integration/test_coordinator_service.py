@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from services import read_ports
 
 from stagemesh import rpc
 from stagemesh.errors import ConfigError, InvalidRequest, NotFound, StagemeshError, Unavailable
@@ -60,12 +61,12 @@ class Process:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         os.close(writer)
-        with os.fdopen(reader) as pipe:
-            line = pipe.readline() if ready else ""
-        if ready and not line:
+        if not ready:
+            os.close(reader)
+        elif not (ports := read_ports(reader)):
             self.stop()
             raise AssertionError(f"{arguments[0]} did not start: {log.read_text() if log else ''}")
-        self.port = int(json.loads(line)["port"]) if ready else 0
+        self.port = ports["port"] if ready else 0
 
     def stop(self, number: int = signal.SIGKILL) -> int:
         if self.popen.poll() is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -15,12 +16,17 @@ import uvloop
 
 from stagemesh import process
 from stagemesh.errors import StageLost, StagemeshError
+from stagemesh.processes.launcher import Launcher, LaunchTiming
+from stagemesh.protos.v1 import stage_pb2, worker_pb2
 from stagemesh.settings.stage import StageSettings
 from stagemesh.stage_worker.agent.rank_group import RankGroup
-from stagemesh.stage_worker.agent.rank_starter import RankStarter, make_starter
+from stagemesh.stage_worker.main import RANK, rank_launcher
 from stagemesh.stage_worker.messages.control import Kind
+from stagemesh.stage_worker.messages.rank_config import RankConfig
+from stagemesh.stage_worker.timing import StageTiming
 
 DEADLINE_S = 20.0
+TIMING = StageTiming()
 
 
 async def talk(group: RankGroup) -> None:
@@ -31,91 +37,95 @@ async def talk(group: RankGroup) -> None:
         await asyncio.sleep(0)
 
 
-def test_messages_to_a_rank_that_was_killed_end_in_a_typed_error_and_the_group_stops() -> None:
-    """Also in the moment in which the socket is closed and nobody has looked at the process yet."""
-
-    async def story() -> None:
-        settings = StageSettings(tensor_parallel_size=2, device="cpu", transport="tcp", threads=1)
-        starter = make_starter("cpu")
-        group = RankGroup(settings, "cpu", "stage test", lambda *frame: None, starter)
-        await group.start()
-        try:
-            os.kill(group._processes[1].pid, signal.SIGKILL)
-            with pytest.raises(StageLost):
-                await talk(group)
-            with pytest.raises(StageLost):
-                await group.call(Kind.ACTIVATE, b"", DEADLINE_S)
-        finally:
-            await group.stop()
-            starter.stop()
-        assert all(rank.returncode is not None for rank in group._processes)
-
-    uvloop.run(story())
-
-
-def test_what_every_rank_says_against_an_order_is_heard_of_once() -> None:
-    async def story() -> None:
-        untaken: list[object] = []
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: untaken.append(context))
-        settings = StageSettings(tensor_parallel_size=2, device="cpu", transport="tcp", threads=1)
-        starter = make_starter("cpu")
-        group = RankGroup(settings, "cpu", "stage test", lambda *frame: None, starter)
-        await group.start()
-        try:
-            with pytest.raises(StagemeshError):
-                await group.call(Kind.ACTIVATE, b"\xff", DEADLINE_S)
-            gc.collect()
-            assert not untaken
-        finally:
-            await group.stop()
-            starter.stop()
-
-    uvloop.run(story())
-
-
-def started(story: Callable[[RankStarter, Callable[[], RankGroup]], Awaitable[None]], device: str = "cpu") -> None:
-    """Runs a story of groups of one rank that one starter starts; nothing of them is left behind it."""
+def started(
+    story: Callable[[Launcher, Callable[[], RankGroup]], Awaitable[None]],
+    device: str = "cpu",
+    ranks: int = 1,
+    timing: LaunchTiming | None = None,
+    transport: str = "auto",
+) -> None:
+    """Runs a story of groups of ranks that one launcher starts; nothing of them is left behind it."""
 
     async def run() -> None:
-        settings = StageSettings(tensor_parallel_size=1, device="cpu", transport="auto", threads=1)
-        starter, groups = make_starter(device), list[RankGroup]()
+        settings = StageSettings.model_validate({"tensor_parallel_size": ranks, "transport": transport, "threads": 1})
+        configs = RankConfig.of_worker("stage test", settings, "cpu")
+        of_device = RankConfig.of_worker("stage test", settings, device)
+        launcher, groups = rank_launcher(of_device, timing or LaunchTiming()), list[RankGroup]()
 
         def make() -> RankGroup:
-            groups.append(RankGroup(settings, "cpu", "stage test", lambda *frame: None, starter))
+            groups.append(RankGroup(configs, RANK, lambda *frame: None, launcher, TIMING))
             return groups[-1]
 
         try:
             async with asyncio.timeout(2 * DEADLINE_S):
-                await story(starter, make)
+                await story(launcher, make)
         finally:
             for group in groups:
                 await group.stop()
-            starter.stop()
+            launcher.stop()
         assert not psutil.Process().children(), "whoever starts a process reaps it"
+        assert all(rank.returncode is not None for group in groups for rank in group.processes)
 
     uvloop.run(run())
 
 
-async def forked(group: RankGroup) -> tuple[psutil.Process, psutil.Process]:
-    """Starts a group; its rank, and the zygote that has forked it."""
+async def rank_of(group: RankGroup) -> psutil.Process:
+    """Starts a group; its rank."""
     await group.start()
-    rank = psutil.Process(group._processes[0].pid)
-    zygote = rank.parent()
-    assert zygote is not None
-    return rank, zygote
+    return psutil.Process(group.processes[0].pid)
+
+
+def forkserver_of(launcher: Launcher) -> psutil.Process:
+    """From which ranks are forked."""
+    assert launcher.forkserver is not None
+    return psutil.Process(launcher.forkserver.pid)
+
+
+def test_messages_to_a_rank_that_was_killed_end_in_a_typed_error_and_the_group_stops() -> None:
+    """Also in the moment in which the socket is closed and nobody has looked at the process yet."""
+
+    async def story(launcher: Launcher, make: Callable[[], RankGroup]) -> None:
+        group = make()
+        await group.start()
+        group.processes[1].kill()
+        with pytest.raises(StageLost):
+            await talk(group)
+        with pytest.raises(StageLost):
+            await group.call(Kind.ACTIVATE, stage_pb2.ActivateRequest(), stage_pb2.ActivateResponse, DEADLINE_S)
+
+    started(story, ranks=2, transport="tcp")
+
+
+def test_what_every_rank_says_against_an_order_is_heard_of_once() -> None:
+    async def story(launcher: Launcher, make: Callable[[], RankGroup]) -> None:
+        untaken: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: untaken.append(context))
+        group = make()
+        await group.start()
+        with pytest.raises(StagemeshError, match="does not hold stage"):
+            await group.call(Kind.ACTIVATE, stage_pb2.ActivateRequest(), stage_pb2.ActivateResponse, DEADLINE_S)
+        # As its request, an order that cannot be read is refused; the rank goes on.
+        unreadable = worker_pb2.RankStart(label="\x7f")
+        with pytest.raises(StagemeshError, match="cannot be read as ActivateRequest"):
+            await group.call(Kind.ACTIVATE, unreadable, stage_pb2.ActivateResponse, DEADLINE_S)
+        gc.collect()
+        assert not untaken
+        assert not group.lost.done()
+
+    started(story, ranks=2, transport="tcp")
 
 
 def test_a_rank_that_is_started_again_need_not_import_what_the_first_did() -> None:
-    async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
+    async def story(launcher: Launcher, make: Callable[[], RankGroup]) -> None:
         took_s = []
         parents = set()
         for how in (signal.SIGKILL, signal.SIGABRT, signal.SIGKILL):
             group, began = make(), time.monotonic()
-            rank, zygote = await forked(group)
+            rank = await rank_of(group)
             took_s.append(time.monotonic() - began)
             # A fork copies the thread that forks, and nothing that others do.
-            assert zygote.num_threads() == 1
-            parents.add(zygote.pid)
+            assert forkserver_of(launcher).num_threads() == 1
+            parents.add(forkserver_of(launcher).pid)
             rank.send_signal(how)
             assert how.name in await group.lost
             await group.stop()
@@ -126,51 +136,52 @@ def test_a_rank_that_is_started_again_need_not_import_what_the_first_did() -> No
     started(story)
 
 
-def test_ranks_end_with_their_zygote_and_the_next_ones_have_another() -> None:
-    async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
+def test_ranks_go_on_without_their_forkserver_and_the_next_ones_have_another() -> None:
+    async def story(launcher: Launcher, make: Callable[[], RankGroup]) -> None:
         group = make()
-        rank, zygote = await forked(group)
-        zygote.kill()
+        rank = await rank_of(group)
+        first = forkserver_of(launcher)
+        first.kill()
+        while launcher.forkserver is None or launcher.forkserver.pid == first.pid:
+            await asyncio.sleep(0.01)
+        assert not group.lost.done()
+        rank.kill()
         assert "SIGKILL" in await group.lost
-        assert psutil.wait_procs([rank], timeout=5)[1] == [], "it ends with its parent"
         await group.stop()
-        again = make()
-        await again.start()
-        assert psutil.Process(again._processes[0].pid).parent() != zygote
+        await make().start()
+        assert forkserver_of(launcher) != first
 
     started(story)
 
 
-def test_a_zygote_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stagemesh.stage_worker.agent.rank_starter.NEXT_S", 0.5)
-
-    async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
+def test_a_forkserver_that_hangs_is_given_up() -> None:
+    async def story(launcher: Launcher, make: Callable[[], RankGroup]) -> None:
         group = make()
-        rank, zygote = await forked(group)
-        zygote.send_signal(signal.SIGSTOP)
+        rank, forkserver = await rank_of(group), forkserver_of(launcher)
+        forkserver.send_signal(signal.SIGSTOP)
         rank.kill()
         await group.lost
         await group.stop()
         began = time.monotonic()
-        with pytest.raises(StageLost, match=r"forked no rank within 0\.5 s"):
+        with pytest.raises(StageLost, match="stage test forkserver forked no child, and does not go on"):
             await make().start()
         assert time.monotonic() - began < DEADLINE_S
-        assert not psutil.pid_exists(zygote.pid)
+        assert not psutil.pid_exists(forkserver.pid)
         again = make()
         await again.start()
-        assert psutil.Process(again._processes[0].pid).parent() != zygote
+        assert forkserver_of(launcher) != forkserver
 
-    started(story)
+    started(story, timing=LaunchTiming(idle_s=0.5))
 
 
-def test_a_zygote_that_is_killed_while_it_imports_is_the_loss_of_a_group_like_any_other() -> None:
-    async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
+def test_a_forkserver_that_is_killed_while_it_imports_is_the_loss_of_a_group_like_any_other() -> None:
+    async def story(launcher: Launcher, make: Callable[[], RankGroup]) -> None:
         files = len(os.listdir("/proc/self/fd"))
         group = make()
         starting = asyncio.create_task(group.start())
-        while not (children := psutil.Process().children()):
+        while launcher.forkserver is None:
             await asyncio.sleep(0)
-        children[0].kill()
+        forkserver_of(launcher).kill()
         with pytest.raises(StageLost, match="was killed by SIGKILL"):
             await starting
         await group.stop()
@@ -184,14 +195,16 @@ def test_a_zygote_that_is_killed_while_it_imports_is_the_loss_of_a_group_like_an
 def test_a_start_that_is_called_off_leaves_no_error_that_nobody_took() -> None:
     """SIGTERM while the ranks are on their way up."""
 
-    async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
+    async def story(launcher: Launcher, make: Callable[[], RankGroup]) -> None:
         untaken: list[object] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: untaken.append(context))
         group = make()
         starting = asyncio.create_task(group.start())
-        while not group._calls:
+        while not group.processes:
             await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not group.up
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
@@ -209,19 +222,21 @@ def test_an_agent_that_is_not_preferred_leaves_its_children_as_they_are(monkeypa
     def refuse(*_: int) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(os, "setpriority", refuse)
-    monkeypatch.setattr(process, "_nice_before", None)
     before = os.getpriority(os.PRIO_PROCESS, 0)
-    process.prefer()
-    process.not_prefer(os.getpid())
-    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "setpriority", refuse)
+        launcher = Launcher("test", LaunchTiming())
+        process.prefer()
+        child = launcher.spawn("time:sleep", b"", [])
+    assert os.getpriority(os.PRIO_PROCESS, 0) == os.getpriority(os.PRIO_PROCESS, child.pid) == before
+    child.kill()
+    child.wait(DEADLINE_S)
 
 
 def test_on_cuda_devices_each_rank_is_an_interpreter_of_its_own() -> None:
-    async def story(starter: RankStarter, make: Callable[[], RankGroup]) -> None:
-        group = make()
-        await group.start()
-        assert psutil.Process(group._processes[0].pid).parent() == psutil.Process()
+    async def story(launcher: Launcher, make: Callable[[], RankGroup]) -> None:
+        await make().start()
+        assert launcher.forkserver is None
 
     started(story, device="cuda")
 
@@ -231,30 +246,28 @@ def priorities(pid: int) -> set[int]:
     return {os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
 
 
-def test_neither_the_zygote_nor_ranks_are_preferred_as_their_agent_is() -> None:
-    async def story() -> None:
-        settings = StageSettings(tensor_parallel_size=2, device="cpu", transport="auto", threads=2)
-        starter = make_starter("cpu")
-        group = RankGroup(settings, "cpu", "stage test", lambda *frame: None, starter)
+def test_neither_the_forkserver_nor_ranks_are_preferred_as_their_agent_is() -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+
+    async def story(launcher: Launcher, make: Callable[[], RankGroup]) -> None:
+        process.prefer()
+        if os.getpriority(os.PRIO_PROCESS, 0) != process.PREFERRED_NICE:
+            pytest.skip("NOBODY IS PREFERRED HERE: this user may not raise a priority")
+        group = make()
         starting = asyncio.create_task(group.start())
         try:
             async with asyncio.timeout(DEADLINE_S):
-                while not (children := psutil.Process().children()):
+                while launcher.forkserver is None:
                     await asyncio.sleep(0)
-                (zygote,) = children
-                assert priorities(zygote.pid) == {0}
+                assert priorities(launcher.forkserver.pid) == {before}
                 await starting
-            assert [priorities(p.pid) for p in group._processes] == [{0}] * 2
+            assert [priorities(p.pid) for p in group.processes] == [{before}] * 2
         finally:
             starting.cancel()
-            await group.stop()
-            starter.stop()
+            with contextlib.suppress(asyncio.CancelledError):
+                await starting
 
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    process.prefer()
     try:
-        if os.getpriority(os.PRIO_PROCESS, 0) != process.PREFERRED_NICE:
-            pytest.skip("NOBODY IS PREFERRED HERE: this user may not raise a priority")
-        uvloop.run(story())
+        started(story, ranks=2)
     finally:
         os.setpriority(os.PRIO_PROCESS, 0, before)

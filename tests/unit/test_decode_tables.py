@@ -12,9 +12,10 @@ from stagemesh.errors import ConfigError
 from stagemesh.stage_worker.attention import cuda, tables
 from stagemesh.stage_worker.attention.base import AttentionMetadata
 from stagemesh.stage_worker.attention.cuda import CudaAttention, attend_prefill_sdpa, make_kernels
+from stagemesh.stage_worker.attention.decode import LayerKind, TorchDecode, difference
 from stagemesh.stage_worker.attention.flashinfer_decode import plan_arrays
-from stagemesh.stage_worker.attention.paged import PagedAttention, _Kind, attend_prefill
-from stagemesh.stage_worker.attention.tables import DecodeTables, LayerKind, TorchDecode, difference, pack_rows
+from stagemesh.stage_worker.attention.paged import AttentionKind, PagedAttention, attend_prefill
+from stagemesh.stage_worker.attention.tables import DecodeTables, pack_rows
 
 HEADS, KV_HEADS, K_DIM, V_DIM, PAGE, PAGES = 4, 2, 8, 6, 4, 40
 STARTS = [0, 4, 11, 38, 15]
@@ -53,7 +54,9 @@ def test_rows_of_a_table_get_what_rows_of_the_host_get(
     settings = {"scaling": 0.3, "sliding_window": window, "softcap": softcap, "sinks": sinks}
     own_k, own_v, count = k_pages.clone(), v_pages.clone(), len(STARTS)
     expected = PagedAttention().attend(query[:count], key[:count], value[:count], k_pages, v_pages, by_rows, **settings)
-    found = CudaAttention(["torch"]).attend(query, key, value, own_k, own_v, by_table.begin(), **settings)
+    found = CudaAttention(["torch"]).attend(
+        query, key, value, own_k, own_v, AttentionMetadata.of_tables(by_table), **settings
+    )
     torch.testing.assert_close(found[:count], expected, rtol=1e-4, atol=1e-5)
     assert found.isfinite().all(), "padding rows must not spread NaN"
     for own, page in ((own_k, k_pages), (own_v, v_pages)):
@@ -63,9 +66,9 @@ def test_rows_of_a_table_get_what_rows_of_the_host_get(
 def test_positions_follow_from_the_table_when_it_is_loaded_again() -> None:
     kept = DecodeTables.empty(4, 3, PAGE, "cpu")
     place = kept.packed.data_ptr()
-    assert kept.begin().positions.tolist() == [0, 0, 0, 0]
+    assert AttentionMetadata.of_tables(kept).positions.tolist() == [0, 0, 0, 0]
     kept.load(pack_rows([9, 0], [[5, 6, 7], [8]], PAGE, 4, 3), [10, 1], [[5, 6, 7], [8]])
-    assert kept.begin().positions.tolist() == [9, 0, 0, 0]
+    assert AttentionMetadata.of_tables(kept).positions.tolist() == [9, 0, 0, 0]
     assert kept.packed.tolist() == [[10, 5, 6, 7], [1, 8, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert kept.packed.data_ptr() == place
 
@@ -125,7 +128,7 @@ def test_a_kernel_that_is_wrong_here_is_not_used(
     monkeypatch.setattr(cuda, "make_kernels", lambda names, device: [wrong, TorchDecode()])
     _, by_table, tensors = make_case(0.0)
     with caplog.at_level(logging.WARNING):
-        found = CudaAttention().attend(*tensors, by_table.begin(), scaling=0.3)
+        found = CudaAttention().attend(*tensors, AttentionMetadata.of_tables(by_table), scaling=0.3)
     assert found.isfinite().all()
     assert "does not go through wrong" in caplog.text
     assert said in caplog.text
@@ -146,7 +149,7 @@ def test_prompts_through_sdpa_see_all_before_them_and_nothing_after(start: int, 
     (row,), (view,) = metadata.prefill_rows, metadata.prefill_views(None)
     k_pages, v_pages = (torch.randn(PAGES, KV_HEADS, PAGE, K_DIM, generator=generator) for _ in range(2))
     query = torch.randn(count, HEADS, K_DIM, generator=generator)
-    expected = attend_prefill(query, k_pages, v_pages, row, view, _Kind(0.3, None, None, None))
+    expected = attend_prefill(query, k_pages, v_pages, row, view, AttentionKind(0.3, None, None, None))
     found = attend_prefill_sdpa(query, k_pages, v_pages, view, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

@@ -12,7 +12,7 @@ from tiny_models import make_checkpoint
 from stagemesh.errors import InvalidRequest
 from stagemesh.protos.v1 import stage_pb2
 from stagemesh.stage_worker.sampling.drafter import Drafted, Drafter
-from stagemesh.stage_worker.sampling.guessing import CATCH_UP, FollowedRow, check_guesses, follow, followed_rows
+from stagemesh.stage_worker.sampling.guessing import CATCH_UP, StepRow, check_guesses, run_drafter, step_rows
 
 PAGES = 40
 
@@ -81,7 +81,7 @@ def test_guesses_are_those_of_a_fresh_pass(model: Path, seed: int) -> None:
             room = start + len(literal) + len(new) - 1 + rng.choice((0, 1, 5))
             while len(tables[ident]) * PAGE_SIZE < room:
                 tables[ident].append(free.pop())
-            rows.append(FollowedRow(ident, state, tables[ident], start, literal, len(literal) > 1, wanted))
+            rows.append(StepRow(ident, state, tables[ident], start, literal, len(literal) > 1, wanted))
             if ends:
                 position = len(tokens)
                 tokens += new
@@ -89,7 +89,7 @@ def test_guesses_are_those_of_a_fresh_pass(model: Path, seed: int) -> None:
             if wanted:
                 expected.append((ident, wanted))
         result = result_of(drawn)
-        follow(drafter, rows, result)
+        run_drafter(drafter, rows, result)
         assert len(result.guess_counts) == len(expected)
         at = 0
         for (ident, wanted), count in zip(expected, result.guess_counts, strict=True):
@@ -105,11 +105,11 @@ def test_guesses_are_those_of_a_fresh_pass(model: Path, seed: int) -> None:
 def test_a_prefix_that_is_shared_brings_its_pages_filled(model: Path) -> None:
     afresh, drafter = Afresh(model), make_drafter(model)
     prefix, rest = [(7 * i) % 256 for i in range(2 * PAGE_SIZE)], [9, 8, 7]
-    first = FollowedRow(1, Drafted(), [5, 3], 0, prefix, True, 0)
-    follow(drafter, [first], result_of([]))
-    second = FollowedRow(2, Drafted(done=len(prefix)), [5, 3, 6], len(prefix), rest, True, 3)
+    first = StepRow(1, Drafted(), [5, 3], 0, prefix, True, 0)
+    run_drafter(drafter, [first], result_of([]))
+    second = StepRow(2, Drafted(done=len(prefix)), [5, 3, 6], len(prefix), rest, True, 3)
     result = result_of([(2, len(prefix) + len(rest), [4])])
-    follow(drafter, [second], result)
+    run_drafter(drafter, [second], result)
     assert list(result.guesses) == afresh.guess([*prefix, *rest, 4], 3)
 
 
@@ -117,24 +117,24 @@ def test_pages_that_another_one_filled_are_passed_over(model: Path) -> None:
     """A sequence that is computed again in parts: what lies between them is there, and is not to be written over."""
     afresh, drafter = Afresh(model), make_drafter(model)
     tokens = [(7 * i) % 256 for i in range(3 * PAGE_SIZE)]
-    first = FollowedRow(1, Drafted(), [5, 3, 6], 0, tokens, True, 0)
-    follow(drafter, [first], result_of([]))
+    first = StepRow(1, Drafted(), [5, 3, 6], 0, tokens, True, 0)
+    run_drafter(drafter, [first], result_of([]))
     second = Drafted()
     # Its first page is its own; the next is the other's.
-    follow(drafter, [FollowedRow(2, second, [7, 3, 2], 0, tokens[:PAGE_SIZE], True, 0)], result_of([]))
+    run_drafter(drafter, [StepRow(2, second, [7, 3, 2], 0, tokens[:PAGE_SIZE], True, 0)], result_of([]))
     rest = tokens[2 * PAGE_SIZE :]
     result = result_of([(2, len(tokens), [4])])
-    follow(drafter, [FollowedRow(2, second, [7, 3, 2, 1], 2 * PAGE_SIZE, rest, True, 3)], result)
+    run_drafter(drafter, [StepRow(2, second, [7, 3, 2, 1], 2 * PAGE_SIZE, rest, True, 3)], result)
     assert list(result.guesses) == afresh.guess([*tokens, 4], 3)
 
 
 def test_drawn_tokens_that_pile_up_are_computed_without_being_asked_for(model: Path) -> None:
     drafter, state = make_drafter(model), Drafted()
-    follow(drafter, [FollowedRow(1, state, [0], 0, [3, 5], True, 0)], result_of([(1, 2, [4])]))
+    run_drafter(drafter, [StepRow(1, state, [0], 0, [3, 5], True, 0)], result_of([(1, 2, [4])]))
     table, most = [0], 0
     for position in range(3, 300):
         table += [position // PAGE_SIZE] if position % PAGE_SIZE == 0 else []
-        follow(drafter, [FollowedRow(1, state, table, position - 1, [], False, 0)], result_of([(1, position, [9])]))
+        run_drafter(drafter, [StepRow(1, state, table, position - 1, [], False, 0)], result_of([(1, position, [9])]))
         most = max(most, len(state.behind))
     assert CATCH_UP - 1 <= most <= 2 * CATCH_UP
 
@@ -143,7 +143,7 @@ def test_a_sequence_whose_logits_fail_gets_no_guesses(model: Path) -> None:
     drafter, state = make_drafter(model), Drafted()
     result = result_of([(1, 2, [4])])
     result.failed_sequences.append(1)
-    follow(drafter, [FollowedRow(1, state, [0], 0, [3, 5], True, 2)], result)
+    run_drafter(drafter, [StepRow(1, state, [0], 0, [3, 5], True, 2)], result)
     assert list(result.guess_counts) == [0]
     assert not result.guesses
 
@@ -154,9 +154,9 @@ def plan(**settings: object) -> stage_pb2.StepPlan:
 
 
 def test_tokens_that_are_not_known_are_not_learned_from_the_plan() -> None:
-    rows = followed_rows(plan(ref_rows=[1], ref_steps=[1]), [[0], [1]], lambda ident, start: Drafted(done=start))
+    rows = step_rows(plan(ref_rows=[1], ref_steps=[1]), [[0], [1]], lambda ident, start: Drafted(done=start))
     assert [(list(row.tokens), row.is_prompt) for row in rows] == [([1, 2, 3], True), ([], False)]
-    rows = followed_rows(plan(draft_rows=[0]), [[0], [1]], lambda ident, start: Drafted(done=start))
+    rows = step_rows(plan(draft_rows=[0]), [[0], [1]], lambda ident, start: Drafted(done=start))
     assert [(list(row.tokens), row.is_prompt) for row in rows] == [([1], False), ([0], False)]
 
 

@@ -18,19 +18,20 @@ from stagemesh.stage_worker.kv.page_ranges import PageRanges
 from stagemesh.stage_worker.kv.pool import KvPool
 from stagemesh.stage_worker.model.sleeping import MODEL_TYPE, SleepShard
 from stagemesh.stage_worker.model.spec import ShardSpec
-from stagemesh.stage_worker.rank.assignment import Assignment, Held
+from stagemesh.stage_worker.rank.assignment import Assignment
+from stagemesh.stage_worker.rank.memory.resources import StageResources
 
 KEY = stage_pb2.PipelineKey(pipeline_id="p", epoch=2)
 
 
-def held(folder: Path) -> Held:
+def resources(folder: Path) -> StageResources:
     (folder / "config.json").write_text(
         json.dumps({"model_type": MODEL_TYPE, "num_hidden_layers": 1, "hidden_size": 8, "vocab_size": 100,
                     "step_seconds": 0.0})
     )  # fmt: skip
     shard = SleepShard(ShardSpec(str(folder), 0, 1, load_format="dummy"))
     pool = KvPool(shard.kv_layers, 8, 16, torch.bfloat16, "cpu")
-    return Held(shard, pool, None, PageRanges(8, itertools.count(1).__next__), None, 0)
+    return StageResources(shard, pool, None, PageRanges(8, itertools.count(1).__next__), None, 0)
 
 
 def plan(step: int) -> stage_pb2.StepPlan:
@@ -42,7 +43,7 @@ def plan(step: int) -> stage_pb2.StepPlan:
 
 def test_a_step_waits_for_what_was_announced_before_it(tmp_path: Path) -> None:
     limits = types_pb2.RunLimits(max_num_batched_tokens=16, page_size=16, steps_in_flight=2)
-    assignment = Assignment(stage_pb2.AssignRequest(key=KEY, num_stages=1, limits=limits), held(tmp_path), 0)
+    assignment = Assignment(stage_pb2.AssignRequest(key=KEY, num_stages=1, limits=limits), resources(tmp_path), 0)
     assignment.active = True
     assignment.open_session(7, stage_pb2.RunOpen(key=KEY, gateway_id="g", slot=1))
     session = assignment.sessions[7]
@@ -65,7 +66,7 @@ def test_what_a_journal_has_of_others_is_forgotten(tmp_path: Path) -> None:
     forgotten: list[int] = []
     limits = types_pb2.RunLimits(max_num_batched_tokens=16, page_size=16, steps_in_flight=2)
     journal = SimpleNamespace(forget=forgotten.extend, held=lambda pages: b"", number=5)
-    there = dataclasses.replace(held(tmp_path), journal=cast(Journal, journal))
+    there = dataclasses.replace(resources(tmp_path), journal=cast(Journal, journal))
     for epoch, new in ((2, True), (3, False)):
         key = stage_pb2.PipelineKey(pipeline_id="p", epoch=epoch)
         assignment = Assignment(stage_pb2.AssignRequest(key=key, num_stages=1, limits=limits), there, 0)
@@ -79,7 +80,7 @@ def test_pages_that_are_copied_here_were_written_elsewhere(tmp_path: Path) -> No
     forgotten: list[int] = []
     limits = types_pb2.RunLimits(max_num_batched_tokens=16, page_size=16, steps_in_flight=2)
     journal = SimpleNamespace(forget=forgotten.extend, held=lambda pages: b"", number=5)
-    there = dataclasses.replace(held(tmp_path), journal=cast(Journal, journal))
+    there = dataclasses.replace(resources(tmp_path), journal=cast(Journal, journal))
     assignment = Assignment(stage_pb2.AssignRequest(key=KEY, num_stages=1, limits=limits), there, 0)
     assignment.active = True
     receiver = SimpleNamespace(expect=lambda *a: None, most_pages=4, open_lane=lambda slot: None, link=None)

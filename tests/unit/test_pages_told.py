@@ -9,6 +9,7 @@ from stagemesh.settings.stage import StageSettings
 from stagemesh.stage_worker.agent.gateway_session import GatewaySession
 from stagemesh.stage_worker.agent.service import Agent
 from stagemesh.stage_worker.messages.control import Kind
+from stagemesh.stage_worker.timing import StageTiming
 
 
 class Ranks:
@@ -19,7 +20,7 @@ class Ranks:
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_when_the_last_rank_has_them(order: list[int]) -> None:
-    agent = Agent(StageSettings(), "w")
+    agent = Agent(StageSettings(), "w", StageTiming())
     session = agent.sessions[5] = GatewaySession(5, stage_pb2.RunOpen(), Ranks())  # type: ignore[arg-type]
     first, second = (stage_pb2.PagesCopied(index=0, number=n).SerializeToString() for n in (1, 2))
     agent.on_frame(order[0], Kind.PAGES_COPIED, 5, first)

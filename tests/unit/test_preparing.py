@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from stagemesh.protos.v1 import stage_pb2
-from stagemesh.stage_worker.rank.preparing import NICE, Preparing
-from stagemesh.stage_worker.rank.rank_memory import RankMemory
+from stagemesh.stage_worker.rank.memory.preparing import NICE, Preparing
+from stagemesh.stage_worker.rank.memory.rank_memory import RankMemory
 
 DEADLINE_S = 10.0
 
@@ -34,7 +34,7 @@ def test_a_load_gives_way_where_its_rank_serves_nothing(more: int, serves: bool)
 
     def engine() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), own)
-        preparing = Preparing(cast(RankMemory, memory), lambda *told: None, lambda *done: outcomes.append(done[2]))
+        preparing = Preparing(cast(RankMemory, memory), lambda *told: None, lambda *done: outcomes.append(done[2]), 1.0)
         preparing.start(1, stage_pb2.PrepareRequest(), serves=serves)
         deadline = time.monotonic() + DEADLINE_S
         while not outcomes and time.monotonic() < deadline:

@@ -72,7 +72,7 @@ def test_it_needs_no_transformers(folder: str) -> None:
     code = (
         "import sys; from stagemesh.stage_worker.rank import process; "
         "from stagemesh.stage_worker.model import choose, spec; "
-        f"choose.preload(spec.ShardSpec({folder!r}, 0, 1)); print('transformers' in sys.modules)"
+        f"choose.import_for(spec.ShardSpec({folder!r}, 0, 1)); print('transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == ["False"]

@@ -36,7 +36,7 @@ def test_kernels_interpreted_give_what_plain_functions_give() -> None:
 
 def main() -> int:
     """Every kind in both dtypes that the interpreter can multiply, and the rotation; 0 when all are alike."""
-    from stagemesh.stage_worker.attention.tables import LayerKind, difference
+    from stagemesh.stage_worker.attention.decode import LayerKind, difference
     from stagemesh.stage_worker.attention.triton_decode import TritonDecode, rotate
 
     bad = 0

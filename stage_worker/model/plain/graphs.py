@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stagemesh.errors import InternalError
 
+from ...attention.base import AttentionMetadata
 from ...attention.cuda import CudaAttention
 from ...attention.tables import DecodeTables, pack_rows
 from ...kv.pool import KvLayerSpec, KvPool
@@ -272,7 +273,7 @@ class _Graph:
 
     def _pass(self) -> Tensor:
         """The step as it is, over the inputs that stay."""
-        metadata = self._tables.begin()
+        metadata = AttentionMetadata.of_tables(self._tables)
         batch = StepBatch(
             [],
             metadata.counts,

@@ -12,17 +12,17 @@ import torch
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
-from ..kv.journal import Journal
-from ..kv.page_ranges import PageRanges
-from ..kv.pool import KvPool
-from ..messages.rank_config import RankConfig
-from ..model.choose import Shard, load_shard
-from ..model.parallel import TensorParallel
-from ..model.spec import ShardSpec
-from ..sampling.drafter import Drafter
-from .assignment import Held, page_share
-from .engine import Engine
-from .measure import available_memory_bytes
+from ...kv.journal import Journal
+from ...kv.page_ranges import PageRanges
+from ...kv.pool import KvPool
+from ...messages.rank_config import RankConfig
+from ...model.choose import Shard, load_shard
+from ...model.parallel import TensorParallel
+from ...model.spec import ShardSpec
+from ...sampling.drafter import Drafter
+from ..engine import Engine
+from ..measure import available_memory_bytes
+from .resources import StageResources, page_share
 
 CPU_KV_SHARE = 0.25
 
@@ -45,11 +45,11 @@ class _Wanted:
 
 
 @dataclass(frozen=True)
-class _Set:
-    """Shards, and what was made for them."""
+class _Resident:
+    """What is in memory, and as what it was wanted."""
 
     wanted: _Wanted
-    held: Held
+    resources: StageResources
 
 
 Request = stage_pb2.AssignRequest | stage_pb2.PrepareRequest
@@ -68,10 +68,10 @@ class RankMemory:
         self.engine = engine
         self.device = device
         self.parallel = parallel
-        self._sets: list[_Set] = []
+        self._residents: list[_Resident] = []
         """The newest last."""
 
-    def hold(self, request: Request, tell: Progress) -> Held:
+    def hold(self, request: Request, tell: Progress) -> StageResources:
         """Shard, pages, and on rank 0 of the last stage the draft model; `tell(done, total)` counts bytes of weights.
 
         What is in memory and fits the request stays; all that nothing runs on goes first, as both may not fit.
@@ -79,21 +79,23 @@ class RankMemory:
         Raises:
             StagemeshError: the checkpoint, the settings or the memory do not allow it.
         """
-        held = self.find(request)
-        if held is None:
-            held = self.make(request, self.load(request, tell))
-        return held
+        resources = self.find(request)
+        if resources is None:
+            resources = self.make(request, self.load(request, tell))
+        return resources
 
-    def find(self, request: Request) -> Held | None:
+    def find(self, request: Request) -> StageResources | None:
         """What is in memory and fits."""
         wanted = self._wanted(request)
-        found = next((s for s in self._sets if s.wanted == wanted and self._fits(s.held, request.limits)), None)
+        found = next(
+            (s for s in self._residents if s.wanted == wanted and self._fits(s.resources, request.limits)), None
+        )
         if found is None:
             return None
-        self._sets.remove(found)
-        self._sets.append(found)
+        self._residents.remove(found)
+        self._residents.append(found)
         self.trim()
-        return found.held
+        return found.resources
 
     def load(self, request: Request, tell: Progress) -> list[Shard]:
         """The shards that a request asks for, the draft model's behind the model's; on any thread.
@@ -103,11 +105,13 @@ class RankMemory:
         wanted = self._wanted(request)
         serving = self._serving()
         before = serving.shard if serving is not None else None
-        if before is None and self._sets and self.device.type == "cpu":
+        if before is None and self._residents and self.device.type == "cpu":
             # What nothing runs on goes, but for layers that are wanted again. On a card, its pages are in the way.
-            before = self._sets[-1].held.shard
+            before = self._residents[-1].resources.shard
         self.trim(keep_one=False)
-        drafters = [s.held.drafter.shard for s in self._sets if s.held.drafter and s.wanted.draft == wanted.draft]
+        drafters = [
+            s.resources.drafter.shard for s in self._residents if s.resources.drafter and s.wanted.draft == wanted.draft
+        ]
         shards = [load_shard(wanted.main[0], self.parallel, tell, before)]
         if wanted.draft is not None:
             shards.append(drafters[0] if drafters else load_shard(wanted.draft[0], self.parallel, tell))
@@ -115,10 +119,12 @@ class RankMemory:
             shard.on_layer = self.engine.drive_transports
         return shards
 
-    def make(self, request: Request, shards: list[Shard]) -> Held:
+    def make(self, request: Request, shards: list[Shard]) -> StageResources:
         """Pages and journal for loaded shards. Raises ConfigError when not one request would fit."""
         limits, shard = request.limits, shards[0]
-        before = self._serving() or next((held for held in self._in_use() if self._fits(held, limits)), None)
+        before = self._serving() or next(
+            (resources for resources in self._in_use() if self._fits(resources, limits)), None
+        )
         if before is not None and not self._fits(before, limits):
             raise ConfigError("the worker serves with other bounds: they cannot change beside that")
         if before is None:
@@ -127,7 +133,7 @@ class RankMemory:
             ranges = PageRanges(pages, _nonce)
         else:
             # A layer has the same pages for every assignment: a pipeline that goes from one to the other finds its own.
-            pools = [held.pool for held in self._in_use()]
+            pools = [resources.pool for resources in self._in_use()]
             self._check_room(pools, shards)
             pool = KvPool(shard.kv_layers, before.pool.num_pages, limits.page_size, shard.dtype, self.device, pools)
             ranges = before.ranges
@@ -139,29 +145,29 @@ class RankMemory:
         journal = None
         if request.layers.last < request.model.num_layers:
             boundary = request.layers.last - 1
-            same = (held for held in self._in_use() if held.shard.kv_layers[-1].layer_idx == boundary)
+            same = (resources for resources in self._in_use() if resources.shard.kv_layers[-1].layer_idx == boundary)
             other = next(same, None) if before is not None else None
             journal = other.journal if other is not None else self._make_journal(pool, shard)
-        held = Held(shard, pool, drafter, ranges, journal, _nonce())
-        self._sets.append(_Set(self._wanted(request), held))
-        return held
+        resources = StageResources(shard, pool, drafter, ranges, journal, _nonce())
+        self._residents.append(_Resident(self._wanted(request), resources))
+        return resources
 
-    def _serving(self) -> Held | None:
+    def _serving(self) -> StageResources | None:
         """What the newest assignment runs on that takes steps: further layers are made beside it."""
         active = [assignment for assignment in self.engine.assignments.values() if assignment.active]
-        return max(active, key=lambda assignment: assignment.epoch).held if active else None
+        return max(active, key=lambda assignment: assignment.epoch).resources if active else None
 
-    def _in_use(self) -> list[Held]:
+    def _in_use(self) -> list[StageResources]:
         """What assignments run on."""
-        return list({id(a.held): a.held for a in self.engine.assignments.values()}.values())
+        return list({id(a.resources): a.resources for a in self.engine.assignments.values()}.values())
 
     def trim(self, *, keep_one: bool = True) -> None:
         """Lets go of what nothing runs on, but for the newest."""
-        used = {id(assignment.held) for assignment in self.engine.assignments.values()}
-        kept = [s for s in self._sets if id(s.held) in used or (keep_one and s is self._sets[-1])]
-        if len(kept) == len(self._sets):
+        used = {id(assignment.resources) for assignment in self.engine.assignments.values()}
+        kept = [s for s in self._residents if id(s.resources) in used or (keep_one and s is self._residents[-1])]
+        if len(kept) == len(self._residents):
             return
-        self._sets = kept
+        self._residents = kept
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -176,12 +182,12 @@ class RankMemory:
         return _Wanted(main, draft)
 
     @staticmethod
-    def _fits(held: Held, limits: types_pb2.RunLimits) -> bool:
+    def _fits(resources: StageResources, limits: types_pb2.RunLimits) -> bool:
         """Whether its pages are what the bounds want; where those name no count, the one that was found room for is."""
         return (
-            held.pool.page_size == limits.page_size
-            and limits.num_pages in (0, held.pool.num_pages)
-            and page_share(held.pool.num_pages, limits) * limits.page_size >= limits.max_model_len
+            resources.pool.page_size == limits.page_size
+            and limits.num_pages in (0, resources.pool.num_pages)
+            and page_share(resources.pool.num_pages, limits) * limits.page_size >= limits.max_model_len
         )
 
     def _spec(
@@ -202,7 +208,7 @@ class RankMemory:
             page_size=limits.page_size,
             threads=self.config.compute_threads,
             idle_cores=() if whole else tuple(self.config.idle_cpus),
-            enforce_eager=self.config.enforce_eager,
+            enforce_eager=self.config.settings.enforce_eager,
         )
 
     def _num_pages(self, limits: types_pb2.RunLimits, shards: list[Shard]) -> int:
@@ -236,15 +242,15 @@ class RankMemory:
     def _make_journal(self, pool: KvPool, shard: Shard) -> Journal | None:
         """As much of it as --journal-gib allows; nothing where that is not one page."""
         page_bytes = Journal.page_bytes(pool.page_size, shard.hidden_size, shard.dtype)
-        pages = min(pool.num_pages, int(self.config.journal_gib * 2**30) // page_bytes)
+        pages = min(pool.num_pages, int(self.config.settings.journal_gib * 2**30) // page_bytes)
         return Journal(pages, pool.page_size, shard.hidden_size, shard.dtype) if pages else None
 
     def _kv_budget_bytes(self) -> int:
-        if self.config.kv_cache_gib is not None:
-            return int(self.config.kv_cache_gib * 2**30)
+        if self.config.settings.kv_cache_gib is not None:
+            return int(self.config.settings.kv_cache_gib * 2**30)
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
-            return max(0, int(total * self.config.gpu_memory_utilization) - (total - free))
+            return max(0, int(total * self.config.settings.gpu_memory_utilization) - (total - free))
         return int(available_memory_bytes() * CPU_KV_SHARE / self.config.size)
 
 

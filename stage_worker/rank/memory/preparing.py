@@ -15,12 +15,10 @@ from collections.abc import Callable
 from stagemesh.errors import Unavailable
 from stagemesh.protos.v1 import stage_pb2
 
-from ..model.choose import Shard
+from ...model.choose import Shard
 from .rank_memory import RankMemory
 
 NICE = 10
-SIGN_S = 1.0
-"""How often progress is told while all wait for it."""
 
 
 class Preparing:
@@ -31,8 +29,10 @@ class Preparing:
         memory: RankMemory,
         tell: Callable[[int, int, int], None],
         done: Callable[[int, stage_pb2.PrepareRequest, list[Shard] | BaseException], None],
+        sign_s: float,
     ) -> None:
-        self._memory, self._tell, self._done = memory, tell, done
+        """`sign_s`: how often progress is told while all wait for a load (`join`)."""
+        self._memory, self._tell, self._done, self._sign_s = memory, tell, done, sign_s
         self._thread: threading.Thread | None = None
         self._ident = 0
         self._request = stage_pb2.PrepareRequest()
@@ -82,5 +82,5 @@ class Preparing:
             with contextlib.suppress(PermissionError, ProcessLookupError):
                 os.setpriority(os.PRIO_PROCESS, self._thread.native_id or 0, 0)
             while self._thread is not None:
-                self._thread.join(SIGN_S)
+                self._thread.join(self._sign_s)
                 self.poll()

@@ -1,0 +1,79 @@
+from stagemesh.protos.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class RankStart(_message.Message):
+    __slots__ = ("label", "rank", "device", "cpus", "idle_cpus", "settings")
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    CPUS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_CPUS_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    label: str
+    rank: int
+    device: str
+    cpus: _containers.RepeatedScalarFieldContainer[int]
+    idle_cpus: _containers.RepeatedScalarFieldContainer[int]
+    settings: str
+    def __init__(self, label: _Optional[str] = ..., rank: _Optional[int] = ..., device: _Optional[str] = ..., cpus: _Optional[_Iterable[int]] = ..., idle_cpus: _Optional[_Iterable[int]] = ..., settings: _Optional[str] = ...) -> None: ...
+
+class RankReady(_message.Message):
+    __slots__ = ("device", "addresses")
+    class AddressesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    device: _types_pb2.DeviceInfo
+    addresses: _containers.ScalarMap[str, bytes]
+    def __init__(self, device: _Optional[_Union[_types_pb2.DeviceInfo, _Mapping]] = ..., addresses: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("reason", "message", "retry_after_s")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    message: str
+    retry_after_s: float
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+
+class LinkBroken(_message.Message):
+    __slots__ = ("pipeline_id", "epoch", "reason")
+    PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    pipeline_id: str
+    epoch: int
+    reason: str
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class LateFrames(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...
+
+class CloseSession(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    def __init__(self, session: _Optional[int] = ...) -> None: ...
+
+class StepOrder(_message.Message):
+    __slots__ = ("step", "tokens")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -1,0 +1,86 @@
+"""How a rank says that it goes on: what it is at, and within which time it will be heard of again.
+
+The time comes from what such work was measured to take: a large prompt on a slow core is not a hang, and a decode step
+that takes half a second longer than ever is one. What was never measured may take long, as may an order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..messages.control import Kind
+from ..messages.heartbeat import Activity, Beat, Heartbeats
+from ..timing import StageTiming
+
+MARGIN = 10.0
+"""How many times longer than ever a stretch of a step may take."""
+FORGET = 0.7
+"""Of the slowest stretch of a step, for each step of its size: the first of a kind take many times as long."""
+
+
+class Heartbeat:
+    """Of one rank. A stretch is what lies between two calls, such as a layer of a step."""
+
+    def __init__(
+        self,
+        memory: Heartbeats,
+        rank: int,
+        timing: StageTiming,
+        *,
+        cuda: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.loads = False
+        """A load goes on beside steps: it may keep the interpreter's lock for a while."""
+        self._memory, self._rank, self._timing, self._clock = memory, rank, timing, clock
+        # A decode step of a new size is captured first.
+        self._alive_s = timing.alive_s + (timing.cuda_step_s if cuda else 0.0)
+        self._tokens: int | None = None
+        """Of the step under way."""
+        self._step_s = self._slowest_s = self._written_at = 0.0
+        self._stretch_s: dict[int, float] = {}
+        """Number of bits of a step's tokens -> the slowest stretch of such steps of late."""
+
+    def alive(self) -> None:
+        """This rank goes on: it is between two layers, or has nothing to do."""
+        now = self._clock()
+        allowed_s = self._alive_s + (self._timing.beside_load_s if self.loads else 0.0)
+        if self._tokens is None:
+            beat = Beat(Activity.IDLE, 0, now, allowed_s)
+        else:
+            self._slowest_s = max(self._slowest_s, now - self._written_at)
+            beat = Beat(Activity.STEP, self._tokens, now, allowed_s + self._step_s)
+        self._written_at = now
+        self._memory.write(self._rank, beat)
+
+    def begin_step(self, tokens: int) -> None:
+        """A step of so many tokens begins."""
+        self._tokens, self._step_s = tokens, self._most_s(tokens.bit_length())
+        self._written_at = self._clock()
+        self.alive()
+        self._slowest_s = 0.0
+
+    def end_step(self) -> None:
+        """The step is over."""
+        assert self._tokens is not None
+        size = self._tokens.bit_length()
+        self.alive()
+        self._stretch_s[size] = max(self._slowest_s, FORGET * self._stretch_s.get(size, 0.0))
+        self._tokens = None
+        self.alive()
+
+    def _most_s(self, size: int) -> float:
+        """What a stretch of such a step may take: measured, or in proportion to the next smaller that was."""
+        smaller = max((s for s in self._stretch_s if s <= size), default=None)
+        if smaller is None:
+            return self._timing.first_step_s
+        return MARGIN * self._stretch_s[smaller] * float(1 << (size - smaller))
+
+    def order(self, kind: Kind) -> None:
+        """An order of the agent begins."""
+        self._memory.write(self._rank, Beat(Activity.ORDER, kind, self._clock(), self._timing.order_sign_s))
+
+    def load(self) -> None:
+        """The load that an order asks for has come further: said with every tensor."""
+        self._memory.write(self._rank, Beat(Activity.LOAD, 0, self._clock(), self._timing.order_sign_s))

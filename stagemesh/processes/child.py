@@ -1,0 +1,67 @@
+"""A child process as its parent has it, however it was started: by a descriptor that names it and nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+
+UNKNOWN = 255
+"""Exit status of one that somebody else has reaped; asyncio's number for it."""
+
+
+class ChildProcess:
+    """A child of this process, until it is reaped: `poll` or `wait` has given its status."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        """The exit status, or the negative number of the signal that ended it; None while it runs."""
+        self._pidfd = os.pidfd_open(pid)
+
+    def poll(self) -> int | None:
+        """`returncode`, as it is now. Reaps the child when it has ended."""
+        if self.returncode is None:
+            try:
+                ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:
+                self.returncode = UNKNOWN
+            else:
+                if ended is not None:
+                    exited = ended.si_code == os.CLD_EXITED
+                    self.returncode = ended.si_status if exited else -ended.si_status
+            if self.returncode is not None:
+                os.close(self._pidfd)
+        return self.returncode
+
+    def wait(self, timeout_s: float | None = None) -> int | None:
+        """Waits for its end, for so many seconds; `returncode`."""
+        if self.returncode is None:
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            poll.poll(None if timeout_s is None else timeout_s * 1000)
+        return self.poll()
+
+    def send_signal(self, sig: signal.Signals) -> None:
+        """Sends a signal, if it still runs."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, sig)
+
+    def kill(self) -> None:
+        """Ends it. It is still to be waited for."""
+        self.send_signal(signal.SIGKILL)
+
+    def kill_group(self) -> None:
+        """Ends it and all that is in its process group, where it leads one."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+
+def how_it_ended(status: int | None) -> str:
+    """An exit status in words."""
+    if status is not None and status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with status {status}"

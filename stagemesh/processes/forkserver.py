@@ -1,0 +1,99 @@
+"""`python -m stagemesh.processes.forkserver FD PARENT_PID TITLE`: a child that is told by its socket what to run.
+
+It becomes the call that it is sent, or imports once and forks a process for each call. (The word is that of Python's
+multiprocessing.) What it forks is made a child of its own parent, which waits for it and ends it like one that it
+started itself: nothing depends on this process any more.
+
+It starts no thread and opens nothing, since a fork copies the thread that forks and no other.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import signal
+import socket
+import sys
+import time
+
+from stagemesh import process
+from stagemesh.errors import InternalError
+
+from .messages import Kind, Received, pack_forked, receive_call
+
+ADOPTED_LOOK_S, ADOPTED_S = 0.0005, 10.0
+"""Between two looks for another parent, and how long that is looked for."""
+
+
+def main(argv: list[str]) -> int:
+    """Runs, or forks, what it is told."""
+    with socket.socket(fileno=int(argv[1])) as parent:
+        return run(parent, int(argv[2]), argv[3])
+
+
+def run(parent: socket.socket, parent_pid: int, title: str) -> int:
+    """Takes calls from `parent` until it is gone, or this process has become one; the exit status."""
+    process.die_with_parent(parent_pid)
+    process.set_up_logging(title)
+    # What is typed into a terminal reaches the parent, too, which decides when a child ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while (received := receive_call(parent)) is not None:
+        if received.kind is Kind.RUN:
+            parent.close()
+            return _call(received)
+        if received.kind is Kind.FORK:
+            _fork(parent, parent_pid, received)
+        else:
+            process.set_title(title)
+            if status := _call(received):
+                return status
+            # A collection in a fork would otherwise touch, and so copy, every object that is imported here.
+            gc.freeze()
+        for fd in received.fds:
+            os.close(fd)
+    return 0
+
+
+def _call(received: Received) -> int:
+    module, _, name = received.call.function.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise InternalError(f"there is no function {received.call.function!r} to run: {e}") from e
+    status: int = function(received.call.argument, received.fds)
+    return status
+
+
+def _fork(parent: socket.socket, parent_pid: int, received: Received) -> None:
+    """A child whose own parent ends at once comes to the nearest ancestor that adopts orphans, which is ours."""
+    between = os.fork()
+    if between == 0:
+        process.run_and_exit(lambda: _between(parent, parent_pid, received))
+    if os.waitpid(between, 0)[1]:
+        raise InternalError("no process can be forked: see what was said above")
+
+
+def _between(parent: socket.socket, parent_pid: int, received: Received) -> int:
+    own = os.getpid()
+    if os.fork() == 0:
+        process.run_and_exit(lambda: _become(parent, parent_pid, own, received))
+    return 0
+
+
+def _become(parent: socket.socket, parent_pid: int, between: int, received: Received) -> int:
+    deadline = time.monotonic() + ADOPTED_S
+    while os.getppid() == between:
+        if time.monotonic() > deadline:
+            raise InternalError(f"process {between} has forked this one, and does not end")
+        time.sleep(ADOPTED_LOOK_S)
+    process.die_with_parent(parent_pid)
+    if received.call.own_group:
+        os.setpgid(0, 0)
+    with parent:
+        parent.send(pack_forked(os.getpid()))
+    return _call(received)
+
+
+if __name__ == "__main__":
+    process.run_and_exit(lambda: main(sys.argv))

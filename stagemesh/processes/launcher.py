@@ -1,0 +1,243 @@
+"""How a process starts its children: as new interpreters, or forked from one that has imported what they need.
+
+Importing torch and UCX takes seconds of a core, for each child anew, and a child that is started again takes them from
+those that serve. With `imports`, a launcher keeps a forkserver (forkserver.py) that has done so once, and a child is
+there in milliseconds. Either way it is a child of this process: reaped by it, ended by the kernel when it ends, and of
+no concern to the forkserver any more. docs/adr/0015 says why each rule is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from stagemesh import process
+from stagemesh.errors import ConfigError, InternalError, Unavailable
+from stagemesh.protos.v1.processes_pb2 import Call
+from stagemesh.timing import Timing
+
+from . import forkserver
+from .child import ChildProcess, how_it_ended
+from .cpu import Patience, answered
+from .messages import MAX_MESSAGE_BYTES, Kind, send_call, unpack_forked
+from .orphans import adopt_orphans, reap_orphans
+
+log = logging.getLogger(__name__)
+
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""A child imports nothing from the folder in which it is started, whatever lies there; nor do its own children."""
+
+
+@dataclass(frozen=True)
+class LaunchTiming(Timing):
+    """Times of starting. Those of a child count without the time in which it had no core."""
+
+    import_s: float = 120.0
+    """What a child may take to import what it needs and say that it is there."""
+    idle_s: float = 5.0
+    """How long a forkserver that is to answer may do nothing: neither run nor wait for a core or a disk."""
+    end_s: float = 1.0
+    """How long a forkserver that was killed, or has closed its socket, may take to end."""
+    look_s: float = 0.1
+    """Between two looks at a child that is waited for."""
+
+    def relations(self) -> Iterator[tuple[bool, str]]:
+        """See `Timing`."""
+        yield self.look_s < self.idle_s < self.import_s, "look_s < idle_s < import_s"
+
+
+@dataclass
+class _ForkServer:
+    """A child that forks others for this process."""
+
+    child: ChildProcess
+    socket: socket.socket
+    answers: bool = False
+    """It has imported what was asked for, and forked."""
+
+    def end(self, timeout_s: float) -> None:
+        """Ends it, and what it has forked that is not asked for any more."""
+        self.child.kill()
+        self.child.wait(timeout_s)
+        with self.socket, contextlib.suppress(OSError, InternalError):
+            while data := self.socket.recv(MAX_MESSAGE_BYTES):
+                unwanted = ChildProcess(unpack_forked(data))
+                unwanted.kill()
+                unwanted.wait(timeout_s)
+
+
+class Launcher:
+    """Starts children of this process until `stop`; whoever started a child ends and waits for it."""
+
+    def __init__(
+        self,
+        label: str,
+        timing: LaunchTiming,
+        *,
+        imports: Call | None = None,
+        own_groups: bool = False,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """To be made before this process is preferred (process.py): its children have the nice value of now.
+
+        Args:
+            label: role of this process in titles and messages.
+            imports: has a forkserver run this once, for what it imports. None: each child is a new interpreter.
+            own_groups: each child leads a process group, so that Ctrl-C reaches this process alone.
+            env: variables of the children beside this process's own.
+        """
+        self._title = f"{label} forkserver".strip()
+        self._timing = timing
+        self._imports = imports
+        self._own_groups = own_groups
+        self._env = dict(env or {})
+        self._nice = os.getpriority(os.PRIO_PROCESS, 0)
+        self._server: _ForkServer | None = None
+        self._one_at_a_time = asyncio.Lock()
+        self._children: list[ChildProcess] = []
+        self._adopted_before: bool | None = None
+
+    @property
+    def forkserver(self) -> ChildProcess | None:
+        """The process from which children are forked, while there is one."""
+        return self._server.child if self._server is not None else None
+
+    async def start(self, function: str, argument: bytes, fds: Sequence[int]) -> ChildProcess:
+        """A child that runs `function(argument, fds)`, named as "package.module:function", and ends with its status.
+
+        Raises:
+            Unavailable: the forkserver was killed, or does not go on. Another try starts another one.
+            ConfigError: it has ended by itself: another one would, too.
+        """
+        if self._imports is None:
+            return self.spawn(function, argument, fds)
+        async with self._one_at_a_time:
+            server = self._server or self._begin(fork_here=False)
+            try:
+                send_call(server.socket, Kind.FORK, self._call(function, argument), fds)
+                answer = asyncio.get_running_loop().sock_recv(server.socket, MAX_MESSAGE_BYTES)
+                said = await answered(answer, self._patience(server.child))
+            except TimeoutError:
+                self._end_server()
+                raise Unavailable(f"the {self._title} forked no child, and does not go on") from None
+            except OSError:
+                said = b""
+            except BaseException:
+                self._end_server()  # What it tells now would be taken for the answer to another call.
+                raise
+            if not said:
+                self._raise_why_it_ended(server)
+            server.answers = True
+            return self._own(ChildProcess(unpack_forked(said)))
+
+    def spawn(self, function: str, argument: bytes, fds: Sequence[int]) -> ChildProcess:
+        """The same child as a new interpreter."""
+        child, sock = self._new_interpreter()
+        with sock:
+            send_call(sock, Kind.RUN, self._call(function, argument), fds)
+        return child
+
+    def begin(self, *, fork_here: bool = False, close: Sequence[int] = ()) -> None:
+        """Starts the forkserver before the first child asks for it; nothing where there is to be none.
+
+        Args:
+            fork_here: this process is itself a fork that has imported everything, and runs one thread: the forkserver
+                is a fork of it.
+            close: descriptors of this process that such a fork is not to keep.
+        """
+        if self._imports is not None:
+            self._begin(fork_here=fork_here, close=close)
+
+    def reap(self) -> None:
+        """To be called now and then: reaps orphans; starts a forkserver that has died anew, if it ever forked."""
+        if self._one_at_a_time.locked():
+            return  # There may be a child that nobody knows of yet.
+        self._children = [child for child in self._children if child.poll() is None]
+        server = self._server
+        if server is not None and server.child.poll() is not None:
+            log.warning("the %s is gone: it %s", self._title, how_it_ended(server.child.returncode))
+            self._end_server()
+            if server.answers:
+                self._begin(fork_here=False)
+        reap_orphans({child.pid for child in [*self._children, self.forkserver] if child is not None})
+
+    def stop(self) -> None:
+        """Starts no more children. Those that run are ended by whoever started them, before."""
+        self._end_server()
+        if self._adopted_before is not None:
+            adopt_orphans(self._adopted_before)
+
+    # -- the forkserver ---------------------------------------------------------------------------------------------
+
+    def _begin(self, *, fork_here: bool, close: Sequence[int] = ()) -> _ForkServer:
+        assert self._imports is not None
+        if self._adopted_before is None:
+            self._adopted_before = adopt_orphans()
+        child, sock = self._fork_here(close) if fork_here else self._new_interpreter()
+        sock.setblocking(False)
+        self._server = _ForkServer(child, sock)
+        send_call(sock, Kind.IMPORT, self._imports)
+        return self._server
+
+    def _fork_here(self, close: Sequence[int]) -> tuple[ChildProcess, socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent_pid = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            for fd in close:
+                os.close(fd)
+            process.run_and_exit(lambda: forkserver.run(theirs, parent_pid, self._title))
+        theirs.close()
+        return ChildProcess(pid), ours
+
+    def _patience(self, child: ChildProcess) -> Patience:
+        timing = self._timing
+        return Patience(child.pid, total_s=timing.import_s, idle_s=timing.idle_s, look_s=timing.look_s)
+
+    def _end_server(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.end(self._timing.end_s)
+
+    def _raise_why_it_ended(self, server: _ForkServer) -> NoReturn:
+        status = server.child.wait(self._timing.end_s)
+        self._end_server()
+        if status is None or status < 0:
+            raise Unavailable(f"the {self._title} {how_it_ended(status) if status else 'closed its socket'}")
+        raise ConfigError(f"the {self._title} can fork nothing: see what was said above")
+
+    # -- new interpreters -------------------------------------------------------------------------------------------
+
+    def _new_interpreter(self) -> tuple[ChildProcess, socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            started = subprocess.Popen(
+                [sys.executable, "-m", forkserver.__name__, str(theirs.fileno()), str(os.getpid()), self._title],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                # A group, not a session: between sessions Linux shares cores alike, whatever the nice values in them
+                # (sched_autogroup), and a standby that loads would take half of a serving stage's core.
+                process_group=0 if self._own_groups else None,
+                env=os.environ | self._env | SAFE_PATH,
+            )
+        started.returncode = 0  # From here on `ChildProcess` waits for it, and Popen must not.
+        if os.getpriority(os.PRIO_PROCESS, 0) != self._nice:
+            with contextlib.suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, started.pid, self._nice)
+        return self._own(ChildProcess(started.pid)), ours
+
+    def _call(self, function: str, argument: bytes) -> Call:
+        return Call(function=function, argument=argument, own_group=self._own_groups)
+
+    def _own(self, child: ChildProcess) -> ChildProcess:
+        self._children.append(child)
+        return child
