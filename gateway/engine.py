@@ -34,8 +34,8 @@ from .drive.driver import PipelineDriver, Surroundings
 from .drive.live import LiveRequest
 from .drive.loop import Observers
 from .drive.outage import KEPT
-from .drive.reporter import Reporter
-from .drive.slot_lease import SlotLease
+from .session.reporter import Reporter
+from .session.slot_lease import SlotLease
 from .telemetry.bubbles import Bubbles
 from .telemetry.metrics import Load, Metrics
 from .telemetry.trace import Recorder
@@ -163,7 +163,8 @@ class MeshEngine:
 
     def _least_busy(self) -> PipelineDriver | None:
         """Where a request is likely to be served first, of the pipelines that serve."""
-        return min((d for d in self._drivers.values() if d.ready), key=lambda d: d.busy, default=None)
+        ready = (driver for driver in self._drivers.values() if driver.ready)
+        return min(ready, key=lambda d: d.load.running + d.load.waiting, default=None)
 
     def _make_live(self, request: GenerationRequest) -> LiveRequest:
         assert self.tokenizer is not None

@@ -20,13 +20,13 @@ from stagemesh.protos.v1 import types_pb2
 from stagemesh.settings.gateway import GatewaySettings
 
 from ..api.request import GenerationRequest, Sampling
+from ..session.reporter import Reporter
+from ..session.slot_lease import SlotLease
 from ..telemetry.metrics import Load
 from .ledger import Ledger, make_ledger
 from .live import LiveRequest
 from .loop import BatchLoop, Observers
 from .outage import Outage
-from .reporter import Reporter
-from .slot_lease import SlotLease
 from .states import TRANSITIONS, Epochs, Event, State, Wish
 from .switch import Switch, next_view
 
@@ -92,13 +92,6 @@ class PipelineDriver:
         return self.ledger is not None and self.outage.open and not (self.wish.down or self.wish.draining)
 
     @property
-    def busy(self) -> float:
-        """Choices that run and wait, as a share of those it can run at once."""
-        assert self.ledger is not None
-        scheduler = self.ledger.scheduler
-        return (len(scheduler.running) + len(scheduler.waiting)) / scheduler.max_num_seqs
-
-    @property
     def load(self) -> Load:
         """Of its scheduler."""
         if self.ledger is None:
@@ -133,9 +126,8 @@ class PipelineDriver:
     def gives_up(self) -> bool:
         """Whether what it runs is to go on elsewhere: it is down or no more, not made good soon, or had its time to
         finish."""
-        late = self.wish.draining and self._clock() > self.wish.drains_since + self._timing.finish_s
-        late |= self.outage.lasted_s > self._timing.patience_s
-        return bool(self.requests) and (self.wish.down or late)
+        finished = self.wish.draining and self._clock() > self.wish.drains_since + self._timing.finish_s
+        return bool(self.requests) and (self.wish.down or finished or self.outage.lasted_s > self._timing.patience_s)
 
     def hand_out(self, to: str) -> list[LiveRequest]:
         """All requests leave, to go on at the pipeline named `to`."""
@@ -298,12 +290,10 @@ class PipelineDriver:
             await new.close()
             raise
         except Exception as e:
-            if not isinstance(e, StagemeshError):
-                log.exception("switching failed")
+            error = e if isinstance(e, StagemeshError) else InternalError(f"{type(e).__name__}: {e}")
+            log.warning("%s is not driven at epoch %d: %s", *key, error.message, exc_info=error is not e)
             self.epochs.stayed = key
-            why = e.message if isinstance(e, StagemeshError) else f"{type(e).__name__}: {e}"
-            log.warning("%s is not driven at epoch %d: %s", *key, why)
-            self._around.reporter.moved(*key, error=why)
+            self._around.reporter.moved(*key, error=error.message)
             await new.close()
             return Event.STAYED if loop.lost is None else Event.LOST
         self.loop, self.epochs.switched, self.epochs.driven = new, key, after.epoch
@@ -345,7 +335,7 @@ class PipelineDriver:
             return False
         if view.epoch < epochs.driven:
             # No epoch emits behind a later one. A coordinator that does not know of that forms one behind it.
-            epochs.refused, epochs.refused_since, epochs.retry_at = key, 0.0, now + self._timing.again_s
+            epochs.refuse(key, now, self._timing.again_s)
             self._around.reporter.moved(view.pipeline_id, epochs.driven)
             return False
         return True
@@ -357,18 +347,15 @@ class PipelineDriver:
     def _refused(self, loop: BatchLoop, error: StagemeshError) -> None:
         """Sessions could not be opened. A link, or the way to a worker, may be gone without the coordinator knowing: it
         hears of it when that lasts."""
-        now, epochs, key = self._clock(), self.epochs, loop.key
-        if epochs.refused != key or not epochs.refused_since:
-            epochs.refused, epochs.refused_since = key, now
-        epochs.retry_at = now + max(self._timing.again_s, error.retry_after_s or 0.0)
+        again_s = max(self._timing.again_s, error.retry_after_s or 0.0)
+        lasts_s = self.epochs.refuse(loop.key, self._clock(), again_s)
         self.reason = f"{self.pipeline_id} epoch {loop.view.epoch} cannot be driven yet: {error.message}"
         log.warning("%s", self.reason)
         unreachable = loop.session.unreachable
-        in_vain = now - epochs.refused_since > self._timing.in_vain_s
-        if (unreachable or isinstance(error, TransportError)) and in_vain:
-            epochs.refused_since = 0.0
+        if (unreachable or isinstance(error, TransportError)) and lasts_s > self._timing.in_vain_s:
+            self.epochs.refused_since = self._clock()
             who = f"{', '.join(unreachable)} cannot be reached: " if unreachable else ""
-            self._around.reporter.stuck(*key, f"no session can be opened: {who}{error.message}", unreachable)
+            self._around.reporter.stuck(*loop.key, f"no session can be opened: {who}{error.message}", unreachable)
 
     async def _warm(self, loop: BatchLoop) -> None:
         """Sends a token across every stage; two, so that a decode step has run as well."""

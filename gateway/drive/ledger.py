@@ -8,7 +8,6 @@ called back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from stagemesh.protos.v1 import types_pb2
 from stagemesh.settings.gateway import GatewaySettings
@@ -17,7 +16,7 @@ from ..schedule.budget import StepCosts
 from ..schedule.copying import PageCopier
 from ..schedule.draft_model import DraftModelGuesser, GuessCosts
 from ..schedule.lookup import LookupGuesser, lookup_limits
-from ..schedule.pages import PageAllocator
+from ..schedule.pages import PageAllocator, Shape
 from ..schedule.plan import Plan
 from ..schedule.recovery import Recovery, StageKv, lost_stages
 from ..schedule.scheduler import Scheduler
@@ -26,16 +25,6 @@ from ..schedule.sequence import State
 from ..schedule.speculation import Guesser
 from ..schedule.suspects import note_deaths
 from .live import LiveRequest
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a scheduler is made for."""
-
-    pages: tuple[int, ...]
-    """Their ids."""
-    page_size: int
-    steps_in_flight: int
 
 
 class Ledger:

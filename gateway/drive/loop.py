@@ -19,16 +19,16 @@ from stagemesh.protos.v1 import stage_pb2, types_pb2
 from ..api.request import TokenLogprob
 from ..schedule.plan import Plan
 from ..schedule.sequence import State
+from ..session.messages import open_message, plan_message
+from ..session.probe import Probe
+from ..session.session import Session
+from ..session.slot_lease import SlotLease
 from ..telemetry.bubbles import Bubbles
 from ..telemetry.metrics import Metrics
 from ..telemetry.trace import Recorder
 from ..timing import GatewayTiming
 from .deadline import StepDeadline
 from .ledger import Ledger
-from .messages import open_message, plan_message
-from .probe import Probe
-from .session import Session
-from .slot_lease import SlotLease
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ class BatchLoop:
             live.started()
             if scheduler.prefix.enabled and sequence.confirmed == sequence.taken_over:
                 metrics.prefix_looked_up(sequence.length, sequence.taken_over)
-            self.session.broadcast(stage_pb2.RunRequest(open_sequence=open_message(sequence, live)))
+            self.session.broadcast(stage_pb2.RunRequest(open_sequence=open_message(sequence, live.request, live.seed)))
         message = plan_message(plan, self.view.epoch, alone=self._shares <= 1)
         self._deadline.sent(plan.step, self._observers.clock())
         self.session.broadcast(stage_pb2.RunRequest(plan=message))

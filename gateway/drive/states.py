@@ -86,6 +86,13 @@ class Epochs:
     retry_at: float = 0.0
     """... and when it is tried again."""
 
+    def refuse(self, key: Key, now: float, again_s: float) -> float:
+        """Its sessions could not be opened; for how many seconds that is so by now."""
+        if self.refused != key:
+            self.refused, self.refused_since = key, now
+        self.retry_at = now + again_s
+        return now - self.refused_since
+
 
 @dataclass
 class Wish:

@@ -18,10 +18,10 @@ from stagemesh.faults import point
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from ..schedule.copying import PageCopier
+from ..session.slot_lease import SlotLease
 from ..timing import GatewayTiming
 from .ledger import Ledger
 from .loop import BatchLoop
-from .slot_lease import SlotLease
 
 OUT = 2
 """Messages of a copy that may be under way."""

@@ -52,6 +52,23 @@ class GuessCosts:
         return max(sum(stages) / at_once, *stages)
 
 
+@dataclass
+class _Guessed:
+    """What is known of one sequence."""
+
+    chance: float | None = None
+    """That a guessed token holds; None: nothing was verified yet."""
+    asked: bool = False
+    """Guesses are on their way; they ..."""
+    pays: bool = False
+    """... pay, or are a try."""
+    tokens: tuple[int, list[int]] = (0, [])
+    """Its length when it was told, and the tokens guessed behind it."""
+
+
+NOTHING = _Guessed()
+
+
 class DraftModelGuesser:
     """What the last stage guessed, and what it shall guess."""
 
@@ -60,61 +77,64 @@ class DraftModelGuesser:
         self._num_tokens = num_tokens
         self._batches = batches
         self._costs = costs
-        self._asked: dict[Sequence, bool] = {}
-        """Whose guesses are on their way, and whether that pays or is a try."""
+        self._known: dict[Sequence, _Guessed] = {}
         self._until_try = TRY_EVERY
         """Rows that nothing is asked for, before one is tried."""
-        self._told: dict[Sequence, tuple[int, list[int]]] = {}
-        """sequence -> its length then, tokens guessed behind it."""
-        self._chances: dict[Sequence, float] = {}
         self._mean = AT_FIRST
         """What a sequence begins with: the chance over all that were verified."""
 
+    def __len__(self) -> int:
+        """Sequences that something is known of."""
+        return len(self._known)
+
+    def _chance(self, known: _Guessed) -> float:
+        return self._mean if known.chance is None else known.chance
+
     def guess(self, sequence: Sequence) -> list[int]:
         """What was guessed behind the tokens known."""
-        length, guesses = self._told.get(sequence, (0, []))
+        length, guesses = self._known.get(sequence, NOTHING).tokens
         return guesses if length == sequence.length else []
 
     def waits(self, sequence: Sequence) -> bool:
         """Guesses are on their way with the token."""
-        return sequence in self._asked
+        return self._known.get(sequence, NOTHING).asked
 
     def gathers(self, sequence: Sequence) -> bool:
         """They pay: a try holds nobody up."""
-        return self._asked.get(sequence, False)
+        known = self._known.get(sequence, NOTHING)
+        return known.asked and known.pays
 
     def ask(self, sequence: Sequence, streams: int) -> int:
         """How many tokens to guess behind the next one."""
-        chance = self._chances.get(sequence, self._mean)
-        wanted = best_count(chance, self._num_tokens, self._costs, streams, self._batches)
+        known = self._known.setdefault(sequence, _Guessed())
+        wanted = best_count(self._chance(known), self._num_tokens, self._costs, streams, self._batches)
         if wanted:
-            self._asked[sequence] = True
+            known.asked = known.pays = True
             return wanted
         self._until_try -= 1
         if self._until_try > 0:
             return 0
         self._until_try = TRY_EVERY
-        self._asked[sequence] = False
+        known.asked, known.pays = True, False
         return 1
 
     def told(self, sequence: Sequence, guesses: list[int]) -> None:
         """The answer."""
-        self._asked.pop(sequence, None)
-        self._told[sequence] = sequence.length, guesses
+        known = self._known.setdefault(sequence, _Guessed())
+        known.asked, known.tokens = False, (sequence.length, guesses)
 
     def verified(self, sequence: Sequence, guessed: int, held: int) -> None:
         """Tokens up to the first that did not hold say something of the chance; those behind it nothing."""
-        chance = self._chances.get(sequence, self._mean)
+        known = self._known.setdefault(sequence, _Guessed())
+        chance = self._chance(known)
         for i in range(min(guessed, held + 1)):
             chance += WEIGHT * ((i < held) - chance)
             self._mean += WEIGHT_OF_ALL * ((i < held) - self._mean)
-        self._chances[sequence] = chance
+        known.chance = chance
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence ended."""
-        self._asked.pop(sequence, None)
-        self._told.pop(sequence, None)
-        self._chances.pop(sequence, None)
+        self._known.pop(sequence, None)
 
 
 def best_count(chance: float, most: int, costs: GuessCosts, streams: int, batches: int) -> int:

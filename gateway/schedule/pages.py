@@ -18,6 +18,17 @@ ROOT = 0
 """The node before the first page."""
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What the stages of an epoch lend to a gateway."""
+
+    pages: tuple[int, ...]
+    """Their ids."""
+    page_size: int
+    """Tokens of one page."""
+    steps_in_flight: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Offer:
     """A page in the tree. Tokens themselves are the key, so no two prefixes are ever taken for each other."""
@@ -66,6 +77,10 @@ class PageAllocator:
     def num_free_beside(self, shared: Sequence[int]) -> int:
         """Pages that nobody holds, other than `shared`."""
         return self.num_free - sum(not self._holders[page] for page in shared)
+
+    def holders(self, page: int) -> int:
+        """How many sequences hold a page."""
+        return self._holders[page]
 
     def pages_for(self, tokens: int) -> int:
         """Pages that `tokens` positions need."""

@@ -107,22 +107,17 @@ def test_shared_code_does_not_lean_on_services() -> None:
 
 
 MOST_FILES, MOST_LINES = 12, 400
-CROWDED = {"coordinator"}
-"""Folders that are still to get rooms; each must be needed."""
 HOUSE = [*MAPPED, "benchmarks", "tools"]
 
 
 def test_every_folder_says_what_belongs_there_and_holds_a_dozen_files() -> None:
-    crowded = set()
     for folder in (path for top in HOUSE for path in [ROOT / top, *(ROOT / top).rglob("*")]):
         modules = [path for path in folder.glob("*.py") if "_pb2" not in path.name and path.name != "__init__.py"]
         if not modules or folder.name in ("helm", "tools"):
             continue
         name = str(folder.relative_to(ROOT))
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), f"{name}/__init__.py says nothing"
-        if len(modules) > MOST_FILES:
-            crowded.add(name)
-    assert crowded == CROWDED
+        assert len(modules) <= MOST_FILES, name
 
 
 def test_no_file_is_long() -> None:

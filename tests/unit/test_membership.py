@@ -107,7 +107,7 @@ def test_renewals_say_how_late_the_worker_runs_and_forget_it_again(caplog: pytes
             await server.stop(0)
 
     asyncio.run(story())
-    assert not caplog.records, "one that is registered is not silent"
+    assert not [r for r in caplog.records if r.name.startswith("stagemesh")], "one that is registered is not silent"
 
 
 async def until(holds: Callable[[], bool]) -> None:

@@ -13,11 +13,12 @@ import pytest
 
 from stagemesh.errors import InternalError, RanksDied, StageLost, StagemeshError, Unavailable
 from stagemesh.gateway.drive.driver import PipelineDriver, Surroundings
-from stagemesh.gateway.drive.ledger import Ledger, Shape
+from stagemesh.gateway.drive.ledger import Ledger
 from stagemesh.gateway.drive.loop import BatchLoop, Observers
-from stagemesh.gateway.drive.slot_lease import SlotLease
 from stagemesh.gateway.drive.states import TRANSITIONS, Event, State
+from stagemesh.gateway.schedule.pages import Shape
 from stagemesh.gateway.schedule.sequence import Sequence
+from stagemesh.gateway.session.slot_lease import SlotLease
 from stagemesh.gateway.timing import GatewayTiming
 from stagemesh.protos.v1 import types_pb2
 

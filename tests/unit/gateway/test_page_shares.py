@@ -11,13 +11,13 @@ from prefix_world import SIZE, come_back, make
 from test_pages import chunks, fill
 
 from stagemesh.errors import Unavailable
-from stagemesh.gateway.drive.ledger import Ledger, Shape
+from stagemesh.gateway.drive.ledger import Ledger
 from stagemesh.gateway.drive.loop import BatchLoop, Observers
-from stagemesh.gateway.drive.messages import page_bits
-from stagemesh.gateway.drive.slot_lease import SlotLease
-from stagemesh.gateway.schedule.pages import ROOT, PageAllocator
+from stagemesh.gateway.schedule.pages import ROOT, PageAllocator, Shape
 from stagemesh.gateway.schedule.scheduler import Scheduler
 from stagemesh.gateway.schedule.sequence import Sequence, State
+from stagemesh.gateway.session.messages import page_bits
+from stagemesh.gateway.session.slot_lease import SlotLease
 from stagemesh.gateway.timing import GatewayTiming
 from stagemesh.protos.v1 import types_pb2
 

@@ -164,7 +164,7 @@ class Story(RuleBasedStateMachine):
         assert pages.num_free == pages.num_pages - len(held)
         for sequence in self.scheduler.running:
             assert len(sequence.pages) == len(set(sequence.pages))
-        assert [held[page] for page in range(pages.num_pages)] == pages._holders
+        assert all(held[page] == pages.holders(page) for page in range(pages.num_pages))
 
     def teardown(self) -> None:
         if self.scheduler is None:

@@ -7,7 +7,8 @@ import random
 import pytest
 from prefix_world import SIZE, come_back, draw, make
 
-from stagemesh.gateway.drive.ledger import Ledger, Shape
+from stagemesh.gateway.drive.ledger import Ledger
+from stagemesh.gateway.schedule.pages import Shape
 from stagemesh.gateway.schedule.plan import Plan
 from stagemesh.gateway.schedule.recovery import Recovery, StageKv, lost_stages
 from stagemesh.gateway.schedule.scheduler import Scheduler

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stagemesh.gateway.drive.reporter import FEW, Reporter
+from stagemesh.gateway.session.reporter import FEW, Reporter
 from stagemesh.gateway.timing import GatewayTiming
 from stagemesh.protos.v1 import coordinator_pb2
 

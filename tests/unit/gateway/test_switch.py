@@ -11,11 +11,12 @@ import pytest
 from prefix_world import make
 
 from stagemesh.errors import StageLost
-from stagemesh.gateway.drive.ledger import Ledger, Shape
+from stagemesh.gateway.drive.ledger import Ledger
 from stagemesh.gateway.drive.loop import BatchLoop
-from stagemesh.gateway.drive.slot_lease import SlotLease
 from stagemesh.gateway.drive.switch import Switch
+from stagemesh.gateway.schedule.pages import Shape
 from stagemesh.gateway.schedule.sequence import Sequence
+from stagemesh.gateway.session.slot_lease import SlotLease
 from stagemesh.gateway.timing import GatewayTiming
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 

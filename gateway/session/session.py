@@ -9,9 +9,9 @@ from typing import Protocol
 from stagemesh.errors import StagemeshError, Unavailable
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
+from ..schedule.pages import Shape
 from ..schedule.recovery import StageKv
 from ..timing import GatewayTiming
-from .ledger import Shape
 from .run_stream import RunStream
 from .slot_lease import SlotLease
 

@@ -8,23 +8,21 @@ from collections.abc import Iterable
 
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
-from ..api.request import Sampling
+from ..api.request import GenerationRequest
 from ..schedule.plan import Plan, Row
 from ..schedule.sequence import Sequence
-from .live import LiveRequest
 
 
-def open_message(sequence: Sequence, live: LiveRequest) -> stage_pb2.OpenSequence:
+def open_message(sequence: Sequence, request: GenerationRequest, seed: int) -> stage_pb2.OpenSequence:
     """What the workers are told of a sequence that starts, or comes back after a preemption."""
-    sampling = live.request.sampling
     message = stage_pb2.OpenSequence(
         sequence=sequence.ident,
-        sampling=sampling_message(sampling, live),
+        sampling=sampling_message(request, seed),
         choice=sequence.choice,
         prompt_len=len(sequence.prompt),
         log=sequence.log,
     )
-    if sampling.repetition_penalty != 1.0:
+    if request.sampling.repetition_penalty != 1.0:
         message.prompt.extend(sequence.prompt)
     return message
 
@@ -38,8 +36,9 @@ def page_bits(pages: Iterable[int]) -> bytes:
     return bytes(bits)
 
 
-def sampling_message(sampling: Sampling, live: LiveRequest) -> types_pb2.SamplingParams:
+def sampling_message(request: GenerationRequest, seed: int) -> types_pb2.SamplingParams:
     """Sampling parameters as the wire says them."""
+    sampling = request.sampling
     return types_pb2.SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -48,11 +47,11 @@ def sampling_message(sampling: Sampling, live: LiveRequest) -> types_pb2.Samplin
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         repetition_penalty=sampling.repetition_penalty,
-        seed=live.seed,
+        seed=seed,
         logprobs=sampling.logprobs,
         top_logprobs=sampling.top_logprobs,
-        min_tokens=live.request.min_tokens,
-        suppressed_ids=sorted(live.request.stop_token_ids) if live.request.min_tokens else [],
+        min_tokens=request.min_tokens,
+        suppressed_ids=sorted(request.stop_token_ids) if request.min_tokens else [],
         bias_ids=[ident for ident, _ in sampling.logit_bias],
         bias_values=[value for _, value in sampling.logit_bias],
     )
