@@ -250,10 +250,7 @@ class PipelineDriver:
             self._around.on_change()
             if self._is_unwanted():
                 return Event.UNWANTED
-            if not self.requests:
-                await self._warm(loop)
-            else:
-                await self._until_changed()
+            await (self._until_changed() if self.requests else self._warm(loop))
         return Event.LOST if loop.lost is not None else Event.CROSSED
 
     async def _serve(self) -> Event:
