@@ -17,7 +17,7 @@ from mesh import Mesh
 from ucx_flood import Sender, start
 
 from stagemesh.protos.v1 import stage_pb2, stage_pb2_grpc, types_pb2
-from stagemesh.stage_worker.rank.link_commands import LINK_TIMEOUT_S
+from stagemesh.stage_worker.timing import StageTiming
 from stagemesh.transport import open_transport
 from stagemesh.transport.base import Peer, Transport
 
@@ -65,7 +65,7 @@ def die_within_a_send(mesh: Mesh, sender: Sender) -> None:
         rank = transport.connect(address)
         sender.send_to(address)
         # The link is given up then; by that time the rank shall have been told.
-        ends = time.monotonic() + LINK_TIMEOUT_S - 1
+        ends = time.monotonic() + StageTiming().link_s - 1
         while time.monotonic() < ends:
             time.sleep(rng.random() * 0.01)
             sender.process.send_signal(signal.SIGSTOP)
