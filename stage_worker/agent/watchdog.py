@@ -118,7 +118,7 @@ class Watchdog:
             return Hang(rank, f"it is stopped ({watched.beat})")
         # One that runs is slow rather than stuck, for a while.
         if watched.late_s > (timing.late_s if _busy(watched.use, passed_s) else 0.0):
-            return Hang(rank, f"{watched.late_s:.1f} s overdue ({watched.beat})")
+            return Hang(rank, f"silent for {watched.silent_s:.1f} s, {watched.late_s:.1f} s too long ({watched.beat})")
         waits = any(other.beat.activity in (Activity.STARTING, Activity.ORDER, Activity.LOAD) for other in self._ranks)
         # On CUDA devices nobody can tell: the work is the device's.
         if self._rests_s > (timing.order_stuck_s if waits else timing.stuck_s) and not self._cuda:

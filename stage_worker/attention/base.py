@@ -35,10 +35,14 @@ class PageRows:
         return rows
 
 
-FEW_SLOTS = 8192
-"""Up to so many context slots, padding costs less than another batch."""
-MOST_SLOTS = 65536
-"""Context slots that one batch gathers at most, unless a single row has more."""
+@dataclass(frozen=True)
+class BatchSlots:
+    """How many context slots, padding included, a batch of decode rows gathers."""
+
+    few: int = 8192
+    """Up to so many, padding costs less than another batch."""
+    most: int = 65536
+    """At most, unless a single row has more."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class AttentionMetadata:
     """Where the decode rows' tokens are in the step."""
     prefill_rows: list[PrefillRow]
     _tables: list[list[int]]
+    _batch_slots: BatchSlots
     tables: DecodeTables | None = None
     """A captured step's rows, read on the device; nothing else here says which they are then."""
     _decode_views: dict[int | None, list[DecodeView]] = field(default_factory=dict)
@@ -113,6 +118,7 @@ class AttentionMetadata:
         block_tables: Sequence[Tensor | Sequence[int]],
         page_size: int,
         device: torch.device | str,
+        batch_slots: BatchSlots = BatchSlots(),
     ) -> AttentionMetadata:
         """Metadata of B rows: row i brings `counts[i]` tokens from position `starts[i]`, its pages in order.
 
@@ -166,6 +172,7 @@ class AttentionMetadata:
             decode_tokens=where,
             prefill_rows=prefill_rows,
             _tables=tables,
+            _batch_slots=batch_slots,
         )
 
     @staticmethod
@@ -186,6 +193,7 @@ class AttentionMetadata:
             prefill_rows=[],
             tables=tables,
             _tables=[],
+            _batch_slots=BatchSlots(),
         )
 
     def prepare(self, kinds: Iterable[tuple[int | None, int]]) -> None:
@@ -229,7 +237,7 @@ class AttentionMetadata:
             last = self.starts[row]
             lowest = 0 if window is None else max(0, last + 1 - window)
             spans.append(_Span(lowest, last, self._tables[row][lowest // self.page_size : last // self.page_size + 1]))
-        groups = _alike([len(span.pages) * self.page_size for span in spans])
+        groups = _alike([len(span.pages) * self.page_size for span in spans], self._batch_slots)
         return [self._make_decode_view(spans, group, len(groups) == 1) for group in groups]
 
     def _make_decode_view(self, spans: list[_Span], group: list[int], everyone: bool) -> DecodeView:
@@ -259,18 +267,18 @@ class _Span:
     pages: list[int]
 
 
-def _alike(slots: list[int]) -> list[list[int]]:
+def _alike(slots: list[int], bounds: BatchSlots) -> list[list[int]]:
     """Rows, by index, in groups that waste no more than half on padding, or little; `slots` is each row's context.
 
     Rows stay in order when one group holds them all.
     """
-    if max(slots) * len(slots) <= max(FEW_SLOTS, min(MOST_SLOTS, 2 * sum(slots))):
+    if max(slots) * len(slots) <= max(bounds.few, min(bounds.most, 2 * sum(slots))):
         return [list(range(len(slots)))]
     groups: list[list[int]] = []
     widest = real = 0
     for index in sorted(range(len(slots)), key=lambda index: -slots[index]):
         padded = widest * (len(groups[-1]) + 1) if groups else 0
-        if not groups or padded > max(FEW_SLOTS, min(MOST_SLOTS, 2 * (real + slots[index]))):
+        if not groups or padded > max(bounds.few, min(bounds.most, 2 * (real + slots[index]))):
             groups.append([])
             widest, real = slots[index], 0
         groups[-1].append(index)

@@ -31,8 +31,9 @@ KERNELS = ("flashinfer", "triton", "torch")
 class CudaAttention(PagedAttention):
     """The backend of a CUDA device. On a CPU it runs too, on the plain functions: tests of captured steps use that."""
 
-    def __init__(self, kernels: Sequence[str] = KERNELS) -> None:
-        """`kernels`: which decode kernels to try; where none of them can be had, the plain functions serve."""
+    def __init__(self, kernels: Sequence[str | DecodeKernel] = KERNELS) -> None:
+        """`kernels`: which decode kernels to try, by name or made; where none can be had, the plain functions serve."""
+        super().__init__()
         self._wanted = kernels
         self._kernels: list[DecodeKernel] | None = None
         self._chosen: dict[LayerKind, DecodeKernel] = {}
@@ -122,8 +123,8 @@ class CudaAttention(PagedAttention):
         return super().prefill(query, k_pages, v_pages, row, view, kind)
 
 
-def make_kernels(names: Sequence[str], device: torch.device) -> list[DecodeKernel]:
-    """Those of `names` that can be had here, and at the end the plain functions."""
+def make_kernels(wanted: Sequence[str | DecodeKernel], device: torch.device) -> list[DecodeKernel]:
+    """Those that can be had here, and at the end the plain functions."""
     plain = TorchDecode()
     made: list[DecodeKernel] = []
 
@@ -144,8 +145,11 @@ def make_kernels(names: Sequence[str], device: torch.device) -> list[DecodeKerne
             return plain
 
     makers: dict[str, Callable[[], DecodeKernel]] = {"flashinfer": flashinfer, "triton": triton}
-    for name in names:
+    for name in wanted:
         if name == plain.name:
+            continue
+        if not isinstance(name, str):
+            made.append(name)
             continue
         if name not in makers:
             raise ConfigError(f"no decode kernel {name!r}: use some of {', '.join(KERNELS)}")

@@ -91,8 +91,9 @@ def attend_prefill(
     row: PrefillRow,
     view: PrefillView,
     kind: AttentionKind,
+    scores_bytes: int = SCORES_BYTES,
 ) -> Tensor:
-    """[C, N, Dv] for the C queries [C, N, D] of one row."""
+    """[C, N, Dv] for the C queries [C, N, D] of one row; scores of a block of them take at most `scores_bytes`."""
     count, heads, head_dim = query.shape
     kv_heads, length = k_pages.shape[1], view.context_len
     groups = heads // kv_heads
@@ -102,7 +103,7 @@ def attend_prefill(
     grouped = (query * kind.scaling).reshape(count, kv_heads, groups, head_dim).permute(1, 2, 0, 3)  # [K, G, C, D]
     sink_logits = None if kind.sinks is None else kind.sinks.view(kv_heads, groups, 1, 1)
     slot_positions = torch.arange(view.first_position, view.first_position + length, device=query.device)
-    block = max(1, SCORES_BYTES // (4 * heads * length))
+    block = max(1, scores_bytes // (4 * heads * length))
     out = torch.empty(kv_heads, groups, count, values.shape[-1], dtype=values.dtype, device=query.device)
     for begin in range(0, count, block):
         end = min(count, begin + block)
@@ -120,6 +121,10 @@ def attend_prefill(
 
 class PagedAttention:
     """The backend made of the functions above."""
+
+    def __init__(self, scores_bytes: int = SCORES_BYTES) -> None:
+        """`scores_bytes`: bound on the scores of one block of a prompt's queries."""
+        self._scores_bytes = scores_bytes
 
     def attend(
         self,
@@ -157,4 +162,4 @@ class PagedAttention:
         self, query: Tensor, k_pages: Tensor, v_pages: Tensor, row: PrefillRow, view: PrefillView, kind: AttentionKind
     ) -> Tensor:
         """See `attend_prefill`; for backends with a better way."""
-        return attend_prefill(query, k_pages, v_pages, row, view, kind)
+        return attend_prefill(query, k_pages, v_pages, row, view, kind, self._scores_bytes)

@@ -34,8 +34,8 @@ from .wire import (
 
 __all__ = ["LinkIdentity", "LinkReceiver", "LinkSender", "LinkState", "sending_rank"]
 
-DOUBT_S = 1.0
-"""A link that is not answered for so long may have an end that hears nobody."""
+DOUBT = 0.25
+"""Of the time for a handshake: what is not answered by then may be an end that hears nobody."""
 
 LinkState = Literal["connecting", "ready", "failed", "closed"]
 
@@ -70,6 +70,11 @@ class _Link(ABC, Generic[Lane]):
     @abstractmethod
     def _let_go(self) -> None:
         """The link is over: nothing of the handshake is waited for any more."""
+
+    @property
+    @abstractmethod
+    def heard(self) -> bool:
+        """Whether the other side's word of the handshake has come; `progress` takes it."""
 
     @property
     def identity(self) -> LinkIdentity:
@@ -144,7 +149,7 @@ class _Link(ABC, Generic[Lane]):
         waited_s = (time.monotonic() if now is None else now) - self._began_at
         if waited_s > self._timeout_s:
             raise TransportError(f"the link was not answered within {self._timeout_s:g} s")
-        if waited_s > DOUBT_S and not self._doubted:
+        if waited_s > DOUBT * self._timeout_s and not self._doubted:
             self._doubted = True
             self._transport.doubt()
 
@@ -182,6 +187,11 @@ class LinkSender(_Link[SendLane]):
             self._hello = self._peer.send(self._tag(HELLO), self._hello_buffer)
         except TransportError as error:
             self._fail(error)
+
+    @property
+    def heard(self) -> bool:
+        """The hello is answered."""
+        return self._ack.done
 
     def open_lane(self, slot: int, credits: int) -> None:
         """Start a lane; the receiver opens it with the same number of credits.
@@ -237,7 +247,7 @@ class LinkSender(_Link[SendLane]):
         return self.state in ("failed", "closed") and handshake and all(lane.idle for lane in self._lanes.values())
 
     def _shake_hands(self) -> bool:
-        if not self._ack.done:
+        if not self.heard:
             return False
         objection = self._ack.error or unpack_ack(bytes(self._ack_buffer))
         if objection is not None:
@@ -279,6 +289,11 @@ class LinkReceiver(_Link[ReceiveLane]):
         self.refusal: StagemeshError | None = None
         self._hello_buffer = bytearray(HELLO_BYTES)
         self._hello = transport.recv(self._tag(HELLO), self._hello_buffer)
+
+    @property
+    def heard(self) -> bool:
+        """A hello has come."""
+        return self._hello.done
 
     def open_lane(self, slot: int, credits: int, max_bytes: int) -> None:
         """Start a lane with `credits` buffers of `max_bytes`, allocated here and never again.
@@ -356,7 +371,7 @@ class LinkReceiver(_Link[ReceiveLane]):
         return self.state in ("failed", "closed") and handshake and all(lane.idle for lane in self._lanes.values())
 
     def _shake_hands(self) -> bool:
-        if not self._hello.done:
+        if not self.heard:
             return False
         if self._hello.error is not None:
             raise self._hello.error

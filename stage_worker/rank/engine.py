@@ -228,7 +228,7 @@ class Engine:
             self.end_session(session, e)
             return
         result = stage_pb2.StepResult(step=step.number, epoch=step.epoch)
-        certain = self._sample(step, output, result) if step.sampled and output is not None else []
+        certain = draw(step, output, result) if step.sampled and output is not None else []
         output_at = time.monotonic()
         point("rank.before_send")
         try:
@@ -275,26 +275,6 @@ class Engine:
             ended_us=int(ended * 1e6),
         )
 
-    @staticmethod
-    def _sample(step: Step, logits: torch.Tensor, result: stage_pb2.StepResult) -> list[int]:
-        """Draws the step's tokens into `result`; returns those of rows without a draft, which plans may refer to."""
-        rows = step.sampled
-        drawn = sample(logits, [r.sampler for r in rows], [r.position for r in rows], [r.draft for r in rows])
-        certain, at = [], 0
-        for row, count in zip(rows, drawn.counts, strict=True):
-            result.sequences.extend([row.sequence] * count)
-            result.positions.extend(range(row.position, row.position + count))
-            if not row.draft:
-                certain.append(drawn.tokens[at])
-            at += count
-        result.tokens.extend(drawn.tokens)
-        result.logprobs.extend(drawn.logprobs)
-        result.top_counts.extend(drawn.top_counts)
-        result.top_ids.extend(drawn.top_ids)
-        result.top_logprobs.extend(drawn.top_logprobs)
-        result.failed_sequences.extend(r.sequence for r, bad in zip(rows, drawn.failed, strict=True) if bad)
-        return certain
-
     # -- what goes wrong --------------------------------------------------------------------------------------------
 
     def report_broken(self, assignment: Assignment, error: StagemeshError) -> None:
@@ -311,3 +291,23 @@ class Engine:
             return
         session.failed = True
         self.control.send(Kind.SESSION_ENDED, session.ident, failure_of(error))
+
+
+def draw(step: Step, logits: torch.Tensor, result: stage_pb2.StepResult) -> list[int]:
+    """Draws the step's tokens into `result`; returns those of rows without a draft, which plans may refer to."""
+    rows = step.sampled
+    drawn = sample(logits, [r.sampler for r in rows], [r.position for r in rows], [r.draft for r in rows])
+    certain, at = [], 0
+    for row, count in zip(rows, drawn.counts, strict=True):
+        result.sequences.extend([row.sequence] * count)
+        result.positions.extend(range(row.position, row.position + count))
+        if not row.draft:
+            certain.append(drawn.tokens[at])
+        at += count
+    result.tokens.extend(drawn.tokens)
+    result.logprobs.extend(drawn.logprobs)
+    result.top_counts.extend(drawn.top_counts)
+    result.top_ids.extend(drawn.top_ids)
+    result.top_logprobs.extend(drawn.top_logprobs)
+    result.failed_sequences.extend(r.sequence for r, bad in zip(rows, drawn.failed, strict=True) if bad)
+    return certain

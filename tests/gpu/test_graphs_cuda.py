@@ -56,10 +56,10 @@ def test_tokens_of_captured_steps_are_those_of_plain_ones(
     assert chain.greedy([prompt.prompt_ids for prompt in prompts], 16) == [prompt.tokens for prompt in prompts]
     for shard in chain.shards:
         assert isinstance(shard, GraphedShard)
-        print(family, shard.eager_because or sorted(shard._graphs))
+        print(family, shard.eager_because or sorted(shard.graphs))
         if family in ("llama", "qwen3", "mistral_sw", "gemma2", "gpt_neox"):
             assert shard.eager_because is None
-            assert all(graph._captured is not None for graph in shard._graphs.values())
+            assert all(graph.captured is not None for graph in shard.graphs.values())
 
 
 def graphed(folder: Path) -> GraphedShard:
@@ -93,7 +93,7 @@ def test_a_captured_step_neither_waits_nor_writes_over_the_last_ones_output(tmp_
 
 def test_a_step_that_waits_runs_without_graphs(tmp_path: Path) -> None:
     shard = graphed(make_checkpoint("llama", tmp_path))
-    layer = shard._shard.model.model.layers[3]
+    layer = shard.plain.model.model.layers[3]
     handle = layer.register_forward_hook(lambda _module, _args, output: print(float(output.sum())))
     waiting = shard.forward(step_of([1, 2]))
     assert "synchron" in str(shard.eager_because)

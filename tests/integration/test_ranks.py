@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 import psutil
 import pytest
 import uvloop
+from starving import starving, waited_s
 
 from stagemesh import process
 from stagemesh.errors import StageLost, StagemeshError
@@ -214,6 +215,29 @@ def test_a_start_that_is_called_off_leaves_no_error_that_nobody_took() -> None:
         assert not untaken
 
     started(story)
+
+
+def test_a_rank_without_a_core_is_not_lost_and_one_that_hangs_is(caplog: pytest.LogCaptureFixture) -> None:
+    async def story(launcher: Launcher, make: Callable[[], RankGroup]) -> None:
+        group = make()
+        rank = await rank_of(group)
+        before_s = waited_s(rank.pid)
+        with starving(rank.pid):
+            began = time.monotonic()
+            # Longer than any time in which it had promised to be heard of, and many times so.
+            while waited_s(rank.pid) - before_s < 5 and time.monotonic() - began < DEADLINE_S:
+                await asyncio.sleep(0.1)
+                assert not group.lost.done(), group.lost.result()
+            assert waited_s(rank.pid) - before_s > 5
+        rank.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        await asyncio.wait([group.lost])
+        assert "did not go on" in group.lost.result()
+        print(f"a stopped rank is noticed after {time.monotonic() - began:.2f} s")
+        assert time.monotonic() - began < 2
+
+    started(story)
+    assert caplog.text.count("hangs: ") == 1
 
 
 def test_an_agent_that_is_not_preferred_leaves_its_children_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

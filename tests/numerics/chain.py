@@ -48,7 +48,7 @@ class Chain:
     ) -> None:
         """`idle_cores`: used by all steps."""
         self.device = device
-        self._alone = bool(idle_cores)
+        self.alone = bool(idle_cores)
         self.shards: list[Shard] = []
         parallel = parallel or TensorParallel()
         for first, last in pairwise(bounds):
@@ -88,7 +88,7 @@ class Chain:
                 token_ids=tokens,
                 hidden=out,
                 logit_rows=wanted,
-                alone=self._alone,
+                alone=self.alone,
             )
             shard.prepare(batch)
             out = shard.forward(batch)

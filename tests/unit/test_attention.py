@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stagemesh.errors import ConfigError, InternalError
-from stagemesh.stage_worker.attention import base, paged
-from stagemesh.stage_worker.attention.base import AttentionMetadata
+from stagemesh.stage_worker.attention.base import AttentionBackend, AttentionMetadata, BatchSlots
+from stagemesh.stage_worker.attention.paged import PagedAttention
 from stagemesh.stage_worker.attention.registry import make_backend
 
 HEADS, KV_HEADS, K_DIM, V_DIM, PAGE = 4, 2, 8, 6, 4
@@ -70,9 +70,11 @@ def run(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    backend: AttentionBackend | None = None,
+    batch_slots: BatchSlots = BatchSlots(),
 ) -> dict[tuple[int, int], Tensor]:
     """Outputs by (sequence, position) of steps made of rows (sequence, start, count), over pages full of `fill`."""
-    backend = make_backend("cpu")
+    backend = backend or make_backend("cpu")
     k_pages = torch.full((64, KV_HEADS, PAGE, K_DIM), fill)
     v_pages = torch.full((64, KV_HEADS, PAGE, V_DIM), fill)
     found = {}
@@ -83,6 +85,7 @@ def run(
             [sequences[index].table for index, _, _ in rows],
             PAGE,
             "cpu",
+            batch_slots,
         )
         metadata.prepare([(window, KV_HEADS)])
         parts = [(sequences[index], slice(start, start + count)) for index, start, count in rows]
@@ -148,24 +151,23 @@ def test_nan_in_one_row_stays_in_that_row() -> None:
             assert torch.equal(out, clean[index, position]), (index, position)
 
 
-def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_queries_change_nothing() -> None:
     sequences = make_sequences([100])
     steps = [[(0, 0, 37)], [(0, 37, 63)]]
     whole = run(sequences, steps, window=20)
-    monkeypatch.setattr(paged, "SCORES_BYTES", 4 * HEADS * 100 * 3)
-    for key, out in run(sequences, steps, window=20).items():
+    small = PagedAttention(scores_bytes=4 * HEADS * 100 * 3)
+    for key, out in run(sequences, steps, window=20, backend=small).items():
         torch.testing.assert_close(out, whole[key])
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_batches_of_like_rows_change_nothing(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+def test_batches_of_like_rows_change_nothing(window: int | None) -> None:
     lengths = [3, 60, 1, 17, 33, 2, 58]
     sequences = make_sequences(lengths)
     steps = [[(index, 0, length - 1)] for index, length in enumerate(lengths) if length > 1]
     steps.append([(index, length - 1, 1) for index, length in enumerate(lengths)])
-    monkeypatch.setattr(base, "FEW_SLOTS", 8)
-    monkeypatch.setattr(base, "MOST_SLOTS", 128)
-    for (index, position), out in run(sequences, steps, window=window).items():
+    few = BatchSlots(few=8, most=128)
+    for (index, position), out in run(sequences, steps, window=window, batch_slots=few).items():
         expected = by_definition(sequences[index], position, window, None, None)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stagemesh.errors import ConfigError
-from stagemesh.stage_worker.attention import cuda, tables
+from stagemesh.stage_worker.attention import tables
 from stagemesh.stage_worker.attention.base import AttentionMetadata
 from stagemesh.stage_worker.attention.cuda import CudaAttention, attend_prefill_sdpa, make_kernels
 from stagemesh.stage_worker.attention.decode import LayerKind, TorchDecode, difference
@@ -119,16 +119,13 @@ class Wrong(TorchDecode):
 @pytest.mark.parametrize(
     ("how", "said"), [("raises", "no image"), ("nan", "differs"), ("off", "differs by 0.01"), ("pages", "other pages")]
 )
-def test_a_kernel_that_is_wrong_here_is_not_used(
-    how: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_kernel_that_is_wrong_here_is_not_used(how: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
     wrong = Wrong(how)
     assert said in (difference(wrong, KIND, torch.device("cpu")) or "")
     assert difference(Wrong("not"), KIND, torch.device("cpu")) is None
-    monkeypatch.setattr(cuda, "make_kernels", lambda names, device: [wrong, TorchDecode()])
     _, by_table, tensors = make_case(0.0)
     with caplog.at_level(logging.WARNING):
-        found = CudaAttention().attend(*tensors, AttentionMetadata.of_tables(by_table), scaling=0.3)
+        found = CudaAttention([wrong]).attend(*tensors, AttentionMetadata.of_tables(by_table), scaling=0.3)
     assert found.isfinite().all()
     assert "does not go through wrong" in caplog.text
     assert said in caplog.text

@@ -9,7 +9,7 @@ import torch
 
 from stagemesh.errors import InvalidRequest
 from stagemesh.protos.v1 import stage_pb2, types_pb2
-from stagemesh.stage_worker.rank.engine import Engine
+from stagemesh.stage_worker.rank.engine import draw
 from stagemesh.stage_worker.rank.session import Session, SessionContext
 from stagemesh.stage_worker.sampling.sampler import SequenceSampler, sample
 
@@ -221,7 +221,7 @@ def test_a_result_holds_every_token_drawn_and_tells_apart_what_may_be_referred_t
     for line, token in enumerate((6, 8, 1, 4)):
         logits[line, token] = 1.0
     result = stage_pb2.StepResult()
-    assert Engine._sample(step, logits, result) == [4]
+    assert draw(step, logits, result) == [4]
     assert list(zip(result.sequences, result.positions, result.tokens, strict=True)) == [
         (1, 11, 6),
         (1, 12, 8),

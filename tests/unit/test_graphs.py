@@ -53,7 +53,7 @@ def test_padded_decode_gives_the_tokens_of_plain_decode(family: str, tmp_path: P
     for shard in chain.shards:
         assert isinstance(shard, GraphedShard)
         # The prompt of one token is a decode row of its own.
-        assert set(shard._graphs) == {(1, 64), (4, 64)}
+        assert set(shard.graphs) == {(1, 64), (4, 64)}
 
 
 def test_padding_rows_leave_no_trace_in_the_pages(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_steps_with_prompts_run_as_they_are(tmp_path: Path) -> None:
     batch = step_of([0, 40], [3, 1])
     shard.prepare(batch)
     assert shard.forward(batch).shape == (4, shard.hidden_size)
-    assert not shard._graphs
+    assert not shard.graphs
 
 
 def test_widths_end_with_the_pool() -> None:

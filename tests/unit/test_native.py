@@ -132,7 +132,7 @@ def test_a_step_that_runs_alone_uses_idle_cores_and_others_do_not(llama: Path) -
     torch.set_num_threads(1)
     try:
         alone = working(chain)
-        chain._alone = False
+        chain.alone = False
         assert (alone, working(chain)) == (2, 1)
     finally:
         torch.set_num_threads(threads)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from stagemesh.errors import InternalError
 from ...attention.base import AttentionMetadata
 from ...attention.cuda import CudaAttention
 from ...attention.tables import DecodeTables, pack_rows
-from ...kv.pool import KvLayerSpec, KvPool
+from ...kv.pool import KvPool
 from ..batch import StepBatch
 from .fused import fuse_norms, fuse_rope
 from .shard import ModelShard
@@ -58,83 +58,49 @@ class GraphedShard:
 
     def __init__(self, shard: ModelShard) -> None:
         """Fuses what can be fused of the shard's model, and takes over its attention on a device without graphs."""
-        self._shard = shard
-        self.kv_layout = shard.kv_layout
+        self.plain = shard
+        """Runs the steps that are not launched as graphs."""
+        self.kv_layout, self.kv_layers = shard.kv_layout, shard.kv_layers
+        self.hidden_size, self.vocab_size = shard.hidden_size, shard.vocab_size
+        self.dtype, self.device = shard.dtype, shard.device
+        self.weight_bytes, self.tensor_bytes_read = shard.weight_bytes, shard.tensor_bytes_read
+        self.graphs: dict[tuple[int, int], Graph] = {}
+        """(rows, pages a row) -> the step of so many, captured where the device can."""
+        self.eager_because: str | None = None
+        """Why no more graphs are captured; None while they are."""
         self._on_cuda = shard.device.type == "cuda"
         if not isinstance(shard.attention_backend, CudaAttention):
             shard.attention_backend = CudaAttention()
         self._attention: CudaAttention = shard.attention_backend
-        self._graphs: dict[tuple[int, int], _Graph] = {}
         self._widths: list[int] = []
         self._page_size = 0
         self._memory: Any = None
-        self.eager_because: str | None = None
-        """Why no more graphs are captured; None while they are."""
         norms = fuse_norms(shard.model)
         ropes = fuse_rope(shard.model, shard.dtype, shard.device) if self._on_cuda else 0
         log.info("%d norms and the rotary embedding of %d model files are one kernel each", norms, ropes)
 
-    # -- what a shard is --------------------------------------------------------------------------------------------
-
     @property
     def on_layer(self) -> Callable[[], None] | None:
         """Called between layers of steps that run as they are; a graph is launched at once."""
-        return self._shard.on_layer
+        return self.plain.on_layer
 
     @on_layer.setter
     def on_layer(self, call: Callable[[], None] | None) -> None:
-        self._shard.on_layer = call
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self._shard.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self._shard.vocab_size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of activations and KV."""
-        return self._shard.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self._shard.device
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights in memory."""
-        return self._shard.weight_bytes
-
-    @property
-    def tensor_bytes_read(self) -> int:
-        """Bytes of weights read from the checkpoint."""
-        return self._shard.tensor_bytes_read
-
-    @property
-    def kv_layers(self) -> Sequence[KvLayerSpec]:
-        """What each own layer keeps of a token."""
-        return self._shard.kv_layers
+        self.plain.on_layer = call
 
     def bind_kv(self, pool: KvPool) -> None:
         """Use these pages from now on; graphs over other pages are dropped."""
-        self._graphs.clear()
+        self.graphs.clear()
         self._memory = None
-        self._shard.bind_kv(pool)
+        self.plain.bind_kv(pool)
         self._page_size = pool.page_size
         self._widths = page_widths(pool.num_pages)
-
-    # -- steps ------------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: StepBatch) -> None:
         """Make what the step needs before its activation is there."""
         key = self._key(batch)
         if key is None:
-            self._shard.prepare(batch)
+            self.plain.prepare(batch)
             return
         packed = pack_rows(batch.starts, batch.tables, batch.page_size, *key)
         lengths = [start + 1 for start in batch.starts]
@@ -150,7 +116,7 @@ class GraphedShard:
             if batch.prepared is None:
                 self.prepare(batch)
             graph = self._graph(batch)
-            return self._shard.forward(batch) if graph is None else graph.run(batch)
+            return self.plain.forward(batch) if graph is None else graph.run(batch)
 
     def _key(self, batch: StepBatch) -> tuple[int, int] | None:
         """The graph that the step can be padded to; None: it runs as it is."""
@@ -159,7 +125,7 @@ class GraphedShard:
             return None
         rows = ROWS[bisect_left(ROWS, count)]
         width = self._fitting_width(max(batch.starts) // batch.page_size + 1)
-        if width is None or (self.eager_because is not None and (rows, width) not in self._graphs):
+        if width is None or (self.eager_because is not None and (rows, width) not in self.graphs):
             return None
         return rows, width
 
@@ -167,18 +133,18 @@ class GraphedShard:
         at = bisect_left(self._widths, pages)
         return self._widths[at] if at < len(self._widths) else None
 
-    def _graph(self, batch: StepBatch) -> _Graph | None:
+    def _graph(self, batch: StepBatch) -> Graph | None:
         """The step's graph, captured now if it is new; None for a step that runs as it is."""
         rows = batch.prepared
         if not isinstance(rows, PaddedRows):
             return None
-        graph = self._graphs.get(rows.key)
+        graph = self.graphs.get(rows.key)
         if graph is not None:
             return graph
         if self.eager_because is None:
-            graph = _Graph(self._shard, self._attention, *rows.key, self._page_size)
+            graph = Graph(self.plain, self._attention, *rows.key, self._page_size)
             if not self._on_cuda:
-                self._graphs[rows.key] = graph
+                self.graphs[rows.key] = graph
                 return graph
             try:
                 if self._memory is None:
@@ -189,7 +155,7 @@ class GraphedShard:
                 self.eager_because = f"{type(e).__name__}: {e}"
                 log.warning("decode steps of %d rows and more kinds run without graphs: %s", rows.key[0], e)
             else:
-                self._graphs[rows.key] = graph
+                self.graphs[rows.key] = graph
                 log.info("captured the decode step of %d rows and up to %d pages", *rows.key)
                 return graph
         # It was prepared for a graph that there will not be.
@@ -197,7 +163,7 @@ class GraphedShard:
         return None
 
 
-class _Graph:
+class Graph:
     """The decode step of B rows: inputs that stay where they are, and what is launched over them."""
 
     def __init__(self, shard: ModelShard, attention: CudaAttention, rows: int, width: int, page_size: int) -> None:
@@ -210,18 +176,19 @@ class _Graph:
         if not shard.is_first:
             self._hidden = torch.zeros(rows, shard.hidden_size, dtype=shard.dtype, device=device)
         self._logit_rows = torch.arange(rows, device=device) if shard.is_last else None
-        self._captured: torch.cuda.CUDAGraph | None = None
+        self.captured: torch.cuda.CUDAGraph | None = None
+        """None: the step runs as it is."""
         self._out: Tensor | None = None
 
     def run(self, batch: StepBatch) -> Tensor:
         """One step: hidden states [T, H] or logits [R, V], copied out of what the next launch writes over."""
         assert isinstance(batch.prepared, PaddedRows)
         self.load(batch, batch.prepared)
-        if self._captured is None:
+        if self.captured is None:
             out = self._pass()
         else:
             self._attention.plan(self._tables)
-            self._captured.replay()
+            self.captured.replay()
             assert self._out is not None
             out = self._out
         if not self._shard.is_last:
@@ -269,7 +236,7 @@ class _Graph:
         error, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
         if error > _TOLERANCES[self._shard.dtype] * max(scale, 1e-6):
             raise RuntimeError(f"a captured step of {rows} rows is {error:.3g} away from the step itself")
-        self._captured = graph
+        self.captured = graph
 
     def _pass(self) -> Tensor:
         """The step as it is, over the inputs that stay."""

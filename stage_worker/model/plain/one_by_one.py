@@ -6,12 +6,12 @@ rows. The compiled kernels need none of this. Prompts take as many passes over t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ...kv.pool import KvLayerSpec, KvPool
+from ...kv.pool import KvPool
 from ..batch import StepBatch
 from .shard import ModelShard
 
@@ -21,7 +21,7 @@ class OneByOneShard:
 
     def __init__(self, shard: ModelShard) -> None:
         self._shard = shard
-        self.kv_layout = shard.kv_layout
+        self.kv_layout, self.kv_layers = shard.kv_layout, shard.kv_layers
         self.hidden_size, self.vocab_size = shard.hidden_size, shard.vocab_size
         self.dtype, self.device = shard.dtype, shard.device
         self.weight_bytes, self.tensor_bytes_read = shard.weight_bytes, shard.tensor_bytes_read
@@ -34,11 +34,6 @@ class OneByOneShard:
     @on_layer.setter
     def on_layer(self, call: Callable[[], None] | None) -> None:
         self._shard.on_layer = call
-
-    @property
-    def kv_layers(self) -> Sequence[KvLayerSpec]:
-        """See `Shard`."""
-        return self._shard.kv_layers
 
     def bind_kv(self, pool: KvPool) -> None:
         """See `Shard`."""
