@@ -145,4 +145,4 @@ def preload(spec: ShardSpec) -> None:
     try:
         native_architecture(spec)
     except NotNative:
-        importlib.import_module(".load", __package__)
+        importlib.import_module(".plain.load", __package__)
