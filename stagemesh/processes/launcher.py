@@ -60,8 +60,6 @@ class _ForkServer:
 
     child: ChildProcess
     socket: socket.socket
-    answers: bool = False
-    """It has imported what was asked for, and forked."""
 
     def end(self, timeout_s: float) -> None:
         """Ends it, and what it has forked that is not asked for any more."""
@@ -101,6 +99,8 @@ class Launcher:
         self._env = dict(env or {})
         self._nice = os.getpriority(os.PRIO_PROCESS, 0)
         self._server: _ForkServer | None = None
+        self._has_forked = False
+        """A forkserver can do what it is for: one that is killed is started anew, even before it has forked."""
         self._one_at_a_time = asyncio.Lock()
         self._children: list[ChildProcess] = []
         self._adopted_before: bool | None = None
@@ -135,7 +135,7 @@ class Launcher:
                 raise
             if not said:
                 self._raise_why_it_ended(server)
-            server.answers = True
+            self._has_forked = True
             return self._own(ChildProcess(unpack_forked(said)))
 
     def spawn(self, function: str, argument: bytes, fds: Sequence[int]) -> ChildProcess:
@@ -165,7 +165,7 @@ class Launcher:
         if server is not None and server.child.poll() is not None:
             log.warning("the %s is gone: it %s", self._title, how_it_ended(server.child.returncode))
             self._end_server()
-            if server.answers:
+            if self._has_forked:
                 self._begin(fork_here=False)
         reap_orphans({child.pid for child in [*self._children, self.forkserver] if child is not None})
 
