@@ -105,3 +105,16 @@ class StepCosts:
             tokens = min(LONGER * base / slope for base, slope in lines)
             self._budget = max(SMALLEST, int(tokens) // SMALLEST * SMALLEST)
         return self._budget
+
+
+def share_among(prompts: Sequence[int], budget: int) -> list[int]:
+    """Prompt tokens of one step, of prompts with so many left, the oldest first: it gets all it can, but for half of
+    the `budget` where others have less left; of those the shortest comes first."""
+    counts = [0] * len(prompts)
+    shorter = sorted((i for i, left in enumerate(prompts) if left < prompts[0]), key=prompts.__getitem__)
+    most = {0: -(-budget // 2)} if shorter else {}
+    for i in [*range(min(1, len(prompts))), *shorter, *range(len(prompts))]:
+        more = max(0, min(prompts[i] - counts[i], most.pop(i, budget), budget))
+        counts[i] += more
+        budget -= more
+    return counts

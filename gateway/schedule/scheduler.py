@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from .budget import LONGER
+from .budget import LONGER, share_among
 from .pages import PageAllocator
 from .plan import Closed, Plan, Row
 from .prefix import PrefixCache
@@ -91,7 +91,10 @@ class Scheduler:
             if row.samples:
                 row.sequence.unsampled -= 1
             if row.draft:
-                self._drop_guesses(row)
+                # What was computed behind a guess that did not hold is dead: it goes on where the drawn tokens end. The
+                # newest token of the log is never computed yet, drawn as guessed or not.
+                self.speculation.verified(row.sequence, row.start + 1, row.draft)
+                row.sequence.computed = row.sequence.length - 1
             done = min(row.start + row.count, row.sequence.computed)
             row.sequence.confirmed = max(row.sequence.confirmed, done)
             self.prefix.confirm(row.sequence, done)
@@ -99,14 +102,6 @@ class Scheduler:
         for row in plan.rows:
             self._settle(row.sequence)
         return plan
-
-    def _drop_guesses(self, row: Row) -> None:
-        """What was computed behind a guess that did not hold is dead: the sequence goes on where the drawn tokens end.
-
-        The newest token of the log is never computed yet, drawn as guessed or not.
-        """
-        self.speculation.verified(row.sequence, row.start + 1, row.draft)
-        row.sequence.computed = row.sequence.length - 1
 
     def failed(self, sequence: Sequence) -> None:
         """What a sequence computed is not finite; its end is told by `finish`. To be called before `step_done`."""
@@ -389,25 +384,10 @@ class Scheduler:
         ]
 
     def _prefill_rows(self, prefilling: list[Sequence], budget: int) -> list[Row]:
-        """Chunks of prompts, the oldest first; half of the budget is for others where they have less left."""
         # Decode rows may have taken the pages of some meanwhile.
         prefilling = [s for s in prefilling if s.state is State.RUNNING and not s.preempted]
-        if not prefilling or budget <= 0:
-            return []
-        oldest, counts = prefilling[0], dict.fromkeys((s.ident for s in prefilling), 0)
-        shorter = sorted(
-            (s for s in prefilling[1:] if s.remaining_prefill < oldest.remaining_prefill),
-            key=lambda s: s.remaining_prefill,
-        )
-        left = budget
-        first = -(-budget // 2) if shorter else budget
-        for sequence, most in [(oldest, first), *((s, budget) for s in [*shorter, *prefilling])]:
-            more = min(sequence.remaining_prefill - counts[sequence.ident], most, left)
-            counts[sequence.ident] += more
-            left -= more
-            if not left:
-                break
-        return [self._row(s, counts[s.ident]) for s in prefilling if counts[s.ident]]
+        counts = share_among([s.remaining_prefill for s in prefilling], budget)
+        return [self._row(s, count) for s, count in zip(prefilling, counts, strict=True) if count]
 
     def _row(self, sequence: Sequence, count: int, draft: Iterable[int] = ()) -> Row:
         start, draft = sequence.computed, list(draft)

@@ -84,7 +84,8 @@ class Agent:
             if ident in self.progress:  # Else of an order that was called off.
                 self.progress[ident][rank] = parse(stage_pb2.AssignResponse, payload)
         elif kind == Kind.PAGES_COPIED:
-            self._on_pages(rank, ident, payload)
+            if (session := self.sessions.get(ident)) is not None:
+                session.copied_on(rank, payload)
         elif kind == Kind.LATE_FRAMES:
             self._count("frame", parse(worker_pb2.LateFrames, payload).count)
         elif kind == Kind.LINK_BROKEN:
@@ -92,18 +93,6 @@ class Agent:
             self.broken[said.pipeline_id, said.epoch] = said.reason
             self._end_sessions(said.pipeline_id, said.epoch, f"a link broke: {said.reason}", said.epoch)
             log.warning("link of %s broke: %s", said.pipeline_id, said.reason)
-
-    def _on_pages(self, rank: int, ident: int, payload: bytes) -> None:
-        """Pages have come on one rank; the gateway is told when they have on all."""
-        session = self.sessions.get(ident)
-        if session is None:
-            return
-        ranks = session.copied.setdefault(payload, set())
-        ranks.add(rank)
-        if len(ranks) == session.group.size:
-            del session.copied[payload]
-            copied = parse(stage_pb2.PagesCopied, payload)
-            session.put(stage_pb2.RunResponse(copied=copied).SerializeToString())
 
     def ranks_lost(self, reason: str) -> None:
         """The rank group died: everything it held is gone."""
@@ -262,14 +251,8 @@ class Agent:
         # Not in a `finally`: a handler that is cancelled within a write is never resumed.
         context.add_done_callback(lambda _: self._close_soon(session, pump))
         yield stage_pb2.RunResponse(opened=opened).SerializeToString()
-        while True:
-            item = await session.outbox.get()
-            if isinstance(item, StagemeshError):
-                died = isinstance(item, RanksDied)
-                ended = stage_pb2.RunEnded(reason=item.reason, message=item.message, ranks_died=died)
-                yield stage_pb2.RunResponse(ended=ended).SerializeToString()
-                return
-            yield item
+        async for response in session.responses():
+            yield response
 
     async def _open(self, request: stage_pb2.RunOpen) -> tuple[GatewaySession, stage_pb2.RunOpened]:
         point("agent.open_session")
