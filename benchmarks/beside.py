@@ -2,9 +2,10 @@
 
     python -m benchmarks.beside OTHER [--rounds 5] [--model MODEL]
 
-OTHER is the root of a checkout with an environment of its own (`make install` there). Each round measures both, and which
-comes first changes: the time until the first token, tokens a second with 16 requests at once and with one, and the longest
-pause of a stream when a rank is killed, a worker is drained, and layers move. The ratio is that of the medians.
+OTHER is the root of a checkout with an environment of its own (`make install` there). Each round measures both, and
+which comes first changes: the time until the first token, tokens a second with 16 requests at once and with one, and
+the longest pause of a stream when a rank is killed, a worker is drained, and layers move. The ratio is that of the
+medians.
 """
 
 from __future__ import annotations
@@ -110,12 +111,12 @@ def main() -> int:
                     found[who][name].append(round(value, 3))
                 print(who, {name: values[-1] for name, values in found[who].items()}, flush=True)
     told = origin(f"beside OTHER --rounds {given.rounds}")
+    load = f"Two stages of the 100 M model; {PROMPT} tokens in, {OUTPUT} out."
+    about = f"Pauses: the longest of {STREAMS} streams, the median of {TIMES} in each round, with a standby."
     lines = [
-        f"# Beside {commit}", "",
-        f"Written by `{told['command']}` on {told['date']}; the other checkout is at {commit}.", machine_line(machine()),
-        "", f"Two stages of the 100 M model; {PROMPT} tokens in, {OUTPUT} out. Pauses: the longest of {STREAMS} streams, the "
-        f"median of {TIMES} in each round, with a standby.", "", *table(found["ours"], found["theirs"]), "",
-    ]  # fmt: skip
+        *(f"# Beside {commit}", "", f"- Written by `{told['command']}` on {told['date']}.", machine_line(machine())),
+        *("", f"{load} {about}", "", *table(found["ours"], found["theirs"]), ""),
+    ]
     save(RESULTS / "beside", {**told, "other": commit, "figures": found}, lines)
     return 0
 

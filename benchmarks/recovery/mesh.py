@@ -94,7 +94,7 @@ class Mesh:
 
 @contextmanager
 def serving(model: Path, folder: Path, standbys: int, log: Path, *, python: str = sys.executable) -> Iterator[Mesh]:
-    """Starts the mesh with the stagemesh of `python`, and ends it after the block. A log outside of `folder` is kept."""
+    """Starts the mesh with `python`'s stagemesh, and ends it after the block. A log outside of `folder` is kept."""
     command = [python, "-m", "stagemesh.cli.main", "serve", str(model), "-pp", "2", "--standby", str(standbys),
                "--max-model-len", "1024", "--port", "0", "--grpc-port", "0",
                "--token-log", str(folder / "streams")]  # fmt: skip
