@@ -25,6 +25,14 @@ class RequestSettings(Base):
     token_log: str | None = None
     """Folder in which streams are logged, so that a client can resume one at any gateway that shares the folder."""
 
+    @field_validator("api_key")
+    @classmethod
+    def _not_empty(cls, key: str | None) -> str | None:
+        """Blanks around a key, such as the line end of a file, are not part of it: no HTTP header carries them."""
+        if key is None or key.strip():
+            return key and key.strip()
+        raise ValueError("is empty: give a key, or leave it out to serve everybody")
+
 
 class GatewaySettings(Listen, RequestSettings, Speculation, Join):
     """The gateway."""

@@ -183,3 +183,12 @@ def test_the_command_line_starts_without_what_services_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("cls", [GatewaySettings, ServeSettings])
+def test_a_key_that_would_open_the_door_is_refused(cls: type[Base]) -> None:
+    for key in ("", " ", "\n"):
+        with pytest.raises(ConfigError, match=r"api_key in \$STAGEMESH_API_KEY: is empty"):
+            load(cls, file=None, env={"STAGEMESH_API_KEY": key}, given={})
+    made = load(cls, file=None, env={"STAGEMESH_API_KEY": "of a file\n"}, given={})
+    assert made.model_dump()["api_key"] == "of a file"
