@@ -53,7 +53,6 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         self._clock = clock
         self._runner = OrderRunner(self.post, world.timing)
         self._streams: dict[str, object] = {}  # worker -> its newest keep-alive stream
-        self._lives: dict[str, list[int]] = {}  # gateway -> the processes whose streams are open
         self._version = self._urgent = 0  # of what is published; of its last urgent change
         self._changed = asyncio.Event()
         self._stopping = False
@@ -168,17 +167,10 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             raise InvalidRequest("WatchPipelines: gateway_id and instance must be set")
         if request.protocol:
             check_protocol(request.protocol, f"gateway {request.gateway_id}")
-        if request.life and any(life not in (0, request.life) for life in self._lives.get(request.gateway_id, ())):
-            raise ConfigError(
-                f"another gateway named {request.gateway_id!r} is connected: give each its own --gateway-id, or wait "
-                "until that one is gone"
-            )
         if expired := self._slots.expire(self._clock()):
             # A coordinator that is started again takes all that are written down for just gone.
             self._store.forget_slots(expired)
-        slot = self._slots.acquire(request.gateway_id, request.instance, self._clock())
-        lives = self._lives.setdefault(request.gateway_id, [])
-        lives.append(request.life)
+        slot = self._slots.acquire(request.gateway_id, request.instance, self._clock(), request.life)
         try:
             self._store.save_slot(slot, request.gateway_id, request.instance)
             log.info("gateway %s watches, slot %d", request.gateway_id, slot)
@@ -194,9 +186,6 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                 else:
                     await self._changed.wait()
         finally:
-            lives.remove(request.life)
-            if not lives:
-                del self._lives[request.gateway_id]
             self._slots.release(slot, self._clock())
             self.post(events.GatewayGone(request.gateway_id))
 
