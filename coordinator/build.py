@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import astuple, dataclass
 
 from stagemesh.checkpoint import CheckpointInfo, fingerprint, inspect
 from stagemesh.errors import ConfigError
@@ -14,22 +13,14 @@ from stagemesh.settings.coordinator import CoordinatorSettings
 from .planning.cost import CostModel
 from .planning.partition import check_counts
 from .planning.target import Target
-from .values import Limits
+from .values import pages_per_sequence
 
 DEFAULT_MAX_MODEL_LEN = 4096
 FEW_STAGES = 4
 """Below so many, another batch of decode rows costs more (each streams the weights) than the bubble it would fill."""
 
 
-@dataclass(frozen=True)
-class Build:
-    """What settings and checkpoint together ask for."""
-
-    target: Target
-    model: types_pb2.ModelRef
-
-
-def build(settings: CoordinatorSettings) -> Build:
+def build(settings: CoordinatorSettings) -> Target:
     """Reads the checkpoint and checks the settings against it. Raises ConfigError and CheckpointError."""
     info = inspect(settings.model, settings.load_format)
     stages = settings.pipeline_parallel_size
@@ -39,20 +30,20 @@ def build(settings: CoordinatorSettings) -> Build:
     model = model_ref(settings.model, settings, info, dtype)
     model.name = settings.name
     draft = _add_draft(settings, info, model, limits.max_model_len)
-    terms = hashlib.sha256(model.SerializeToString(deterministic=True) + repr(astuple(limits)).encode())
+    # As earlier releases wrote it: a coordinator that is upgraded takes its pipelines up again.
+    bounds = tuple(getattr(limits, field.name) for field in limits.DESCRIPTOR.fields if field.name != "pipelines")
+    terms = hashlib.sha256(model.SerializeToString(deterministic=True) + repr(bounds).encode())
     terms.update(repr((stages, settings.layer_partition, settings.transport)).encode())
-    target = Target(
+    return Target(
         cost=CostModel(info, limits, dtype, draft),
         num_stages=stages,
-        limits=limits,
-        fingerprint=model.fingerprint,
+        model=model,
         layer_partition=tuple(settings.layer_partition) if settings.layer_partition else None,
         transport=settings.transport,
         terms=terms.hexdigest(),
         takeover_s=settings.takeover_after,
         rebalance=settings.rebalance == "auto",
     )
-    return Build(target, model)
 
 
 def model_ref(path: str, settings: CoordinatorSettings, info: CheckpointInfo, dtype: str) -> types_pb2.ModelRef:
@@ -93,7 +84,7 @@ def _add_draft(
     return draft
 
 
-def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> Limits:
+def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> types_pb2.RunLimits:
     longest = info.max_position_embeddings
     wanted = settings.max_model_len
     if wanted is not None and wanted > longest:
@@ -101,7 +92,7 @@ def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> Limits:
             f"--max-model-len {wanted} is above the {longest} positions that the model was made for "
             f"(max_position_embeddings in config.json): use --max-model-len {longest} or less"
         )
-    limits = Limits(
+    limits = types_pb2.RunLimits(
         max_model_len=wanted or min(longest, DEFAULT_MAX_MODEL_LEN),
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -110,8 +101,8 @@ def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> Limits:
         steps_in_flight=settings.steps_in_flight or default_steps_in_flight(settings.pipeline_parallel_size),
         gateways=settings.gateways,
     )
-    if 0 < limits.num_pages < limits.pages_per_sequence:
-        held, need = limits.num_pages * limits.page_size, limits.pages_per_sequence
+    held, need = limits.num_pages * limits.page_size, pages_per_sequence(limits)
+    if 0 < limits.num_pages < need:
         raise ConfigError(
             f"--num-kv-pages {limits.num_pages} of {limits.page_size} tokens hold {held} tokens, one sequence of "
             f"--max-model-len {limits.max_model_len} needs {need} pages: use --num-kv-pages {need} or "

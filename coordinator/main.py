@@ -16,12 +16,10 @@ from stagemesh import process, rpc
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc
 from stagemesh.settings.coordinator import CoordinatorSettings
 
-from .build import Build, build
-from .core.mesh import Mesh
-from .service.orders import OrderRunner
+from .build import build
+from .planning.target import Target
 from .service.service import CoordinatorService
 from .service.slots import MAX_SLOT, Slots
-from .service.views import limits as limits_message
 from .state.kubernetes_api import ApiServer
 from .state.kubernetes_lease import Lease
 from .state.leader_lock import LeaderLock
@@ -45,7 +43,7 @@ def run(settings: CoordinatorSettings, ready_fd: int | None = None) -> int:
     return uvloop.run(_run(settings, build(settings), ready_fd))
 
 
-async def _run(settings: CoordinatorSettings, built: Build, ready_fd: int | None) -> int:
+async def _run(settings: CoordinatorSettings, target: Target, ready_fd: int | None) -> int:
     """Serves once no other coordinator is the leader; the exit status."""
     timing = CoordinatorTiming().scaled(settings.time_scale)
     stop = asyncio.Event()
@@ -58,8 +56,8 @@ async def _run(settings: CoordinatorSettings, built: Build, ready_fd: int | None
         if (lock is None or await lock.take(stop)) and (lease is None or await lease.take(stop)):
             store = Store(settings.state_dir)
             try:
-                service = make_service(built, store, timing, lease)
-                return await _serve(settings, built, service, timing, ready_fd, stop, lease)
+                service = make_service(target, store, timing, lease)
+                return await _serve(settings, target, service, timing, ready_fd, stop, lease)
             finally:
                 store.close()
     finally:
@@ -79,18 +77,18 @@ def make_lease(settings: CoordinatorSettings, timing: CoordinatorTiming) -> Leas
 
 async def _serve(
     settings: CoordinatorSettings,
-    built: Build,
+    target: Target,
     service: CoordinatorService,
     timing: CoordinatorTiming,
     ready_fd: int | None,
     stop: asyncio.Event,
     lease: Lease | None,
 ) -> int:
-    model, limits = built.model, built.target.limits
+    model, limits = target.model, target.limits
     log.info(
         "model %s: %d layers, %s, revision %s; %d stages, %d tokens a sequence at most, %d steps in flight",
         *(model.name, model.num_layers, model.dtype, model.fingerprint[:12]),
-        *(built.target.num_stages, limits.max_model_len, limits.steps_in_flight),
+        *(target.num_stages, limits.max_model_len, limits.steps_in_flight),
     )
     server = await rpc.start_server(
         settings.host,
@@ -125,28 +123,20 @@ async def _serve(
 
 
 def make_service(
-    built: Build, store: Store, timing: CoordinatorTiming, lease: Lease | None = None
+    target: Target, store: Store, timing: CoordinatorTiming, lease: Lease | None = None
 ) -> CoordinatorService:
     """The service with its core; to be made on a running loop. With a Lease, its epochs are of that one's term."""
     now = time.monotonic()
     world = World(
-        built.target,
+        target,
         now=now,
         nonce=Nonces().next,
         timing=timing,
-        record=store.load(built.target.terms),
+        record=store.load(target.terms),
         first_epoch=lease.first_epoch if lease is not None else 1,
     )
     stored = store.slots()
     # Without a store, a random start keeps a restarted coordinator off the slots of gateways that still live.
     first = max(stored, default=secrets.randbelow(MAX_SLOT)) % MAX_SLOT + 1
     slots = Slots(stored, now=now, quarantine_s=timing.slot_quarantine_s, first=first)
-    bounds = limits_message(built.target.limits)
-    return CoordinatorService(
-        Mesh(world),
-        store,
-        slots,
-        built.model,
-        lambda post: OrderRunner(post, built.model, bounds, timing),
-        is_leader=lambda: lease is None or lease.is_sure,
-    )
+    return CoordinatorService(world, store, slots, is_leader=lambda: lease is None or lease.is_sure)

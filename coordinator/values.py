@@ -1,58 +1,33 @@
-"""The values that the coordinator's core speaks of: workers, stages, page copies, bounds. All are frozen."""
+"""The values that the coordinator's core speaks of. All are frozen.
+
+Messages of protos/v1 serve as values beside them: a worker's registration, limits, page copies, requests. The core
+reads them, and never changes one that it was given.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stagemesh.protocol import PROTOCOL
+from stagemesh.protos.v1 import stage_pb2, types_pb2
+from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
 
 Range = tuple[int, int]
 """Decoder layers [first, last)."""
 
 
-@dataclass(frozen=True)
-class ReportedAssignment:
-    """An assignment that a worker says it still holds, when it registers."""
-
-    pipeline_id: str
-    epoch: int
-    stage: int
-    layers: Range
-    generation: int
-    active: bool
-    fingerprint: str
+def layer_range(layers: Range) -> types_pb2.LayerRange:
+    """A range as it travels."""
+    return types_pb2.LayerRange(first=layers[0], last=layers[1])
 
 
-@dataclass(frozen=True)
-class WorkerInfo:
-    """A worker as it introduced itself. Rates and memory are of one rank; 0 means not measured."""
+def span(layers: types_pb2.LayerRange) -> Range:
+    """A range that came over the wire."""
+    return layers.first, layers.last
 
-    worker_id: str
-    incarnation: int
-    address: str
-    pool: int = -1
-    """Stage that it was started for; -1: none."""
-    tp_size: int = 1
-    device_kind: str = "cpu"
-    device_name: str = ""
-    memory_bytes: int = 0
-    flops_per_s: float = 0.0
-    bytes_per_s: float = 0.0
-    transports: tuple[tuple[str, tuple[bytes, ...]], ...] = ()
-    """(name, one address per rank)."""
-    held: tuple[ReportedAssignment, ...] = ()
-    version: str = ""
-    protocol: int = PROTOCOL
-    any_stage: bool = False
-    """It may hold another stage where its own has a worker."""
 
-    def may_hold(self, stage: int) -> bool:
-        """Whether its pool lets it hold `stage`."""
-        return self.any_stage or self.pool in (-1, stage)
-
-    def addresses(self, transport: str) -> tuple[bytes, ...] | None:
-        """One address per rank on `transport`, or None where the worker has not opened it."""
-        return dict(self.transports).get(transport)
+def pages_per_sequence(limits: types_pb2.RunLimits) -> int:
+    """Pages of one sequence of the longest kind."""
+    return -(-limits.max_model_len // limits.page_size)
 
 
 @dataclass(frozen=True)
@@ -91,17 +66,6 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class PageCopy:
-    """KV pages of layers that change hands: from a stage of the epoch that serves to a stage of the next one."""
-
-    index: int
-    from_epoch: int
-    from_stage: int
-    to_stage: int
-    layers: Range
-
-
-@dataclass(frozen=True)
 class StoredPlan:
     """A pipeline that served when it was written down."""
 
@@ -118,19 +82,35 @@ class StoredPlan:
     """The epoch that gateways have been told to switch to, while some may not have."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Bounds that every worker of a pipeline allocates for."""
+StageRequest = (
+    stage_pb2.AssignRequest
+    | stage_pb2.PrepareRequest
+    | stage_pb2.OfferLinkRequest
+    | stage_pb2.ConnectLinkRequest
+    | stage_pb2.ActivateRequest
+    | stage_pb2.ReleaseRequest
+)
 
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    page_size: int
-    num_pages: int
-    steps_in_flight: int
-    gateways: int = 1
+
+@dataclass(frozen=True)
+class Order:
+    """A call of a worker's Stage service."""
+
+    to: RegisterRequest
+    """The worker, as it introduced itself."""
+    request: StageRequest
+    offer: Order | None = None
+    """With a ConnectLinkRequest: the call of the link's receiver that comes first. Its answer completes the request."""
 
     @property
-    def pages_per_sequence(self) -> int:
-        """Pages of one sequence of the longest kind."""
-        return -(-self.max_model_len // self.page_size)
+    def attempt(self) -> tuple[str, int] | None:
+        """Pipeline and epoch of the attempt that waits for its answer, if one does."""
+        request = self.request
+        if isinstance(request, stage_pb2.PrepareRequest | stage_pb2.ReleaseRequest):
+            return None
+        return request.key.pipeline_id, request.key.epoch
+
+    @property
+    def what(self) -> str:
+        """Its name, for people."""
+        return "link" if self.offer is not None else type(self.request).__name__.removesuffix("Request").lower()

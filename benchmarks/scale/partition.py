@@ -16,7 +16,8 @@ from stagemesh.coordinator.planning.choose import choose
 from stagemesh.coordinator.planning.cost import CostModel, kinds
 from stagemesh.coordinator.planning.placement import Candidate
 from stagemesh.coordinator.planning.target import Target
-from stagemesh.coordinator.values import Limits, WorkerInfo
+from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
+from stagemesh.protos.v1.types_pb2 import DeviceInfo, ModelRef, RunLimits
 
 LAYERS, WORKERS, KINDS = 400, 1000, 5
 STAGES = (4, 16, 100, 400)
@@ -26,7 +27,9 @@ MIB = 1 << 20
 
 def target(stages: int) -> Target:
     """A model of equal layers and a heavier head."""
-    limits = Limits(4096, 32, 512, 16, 0, stages + 1)
+    limits = RunLimits(
+        max_model_len=4096, max_num_seqs=32, max_num_batched_tokens=512, page_size=16, steps_in_flight=stages + 1
+    )
     layer, head = 8 * MIB, 64 * MIB
     info = CheckpointInfo(
         path="m", architecture="LlamaForCausalLM", model_type="llama", num_layers=LAYERS, hidden_size=1024,
@@ -35,16 +38,19 @@ def target(stages: int) -> Target:
         layers=tuple(Part(2 * layer, layer, 2.0 * layer) for _ in range(LAYERS)),
         embedding=Part(2 * head, head), head=Part(2 * head, head, 2.0 * head),
     )  # fmt: skip
-    return Target(CostModel(info, limits, "bfloat16"), stages, limits, "fingerprint")
+    return Target(CostModel(info, limits, "bfloat16"), stages, ModelRef(fingerprint="fingerprint"))
 
 
 def workers(stages: int) -> list[Candidate]:
     """Of five kinds, faster and roomier each; together they can hold the model."""
     room = (LAYERS // stages + 3) * 40 * MIB
     infos = [
-        WorkerInfo(
-            f"worker-{n}", 1, f"host-{n}:1", device_name=f"kind {n % KINDS}", memory_bytes=room * (1 + n % KINDS),
-            flops_per_s=1e12 * (1 + n % KINDS / 2), bytes_per_s=1e10 * (1 + n % KINDS / 2),
+        RegisterRequest(
+            worker_id=f"worker-{n}", pool=-1, tp_size=1,
+            device=DeviceInfo(
+                name=f"kind {n % KINDS}", memory_bytes=room * (1 + n % KINDS),
+                flops_per_s=1e12 * (1 + n % KINDS / 2), bytes_per_s=1e10 * (1 + n % KINDS / 2),
+            ),
         )
         for n in range(WORKERS)
     ]  # fmt: skip

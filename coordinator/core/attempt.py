@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..observe.faults import fail_beside, interrupt
+from stagemesh.protos.v1 import stage_pb2
+from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
+from stagemesh.protos.v1.types_pb2 import KvCopy, RunLimits
+
+from ..observe.faults import fail
 from ..planning.target import CannotForm
-from ..planning.transport import transport
-from ..values import Holders, PageCopy, Range, StagePlan, WorkerInfo
+from ..planning.transport import rank_addresses, transport
+from ..values import Holders, Order, Range, StagePlan, layer_range
 from ..world.pipeline import Attempt, Phase, Pipeline
-from ..world.worker import Progress, Worker
+from ..world.worker import Worker
 from ..world.world import World
-from . import actions
 from .actions import Action
 
 
@@ -32,24 +35,32 @@ def new_epoch(world: World, pipeline: Pipeline) -> int:
 def plan_stages(world: World, holders: Holders) -> tuple[StagePlan, ...]:
     """Stages of a new attempt, each with a fresh generation."""
     return tuple(
-        StagePlan(stage, h.worker_id, world.workers[h.worker_id].info.incarnation, h.layers, world.nonce())
+        StagePlan(stage, h.worker_id, world.workers[h.worker_id].incarnation, h.layers, world.nonce())
         for stage, h in enumerate(holders)
     )
 
 
 def begin(world: World, attempt: Attempt) -> Iterator[Action]:
     """Orders the workers to hold their layers."""
+    limits = RunLimits(pipelines=attempt.shares)
+    limits.MergeFrom(world.settings.limits)
     for plan in attempt.stages:
-        address = world.worker_at(attempt, plan.stage).info.address
-        stages = len(attempt.stages)
-        yield actions.Assign(
-            attempt.pipeline_id, attempt.epoch, stages, plan, address, attempt.shares, beside=attempt.beside
+        request = stage_pb2.AssignRequest(
+            key=attempt.key,
+            stage=plan.stage,
+            num_stages=len(attempt.stages),
+            layers=layer_range(plan.layers),
+            generation=plan.generation,
+            model=world.settings.model,
+            limits=limits,
+            beside=attempt.beside,
         )
+        yield Order(world.workers[plan.worker_id].info, request)
 
 
 def take_stage(worker: Worker, layers: Range) -> None:
     """A worker is to hold layers instead of whatever it has loaded."""
-    worker.progress, worker.preparing, worker.beside = Progress(), None, None
+    worker.progress, worker.preparing, worker.beside = (0, 0), None, None
     if worker.kept != layers:
         worker.kept = None
 
@@ -57,13 +68,20 @@ def take_stage(worker: Worker, layers: Range) -> None:
 def advance(world: World, pipeline: Pipeline, attempt: Attempt, now: float) -> Iterator[Action]:
     """The orders that follow from the answers so far."""
     if attempt.phase is Phase.ASSIGN and len(attempt.loaded) == len(attempt.stages):
-        yield from _link(world, pipeline, attempt, now)
-    links = len(attempt.routes) + len(attempt.copied)
-    if attempt.phase is Phase.LINK and not attempt.fault and links == attempt.num_links + len(attempt.copies):
+        _enter(world, pipeline, attempt, Phase.LINK)
+        try:
+            links = [_stage_link(world, attempt, stage) for stage in range(attempt.num_links)]
+            links += [_copy_link(world, pipeline, attempt, copy) for copy in attempt.copies]
+        except CannotForm as e:
+            fail(world, attempt, e.reason, now, pause=True)
+        else:
+            yield from links
+    links_up = len(attempt.routes) + len(attempt.copied)
+    if attempt.phase is Phase.LINK and not attempt.fault and links_up == attempt.num_links + len(attempt.copies):
         _enter(world, pipeline, attempt, Phase.ACTIVATE)
         for plan in attempt.stages:
-            address = world.worker_at(attempt, plan.stage).info.address
-            yield actions.Activate(attempt.pipeline_id, attempt.epoch, plan.stage, address)
+            request = stage_pb2.ActivateRequest(key=attempt.key, stage=plan.stage)
+            yield Order(world.workers[plan.worker_id].info, request)
 
 
 def _enter(world: World, pipeline: Pipeline, attempt: Attempt, phase: Phase) -> None:
@@ -73,41 +91,13 @@ def _enter(world: World, pipeline: Pipeline, attempt: Attempt, phase: Phase) -> 
     world.publish()
 
 
-def _link(world: World, pipeline: Pipeline, attempt: Attempt, now: float) -> Iterator[Action]:
-    _enter(world, pipeline, attempt, Phase.LINK)
-    try:
-        links = [_stage_link(world, attempt, stage) for stage in range(attempt.num_links)]
-        links += [_copy_link(world, pipeline, attempt, copy) for copy in attempt.copies]
-    except CannotForm as e:
-        if attempt.beside:
-            fail_beside(world, attempt, e.reason, now)
-        else:
-            interrupt(world, pipeline, e.reason, now, world.timing.retry_max_s)
-    else:
-        yield from links
-
-
-def _stage_link(world: World, attempt: Attempt, stage: int) -> actions.MakeLink:
+def _stage_link(world: World, attempt: Attempt, stage: int) -> Order:
     to = (stage + 1) % len(attempt.stages)
     sender, receiver = (world.worker_at(attempt, s).info for s in (stage, to))
-    # Of the same two workers a warning was said already.
-    name = _transport(world, sender, receiver, quiet=to == 0)
-    return actions.MakeLink(
-        attempt.pipeline_id,
-        attempt.epoch,
-        stage,
-        name,
-        sender.address,
-        receiver.address,
-        receiver.worker_id,
-        sender.addresses(name) or (),
-        tuple(world.nonce() for _ in range(receiver.tp_size if to else 1)),
-        to,
-        tokens=to == 0,
-    )
+    return _link(world, attempt, (sender, stage), (receiver, to), tokens=to == 0)
 
 
-def _copy_link(world: World, pipeline: Pipeline, attempt: Attempt, copy: PageCopy) -> actions.MakeLink:
+def _copy_link(world: World, pipeline: Pipeline, attempt: Attempt, copy: KvCopy) -> Order:
     assert pipeline.main is not None
     sender = world.worker_at(pipeline.main, copy.from_stage).info
     receiver = world.worker_at(attempt, copy.to_stage).info
@@ -117,38 +107,63 @@ def _copy_link(world: World, pipeline: Pipeline, attempt: Attempt, copy: PageCop
             f"worker {receiver.worker_id} ({ours}, {receiver.tp_size} ranks) cannot take KV pages of "
             f"{sender.worker_id} ({theirs}, {sender.tp_size} ranks)"
         )
-    name = _transport(world, sender, receiver, quiet=False)
-    return actions.MakeLink(
-        attempt.pipeline_id,
-        attempt.epoch,
-        copy.from_stage,
-        name,
-        sender.address,
-        receiver.address,
-        receiver.worker_id,
-        sender.addresses(name) or (),
-        tuple(world.nonce() for _ in range(receiver.tp_size)),
-        copy.to_stage,
-        copy=copy,
-    )
+    return _link(world, attempt, (sender, copy.from_stage), (receiver, copy.to_stage), copy=copy)
 
 
-def _transport(world: World, sender: WorkerInfo, receiver: WorkerInfo, *, quiet: bool) -> str:
+def _link(
+    world: World,
+    attempt: Attempt,
+    sends: tuple[RegisterRequest, int],
+    receives: tuple[RegisterRequest, int],
+    *,
+    tokens: bool = False,
+    copy: KvCopy | None = None,
+) -> Order:
+    """A link between two workers, each given with its stage."""
+    (sender, stage), (receiver, to) = sends, receives
     failed = world.ucx_failure(sender, receiver)
     name, warning = transport(world.settings.transport, sender, receiver, ucx_failed=failed)
-    if warning and not quiet:
+    if warning and not tokens:  # Of the same two workers a warning was said already.
         world.log(warning, warning=True)
-    return name
+    # Where tokens are sent there is one link: rank 0 tells the others.
+    nonces = [world.nonce() for _ in range(1 if tokens else receiver.tp_size)]
+    offer = stage_pb2.OfferLinkRequest(
+        key=attempt.key,
+        stage=to,
+        transport=name,
+        sender_addresses=rank_addresses(sender, name),
+        nonces=nonces,
+        tokens=tokens,
+        copy=copy,
+    )
+    connect = stage_pb2.ConnectLinkRequest(
+        key=attempt.key,
+        stage=stage,
+        transport=name,
+        nonces=nonces,
+        receiver_id=receiver.worker_id,
+        tokens=tokens,
+        copy=copy,
+    )
+    return Order(sender, connect, Order(receiver, offer))
 
 
-def page_copies(old: Sequence[StagePlan], new: Sequence[StagePlan], epoch: int) -> tuple[PageCopy, ...]:
+def page_copies(old: Sequence[StagePlan], new: Sequence[StagePlan], epoch: int) -> tuple[KvCopy, ...]:
     """What has to go from worker to worker when the stages change; `epoch` is the old one's."""
-    found: list[PageCopy] = []
+    found: list[KvCopy] = []
     for to in new:
         for source in old:
             first, last = max(to.layers[0], source.layers[0]), min(to.layers[1], source.layers[1])
             if first < last and source.worker_id != to.worker_id:
-                found.append(PageCopy(len(found), epoch, source.stage, to.stage, (first, last)))
+                found.append(
+                    KvCopy(
+                        index=len(found),
+                        from_epoch=epoch,
+                        from_stage=source.stage,
+                        to_stage=to.stage,
+                        layers=layer_range((first, last)),
+                    )
+                )
     return tuple(found)
 
 
@@ -158,5 +173,5 @@ def release(
     """Tells the attempt's workers outside `keep` that it ended; `alone`: that epoch, and none before it."""
     for plan in attempt.stages:
         if plan.worker_id not in keep and world.knows(plan.worker_id, plan.incarnation):
-            address = world.workers[plan.worker_id].info.address
-            yield actions.Release(attempt.pipeline_id, attempt.epoch, plan.worker_id, address, reason, alone)
+            request = stage_pb2.ReleaseRequest(key=attempt.key, reason=reason, alone=alone)
+            yield Order(world.workers[plan.worker_id].info, request)

@@ -17,36 +17,27 @@ PASSES = 64
 """One event leads to so many passes at most; each changes something that the next may answer to."""
 
 
-class Mesh:
-    """Runs the core on one world."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-
-    def handle(self, event: events.Event, now: float) -> list[actions.Action]:
-        """Takes one event at clock time `now` (seconds, monotonic); returns what is to be done, in order."""
-        world = self.world
-        before, version = world.record.copy(), world.version
-        observe(world, event, now)
-        if isinstance(event, events.LeaseRenewed | events.StepsMeasured) and world.version == version:
-            return []
-        ordered: list[actions.Action] = []
-        for _ in range(PASSES):
-            version = world.version
-            ordered += reconcile(world, desired(world, now), now)
-            if world.version == version:
-                break
-        self._note_plans()
-        said = [actions.Log(message, warning) for message, warning in world.said]
-        saved = [actions.Save(before, world.record.copy())] if world.record != before else []
-        told = [actions.Publish(urgent=world.news)] if world.news is not None else []
-        world.said.clear()
-        world.news = None
-        return [*saved, *said, *ordered, *told]
-
-    def _note_plans(self) -> None:
-        """What serves is what is written down, with the epoch that gateways were told to switch to."""
-        world = self.world
-        for name, pipeline in world.pipelines.items():
-            if pipeline.serving is not None:
-                world.record.plans[name] = world.stored(pipeline)
+def handle(world: World, event: events.Event, now: float) -> list[actions.Action]:
+    """Takes one event at clock time `now` (seconds, monotonic); returns what is to be done, in order."""
+    before, version = world.record.copy(), world.version
+    observe(world, event, now)
+    if isinstance(event, events.Tick):
+        version = -1  # Policies answer to the clock, too.
+    elif world.version == version and world.news is None:
+        return []
+    ordered: list[actions.Action] = []
+    for _ in range(PASSES):
+        if world.version == version:
+            break
+        version = world.version
+        ordered += reconcile(world, desired(world, now), now)
+    for name, pipeline in world.pipelines.items():
+        if pipeline.serving is not None:
+            # What serves is what is written down, with the epoch that gateways were told to switch to.
+            world.record.plans[name] = world.stored(pipeline)
+    said = [actions.Log(message, warning) for message, warning in world.said]
+    saved = [actions.Save(before, world.record.copy())] if world.record != before else []
+    told = [actions.Publish(urgent=world.news)] if world.news is not None else []
+    world.said.clear()
+    world.news = None
+    return [*saved, *said, *ordered, *told]

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stagemesh.protocol import MOVES
+from stagemesh.protos.v1.stage_pb2 import PrepareRequest
 
-from ..observe.faults import interrupt
+from ..observe.faults import fail
 from ..policy.plan import Goal
-from ..values import Range
+from ..values import Order, Range, layer_range
 from ..world.pipeline import Attempt, GaveUp, Phase, Pipeline
 from ..world.worker import Worker
 from ..world.world import World
@@ -34,24 +35,23 @@ def load(world: World, worker: Worker, layers: Range, now: float) -> Iterator[Ac
     if worker.has(layers) or worker.preparing is not None or now < worker.prepare_after:
         return
     worker.preparing, worker.beside = layers, None
-    if not world.pipelines_of(worker.info.worker_id):
+    if not world.pipelines_of(worker.worker_id):
         worker.kept = None
     world.changed()
-    info = worker.info
-    yield actions.Prepare(info.worker_id, info.incarnation, info.address, layers)
+    settings = world.settings
+    request = PrepareRequest(layers=layer_range(layers), model=settings.model, limits=settings.limits)
+    yield Order(worker.info, request)
 
 
-def pursue(world: World, pipeline: Pipeline, goal: Goal | None, now: float) -> Iterator[Action]:
-    """A pipeline that serves: goes on with its move, or begins the one that its goal asks for."""
+def pursue(world: World, pipeline: Pipeline, main: Attempt, goal: Goal | None, now: float) -> Iterator[Action]:
+    """A pipeline that serves as `main`: goes on with its move, or begins the one that its goal asks for."""
     if pipeline.beside is not None:
-        yield from _go_on(world, pipeline, pipeline.beside, now)
+        yield from _go_on(world, pipeline, main, pipeline.beside, now)
     elif goal is not None and goal.holders:
-        yield from _approach(world, pipeline, goal, now)
+        yield from _approach(world, pipeline, main, goal, now)
 
 
-def _approach(world: World, pipeline: Pipeline, goal: Goal, now: float) -> Iterator[Action]:
-    main = pipeline.main
-    assert main is not None
+def _approach(world: World, pipeline: Pipeline, main: Attempt, goal: Goal, now: float) -> Iterator[Action]:
     beside = _know_moves(world, main, goal, now)
     lacking = [
         holder
@@ -69,17 +69,16 @@ def _approach(world: World, pipeline: Pipeline, goal: Goal, now: float) -> Itera
     elif goal.must or not beside:
         # Formed anew with the same holders: what its stages lack is computed again.
         pipeline.last_stages = attempts.plan_stages(world, goal.holders)
-        interrupt(world, pipeline, goal.why, now)
+        fail(world, main, goal.why, now)
     else:
         why = f"{TRIES} moves failed, the last one because {pipeline.why_moves_failed}"
         pipeline.gave_up = GaveUp(goal.policy, why, now + world.timing.again_s)
         pipeline.moves_failed = 0
-        world.changed()
+        world.publish()
         if goal.policy != "ranges":
             world.beliefs.lost_with.clear()
             world.given_up = f"{pipeline.pipeline_id} stays as it is: {why}"
             world.log(world.given_up, warning=True)
-            world.publish()
 
 
 def _know_moves(world: World, main: Attempt, goal: Goal, now: float) -> bool:
@@ -106,31 +105,26 @@ def _begin(world: World, pipeline: Pipeline, main: Attempt, goal: Goal, now: flo
     yield from attempts.begin(world, pipeline.beside)
 
 
-def _go_on(world: World, pipeline: Pipeline, move: Attempt, now: float) -> Iterator[Action]:
+def _go_on(world: World, pipeline: Pipeline, main: Attempt, move: Attempt, now: float) -> Iterator[Action]:
     if move.is_being_made:
         yield from attempts.advance(world, pipeline, move, now)
     if move.phase is Phase.ACTIVATE and not move.fault and len(move.activated) == len(move.stages):
         move.phase, move.deadline = Phase.SWITCH, now + world.timing.move_s
-        world.changed()
         world.publish()
     awaited = world.watching(now) - move.switched - move.stayed
     told = move.phase is Phase.SWITCH
-    if move.fault and not told:
-        yield from _fail(world, pipeline, move, move.fault, now)
+    all_said = told and not awaited and now >= world.gateways_came_at
+    if move.fault and (all_said or not told):
+        yield from _fail(world, pipeline, main, move, move.fault, now)
     elif now >= move.deadline:
         late = f"not there in time: {', '.join(sorted(awaited)) or move.phase.value}"
-        yield from _fail(world, pipeline, move, move.fault or late, now)
-    elif told and not awaited and now >= world.gateways_came_at:
-        if move.fault:
-            yield from _fail(world, pipeline, move, move.fault, now)
-        else:
-            yield from _complete(world, pipeline, move, now)
+        yield from _fail(world, pipeline, main, move, move.fault or late, now)
+    elif all_said:
+        yield from _complete(world, pipeline, main, move, now)
 
 
-def _complete(world: World, pipeline: Pipeline, move: Attempt, now: float) -> Iterator[Action]:
+def _complete(world: World, pipeline: Pipeline, before: Attempt, move: Attempt, now: float) -> Iterator[Action]:
     """The move's epoch is the pipeline's."""
-    before = pipeline.main
-    assert before is not None
     name, epoch = pipeline.pipeline_id, move.epoch
     move.beside, move.phase, move.deadline = False, Phase.ACTIVE, float("inf")
     pipeline.main, pipeline.beside, pipeline.epoch = move, None, epoch
@@ -144,11 +138,10 @@ def _complete(world: World, pipeline: Pipeline, move: Attempt, now: float) -> It
         pipeline.steps.moved(epoch, wanted, now)
     world.log(f"{name} has gone to epoch {epoch}: {move.why}")
     world.membership_changed()
-    world.publish()
     yield from attempts.release(world, before, f"{name} is at epoch {epoch} now")
 
 
-def _fail(world: World, pipeline: Pipeline, move: Attempt, reason: str, now: float) -> Iterator[Action]:
+def _fail(world: World, pipeline: Pipeline, main: Attempt, move: Attempt, reason: str, now: float) -> Iterator[Action]:
     """The move is not to be. Gateways that switched nevertheless lose the pipeline, and with them the others."""
     yield from end(world, pipeline)
     pipeline.moves_failed += not move.blameless
@@ -157,7 +150,7 @@ def _fail(world: World, pipeline: Pipeline, move: Attempt, reason: str, now: flo
     world.log(f"{pipeline.pipeline_id} has not gone to epoch {move.epoch}: {reason}", warning=True)
     told = move.phase is Phase.SWITCH
     if move.taken_up or (told and not world.watching(now) <= move.stayed):
-        interrupt(world, pipeline, reason, now)
+        fail(world, main, reason, now)
     world.publish()
 
 

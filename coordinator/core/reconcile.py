@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stagemesh.protos.v1.coordinator_pb2 import RepartitionRequest
+
 from ..observe import requests
-from ..observe.faults import backoff_s, interrupt
+from ..observe.faults import fail
 from ..policy.plan import Goal, MeshPlan
 from ..world.pipeline import Attempt, Leaving, Phase, Pipeline, State
 from ..world.world import World
@@ -28,7 +30,7 @@ def reconcile(world: World, plan: MeshPlan, now: float) -> Iterator[Action]:
     if plan.drop_counts:
         requests.drop_counts(world, plan.drop_counts, now)
     elif plan.counts is not None and plan.counts != world.record.counts:
-        requests.repartition(world, plan.counts, now)
+        requests.repartition(world, RepartitionRequest(counts=plan.counts), now)
     yield from _come_and_go(world, plan, now)
     for pipeline in list(world.pipelines.values()):
         yield from _pipeline(world, pipeline, plan, now)
@@ -46,13 +48,11 @@ def _come_and_go(world: World, plan: MeshPlan, now: float) -> Iterator[Action]:
             world.pipelines[name] = Pipeline(name, epoch, reason="it is to be formed")
             world.log(f"{name} is to be made, over stages that it shares with others")
             world.membership_changed()
-            world.publish()
     for pipeline in list(world.pipelines.values()):
         stays = pipeline.pipeline_id in plan.pipelines
         if stays and pipeline.leaving:
             pipeline.leaving, pipeline.reason = None, ""
             world.membership_changed()
-            world.publish()
         elif not stays and pipeline.leaving is None:
             pipeline.leaving = Leaving(now + world.timing.leave_s)
             pipeline.reason = "there are fewer replicas"
@@ -76,7 +76,6 @@ def _remove(world: World, pipeline: Pipeline) -> Iterator[Action]:
     world.record.plans.pop(name, None)
     world.log(f"{name} is no more")
     world.membership_changed()
-    world.publish()
 
 
 # -- one pipeline -----------------------------------------------------------------------------------------------------
@@ -88,28 +87,28 @@ def _pipeline(world: World, pipeline: Pipeline, plan: MeshPlan, now: float) -> I
     main = pipeline.main
     if main is not None and main.is_being_made:
         yield from _advance(world, pipeline, main, now)
-    elif pipeline.serving is None and not pipeline.leaving and goal is not None:
-        yield from _form(world, pipeline, goal, now)
-    elif pipeline.serving is not None and not pipeline.leaving:
+    elif pipeline.leaving:
+        return
+    elif (serving := pipeline.serving) is not None:
         _show_drain(world, pipeline, plan.drains.get(pipeline.pipeline_id, ""))
-        yield from moves.pursue(world, pipeline, goal, now)
+        yield from moves.pursue(world, pipeline, serving, goal, now)
+    elif goal is not None:
+        yield from _form(world, pipeline, goal, now)
 
 
 def _end_what_failed(world: World, pipeline: Pipeline, plan: MeshPlan, now: float) -> Iterator[Action]:
-    why, unreachable = pipeline.unreached
-    if unreachable:
-        pipeline.unreached = "", ()
+    main, (why, unreachable) = pipeline.main, pipeline.unreached
+    pipeline.unreached = "", ()
+    if unreachable and pipeline.serving is not None:
         if pipeline.pipeline_id in plan.interrupts:
-            interrupt(world, pipeline, why, now, backoff_s(world, pipeline, now))
-        elif pipeline.serving:
+            fail(world, pipeline.serving, why, now, pause=True)
+        else:
             world.log(f"{pipeline.pipeline_id} stays as it is, though {why}", warning=True)
-    main = pipeline.main
     if main is not None and main.fault and main.phase is not Phase.OVER:
         yield from moves.end(world, pipeline)
         main.phase = Phase.OVER
         yield actions.Forget(pipeline.pipeline_id, main.epoch + 1)
         world.log(f"{pipeline.pipeline_id} epoch {main.epoch} is over: {main.fault}", warning=True)
-        world.changed()
         world.publish()
 
 
@@ -120,7 +119,6 @@ def _advance(world: World, pipeline: Pipeline, main: Attempt, now: float) -> Ite
         pipeline.reason, pipeline.serving_since = "", now
         world.log(f"{pipeline.pipeline_id} serves at epoch {main.epoch}")
         world.membership_changed()
-        world.publish()
 
 
 def _form(world: World, pipeline: Pipeline, goal: Goal, now: float) -> Iterator[Action]:
@@ -178,5 +176,4 @@ def _next_epoch(world: World, pipeline: Pipeline, keep: list[str], reason: str) 
 def _show_drain(world: World, pipeline: Pipeline, why: str) -> None:
     if pipeline.drains != bool(why):
         pipeline.drains, pipeline.reason = bool(why), why
-        world.changed()
         world.publish()

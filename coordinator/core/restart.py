@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from stagemesh.protos.v1.stage_pb2 import PipelineKey, ReleaseRequest
+
 from ..observe.membership import is_held
 from ..observe.requests import know_later_epoch
-from ..values import StoredPlan
+from ..values import Order, StoredPlan
 from ..world.pipeline import Attempt, Phase, Pipeline
 from ..world.worker import Worker
 from ..world.world import World
-from . import actions
 from .actions import Action
 from .attempt import page_copies
 
@@ -33,27 +34,23 @@ def settle_reported(world: World, now: float) -> Iterator[Action]:
 def _note_epochs(world: World, worker: Worker, now: float) -> None:
     """Nobody may be given an epoch that somebody has seen."""
     for held in worker.info.held:
-        pipeline = world.pipelines.get(held.pipeline_id)
-        known = world.record.epochs.get(held.pipeline_id, 0)
-        if held.epoch > known and pipeline is not None:
-            know_later_epoch(world, pipeline, held.epoch, f"worker {worker.info.worker_id}", now)
-        elif held.epoch > known:
-            world.record.epochs[held.pipeline_id] = held.epoch
+        if held.epoch > world.record.epochs.get(held.pipeline_id, 0):
+            know_later_epoch(world, held.pipeline_id, held.epoch, f"worker {worker.worker_id}", now)
 
 
 def _release_stale(world: World, worker: Worker) -> Iterator[Action]:
     """Releases assignments of epochs that are neither current nor waited for."""
-    info = worker.info
     worker.unsettled = False
-    for held in info.held:
+    for held in worker.info.held:
         pipeline = world.pipelines.get(held.pipeline_id)
-        if pipeline is None:
-            yield actions.Release(held.pipeline_id, held.epoch, info.worker_id, info.address, "no such pipeline")
-        elif pipeline.restored is not None:
+        attempt = world.attempt(held.pipeline_id, held.epoch)
+        if pipeline is not None and pipeline.restored is not None:
             worker.unsettled = True  # It is looked at when that is decided.
-        elif (attempt := pipeline.at(held.epoch)) is None or attempt.stage_of(info.worker_id) is None:
-            reason = "its epoch has passed"
-            yield actions.Release(held.pipeline_id, held.epoch, info.worker_id, info.address, reason, alone=True)
+        elif attempt is None or attempt.stage_of(worker.worker_id) is None:
+            reason = "its epoch has passed" if pipeline is not None else "no such pipeline"
+            key = PipelineKey(pipeline_id=held.pipeline_id, epoch=held.epoch)
+            request = ReleaseRequest(key=key, reason=reason, alone=pipeline is not None)
+            yield Order(worker.info, request)
 
 
 def _try_to_adopt(world: World, pipeline: Pipeline, plan: StoredPlan, now: float) -> None:
@@ -67,7 +64,7 @@ def _try_to_adopt(world: World, pipeline: Pipeline, plan: StoredPlan, now: float
                 if not world.settles(now):
                     _give_up(world, pipeline, plan, "not all of its workers reported in time")
                 return
-            same_life = worker.info.incarnation == stage.incarnation
+            same_life = worker.incarnation == stage.incarnation
             if not same_life or not is_held(worker.info, attempt, stage.stage):
                 _give_up(world, pipeline, plan, f"worker {stage.worker_id} no longer holds stage {stage.stage}")
                 return
@@ -84,7 +81,6 @@ def _try_to_adopt(world: World, pipeline: Pipeline, plan: StoredPlan, now: float
             world.workers[stage.worker_id].kept = stage.layers
     world.log(f"{pipeline.pipeline_id} goes on at epoch {pipeline.epoch}: all of its workers are still active")
     world.membership_changed()
-    world.publish()
 
 
 def _adopted(plan: StoredPlan) -> Attempt:
@@ -106,4 +102,3 @@ def _give_up(world: World, pipeline: Pipeline, plan: StoredPlan, why: str) -> No
     pipeline.restored, pipeline.last_stages, pipeline.reason = None, plan.stages, why
     world.log(f"{pipeline.pipeline_id} is formed anew: {why}")
     world.membership_changed()
-    world.publish()

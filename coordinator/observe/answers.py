@@ -2,137 +2,150 @@
 
 from __future__ import annotations
 
-from ..values import Loaded
-from ..world.pipeline import Attempt, Phase, Pipeline
-from ..world.worker import Progress
+from stagemesh.protos.v1 import stage_pb2
+
+from ..policy.ranges import LOADS
+from ..values import Loaded, Order, pages_per_sequence, span
+from ..world.pipeline import Attempt, Phase
 from ..world.world import World
-from . import events
-from .faults import backoff_s, fail_beside, interrupt
-
-Answer = events.AssignProgress | events.AssignDone | events.LinkUp | events.Activated | events.StepFailed
+from .events import Answered, Failed
+from .faults import fail
 
 
-def answered(world: World, event: Answer, now: float) -> None:
-    """An answer to Assign, MakeLink or Activate."""
-    pipeline = world.pipelines.get(event.pipeline_id)
-    attempt = pipeline.at(event.epoch) if pipeline is not None else None
-    if pipeline is None or attempt is None or not attempt.is_being_made:
+def answered(world: World, event: Answered, now: float) -> None:
+    """A worker answered an order."""
+    order, response = event.order, event.response
+    if isinstance(order.request, stage_pb2.PrepareRequest):
+        if isinstance(response, stage_pb2.AssignResponse) and response.HasField("done"):
+            another = response.done.fingerprint != world.settings.model.fingerprint
+            _prepared(world, order, "it has another revision of the checkpoint" if another else "", another, now)
         return
-    match event:
-        case events.AssignProgress() if attempt.phase is Phase.ASSIGN:
-            world.worker_at(attempt, event.stage).progress = Progress(event.loaded_bytes, event.total_bytes)
-            world.publish(urgent=False)
-        case events.AssignDone() if attempt.phase is Phase.ASSIGN:
-            _loaded(world, pipeline, attempt, event.stage, event.loaded, now)
-        case events.LinkUp() if attempt.phase is Phase.LINK:
-            if event.copy is not None:
-                attempt.copied.add(event.copy)
+    attempt = _awaiting(world, order)
+    if attempt is None:
+        return
+    match order.request, response, attempt.phase:
+        case stage_pb2.AssignRequest(stage=stage), stage_pb2.AssignResponse(), Phase.ASSIGN:
+            if response.HasField("done"):
+                _loaded(world, attempt, stage, response.done, now)
             else:
-                attempt.routes[event.stage] = event.route
+                world.worker_at(attempt, stage).progress = response.loaded_bytes, response.total_bytes
+                world.publish(urgent=False)
+        case stage_pb2.ConnectLinkRequest() as link, stage_pb2.ConnectLinkResponse(route=route), Phase.LINK:
+            if link.HasField("copy"):
+                attempt.copied.add(link.copy.index)
+            else:
+                attempt.routes[link.stage] = route or link.transport
             world.changed()
-        case events.Activated() if attempt.phase is Phase.ACTIVATE:
-            attempt.activated.add(event.stage)
+        case stage_pb2.ActivateRequest(stage=stage), _, Phase.ACTIVATE:
+            attempt.activated.add(stage)
             world.changed()
-        case events.StepFailed():
-            _failed(world, pipeline, attempt, event, now)
 
 
-def _loaded(world: World, pipeline: Pipeline, attempt: Attempt, stage: int, loaded: Loaded, now: float) -> None:
+def _awaiting(world: World, order: Order) -> Attempt | None:
+    """The attempt that waits for the order's answer."""
+    attempt = world.attempt(*order.attempt) if order.attempt is not None else None
+    return attempt if attempt is not None and attempt.is_being_made else None
+
+
+def _loaded(world: World, attempt: Attempt, stage: int, done: stage_pb2.AssignDone, now: float) -> None:
     worker, plan = world.worker_at(attempt, stage), attempt.stages[stage]
     worker.kept = plan.layers
-    key = plan.worker_id, plan.incarnation
-    world.pages[key] = max(world.pages.get(key, 0), loaded.num_pages * attempt.shares)
+    life = plan.worker_id, plan.incarnation
+    world.pages[life] = max(world.pages.get(life, 0), done.num_pages * attempt.shares)
     world.changed()
-    if refusal := _why_refused(world, attempt, loaded):
-        _refuse(world, pipeline, attempt, stage, refusal, now)
+    if refusal := _why_refused(world, attempt, done):
+        _refuse(world, attempt, stage, refusal, now)
         return
-    worker.progress.loaded_bytes = worker.progress.total_bytes
-    attempt.loaded[stage] = loaded
+    total_bytes = worker.progress[1]
+    worker.progress = total_bytes, total_bytes
+    attempt.loaded[stage] = Loaded(
+        done.num_pages, done.weight_bytes, done.tensor_bytes_read, done.fingerprint, done.kv_layout
+    )
     world.publish(urgent=False)
 
 
-def _why_refused(world: World, attempt: Attempt, loaded: Loaded) -> str:
-    target = world.settings
-    if loaded.fingerprint != target.fingerprint:
+def _why_refused(world: World, attempt: Attempt, done: stage_pb2.AssignDone) -> str:
+    limits, revision = world.settings.limits, world.settings.model.fingerprint
+    if done.fingerprint != revision:
         agree = [attempt.stages[stage].worker_id for stage in sorted(attempt.loaded)]
         others = f"the coordinator and {', '.join(agree)} have" if agree else "the coordinator has"
         return (
-            f"read revision {loaded.fingerprint[:12] or '(none)'} of the checkpoint, "
-            f"{others} {target.fingerprint[:12]}: give all of them the same files"
+            f"read revision {done.fingerprint[:12] or '(none)'} of the checkpoint, "
+            f"{others} {revision[:12]}: give all of them the same files"
         )
-    need, have, page = target.limits.pages_per_sequence, loaded.num_pages, target.limits.page_size
+    need, have, page = pages_per_sequence(limits), done.num_pages, limits.page_size
     if have < need:
         return (
-            f"has {have} KV pages of {page} tokens; one sequence of --max-model-len {target.limits.max_model_len} "
+            f"has {have} KV pages of {page} tokens; one sequence of --max-model-len {limits.max_model_len} "
             f"needs {need}: use --max-model-len {have * page}, more KV memory (--kv-cache-gib), or more stages"
         )
     return ""
 
 
-def _failed(world: World, pipeline: Pipeline, attempt: Attempt, event: events.StepFailed, now: float) -> None:
-    if attempt.beside:
-        fail_beside(world, attempt, f"stage {event.stage}: {event.what}: {event.reason}", now)
+def failed(world: World, event: Failed, now: float) -> None:
+    """An order failed."""
+    order, request = event.order, event.order.request
+    if isinstance(request, stage_pb2.PrepareRequest):
+        _prepared(world, order, event.reason, event.final, now)
+    elif isinstance(request, stage_pb2.ReleaseRequest):
+        world.log(f"worker {order.to.worker_id} did not take its release: {event.reason}")
+    elif (attempt := _awaiting(world, order)) is None:
         return
-    if event.what == "link" and event.transport_failed:
-        ends = [attempt.stages[s] for s in (event.stage, (event.stage + 1) % len(attempt.stages))]
-        beliefs = world.beliefs
-        beliefs.ucx_failed.setdefault(frozenset(end.incarnation for end in ends), []).append(event.reason)
-        beliefs.apart[frozenset(end.worker_id for end in ends)] = now + world.timing.apart_s
-    if event.final:
-        _refuse(world, pipeline, attempt, event.stage, f"cannot {event.what}: {event.reason}", now)
+    elif attempt.beside:
+        fail(world, attempt, f"stage {request.stage}: {order.what}: {event.reason}", now)
     else:
-        reason = f"stage {event.stage}: {event.reason}"
-        interrupt(world, pipeline, reason, now, backoff_s(world, pipeline, now))
+        if event.transport_failed and order.what == "link":
+            ends = [attempt.stages[s] for s in (request.stage, (request.stage + 1) % len(attempt.stages))]
+            beliefs = world.beliefs
+            beliefs.ucx_failed.setdefault(frozenset(end.incarnation for end in ends), []).append(event.reason)
+            beliefs.apart[frozenset(end.worker_id for end in ends)] = now + world.timing.apart_s
+        if event.final:
+            _refuse(world, attempt, request.stage, f"cannot {order.what}: {event.reason}", now)
+        else:
+            fail(world, attempt, f"stage {request.stage}: {event.reason}", now, pause=True)
 
 
-def _refuse(world: World, pipeline: Pipeline, attempt: Attempt, stage: int, reason: str, now: float) -> None:
+def _refuse(world: World, attempt: Attempt, stage: int, reason: str, now: float) -> None:
     """What failed would fail again: the worker is not asked for the same soon."""
-    delay_s = 0.0
     if attempt.shares > 1:
         # A smaller share may be all that is wrong with it. If not, it is refused when it is asked for the whole.
         world.share_limit = attempt.shares - 1
         world.given_up = f"{world.share_limit} pipeline(s), and no more: stage {stage}: {reason}"
         world.log(world.given_up, warning=True)
-        delay_s = backoff_s(world, pipeline, now)
     else:
         worker = world.worker_at(attempt, stage)
-        reason = f"worker {worker.info.worker_id} {reason}"
+        reason = f"worker {worker.worker_id} {reason}"
         worker.refuse(stage, attempt.stages[stage].layers, reason, now + world.timing.refused_s)
     world.membership_changed()
-    if attempt.beside:
-        fail_beside(world, attempt, f"stage {stage}: {reason}", now)
-    else:
-        interrupt(world, pipeline, f"stage {stage}: {reason}", now, delay_s)
+    fail(world, attempt, f"stage {stage}: {reason}", now, pause=attempt.shares > 1)
 
 
-def prepared(world: World, event: events.Prepared | events.PrepareFailed, now: float) -> None:
-    """A worker has loaded layers that it may have to hold later, or could not."""
-    worker = world.workers.get(event.worker_id)
-    if worker is None or worker.info.incarnation != event.incarnation or worker.preparing != event.layers:
+def _prepared(world: World, order: Order, error: str, final: bool, now: float) -> None:
+    """A worker has loaded layers that it may have to hold later; or it could not, because of `error`."""
+    assert isinstance(order.request, stage_pb2.PrepareRequest)
+    name, layers = order.to.worker_id, span(order.request.layers)
+    if not world.knows(name, order.to.incarnation) or world.workers[name].preparing != layers:
         return  # It was given a stage meanwhile.
+    worker = world.workers[name]
     worker.preparing = None
-    world.changed()
     world.publish()
-    name, layers = event.worker_id, f"layers {event.layers[0]}-{event.layers[1] - 1}"
-    if isinstance(event, events.Prepared) and event.fingerprint == world.settings.fingerprint:
+    shown = f"layers {layers[0]}-{layers[1] - 1}"
+    if not error:
         if world.pipelines_of(name):
-            worker.beside = event.layers
+            worker.beside = layers
         else:
-            worker.kept = event.layers
-        world.log(f"worker {name} has {layers} ready")
+            worker.kept = layers
+        world.log(f"worker {name} has {shown} ready")
         return
-    final = isinstance(event, events.Prepared) or event.final
-    what = "it has another revision of the checkpoint" if isinstance(event, events.Prepared) else event.reason
-    reason = f"worker {name} {'cannot load' if final else 'has not loaded'} {layers}: {what}"
+    reason = f"worker {name} {'cannot load' if final else 'has not loaded'} {shown}: {error}"
     world.log(reason, warning=True)
     if final:
         for pipeline in world.pipelines.values():
             for plan in pipeline.stages:
-                if plan.layers == event.layers:
-                    worker.refuse(plan.stage, plan.layers, reason, now + world.timing.refused_s)
+                if plan.layers == layers:
+                    worker.refuse(plan.stage, layers, reason, now + world.timing.refused_s)
     else:
         worker.prepare_after = now + world.timing.retry_max_s
-    if event.layers in (world.wanted_ranges or ()):
-        world.load_failures += 1
+    if layers in (world.wanted_ranges or ()):
+        world.load_failures += LOADS if final else 1
         world.cannot_load = reason
-        world.load_fails_for_good |= final

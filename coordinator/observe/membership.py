@@ -2,98 +2,104 @@
 
 from __future__ import annotations
 
-from ..values import WorkerInfo
+from stagemesh.protos.v1 import coordinator_pb2 as pb
+
+from ..values import span
 from ..world.pipeline import Attempt, Phase
 from ..world.worker import Worker
 from ..world.world import World
-from .faults import fail_beside, interrupt
+from .events import Tick, WorkerLost
+from .faults import fail
+from .requests import look
 
 LOST_SHOWN = 64
+MAX_COUNTED = 4096
+"""Workers whose counts of refused stale orders are remembered."""
 
 
-def register(world: World, info: WorkerInfo, now: float) -> None:
-    """A worker introduced itself. What it still holds is looked at by reconcile."""
-    known = world.workers.get(info.worker_id)
-    if known is not None and known.info.incarnation == info.incarnation:
+def register(world: World, info: pb.RegisterRequest, now: float) -> None:
+    """A worker introduced itself, for the first time or again. What it still holds is looked at by reconcile."""
+    name = info.worker_id
+    known = world.workers.get(name)
+    if known is not None and known.incarnation == info.incarnation:
         known.info, known.renewed_at, known.unsettled = info, now, True
     else:
         if known is not None:
-            lose(world, info.worker_id, "a new incarnation of it registered", now)
-        known = world.workers[info.worker_id] = Worker(info, now)
-        world.lost.pop(info.worker_id, None)
-        world.beliefs.missed.pop(info.worker_id, None)
+            _lose(world, name, "a new incarnation of it registered", now)
+        known = world.workers[name] = Worker(info, now)
+        world.lost.pop(name, None)
+        world.beliefs.missed.pop(name, None)
         pool = "any stage" if info.pool < 0 else f"stage {info.pool}"
-        world.log(
-            f"worker {info.worker_id} registered: {info.address}, {pool}, {info.tp_size} rank(s), {info.device_kind}"
-        )
+        world.log(f"worker {name} registered: {info.address}, {pool}, {info.tp_size} rank(s), {info.device.kind}")
     for held in sorted(info.held, key=lambda h: h.epoch):
-        if held.fingerprint == world.settings.fingerprint:
-            known.kept = held.layers
-    for pipeline in world.pipelines.values():
-        for attempt in pipeline.attempts:
-            stage = attempt.stage_of(info.worker_id)
-            if stage is None or attempt.fault or attempt.phase not in (Phase.ACTIVE, Phase.SWITCH):
-                continue
-            if not is_held(info, attempt, stage):
-                reason = f"stage {stage}: worker {info.worker_id} no longer holds it"
-                if attempt is pipeline.main:
-                    interrupt(world, pipeline, reason, now)
-                else:
-                    fail_beside(world, attempt, reason, now)
+        if held.fingerprint == world.settings.model.fingerprint:
+            known.kept = span(held.layers)
+    for attempt, stage in world.stages_of(name):
+        active = attempt.phase in (Phase.ACTIVE, Phase.SWITCH) and not attempt.fault
+        if active and not is_held(info, attempt, stage):
+            fail(world, attempt, f"stage {stage}: worker {name} no longer holds it", now)
     world.membership_changed()
-    world.publish()
 
 
-def is_held(info: WorkerInfo, attempt: Attempt, stage: int) -> bool:
+def is_held(info: pb.RegisterRequest, attempt: Attempt, stage: int) -> bool:
     """Whether a worker says that it holds a stage of an active attempt."""
     plan = attempt.stages[stage]
     wanted = (attempt.pipeline_id, attempt.epoch, stage, plan.layers, plan.generation, True)
-    return any((h.pipeline_id, h.epoch, h.stage, h.layers, h.generation, h.active) == wanted for h in info.held)
+    return any((h.pipeline_id, h.epoch, h.stage, span(h.layers), h.generation, h.active) == wanted for h in info.held)
 
 
-def renew(world: World, worker_id: str, incarnation: int, late_s: float, now: float) -> None:
-    """A keep-alive came."""
-    if world.knows(worker_id, incarnation):
-        worker = world.workers[worker_id]
-        worker.renewed_at, worker.late_s = now, late_s
+def renew(world: World, renewal: pb.KeepAliveRequest, now: float) -> None:
+    """A keep-alive came. It may bring counts of refused orders, and a link that broke."""
+    name = renewal.worker_id
+    if not world.knows(name, renewal.incarnation):
+        return
+    worker = world.workers[name]
+    worker.renewed_at, worker.late_s = now, renewal.late_ms / 1000
+    if renewal.stale_refused and world.stale_refused.get(name) != renewal.stale_refused:
+        world.stale_refused[name] = dict(renewal.stale_refused)
+        while len(world.stale_refused) > MAX_COUNTED:
+            world.stale_refused.pop(next(iter(world.stale_refused)))
+        world.publish(urgent=False)
+    if renewal.broken_pipeline:
+        attempt = world.attempt(renewal.broken_pipeline, renewal.broken_epoch)
+        stage = attempt.stage_of(name) if attempt is not None else None
+        if attempt is not None and stage is not None and not attempt.fault:
+            why = renewal.broken_reason or "no reason given"
+            # A neighbour's death breaks a link before its own stream breaks: wait for that, so that it is replaced.
+            fail(world, attempt, f"stage {stage}: a link broke: {why}", now, pause=True)
 
 
-def lose(world: World, worker_id: str, reason: str, now: float) -> None:
+def worker_lost(world: World, event: WorkerLost, now: float) -> None:
+    """A keep-alive stream broke."""
+    if world.knows(event.worker_id, event.incarnation):
+        _lose(world, event.worker_id, event.reason, now)
+
+
+def _lose(world: World, worker_id: str, reason: str, now: float) -> None:
     """A worker is gone, and with it every attempt that it is part of."""
     worker = world.workers.pop(worker_id)
-    info = worker.info
-    world.lost[worker_id] = info
+    world.lost[worker_id] = worker.info
     while len(world.lost) > LOST_SHOWN:
         world.lost.pop(next(iter(world.lost)))
-    world.departed.append(info.address)
-    world.pages.pop((worker_id, info.incarnation), None)
-    failed = world.beliefs.ucx_failed
-    world.beliefs.ucx_failed = {ends: errors for ends, errors in failed.items() if info.incarnation not in ends}
-    if info.pool >= 0 and not world.drains(worker):
-        _miss(world, worker_id, info.pool, now)
-    world.log(f"worker {worker_id} is lost: {reason}", warning=True)
-    for pipeline in world.pipelines.values():
-        stage = pipeline.stage_of(worker_id)
-        if stage is not None:
-            interrupt(world, pipeline, f"stage {stage}: worker {worker_id} is lost: {reason}", now)
-        if pipeline.beside is not None and pipeline.beside.stage_of(worker_id) is not None:
-            fail_beside(world, pipeline.beside, f"worker {worker_id} is lost: {reason}", now, blameless=True)
-    world.membership_changed()
-    world.publish()
-
-
-def _miss(world: World, worker_id: str, stage: int, now: float) -> None:
-    """It counts as a replica of its stage for a while, and its stage is its own when it comes back."""
+    world.departed.append(worker.info.address)
+    world.pages.pop((worker_id, worker.incarnation), None)
     beliefs = world.beliefs
-    beliefs.missed[worker_id] = stage, now + world.timing.missed_s
-    if any(p.stage_of(worker_id) == stage for p in world.pipelines.values()):
-        known = world.workers.keys() | beliefs.missed.keys()
-        beliefs.lost_with = {name: s for name, s in beliefs.lost_with.items() if name in known}
-        beliefs.lost_with[worker_id] = stage
+    beliefs.ucx_failed = {ends: e for ends, e in beliefs.ucx_failed.items() if worker.incarnation not in ends}
+    if worker.pool >= 0 and not world.drains(worker):
+        # It counts as a replica of its stage for a while, and its stage is its own when it comes back.
+        beliefs.missed[worker_id] = worker.pool, now + world.timing.missed_s
+        if any(p.stage_of(worker_id) == worker.pool for p in world.pipelines.values()):
+            known = world.workers.keys() | beliefs.missed.keys()
+            beliefs.lost_with = {name: s for name, s in beliefs.lost_with.items() if name in known}
+            beliefs.lost_with[worker_id] = worker.pool
+    world.log(f"worker {worker_id} is lost: {reason}", warning=True)
+    for attempt, stage in world.stages_of(worker_id):
+        fail(world, attempt, f"stage {stage}: worker {worker_id} is lost: {reason}", now, blameless=True)
+    world.membership_changed()
 
 
-def tick(world: World, now: float) -> None:
-    """Time passed: leases, refusals and beliefs end."""
+def tick(world: World, event: Tick, now: float) -> None:
+    """Time passed: leases, refusals and beliefs end, and measured steps are looked at."""
     timing = world.timing
     passed_s, world.last_tick = now - world.last_tick, now
     _note_lateness(world, passed_s)
@@ -102,7 +108,7 @@ def tick(world: World, now: float) -> None:
         for worker in world.workers.values():
             worker.renewed_at += passed_s
     for name in [name for name, worker in world.workers.items() if now >= _lease_ends(world, worker)]:
-        lose(world, name, f"its lease of {timing.lease_s * 1000:.0f} ms ran out", now)
+        _lose(world, name, f"its lease of {timing.lease_s * 1000:.0f} ms ran out", now)
     for worker in world.workers.values():
         if worker.refusals and worker.refused_until <= now:
             worker.refusals.clear()
@@ -113,6 +119,7 @@ def tick(world: World, now: float) -> None:
         if pipeline.gave_up is not None and now >= pipeline.gave_up.until:
             pipeline.gave_up = None
             world.changed()
+    look(world, now)
 
 
 def _note_lateness(world: World, passed_s: float) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stagemesh.errors import ConfigError
+from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
 
-from ..values import Range, WorkerInfo
+from ..values import Range
 from .cost import CostModel, Kind, kinds
 from .partition import partition
 
@@ -62,7 +63,7 @@ class Better:
 
 
 def better_worker(
-    cost: CostModel, members: Sequence[WorkerInfo], ranges: Sequence[Range], spare: Sequence[WorkerInfo]
+    cost: CostModel, members: Sequence[RegisterRequest], ranges: Sequence[Range], spare: Sequence[RegisterRequest]
 ) -> Better | None:
     """The best exchange of one worker, with ranges to suit; None where none is worth it."""
     every = kinds([*members, *spare])

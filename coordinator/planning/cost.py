@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stagemesh.checkpoint import ELEMENT_BYTES, CheckpointInfo
-
-from ..values import Limits, WorkerInfo
+from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
+from stagemesh.protos.v1.types_pb2 import RunLimits
 
 # Assumed of a rank that measured nothing.
 NOMINAL_FLOPS_PER_S, NOMINAL_BYTES_PER_S = 2e11, 1e10
@@ -39,18 +39,18 @@ class Kind:
         return self.tp_size * self.bytes_per_s
 
 
-def kinds(workers: Sequence[WorkerInfo]) -> list[Kind]:
+def kinds(workers: Sequence[RegisterRequest]) -> list[Kind]:
     """The kind of each worker: rates within `SAME_KIND` of the slowest of a group are taken as that slowest one's.
 
     Workers on devices of one name are as fast as the fastest of them measured: what one measured beside the start of
     the others says more about the start than about the device.
     """
+    devices = [worker.device for worker in workers]
     best: dict[tuple[str, str], tuple[float, float]] = {}
-    for w in workers:
-        flops_per_s, bytes_per_s = best.get((w.device_kind, w.device_name), (0.0, 0.0))
-        fastest = max(flops_per_s, w.flops_per_s), max(bytes_per_s, w.bytes_per_s)
-        best[w.device_kind, w.device_name] = fastest
-    rates = [best[w.device_kind, w.device_name] if w.device_name else (w.flops_per_s, w.bytes_per_s) for w in workers]
+    for d in devices:
+        flops_per_s, bytes_per_s = best.get((d.kind, d.name), (0.0, 0.0))
+        best[d.kind, d.name] = max(flops_per_s, d.flops_per_s), max(bytes_per_s, d.bytes_per_s)
+    rates = [best[d.kind, d.name] if d.name else (d.flops_per_s, d.bytes_per_s) for d in devices]
 
     def grouped(rates: list[float], nominal: float) -> dict[float, float]:
         of: dict[float, float] = {}
@@ -65,14 +65,17 @@ def kinds(workers: Sequence[WorkerInfo]) -> list[Kind]:
     flops = grouped([rate[0] for rate in rates], NOMINAL_FLOPS_PER_S)
     stream = grouped([rate[1] for rate in rates], NOMINAL_BYTES_PER_S)
     return [
-        Kind(w.tp_size, w.memory_bytes, flops[rate[0]], stream[rate[1]]) for w, rate in zip(workers, rates, strict=True)
+        Kind(w.tp_size, w.device.memory_bytes, flops[rate[0]], stream[rate[1]])
+        for w, rate in zip(workers, rates, strict=True)
     ]
 
 
 class CostModel:
     """Costs of the layers and of the two ends (embedding; norm, head and sampler) of one model under some limits."""
 
-    def __init__(self, info: CheckpointInfo, limits: Limits, dtype: str, draft: CheckpointInfo | None = None) -> None:
+    def __init__(
+        self, info: CheckpointInfo, limits: RunLimits, dtype: str, draft: CheckpointInfo | None = None
+    ) -> None:
         """`draft`: a model of the same dtype that the last stage holds whole beside its layers.
 
         Its time is not counted: where many sequences run and balance matters, nobody guesses.

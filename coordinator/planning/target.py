@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..values import Limits
+from stagemesh.protos.v1.types_pb2 import ModelRef, RunLimits
+
 from .cost import CostModel
 
 
@@ -24,8 +25,7 @@ class Target:
 
     cost: CostModel
     num_stages: int
-    limits: Limits
-    fingerprint: str
+    model: ModelRef
     layer_partition: tuple[int, ...] | None = None
     """Layers of each stage; None: the cost model decides."""
     transport: str = "auto"
@@ -35,3 +35,8 @@ class Target:
     """How long a lost stage waits for a worker before the other workers take its layers over."""
     rebalance: bool = False
     """Layers move by themselves when measured steps would be faster for it."""
+
+    @property
+    def limits(self) -> RunLimits:
+        """Bounds that every worker of a pipeline allocates for."""
+        return self.cost.limits

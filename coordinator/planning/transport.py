@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..values import WorkerInfo
+from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
+
 from .target import CannotForm
 
 
-def transport(wanted: str, sender: WorkerInfo, receiver: WorkerInfo, *, ucx_failed: str = "") -> tuple[str, str]:
+def rank_addresses(worker: RegisterRequest, transport: str) -> Sequence[bytes]:
+    """One address per rank; none where the worker has not opened the transport."""
+    return next((t.rank_addresses for t in worker.transports if t.name == transport), ())
+
+
+def transport(
+    wanted: str, sender: RegisterRequest, receiver: RegisterRequest, *, ucx_failed: str = ""
+) -> tuple[str, str]:
     """The transport of a link, and a warning where it is not the best one.
 
     `wanted`: auto, ucx or tcp. `ucx_failed`: why UCX between these two did not work before. Raises CannotForm when they
@@ -16,7 +24,7 @@ def transport(wanted: str, sender: WorkerInfo, receiver: WorkerInfo, *, ucx_fail
     """
 
     def lacks(name: str) -> list[str]:
-        return [w.worker_id for w in (sender, receiver) if w.addresses(name) is None]
+        return [w.worker_id for w in (sender, receiver) if not rank_addresses(w, name)]
 
     if wanted in ("auto", "ucx") and not lacks("ucx") and not (ucx_failed and wanted == "auto"):
         return "ucx", ""
@@ -37,7 +45,7 @@ def transport(wanted: str, sender: WorkerInfo, receiver: WorkerInfo, *, ucx_fail
 
 
 def check_transports(
-    wanted: str, members: Sequence[WorkerInfo], ucx_failure: Callable[[WorkerInfo, WorkerInfo], str]
+    wanted: str, members: Sequence[RegisterRequest], ucx_failure: Callable[[RegisterRequest, RegisterRequest], str]
 ) -> None:
     """Raises CannotForm where two neighbours of a pipeline, the last and the first among them, have no transport.
 

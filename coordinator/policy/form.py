@@ -70,7 +70,7 @@ def place(
     hold. Raises CannotForm.
     """
     taken = plan.taken(pipeline.pipeline_id)
-    staying = [w for w in world.staying if w.info.worker_id not in without]
+    staying = [w for w in world.staying if w.worker_id not in without]
     others = plan.others(world, pipeline)
 
     def compute() -> Place:
@@ -96,7 +96,7 @@ def _place(
     target: Target,
 ) -> Place:
     busy = world.used(pipeline) | taken
-    free = [w for w in staying if w.info.worker_id not in busy]
+    free = [w for w in staying if w.worker_id not in busy]
     if not any(others):
         return Place(_whole(world, target, free, previous))
     # A pipeline of fewer stages has none beside it, also where it is about to have all of them: that may fail.
@@ -129,7 +129,7 @@ def _beside(
 ) -> Holders:
     """Stages that have fewer replicas than there are pipelines are shared with the others."""
     ranges = [stage.layers for stage in next(stages for stages in others if stages)]
-    lives = {(w.info.worker_id, w.info.incarnation) for w in staying}
+    lives = {(w.worker_id, w.incarnation) for w in staying}
     pins = pinned(shared_holders(others, lives), replicas_of(world, world.record.replicas), previous)
     shared = world.candidates(world.workers[name] for name in pins.values())
     chosen = choose_beside(target, world.candidates(free), dict(zip(pins, shared, strict=True)), ranges, previous)

@@ -24,7 +24,7 @@ def ranges(world: World, plan: MeshPlan, now: float) -> None:
     if wanted is None:
         return
     gave_up = next((p.gave_up for p in plan.kept(world) if p.gave_up and p.gave_up.policy == "ranges"), None)
-    if gave_up is not None or world.load_failures >= LOADS or world.load_fails_for_good:
+    if gave_up is not None or world.load_failures >= LOADS:
         plan.drop_counts = plan.drop_counts or (gave_up.why if gave_up is not None else world.cannot_load)
         return
     for pipeline in plan.kept(world):
@@ -79,7 +79,7 @@ def advices(world: World, now: float) -> Iterator[str]:
                 f"{found.then_s * 1000:.1f} ms a step, not {found.now_s * 1000:.1f}: stagemesh repartition {counts}"
             )
         used = world.used(pipeline) | set(attempt.workers)
-        spare = [w.info for w in world.staying if w.info.worker_id not in used]
+        spare = [w.info for w in world.staying if w.worker_id not in used]
         better = better_worker(world.target.cost, world.members(attempt), attempt.ranges, spare)
         if better is not None:
             yield (

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from stagemesh.errors import ConfigError, Unavailable
 
 from ..planning.sharing import pinned, shared_holders
-from ..values import Holder
+from ..values import Holder, pages_per_sequence
 from ..world.pipeline import Attempt, Pipeline
 from ..world.world import UNLIMITED, World
 from .plan import Goal, MeshPlan
@@ -46,8 +46,8 @@ def _num_wanted(world: World, now: float) -> int:
 
 def _most_shares(world: World) -> int:
     """Pipelines for which the pages of every worker suffice of which that is known."""
-    need = world.settings.limits.pages_per_sequence
-    known = [world.pages.get((w.info.worker_id, w.info.incarnation), UNLIMITED) for w in world.workers.values()]
+    need = pages_per_sequence(world.settings.limits)
+    known = [world.pages.get((w.worker_id, w.incarnation), UNLIMITED) for w in world.workers.values()]
     return max(1, min([pages // need for pages in known] + [world.share_limit]))
 
 
@@ -63,7 +63,7 @@ def _least_of_use(world: World, pipelines: list[Pipeline]) -> Pipeline:
 
 def replicas_of(world: World, wishes: Mapping[int, int]) -> list[int]:
     """Workers that each stage is to have at once. A lost one counts for a while: it may come back."""
-    bound = Counter(worker.info.pool for worker in world.staying)
+    bound = Counter(worker.pool for worker in world.staying)
     bound.update(stage for stage, _ in world.beliefs.missed.values())
     return [wishes.get(stage) or max(1, bound[stage]) for stage in range(world.settings.num_stages)]
 
@@ -92,7 +92,7 @@ def _elsewhere(world: World, plan: MeshPlan, pipeline: Pipeline, attempt: Attemp
     """Stages that a pipeline is to have on other workers than it has, and why."""
     if world.is_short(pipeline):
         return {}, ""
-    lives = {(w.info.worker_id, w.info.incarnation) for w in world.staying}
+    lives = {(w.worker_id, w.incarnation) for w in world.staying}
     held, replicas = shared_holders(plan.others(world, pipeline), lives), replicas_of(world, world.record.replicas)
     pins = pinned(held, replicas, attempt.stages)
     if elsewhere := {s: name for s, name in pins.items() if attempt.stages[s].worker_id != name}:
@@ -106,13 +106,13 @@ def _elsewhere(world: World, plan: MeshPlan, pipeline: Pipeline, attempt: Attemp
             able = [
                 w
                 for w in world.spare()
-                if w.info.may_hold(stage.stage)
+                if w.may_hold(stage.stage)
                 and (stage.stage, stage.layers) not in w.refusals
-                and w.info.worker_id not in promised
+                and w.worker_id not in promised
             ]
             if able:
-                best = max(able, key=lambda w: (w.info.pool == stage.stage, w.kept == stage.layers))
-                return {stage.stage: best.info.worker_id}, "there are more replicas"
+                best = max(able, key=lambda w: (w.pool == stage.stage, w.kept == stage.layers))
+                return {stage.stage: best.worker_id}, "there are more replicas"
     one = dict(list(replaceable(world, pipeline, attempt).items())[:1])
     if one and any(p.main is None for p in plan.kept(world)):
         return one, "a worker of no stage is needed elsewhere"
@@ -121,12 +121,12 @@ def _elsewhere(world: World, plan: MeshPlan, pipeline: Pipeline, attempt: Attemp
 
 def replaceable(world: World, pipeline: Pipeline, attempt: Attempt) -> dict[int, str]:
     """Stages on workers that could hold others, where a spare worker is bound to the stage and can hold it."""
-    bound = {w.info.pool: w for w in world.spare() if w.info.pool >= 0}
+    bound = {w.pool: w for w in world.spare() if w.pool >= 0}
     return {
-        plan.stage: bound[plan.stage].info.worker_id
+        plan.stage: bound[plan.stage].worker_id
         for plan in attempt.stages
         if plan.stage in bound
-        and world.worker_at(attempt, plan.stage).info.pool != plan.stage
+        and world.worker_at(attempt, plan.stage).pool != plan.stage
         and (plan.stage, plan.layers) not in bound[plan.stage].refusals
     }
 
@@ -146,7 +146,7 @@ def check_scale(world: World, stage: int, replicas: int, now: float) -> int:
     down = [p.pipeline_id for p in world.kept if p.serving is None or world.is_short(p)]
     if replicas > max(1, len(holding)) and down:
         raise Unavailable(f"{', '.join(down)} must have all stages again first", retry_after_s=1)
-    spare = {w.info.worker_id for w in world.spare() if w.info.may_hold(stage)}
+    spare = {w.worker_id for w in world.spare() if w.may_hold(stage)}
     # Those could take their own stage from a worker that could then take this one.
     serving = [(p, p.serving) for p in world.kept]
     spare |= {n for p, a in serving if a for s, n in replaceable(world, p, a).items() if s != stage}
@@ -169,7 +169,7 @@ def check_scale(world: World, stage: int, replicas: int, now: float) -> int:
 
 def _check_pages(world: World, pipelines: int) -> None:
     """Raises ConfigError where a share of the pages would not hold one sequence."""
-    need, size = world.settings.limits.pages_per_sequence, world.settings.limits.page_size
+    need, size = pages_per_sequence(world.settings.limits), world.settings.limits.page_size
     for attempt in (p.main for p in world.pipelines.values() if p.main is not None):
         for stage, loaded in attempt.loaded.items():
             pages = loaded.num_pages * attempt.shares // pipelines

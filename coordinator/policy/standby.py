@@ -32,7 +32,7 @@ def release(world: World, plan: MeshPlan, now: float) -> None:
 def _back(world: World, pipeline: Pipeline, attempt: Attempt, now: float) -> dict[int, str]:
     if world.is_short(pipeline) or not _is_settled(world, now):
         return {}
-    if any(w.info.pool < 0 or w.info.any_stage for w in world.spare()):
+    if any(w.pool < 0 or w.any_stage for w in world.spare()):
         return {}
     for stage, name in replaceable(world, pipeline, attempt).items():
         holder, worker = world.worker_at(attempt, stage).info, world.workers[name].info
@@ -60,7 +60,7 @@ def warm(world: World, plan: MeshPlan, now: float) -> None:
         return
     stages = [stage for p in world.pipelines.values() for stage in p.stages]
     members = {stage.worker_id for stage in stages} | plan.taken("")
-    standbys = [w for w in world.staying if w.info.worker_id not in members]
+    standbys = [w for w in world.staying if w.worker_id not in members]
     plan.loads.update(copies(stages, standbys))
 
 
@@ -75,22 +75,22 @@ def copies(stages: Sequence[StagePlan], standbys: Sequence[Worker]) -> dict[str,
     count: Counter[int] = Counter()
 
     def able(worker: Worker, plan: StagePlan) -> bool:
-        return worker.info.may_hold(plan.stage) and (plan.stage, plan.layers) not in worker.refusals
+        return worker.may_hold(plan.stage) and (plan.stage, plan.layers) not in worker.refusals
 
     for worker in standbys:
         kept = next((plan for plan in stages if plan.layers == worker.kept and able(worker, plan)), None)
         if kept is not None:
-            wanted[worker.info.worker_id] = kept.layers
+            wanted[worker.worker_id] = kept.layers
             count[kept.stage] += 1
     for worker in standbys:
-        if worker.info.worker_id in wanted:
+        if worker.worker_id in wanted:
             continue
 
-        def order(plan: StagePlan, pool: int = worker.info.pool) -> tuple[int, bool, int, int]:
+        def order(plan: StagePlan, pool: int = worker.pool) -> tuple[int, bool, int, int]:
             return count[plan.stage], plan.stage != pool, plan.layers[0] - plan.layers[1], plan.stage
 
         choice = min((plan for plan in stages if able(worker, plan)), key=order, default=None)
         if choice is not None:
-            wanted[worker.info.worker_id] = choice.layers
+            wanted[worker.worker_id] = choice.layers
             count[choice.stage] += 1
     return wanted

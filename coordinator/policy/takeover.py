@@ -62,7 +62,7 @@ def _all(world: World, pipeline: Pipeline) -> Holders:
 
 def _free(world: World, pipeline: Pipeline) -> list[Worker]:
     used = world.used(pipeline)
-    return [w for w in world.staying if w.info.worker_id not in used]
+    return [w for w in world.staying if w.worker_id not in used]
 
 
 def _fewer(world: World, pipeline: Pipeline) -> Holders:
@@ -70,7 +70,7 @@ def _fewer(world: World, pipeline: Pipeline) -> Holders:
     can hold the model."""
     free = _free(world, pipeline)
     order = {plan.worker_id: plan.stage for plan in pipeline.last_stages}
-    free.sort(key=lambda w: order.get(w.info.worker_id, w.info.pool))
+    free.sort(key=lambda w: order.get(w.worker_id, w.pool))
     candidates = world.candidates(free)
     for count in range(min(world.settings.num_stages - 1, len(free)), 0, -1):
         try:

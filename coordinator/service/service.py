@@ -13,25 +13,24 @@ import grpc.aio
 
 from stagemesh.errors import ConfigError, InvalidRequest, NotFound, Unavailable
 from stagemesh.faults import point
-from stagemesh.protocol import check_protocol, spoken
+from stagemesh.protocol import check_protocol
 from stagemesh.protos.v1 import coordinator_pb2 as pb
-from stagemesh.protos.v1 import coordinator_pb2_grpc, types_pb2
+from stagemesh.protos.v1 import coordinator_pb2_grpc
 
 from ..core import actions
-from ..core.mesh import Mesh
+from ..core.mesh import handle
 from ..observe import events
 from ..policy.drain import check_drain
 from ..policy.ranges import advice, ranges_for
 from ..policy.replicas import check_scale
 from ..state.store import Store
+from ..world.world import World
 from .orders import OrderRunner
 from .slots import Slots
-from .views import mesh_view, worker_info
+from .views import mesh_view
 
 log = logging.getLogger(__name__)
 
-MAX_COUNTED = 4096
-"""Workers whose counts of refused stale orders are remembered."""
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -40,26 +39,20 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
 
     def __init__(
         self,
-        mesh: Mesh,
+        world: World,
         store: Store,
         slots: Slots,
-        model: types_pb2.ModelRef,
-        make_runner: Callable[[Callable[[events.Event], None]], OrderRunner],
         clock: Callable[[], float] = time.monotonic,
         is_leader: Callable[[], bool] = lambda: True,
     ) -> None:
         """Gives no order while it is not the leader."""
-        self._mesh = mesh
-        self._world = mesh.world
-        self._timing = mesh.world.timing
+        self._world = world
+        self._timing = world.timing
         self._store = store
         self._slots = slots
-        self._model = model
         self._clock = clock
-        self._runner = make_runner(self.post)
-        self._stale: dict[str, dict[str, int]] = {}
+        self._runner = OrderRunner(self.post, world.timing)
         self._streams: dict[str, object] = {}  # worker -> its newest keep-alive stream
-        self._lives: dict[str, list[int]] = {}  # gateway -> the processes whose streams are open
         self._version = self._urgent = 0  # of what is published; of its last urgent change
         self._changed = asyncio.Event()
         self._stopping = False
@@ -72,7 +65,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         if self._stopping or self._failed is not None or not self._is_leader():
             return
         try:
-            self._execute(self._mesh.handle(event, self._clock()))
+            self._execute(handle(self._world, event, self._clock()))
         except Exception as e:
             self._failed = e
             raise
@@ -139,7 +132,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                 )
         # An older stream of this worker may still wait to be seen broken: that is no news then.
         self._streams.pop(request.worker_id, None)
-        self.post(events.WorkerRegistered(worker_info(request)))
+        self.post(request)
         lease_s, renew_s = self._timing.lease_s, self._timing.renew_s
         return pb.RegisterResponse(lease_ms=round(lease_s * 1000), renew_ms=round(renew_s * 1000))
 
@@ -155,7 +148,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                 known = self._world.knows(worker_id, incarnation)
                 if known:
                     self._streams[worker_id] = stream
-                    self._renewed(request)
+                    self.post(request)
                 yield pb.KeepAliveResponse(known=known)
                 if not known:
                     return
@@ -163,17 +156,6 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             if self._streams.get(worker_id) is stream:
                 del self._streams[worker_id]
                 self.post(events.WorkerLost(worker_id, incarnation, "its keep-alive stream ended"))
-
-    def _renewed(self, request: pb.KeepAliveRequest) -> None:
-        self.post(events.LeaseRenewed(request.worker_id, request.incarnation, request.late_ms / 1000))
-        if request.stale_refused and self._stale.get(request.worker_id) != request.stale_refused:
-            self._stale[request.worker_id] = dict(request.stale_refused)
-            self._publish(urgent=False)
-            while len(self._stale) > MAX_COUNTED:
-                self._stale.pop(next(iter(self._stale)))
-        if request.broken_pipeline:
-            reason = request.broken_reason or "no reason given"
-            self.post(events.LinkBroken(request.worker_id, request.broken_pipeline, request.broken_epoch, reason))
 
     # Gateways and operators
 
@@ -185,35 +167,25 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             raise InvalidRequest("WatchPipelines: gateway_id and instance must be set")
         if request.protocol:
             check_protocol(request.protocol, f"gateway {request.gateway_id}")
-        if request.life and any(life not in (0, request.life) for life in self._lives.get(request.gateway_id, ())):
-            raise ConfigError(
-                f"another gateway named {request.gateway_id!r} is connected: give each its own --gateway-id, or wait "
-                "until that one is gone"
-            )
         if expired := self._slots.expire(self._clock()):
             # A coordinator that is started again takes all that are written down for just gone.
             self._store.forget_slots(expired)
-        slot = self._slots.acquire(request.gateway_id, request.instance, self._clock())
-        lives = self._lives.setdefault(request.gateway_id, [])
-        lives.append(request.life)
+        slot = self._slots.acquire(request.gateway_id, request.instance, self._clock(), request.life)
         try:
             self._store.save_slot(slot, request.gateway_id, request.instance)
             log.info("gateway %s watches, slot %d", request.gateway_id, slot)
-            self.post(events.GatewayCame(request.gateway_id, spoken(request.protocol)))
+            self.post(request)
             sent = -1
             while not self._stopping:
                 # A pipeline of before a restart may still serve: say nothing that would stop it until that is known.
                 if sent != self._version and not self._world.restoring:
                     sent = self._version
-                    mesh = mesh_view(self._world, self._model, self._stale)
+                    mesh = mesh_view(self._world)
                     yield pb.WatchPipelinesResponse(slot=slot, pipelines=mesh.pipelines, mesh=mesh)
                     await self._progress_pause(sent)
                 else:
                     await self._changed.wait()
         finally:
-            lives.remove(request.life)
-            if not lives:
-                del self._lives[request.gateway_id]
             self._slots.release(slot, self._clock())
             self.post(events.GatewayGone(request.gateway_id))
 
@@ -228,19 +200,18 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         """The mesh as it stands."""
         if self._world.restoring:
             raise _just_started()
-        return pb.DescribeMeshResponse(mesh=mesh_view(self._world, self._model, self._stale))
+        return pb.DescribeMeshResponse(mesh=mesh_view(self._world))
 
     async def ReportStuck(self, request: pb.ReportStuckRequest, context: Context) -> pb.ReportStuckResponse:
         """A gateway's steps do not come back, or it does not reach a worker."""
-        r = request
-        self.post(events.StepsStuck(r.gateway_id, r.pipeline_id, r.epoch, r.reason, tuple(r.unreachable)))
+        self.post(request)
         return pb.ReportStuckResponse()
 
     async def ReportMoved(self, request: pb.ReportMovedRequest, context: Context) -> pb.ReportMovedResponse:
         """A gateway has switched to the next epoch of a pipeline, or could not."""
         # Nobody else knows yet.
         point("coordinator.moved")
-        self.post(events.GatewayMoved(request.gateway_id, request.pipeline_id, request.epoch, request.error))
+        self.post(request)
         return pb.ReportMovedResponse()
 
     async def Repartition(self, request: pb.RepartitionRequest, context: Context) -> pb.RepartitionResponse:
@@ -248,8 +219,9 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         now, pipelines = self._clock(), self._world.pipelines.values()
         ranges = ranges_for(self._world, list(request.counts), now)
         advised = next((a for p in pipelines if (a := advice(self._world, p, now)) is not None), None)
-        self.post(events.RepartitionRequested(ranges))
-        answer = pb.RepartitionResponse(counts=[last - first for first, last in ranges])
+        counts = [last - first for first, last in ranges]
+        self.post(pb.RepartitionRequest(counts=counts))
+        answer = pb.RepartitionResponse(counts=counts)
         if advised is not None and advised.ranges == ranges:
             answer.slowest_us, answer.expected_us = round(advised.now_s * 1e6), round(advised.then_s * 1e6)
         return answer
@@ -260,18 +232,17 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         if self._world.settles(now):
             raise _just_started()
         pipelines = check_scale(self._world, request.stage, request.replicas, now)
-        self.post(events.ScaleRequested(request.stage, request.replicas))
+        self.post(request)
         return pb.ScaleResponse(pipelines=pipelines)
 
     async def ReportLeft(self, request: pb.ReportLeftRequest, context: Context) -> pb.ReportLeftResponse:
         """A gateway has left a pipeline."""
-        self.post(events.GatewayLeft(request.gateway_id, request.pipeline_id))
+        self.post(request)
         return pb.ReportLeftResponse()
 
     async def ReportSteps(self, request: pb.ReportStepsRequest, context: Context) -> pb.ReportStepsResponse:
         """What a pipeline's steps take."""
-        seconds = tuple(us * 1e-6 for us in request.step_us)
-        self.post(events.StepsMeasured(request.gateway_id, request.pipeline_id, request.epoch, seconds))
+        self.post(request)
         return pb.ReportStepsResponse()
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
@@ -280,7 +251,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         if not request.force:
             check_drain(self._world, request.worker_id)
         pipelines = self._world.pipelines_of(request.worker_id)
-        self.post(events.DrainRequested(request.worker_id, request.force))
+        self.post(request)
         return pb.DrainResponse(pipeline_ids=pipelines)
 
     async def Undrain(self, request: pb.UndrainRequest, context: Context) -> pb.UndrainResponse:
@@ -288,7 +259,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         if request.worker_id not in self._world.record.drains:
             self._check_known(request.worker_id)
             raise NotFound(f"worker {request.worker_id} does not drain")
-        self.post(events.UndrainRequested(request.worker_id))
+        self.post(request)
         return pb.UndrainResponse()
 
     def _check_known(self, worker_id: str) -> None:

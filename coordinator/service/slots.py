@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stagemesh.errors import QueueFull
+from stagemesh.errors import ConfigError, QueueFull
 
 MAX_SLOT = 250
 
@@ -18,6 +18,7 @@ MAX_SLOT = 250
 class _Holder:
     gateway_id: str
     instance: int
+    life: int = 0
     streams: int = 0
     gone_at: float = 0.0
 
@@ -34,17 +35,27 @@ class Slots:
         self._holders = {slot: _Holder(name, instance, gone_at=now) for slot, (name, instance) in stored.items()}
         self._next = first
 
-    def acquire(self, gateway_id: str, instance: int, now: float) -> int:
-        """The slot of this instance, the same each time it asks. Raises QueueFull when all are taken."""
-        for slot, holder in self._holders.items():
-            if (holder.gateway_id, holder.instance) == (gateway_id, instance):
-                holder.streams += 1
+    def acquire(self, gateway_id: str, instance: int, now: float, life: int = 0) -> int:
+        """The slot of this instance, the same each time it asks.
+
+        `life`: the gateway's process, where it says so. Raises ConfigError while another one of the same name has
+        streams open, QueueFull when all slots are taken.
+        """
+        named = {slot: holder for slot, holder in self._holders.items() if holder.gateway_id == gateway_id}
+        if life and any(holder.streams and holder.life not in (0, life) for holder in named.values()):
+            raise ConfigError(
+                f"another gateway named {gateway_id!r} is connected: give each its own --gateway-id, or wait until that "
+                "one is gone"
+            )
+        for slot, holder in named.items():
+            if holder.instance == instance:
+                holder.streams, holder.life = holder.streams + 1, life
                 return slot
         for offset in range(MAX_SLOT):
             slot = (self._next - 1 + offset) % MAX_SLOT + 1
             held = self._holders.get(slot)
             if held is None or (held.streams == 0 and now - held.gone_at >= self._quarantine_s):
-                self._holders[slot] = _Holder(gateway_id, instance, streams=1)
+                self._holders[slot] = _Holder(gateway_id, instance, life, streams=1)
                 self._next = slot % MAX_SLOT + 1
                 return slot
         raise QueueFull(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from stagemesh.protos.v1 import coordinator_pb2, types_pb2
 
-from .. import values as v
+from ..values import Loaded, layer_range
 from ..world.pipeline import Attempt, Phase, Pipeline, State
 from ..world.worker import Worker
 from ..world.world import World
@@ -19,79 +19,7 @@ STATES = {
 }
 
 
-def worker_info(request: coordinator_pb2.RegisterRequest) -> v.WorkerInfo:
-    """A worker's introduction."""
-    return v.WorkerInfo(
-        worker_id=request.worker_id,
-        incarnation=request.incarnation,
-        address=request.address,
-        pool=request.pool,
-        any_stage=request.any_stage,
-        tp_size=request.tp_size,
-        device_kind=request.device.kind,
-        device_name=request.device.name,
-        memory_bytes=request.device.memory_bytes,
-        flops_per_s=request.device.flops_per_s,
-        bytes_per_s=request.device.bytes_per_s,
-        transports=tuple((t.name, tuple(t.rank_addresses)) for t in request.transports),
-        held=tuple(
-            v.ReportedAssignment(
-                h.pipeline_id,
-                h.epoch,
-                h.stage,
-                (h.layers.first, h.layers.last),
-                h.generation,
-                h.active,
-                h.fingerprint,
-            )
-            for h in request.held
-        ),
-        version=request.version,
-        protocol=request.protocol,
-    )
-
-
-def device(info: v.WorkerInfo) -> types_pb2.DeviceInfo:
-    """A worker's device."""
-    return types_pb2.DeviceInfo(
-        kind=info.device_kind,
-        name=info.device_name,
-        memory_bytes=info.memory_bytes,
-        flops_per_s=info.flops_per_s,
-        bytes_per_s=info.bytes_per_s,
-    )
-
-
-def layer_range(layers: v.Range) -> types_pb2.LayerRange:
-    """A layer range."""
-    return types_pb2.LayerRange(first=layers[0], last=layers[1])
-
-
-def copy_message(copy: v.PageCopy) -> types_pb2.KvCopy:
-    """Pages that change hands."""
-    return types_pb2.KvCopy(
-        index=copy.index,
-        from_epoch=copy.from_epoch,
-        from_stage=copy.from_stage,
-        to_stage=copy.to_stage,
-        layers=layer_range(copy.layers),
-    )
-
-
-def limits(values: v.Limits) -> types_pb2.RunLimits:
-    """Bounds of a pipeline."""
-    return types_pb2.RunLimits(
-        max_model_len=values.max_model_len,
-        max_num_seqs=values.max_num_seqs,
-        max_num_batched_tokens=values.max_num_batched_tokens,
-        page_size=values.page_size,
-        num_pages=values.num_pages,
-        steps_in_flight=values.steps_in_flight,
-        gateways=values.gateways,
-    )
-
-
-def pipeline_view(world: World, pipeline: Pipeline, model: types_pb2.ModelRef) -> types_pb2.PipelineView:
+def pipeline_view(world: World, pipeline: Pipeline) -> types_pb2.PipelineView:
     """One pipeline as gateways see it."""
     view = types_pb2.PipelineView(
         pipeline_id=pipeline.pipeline_id,
@@ -99,8 +27,8 @@ def pipeline_view(world: World, pipeline: Pipeline, model: types_pb2.ModelRef) -
         state=STATES[pipeline.state],
         reason=pipeline.reason,
         final=pipeline.state is State.DOWN and pipeline.final,
-        model=model,
-        limits=limits(world.settings.limits),
+        model=world.settings.model,
+        limits=world.settings.limits,
         leaving=pipeline.leaving is not None,
     )
     view.limits.pipelines = pipeline.main.shares if pipeline.main is not None else 1
@@ -109,7 +37,7 @@ def pipeline_view(world: World, pipeline: Pipeline, model: types_pb2.ModelRef) -
     if move is not None and move.phase is Phase.SWITCH:
         view.next.epoch, view.next.pipelines = move.epoch, move.shares
         view.next.stages.extend(_stage_views(world, move))
-        view.next.copies.extend(copy_message(copy) for copy in move.copies)
+        view.next.copies.extend(move.copies)
     return view
 
 
@@ -118,7 +46,7 @@ def _stage_views(world: World, attempt: Attempt | None) -> Iterator[types_pb2.St
         assert attempt is not None
         worker = world.workers.get(plan.worker_id)
         info = worker.info if worker else world.lost.get(plan.worker_id)
-        loaded = attempt.loaded.get(plan.stage, v.Loaded(0))
+        loaded = attempt.loaded.get(plan.stage, Loaded(0))
         yield types_pb2.StageView(
             stage=plan.stage,
             worker_id=plan.worker_id,
@@ -127,7 +55,7 @@ def _stage_views(world: World, attempt: Attempt | None) -> Iterator[types_pb2.St
             tp_size=info.tp_size if info else 0,
             generation=plan.generation,
             num_pages=loaded.num_pages,
-            device=device(info) if info else None,
+            device=info.device if info else None,
             route=attempt.routes.get(plan.stage, ""),
             weight_bytes=loaded.weight_bytes,
             tensor_bytes_read=loaded.tensor_bytes_read,
@@ -135,11 +63,9 @@ def _stage_views(world: World, attempt: Attempt | None) -> Iterator[types_pb2.St
         )
 
 
-def mesh_view(
-    world: World, model: types_pb2.ModelRef, stale_refused: Mapping[str, Mapping[str, int]]
-) -> types_pb2.MeshView:
-    """The whole mesh. `stale_refused`: worker -> kind -> count."""
-    view = types_pb2.MeshView(pipelines=[pipeline_view(world, p, model) for p in world.pipelines.values()])
+def mesh_view(world: World) -> types_pb2.MeshView:
+    """The whole mesh."""
+    view = types_pb2.MeshView(pipelines=[pipeline_view(world, p) for p in world.pipelines.values()])
     view.wanted_counts.extend(last - first for first, last in world.wanted_ranges or ())
     view.given_up = world.given_up
     for name, pipeline in world.pipelines.items():
@@ -156,7 +82,7 @@ def mesh_view(
         view.workers.append(_worker_view(world, worker))
     for info in world.lost.values():
         view.workers.append(_introduced(info, "lost"))
-    for counts in stale_refused.values():
+    for counts in world.stale_refused.values():
         for kind, count in counts.items():
             view.stale_refused[kind] += count
     return view
@@ -171,20 +97,20 @@ def _worker_view(world: World, worker: Worker) -> types_pb2.WorkerView:
             layers = pipeline.stages[stage].layers
             state = "holding" if stage in pipeline.main.loaded else "loading"
     view = _introduced(info, "draining" if world.drains(worker) else state)
-    view.loaded_bytes, view.total_bytes = worker.progress.loaded_bytes, worker.progress.total_bytes
+    view.loaded_bytes, view.total_bytes = worker.progress
     if layers:
         view.layers.CopyFrom(layer_range(layers))
     return view
 
 
-def _introduced(info: v.WorkerInfo, state: str) -> types_pb2.WorkerView:
+def _introduced(info: coordinator_pb2.RegisterRequest, state: str) -> types_pb2.WorkerView:
     return types_pb2.WorkerView(
         worker_id=info.worker_id,
         address=info.address,
         pool=info.pool,
         any_stage=info.any_stage,
         tp_size=info.tp_size,
-        device=device(info),
+        device=info.device,
         state=state,
         version=info.version,
     )

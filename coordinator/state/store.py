@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from stagemesh.errors import ConfigError
 from stagemesh.faults import point
 
-from ..values import Loaded, StagePlan, StoredPlan
+from ..values import StoredPlan
 from ..world.record import Record
 
 SCHEMA = """
@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS forced (worker_id TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS slots (slot INTEGER PRIMARY KEY, gateway_id TEXT NOT NULL, instance TEXT NOT NULL);
 """
 VERSION = 1
+PLAN = TypeAdapter(StoredPlan)
 
 
 class Store:
@@ -63,61 +64,35 @@ class Store:
         """The record as it was written down. Layer counts are those that were wanted under the same `terms`."""
         select = self._db.execute
         counts = select("SELECT counts FROM partitions WHERE terms = ?", (terms,)).fetchone()
-        drains = select("SELECT worker_id, incarnation FROM drains").fetchall()
         return Record(
-            epochs=dict(select("SELECT pipeline_id, epoch FROM epochs").fetchall()),
-            plans={name: _plan(json.loads(text)) for name, text in select("SELECT * FROM plans").fetchall()},
-            replicas=dict(select("SELECT stage, count FROM replicas").fetchall()),
+            epochs=dict(select("SELECT * FROM epochs").fetchall()),
+            plans={name: PLAN.validate_json(text) for name, text in select("SELECT * FROM plans").fetchall()},
+            replicas=dict(select("SELECT * FROM replicas").fetchall()),
             counts=tuple(json.loads(counts[0])) if counts is not None else None,
-            drains={worker_id: int(incarnation) for worker_id, incarnation in drains},
-            forced=frozenset(name for (name,) in select("SELECT worker_id FROM forced").fetchall()),
+            drains={name: int(incarnation) for name, incarnation in select("SELECT * FROM drains").fetchall()},
+            forced=frozenset(name for (name,) in select("SELECT * FROM forced").fetchall()),
         )
 
     def save(self, before: Record, after: Record, terms: str) -> None:
-        """Writes down what changed. Epochs come first and never fall."""
-        for name, epoch in after.epochs.items():
-            if before.epochs.get(name) != epoch:
-                self._save_epoch(name, epoch)
-        for name, plan in after.plans.items():
-            if before.plans.get(name) != plan:
-                self._save_plan(plan)
-        for name in before.plans.keys() - after.plans.keys():
-            self._db.execute("DELETE FROM plans WHERE pipeline_id = ?", (name,))
-        tables = {
-            "replicas": [*after.replicas.items()] if after.replicas != before.replicas else None,
-            "partitions": _counts(terms, after.counts) if after.counts != before.counts else None,
-            "drains": [(n, str(life)) for n, life in after.drains.items()] if after.drains != before.drains else None,
-            "forced": [(name,) for name in after.forced] if after.forced != before.forced else None,
-        }
-        wishes = {table: rows for table, rows in tables.items() if rows is not None}
-        if wishes:
-            self._save_wishes(wishes)
-
-    def _save_epoch(self, pipeline_id: str, epoch: int) -> None:
-        point("coordinator.before_epoch_write")
-        self._db.execute(
-            "INSERT INTO epochs VALUES (?, ?) "
-            "ON CONFLICT (pipeline_id) DO UPDATE SET epoch = max(epoch, excluded.epoch)",
-            (pipeline_id, epoch),
-        )
-        point("coordinator.after_epoch_write")
-
-    def _save_plan(self, plan: StoredPlan) -> None:
-        point("coordinator.before_plan_write")
-        self._db.execute("INSERT OR REPLACE INTO plans VALUES (?, ?)", (plan.pipeline_id, json.dumps(asdict(plan))))
-        point("coordinator.after_plan_write")
-
-    def _save_wishes(self, tables: Mapping[str, Sequence[tuple[object, ...]]]) -> None:
-        """What operators want, in place of what they wanted before."""
-        point("coordinator.before_order_write")
+        """Writes down what changed: all of it, or nothing. Epochs never fall."""
+        old, new = _rows(before, terms), _rows(after, terms)
+        changed = [table for table in new if new[table] != old[table]]
+        kinds = dict.fromkeys({"epochs": "epoch", "plans": "plan"}.get(table, "order") for table in changed)
+        for kind in kinds:
+            point(f"coordinator.before_{kind}_write")
         with self._db:
             self._db.execute("BEGIN")
-            for table, rows in tables.items():
-                self._db.execute(f"DELETE FROM {table}")
-                point("coordinator.within_order_write")
-                for row in rows:
-                    self._db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
-        point("coordinator.after_order_write")
+            for table in changed:
+                rises = "ON CONFLICT (pipeline_id) DO UPDATE SET epoch = max(epoch, excluded.epoch)"
+                if table != "epochs":
+                    rises = ""
+                    self._db.execute(f"DELETE FROM {table}")
+                if "order" in kinds:
+                    point("coordinator.within_order_write")
+                for row in new[table]:
+                    self._db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))}) {rises}", row)
+        for kind in kinds:
+            point(f"coordinator.after_{kind}_write")
 
     def slots(self) -> dict[int, tuple[str, int]]:
         """Slot -> (gateway, instance) that had it last."""
@@ -141,19 +116,13 @@ class Store:
         self._db.close()
 
 
-def _counts(terms: str, counts: tuple[int, ...] | None) -> list[tuple[object, ...]]:
-    return [] if counts is None else [(terms, json.dumps(counts))]
-
-
-def _plan(raw: dict[str, Any]) -> StoredPlan:
-    following = raw.get("next")
-    return StoredPlan(
-        raw["pipeline_id"],
-        raw["epoch"],
-        tuple(StagePlan(**{**stage, "layers": tuple(stage["layers"])}) for stage in raw["stages"]),
-        tuple(Loaded(**loaded) for loaded in raw["loaded"]),
-        tuple(raw["routes"]),
-        raw["terms"],
-        raw.get("shares", 1),
-        _plan(following) if following is not None else None,
-    )
+def _rows(record: Record, terms: str) -> dict[str, list[tuple[object, ...]]]:
+    """Table -> its rows. Numbers of 64 bits are text: SQLite's have a sign."""
+    return {
+        "epochs": [*record.epochs.items()],
+        "plans": [(name, PLAN.dump_json(plan).decode()) for name, plan in record.plans.items()],
+        "replicas": [*record.replicas.items()],
+        "partitions": [(terms, json.dumps(record.counts))] if record.counts is not None else [],
+        "drains": [(name, str(incarnation)) for name, incarnation in record.drains.items()],
+        "forced": [(name,) for name in sorted(record.forced)],
+    }

@@ -13,7 +13,10 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ..values import Holder, Holders, Loaded, PageCopy, Range, StagePlan, StoredPlan
+from stagemesh.protos.v1.stage_pb2 import PipelineKey
+from stagemesh.protos.v1.types_pb2 import KvCopy
+
+from ..values import Holder, Holders, Loaded, Range, StagePlan, StoredPlan
 from .step_times import StepTimes
 
 
@@ -53,7 +56,7 @@ class Attempt:
     """Pipelines between which the workers' pages are split."""
     beside: bool = False
     why: str = ""
-    copies: tuple[PageCopy, ...] = ()
+    copies: tuple[KvCopy, ...] = ()
     phase: Phase = Phase.ASSIGN
     loaded: dict[int, Loaded] = field(default_factory=dict)
     routes: dict[int, str] = field(default_factory=dict)
@@ -72,6 +75,11 @@ class Attempt:
     """Gateways that could not."""
     taken_up: bool = False
     """A coordinator before this one has told gateways of it: who has switched is not known."""
+
+    @property
+    def key(self) -> PipelineKey:
+        """Its name in requests."""
+        return PipelineKey(pipeline_id=self.pipeline_id, epoch=self.epoch)
 
     @property
     def num_links(self) -> int:
@@ -184,10 +192,6 @@ class Pipeline:
     def attempts(self) -> list[Attempt]:
         """Those there are: the main one first."""
         return [attempt for attempt in (self.main, self.beside) if attempt is not None]
-
-    def at(self, epoch: int) -> Attempt | None:
-        """The attempt of this epoch."""
-        return next((attempt for attempt in self.attempts if attempt.epoch == epoch), None)
 
     def stage_of(self, worker_id: str) -> int | None:
         """The stage that a worker holds in the main attempt."""

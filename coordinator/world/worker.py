@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
 
-from ..values import Range, WorkerInfo
-
-
-@dataclass
-class Progress:
-    """Of one loading assignment, in bytes."""
-
-    loaded_bytes: int = 0
-    total_bytes: int = 0
+from ..values import Range
 
 
-@dataclass
 class Worker:
     """A registered worker: its lease, what it has loaded, and what it could not do."""
 
-    info: WorkerInfo
-    renewed_at: float
-    """Clock time at which its lease was renewed last."""
-    late_s: float = 0.0
-    """How late its own clock runs, as it says."""
-    kept: Range | None = None
-    """Layers whose weights it has loaded."""
-    beside: Range | None = None
-    """Further layers that it has loaded, beside those that it holds."""
-    preparing: Range | None = None
-    """Layers that it loads, to hold them later."""
-    prepare_after: float = 0.0
-    """Clock time before which it is not asked to load, because it just failed."""
-    refusals: dict[tuple[int, Range], str] = field(default_factory=dict)
-    """(stage, layers) that this incarnation cannot hold, and why."""
-    refused_until: float = 0.0
-    """Clock time at which the refusals are forgotten: files and memory may be there by then."""
-    progress: Progress = field(default_factory=Progress)
-    unsettled: bool = True
-    """What it reported to hold when it registered has not been looked at yet."""
+    def __init__(self, info: RegisterRequest, now: float) -> None:
+        self.info = info
+        """As it introduced itself."""
+        # Policies read these of every worker at every tick; a message is slow to read.
+        self.worker_id, self.incarnation = info.worker_id, info.incarnation
+        self.pool, self.any_stage = info.pool, info.any_stage
+        self.renewed_at = now
+        """Clock time at which its lease was renewed last."""
+        self.late_s = 0.0
+        """How late its own clock runs, as it says."""
+        self.kept: Range | None = None
+        """Layers whose weights it has loaded."""
+        self.beside: Range | None = None
+        """Further layers that it has loaded, beside those that it holds."""
+        self.preparing: Range | None = None
+        """Layers that it loads, to hold them later."""
+        self.prepare_after = 0.0
+        """Clock time before which it is not asked to load, because it just failed."""
+        self.refusals: dict[tuple[int, Range], str] = {}
+        """(stage, layers) that this incarnation cannot hold, and why."""
+        self.refused_until = 0.0
+        """Clock time at which the refusals are forgotten: files and memory may be there by then."""
+        self.progress = 0, 0
+        """Bytes of its assignment that it has loaded, and all of them."""
+        self.unsettled = True
+        """What it reported to hold when it registered has not been looked at yet."""
+
+    def may_hold(self, stage: int) -> bool:
+        """Whether its pool lets it hold `stage`."""
+        return self.any_stage or self.pool in (-1, stage)
 
     def has(self, layers: Range) -> bool:
         """Whether it has loaded these layers."""

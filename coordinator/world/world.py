@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from stagemesh.protocol import MOVES
+from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
 
 from ..planning.cost import kinds
 from ..planning.placement import Candidate
 from ..planning.target import CannotForm, Target
 from ..timing import CoordinatorTiming
-from ..values import Range, StoredPlan, WorkerInfo
+from ..values import Range, StoredPlan
 from .pipeline import Attempt, Phase, Pipeline
 from .record import Record
 from .worker import Worker
@@ -72,7 +73,6 @@ class World:
         timing: CoordinatorTiming,
         record: Record | None = None,
         first_epoch: int = 1,
-        first_pipeline: str = "pipeline-0",
     ) -> None:
         """`nonce`: fresh generations and link nonces. No epoch that is made here is below `first_epoch`."""
         self.settings = target
@@ -82,7 +82,7 @@ class World:
         self.record = record or Record()
         self.first_epoch = first_epoch
         self.workers: dict[str, Worker] = {}
-        self.lost: dict[str, WorkerInfo] = {}
+        self.lost: dict[str, RegisterRequest] = {}
         """Lost workers, to be shown."""
         self.gateways: dict[str, Gateway] = {}
         self.beliefs = Beliefs()
@@ -96,13 +96,13 @@ class World:
         self.counts_before: tuple[int, ...] | None = None
         """What was wanted before `record.counts`, for when that cannot be had."""
         self.load_failures = 0
-        """How often a worker failed to load ranges that are wanted."""
-        self.load_fails_for_good = False
-        """One of those failures would come again."""
+        """How often a worker failed to load ranges that are wanted; one that would fail again counts as enough."""
         self.cannot_load = ""
         """Why it failed last."""
         self.given_up = ""
         """Why what an operator wanted last will not be."""
+        self.stale_refused: dict[str, dict[str, int]] = {}
+        """Worker -> kind of order -> how many stale ones it has refused since it started."""
         self.advices: list[str] = []
         """What would make the pipelines faster, for people."""
         self.advised_at = 0.0
@@ -124,7 +124,7 @@ class World:
         self.gateways_came_at = now + timing.gone_s if self.record.epochs else now
         """When gateways that followed a coordinator before this one have come back: which they are is not known."""
         self.pipelines = {
-            name: Pipeline(name, self.record.epochs.get(name, 0)) for name in sorted(stored or (first_pipeline,))
+            name: Pipeline(name, self.record.epochs.get(name, 0)) for name in sorted(stored or ("pipeline-0",))
         }
         for name, plan in stored.items():
             # A later epoch may have begun beside it. If it began instead, the workers will not hold this one.
@@ -151,15 +151,11 @@ class World:
 
     def drains(self, worker: Worker) -> bool:
         """Whether it is to hold nothing any more."""
-        return self.record.drains.get(worker.info.worker_id) == worker.info.incarnation
+        return self.record.drains.get(worker.worker_id) == worker.incarnation
 
     def log(self, message: str, *, warning: bool = False) -> None:
         """A line for the log."""
         self.said.append((message, warning))
-
-    def publish(self, *, urgent: bool = True) -> None:
-        """Watchers are to be told."""
-        self.news = bool(self.news) or urgent
 
     # -- time and restarts ------------------------------------------------------------------------------------------
 
@@ -176,9 +172,14 @@ class World:
         """Something changed to which policies could answer."""
         self.version += 1
 
+    def publish(self, *, urgent: bool = True) -> None:
+        """Something changed of which watchers are to be told; to what is not urgent no policy answers."""
+        self.news = bool(self.news) or urgent
+        self.version += urgent
+
     def membership_changed(self) -> None:
         """Who is there, or what serves, changed: what was given up may be tried again."""
-        self.changed()
+        self.publish()
         for pipeline in self.pipelines.values():
             if pipeline.gave_up is not None and pipeline.gave_up.policy != "ranges":
                 pipeline.gave_up = None
@@ -203,13 +204,18 @@ class World:
     def knows(self, worker_id: str, incarnation: int) -> bool:
         """Whether this life of the worker is a member."""
         worker = self.workers.get(worker_id)
-        return worker is not None and worker.info.incarnation == incarnation
+        return worker is not None and worker.incarnation == incarnation
+
+    def stages_of(self, worker_id: str) -> list[tuple[Attempt, int]]:
+        """The attempts that a worker is part of, each with its stage there."""
+        attempts = (attempt for pipeline in self.pipelines.values() for attempt in pipeline.attempts)
+        return [(a, plan.stage) for a in attempts for plan in a.stages if plan.worker_id == worker_id]
 
     def worker_at(self, attempt: Attempt, stage: int) -> Worker:
         """The worker that holds a stage of an attempt."""
         return self.workers[attempt.stages[stage].worker_id]
 
-    def members(self, attempt: Attempt) -> list[WorkerInfo]:
+    def members(self, attempt: Attempt) -> list[RegisterRequest]:
         """Those that hold an attempt's stages, in order."""
         return [self.worker_at(attempt, plan.stage).info for plan in attempt.stages]
 
@@ -226,22 +232,28 @@ class World:
     def spare(self) -> list[Worker]:
         """Workers that no pipeline uses, nor is going to."""
         used = self.used()
-        return [w for w in self.staying if w.info.worker_id not in used]
+        return [w for w in self.staying if w.worker_id not in used]
 
     def candidates(self, workers: Iterable[Worker]) -> list[Candidate]:
         """Workers as placement sees them."""
         listed = list(workers)
         return [
-            Candidate(w.info.worker_id, w.info.pool, kind, w.kept, w.info.any_stage, dict(w.refusals))
+            Candidate(w.worker_id, w.pool, kind, w.kept, w.any_stage, dict(w.refusals))
             for w, kind in zip(listed, kinds([w.info for w in listed]), strict=True)
         ]
 
-    def ucx_failure(self, sender: WorkerInfo, receiver: WorkerInfo) -> str:
+    def ucx_failure(self, sender: RegisterRequest, receiver: RegisterRequest) -> str:
         """Why UCX between two workers is not tried any more; empty when it is."""
         failures = self.beliefs.ucx_failed.get(frozenset((sender.incarnation, receiver.incarnation)), [])
         return failures[-1] if len(failures) > 1 else ""
 
     # -- pipelines --------------------------------------------------------------------------------------------------
+
+    def attempt(self, pipeline_id: str, epoch: int) -> Attempt | None:
+        """The attempt of this epoch."""
+        pipeline = self.pipelines.get(pipeline_id)
+        attempts = pipeline.attempts if pipeline is not None else []
+        return next((attempt for attempt in attempts if attempt.epoch == epoch), None)
 
     @property
     def kept(self) -> list[Pipeline]:
@@ -270,7 +282,7 @@ class World:
 
     def without_moves(self, now: float) -> list[str]:
         """Workers and gateways of a release in which pipelines neither move nor share stages."""
-        workers = [w.info.worker_id for w in self.workers.values() if w.info.protocol < MOVES]
+        workers = [w.worker_id for w in self.workers.values() if w.info.protocol < MOVES]
         return workers + sorted(n for n in self.watching(now) if not self.gateways[n].knows_moves)
 
     def stored(self, pipeline: Pipeline) -> StoredPlan:

@@ -14,7 +14,7 @@ from stagemesh.coordinator.build import build
 from stagemesh.coordinator.service.slots import MAX_SLOT, Slots
 from stagemesh.coordinator.state.nonces import Nonces
 from stagemesh.coordinator.state.store import Store
-from stagemesh.coordinator.values import Loaded, StagePlan, StoredPlan
+from stagemesh.coordinator.values import Loaded, StagePlan, StoredPlan, pages_per_sequence
 from stagemesh.coordinator.world.record import Record
 from stagemesh.errors import CheckpointError, ConfigError, QueueFull
 from stagemesh.settings.coordinator import CoordinatorSettings
@@ -176,21 +176,21 @@ def settings(folder: Path, **changes: Any) -> CoordinatorSettings:
 class TestBuild:
     def test_defaults_come_from_the_checkpoint(self, tmp_path: Path) -> None:
         built = build(settings(tmp_path, pipeline_parallel_size=2))
-        limits = built.target.limits
+        limits = built.limits
         assert (limits.max_model_len, limits.steps_in_flight, limits.num_pages) == (4096, 2, 0)
         assert (built.model.dtype, built.model.num_layers, built.model.hidden_size) == ("bfloat16", 4, 64)
         assert built.model.name == tmp_path.name
-        many = build(settings(tmp_path, pipeline_parallel_size=4)).target.limits
-        assert (build(settings(tmp_path)).target.limits.steps_in_flight, many.steps_in_flight) == (1, 5)
+        many = build(settings(tmp_path, pipeline_parallel_size=4)).limits
+        assert (build(settings(tmp_path)).limits.steps_in_flight, many.steps_in_flight) == (1, 5)
 
     def test_what_is_asked_for_wins(self, tmp_path: Path) -> None:
         built = build(
             settings(tmp_path, dtype="float32", max_model_len=100, steps_in_flight=5, num_kv_pages=70, block_size=8)
         )
         assert built.model.dtype == "float32"
-        limits = built.target.limits
+        limits = built.limits
         assert (limits.max_model_len, limits.steps_in_flight, limits.num_pages, limits.page_size) == (100, 5, 70, 8)
-        assert limits.pages_per_sequence == 13
+        assert pages_per_sequence(limits) == 13
 
     @pytest.mark.parametrize(
         ("changes", "words"),
@@ -214,7 +214,7 @@ class TestBuild:
             build(CoordinatorSettings(model=str(tmp_path / "nowhere")))
 
     def test_other_bounds_are_other_terms(self, tmp_path: Path) -> None:
-        one = build(settings(tmp_path)).target.terms
-        assert build(settings(tmp_path)).target.terms == one
-        assert build(settings(tmp_path, max_num_seqs=3)).target.terms != one
-        assert build(settings(tmp_path, pipeline_parallel_size=2)).target.terms != one
+        one = build(settings(tmp_path)).terms
+        assert build(settings(tmp_path)).terms == one
+        assert build(settings(tmp_path, max_num_seqs=3)).terms != one
+        assert build(settings(tmp_path, pipeline_parallel_size=2)).terms != one

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from mesh_world import introduction
 
 from stagemesh.checkpoint import CheckpointInfo, Part
 from stagemesh.coordinator.planning.cost import NOMINAL_BYTES_PER_S, CostModel, Kind, kinds
-from stagemesh.coordinator.values import Limits, WorkerInfo
+from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
+from stagemesh.protos.v1.types_pb2 import RunLimits
 
-LIMITS = Limits(
+LIMITS = RunLimits(
     max_model_len=100, max_num_seqs=12, max_num_batched_tokens=64, page_size=16, num_pages=0, steps_in_flight=3
 )
 INFO = CheckpointInfo(
@@ -55,7 +57,9 @@ def test_memory_counts_weights_and_whole_pages_of_kv() -> None:
 
 
 def test_pages_asked_for_by_number_are_counted() -> None:
-    model = CostModel(INFO, dataclasses.replace(LIMITS, num_pages=100), "bfloat16")
+    limits = RunLimits(num_pages=100)
+    limits.MergeFrom(LIMITS)
+    model = CostModel(INFO, limits, "bfloat16")
     assert model.layer_memory(STREAMS)[0] == 1000 * 2 + 16 * 1600
 
 
@@ -82,8 +86,8 @@ def test_a_range_fits_or_not() -> None:
     assert model.fits(dataclasses.replace(STREAMS, memory_bytes=0), 0, 4)  # unknown: the worker decides itself
 
 
-def worker(name: str, rate: float) -> WorkerInfo:
-    return WorkerInfo(name, 1, "a:1", bytes_per_s=rate, flops_per_s=1e11)
+def worker(name: str, rate: float) -> RegisterRequest:
+    return introduction(name, bytes_per_s=rate)
 
 
 def test_measurements_that_are_close_are_one_kind() -> None:

@@ -7,37 +7,24 @@ import errno
 from collections.abc import Callable
 
 import pytest
-from mesh_world import BOTH, LIMITS, TIMING, Story
+from mesh_world import Story, introduction
 
-from stagemesh.coordinator import values as v
-from stagemesh.coordinator.observe import events
-from stagemesh.coordinator.service.orders import OrderRunner
 from stagemesh.coordinator.service.service import CoordinatorService
 from stagemesh.coordinator.service.slots import Slots
-from stagemesh.coordinator.service.views import limits
 from stagemesh.coordinator.state.store import Store
 from stagemesh.coordinator.world.record import Record
-from stagemesh.protos.v1 import types_pb2
 
 
 def make_service(story: Story, store: Store, is_leader: Callable[[], bool] = lambda: True) -> CoordinatorService:
-    model = types_pb2.ModelRef()
-    return CoordinatorService(
-        story.mesh,
-        store,
-        Slots({}, now=0.0, quarantine_s=60.0),
-        model,
-        lambda post: OrderRunner(post, model, limits(LIMITS), TIMING),
-        clock=lambda: story.now,
-        is_leader=is_leader,
-    )
+    slots = Slots({}, now=0.0, quarantine_s=60.0)
+    return CoordinatorService(story.world, store, slots, clock=lambda: story.now, is_leader=is_leader)
 
 
 def test_events_are_of_no_use_to_one_that_may_be_another_by_now() -> None:
     async def told() -> None:
         story, sure = Story(), [False]
         service = make_service(story, Store(None), lambda: sure[0])
-        came = events.WorkerRegistered(v.WorkerInfo("a", 1, "a:1"))
+        came = introduction("a")
         service.post(came)
         assert not story.world.workers
         sure[0] = True
@@ -62,16 +49,13 @@ def test_one_that_could_not_write_ends_though_a_worker_s_call_met_it() -> None:
         story = Story()
         service = make_service(story, FullDisk(None))
         story.now += 1000  # Nobody of before is waited for any more.
-        *first, last = (
-            v.WorkerInfo(f"w{stage}", 1, f"w{stage}:1", transports=BOTH)
-            for stage in range(story.world.target.num_stages)
-        )
+        *first, last = (introduction(f"w{stage}") for stage in range(story.world.target.num_stages))
         for info in first:
-            service.post(events.WorkerRegistered(info))
+            service.post(info)
         with pytest.raises(OSError, match="No space left"):
-            service.post(events.WorkerRegistered(last))
+            service.post(last)
         known = len(story.world.workers)
-        service.post(events.WorkerRegistered(v.WorkerInfo("late", 1, "late:1")))
+        service.post(introduction("late"))
         assert len(story.world.workers) == known
         with pytest.raises(OSError, match="No space left"):
             await asyncio.wait_for(service.run(), 5)

@@ -10,13 +10,26 @@ import os
 import random
 from itertools import pairwise
 
-from mesh_world import LAYERS, REVISION, Story, target
+from mesh_world import (
+    LAYERS,
+    Story,
+    broken,
+    done,
+    drain,
+    is_awaited,
+    left,
+    renewal,
+    repartition,
+    scale,
+    switched,
+    target,
+)
 
 from stagemesh.coordinator import values as v
-from stagemesh.coordinator.core import actions
 from stagemesh.coordinator.observe import events
 from stagemesh.coordinator.world.pipeline import Phase, State
 from stagemesh.errors import ConfigError, Unavailable
+from stagemesh.protos.v1.stage_pb2 import ConnectLinkRequest
 
 STORIES = 150
 PAGES = 48
@@ -31,7 +44,7 @@ class Disturbed:
         self.stages = self.rng.choice((2, 3))
         self.story = Story(target(self.stages, takeover_s=3.0))
         self.seen = 0
-        self.late: list[actions.Action] = []
+        self.late: list[v.Order] = []
         """Orders that nobody has answered."""
         self.story.gateway("g")
         if self.rng.random() < 0.4:
@@ -58,56 +71,38 @@ class Disturbed:
         elif what < 0.5:
             self.join(name)
         elif what < 0.57:
-            story.send(events.DrainRequested(name))
+            story.send(drain(name))
         elif what < 0.65:
             cuts = sorted(rng.sample(range(1, LAYERS), self.stages - 1))
-            story.send(events.RepartitionRequested(tuple(pairwise([0, *cuts, LAYERS]))))
+            story.send(repartition(*(b - a for a, b in pairwise([0, *cuts, LAYERS]))))
         elif what < 0.75:
             stage, replicas = rng.randrange(self.stages), rng.choice((0, 1, 2))
             with contextlib.suppress(ConfigError, Unavailable):
                 story.check_scale(stage, replicas)
-                story.send(events.ScaleRequested(stage, replicas))
+                story.send(scale(stage, replicas))
         elif what < 0.8:
             for pipeline in list(story.pipelines.values()):
                 if pipeline.stages:
-                    at = pipeline.stages[0].worker_id, pipeline.pipeline_id, pipeline.epoch
-                    story.send(events.LinkBroken(*at, "reset"))
+                    first = pipeline.stages[0].worker_id
+                    story.send(broken(first, story.lives[first], pipeline.pipeline_id, pipeline.epoch, "reset"))
 
     def answer(self, good: float = 1.0) -> None:
         """Workers do what they were told; some fail, or say nothing."""
         while self.seen < len(self.story.actions):
             action = self.story.actions[self.seen]
             self.seen += 1
-            orders = (actions.Assign, actions.Prepare, actions.MakeLink, actions.Activate)
-            if not isinstance(action, orders) or self.rng.random() < good:
-                self.carry_out(action)
+            if not is_awaited(action):
+                continue
+            if self.rng.random() < good:
+                self.story.send(done(action, PAGES))
             elif self.rng.random() < 0.3:
                 self.late.append(action)
             else:
                 self.fail(action)
 
-    def carry_out(self, action: actions.Action) -> None:
-        match action:
-            case actions.Assign(name, epoch, _, plan, _, shares):
-                self.story.send(events.AssignDone(name, epoch, plan.stage, v.Loaded(PAGES // shares, 1, 2, REVISION)))
-            case actions.MakeLink(name, epoch, stage):
-                index = action.copy.index if action.copy is not None else None
-                self.story.send(events.LinkUp(name, epoch, stage, "tcp", index))
-            case actions.Activate(name, epoch, stage):
-                self.story.send(events.Activated(name, epoch, stage))
-            case actions.Prepare(name, incarnation, _, layers):
-                self.story.send(events.Prepared(name, incarnation, layers, REVISION))
-
-    def fail(self, action: actions.Action) -> None:
-        match action:
-            case actions.Prepare(name, incarnation, _, layers):
-                self.story.send(events.PrepareFailed(name, incarnation, layers, "boom", False))
-            case actions.Assign(name, epoch, _, plan):
-                self.story.send(events.StepFailed(name, epoch, plan.stage, "assign", "boom", False, False))
-            case actions.MakeLink(name, epoch, stage):
-                self.story.send(events.StepFailed(name, epoch, stage, "link", "boom", False, True))
-            case actions.Activate(name, epoch, stage):
-                self.story.send(events.StepFailed(name, epoch, stage, "activate", "boom", False, False))
+    def fail(self, order: v.Order) -> None:
+        is_link = isinstance(order.request, ConnectLinkRequest)
+        self.story.send(events.Failed(order, "boom", transport_failed=is_link))
 
     def gateways(self, good: float = 1.0) -> None:
         """They switch to what is published, or say why not; and leave what is to be left."""
@@ -116,10 +111,10 @@ class Disturbed:
             for gateway in sorted(story.world.watching(story.now)) if move.phase is Phase.SWITCH else ():
                 if story.moves.get(name) is move and self.rng.random() < 0.7:
                     error = "" if self.rng.random() < good else "boom"
-                    story.send(events.GatewayMoved(gateway, name, move.epoch, error))
+                    story.send(switched(gateway, name, move.epoch, error))
         for name, pipeline in list(story.pipelines.items()):
             for gateway in sorted(story.world.watching(story.now)) if pipeline.leaving else ():
-                story.send(events.GatewayLeft(gateway, name))
+                story.send(left(gateway, name))
 
     def wait(self, seconds: float) -> None:
         """Time passes in ticks; all workers renew their leases."""
@@ -127,7 +122,7 @@ class Disturbed:
         while self.story.now < end:
             self.story.now += 0.25
             for name in list(self.story.world.workers):
-                self.story.send(events.LeaseRenewed(name, self.story.lives[name]))
+                self.story.send(renewal(name, self.story.lives[name]))
             self.story.send(events.Tick())
 
     def unsettled(self) -> list[tuple[str, State, str, int, int]]:
@@ -153,7 +148,7 @@ def test_in_the_end_all_of_it_serves() -> None:
             disturbed.gateways(0.9)
             disturbed.wait(disturbed.rng.choice((0.25, 0.5, 1.0, 4.0)))
         for action in disturbed.late:
-            disturbed.carry_out(action)
+            story.send(done(action, PAGES))
         for name in disturbed.pools:
             if name in story.world.workers and story.world.drains(story.world.workers[name]):
                 story.lose(name)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from mesh_world import REVISION, TIMING, Story, serving, target
+from mesh_world import TIMING, Story, drain, held, loaded, repartition, serving, switched, target
 
 from stagemesh.coordinator import values as v
-from stagemesh.coordinator.core import actions
 from stagemesh.coordinator.core.attempt import page_copies
 from stagemesh.coordinator.observe import events
 from stagemesh.coordinator.planning.cost import Kind
@@ -14,27 +13,33 @@ from stagemesh.coordinator.policy.ranges import ranges_for
 from stagemesh.coordinator.world.pipeline import Phase, State
 from stagemesh.coordinator.world.record import Record
 from stagemesh.errors import ConfigError
+from stagemesh.protos.v1.stage_pb2 import AssignRequest, PrepareRequest, ReleaseRequest
+from stagemesh.protos.v1.types_pb2 import KvCopy
 
 
 def plans(*ranges: v.Range, names: str = "abc") -> list[v.StagePlan]:
     return [v.StagePlan(i, name, 1, r, 0) for i, (name, r) in enumerate(zip(names, ranges, strict=False))]
 
 
+def copy(index: int, epoch: int, source: int, to: int, layers: v.Range) -> KvCopy:
+    return KvCopy(index=index, from_epoch=epoch, from_stage=source, to_stage=to, layers=v.layer_range(layers))
+
+
 class TestPagesToCopy:
     def test_of_a_stage_that_goes_to_another_worker(self) -> None:
         found = page_copies(plans((0, 3), (3, 6)), plans((0, 3), (3, 6), names="ax"), 7)
-        assert found == (v.PageCopy(0, 7, 1, 1, (3, 6)),)
+        assert found == (copy(0, 7, 1, 1, (3, 6)),)
 
     def test_of_layers_that_go_to_a_neighbour(self) -> None:
-        assert page_copies(plans((0, 3), (3, 6)), plans((0, 4), (4, 6)), 7) == (v.PageCopy(0, 7, 1, 0, (3, 4)),)
+        assert page_copies(plans((0, 3), (3, 6)), plans((0, 4), (4, 6)), 7) == (copy(0, 7, 1, 0, (3, 4)),)
 
     def test_from_several_to_one_and_from_one_to_several(self) -> None:
         old, new = plans((0, 2), (2, 4), (4, 6)), plans((0, 1), (1, 5), (5, 6))
-        assert [(c.from_stage, c.to_stage, c.layers) for c in page_copies(old, new, 7)] == [
+        assert [(c.from_stage, c.to_stage, v.span(c.layers)) for c in page_copies(old, new, 7)] == [
             (0, 1, (1, 2)),
             (2, 1, (4, 5)),
         ]
-        assert [(c.from_stage, c.to_stage, c.layers) for c in page_copies(new, old, 7)] == [
+        assert [(c.from_stage, c.to_stage, v.span(c.layers)) for c in page_copies(new, old, 7)] == [
             (1, 0, (1, 2)),
             (1, 2, (4, 5)),
         ]
@@ -46,13 +51,13 @@ def restarted(story: Story) -> Story:
     new.lives = story.lives
     active = [a for a in story.pipeline.attempts if a.phase in (Phase.ACTIVE, Phase.SWITCH)]
     for name in sorted(story.world.workers):
-        held = tuple(
-            v.ReportedAssignment("pipeline-0", at.epoch, p.stage, p.layers, p.generation, at in active, REVISION)
+        holds = tuple(
+            held("pipeline-0", at.epoch, p, active=at in active)
             for at in story.pipeline.attempts
             for p in at.stages
             if p.worker_id == name
         )
-        new.join(name, same_life=True, held=held)
+        new.join(name, same_life=True, held=holds)
     return new
 
 
@@ -60,7 +65,7 @@ def repartitioned() -> Story:
     """Two stages of three layers, told to become four and two, with a gateway."""
     story = serving()
     story.gateway()
-    story.send(events.RepartitionRequested(((0, 4), (4, 6))))
+    story.send(repartition(4, 2))
     return story
 
 
@@ -68,12 +73,17 @@ class TestRepartition:
     def test_members_load_what_they_lack_beside_serving_then_gateways_go_over(self) -> None:
         story = repartitioned()
         before = story.epoch
-        assert [(p.worker_id, p.layers) for p in story.took(actions.Prepare)] == [("a", (0, 4)), ("b", (4, 6))]
+        assert [(p.to.worker_id, v.span(p.request.layers)) for p in story.took(PrepareRequest)] == [
+            ("a", (0, 4)),
+            ("b", (4, 6)),
+        ]
         story.prepared("a")
         assert "pipeline-0" not in story.moves, "not before all have loaded"
         story.prepared("b")
-        assigned = story.took(actions.Assign)
-        assert [(a.plan.worker_id, a.plan.layers, a.epoch, a.beside) for a in assigned] == [
+        assigned = story.took(AssignRequest)
+        assert [
+            (a.to.worker_id, v.span(a.request.layers), a.request.key.epoch, a.request.beside) for a in assigned
+        ] == [
             ("a", (0, 4), before + 1, True),
             ("b", (4, 6), before + 1, True),
         ]
@@ -84,12 +94,15 @@ class TestRepartition:
         story.actions.clear()
         story.moved()
         assert (story.epoch, story.ranges, story.state) == (before + 1, [(0, 4), (4, 6)], State.SERVING)
-        assert [(r.worker_id, r.epoch) for r in story.took(actions.Release)] == [("a", before), ("b", before)]
+        assert [(r.to.worker_id, r.request.key.epoch) for r in story.took(ReleaseRequest)] == [
+            ("a", before),
+            ("b", before),
+        ]
 
     def test_a_pipeline_that_is_lost_afterwards_keeps_the_ranges(self) -> None:
         story = repartitioned()
         story.prepared("a"), story.prepared("b")
-        story.took(actions.Assign)
+        story.took(AssignRequest)
         story.prepare_move()
         story.moved()
         story.lose("b")
@@ -121,8 +134,8 @@ class TestWhatGoesWrong:
         for name in gateways:
             story.gateway(name)
         story.prepared("spare")
-        story.send(events.DrainRequested("a"))
-        story.took(actions.Assign)
+        story.send(drain("a"))
+        story.took(AssignRequest)
         story.prepare_move()
         story.actions.clear()
         return story
@@ -131,24 +144,23 @@ class TestWhatGoesWrong:
         story = serving("spare")
         story.prepared("spare")
         before = story.epoch
-        story.send(events.DrainRequested("a"))
+        story.send(drain("a"))
         story.actions.clear()
         story.lose("spare")
         assert (story.epoch, story.state, story.holders) == (before, State.DRAINING, ["a", "b"])
-        released = story.took(actions.Release)
-        assert [(r.worker_id, r.epoch, r.alone) for r in released] == [("b", before + 1, True)]
+        released = story.took(ReleaseRequest)
+        assert [(r.to.worker_id, r.request.key.epoch, r.request.alone) for r in released] == [("b", before + 1, True)]
 
     def test_a_worker_whose_pages_are_laid_out_otherwise_takes_over_the_hard_way(self) -> None:
         story = serving("spare")
         story.prepared("spare")
         before = story.epoch
-        story.send(events.DrainRequested("a"))
-        story.took(actions.Assign)
+        story.send(drain("a"))
+        story.took(AssignRequest)
         for _ in range(2):
             move = story.moves["pipeline-0"]
             for stage in range(2):
-                loaded = v.Loaded(4, 10, 20, story.world.target.fingerprint, "otherwise")
-                story.send(events.AssignDone("pipeline-0", move.epoch, stage, loaded))
+                story.send(loaded("pipeline-0", move.epoch, stage, layout="otherwise"))
             story.wait(2.5, "a", "b", "spare")
         assert (story.state, story.holders) == (State.FORMING, ["spare", "b"])
         assert story.epoch > before + 2, "no epoch is used twice"
@@ -182,7 +194,7 @@ class TestWhatGoesWrong:
         story = self.ready("g")
         before = story.epoch
         story.join("another")
-        story.send(events.DrainRequested("spare"))
+        story.send(drain("spare"))
         story.moved("g")
         assert (story.state, story.epoch, story.holders) == (State.SERVING, before + 1, ["spare", "b"])
         story.prepared("another")
@@ -212,7 +224,7 @@ class TestWhatGoesWrong:
         assert "pipeline-0" not in story.moves
         story.join("b")
         assert story.epoch > before + 1
-        story.send(events.GatewayMoved("g", "pipeline-0", before + 1))
+        story.send(switched("g", "pipeline-0", before + 1))
         assert story.state is State.FORMING, "late news"
 
     def test_other_ranges_that_a_gateway_cannot_follow_are_given_up(self) -> None:
@@ -223,7 +235,7 @@ class TestWhatGoesWrong:
         for _ in range(4):
             if "pipeline-0" not in story.moves:
                 break
-            story.took(actions.Assign)
+            story.took(AssignRequest)
             story.prepare_move()
             epochs.add(story.moves["pipeline-0"].epoch)
             story.moved("g")
@@ -253,7 +265,7 @@ class TestWhatGoesWrong:
         move = story.moves["pipeline-0"]
         new = restarted(story)
         assert (new.state, new.epoch, new.ranges) == (State.SERVING, story.epoch, [(0, 3), (3, 6)])
-        released = [(r.worker_id, r.epoch, r.alone) for r in new.took(actions.Release)]
+        released = [(r.to.worker_id, r.request.key.epoch, r.request.alone) for r in new.took(ReleaseRequest)]
         assert {("a", move.epoch, True), ("b", move.epoch, True)} <= set(released)
         assert not [r for r in released if r[1] == story.epoch]
 
@@ -272,7 +284,7 @@ class TestRestartWithinAMove:
         following = story.moves["pipeline-0"].epoch
         new = restarted(story)
         assert (new.state, new.epoch, new.ranges) == (State.SERVING, story.epoch, [(0, 3), (3, 6)])
-        assert [r for r in new.took(actions.Release) if r.epoch == following] == []
+        assert [r for r in new.took(ReleaseRequest) if r.request.key.epoch == following] == []
         new.gateway()
         new.moved()
         new.wait(TIMING.gone_s + 0.1, "a", "b")
@@ -283,8 +295,8 @@ class TestRestartWithinAMove:
         story = serving("spare")
         story.gateway()
         story.prepared("spare")
-        story.send(events.DrainRequested("a"))
-        story.took(actions.Assign)
+        story.send(drain("a"))
+        story.took(AssignRequest)
         story.prepare_move()
         following = story.moves["pipeline-0"].epoch
         story.lose("spare")
@@ -309,7 +321,7 @@ class TestRestartWithinAMove:
         story = serving()
         story.gateway()
         driven = story.epoch + ahead
-        story.send(events.GatewayMoved("g", "pipeline-0", driven))
+        story.send(switched("g", "pipeline-0", driven))
         assert (story.state, story.epoch) == (State.FORMING, driven + 1)
         assert story.written.epochs["pipeline-0"] > driven
 
@@ -371,7 +383,7 @@ class TestRestart:
     def test_a_worker_that_drains_still_does_and_its_next_life_does_not(self) -> None:
         story = serving("spare")
         story.gateway()
-        story.send(events.DrainRequested("a"))
+        story.send(drain("a"))
         new = restarted(story)
         assert new.world.drains(new.world.workers["a"])
         new.gateway()
@@ -390,7 +402,7 @@ class TestRestart:
         small, whole = (cost.stage_memory(Kind(1, 0, 1e11, 1e10), *layers) for layers in ((0, 3), (0, 4)))
         story = Story(record=Record(counts=(4, 2)))
         for name in "ab":
-            story.join(name, memory_bytes=(small + whole) // 2)
+            story.join(name, memory_bytes=int(small + whole) // 2)
         assert story.state is State.FORMING
         assert story.ranges == [(0, 3), (3, 6)]
         assert story.written.counts is None, "nor is a coordinator that comes later to want them"

@@ -14,8 +14,9 @@ from stagemesh.checkpoint import CheckpointInfo, Part
 from stagemesh.coordinator.planning.cost import CostModel, Kind
 from stagemesh.coordinator.planning.partition import check_counts, even_ranges, partition
 from stagemesh.coordinator.planning.placement import Candidate, place
-from stagemesh.coordinator.values import Limits, Range
+from stagemesh.coordinator.values import Range
 from stagemesh.errors import ConfigError
+from stagemesh.protos.v1.types_pb2 import RunLimits
 
 MIB = 1 << 20
 
@@ -24,7 +25,9 @@ def model(
     layers: list[int], *, head: int = 0, embedding: int = 0, max_model_len: int = 16, vocab: int = 1
 ) -> CostModel:
     """`layers`, `head`, `embedding`: parameters; each costs one byte streamed in float32 / 4."""
-    limits = Limits(max_model_len, 1, 1, 16, 0, 1)
+    limits = RunLimits(
+        max_model_len=max_model_len, max_num_seqs=1, max_num_batched_tokens=1, page_size=16, steps_in_flight=1
+    )
     info = CheckpointInfo(
         path="m", architecture="A", model_type="llama", num_layers=len(layers), hidden_size=1, vocab_size=vocab,
         dtype="float32", max_position_embeddings=4096, num_heads=1, num_kv_heads=1, head_dim=1,

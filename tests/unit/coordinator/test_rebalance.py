@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from mesh_world import Story, serving, target
+from mesh_world import Story, introduction, measured, serving, target
 
-from stagemesh.coordinator import values as v
-from stagemesh.coordinator.core import actions
-from stagemesh.coordinator.observe import events
 from stagemesh.coordinator.planning.advice import advise, better_worker
 from stagemesh.coordinator.planning.cost import CostModel, Kind
 from stagemesh.coordinator.policy.ranges import ranges_for
 from stagemesh.coordinator.world.pipeline import State
+from stagemesh.protos.v1.stage_pb2 import AssignRequest, PrepareRequest
 
 
-def measured(story: Story, *milliseconds: float) -> None:
+def measure(story: Story, *milliseconds: float) -> None:
     """A gateway says so."""
-    story.send(events.StepsMeasured("g", "pipeline-0", story.epoch, tuple(ms / 1000 for ms in milliseconds)))
+    story.send(measured("pipeline-0", story.epoch, *milliseconds))
 
 
 def kinds_of(story: Story, count: int = 2) -> tuple[CostModel, list[Kind]]:
@@ -39,14 +37,14 @@ class TestAdvice:
 
     def test_a_faster_worker_that_holds_nothing(self) -> None:
         cost = Story().world.target.cost
-        slow = [v.WorkerInfo(n, 1, n, bytes_per_s=1e10, flops_per_s=1e11) for n in "ab"]
-        fast = v.WorkerInfo("fast", 1, "fast", bytes_per_s=1e11, flops_per_s=1e12)
+        slow = [introduction(name) for name in "ab"]
+        fast = introduction("fast", bytes_per_s=1e11, flops_per_s=1e12)
         found = better_worker(cost, slow, [(0, 3), (3, 6)], [fast])
         assert found is not None
         assert (found.spare, found.member in "ab") == ("fast", True)
         assert found.faster > 1.4
-        assert better_worker(cost, slow, [(0, 3), (3, 6)], [v.WorkerInfo("c", 1, "c", bytes_per_s=1e10)]) is None
-        bound = v.WorkerInfo("fast", 1, "fast", pool=1, bytes_per_s=1e11, flops_per_s=1e12)
+        assert better_worker(cost, slow, [(0, 3), (3, 6)], [introduction("c", flops_per_s=0)]) is None
+        bound = introduction("fast", pool=1, bytes_per_s=1e11, flops_per_s=1e12)
         found = better_worker(cost, slow, [(0, 3), (3, 6)], [bound])
         assert found is not None
         assert found.member == "b"
@@ -65,13 +63,13 @@ def rebalancing() -> Story:
 def steps(story: Story, seconds: float, *milliseconds: float) -> None:
     """A gateway reports for a while."""
     for _ in range(int(seconds / 2)):
-        measured(story, *milliseconds)
+        measure(story, *milliseconds)
         story.wait(2, "a", "b")
 
 
 def finish(story: Story) -> None:
     story.prepared("a"), story.prepared("b")
-    story.took(actions.Assign)
+    story.took(AssignRequest)
     story.prepare_move()
     story.moved()
 
@@ -80,7 +78,7 @@ class TestRebalance:
     def test_what_lasts_moves_layers_and_what_came_of_it_is_kept(self) -> None:
         story = rebalancing()
         steps(story, 8, 30, 15)
-        assert not story.took(actions.Prepare), "not at the first sight"
+        assert not story.took(PrepareRequest), "not at the first sight"
         steps(story, 12, 30, 15)
         assert story.world.wanted_ranges == ((0, 2), (2, 6))
         finish(story)
@@ -97,7 +95,7 @@ class TestRebalance:
             steps(story, 6, 30, 15)
             steps(story, 6, 22, 20)
         assert story.ranges == [(0, 3), (3, 6)]
-        assert not story.took(actions.Prepare)
+        assert not story.took(PrepareRequest)
 
     def test_not_again_at_once(self) -> None:
         story = rebalancing()
@@ -121,14 +119,14 @@ class TestRebalance:
 
     def test_old_news_says_nothing(self) -> None:
         story = rebalancing()
-        measured(story, 30, 15)
+        measure(story, 30, 15)
         story.wait(60, "a", "b")
         assert story.world.wanted_ranges is None
 
     def test_without_the_setting_it_is_only_advised(self) -> None:
         story = serving()
         for _ in range(15):
-            measured(story, 30, 15)
+            measure(story, 30, 15)
             story.wait(2, "a", "b")
         assert story.ranges == [(0, 3), (3, 6)]
         (advice,) = story.world.advices
@@ -145,5 +143,5 @@ class TestRebalance:
     def test_auto_follows_what_was_measured(self) -> None:
         story = serving()
         assert ranges_for(story.world, [], story.now) == ((0, 3), (3, 6))
-        measured(story, 30, 15)
+        measure(story, 30, 15)
         assert ranges_for(story.world, [], story.now) == ((0, 2), (2, 6))

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 import pytest
-from mesh_world import BOTH, REVISION, TIMING, Story, serving, target
+from mesh_world import (
+    BOTH,
+    REVISION,
+    TIMING,
+    Story,
+    broken,
+    done,
+    drain,
+    held,
+    order,
+    renewal,
+    serving,
+    stuck,
+    target,
+    undrain,
+)
 
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.core import actions
@@ -13,20 +28,28 @@ from stagemesh.coordinator.policy.drain import check_drain
 from stagemesh.coordinator.policy.form import place
 from stagemesh.coordinator.policy.plan import MeshPlan
 from stagemesh.coordinator.world.pipeline import State
-from stagemesh.coordinator.world.worker import Progress
 from stagemesh.errors import ConfigError
+from stagemesh.protos.v1.coordinator_pb2 import HeldAssignment
+from stagemesh.protos.v1.stage_pb2 import (
+    ActivateRequest,
+    AssignRequest,
+    AssignResponse,
+    ConnectLinkRequest,
+    PrepareRequest,
+    ReleaseRequest,
+)
 
 
 class TestForming:
     def test_waits_until_every_stage_has_a_worker(self) -> None:
         story = Story()
         story.join("a")
-        assert (story.state, story.took(actions.Assign)) == (State.DOWN, [])
+        assert (story.state, story.took(AssignRequest)) == (State.DOWN, [])
         assert "stage 1 has no worker" in story.reason
         assert not story.final
         story.join("b")
         assert story.state is State.FORMING
-        assert [(a.plan.worker_id, a.plan.layers, a.address) for a in story.took(actions.Assign)] == [
+        assert [(a.to.worker_id, v.span(a.request.layers), a.to.address) for a in story.took(AssignRequest)] == [
             ("a", (0, 3), "a:1"),
             ("b", (3, 6), "b:1"),
         ]
@@ -35,19 +58,21 @@ class TestForming:
         story = Story(target(3))
         for name in "abc":
             story.join(name)
-        story.took(actions.Assign)
+        story.took(AssignRequest)
         story.load(0), story.load(2)
-        assert story.took(actions.MakeLink) == []
+        assert story.took(ConnectLinkRequest) == []
         story.load(1)
-        assert [(m.stage, m.transport, m.receiver_id) for m in story.took(actions.MakeLink)] == [
+        assert [
+            (m.request.stage, m.request.transport, m.request.receiver_id) for m in story.took(ConnectLinkRequest)
+        ] == [
             (0, "ucx", "b"),
             (1, "ucx", "c"),
             (2, "ucx", "a"),
         ]
         story.link(1)
-        assert story.took(actions.Activate) == []
+        assert story.took(ActivateRequest) == []
         story.link(0)
-        assert [a.stage for a in story.took(actions.Activate)] == [0, 1, 2]
+        assert [a.request.stage for a in story.took(ActivateRequest)] == [0, 1, 2]
         story.ack(0), story.ack(2)
         assert story.state is State.FORMING
         story.ack(1)
@@ -56,8 +81,8 @@ class TestForming:
     def test_the_epoch_is_written_down_before_anyone_hears_of_it_and_the_plan_before_it_is_published(self) -> None:
         story = Story()
         story.join("a"), story.join("b")
-        kinds = [type(a) for a in story.actions]
-        assert kinds.index(actions.Save) < kinds.index(actions.Assign)
+        kinds = [type(a.request if isinstance(a, v.Order) else a) for a in story.actions]
+        assert kinds.index(actions.Save) < kinds.index(AssignRequest)
         story.load(0), story.load(1), story.link(0), story.ack(0)
         story.actions.clear()
         story.ack(1)
@@ -68,7 +93,7 @@ class TestForming:
         story = Story(target(1))
         story.join("a")
         story.load(0)
-        assert [a.stage for a in story.took(actions.Activate)] == [0]
+        assert [a.request.stage for a in story.took(ActivateRequest)] == [0]
         story.ack(0)
         assert story.state is State.SERVING
 
@@ -76,20 +101,23 @@ class TestForming:
         story = Story()
         story.join("a", 0, tp=2), story.join("b", 1, tp=4)
         story.load(0), story.load(1)
-        link, tokens = story.took(actions.MakeLink)
-        assert len(set(link.nonces)) == 4
-        assert all(0 < nonce < 1 << 32 for nonce in link.nonces)
-        assert (link.tokens, link.receiver_stage) == (False, 1)
-        assert (tokens.tokens, tokens.receiver_stage, len(tokens.nonces)) == (True, 0, 1)
-        assert link.sender_rank_addresses == (b"u", b"u") or len(link.sender_rank_addresses) == 2
+        link, tokens = story.took(ConnectLinkRequest)
+        assert len(set(link.request.nonces)) == 4
+        assert link.offer.request.nonces == link.request.nonces
+        assert all(0 < nonce < 1 << 32 for nonce in link.request.nonces)
+        assert (link.request.tokens, link.offer.request.tokens, link.offer.request.stage) == (False, False, 1)
+        assert (tokens.request.tokens, tokens.offer.request.tokens, tokens.offer.request.stage) == (True, True, 0)
+        assert len(tokens.request.nonces) == 1
+        assert link.offer.request.sender_addresses == [b"u", b"u"]
 
     def test_progress_is_published_without_haste(self) -> None:
         story = Story()
         story.join("a"), story.join("b")
         story.actions.clear()
-        story.send(events.AssignProgress("pipeline-0", story.epoch, 1, 5, 10))
+        told = order("assign", "pipeline-0", story.epoch, 1)
+        story.send(events.Answered(told, AssignResponse(loaded_bytes=5, total_bytes=10)))
         assert story.took(actions.Publish) == [actions.Publish(urgent=False)]
-        assert story.world.workers["b"].progress == Progress(5, 10)
+        assert story.world.workers["b"].progress == (5, 10)
 
     def test_standbys_are_left_alone(self) -> None:
         story = serving("spare")
@@ -109,12 +137,12 @@ class TestTransport:
         story = self.form("auto", ("tcp", "ucx"), ("tcp",))
         (warning,) = [a.message for a in story.actions if isinstance(a, actions.Log) and a.warning]
         assert "b did not open ucx" in warning
-        assert [m.transport for m in story.took(actions.MakeLink)] == ["tcp"] * 2
+        assert [m.request.transport for m in story.took(ConnectLinkRequest)] == ["tcp"] * 2
 
     def test_tcp_when_asked_for_is_no_warning(self) -> None:
         story = self.form("tcp", ("tcp", "ucx"), ("tcp", "ucx"))
         assert not [a for a in story.actions if isinstance(a, actions.Log) and a.warning]
-        assert [m.transport for m in story.took(actions.MakeLink)] == ["tcp"] * 2
+        assert [m.request.transport for m in story.took(ConnectLinkRequest)] == ["tcp"] * 2
 
     def test_ucx_asked_for_and_missing(self) -> None:
         story = self.form("ucx", ("tcp", "ucx"), ("tcp",))
@@ -129,14 +157,14 @@ class TestTransport:
     def test_auto_gives_ucx_up_between_two_workers_where_it_failed_twice(self) -> None:
         story = self.form("auto", ("tcp", "ucx"), ("tcp", "ucx"))
         for _ in range(2):
-            assert [m.transport for m in story.took(actions.MakeLink)] == ["ucx"] * 2
+            assert [m.request.transport for m in story.took(ConnectLinkRequest)] == ["ucx"] * 2
             story.fail(0, "link", "handshake timed out", transport_failed=True)
             story.wait(2.5, "a", "b")
             story.load(0), story.load(1)
         assert any(
             "handshake timed out" in a.message for a in story.actions if isinstance(a, actions.Log) and a.warning
         )
-        assert [m.transport for m in story.took(actions.MakeLink)] == ["tcp"] * 2
+        assert [m.request.transport for m in story.took(ConnectLinkRequest)] == ["tcp"] * 2
 
 
 class TestLoss:
@@ -145,7 +173,7 @@ class TestLoss:
         before = story.epoch
         story.lose("b")
         assert (story.state, story.epoch) == (State.FORMING, before + 1)
-        assert [(a.plan.worker_id, a.plan.layers) for a in story.took(actions.Assign)] == [
+        assert [(a.to.worker_id, v.span(a.request.layers)) for a in story.took(AssignRequest)] == [
             ("a", (0, 3)),
             ("spare", (3, 6)),
         ]
@@ -158,7 +186,7 @@ class TestLoss:
         story.lose("b")
         assert (story.state, story.epoch, story.final) == (State.DOWN, before + 1, False)
         assert "stage 1: worker b is lost: its keep-alive stream ended" in story.reason
-        assert [(r.worker_id, r.epoch) for r in story.took(actions.Release)] == [("a", before)]
+        assert [(r.to.worker_id, r.request.key.epoch) for r in story.took(ReleaseRequest)] == [("a", before)]
         story.join("b")
         assert (story.state, story.epoch) == (State.FORMING, before + 2)
 
@@ -184,7 +212,7 @@ class TestLoss:
         story = serving()
         for _ in range(10):
             story.now += 0.29
-            story.send(events.LeaseRenewed("a", 1)), story.send(events.LeaseRenewed("b", 1))
+            story.send(renewal("a", 1)), story.send(renewal("b", 1))
             story.send(events.Tick())
         story.wait(0.75, "a")
         assert story.state is State.SERVING, "b may be as late as we were"
@@ -193,7 +221,7 @@ class TestLoss:
 
     def test_a_worker_whose_own_clock_is_late_gets_so_much_longer(self) -> None:
         story = serving()
-        story.send(events.LeaseRenewed("b", 1, 1.5))
+        story.send(renewal("b", 1, 1.5))
         story.wait(2.0, "a")
         assert story.state is State.SERVING
         story.wait(0.2, "a")
@@ -202,7 +230,7 @@ class TestLoss:
     def test_lateness_is_forgotten(self) -> None:
         story = serving()
         story.now += 0.25
-        story.send(events.LeaseRenewed("a", 1)), story.send(events.LeaseRenewed("b", 1))
+        story.send(renewal("a", 1)), story.send(renewal("b", 1))
         story.send(events.Tick())
         story.wait(60, "a", "b")
         story.wait(0.65, "a")
@@ -271,9 +299,9 @@ class TestFailures:
         assert "stage 1: worker b cannot assign: tensor model.norm.weight is missing" in story.reason
         before = story.epoch
         story.wait(10, "a", "b")
-        assert (story.epoch, story.took(actions.Assign)) == (before, [])
+        assert (story.epoch, story.took(AssignRequest)) == (before, [])
         story.join("spare")
-        assert [a.plan.worker_id for a in story.took(actions.Assign)] == ["a", "spare"]
+        assert [a.to.worker_id for a in story.took(AssignRequest)] == ["a", "spare"]
 
     def test_a_new_life_of_the_worker_is_asked_again(self) -> None:
         story = Story()
@@ -303,19 +331,19 @@ class TestFailures:
     def test_a_broken_link_waits_a_moment_for_the_neighbours_death(self) -> None:
         story = serving("spare")
         before = story.epoch
-        story.send(events.LinkBroken("a", "pipeline-0", before, "peer reset"))
+        story.send(broken("a", story.lives["a"], "pipeline-0", before, "peer reset"))
         assert (story.state, story.reason) == (State.FORMING, "stage 0: a link broke: peer reset")
-        assert story.took(actions.Assign) == []
+        assert story.took(AssignRequest) == []
         story.lose("b")
         assert story.holders == ["a", "spare"]
 
     def test_a_broken_link_between_two_that_live_is_made_anew(self) -> None:
         story = serving()
         before = story.epoch
-        story.send(events.LinkBroken("a", "pipeline-0", before, "peer reset"))
+        story.send(broken("a", story.lives["a"], "pipeline-0", before, "peer reset"))
         story.wait(0.3, "a", "b")
         assert (story.epoch, story.holders) == (before + 1, ["a", "b"])
-        story.send(events.LinkBroken("b", "pipeline-0", before, "late news"))
+        story.send(broken("b", story.lives["b"], "pipeline-0", before, "late news"))
         story.serve()
         assert story.state is State.SERVING
 
@@ -330,7 +358,7 @@ class TestFailures:
 
 class TestStandby:
     def told(self, story: Story) -> dict[str, v.Range]:
-        return {action.worker_id: action.layers for action in story.took(actions.Prepare)}
+        return {told.to.worker_id: v.span(told.request.layers) for told in story.took(PrepareRequest)}
 
     def test_standbys_load_different_stages_once_everything_serves(self) -> None:
         story = Story()
@@ -376,11 +404,11 @@ class TestStandby:
 
     def test_an_answer_that_comes_after_it_was_given_a_stage_changes_nothing(self) -> None:
         story = serving("spare")
-        life, layers = story.lives["spare"], story.world.workers["spare"].preparing
-        assert layers == (0, 3)
+        told = story.preparing("spare")
+        assert v.span(told.request.layers) == (0, 3)
         story.lose("b")
         assert story.holders == ["a", "spare"]
-        story.send(events.Prepared("spare", life, layers, REVISION))
+        story.send(done(told))
         assert story.world.workers["spare"].kept is None
 
 
@@ -388,9 +416,9 @@ class TestStuck:
     def test_a_gateway_whose_steps_do_not_come_back_has_the_links_made_anew(self) -> None:
         story = serving()
         before = story.epoch
-        story.send(events.StepsStuck("g", "pipeline-0", before - 1, "late"))
+        story.send(stuck("pipeline-0", before - 1, "late"))
         assert (story.state, story.epoch) == (State.SERVING, before)
-        story.send(events.StepsStuck("g", "pipeline-0", before, "no step came back"))
+        story.send(stuck("pipeline-0", before, "no step came back"))
         assert story.state is State.FORMING
         assert "gateway g: no step came back" in story.reason
         story.wait(0.3, "a", "b")
@@ -398,7 +426,7 @@ class TestStuck:
 
     def test_two_that_do_not_reach_each_other_are_not_made_neighbours(self) -> None:
         story = serving("spare")
-        story.send(events.StepsStuck("g", "pipeline-0", story.epoch, "no step came back"))
+        story.send(stuck("pipeline-0", story.epoch, "no step came back"))
         story.wait(0.3, "a", "b", "spare")
         assert story.holders == ["a", "b"], "nobody knows yet what is to blame"
         story.load(0), story.load(1)
@@ -409,14 +437,14 @@ class TestStuck:
     def test_one_that_a_gateway_does_not_reach_is_replaced(self) -> None:
         story = serving("spare")
         before = story.epoch
-        story.send(events.StepsStuck("g", "pipeline-0", before, "no session", ("b",)))
+        story.send(stuck("pipeline-0", before, "no session", ("b",)))
         story.wait(0.3, "a", "b", "spare")
         assert (story.epoch, story.holders) == (before + 1, ["a", "spare"])
 
     def test_one_that_was_not_reached_is_chosen_again_later(self) -> None:
         """Also where no pipeline is formed meanwhile, which might have forgotten it."""
         story = serving("spare")
-        story.send(events.StepsStuck("g", "pipeline-0", story.epoch, "no session", ("b",)))
+        story.send(stuck("pipeline-0", story.epoch, "no session", ("b",)))
         story.wait(0.3, "a", "b", "spare")
         story.serve()
         pipeline = story.pipelines["pipeline-0"]
@@ -436,7 +464,7 @@ class TestStuck:
         story = serving(*spares)
         before = story.epoch
         for _ in range(3):
-            story.send(events.StepsStuck("g", "pipeline-0", before, "no session", unreachable))
+            story.send(stuck("pipeline-0", before, "no session", unreachable))
             story.wait(0.3, "a", "b", *spares)
             assert (story.state, story.epoch, story.holders) == (State.SERVING, before, ["a", "b"])
 
@@ -454,32 +482,32 @@ class TestDrain:
         story = serving("spare")
         story.prepared("spare")
         before = story.epoch
-        story.send(events.DrainRequested("b"))
+        story.send(drain("b"))
         assert (story.state, story.epoch) == (State.SERVING, before), "what runs goes on, and new requests are taken"
-        assert [(p.worker_id, p.layers) for p in story.took(actions.Prepare)] == [("spare", (3, 6))]
+        assert [(p.to.worker_id, v.span(p.request.layers)) for p in story.took(PrepareRequest)] == [("spare", (3, 6))]
         story.prepared("spare")
         assert (story.holders, story.epoch, story.state) == (["a", "b"], before, State.SERVING), "it goes on meanwhile"
         story.prepare_move()
         assert (story.holders, story.epoch) == (["a", "spare"], before + 1)
-        assert [(r.worker_id, r.epoch, r.alone) for r in story.took(actions.Release)] == [
+        assert [(r.to.worker_id, r.request.key.epoch, r.request.alone) for r in story.took(ReleaseRequest)] == [
             ("a", before, False),
             ("b", before, False),
         ]
         story.wait(5, "a", "b", "spare")
         assert (story.state, story.epoch) == (State.SERVING, before + 1)
-        assert story.took(actions.Prepare) == [], "a worker that drains is no standby"
+        assert story.took(PrepareRequest) == [], "a worker that drains is no standby"
 
     def test_at_once_to_one_that_has_them(self) -> None:
         story = serving("spare")
         story.prepared("spare")
-        story.send(events.DrainRequested("a"))
+        story.send(drain("a"))
         story.prepare_move()
         assert story.holders == ["spare", "b"]
 
     def test_without_another_worker_nothing_new_is_taken_until_one_comes(self) -> None:
         story = serving()
         before = story.epoch
-        story.send(events.DrainRequested("b"))
+        story.send(drain("b"))
         assert (story.state, story.epoch) == (State.DRAINING, before)
         assert "stage 1: worker b drains" in story.reason
         story.wait(5, "a", "b")
@@ -501,9 +529,9 @@ class TestDrain:
     def test_a_drain_can_be_taken_back(self) -> None:
         story = serving()
         before = story.epoch
-        story.send(events.DrainRequested("b"))
+        story.send(drain("b"))
         assert story.state is State.DRAINING
-        story.send(events.UndrainRequested("b"))
+        story.send(undrain("b"))
         assert (story.state, story.reason, story.epoch) == (State.SERVING, "", before)
         assert story.written.drains == {}
         story.lose("a")
@@ -513,7 +541,7 @@ class TestDrain:
     def test_a_drain_that_was_not_forced_takes_nothing_from_anybody(self) -> None:
         """Whoever could take the stage is gone again."""
         story = serving("spare")
-        story.send(events.DrainRequested("b", force=False))
+        story.send(drain("b", force=False))
         story.lose("spare")
         story.wait(5, "a", "b")
         assert (story.state, story.holders) == (State.SERVING, ["a", "b"])
@@ -525,14 +553,14 @@ class TestDrain:
     def test_one_that_goes_before_it_has_moved(self) -> None:
         story = serving("spare")
         before = story.epoch
-        story.send(events.DrainRequested("b"))
+        story.send(drain("b"))
         story.lose("b")
         assert (story.holders, story.epoch) == (["a", "spare"], before + 1)
 
     def test_another_that_cannot_load_them(self) -> None:
         story = serving("spare")
         story.prepared("spare")
-        story.send(events.DrainRequested("b"))
+        story.send(drain("b"))
         story.prepared("spare", failed="no memory")
         assert story.state is State.DRAINING
         assert story.holders == ["a", "b"]
@@ -540,7 +568,7 @@ class TestDrain:
     def test_a_draining_worker_gets_no_stage(self) -> None:
         story = Story()
         story.join("a")
-        story.send(events.DrainRequested("a"))
+        story.send(drain("a"))
         story.join("b")
         assert story.state is State.DOWN
         story.join("c")
@@ -550,7 +578,7 @@ class TestDrain:
         story = Story()
         for name in ("a", "b", "spare"):
             story.join(name)
-        story.send(events.DrainRequested("a"))
+        story.send(drain("a"))
         assert sorted(story.holders) == ["b", "spare"]
 
 
@@ -561,9 +589,9 @@ class TestRestart:
         new.lives = old.lives
         return new
 
-    def held(self, story: Story, name: str, *, active: bool = True) -> tuple[v.Held, ...]:
+    def held(self, story: Story, name: str, *, active: bool = True) -> tuple[HeldAssignment, ...]:
         return tuple(
-            v.ReportedAssignment("pipeline-0", story.epoch, p.stage, p.layers, p.generation, active, REVISION)
+            held("pipeline-0", story.epoch, p, active=active)
             for p in story.pipelines["pipeline-0"].stages
             if p.worker_id == name
         )
@@ -577,7 +605,7 @@ class TestRestart:
         new.join("b", same_life=True, held=self.held(old, "b"))
         assert not new.world.restoring
         assert (new.state, new.epoch, new.holders) == (State.SERVING, old.epoch, ["a", "b"])
-        assert new.took(actions.Assign) + new.took(actions.Release) == []
+        assert new.took(AssignRequest) + new.took(ReleaseRequest) == []
         assert new.pipeline.main is not None
         assert new.pipeline.main.routes[0] == "shared memory"
 
@@ -587,7 +615,7 @@ class TestRestart:
         new.join("a", same_life=True, held=self.held(old, "a"))
         new.join("spare")
         new.wait(TIMING.lease_s, "a", "spare")
-        assert (new.state, new.took(actions.Assign)) == (State.DOWN, [])
+        assert (new.state, new.took(AssignRequest)) == (State.DOWN, [])
         new.wait(2.0, "a", "spare")
         assert (new.epoch, new.holders) == (old.epoch + 1, ["a", "spare"])
 
@@ -601,7 +629,7 @@ class TestRestart:
         else:
             new.join("b", same_life=True, held=self.held(old, "b", active=False) if how == "not active" else ())
         assert (new.state, new.epoch) == (State.FORMING, old.epoch + 1)
-        assert ("a", old.epoch) in [(r.worker_id, r.epoch) for r in new.took(actions.Release)]
+        assert ("a", old.epoch) in [(r.to.worker_id, r.request.key.epoch) for r in new.took(ReleaseRequest)]
 
     def test_other_terms_are_another_pipeline(self) -> None:
         old = serving()
@@ -613,14 +641,14 @@ class TestRestart:
 
     def test_an_epoch_that_only_a_worker_remembers_is_passed(self) -> None:
         story = Story()
-        story.join("a", held=(v.ReportedAssignment("pipeline-0", 41, 0, (0, 3), 7, True, REVISION),))
+        story.join("a", held=(held("pipeline-0", 41, v.StagePlan(0, "a", 1, (0, 3), 7)),))
         story.join("b")
         assert story.epoch == 42
-        assert ("a", 41) in [(r.worker_id, r.epoch) for r in story.took(actions.Release)]
+        assert ("a", 41) in [(r.to.worker_id, r.request.key.epoch) for r in story.took(ReleaseRequest)]
 
     def test_a_later_epoch_heard_while_serving_makes_a_still_later_one(self) -> None:
         story = serving()
-        story.join("late", held=(v.ReportedAssignment("pipeline-0", 90, 0, (0, 3), 7, True, REVISION),))
+        story.join("late", held=(held("pipeline-0", 90, v.StagePlan(0, "late", 1, (0, 3), 7)),))
         assert (story.state, story.epoch) == (State.FORMING, 91)
 
     def test_registering_again_in_the_same_life_changes_nothing_if_it_still_holds_its_stage(self) -> None:
@@ -638,9 +666,9 @@ def test_what_a_worker_could_not_do_is_asked_of_it_again_after_a_while() -> None
     story.join("a"), story.join("b")
     story.fail(1, "assign", "cannot read model.safetensors", final=True)
     assert (story.state, story.final) == (State.DOWN, True)
-    story.took(actions.Assign)
+    story.took(AssignRequest)
     story.wait(TIMING.refused_s - 5, "a", "b")
-    assert not story.took(actions.Assign), "it is not asked again and again"
+    assert not story.took(AssignRequest), "it is not asked again and again"
     story.wait(10, "a", "b")
     assert story.state is State.FORMING
     story.serve()

@@ -8,14 +8,35 @@ from itertools import pairwise
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from mesh_world import LAYERS, REVISION, Story, target
+from mesh_world import (
+    LAYERS,
+    Story,
+    activated,
+    broken,
+    drain,
+    held,
+    left,
+    linked,
+    loaded,
+    order,
+    repartition,
+    scale,
+    stuck,
+    switched,
+    target,
+    undrain,
+)
 
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.core import actions
 from stagemesh.coordinator.core.desired import desired
+from stagemesh.coordinator.core.mesh import handle
 from stagemesh.coordinator.observe import events
 from stagemesh.coordinator.world.pipeline import Phase, State
 from stagemesh.coordinator.world.record import Record
+from stagemesh.protocol import PROTOCOL
+from stagemesh.protos.v1.coordinator_pb2 import WatchPipelinesRequest
+from stagemesh.protos.v1.stage_pb2 import ActivateRequest, AssignRequest, ConnectLinkRequest, PrepareRequest
 
 NAMES = ("a", "b", "c", "d")
 
@@ -28,7 +49,7 @@ class Stories(RuleBasedStateMachine):
         record = Record(replicas=dict.fromkeys(range(stages), 2))
         self.story = Story(target(stages, takeover_s=1.0), record)
         self.stages = stages
-        self.assigned: dict[tuple[str, int], dict[int, actions.Assign]] = {}
+        self.assigned: dict[tuple[str, int], dict[int, v.Order]] = {}
         self.ordered: set[tuple[object, ...]] = set()
         self.acked: dict[tuple[str, int], set[int]] = {}
         self.persisted: dict[str, int] = {}
@@ -58,26 +79,25 @@ class Stories(RuleBasedStateMachine):
                         if before.plans.get(name) != plan:
                             key = (name, plan.epoch)
                             assert self.acked.get(key, set()) == set(range(len(plan.stages))), "serves before every ack"
-                case actions.Assign():
-                    key = (action.pipeline_id, action.epoch)
-                    assert self.persisted[action.pipeline_id] == action.epoch, "written down before it is told"
-                    held = self.assigned.setdefault(key, {})
-                    assert action.plan.stage not in held
-                    assert action.plan.worker_id not in [a.plan.worker_id for a in held.values()]
-                    assert action.plan.layers[0] < action.plan.layers[1], "an empty range"
-                    held[action.plan.stage] = action
-                    self.nonces.append(action.plan.generation)
-                case actions.Prepare():
-                    assert 0 <= action.layers[0] < action.layers[1] <= LAYERS
-                case actions.MakeLink():
-                    index = action.copy.index if action.copy is not None else None
-                    self.once("link", action.pipeline_id, action.epoch, action.stage, index)
-                    self.nonces += action.nonces
-                case actions.Activate():
-                    self.once("activate", action.pipeline_id, action.epoch, action.stage)
-                    assigned = self.assigned[action.pipeline_id, action.epoch]
-                    assert sorted(assigned) == list(range(assigned[0].num_stages))
-                    edges = [assigned[stage].plan.layers for stage in sorted(assigned)]
+                case v.Order(_, AssignRequest(key=key, stage=stage, layers=layers) as told):
+                    assert self.persisted[key.pipeline_id] == key.epoch, "written down before it is told"
+                    held = self.assigned.setdefault((key.pipeline_id, key.epoch), {})
+                    assert stage not in held
+                    assert action.to.worker_id not in [a.to.worker_id for a in held.values()]
+                    assert layers.first < layers.last, "an empty range"
+                    held[stage] = action
+                    self.nonces.append(told.generation)
+                case v.Order(_, PrepareRequest(layers=layers)):
+                    assert 0 <= layers.first < layers.last <= LAYERS
+                case v.Order(_, ConnectLinkRequest(key=key) as link):
+                    index = link.copy.index if link.HasField("copy") else None
+                    self.once("link", key.pipeline_id, key.epoch, link.stage, index)
+                    self.nonces += link.nonces
+                case v.Order(_, ActivateRequest(key=key, stage=stage)):
+                    self.once("activate", key.pipeline_id, key.epoch, stage)
+                    assigned = self.assigned[key.pipeline_id, key.epoch]
+                    assert sorted(assigned) == list(range(assigned[0].request.num_stages))
+                    edges = [v.span(assigned[stage].request.layers) for stage in sorted(assigned)]
                     assert [first for first, _ in edges] == [0, *(last for _, last in edges[:-1])]
                     assert edges[-1][1] == LAYERS, "every layer once"
         self.seen = len(story.actions)
@@ -86,9 +106,9 @@ class Stories(RuleBasedStateMachine):
         self.story.send(event)
         self.check()
 
-    @rule(name=st.sampled_from(NAMES), pool=st.sampled_from((-1, -1, 0, 1)), held=st.integers(0, 30))
-    def register(self, name: str, pool: int, held: int) -> None:
-        claims = (v.ReportedAssignment("pipeline-0", held, 0, (0, 3), 1, True, REVISION),) if held > 28 else ()
+    @rule(name=st.sampled_from(NAMES), pool=st.sampled_from((-1, -1, 0, 1)), epoch=st.integers(0, 30))
+    def register(self, name: str, pool: int, epoch: int) -> None:
+        claims = (held("pipeline-0", epoch, v.StagePlan(0, name, 1, (0, 3), 1)),) if epoch > 28 else ()
         self.story.join(name, pool, held=claims)
         self.check()
 
@@ -98,7 +118,7 @@ class Stories(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES))
     def drain(self, name: str) -> None:
-        self.send(events.DrainRequested(name))
+        self.send(drain(name))
 
     @rule(name=st.sampled_from(NAMES), good=st.booleans(), final=st.booleans())
     def prepared(self, name: str, good: bool, final: bool) -> None:
@@ -117,7 +137,7 @@ class Stories(RuleBasedStateMachine):
             return
         epoch = self.story.pipelines[pipeline].epoch - back
         if stage in self.assigned.get((pipeline, epoch), {}):
-            self.send(events.AssignDone(pipeline, epoch, stage, v.Loaded(4 if good else 1, fingerprint=REVISION)))
+            self.send(loaded(pipeline, epoch, stage, 4 if good else 1))
 
     @rule(
         pipeline=st.sampled_from(("pipeline-0", "pipeline-1")),
@@ -138,15 +158,15 @@ class Stories(RuleBasedStateMachine):
         epoch, phase = at.epoch - back, at.phase
         if phase is Phase.LINK:
             for copy in at.copies:
-                self.send(events.LinkUp(pipeline, epoch, copy.from_stage, "tcp", copy.index))
+                self.send(linked(pipeline, epoch, copy.from_stage, "tcp", copy))
         for stage in range(len(at.stages)):
             if phase is Phase.ASSIGN:
-                self.send(events.AssignDone(pipeline, epoch, stage, v.Loaded(4, fingerprint=REVISION)))
+                self.send(loaded(pipeline, epoch, stage))
             elif phase is Phase.LINK and len(at.stages) > 1:
-                self.send(events.LinkUp(pipeline, epoch, stage, "tcp"))
+                self.send(linked(pipeline, epoch, stage, "tcp"))
             elif phase is Phase.ACTIVATE:
                 self.acked.setdefault((pipeline, epoch), set()).add(stage)
-                self.send(events.Activated(pipeline, epoch, stage))
+                self.send(activated(pipeline, epoch, stage))
 
     @rule(
         pipeline=st.sampled_from(("pipeline-0", "pipeline-1")),
@@ -158,27 +178,28 @@ class Stories(RuleBasedStateMachine):
     def fail(self, pipeline: str, stage: int, what: str, final: bool, back: int) -> None:
         at = self.story.pipelines.get(pipeline)
         if at is not None and stage < len(at.stages) - (what == "link"):
-            self.send(events.StepFailed(pipeline, at.epoch - back, stage, what, "boom", final, what == "link"))
+            told = order(what, pipeline, at.epoch - back, stage)
+            self.send(events.Failed(told, "boom", final, what == "link"))
 
     @rule(cuts=st.lists(st.integers(1, LAYERS - 1), min_size=2, max_size=2, unique=True))
     def repartition(self, cuts: list[int]) -> None:
         edges = [0, *sorted(cuts[: self.stages - 1]), LAYERS]
-        self.send(events.RepartitionRequested(tuple(pairwise(edges))))
+        self.send(repartition(*(b - a for a, b in pairwise(edges))))
 
     @rule(stage=st.integers(0, 2), replicas=st.integers(0, 2))
     def scale(self, stage: int, replicas: int) -> None:
         if stage < self.stages:
-            self.send(events.ScaleRequested(stage, replicas))
+            self.send(scale(stage, replicas))
 
     @rule(name=st.sampled_from(("g", "h")), pipeline=st.sampled_from(("pipeline-0", "pipeline-1")))
     def gateway_left(self, name: str, pipeline: str) -> None:
-        self.send(events.GatewayLeft(name, pipeline))
+        self.send(left(name, pipeline))
 
     @rule(name=st.sampled_from(("g", "h")), comes=st.booleans())
     def gateway(self, name: str, comes: bool) -> None:
         if comes:
             self.streams[name] += 1
-            self.send(events.GatewayCame(name))
+            self.send(WatchPipelinesRequest(gateway_id=name, protocol=PROTOCOL))
         elif self.streams[name]:
             self.streams[name] -= 1
             self.send(events.GatewayGone(name))
@@ -187,13 +208,13 @@ class Stories(RuleBasedStateMachine):
     def gateway_moved(self, name: str, pipeline: str, good: bool) -> None:
         move = self.story.moves.get(pipeline)
         if move is not None:
-            self.send(events.GatewayMoved(name, pipeline, move.epoch, "" if good else "boom"))
+            self.send(switched(name, pipeline, move.epoch, "" if good else "boom"))
 
     @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
     def break_link(self, name: str, back: int) -> None:
         at = self.story.pipelines.get("pipeline-0")
         if at is not None:
-            self.send(events.LinkBroken(name, "pipeline-0", at.epoch - back, "reset"))
+            self.send(broken(name, self.story.lives[name], "pipeline-0", at.epoch - back, "reset"))
 
     @rule(seconds=st.sampled_from((0.05, 0.3, 2.5)), alive=st.integers(0, 4))
     def wait(self, seconds: float, alive: int) -> None:
@@ -202,13 +223,13 @@ class Stories(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES))
     def undrain(self, name: str) -> None:
-        self.send(events.UndrainRequested(name))
+        self.send(undrain(name))
 
     @rule(unreachable=st.sets(st.sampled_from(NAMES), max_size=2))
     def stuck(self, unreachable: set[str]) -> None:
         at = self.story.pipelines.get("pipeline-0")
         if at is not None:
-            self.send(events.StepsStuck("g", "pipeline-0", at.epoch, "stuck", tuple(unreachable)))
+            self.send(stuck("pipeline-0", at.epoch, "stuck", tuple(unreachable)))
 
     @invariant()
     @precondition(lambda self: hasattr(self, "story"))
@@ -255,7 +276,7 @@ class Stories(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "story"))
     def the_same_world_leads_nowhere_else(self) -> None:
         """What was ordered is ordered; asking again orders nothing more."""
-        again = self.story.mesh.handle(events.Tick(), self.story.now)
+        again = handle(self.story.world, events.Tick(), self.story.now)
         assert not [a for a in again if not isinstance(a, actions.Publish)], again
 
 

@@ -6,13 +6,27 @@ import contextlib
 import random
 
 import pytest
-from mesh_world import REVISION, TIMING, Story, target
+from mesh_world import (
+    TIMING,
+    Story,
+    done,
+    drain,
+    held,
+    is_awaited,
+    left,
+    order,
+    renewal,
+    repartition,
+    scale,
+    switched,
+    target,
+)
 
-from stagemesh.coordinator import values as v
 from stagemesh.coordinator.core import actions
 from stagemesh.coordinator.observe import events
 from stagemesh.coordinator.world.pipeline import Phase, State
 from stagemesh.errors import ConfigError, Unavailable
+from stagemesh.protos.v1.stage_pb2 import AssignRequest, ReleaseRequest
 
 PAGES = 48
 
@@ -24,24 +38,14 @@ def settle(story: Story, pages: int = PAGES, layouts: dict[str, str] | None = No
     while seen < len(story.actions):
         for action in story.actions[seen:]:
             seen += 1
-            match action:
-                case actions.Assign(name, epoch, _, plan, _, shares):
-                    layout = (layouts or {}).get(plan.worker_id, "")
-                    loaded = v.Loaded(pages // shares, 1, 2, REVISION, layout)
-                    story.send(events.AssignDone(name, epoch, plan.stage, loaded))
-                case actions.MakeLink(name, epoch, stage):
-                    index = action.copy.index if action.copy is not None else None
-                    story.send(events.LinkUp(name, epoch, stage, "tcp", index))
-                case actions.Activate(name, epoch, stage):
-                    story.send(events.Activated(name, epoch, stage))
-                case actions.Prepare(name, incarnation, _, layers):
-                    story.send(events.Prepared(name, incarnation, layers, REVISION))
+            if is_awaited(action):
+                story.send(done(action, pages, layout=(layouts or {}).get(action.to.worker_id, "")))
         for name, move in list(story.moves.items()):
             if move.phase is Phase.SWITCH:
-                story.send(events.GatewayMoved("g", name, move.epoch))
+                story.send(switched("g", name, move.epoch))
         for name, pipeline in list(story.pipelines.items()):
             if pipeline.leaving:
-                story.send(events.GatewayLeft("g", name))
+                story.send(left("g", name))
 
 
 def stages(story: Story) -> dict[str, list[str]]:
@@ -77,7 +81,9 @@ def test_one_more_worker_for_a_stage_is_one_more_pipeline(story: Story) -> None:
     assert shares(story) == [2, 2]
     assert serving(story)
     # Before another one gets pages of a worker, those who have them all do with fewer.
-    order = [(a.pipeline_id, a.shares, a.beside) for a in story.took(actions.Assign)]
+    order = [
+        (a.request.key.pipeline_id, a.request.limits.pipelines, a.request.beside) for a in story.took(AssignRequest)
+    ]
     assert order == [("pipeline-0", 2, True)] * 2 + [("pipeline-1", 2, False)] * 2
 
 
@@ -86,10 +92,10 @@ def test_a_standby_becomes_a_replica_when_an_operator_wants_it(story: Story) -> 
     settle(story)
     assert len(stages(story)) == 1
     assert story.check_scale(0, 2) == 2
-    story.send(events.ScaleRequested(0, 2))
+    story.send(scale(0, 2))
     settle(story)
     assert stages(story) == {"pipeline-0": ["a", "b"], "pipeline-1": ["c", "b"]}
-    story.send(events.ScaleRequested(0, 1))
+    story.send(scale(0, 1))
     settle(story)
     assert stages(story) == {"pipeline-0": ["a", "b"]}
     assert shares(story) == [1], "it has the pages of all its workers again"
@@ -115,12 +121,12 @@ def test_two_replicas_of_each_stage_share_nothing_and_three_share_the_least(stor
 def test_a_stage_that_was_shared_is_no_longer_when_it_gets_a_worker(story: Story) -> None:
     story.join("b2", 1)
     settle(story)
-    story.took(actions.Assign)
+    story.took(AssignRequest)
     story.join("a2", 0)
     settle(story)
     assert stages(story) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a2", "b2"]}
-    assert all(a.beside for a in story.took(actions.Assign)), "while it served"
-    story.send(events.ScaleRequested(0, 1))
+    assert all(a.request.beside for a in story.took(AssignRequest)), "while it served"
+    story.send(scale(0, 1))
     settle(story)
     assert len({names[0] for names in stages(story).values()}) == 1
     assert {names[1] for names in stages(story).values()} == {"b", "b2"}
@@ -131,15 +137,15 @@ def test_what_fails_again_and_again_is_given_up_until_something_changes(story: S
     for _ in range(3):
         story.wait(3.0, "a", "b", "b2")
         for name, move in list(story.moves.items()):
-            story.send(events.StepFailed(name, move.epoch, 0, "assign", "boom"))
+            story.send(events.Failed(order("assign", name, move.epoch, 0), "boom"))
     assert "pipeline-0 stays as it is: 2 moves failed, the last one because stage 0: assign: boom" in (
         story.world.given_up
     )
-    story.took(actions.Assign)
+    story.took(AssignRequest)
     story.wait(10.0, "a", "b", "b2")
-    assert not story.took(actions.Assign)
+    assert not story.took(AssignRequest)
     assert story.pipelines["pipeline-0"].state is State.SERVING
-    story.send(events.ScaleRequested(1, 2))
+    story.send(scale(1, 2))
     settle(story)
     assert serving(story)
     assert len(stages(story)) == 2
@@ -148,14 +154,14 @@ def test_what_fails_again_and_again_is_given_up_until_something_changes(story: S
 def test_a_pipeline_that_is_left_finishes_first(story: Story) -> None:
     story.join("b2", 1)
     settle(story)
-    story.took(actions.Release)
-    story.send(events.ScaleRequested(1, 1))
+    story.took(ReleaseRequest)
+    story.send(scale(1, 1))
     assert story.pipelines["pipeline-1"].leaving
     assert story.pipelines["pipeline-1"].state is State.DRAINING
     story.wait(1.0, "a", "b", "b2")
-    assert not story.took(actions.Release), "its gateway has not left it"
-    story.send(events.GatewayLeft("g", "pipeline-1"))
-    assert {a.worker_id for a in story.took(actions.Release)} == {"a", "b2"}
+    assert not story.took(ReleaseRequest), "its gateway has not left it"
+    story.send(left("g", "pipeline-1"))
+    assert {a.to.worker_id for a in story.took(ReleaseRequest)} == {"a", "b2"}
     assert list(stages(story)) == ["pipeline-0"]
     assert list(story.written.plans) == ["pipeline-0"], "it is not to be taken up again"
 
@@ -163,7 +169,7 @@ def test_a_pipeline_that_is_left_finishes_first(story: Story) -> None:
 def test_a_gateway_that_does_not_leave_is_not_waited_for_for_ever(story: Story) -> None:
     story.join("b2", 1)
     settle(story)
-    story.send(events.ScaleRequested(1, 1))
+    story.send(scale(1, 1))
     story.wait(TIMING.leave_s + 1, "a", "b", "b2")
     assert list(stages(story)) == ["pipeline-0"]
 
@@ -172,8 +178,8 @@ def test_who_is_wanted_again_while_it_is_left_stays(story: Story) -> None:
     story.join("b2", 1)
     settle(story)
     epoch = story.pipelines["pipeline-1"].epoch
-    story.send(events.ScaleRequested(1, 1))
-    story.send(events.ScaleRequested(1, 0))
+    story.send(scale(1, 1))
+    story.send(scale(1, 0))
     pipeline = story.pipelines["pipeline-1"]
     assert (pipeline.state, pipeline.epoch, pipeline.leaving) == (State.SERVING, epoch, None)
 
@@ -183,7 +189,7 @@ def test_a_name_that_comes_again_never_has_an_epoch_again(story: Story) -> None:
     settle(story)
     before = story.pipelines["pipeline-1"].epoch
     for replicas in (1, 0):
-        story.send(events.ScaleRequested(1, replicas))
+        story.send(scale(1, replicas))
         settle(story)
     assert story.pipelines["pipeline-1"].epoch > before
     assert story.pipelines["pipeline-1"].state is State.SERVING
@@ -192,7 +198,7 @@ def test_a_name_that_comes_again_never_has_an_epoch_again(story: Story) -> None:
 def test_the_worker_that_drains_takes_its_pipeline_with_it(story: Story) -> None:
     story.join("b2", 1)
     settle(story)
-    story.send(events.DrainRequested("b"))
+    story.send(drain("b"))
     settle(story)
     assert stages(story) == {"pipeline-1": ["a", "b2"]}
     assert shares(story) == [1]
@@ -229,7 +235,7 @@ def test_the_loss_of_a_shared_worker_is_made_good_by_one_standby(story: Story) -
 def test_when_nothing_serves_a_replica_gives_its_worker(story: Story) -> None:
     story.join("c")
     settle(story)
-    story.send(events.ScaleRequested(1, 2))
+    story.send(scale(1, 2))
     settle(story)
     assert stages(story) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a", "c"]}
     story.lose("a")
@@ -251,7 +257,7 @@ def test_a_worker_of_no_stage_is_freed_for_a_replica(story: Story) -> None:
     settle(story)
     assert stages(story) == {"pipeline-0": ["c", "b"]}
     assert story.check_scale(1, 2) == 2
-    story.send(events.ScaleRequested(1, 2))
+    story.send(scale(1, 2))
     settle(story)
     assert stages(story) == {"pipeline-0": ["a", "b"], "pipeline-1": ["a", "c"]}
     assert serving(story)
@@ -261,7 +267,7 @@ def test_a_shared_worker_that_drains_is_replaced_on_all_its_pipelines(story: Sto
     story.join("b2", 1)
     story.join("c")
     settle(story)
-    story.send(events.DrainRequested("a"))
+    story.send(drain("a"))
     settle(story)
     assert stages(story) == {"pipeline-0": ["c", "b"], "pipeline-1": ["c", "b2"]}
     assert serving(story)
@@ -270,7 +276,7 @@ def test_a_shared_worker_that_drains_is_replaced_on_all_its_pipelines(story: Sto
 def test_other_ranges_come_to_all_pipelines(story: Story) -> None:
     story.join("b2", 1)
     settle(story)
-    story.send(events.RepartitionRequested(((0, 2), (2, 6))))
+    story.send(repartition(2, 4))
     settle(story)
     for pipeline in story.pipelines.values():
         assert [plan.layers for plan in pipeline.stages] == [(0, 2), (2, 6)]
@@ -289,18 +295,13 @@ def test_a_coordinator_that_starts_again_takes_all_of_them_up() -> None:
     after = Story(record=before.written.copy())
     after.gateway()
     for name, pool in (("a", 0), ("b", 1), ("b2", 1)):
-        held = tuple(
-            v.ReportedAssignment(n, p.epoch, s.stage, s.layers, s.generation, True, REVISION)
-            for n, p in before.pipelines.items()
-            for s in p.stages
-            if s.worker_id == name
-        )
-        after.join(name, pool, held=held)
+        holds = tuple(held(n, p.epoch, s) for n, p in before.pipelines.items() for s in p.stages if s.worker_id == name)
+        after.join(name, pool, held=holds)
     after.wait(3.0, "a", "b", "b2")
     assert stages(after) == stages(before)
     assert {name: p.epoch for name, p in after.pipelines.items()} == epochs
     assert shares(after) == [2, 2]
-    assert not after.took(actions.Assign), "they went on"
+    assert not after.took(AssignRequest), "they went on"
 
 
 def test_what_cannot_be_is_said_before_anything_is_done(story: Story) -> None:
@@ -385,7 +386,7 @@ def quiet(story: Story, seconds: float) -> None:
     while story.now < end:
         story.now += 0.5
         for name in list(story.world.workers):
-            story.send(events.LeaseRenewed(name, story.lives[name]))
+            story.send(renewal(name, story.lives[name]))
         story.send(events.Tick())
 
 
@@ -399,13 +400,13 @@ def happen(story: Story, rng: random.Random, pools: dict[str, int], told: list[t
     elif what == "lose" and name in here:
         story.lose(name)
     elif what == "drain":
-        story.send(events.DrainRequested(name))
+        story.send(drain(name))
     elif what == "scale":
         stage, replicas = rng.randrange(story.world.target.num_stages), rng.randrange(4)
         told[-1] = (what, stage, replicas)
         with contextlib.suppress(ConfigError, Unavailable):
             story.check_scale(stage, replicas)
-            story.send(events.ScaleRequested(stage, replicas))
+            story.send(scale(stage, replicas))
 
 
 def test_in_the_midst_of_an_upgrade_nothing_is_shared() -> None:

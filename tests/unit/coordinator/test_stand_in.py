@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from mesh_world import TIMING, Story, target
+from mesh_world import TIMING, Story, drain, introduction, scale, target
 from test_scaling import serving, settle, stages
 
 from stagemesh.coordinator import values as v
-from stagemesh.coordinator.core import actions
 from stagemesh.coordinator.core.moves import TRIES
-from stagemesh.coordinator.observe import events
 from stagemesh.coordinator.policy.standby import copies
 from stagemesh.coordinator.world.worker import Worker
 from stagemesh.protocol import MOVES
+from stagemesh.protos.v1.stage_pb2 import AssignRequest
 
 
 def two(*, any_stage: bool) -> Story:
@@ -41,12 +40,12 @@ def test_a_standby_is_free_again_soon_after_the_lost_worker_is_back() -> None:
     story.wait(TIMING.settled_s - 0.2, "a", "b", "spare")
     settle(story)
     assert stages(story) == {"pipeline-0": ["spare", "b"]}, "what was lost is computed again"
-    story.took(actions.Assign)
+    story.took(AssignRequest)
     story.wait(0.5, "a", "b", "spare")
     settle(story)
     assert stages(story) == {"pipeline-0": ["a", "b"]}
     assert serving(story)
-    assert all(a.beside for a in story.took(actions.Assign)), "while it served"
+    assert all(a.request.beside for a in story.took(AssignRequest)), "while it served"
     story.lose("b")
     settle(story)
     assert stages(story) == {"pipeline-0": ["a", "spare"]}, "one stage changes hands"
@@ -75,22 +74,22 @@ def test_it_stays_where_its_pages_could_not_be_copied(other: str) -> None:
     changes = {"tp": 2} if other == "ranks" else {"protocol": MOVES - 1}
     story.join("a", 0, **changes)
     settle(story)
-    story.took(actions.Assign)
+    story.took(AssignRequest)
     story.wait(TIMING.settled_s + 150, "a", "b", "spare")
     settle(story)
     assert stages(story) == {"pipeline-0": ["spare", "b"]}
-    assert not story.took(actions.Assign)
+    assert not story.took(AssignRequest)
 
 
 def test_moves_that_fail_are_not_tried_for_ever() -> None:
     story = two(any_stage=False)
     lose(story, "a", 0, any_stage=False)
-    story.took(actions.Assign)
+    story.took(AssignRequest)
     for _ in range(200):
         settle(story, layouts={"a": "another"})
         story.wait(1, "a", "b", "spare")
     assert stages(story) == {"pipeline-0": ["spare", "b"]}
-    assert len(story.took(actions.Assign)) == 2 * TRIES
+    assert len(story.took(AssignRequest)) == 2 * TRIES
 
 
 def test_one_that_never_held_the_stage_does_not_take_it() -> None:
@@ -109,7 +108,7 @@ def test_it_stays_while_somebody_drains() -> None:
     story = two(any_stage=False)
     lose(story, "a", 0, any_stage=False)
     story.join("late", 1)
-    story.send(events.DrainRequested("late"))
+    story.send(drain("late"))
     story.wait(TIMING.settled_s + 5, "a", "b", "spare", "late")
     settle(story)
     assert stages(story) == {"pipeline-0": ["spare", "b"]}
@@ -161,9 +160,7 @@ def test_layers_that_others_took_over_go_back_to_where_they_were() -> None:
 
 def test_what_is_kept_ready_is_its_own_stage_first() -> None:
     plans = [v.StagePlan(0, "x", 1, (0, 3), 1), v.StagePlan(1, "y", 1, (3, 6), 1)]
-    standbys = [
-        Worker(v.WorkerInfo(name, 1, f"{name}:1", pool, any_stage=True), 0.0) for name, pool in (("b", 1), ("a", 0))
-    ]
+    standbys = [Worker(introduction(name, pool=pool, any_stage=True), 0.0) for name, pool in (("b", 1), ("a", 0))]
     assert copies(plans, standbys) == {"b": (3, 6), "a": (0, 3)}
 
 
@@ -193,7 +190,7 @@ def test_a_replica_of_another_stage_than_its_own_can_be_asked_for() -> None:
     lose(story, "b", 1, any_stage=True)
     assert stages(story) == {"pipeline-0": ["a", "spare"]}
     assert story.check_scale(0, 2) == 2
-    story.send(events.ScaleRequested(0, 2))
+    story.send(scale(0, 2))
     for _ in range(5):
         settle(story)
         story.wait(1, *story.world.workers)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from mesh_world import LAYERS, Story, target
+from mesh_world import LAYERS, Story, broken, order, stuck, target
 from test_scaling import serving, settle, shares, stages
 
 from stagemesh.coordinator import values as v
-from stagemesh.coordinator.core import actions
 from stagemesh.coordinator.observe import events
 from stagemesh.coordinator.planning.cost import Kind
 from stagemesh.coordinator.world.pipeline import State
+from stagemesh.protos.v1.stage_pb2 import AssignRequest
 
 TAKEOVER_S = 5.0
 
@@ -74,12 +74,12 @@ def test_they_are_given_back_beside_serving() -> None:
     story.lose("b")
     story.wait(TAKEOVER_S + 1, "a", "c")
     settle(story)
-    story.took(actions.Assign)
+    story.took(AssignRequest)
     story.join("b", 1)
     settle(story)
     assert stages(story) == {"pipeline-0": ["a", "b", "c"]}
     assert serving(story)
-    assert all(a.beside for a in story.took(actions.Assign)), "it was moved, not formed anew"
+    assert all(a.request.beside for a in story.took(AssignRequest)), "it was moved, not formed anew"
 
 
 def test_they_are_given_back_the_hard_way_where_pages_cannot_be_copied() -> None:
@@ -124,9 +124,9 @@ def test_fewer_stages_that_are_interrupted_form_again_over_who_is_left(how: str)
     for _ in range(3):
         before = story.epoch
         if how == "a link":
-            story.send(events.LinkBroken("a", "pipeline-0", before, "reset"))
+            story.send(broken("a", story.lives["a"], "pipeline-0", before, "reset"))
         elif how == "steps":
-            story.send(events.StepsStuck("g", "pipeline-0", before, "no step came back"))
+            story.send(stuck("pipeline-0", before, "no step came back"))
         else:
             story.lose("c")
             story.join("c", 2)
@@ -146,7 +146,7 @@ def test_two_losses_one_after_the_other_leave_no_empty_stage() -> None:
     story.wait(TAKEOVER_S + 1, "c")
     settle(story)
     assert (stages(story), ranges(story)) == ({"pipeline-0": ["c"]}, [(0, LAYERS)])
-    story.send(events.LinkBroken("c", "pipeline-0", story.epoch, "reset"))
+    story.send(broken("c", story.lives["c"], "pipeline-0", story.epoch, "reset"))
     story.wait(2.5, "c")
     settle(story)
     assert serving(story)
@@ -159,7 +159,7 @@ def test_what_never_served_waits_for_its_workers() -> None:
     story.join("a", 0)
     story.wait(3 * TAKEOVER_S, "a")
     assert story.state is State.DOWN
-    assert not story.took(actions.Assign)
+    assert not story.took(AssignRequest)
 
 
 def test_another_pipeline_that_serves_is_enough() -> None:
@@ -198,7 +198,7 @@ def test_no_second_pipeline_is_made_before_the_first_has_all_its_stages() -> Non
     story.prepared("a"), story.prepared("b")
     story.join("a2", 0)
     move = story.moves["pipeline-0"]
-    story.send(events.StepFailed("pipeline-0", move.epoch, 0, "link", "not answered"))
+    story.send(events.Failed(order("link", "pipeline-0", move.epoch, 0), "not answered"))
     assert stages(story) == {"pipeline-0": ["b"], "pipeline-1": []}
     for _ in range(20):
         settle(story)
@@ -208,7 +208,7 @@ def test_no_second_pipeline_is_made_before_the_first_has_all_its_stages() -> Non
 
 def test_a_second_pipeline_is_tried_again_when_the_first_is_whole() -> None:
     story = replicas_lost_and_taken_over()
-    story.send(events.StepsStuck("g", "pipeline-0", story.epoch, "no step came back"))
+    story.send(stuck("pipeline-0", story.epoch, "no step came back"))
     story.join("a", 0), story.join("a2", 0)
     for _ in range(20):
         settle(story)
