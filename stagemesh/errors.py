@@ -26,6 +26,9 @@ with their cause kept.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import grpc
 
 
@@ -187,3 +190,15 @@ def by_reason(reason: str) -> type[StagemeshError]:
             return cls
         pending.extend(cls.__subclasses__())
     return InternalError
+
+
+@contextlib.contextmanager
+def ungrouped() -> Iterator[None]:
+    """Where errors of ours come out of task groups: the first one is raised alone, in place of the group."""
+    try:
+        yield
+    except* StagemeshError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from stagemesh.errors import ConfigError, StagemeshError, Unavailable
+from stagemesh.errors import ConfigError, Unavailable, ungrouped
 from stagemesh.fetch import fetch_json
 
 from . import chrome, waterfall
@@ -77,7 +77,7 @@ async def _take(options: TraceOptions, url: str, load: Load | None) -> tuple[Tra
     sampler = CpuSampler()
     query = f"{url}/trace?steps={options.steps}&timeout={options.timeout:g}"
     within_s = options.timeout + HTTP_TIMEOUT_S
-    try:
+    with ungrouped():
         async with asyncio.TaskGroup() as group:
             beside = [group.create_task(sampler.run())]
             if load is not None:
@@ -87,11 +87,6 @@ async def _take(options: TraceOptions, url: str, load: Load | None) -> tuple[Tra
             raw = await asyncio.to_thread(fetch_json, query, within_s, api_key=options.api_key, post=True)
             for task in beside:
                 task.cancel()
-    except* StagemeshError as failed:
-        error: BaseException = failed
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
     trace = read(raw)
     return trace, sampler.use(trace)
 
