@@ -23,9 +23,8 @@ from stagemesh.coordinator.world.world import World
 LAYERS, REVISION, TIMING = 6, "f" * 64, CoordinatorTiming()
 LIMITS = v.Limits(64, 4, 32, 16, 0, 3)
 INFO = CheckpointInfo(
-    path="m", architecture="A", model_type="llama", num_layers=LAYERS, hidden_size=8, vocab_size=50, dtype="float32",
-    max_position_embeddings=512, num_heads=2, num_kv_heads=2, head_dim=4, kv_elements_per_token=16, tied=False,
-    layers=(Part(4000, 1000, 2000.0),) * LAYERS, embedding=Part(), head=Part(),
+    hidden_size=8, vocab_size=50, dtype="float32", max_position_embeddings=512, num_kv_heads=2,
+    kv_elements_per_token=16, tied=False, layers=(Part(1000, 2000.0),) * LAYERS, embedding=Part(), head=Part(),
 )  # fmt: skip
 BOTH = (("tcp", (b"t",)), ("ucx", (b"u",)))
 A = TypeVar("A")
