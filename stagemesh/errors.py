@@ -183,13 +183,20 @@ def _status(error: StagemeshError) -> tuple[grpc.StatusCode, int]:
 
 def by_reason(reason: str) -> type[StagemeshError]:
     """The class that a peer's `ErrorInfo.reason` names; `InternalError` when the reason is unknown."""
-    pending: list[type[StagemeshError]] = [StagemeshError]
+    pending = StagemeshError.__subclasses__()
     while pending:
         cls = pending.pop()
-        if cls is not StagemeshError and cls.reason == reason:
+        if cls.reason == reason:
             return cls
         pending.extend(cls.__subclasses__())
     return InternalError
+
+
+def by_status(status: grpc.StatusCode) -> type[StagemeshError]:
+    """The class that the status of a peer stands for which gives no reason; `InternalError` for most."""
+    return next(
+        (cls for cls, (code, _) in STATUS.items() if code is status and cls is not StagemeshError), InternalError
+    )
 
 
 @contextlib.contextmanager
