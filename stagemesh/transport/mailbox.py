@@ -22,7 +22,7 @@ class HostRequest:
 
     __slots__ = ("_land", "_on_cancel", "done", "error", "nbytes", "view")
 
-    def __init__(self, view: memoryview, land: Callable[[], None] | None = None) -> None:
+    def __init__(self, view: memoryview, land: Callable[[], object] | None = None) -> None:
         """`land` is called when all bytes of a receive are in `view`."""
         self.view: memoryview | None = view
         self.nbytes = view.nbytes
