@@ -1,35 +1,32 @@
 """Reads what a checkpoint says about itself, without torch: config.json and the headers of its safetensors files.
 
-`inspect` counts bytes, parameters and FLOPs of each decoder layer, of the embedding and of the head, for the cost
-model. `fingerprint` tells one revision of a checkpoint from another. Both read headers, and of the weights only a few
-blocks. File format: https://github.com/huggingface/safetensors#format (8 bytes of header length, JSON header, data).
+`inspect` counts parameters and FLOPs of each decoder layer, of the embedding and of the head, for the cost model.
+`fingerprint` tells one revision of a checkpoint from another. Both read headers, and of the weights only a few blocks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
+from stagemesh.safetensors_header import StoredTensor, read_header, read_raw_header
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STORED_BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16,
-    "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-}  # fmt: skip
 STORED_DTYPE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-MAX_HEADER_BYTES = 100_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAMPLE_BYTES, SAMPLES_PER_FILE = 4096, 64
 # Families whose configuration class ties the embedding unless config.json says otherwise.
 TIED_BY_DEFAULT = ("gemma", "gpt2", "cohere", "starcoder", "opt", "bloom", "falcon", "gpt_bigcode")
+# Families whose MLP has no gate.
+UNGATED = ("gpt", "opt", "bloom", "phi", "falcon", "starcoder")
 # Towers and heads of a checkpoint that are not the decoder served.
 FOREIGN = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal|mm_projector|mtp)")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
@@ -42,8 +39,6 @@ EXPERT = re.compile(r"\.experts(\.|_)")
 class Part:
     """Size and work of one decoder layer, of the embedding, or of the head."""
 
-    bytes: int = 0
-    """As stored in the checkpoint."""
     parameters: int = 0
     flops_per_token: float = 0.0
     """Twice the parameters that take part in a matrix product for one token; of experts, only those it is routed to."""
@@ -53,18 +48,12 @@ class Part:
 class CheckpointInfo:
     """What is known of a checkpoint before any weight is loaded."""
 
-    path: str
-    architecture: str
-    model_type: str
-    num_layers: int
     hidden_size: int
     vocab_size: int
     dtype: str
     """Element type of the weights: "float32", "bfloat16" or "float16"."""
     max_position_embeddings: int
-    num_heads: int
     num_kv_heads: int
-    head_dim: int
     kv_elements_per_token: int
     """Elements of K and V together of one token in one layer, over all KV heads."""
     tied: bool
@@ -73,12 +62,16 @@ class CheckpointInfo:
     embedding: Part
     head: Part
     """Final norm and output head."""
-    files: tuple[str, ...] = field(default=())
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
 
     @property
     def total_parameters(self) -> int:
         """Parameters of the whole model, a tied embedding once."""
-        parts = sum(part.parameters for part in self.layers) + self.embedding.parameters + self.head.parameters
+        parts = sum(part.parameters for part in (*self.layers, self.embedding, self.head))
         return parts - (self.vocab_size * self.hidden_size if self.tied else 0)
 
 
@@ -130,58 +123,24 @@ def weight_files(model_dir: str | os.PathLike[str]) -> list[Path]:
     )
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> {dtype, shape, data_offsets} of one safetensors file.
-
-    Raises CheckpointError when the header is truncated or broken, or when data would end past the end of the file.
-    """
-    again = "the download is incomplete or damaged: fetch the file again"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{path}: truncated: {size} bytes, header says {length}; {again}")
-            raw = file.read(length)
-        header = json.loads(raw)
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
-    except ValueError as e:
-        raise CheckpointError(f"{path}: broken safetensors header ({e}); {again}") from e
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: broken safetensors header (not an object); {again}")
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        try:
-            start, end = entry["data_offsets"]
-            wanted = (math.prod(entry["shape"]) * STORED_BITS[entry["dtype"]] + 7) // 8
-        except (KeyError, TypeError, ValueError) as e:
-            raise CheckpointError(f"{path}: tensor {name}: broken header entry; {again}") from e
-        if end - start != wanted:
-            raise CheckpointError(
-                f"{path}: tensor {name}: shape {entry['shape']} needs {wanted} bytes, not {end - start}; {again}"
-            )
-        if 8 + length + end > size:
-            raise CheckpointError(
-                f"{path}: truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}; {again}"
-            )
-    return header
-
-
 def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> CheckpointInfo:
     """What the checkpoint in `model_dir` holds. With load_format "dummy" only config.json is read.
 
     Raises CheckpointError (file, what is wrong, what to do) and UnsupportedModel.
     """
-    config = read_config(model_dir)
-    shape = _Shape(config, Path(model_dir) / "config.json")
+    folder = Path(model_dir)
+    config = _Config(read_config(folder), folder / "config.json")
     if load_format == "dummy":
-        return _info(shape, Path(model_dir), shape.dtype or "float32", *_estimated(shape), tied=shape.tied)
-    files = weight_files(model_dir)
-    tensors: dict[str, dict[str, Any]] = {}
-    for path in files:
-        tensors.update(read_header(path))
-    return _counted(shape, Path(model_dir), files, tensors)
+        return config.info(_estimated(config), config.dtype or "float32", tied=config.tied)
+    headers = [read_header(path) for path in weight_files(folder)]
+    tensors = {name: t for header in headers for name, t in header.items() if not FOREIGN.search(name)}
+    sizes = Counter[str]()
+    for tensor in tensors.values():
+        if tensor.dtype in STORED_DTYPE:
+            sizes[STORED_DTYPE[tensor.dtype]] += tensor.parameters
+    dtype = config.dtype or max(sizes, key=sizes.__getitem__, default="float32")
+    parts, has_head = _counted(config, folder, tensors)
+    return config.info(parts, dtype, tied=not has_head)
 
 
 def fingerprint(model_dir: str | os.PathLike[str], load_format: str = "auto") -> str:
@@ -205,14 +164,12 @@ def fingerprint(model_dir: str | os.PathLike[str], load_format: str = "auto") ->
         if (folder / name).is_file():
             add(name, (folder / name).read_bytes())
     for path in weight_files(folder):
-        header = read_header(path)
+        header = read_raw_header(path)
+        add(path.name, header + str(path.stat().st_size).encode())
+        middles = sorted(tensor.offset + tensor.nbytes // 2 for tensor in read_header(path).values())
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            add(path.name, file.read(length) + str(path.stat().st_size).encode())
-            middles = sorted(sum(entry["data_offsets"]) // 2 for entry in header.values())
-            chosen = middles if len(middles) <= SAMPLES_PER_FILE else middles[:: -(-len(middles) // SAMPLES_PER_FILE)]
-            for middle in chosen:
-                file.seek(8 + length + max(0, middle - SAMPLE_BYTES // 2))
+            for middle in middles[:: max(1, -(-len(middles) // SAMPLES_PER_FILE))]:
+                file.seek(max(8 + len(header), middle - SAMPLE_BYTES // 2))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
@@ -228,7 +185,7 @@ def _read_json(path: Path, advice: str) -> Any:
         raise CheckpointError(f"{path}: not valid JSON ({e}); fetch the file again") from e
 
 
-class _Shape:
+class _Config:
     """The numbers of a configuration, whatever name the model's family gives them."""
 
     def __init__(self, config: Mapping[str, Any], path: Path) -> None:
@@ -239,9 +196,7 @@ class _Shape:
                 f"{path}: quantized weights (quantization_config) cannot be served yet; use the checkpoint in "
                 "bfloat16, float16 or float32"
             )
-        names = config.get("architectures") or text.get("architectures") or []
         self.model_type = str(text.get("model_type") or config.get("model_type") or "")
-        self.architecture = str(names[0]) if names else self.model_type
         self.num_layers = self.number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
         self.hidden = self.number("hidden_size", "n_embd", "d_model", "dim")
         self.vocab = self.number("vocab_size")
@@ -277,111 +232,67 @@ class _Shape:
             )
         return default
 
-    @property
-    def kv_elements(self) -> int:
-        """Elements of K and V of one token in one layer. Latent-attention models keep them expanded, of different
-        widths."""
-        if self.text.get("kv_lora_rank"):
+    def info(self, parts: Sequence[Part], dtype: str, *, tied: bool) -> CheckpointInfo:
+        """With the parts that were found: layers, then embedding, then head."""
+        kv_elements = 2 * self.kv_heads * self.head_dim
+        if self.text.get("kv_lora_rank"):  # Latent attention keeps K and V expanded, of different widths.
             rope, nope = self.number("qk_rope_head_dim", default=0), self.number("qk_nope_head_dim", default=0)
-            return self.heads * (rope + nope + self.number("v_head_dim", default=self.head_dim))
-        return 2 * self.kv_heads * self.head_dim
+            kv_elements = self.heads * (rope + nope + self.number("v_head_dim", default=self.head_dim))
+        return CheckpointInfo(
+            hidden_size=self.hidden,
+            vocab_size=self.vocab,
+            dtype=dtype,
+            max_position_embeddings=self.positions,
+            num_kv_heads=self.kv_heads,
+            kv_elements_per_token=kv_elements,
+            tied=tied,
+            layers=tuple(parts[:-2]),
+            embedding=parts[-2],
+            head=parts[-1],
+        )
 
 
-def _estimated(shape: _Shape) -> tuple[list[Part], Part, Part]:
+def _estimated(config: _Config) -> list[Part]:
     """Parts by formula: q, k, v, o, and a gated MLP (a plain one for GPT-NeoX and GPT-2) or experts."""
-    h, element = shape.hidden, ELEMENT_BYTES[shape.dtype or "float32"]
-    attention = h * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
-    matrices = 2 if shape.model_type.startswith(("gpt", "opt", "bloom", "phi", "falcon", "starcoder")) else 3
-    if shape.model_type == "phi3":
-        matrices = 3
-    mlp = (
-        matrices
-        * h
-        * (shape.number("moe_intermediate_size", default=shape.intermediate) if shape.experts else shape.intermediate)
-    )
-    held = attention + (shape.experts * (mlp + h) if shape.experts else mlp) + 2 * h
-    used = attention + (shape.experts_used * mlp + shape.experts * h if shape.experts else mlp)
-    layer = Part(held * element, held, 2.0 * used)
-    table = shape.vocab * h
-    return [layer] * shape.num_layers, Part(table * element, table), Part((table + h) * element, table + h, 2.0 * table)
+    h, experts = config.hidden, config.experts
+    attention = h * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    gated = config.model_type == "phi3" or not config.model_type.startswith(UNGATED)
+    width = config.number("moe_intermediate_size", default=config.intermediate) if experts else config.intermediate
+    mlp = (3 if gated else 2) * h * width
+    held = attention + (experts * (mlp + h) if experts else mlp) + 2 * h
+    used = attention + (config.experts_used * mlp + experts * h if experts else mlp)
+    table = config.vocab * h
+    return [Part(held, 2.0 * used)] * config.num_layers + [Part(table), Part(table + h, 2.0 * table)]
 
 
-def _counted(
-    shape: _Shape, folder: Path, files: list[Path], tensors: Mapping[str, Mapping[str, Any]]
-) -> CheckpointInfo:
-    """Parts by the tensors in the headers."""
-    sums = [[0, 0, 0.0] for _ in range(shape.num_layers + 2)]  # layers, then embedding, then head
-    embedding, head, seen, by_dtype = shape.num_layers, shape.num_layers + 1, set(), dict.fromkeys(STORED_DTYPE, 0)
-    has_head, table = False, [0, 0]
-    for name, entry in tensors.items():
-        if FOREIGN.search(name):
-            continue
-        stored, parameters = entry["data_offsets"][1] - entry["data_offsets"][0], math.prod(entry["shape"])
-        if entry["dtype"] in by_dtype:
-            by_dtype[entry["dtype"]] += parameters
-        matrix = len(entry["shape"]) > 1
-        flops = 2.0 * parameters if matrix else 0.0
-        layer = LAYER.search(name)
-        if layer:
-            index = int(layer[1])
-            if index >= shape.num_layers:
+def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[list[Part], bool]:
+    """Parts by the tensors in the headers, and whether there is a head among these."""
+    embedding, head = config.num_layers, config.num_layers + 1
+    parameters, flops = Counter[int](), Counter[int]()
+    table, has_head = 0, False
+    for name, tensor in tensors.items():
+        count = tensor.parameters
+        work = 2 * count if len(tensor.shape) > 1 else 0
+        if layer := LAYER.search(name):
+            place = int(layer[1])
+            if place >= config.num_layers:
                 continue  # Layers of another head, such as multi-token prediction.
-            seen.add(index)
-            if EXPERT.search(name) and shape.experts:
-                flops *= shape.experts_used / shape.experts
-            place = index
+            if EXPERT.search(name) and config.experts:
+                work = work * config.experts_used // config.experts
         elif EMBEDDING.search(name):
-            place, flops = embedding, 0.0
-            if entry["shape"][0] >= table[1]:
-                table = [stored, parameters]
+            place, work, table = embedding, 0, max(table, count)
         else:
             place = head
             has_head = has_head or bool(HEAD.search(name))
-        for k, value in enumerate((stored, parameters, flops)):
-            sums[place][k] += value
-    missing = sorted(set(range(shape.num_layers)) - seen)
+        parameters[place] += count
+        flops[place] += work
+    missing = [str(layer) for layer in range(config.num_layers) if layer not in parameters]
     if missing:
         raise CheckpointError(
-            f"{folder}: config.json says {shape.num_layers} layers, the weights hold none of layer "
-            f"{', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}; fetch the missing files"
+            f"{folder}: config.json says {config.num_layers} layers, the weights hold none of layer "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; fetch the missing files"
         )
     if not has_head:
-        for k, value in enumerate((table[0], table[1], 2.0 * table[1])):
-            sums[head][k] += value
-    parts = [Part(int(b), int(p), f) for b, p, f in sums]
-    common = max(by_dtype, key=lambda key: by_dtype[key])
-    dtype = shape.dtype or STORED_DTYPE[common]
-    names = tuple(path.name for path in files)
-    return _info(shape, folder, dtype, parts[:embedding], parts[embedding], parts[head], tied=not has_head, files=names)
-
-
-def _info(
-    shape: _Shape,
-    folder: Path,
-    dtype: str,
-    layers: list[Part],
-    embedding: Part,
-    head: Part,
-    *,
-    tied: bool,
-    files: tuple[str, ...] = (),
-) -> CheckpointInfo:
-    return CheckpointInfo(
-        path=str(folder),
-        architecture=shape.architecture,
-        model_type=shape.model_type,
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden,
-        vocab_size=shape.vocab,
-        dtype=dtype,
-        max_position_embeddings=shape.positions,
-        num_heads=shape.heads,
-        num_kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        kv_elements_per_token=shape.kv_elements,
-        tied=tied,
-        layers=tuple(layers),
-        embedding=embedding,
-        head=head,
-        files=files,
-    )
+        parameters[head] += table
+        flops[head] += 2 * table
+    return [Part(parameters[place], float(flops[place])) for place in range(head + 1)], has_head

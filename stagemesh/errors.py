@@ -26,6 +26,9 @@ with their cause kept.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import grpc
 
 
@@ -180,10 +183,29 @@ def _status(error: StagemeshError) -> tuple[grpc.StatusCode, int]:
 
 def by_reason(reason: str) -> type[StagemeshError]:
     """The class that a peer's `ErrorInfo.reason` names; `InternalError` when the reason is unknown."""
-    pending: list[type[StagemeshError]] = [StagemeshError]
+    pending = StagemeshError.__subclasses__()
     while pending:
         cls = pending.pop()
-        if cls is not StagemeshError and cls.reason == reason:
+        if cls.reason == reason:
             return cls
         pending.extend(cls.__subclasses__())
     return InternalError
+
+
+def by_status(status: grpc.StatusCode) -> type[StagemeshError]:
+    """The class that the status of a peer stands for which gives no reason; `InternalError` for most."""
+    return next(
+        (cls for cls, (code, _) in STATUS.items() if code is status and cls is not StagemeshError), InternalError
+    )
+
+
+@contextlib.contextmanager
+def ungrouped() -> Iterator[None]:
+    """Where errors of ours come out of task groups: the first one is raised alone, in place of the group."""
+    try:
+        yield
+    except* StagemeshError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None

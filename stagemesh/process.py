@@ -14,7 +14,8 @@ from typing import NoReturn
 
 import setproctitle
 
-from stagemesh.processes.messages import pack_listening
+from stagemesh.processes.messages import Kind, pack_message
+from stagemesh.protos.v1.processes_pb2 import Listening
 
 PR_SET_PDEATHSIG = 1
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def tell_ready(ready_fd: int | None, **ports: int) -> None:
     """Tells the parent that this service listens, and on which ports, and closes the descriptor."""
     if ready_fd is not None:
         with os.fdopen(ready_fd, "wb") as pipe:
-            pipe.write(pack_listening(ports))
+            pipe.write(pack_message(Kind.LISTENING, Listening(ports=ports)))
 
 
 def run_and_exit(run: Callable[[], int]) -> NoReturn:

@@ -6,7 +6,6 @@ A handler raises an error of `stagemesh.errors`. The interceptor turns it into a
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import inspect
 import logging
@@ -113,14 +112,13 @@ async def start_server(
     names: Sequence[str],
     *,
     serving: bool = True,
-    interceptors: Sequence[Any] = (),
     timing: RpcTiming = RpcTiming(),
 ) -> Server:
     """Starts a server on host:port (0: the system chooses) with the servicers that `add` adds.
 
     `names` are the full names of those services. Raises ConfigError when the port cannot be bound.
     """
-    server = grpc.aio.server(options=options(timing), interceptors=(*interceptors, ErrorInterceptor()))
+    server = grpc.aio.server(options=options(timing), interceptors=[ErrorInterceptor()])
     add(server)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -172,16 +170,7 @@ def from_rpc_error(error: grpc.RpcError) -> errors.StagemeshError:
                     retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
             if cls is not None:
                 return cls(status.message, retry_after_s=retry_after_s, param=param)
-    by_code: dict[grpc.StatusCode, type[errors.StagemeshError]] = {
-        grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
-        grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
-        grpc.StatusCode.CANCELLED: errors.Cancelled,
-        grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
-        grpc.StatusCode.NOT_FOUND: errors.NotFound,
-        grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
-        grpc.StatusCode.RESOURCE_EXHAUSTED: errors.QueueFull,
-    }
-    return by_code.get(code, errors.InternalError)(message)
+    return errors.by_status(code)(message)
 
 
 @contextlib.contextmanager
@@ -193,14 +182,22 @@ def mapped() -> Iterator[None]:
         raise from_rpc_error(e) from e
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> None:
-    if not isinstance(error, errors.StagemeshError):
-        log.exception("a handler failed", exc_info=error)
-        error = errors.InternalError(f"{type(error).__name__}: {error}")
-    status = status_of(error)
-    await context.abort(
-        errors.grpc_status(error), error.message, trailing_metadata=((DETAILS, status.SerializeToString()),)
-    )
+@contextlib.asynccontextmanager
+async def _with_status(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    """Where a handler runs: what it raises is told to the caller as a status with details."""
+    try:
+        yield
+    except (grpc.aio.AbortError, grpc.aio.UsageError):
+        raise
+    except grpc.aio.BaseError:
+        return  # The server was stopped, or the peer went away: nobody can receive a status.
+    except Exception as e:
+        error = e
+        if not isinstance(error, errors.StagemeshError):
+            log.exception("a handler failed", exc_info=error)
+            error = errors.InternalError(f"{type(error).__name__}: {error}")
+        details = ((DETAILS, status_of(error).SerializeToString()),)
+        await context.abort(errors.grpc_status(error), error.message, trailing_metadata=details)
 
 
 Handler = Any  # grpc.RpcMethodHandler is generic in the stubs only
@@ -225,23 +222,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             return handler  # Reflection's handlers are plain functions and handle their own errors.
 
         async def one(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            try:
+            async with _with_status(context):
                 return await inner(request, context)
-            except (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.UsageError):
-                raise
-            except Exception as e:  # noqa: BLE001 - the boundary where every error gets its status
-                await _abort(context, e)
 
         async def many(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            try:
+            async with _with_status(context):
                 async for response in inner(request, context):
                     yield response
-            except (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.UsageError, GeneratorExit):
-                raise
-            except grpc.aio.BaseError:
-                return  # The server was stopped, or the peer went away: nobody can receive a status.
-            except Exception as e:  # noqa: BLE001 - the boundary where every error gets its status
-                await _abort(context, e)
 
         make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(

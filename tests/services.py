@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagemesh.processes.messages import unpack_listening
+from stagemesh.processes.messages import Kind, unpack
+from stagemesh.protos.v1.processes_pb2 import Listening
 
 TIMEOUT_S = 90.0
 
@@ -41,7 +42,7 @@ def read_ports(fd: int) -> dict[str, int]:
         said = pipe.read()
     if said.startswith(b"{"):
         return dict(json.loads(said))  # Releases before 0.4.
-    return unpack_listening(said) if said else {}
+    return dict(unpack(Kind.LISTENING, Listening, said).ports) if said else {}
 
 
 @dataclass

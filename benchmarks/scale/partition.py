@@ -32,11 +32,9 @@ def target(stages: int) -> Target:
     )
     layer, head = 8 * MIB, 64 * MIB
     info = CheckpointInfo(
-        path="m", architecture="LlamaForCausalLM", model_type="llama", num_layers=LAYERS, hidden_size=1024,
-        vocab_size=32000, dtype="bfloat16", max_position_embeddings=4096, num_heads=16, num_kv_heads=8, head_dim=64,
-        kv_elements_per_token=1024, tied=False,
-        layers=tuple(Part(2 * layer, layer, 2.0 * layer) for _ in range(LAYERS)),
-        embedding=Part(2 * head, head), head=Part(2 * head, head, 2.0 * head),
+        hidden_size=1024, vocab_size=32000, dtype="bfloat16", max_position_embeddings=4096, num_kv_heads=8,
+        kv_elements_per_token=1024, tied=False, layers=(Part(layer, 2.0 * layer),) * LAYERS,
+        embedding=Part(head), head=Part(head, 2.0 * head),
     )  # fmt: skip
     return Target(CostModel(info, limits, "bfloat16"), stages, ModelRef(fingerprint="fingerprint"))
 

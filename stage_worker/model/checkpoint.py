@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from typing_extensions import Buffer
 
 from stagemesh.errors import CheckpointError
+from stagemesh.safetensors_header import read_header
 
 _DTYPES = {
     "F64": torch.float64,
@@ -35,7 +35,6 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _READ_BYTES = 32 << 20
-_MAX_HEADER_BYTES = 100 << 20
 
 Ranges = Sequence[tuple[int, int]]
 """Half-open ranges along one dimension, in ascending order."""
@@ -175,7 +174,10 @@ class Checkpoint:
 
     def _header(self, path: Path) -> dict[str, TensorInfo]:
         if path not in self._headers:
-            self._headers[path] = _read_header(path)
+            self._headers[path] = {
+                name: TensorInfo(name, path, _dtype(path, name, stored.dtype), stored.shape, stored.offset)
+                for name, stored in read_header(path).items()
+            }
         return self._headers[path]
 
 
@@ -185,6 +187,12 @@ def wrong_shape(info: TensorInfo, expected: Sequence[int], found: Sequence[int] 
         f"tensor {info.name!r} in {info.path} has shape {list(found or info.shape)}, config.json asks for "
         f"{list(expected)}: the files are of different models or revisions"
     )
+
+
+def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
+    if stored not in _DTYPES:
+        raise CheckpointError(f"tensor {name!r} in {path} is of type {stored}, which cannot be read: convert it")
+    return _DTYPES[stored]
 
 
 def _open(path: Path) -> BinaryIO:
@@ -202,34 +210,3 @@ def _read_json(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return value
-
-
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file: 8 bytes of header length, a JSON header, then the data."""
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        raw_length = file.read(8)
-        header_length = struct.unpack("<Q", raw_length)[0] if len(raw_length) == 8 else 0
-        if not 2 <= header_length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path} ({size} bytes) is cut short or no safetensors file: download it again")
-        raw = file.read(header_length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        infos = {name: _tensor_info(path, name, entry, 8 + header_length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a damaged header ({error}): download it again") from error
-    needed = max((info.offset + info.nbytes for info in infos.values()), default=0)
-    if needed > size:
-        raise CheckpointError(f"{path} is cut short: it has {size} bytes of {needed}: download it again")
-    return infos
-
-
-def _tensor_info(path: Path, name: str, entry: dict[str, object], base: int) -> TensorInfo:
-    offsets, shape = entry["data_offsets"], entry["shape"]
-    if not isinstance(offsets, list) or not isinstance(shape, list):
-        raise ValueError(f"tensor {name!r}")
-    info = TensorInfo(name, path, _DTYPES[str(entry["dtype"])], tuple(shape), base + int(offsets[0]))
-    if info.nbytes != offsets[1] - offsets[0]:
-        raise ValueError(f"tensor {name!r} has {offsets[1] - offsets[0]} bytes for shape {shape}")
-    return info

@@ -8,6 +8,7 @@ https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from .records import Step, Trace
@@ -32,14 +33,7 @@ def link_pid(stage: int) -> int:
 def events(trace: Trace) -> list[Event]:
     """All events. Times are microseconds since the first plan."""
     zero = min(step.planned_us for step in trace.steps)
-    out = _names(trace)
-    for step in trace.steps:
-        out += _gateway(step)
-        for i in range(len(trace.stages)):
-            out += _stage(step, i, last=i == len(trace.stages) - 1)
-            if i:
-                out += _link(step, i)
-        out += _arrows(step)
+    out = [*_names(trace), *(event for step in trace.steps for event in _step(step))]
     for event in out:
         if "ts" in event:
             event["ts"] = round(event["ts"] - zero, 3)
@@ -64,98 +58,59 @@ def document(trace: Trace, told: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _names(trace: Trace) -> list[Event]:
-    out = _named(GATEWAY, "gateway", {PLANS: "plans", TOKENS: "tokens"})
+def _names(trace: Trace) -> Iterator[Event]:
+    yield from _named(GATEWAY, "gateway", {PLANS: "plans", TOKENS: "tokens"})
     for info, clock in zip(trace.stages, trace.clocks, strict=True):
         first, last = info.layers
         how = "the gateway's clock" if clock.shared else f"clock known to {clock.uncertainty_us:.0f} us"
         label = f"stage {info.stage}: layers {first}-{last - 1}, tp {info.tp_size}, {info.worker_id} ({how})"
-        out += _named(stage_pid(info.stage), label, {ENGINE: "engine", WAITING: "plans that wait"})
+        yield from _named(stage_pid(info.stage), label, {ENGINE: "engine", WAITING: "plans that wait"})
         if info.stage < len(trace.stages) - 1:
             route = f" ({info.route})" if info.route else ""
-            out += _named(link_pid(info.stage), f"link {info.stage} to {info.stage + 1}{route}", {1: "activations"})
-    return out
+            yield from _named(link_pid(info.stage), f"link {info.stage} to {info.stage + 1}{route}", {1: "activations"})
 
 
-def _named(pid: int, name: str, threads: dict[int, str]) -> list[Event]:
-    out: list[Event] = [
-        {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}},
-        {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}},
-    ]
+def _named(pid: int, name: str, threads: dict[int, str]) -> Iterator[Event]:
+    yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}
+    yield {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}}
     for tid, thread in threads.items():
-        out.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": thread}})
-    return out
+        yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": thread}}
 
 
-def _gateway(step: Step) -> list[Event]:
-    args = {
-        "rows": len(step.sequences),
-        "tokens": step.tokens,
-        "prefill_tokens": step.prefill_tokens,
-        "sampled": len(step.sampled),
-    }
-    name = f"step {step.number}"
-    return [
-        _span(GATEWAY, PLANS, "plan", f"plan {step.number}", step.planned_us, step.sent_us, args),
-        _span(GATEWAY, TOKENS, "tokens", f"tokens {step.number}", step.received_us, step.delivered_us, args),
-        *_overlapping(GATEWAY, PLANS, "in flight", name, step.number, step.planned_us, step.delivered_us, args),
-    ]
+def _step(step: Step) -> Iterator[Event]:
+    """Where one step was when, then its arrows."""
 
+    def spent(pid: int, tid: int, cat: str, word: str, begin: float, end: float, **args: float) -> Event:
+        """What a thread did. `word`: what its box says, before the number of the step."""
+        told = {"rows": len(step.sequences), "tokens": step.tokens, "prefill_tokens": step.prefill_tokens}
+        event = {"pid": pid, "tid": tid, "cat": cat, "name": f"{word} {step.step}", "ts": begin, "args": told | args}
+        return event | {"ph": "X", "dur": round(max(0.0, end - begin), 3)}
 
-def _stage(step: Step, stage: int, *, last: bool) -> list[Event]:
-    t, pid = step.stages[stage], stage_pid(stage)
-    args = {
-        "rows": len(step.sequences),
-        "tokens": step.tokens,
-        "prefill_tokens": step.prefill_tokens,
-        "wait_input_us": t.wait_input_us,
-        "wait_send_us": t.wait_send_us,
-        "compute_cpu_us": t.compute_cpu_us,
-    }
-    out = [_span(pid, ENGINE, "compute", f"step {step.number}", t.began_us, t.output_us, args)]
-    if not last:
-        out.append(_span(pid, ENGINE, "send", f"send {step.number}", t.output_us, t.handed_over_us, {}))
-    if t.draft_us > 0:
-        out.append(_span(pid, ENGINE, "draft", f"guesses of {step.number}", t.handed_over_us, t.ended_us, {}))
-    out.append(_span(pid, ENGINE, "report", f"result {step.number}", t.ended_us, t.result_sent_us, {}))
-    name = f"plan {step.number}"
-    return out + _overlapping(
-        pid,
-        WAITING,
-        "plan waits",
-        name,
-        step.number,
-        t.plan_arrived_us,
-        t.began_us,
-        {"ready_for_us": t.began_us - t.ready_us},
-    )
+    def beside(pid: int, tid: int, cat: str, word: str, begin: float, end: float, **args: float) -> Iterator[Event]:
+        """What goes on beside others of its kind."""
+        event = spent(pid, tid, cat, word, begin, end, **args) | {"id": f"{pid}.{cat}.{step.step}"}
+        del event["dur"]
+        yield event | {"ph": "b"}
+        yield event | {"ph": "e", "ts": max(begin, end)}
 
-
-def _link(step: Step, stage: int) -> list[Event]:
-    """The transfer of the activation to `stage`."""
-    begin, end = step.stages[stage - 1].output_us, step.stages[stage].input_complete_us
-    name = f"step {step.number}"
-    return _overlapping(
-        link_pid(stage - 1), 1, "link", name, step.number, begin, max(begin, end), {"tokens": step.tokens}
-    )
-
-
-def _arrows(step: Step) -> list[Event]:
-    common = {"name": "step", "cat": "flow", "id": step.number}
-    out: list[Event] = [{"ph": "s", "pid": GATEWAY, "tid": PLANS, "ts": step.planned_us, **common}]
+    sampled = len(step.sampled)
+    yield spent(GATEWAY, PLANS, "plan", "plan", step.planned_us, step.sent_us, sampled=sampled)
+    yield spent(GATEWAY, TOKENS, "tokens", "tokens", step.received_us, step.delivered_us, sampled=sampled)
+    yield from beside(GATEWAY, PLANS, "in flight", "step", step.planned_us, step.delivered_us, sampled=sampled)
+    arrow: Event = {"name": "step", "cat": "flow", "id": step.step}
+    yield arrow | {"ph": "s", "pid": GATEWAY, "tid": PLANS, "ts": step.planned_us}
     for i, t in enumerate(step.stages):
-        out.append({"ph": "t", "pid": stage_pid(i), "tid": ENGINE, "ts": t.began_us, **common})
-    out.append({"ph": "f", "bp": "e", "pid": GATEWAY, "tid": TOKENS, "ts": step.received_us, **common})
-    return out
-
-
-def _span(pid: int, tid: int, cat: str, name: str, begin: float, end: float, args: Event) -> Event:
-    dur = round(max(0.0, end - begin), 3)
-    return {"ph": "X", "pid": pid, "tid": tid, "cat": cat, "name": name, "ts": begin, "dur": dur, "args": args}
-
-
-def _overlapping(
-    pid: int, tid: int, cat: str, name: str, ident: int, begin: float, end: float, args: Event
-) -> list[Event]:
-    common = {"pid": pid, "tid": tid, "cat": cat, "name": name, "id": f"{pid}.{cat}.{ident}"}
-    return [{"ph": "b", "ts": begin, "args": args, **common}, {"ph": "e", "ts": max(begin, end), **common}]
+        pid = stage_pid(i)
+        waited = {"wait_input_us": t.wait_input_us, "wait_send_us": t.wait_send_us, "compute_cpu_us": t.compute_cpu_us}
+        yield spent(pid, ENGINE, "compute", "step", t.began_us, t.output_us, **waited)
+        yield arrow | {"ph": "t", "pid": pid, "tid": ENGINE, "ts": t.began_us}
+        if i < len(step.stages) - 1:
+            yield spent(pid, ENGINE, "send", "send", t.output_us, t.handed_over_us)
+            arrived_us = step.stages[i + 1].input_complete_us
+            yield from beside(link_pid(i), 1, "link", "step", t.output_us, arrived_us)
+        if t.draft_us > 0:
+            yield spent(pid, ENGINE, "draft", "guesses of", t.handed_over_us, t.ended_us)
+        yield spent(pid, ENGINE, "report", "result", t.ended_us, t.result_sent_us)
+        ready_for_us = t.began_us - t.ready_us
+        yield from beside(pid, WAITING, "plan waits", "plan", t.plan_arrived_us, t.began_us, ready_for_us=ready_for_us)
+    yield arrow | {"ph": "f", "bp": "e", "pid": GATEWAY, "tid": TOKENS, "ts": step.received_us}

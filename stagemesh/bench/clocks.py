@@ -17,13 +17,13 @@ class Exchange:
     """Plan and result of one step, in microseconds: the outer two on the gateway's clock, the inner two on the
     stage's."""
 
-    plan_sent_us: int
-    plan_arrived_us: int
-    result_sent_us: int
-    result_received_us: int
+    plan_sent_us: float
+    plan_arrived_us: float
+    result_sent_us: float
+    result_received_us: float
 
     @property
-    def round_trip_us(self) -> int:
+    def round_trip_us(self) -> float:
         """Time that both messages spent on the network."""
         return (self.result_received_us - self.plan_sent_us) - (self.result_sent_us - self.plan_arrived_us)
 

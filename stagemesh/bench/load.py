@@ -55,69 +55,46 @@ class Driver:
             f"POST {parts.path.rstrip('/')}/v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
             "Content-Type: application/json\r\n"
         ) + (f"Authorization: Bearer {api_key}\r\n" if api_key else "")
-        self._waiting = load.clients
+        self._unanswered = set(range(load.clients))
         self.answered = asyncio.Event()
         """Set when every client has had a first token."""
-        self.requests = 0
-        """Number of finished requests."""
 
     async def run(self) -> None:
         """Sends requests until cancelled. Raises Unavailable, with the server's message, when a request fails."""
         async with asyncio.TaskGroup() as group:
-            for i in range(self._load.clients):
-                group.create_task(self._client(random.Random(f"{self._seed}-{i}")))
+            for client in range(self._load.clients):
+                group.create_task(self._client(client))
 
-    async def _client(self, rng: random.Random) -> None:
-        first = True
+    async def _client(self, client: int) -> None:
+        rng = random.Random(f"{self._seed}-{client}")
+        asked = {"max_tokens": self._load.output_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
         while True:
             prompt = [rng.randrange(FIRST_ID, LAST_ID) for _ in range(self._load.input_tokens)]
-            await self._request(prompt, first)
-            self.requests += 1
-            first = False
+            try:
+                await self._request(client, json.dumps({"model": self._model, "prompt": prompt, **asked}).encode())
+            except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as e:
+                raise Unavailable(f"a request of the load failed: {type(e).__name__} {e}") from e
 
-    async def _request(self, prompt: list[int], first: bool) -> None:
-        body = json.dumps(
-            {
-                "model": self._model,
-                "prompt": prompt,
-                "max_tokens": self._load.output_tokens,
-                "ignore_eos": True,
-                "temperature": 0,
-                "stream": True,
-            }
-        ).encode()
-        try:
-            reader, writer = await asyncio.open_connection(
-                self._host, self._port, ssl=ssl.create_default_context() if self._tls else None
-            )
-        except OSError as e:
-            raise Unavailable(f"the load cannot connect to {self._host}:{self._port}: {e}") from e
-        try:
-            writer.write(f"{self._head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            await self._read(reader, first)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as e:
-            raise Unavailable(f"a request of the load failed: {type(e).__name__} {e}") from e
-        finally:
-            writer.close()
-
-    @staticmethod
-    async def _piece(reader: asyncio.StreamReader) -> bytes:
-        async with asyncio.timeout(READ_TIMEOUT_S):
-            return await reader.read(65536)
-
-    async def _read(self, reader: asyncio.StreamReader, first: bool) -> None:
+    async def _request(self, client: int, body: bytes) -> None:
+        tls = ssl.create_default_context() if self._tls else None
+        clock = asyncio.get_running_loop().time
         # Not wait_for: before Python 3.12 it can swallow a cancellation, and the load would never end.
-        async with asyncio.timeout(READ_TIMEOUT_S):
-            head = await reader.readuntil(b"\r\n\r\n")
-        good = head.split(b" ", 2)[1:2] == [b"200"]
-        end = b""
-        while data := await self._piece(reader):
-            if first and good:
-                first = False
-                self._waiting -= 1
-                if not self._waiting:
-                    self.answered.set()
-            end = (end + data)[-2048:]
+        async with asyncio.timeout(READ_TIMEOUT_S) as patience:
+            reader, writer = await asyncio.open_connection(self._host, self._port, ssl=tls)
+            try:
+                writer.write(f"{self._head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                head = await reader.readuntil(b"\r\n\r\n")
+                good = head.split(b" ", 2)[1:2] == [b"200"]
+                end = b""
+                while data := await reader.read(65536):
+                    patience.reschedule(clock() + READ_TIMEOUT_S)
+                    if good:
+                        self._unanswered.discard(client)
+                    if not self._unanswered:
+                        self.answered.set()
+                    end = (end + data)[-2048:]
+            finally:
+                writer.close()
         if not good or b"data: [DONE]" not in end:
             raise Unavailable(f"a request of the load failed: {_said(end)}")
 

@@ -27,9 +27,8 @@ async def temporary_mesh(flags: Sequence[str]) -> AsyncIterator[str]:
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
         env={"STAGEMESH_LOG_LEVEL": "WARNING", **os.environ},
     )  # fmt: skip
-    drain: asyncio.Task[None] | None = None
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 url = await _address(process.stdout)
@@ -37,30 +36,21 @@ async def temporary_mesh(flags: Sequence[str]) -> AsyncIterator[str]:
             raise ConfigError(f"the mesh is not ready after {START_TIMEOUT_S:.0f} s") from None
         if url is None:
             raise ConfigError(f"the mesh did not start (exit status {await process.wait()}); its message is above")
-        drain = asyncio.create_task(_drain(process.stdout))
         yield url
     finally:
         if process.returncode is None:
             process.terminate()
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
-                await process.wait()
+                await process.communicate()
         except TimeoutError:
             process.kill()
             await process.wait()
-        if drain is not None:
-            await drain
 
 
 async def _address(stdout: asyncio.StreamReader) -> str | None:
-    """The URL in the banner, which is printed when the mesh is ready; None when the mesh ended before."""
+    """The URL in the banner, the last thing that is printed, when the mesh is ready; None when it ended before."""
     while line := await stdout.readline():
-        found = ADDRESS.search(line)
-        if found:
-            return found.group(1).decode()
+        if found := ADDRESS.search(line):
+            return found[1].decode()
     return None
-
-
-async def _drain(stdout: asyncio.StreamReader) -> None:
-    while await stdout.read(65536):
-        pass

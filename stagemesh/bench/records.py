@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from stagemesh.errors import InvalidRequest
@@ -46,15 +46,16 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the trace, on the gateway's clock, microseconds."""
+    """One step of the trace, on the gateway's clock, microseconds. The names are those of the gateway's record."""
 
-    number: int
+    step: int
+    """Its number."""
     planned_us: float
     sent_us: float
     received_us: float
     delivered_us: float
-    sequences: tuple[int, ...]
-    sampled: tuple[int, ...]
+    sequences: Sequence[int]
+    sampled: Sequence[int]
     """The sequences that got a token."""
     tokens: int
     prefill_tokens: int
@@ -94,43 +95,28 @@ def read(raw: Mapping[str, Any]) -> Trace:
     """Reads the answer of `POST /trace`. Raises InvalidRequest when its format is another release's."""
     try:
         return _read(raw)
-    except (KeyError, TypeError, IndexError) as e:
+    except (KeyError, TypeError, ValueError, IndexError) as e:
         raise InvalidRequest(
             f"the gateway's trace records cannot be read ({type(e).__name__}: {e}); is it of the same release?"
         ) from e
 
 
 def _read(raw: Mapping[str, Any]) -> Trace:
-    (pipeline_id, epoch), count = Counter((s["pipeline_id"], s["epoch"]) for s in raw["steps"]).most_common(1)[0]
-    steps = [s for s in raw["steps"] if (s["pipeline_id"], s["epoch"]) == (pipeline_id, epoch)]
-    pipeline = next(p for p in raw["pipelines"] if (p["pipeline_id"], p["epoch"]) == (pipeline_id, epoch))
-    columns = raw["stage_columns"]
-    told = [[dict(zip(columns, values, strict=True)) for values in step["stages"]] for step in steps]
+    def key(of: Mapping[str, Any]) -> tuple[str, int]:
+        return of["pipeline_id"], of["epoch"]
+
+    (wanted, count), *_ = Counter(map(key, raw["steps"])).most_common(1)
+    pipeline = next(p for p in raw["pipelines"] if key(p) == wanted)
+    steps = [_step(record, raw["stage_columns"]) for record in raw["steps"] if key(record) == wanted]
     clocks = tuple(
-        estimate(
-            [
-                Exchange(
-                    step["sent_us"],
-                    stages[i]["plan_arrived_us"],
-                    stages[i]["result_sent_us"],
-                    stages[i]["result_received_us"],
-                )
-                for step, stages in zip(steps, told, strict=True)
-            ]
-        )
-        for i in range(len(pipeline["stages"]))
+        estimate([_exchange(step, step.stages[i]) for step in steps]) for i in range(len(pipeline["stages"]))
     )
     return Trace(
         model=pipeline["model"],
-        pipeline_id=pipeline_id,
-        epoch=epoch,
+        pipeline_id=pipeline["pipeline_id"],
+        epoch=pipeline["epoch"],
         stages=tuple(StageInfo(**{**s, "layers": tuple(s["layers"])}) for s in pipeline["stages"]),
-        steps=tuple(
-            sorted(
-                (_step(step, stages, clocks) for step, stages in zip(steps, told, strict=True)),
-                key=lambda step: step.number,
-            )
-        ),
+        steps=tuple(sorted((_on_one_clock(step, clocks) for step in steps), key=lambda step: step.step)),
         clocks=clocks,
         left_out=len(raw["steps"]) - count,
         gateway_pid=raw["gateway"]["pid"],
@@ -138,19 +124,19 @@ def _read(raw: Mapping[str, Any]) -> Trace:
     )
 
 
-def _step(step: Mapping[str, Any], stages: list[dict[str, Any]], clocks: tuple[ClockOffset, ...]) -> Step:
-    return Step(
-        number=step["step"],
-        planned_us=step["planned_us"],
-        sent_us=step["sent_us"],
-        received_us=step["received_us"],
-        delivered_us=step["delivered_us"],
-        sequences=tuple(step["sequences"]),
-        sampled=tuple(step["sampled"]),
-        tokens=step["tokens"],
-        prefill_tokens=step["prefill_tokens"],
-        stages=tuple(
-            StageTimes(**{k: v - clock.offset_us if k in ON_STAGE_CLOCK else v for k, v in told.items()})
-            for told, clock in zip(stages, clocks, strict=True)
-        ),
+def _step(record: Mapping[str, Any], columns: Sequence[str]) -> Step:
+    """As it was recorded: each stage's times by its own clock."""
+    stages = tuple(StageTimes(**dict(zip(columns, values, strict=True))) for values in record["stages"])
+    return Step(**{f.name: record[f.name] for f in fields(Step) if f.name != "stages"}, stages=stages)
+
+
+def _exchange(step: Step, t: StageTimes) -> Exchange:
+    return Exchange(step.sent_us, t.plan_arrived_us, t.result_sent_us, t.result_received_us)
+
+
+def _on_one_clock(step: Step, clocks: Sequence[ClockOffset]) -> Step:
+    stages = (
+        replace(t, **{name: getattr(t, name) - clock.offset_us for name in ON_STAGE_CLOCK})
+        for t, clock in zip(step.stages, clocks, strict=True)
     )
+    return replace(step, stages=tuple(stages))

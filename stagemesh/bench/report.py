@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from .cpu import CpuUse
 from .records import Trace
@@ -12,8 +13,8 @@ HAS_STEP_GOAL = 0.92
 NON_COMPUTE_GOAL = 0.15
 
 
-def table(trace: Trace, summary: Summary, cpu: CpuUse | None, cpu_missing: str) -> str:
-    """What `stagemesh bench trace` prints."""
+def table(trace: Trace, summary: Summary, cpu: CpuUse | str) -> str:
+    """What `stagemesh bench trace` prints. `cpu`: the CPU time, or why it is not known."""
     wall_s = summary.wall_us * 1e-6
     lines = [
         f"{summary.steps} steps of {trace.model} in {wall_s:.2f} s: {summary.steps / wall_s:.1f} steps/s, "
@@ -23,7 +24,7 @@ def table(trace: Trace, summary: Summary, cpu: CpuUse | None, cpu_missing: str) 
     ]
     if trace.left_out:
         lines.append(f"{trace.left_out} steps of another epoch are left out: the pipeline changed meanwhile")
-    lines += ["", *_stages(summary), "", *_gateway(summary), "", *_cpu(cpu, cpu_missing), "", *_goals(summary, cpu)]
+    lines += ["", *_stages(summary), "", *_gateway(summary), "", *_cpu(cpu), "", *_goals(summary, cpu)]
     return "\n".join(lines)
 
 
@@ -37,63 +38,41 @@ def _clocks(trace: Trace) -> str:
 
 
 def _stages(summary: Summary) -> list[str]:
-    header = ["stage", "busy", "has step", "CPU", "compute", "hand over", "guess", "hop in", "wait input", "wait send",
-              "plan waits", "ready waits"]  # fmt: skip
-    rows = [
-        [
-            str(s.stage),
-            f"{s.busy_share:.2f}",
-            f"{s.has_step_share:.2f}",
-            f"{s.compute_cpu_share:.2f}",
-            *map(_ms, (s.compute, s.hand_over, s.draft, s.hop, s.wait_input, s.wait_send, s.queued, s.ready)),
-        ]
-        for s in summary.stages
-    ]
-    return ["per stage: shares of its wall time; p50/p99 in ms", *_aligned([header, *rows])]
+    rows = [["stage", "busy", "has step", "CPU", *summary.stages[0].times]]
+    for s in summary.stages:
+        shares = (f"{share:.2f}" for share in (s.busy_share, s.has_step_share, s.compute_cpu_share))
+        rows.append([str(s.stage), *shares, *map(_ms, s.times.values())])
+    return ["per stage: shares of its wall time; p50/p99 in ms", *_aligned(rows)]
 
 
 def _gateway(summary: Summary) -> list[str]:
-    rows = [
-        ["a step, planned to delivered", _ms(summary.step)],
-        ["plan sent to taken by stage 0", _ms(summary.plan_way)],
-        ["last stage's end to result received", _ms(summary.result_way)],
-        ["result received to tokens delivered", _ms(summary.deliver)],
-        ["tokens delivered to next plan of a row", _ms(summary.replan)],
-        ["turnaround: last stage's end to that plan taken by stage 0", _ms(summary.turnaround)],
-    ]
-    return ["gateway: p50/p99 in ms", *(f"  {name:<60}{value}" for name, value in rows)]
+    return ["gateway: p50/p99 in ms", *(f"  {name:<60}{_ms(value)}" for name, value in summary.times.items())]
 
 
-def _cpu(cpu: CpuUse | None, missing: str) -> list[str]:
-    if cpu is None:
-        return [f"processor time: {missing}"]
-    header = ["role", "CPU s", "cores", "share", "ms a token"]
-    rows = [
-        [role, f"{s:.2f}", f"{s / cpu.wall_s:.2f}", f"{s / cpu.total_s if cpu.total_s else 0:.0%}", _a_token(s, cpu)]
-        for role, s in sorted(cpu.seconds.items(), key=lambda entry: -entry[1])
-    ]
-    rows.append(["all", f"{cpu.total_s:.2f}", f"{cpu.total_s / cpu.wall_s:.2f}", "", _a_token(cpu.total_s, cpu)])
-    rows.append(
-        ["of it computing", f"{cpu.compute_s:.2f}", f"{cpu.compute_s / cpu.wall_s:.2f}",
-         f"{1 - cpu.non_compute_share:.0%}", _a_token(cpu.compute_s, cpu)]
-    )  # fmt: skip
-    return [f"processor time over {cpu.wall_s:.1f} s, {cpu.tokens} tokens generated", *_aligned([header, *rows])]
+def _cpu(cpu: CpuUse | str) -> list[str]:
+    if isinstance(cpu, str):
+        return [f"processor time: not known: {cpu}"]
+    total_s, computing = cpu.total_s, 1 - cpu.non_compute_share
+    told = [(s, role, f"{s / total_s if total_s else 0:.0%}") for role, s in cpu.seconds.items()]
+    told = [*sorted(told, reverse=True), (total_s, "all", ""), (cpu.compute_s, "of it computing", f"{computing:.0%}")]
+    rows = [["role", "CPU s", "cores", "share", "ms a token"]]
+    for seconds, role, share in told:
+        a_token = f"{seconds / cpu.tokens * 1000:.2f}" if cpu.tokens else "-"
+        rows.append([role, f"{seconds:.2f}", f"{seconds / cpu.wall_s:.2f}", share, a_token])
+    return [f"processor time over {cpu.wall_s:.1f} s, {cpu.tokens} tokens generated", *_aligned(rows)]
 
 
-def _goals(summary: Summary, cpu: CpuUse | None) -> list[str]:
-    slowest = summary.slowest
+def _goals(summary: Summary, cpu: CpuUse | str) -> list[str]:
+    stage, has_step = summary.slowest.stage, summary.slowest.has_step_share
     lines = [
-        f"slowest stage ({slowest.stage}) has a step to compute: {slowest.has_step_share:.2f} of its time "
-        f"(goal >= {HAS_STEP_GOAL}: {_met(slowest.has_step_share >= HAS_STEP_GOAL)})"
+        f"slowest stage ({stage}) has a step to compute: {has_step:.2f} of its time "
+        f"(goal >= {HAS_STEP_GOAL}: {_met(has_step >= HAS_STEP_GOAL)})"
     ]
-    if cpu is not None:
-        share = cpu.non_compute_share
-        lines.append(
-            f"non-compute CPU share: {share:.2f} (goal <= {NON_COMPUTE_GOAL}: {_met(share <= NON_COMPUTE_GOAL)})"
-        )
-    else:
-        lines.append(f"non-compute CPU share: not known (goal <= {NON_COMPUTE_GOAL})")
-    return lines
+    if isinstance(cpu, str):
+        return [*lines, f"non-compute CPU share: not known (goal <= {NON_COMPUTE_GOAL})"]
+    share = cpu.non_compute_share
+    met = _met(share <= NON_COMPUTE_GOAL)
+    return [*lines, f"non-compute CPU share: {share:.2f} (goal <= {NON_COMPUTE_GOAL}: {met})"]
 
 
 def _met(good: bool) -> str:
@@ -104,13 +83,9 @@ def _ms(value: Spread) -> str:
     return "-" if math.isnan(value.p50_ms) else f"{value.p50_ms:.2f}/{value.p99_ms:.2f}"
 
 
-def _a_token(seconds: float, cpu: CpuUse) -> str:
-    return f"{seconds / cpu.tokens * 1000:.2f}" if cpu.tokens else "-"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
-        "  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        "  " + "  ".join([row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], others, strict=True))])
         for row in rows
     ]

@@ -6,7 +6,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .records import StageTimes, Step, Trace
+from .records import Step, Trace
+
+NONE = math.nan
+"""In place of microseconds that a step does not have."""
+STEP = "a step, planned to delivered"
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,8 @@ class Spread:
 
 
 def spread(values_us: Iterable[float]) -> Spread:
-    """Percentiles of microseconds, by the nearest rank."""
-    ordered = sorted(values_us)
+    """Percentiles of microseconds, by the nearest rank. Values that are NaN do not count."""
+    ordered = sorted(value for value in values_us if not math.isnan(value))
     if not ordered:
         return Spread(math.nan, math.nan)
     pick = [ordered[math.ceil(q * len(ordered)) - 1] / 1000 for q in (0.5, 0.99)]
@@ -36,24 +40,12 @@ class StageSummary:
     """Share in which it ran a step: computed it or handed its output over."""
     has_step_share: float
     """Share in which it ran a step or had one ready (plan, input and credit were there)."""
-    compute: Spread
-    """From the start of a step to its output."""
-    compute_total_us: float
     compute_cpu_share: float
     """CPU time of the rank divided by the wall time of its steps. If it is below the number of threads, other work had
     the cores."""
-    hand_over: Spread
-    """From the output to the end of the send call."""
-    draft: Spread
-    """Time of the draft model; 0 without one."""
-    queued: Spread
-    """From the plan's arrival to the start of the step."""
-    ready: Spread
-    """Time in which plan, input and credit were there and the step had not started."""
-    wait_input: Spread
-    wait_send: Spread
-    hop: Spread
-    """From the previous stage's output to this stage's complete input; without values on the first stage."""
+    compute_total_us: float
+    times: dict[str, Spread]
+    """By column of the table; see `stage_times`."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +61,8 @@ class Summary:
     prefill_share: float
     """Share of prefill in all computed positions."""
     stages: tuple[StageSummary, ...]
-    step: Spread
-    """From the plan to the delivery of its tokens."""
-    plan_way: Spread
-    """From sending a plan to its arrival at the first stage, which reads it between two steps."""
-    result_way: Spread
-    """From the end of the step on the last stage to its result's arrival at the gateway."""
-    deliver: Spread
-    """From a result's arrival to the delivery of its tokens."""
-    replan: Spread
-    """From the delivery of a step's tokens to the next plan with one of its sequences; 0 if that plan was sent
-    before."""
-    turnaround: Spread
-    """From the end of a step on the last stage to the arrival at stage 0 of the next plan with one of its sequences.
-
-    0 if that plan was there before and waited for the token alone.
-    """
+    times: dict[str, Spread]
+    """By line of the table; see `gateway_times`."""
 
     @property
     def slowest(self) -> StageSummary:
@@ -95,23 +73,14 @@ class Summary:
 def summarize(trace: Trace) -> Summary:
     """Figures of a trace, which has one step at least."""
     steps = trace.steps
-    followers = list(_followers(steps))
-    positions = sum(step.tokens for step in steps)
     return Summary(
         steps=len(steps),
         wall_us=max(s.delivered_us for s in steps) - min(s.planned_us for s in steps),
         tokens=sum(len(step.sampled) for step in steps),
         rows=sum(len(step.sequences) for step in steps) / len(steps),
-        prefill_share=sum(step.prefill_tokens for step in steps) / positions,
+        prefill_share=sum(step.prefill_tokens for step in steps) / sum(step.tokens for step in steps),
         stages=tuple(_stage(trace, i) for i in range(len(trace.stages))),
-        step=spread(s.delivered_us - s.planned_us for s in steps),
-        plan_way=spread(s.stages[0].plan_arrived_us - s.sent_us for s in steps),
-        result_way=spread(s.received_us - s.stages[-1].ended_us for s in steps),
-        deliver=spread(s.delivered_us - s.received_us for s in steps),
-        replan=spread(max(0.0, after.planned_us - step.delivered_us) for step, after in followers),
-        turnaround=spread(
-            max(0.0, after.stages[0].plan_arrived_us - step.stages[-1].ended_us) for step, after in followers
-        ),
+        times=_spreads([gateway_times(step, after) for step, after in _followers(steps)]),
     )
 
 
@@ -123,24 +92,48 @@ def _stage(trace: Trace, index: int) -> StageSummary:
         stage=index,
         busy_share=_share(ran_us, wall_us),
         has_step_share=_share(covered_us(((t.ready_us, t.ended_us) for t in times), wall_us), wall_us),
-        compute=spread(t.output_us - t.began_us for t in times),
-        compute_total_us=sum(t.output_us - t.began_us for t in times),
         compute_cpu_share=_share(sum(t.compute_cpu_us for t in times), ran_us),
-        hand_over=spread(t.handed_over_us - t.output_us for t in times),
-        draft=spread(t.draft_us for t in times),
-        queued=spread(t.began_us - t.plan_arrived_us for t in times),
-        ready=spread(t.began_us - t.ready_us for t in times),
-        wait_input=spread(t.wait_input_us for t in times),
-        wait_send=spread(t.wait_send_us for t in times),
-        hop=spread(hop_us(step, index) for step in trace.steps) if index else spread(()),
+        compute_total_us=sum(t.output_us - t.began_us for t in times),
+        times=_spreads([stage_times(step, index) for step in trace.steps]),
     )
 
 
-def hop_us(step: Step, stage: int) -> float:
-    """From the previous stage's output to this one's complete input; at least 0, since clocks are only known
-    roughly."""
-    before: StageTimes = step.stages[stage - 1]
-    return max(0.0, step.stages[stage].input_complete_us - before.output_us)
+def stage_times(step: Step, stage: int) -> dict[str, float]:
+    """One step on one stage, microseconds; docs/tracing.md says what each is."""
+    t = step.stages[stage]
+    return {
+        "compute": t.output_us - t.began_us,
+        "hand over": t.handed_over_us - t.output_us,
+        "guess": t.draft_us,
+        # At least 0, since clocks are only known roughly.
+        "hop in": max(0.0, t.input_complete_us - step.stages[stage - 1].output_us) if stage else NONE,
+        "wait input": t.wait_input_us,
+        "wait send": t.wait_send_us,
+        "plan waits": t.began_us - t.plan_arrived_us,
+        "ready waits": t.began_us - t.ready_us,
+    }
+
+
+def gateway_times(step: Step, after: Step | None) -> dict[str, float]:
+    """One step as the gateway sees it, microseconds. `after`: the next one with a row of a sequence that this one
+    sampled a token for. The last two times are 0 if its plan was there before, and waited for the token alone."""
+    first, last = step.stages[0], step.stages[-1]
+    replan = turnaround = NONE
+    if after is not None:
+        replan = max(0.0, after.planned_us - step.delivered_us)
+        turnaround = max(0.0, after.stages[0].plan_arrived_us - last.ended_us)
+    return {
+        STEP: step.delivered_us - step.planned_us,
+        "plan sent to taken by stage 0": first.plan_arrived_us - step.sent_us,
+        "last stage's end to result received": step.received_us - last.ended_us,
+        "result received to tokens delivered": step.delivered_us - step.received_us,
+        "tokens delivered to next plan of a row": replan,
+        "turnaround: last stage's end to that plan taken by stage 0": turnaround,
+    }
+
+
+def _spreads(steps: Sequence[dict[str, float]]) -> dict[str, Spread]:
+    return {name: spread(step[name] for step in steps) for name in steps[0]}
 
 
 def covered_us(spans: Iterable[tuple[float, float]], at_most_us: float = math.inf) -> float:
@@ -157,19 +150,9 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole > 0 else math.nan
 
 
-def _followers(steps: Sequence[Step]) -> Iterator[tuple[Step, Step]]:
-    """Pairs of a step that sampled tokens and the first later step that needs one of these.
-
-    A sequence's token is needed by every later step that has a row of the sequence.
-    """
-    naming: dict[int, list[Step]] = {}
-    for step in steps:
-        for sequence in step.sequences:
-            naming.setdefault(sequence, []).append(step)
-    for step in steps:
-        later = (
-            next((after for after in naming[sequence] if after.number > step.number), None) for sequence in step.sampled
-        )
-        first = min((after for after in later if after is not None), key=lambda s: s.number, default=None)
-        if first is not None:
-            yield step, first
+def _followers(steps: Sequence[Step]) -> Iterator[tuple[Step, Step | None]]:
+    """Each step, last one first, with the first later one that has a row of a sequence that it sampled a token for."""
+    later: dict[int, Step] = {}
+    for step in reversed(steps):
+        yield step, min((later[s] for s in step.sampled if s in later), key=lambda s: s.step, default=None)
+        later.update(dict.fromkeys(step.sequences, step))

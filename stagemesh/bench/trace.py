@@ -6,70 +6,61 @@ import asyncio
 import contextlib
 import json
 import signal
-import urllib.error
-import urllib.request
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from stagemesh import process
-from stagemesh.errors import ConfigError, InvalidRequest, StagemeshError, Unavailable
+from stagemesh.errors import ConfigError, Unavailable, ungrouped
+from stagemesh.fetch import fetch_json
 
-from . import chrome, cpu, waterfall
+from . import chrome, waterfall
+from .cpu import CpuSampler, CpuUse
 from .load import Driver, Load
 from .mesh import temporary_mesh
+from .options import TraceOptions
 from .records import Trace, read
 from .report import table
 from .summary import Summary, summarize
 
+DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_LOAD = "16x128x64"
 HTTP_TIMEOUT_S = 10.0
 LOADED_TIMEOUT_S = 120.0
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
-@dataclass(frozen=True)
-class TraceOptions:
-    """The options of the command line."""
+def run(options: TraceOptions, serve_flags: Sequence[str] | None) -> int:
+    """Takes a trace, writes the files, prints the table. Raises StagemeshError.
 
-    url: str
-    serve_flags: Sequence[str] | None
-    """Flags of the `serve` that is started for the trace; None: a running mesh is traced."""
-    steps: int
-    timeout_s: float
-    load: str | None
-    seed: int
-    api_key: str | None
-    out: Path
-
-
-def run(options: TraceOptions) -> int:
-    """Takes a trace, writes the files, prints the table. Raises StagemeshError."""
-    if urlsplit(options.url).scheme not in ("http", "https"):
-        raise ConfigError(f"--url {options.url!r} must begin with http:// or https://")
-    load = options.load or (DEFAULT_LOAD if options.serve_flags is not None else None)
-    wanted = Load.parse(load) if load is not None else None
+    Args:
+        serve_flags: flags of the `serve` that is started for the trace; None: a running mesh is traced.
+    """
+    url = options.url or DEFAULT_URL
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise ConfigError(f"--url {url!r} must begin with http:// or https://")
+    text = options.load or (DEFAULT_LOAD if serve_flags is not None else None)
+    load = Load.parse(text) if text is not None else None
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigError(f"--out {options.out}: {e.strerror}") from e
-    return asyncio.run(_run(options, wanted))
+    mesh = contextlib.nullcontext(url.rstrip("/")) if serve_flags is None else temporary_mesh(serve_flags)
+    return asyncio.run(_run(options, mesh, load))
 
 
-async def _run(options: TraceOptions, load: Load | None) -> int:
+async def _run(options: TraceOptions, mesh: contextlib.AbstractAsyncContextManager[str], load: Load | None) -> int:
     task = asyncio.current_task()
     assert task is not None
     # A mesh that was started for the trace must end with this process.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
-        async with _mesh(options) as url:
-            trace, use, missing = await _take(options, url, load)
+        async with mesh as url:
+            trace, use = await _take(options, url, load)
     except asyncio.CancelledError:
         return 128 + signal.SIGTERM
     summary = summarize(trace)
-    text = table(trace, summary, use, missing)
+    text = table(trace, summary, use)
     _write(options.out, trace, summary, use, text)
     if load is not None:
         print(f"load: {load.clients} requests at once, {load.input_tokens} tokens in, {load.output_tokens} out, "
@@ -80,103 +71,46 @@ async def _run(options: TraceOptions, load: Load | None) -> int:
     return 0
 
 
-@contextlib.asynccontextmanager
-async def _mesh(options: TraceOptions) -> AsyncIterator[str]:
-    if options.serve_flags is None:
-        yield options.url.rstrip("/")
-        return
-    async with temporary_mesh(options.serve_flags) as url:
-        yield url
-
-
-async def _take(options: TraceOptions, url: str, load: Load | None) -> tuple[Trace, cpu.CpuUse | None, str]:
-    """(trace, CPU time, why it is not known)."""
-    sampler, missing = _sampler(url)
-    query = f"{url}/trace?steps={options.steps}&timeout={options.timeout_s:g}"
-    async with _loaded(options, url, load), _running(sampler.run() if sampler is not None else None):
-        raw = await asyncio.to_thread(_fetch, query, options.api_key, options.timeout_s + HTTP_TIMEOUT_S, post=True)
+async def _take(options: TraceOptions, url: str, load: Load | None) -> tuple[Trace, CpuUse | str]:
+    """The trace, and the CPU time or why it is not known. With a load it begins when all clients have had a first
+    token, and a request that fails ends it."""
+    sampler = CpuSampler()
+    query = f"{url}/trace?steps={options.steps}&timeout={options.timeout:g}"
+    within_s = options.timeout + HTTP_TIMEOUT_S
+    with ungrouped():
+        async with asyncio.TaskGroup() as group:
+            beside = [group.create_task(sampler.run())]
+            if load is not None:
+                driver = await _driver(options, url, load)
+                beside.append(group.create_task(driver.run()))
+                await _answered(driver, load)
+            raw = await asyncio.to_thread(fetch_json, query, within_s, api_key=options.api_key, post=True)
+            for task in beside:
+                task.cancel()
     trace = read(raw)
-    if sampler is None:
-        return trace, None, missing
-    if trace.gateway_pid not in sampler.gateways or trace.boot_id != process.boot_id():
-        return trace, None, "not known: the gateway that answered runs on another host"
-    return trace, sampler.use(trace), f"not known: the trace is shorter than two samples, {cpu.SAMPLE_S} s apart"
+    return trace, sampler.use(trace)
 
 
-def _sampler(url: str) -> tuple[cpu.CpuSampler | None, str]:
-    parts = urlsplit(url)
-    if parts.hostname not in LOCAL_HOSTS:
-        return None, "not known: the server is not on this machine"
-    sampler = cpu.local_mesh(parts.port or 80)
-    return sampler, "not known: only of a mesh that `stagemesh serve` started here, as the same user"
-
-
-@contextlib.asynccontextmanager
-async def _loaded(options: TraceOptions, url: str, load: Load | None) -> AsyncIterator[None]:
-    """Runs the load beside the block, which starts when all clients have had a first token. A failed request ends
-    it."""
-    if load is None:
-        yield
-        return
-    models = await asyncio.to_thread(_fetch, f"{url}/v1/models", options.api_key, HTTP_TIMEOUT_S)
+async def _driver(options: TraceOptions, url: str, load: Load) -> Driver:
+    models = await asyncio.to_thread(fetch_json, f"{url}/v1/models", HTTP_TIMEOUT_S, api_key=options.api_key)
     if not models["data"]:
         raise Unavailable(f"{url} serves no model yet; wait until {url}/readyz answers 200")
-    driver = Driver(load, url, models["data"][0]["id"], options.api_key, options.seed)
-    async with _running(driver.run()):
-        try:
-            async with asyncio.timeout(LOADED_TIMEOUT_S):
-                await driver.answered.wait()
-        except TimeoutError:
-            raise Unavailable(
-                f"not every one of {load.clients} clients had a first token after {LOADED_TIMEOUT_S:.0f} s; use fewer"
-            ) from None
-        yield
+    return Driver(load, url, models["data"][0]["id"], options.api_key, options.seed)
 
 
-@contextlib.asynccontextmanager
-async def _running(work: Any) -> AsyncIterator[None]:
-    """Runs a coroutine beside the block. An error of the coroutine ends the block."""
-    if work is None:
-        yield
-        return
+async def _answered(driver: Driver, load: Load) -> None:
     try:
-        async with asyncio.TaskGroup() as group:
-            task = group.create_task(work)
-            yield
-            task.cancel()
-    except* StagemeshError as group_of:
-        error: BaseException = group_of
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
+        async with asyncio.timeout(LOADED_TIMEOUT_S):
+            await driver.answered.wait()
+    except TimeoutError:
+        raise Unavailable(
+            f"not every one of {load.clients} clients had a first token after {LOADED_TIMEOUT_S:.0f} s; use fewer"
+        ) from None
 
 
-def _fetch(url: str, api_key: str | None, timeout_s: float, *, post: bool = False) -> Any:
-    """The JSON answer to a GET, or to a POST without a body. Raises InvalidRequest or Unavailable with the server's
-    message."""
-    # The key is sent as UTF-8. urllib encodes headers as Latin-1, so each byte becomes one character here.
-    headers = {"Authorization": f"Bearer {api_key}".encode().decode("latin-1")} if api_key else {}
-    request = urllib.request.Request(url, b"" if post else None, headers, method="POST" if post else "GET")
-    try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as e:
-        with e:
-            said = e.read().decode(errors="replace")
-        try:
-            said = json.loads(said)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            said = said[:300] or e.reason
-        if e.code == 404:
-            said += " (a gateway of an older release cannot trace)"
-        raise (InvalidRequest if e.code == 400 else Unavailable)(f"{url} answers {e.code}: {said}") from e
-    except (OSError, ValueError) as e:
-        raise Unavailable(f"no gateway answers at {url}: {e}; name its address with --url") from e
-
-
-def _write(out: Path, trace: Trace, summary: Summary, use: cpu.CpuUse | None, text: str) -> None:
+def _write(out: Path, trace: Trace, summary: Summary, use: CpuUse | str, text: str) -> None:
     told = {"summary": asdict(summary), "table": text.splitlines()}
-    if use is not None:
+    if isinstance(use, CpuUse):
         told["cpu"] = asdict(use) | {"non_compute_share": use.non_compute_share}
     document = _finite(chrome.document(trace, told))
     (out / "trace.json").write_text(json.dumps(document, separators=(",", ":"), allow_nan=False))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from .records import Step, Trace
-from .summary import Summary
+from .summary import STEP, Summary
 
 MAX_STEPS = 48
 """The most steps that can be read. The middle of the trace is shown."""
@@ -41,15 +41,12 @@ class Box:
     title: str
 
 
-@dataclass
 class Lane:
     """A labelled lane. Boxes that overlap go into rows below each other."""
 
-    label: str
-    rows: list[list[Box]] = field(default_factory=list)
-
-    def add(self, boxes: Iterable[Box]) -> None:
-        """Puts each box into the first row where it does not overlap what is there."""
+    def __init__(self, label: str, boxes: Iterable[Box]) -> None:
+        self.label = label
+        self.rows: list[list[Box]] = []
         for box in sorted(boxes, key=lambda b: b.begin_us):
             row = next((r for r in self.rows if r[-1].end_us <= box.begin_us), None)
             if row is None:
@@ -67,7 +64,7 @@ def draw(trace: Trace, summary: Summary) -> str:
     """The picture as SVG text."""
     first = max(0, (len(trace.steps) - MAX_STEPS) // 2)
     steps = trace.steps[first : first + MAX_STEPS]
-    lanes = _lanes(trace, steps)
+    lanes = list(_lanes(trace, steps))
     begin = min(step.planned_us for step in steps)
     end = max(max(step.delivered_us, *(t.ended_us for t in step.stages)) for step in steps)
     span = max(1.0, end - begin)
@@ -100,47 +97,45 @@ def draw(trace: Trace, summary: Summary) -> str:
     return "\n".join([*out, "</svg>", ""])
 
 
-def _title(trace: Trace, summary: Summary, steps: tuple[Step, ...]) -> str:
-    shown = f"steps {steps[0].number}-{steps[-1].number} of {len(trace.steps)} traced"
+def _title(trace: Trace, summary: Summary, steps: Sequence[Step]) -> str:
+    shown = f"steps {steps[0].step}-{steps[-1].step} of {len(trace.steps)} traced"
     busy = ", ".join(f"stage {s.stage} {s.busy_share:.0%}" for s in summary.stages)
-    return f"{trace.model}: {shown}; busy: {busy}; a step takes {summary.step.p50_ms:.1f} ms (median)"
+    return f"{trace.model}: {shown}; busy: {busy}; a step takes {summary.times[STEP].p50_ms:.1f} ms (median)"
 
 
-def _lanes(trace: Trace, steps: tuple[Step, ...]) -> list[Lane]:
-    plans = Lane("plans to stage 0")
-    plans.add(_box(s, s.planned_us, s.stages[0].plan_arrived_us, PLAN, "plan on its way") for s in steps)
-    lanes = [plans]
-    last = len(trace.stages) - 1
+def _lanes(trace: Trace, steps: Sequence[Step]) -> Iterator[Lane]:
+    yield Lane(
+        "plans to stage 0",
+        (_box(s, s.planned_us, s.stages[0].plan_arrived_us, PLAN, "plan on its way") for s in steps),
+    )
     for i, info in enumerate(trace.stages):
+        pairs = [(s, s.stages[i]) for s in steps]
         if i:
-            link = Lane(f"link {i - 1} to {i}")
-            link.add(
-                _box(s, s.stages[i - 1].output_us, s.stages[i].input_complete_us, LINK, "activation on the link")
-                for s in steps
+            sent = (
+                _box(s, s.stages[i - 1].output_us, t.input_complete_us, LINK, "activation on the link")
+                for s, t in pairs
             )
-            lanes.append(link)
-        engine = Lane(f"stage {i}: layers {info.layers[0]}-{info.layers[1] - 1}")
-        boxes: list[Box] = []
-        for s in steps:
-            t = s.stages[i]
-            boxes.append(_box(s, t.began_us, t.output_us, PREFILL if s.prefill_tokens else DECODE, "computes"))
-            if i < last:
-                boxes.append(_box(s, t.output_us, t.handed_over_us, SEND, "hands its output over"))
-            if t.draft_us > 0:
-                boxes.append(_box(s, t.handed_over_us, t.ended_us, DRAFT, "guesses what follows"))
-        engine.add(boxes)
-        ready = Lane("")
-        ready.add(_box(s, s.stages[i].ready_us, s.stages[i].began_us, READY, "ready, engine busy") for s in steps)
-        lanes += [engine, ready]
-    results = Lane("results to gateway")
-    results.add(_box(s, s.stages[-1].ended_us, s.delivered_us, TOKENS, "result on its way") for s in steps)
-    return [*lanes, results]
+            yield Lane(f"link {i - 1} to {i}", sent)
+        boxes = [
+            _box(s, t.began_us, t.output_us, PREFILL if s.prefill_tokens else DECODE, "computes") for s, t in pairs
+        ]
+        if i < len(trace.stages) - 1:
+            boxes += [_box(s, t.output_us, t.handed_over_us, SEND, "hands its output over") for s, t in pairs]
+        boxes += [
+            _box(s, t.handed_over_us, t.ended_us, DRAFT, "guesses what follows") for s, t in pairs if t.draft_us > 0
+        ]
+        yield Lane(f"stage {i}: layers {info.layers[0]}-{info.layers[1] - 1}", boxes)
+        yield Lane("", (_box(s, t.ready_us, t.began_us, READY, "ready, engine busy") for s, t in pairs))
+    yield Lane(
+        "results to gateway",
+        (_box(s, s.stages[-1].ended_us, s.delivered_us, TOKENS, "result on its way") for s in steps),
+    )
 
 
 def _box(step: Step, begin: float, end: float, colour: str, what: str) -> Box:
     end = max(begin, end)
     title = (
-        f"step {step.number} {what}: {(end - begin) / 1000:.2f} ms; {len(step.sequences)} rows, "
+        f"step {step.step} {what}: {(end - begin) / 1000:.2f} ms; {len(step.sequences)} rows, "
         f"{step.tokens} tokens, {step.prefill_tokens} of them prefill"
     )
     return Box(begin, end, colour, title)

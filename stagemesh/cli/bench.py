@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
+from stagemesh.bench.options import TraceOptions
 from stagemesh.errors import ConfigError
+from stagemesh.settings.loading import load
 from stagemesh.settings.model import DEMO_MODEL
 from stagemesh.settings.serve import ServeSettings
 
 from .flags import add_flags, given
 
-OURS = ("model", "port", "grpc_port", "host", "insecure", "api_key", "seed")
+API_KEY = "STAGEMESH_API_KEY"
+OURS = ("model", "port", "grpc_port", "host", "insecure", *TraceOptions.model_fields)
 """Settings of `serve` that `bench` sets itself, or uses under another meaning."""
-URL = "http://127.0.0.1:8000"
 
 
 def add_parser(commands: Any) -> None:
@@ -28,50 +29,29 @@ def add_parser(commands: Any) -> None:
     trace.add_argument(
         "model", nargs="?", help="checkpoint to start a mesh with, 'demo' for the one that ships; none: use --url"
     )
-    trace.add_argument("--url", help=f"a running gateway's HTTP address [{URL}]")
-    trace.add_argument("--steps", type=int, default=200, metavar="N", help="steps to trace, at most 4096 [200]")
-    trace.add_argument(
-        "--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for them, at most 300 [60]"
-    )
-    trace.add_argument(
-        "--load",
-        metavar="CxIxO",
-        help="requests at once x prompt tokens x output tokens to send meanwhile [none; 16x128x64 with MODEL]",
-    )
-    trace.add_argument("--seed", type=int, default=0, metavar="X", help="seed of the load's prompts [0]")
-    trace.add_argument("--api-key", metavar="KEY", help="the server's key [$STAGEMESH_API_KEY]")
-    trace.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to; made where missing")
+    add_flags(trace, TraceOptions)
     add_flags(trace.add_argument_group("with MODEL: how it is served"), ServeSettings, leave_out=OURS)
+    trace.set_defaults(run=run)
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Runs `bench trace`. Raises StagemeshError."""
-    from stagemesh.bench.trace import TraceOptions, run
+    from stagemesh.bench.trace import run
 
+    key = {API_KEY: os.environ[API_KEY]} if API_KEY in os.environ else {}
+    options = load(TraceOptions, file=None, env=key, given=given(namespace, TraceOptions))
     settings = {k: v for k, v in given(namespace, ServeSettings).items() if k not in OURS}
-    if namespace.model is not None and namespace.url is not None:
+    if namespace.model is not None and options.url is not None:
         raise ConfigError("give MODEL, to start a mesh, or --url, to trace a running one; not both")
-    if namespace.model is None and settings:
+    if namespace.model is not None:
+        model = str(DEMO_MODEL) if namespace.model == "demo" else namespace.model
+        return run(options, [model, "--port", "0", "--grpc-port", "0", *_as_flags(settings)])
+    if settings:
         raise ConfigError(
             f"--{min(settings).replace('_', '-')} says how a mesh is served, and none is started: give MODEL "
             "('demo' for the one that ships)"
         )
-    serve_flags = None
-    if namespace.model is not None:
-        model = str(DEMO_MODEL) if namespace.model == "demo" else namespace.model
-        serve_flags = [model, "--port", "0", "--grpc-port", "0", *_as_flags(settings)]
-    return run(
-        TraceOptions(
-            url=namespace.url or URL,
-            serve_flags=serve_flags,
-            steps=namespace.steps,
-            timeout_s=namespace.timeout,
-            load=namespace.load,
-            seed=namespace.seed,
-            api_key=namespace.api_key or os.environ.get("STAGEMESH_API_KEY"),
-            out=namespace.out,
-        )
-    )
+    return run(options, None)
 
 
 def _as_flags(settings: dict[str, Any]) -> list[str]:

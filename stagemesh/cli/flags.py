@@ -9,15 +9,21 @@ from pydantic.fields import FieldInfo
 
 from stagemesh.settings.base import Base
 
-UNSET = argparse.SUPPRESS
-
 
 def add_flags(parser: argparse.ArgumentParser, cls: type[Base], *, leave_out: tuple[str, ...] = ()) -> None:
     """Adds one flag for each field of `cls`. A flag that is not given does not appear in the namespace."""
     for name, field in cls.model_fields.items():
         if name in leave_out:
             continue
-        parser.add_argument(*spellings(name, field), dest=name, default=UNSET, help=_help(field), **_action(field))
+        parser.add_argument(
+            *spellings(name, field),
+            dest=name,
+            default=argparse.SUPPRESS,
+            required=field.is_required(),
+            help=_help(field),
+            # Pydantic checks types and bounds, so that a value gets the same check and message wherever it comes from.
+            **{"action": argparse.BooleanOptionalAction} if field.annotation is bool else {"metavar": "X"},
+        )
 
 
 def spellings(name: str, field: FieldInfo) -> list[str]:
@@ -31,16 +37,9 @@ def given(namespace: argparse.Namespace, cls: type[Base]) -> dict[str, Any]:
     return {name: value for name, value in vars(namespace).items() if name in cls.model_fields}
 
 
-def _action(field: FieldInfo) -> dict[str, Any]:
-    if field.annotation is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    # Pydantic checks types and bounds, so that a value gets the same check and message wherever it comes from.
-    return {"metavar": "X"}
-
-
 def _help(field: FieldInfo) -> str:
     text = (field.description or "").replace("\n", " ").replace("%", "%%")
-    if field.default is not None and field.annotation is not bool and field.default != "":
+    if field.annotation is not bool and not field.is_required() and field.default not in (None, ""):
         default = ",".join(map(str, field.default)) if isinstance(field.default, list) else field.default
         text += f" [{default}]"
     return text

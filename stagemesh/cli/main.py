@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from importlib import import_module
 
 import stagemesh
 from stagemesh.errors import CheckpointError, ConfigError, StagemeshError
@@ -17,42 +17,18 @@ from stagemesh.settings.model import DEMO_MODEL
 from stagemesh.settings.serve import ServeSettings
 from stagemesh.settings.stage import StageSettings
 
-from . import bench, operate
+from . import bench, operate, status
 from .flags import add_flags, given
 
 USAGE_ERROR = 2
 
-
-def _run_coordinator(settings: CoordinatorSettings, ready_fd: int | None) -> int:
-    from stagemesh.coordinator.main import run
-
-    return run(settings, ready_fd)
-
-
-def _run_stage(settings: StageSettings, ready_fd: int | None) -> int:
-    from stagemesh.stage_worker.main import run
-
-    return run(settings, ready_fd)
-
-
-def _run_gateway(settings: GatewaySettings, ready_fd: int | None) -> int:
-    from stagemesh.gateway.main import run
-
-    return run(settings, ready_fd)
-
-
-def _run_serve(settings: ServeSettings, ready_fd: int | None) -> int:
-    from stagemesh.local.supervisor import run
-
-    return run(settings)
-
-
-SERVICES: dict[str, tuple[type[Base], Callable[[Any, int | None], int], str]] = {
-    "serve": (ServeSettings, _run_serve, "start a whole mesh on this machine"),
-    "coordinator": (CoordinatorSettings, _run_coordinator, "run the coordinator"),
-    "stage": (StageSettings, _run_stage, "run one stage worker"),
-    "gateway": (GatewaySettings, _run_gateway, "run the gateway"),
+SERVICES: dict[str, tuple[type[Base], str, str]] = {
+    "serve": (ServeSettings, "stagemesh.local.supervisor", "start a whole mesh on this machine"),
+    "coordinator": (CoordinatorSettings, "stagemesh.coordinator.main", "run the coordinator"),
+    "stage": (StageSettings, "stagemesh.stage_worker.main", "run one stage worker"),
+    "gateway": (GatewaySettings, "stagemesh.gateway.main", "run the gateway"),
 }
+"""Command -> its settings, the module whose `run` it is, and what it does. The module is imported when it runs."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,9 +45,11 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--ready-fd", type=int, default=None, help=argparse.SUPPRESS)
             add_flags(command, cls)
         command.add_argument("--config", metavar="FILE", help="YAML file of settings")
+        command.set_defaults(run=_run)
     bench.add_parser(commands)
-    status = commands.add_parser("status", help="show the mesh that a gateway sees")
-    status.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway's HTTP address")
+    shows = commands.add_parser("status", help="show the mesh that a gateway sees")
+    shows.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway's HTTP address")
+    shows.set_defaults(run=status.run)
     operate.add_parsers(commands)
     return top
 
@@ -79,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 2 for wrong usage or settings, 1 for a failure while running."""
     namespace = parser().parse_args(argv)
-    return reported(namespace.command, lambda: _run(namespace))
+    return reported(namespace.command, lambda: namespace.run(namespace))
 
 
 def reported(command: str, run: Callable[[], int]) -> int:
@@ -94,19 +72,14 @@ def reported(command: str, run: Callable[[], int]) -> int:
 
 
 def _run(namespace: argparse.Namespace) -> int:
-    if namespace.command == "status":
-        from .status import show
-
-        return show(namespace.url)
-    if namespace.command == "bench":
-        return bench.run(namespace)
-    if namespace.command in operate.COMMANDS:
-        return operate.run(namespace)
-    cls, run, _ = SERVICES[namespace.command]
-    values = given(namespace, cls)
-    if namespace.command == "serve" and namespace.config and values["model"] == str(DEMO_MODEL):
+    cls, module, _ = SERVICES[namespace.command]
+    values, more = given(namespace, cls), {}
+    if namespace.command != "serve":
+        more["ready_fd"] = namespace.ready_fd
+    elif namespace.config and values["model"] == str(DEMO_MODEL):
         del values["model"]
-    return run(load(cls, file=namespace.config, given=values), getattr(namespace, "ready_fd", None))
+    status: int = import_module(module).run(load(cls, file=namespace.config, given=values), **more)
+    return status
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
+import grpc
+
+from stagemesh import rpc
 from stagemesh.errors import ConfigError, DeadlineExceeded, Unavailable
+from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
-from .status import fetch
+from .status import fetch_mesh
 
-COMMANDS = ("drain", "undrain", "repartition", "scale")
 CALL_TIMEOUT_S = 10.0
 LOOK_S, RETRY_S = 0.05, 0.2
 AWAY_S = 5.0
@@ -51,39 +53,29 @@ def add_parsers(commands: Any) -> None:
     scale.add_argument(
         "replicas", metavar="REPLICAS", help="how many workers; or auto: as many as were started for it with --stage"
     )
-    for command in (drain, undrain, repartition, scale):
+    operations = ((drain, _drain), (undrain, _undrain), (repartition, _repartition), (scale, _scale))
+    for command, operation in operations:
         command.add_argument("--url", default="http://127.0.0.1:8000", help="a gateway's HTTP address")
         command.add_argument("--coordinator", help="the coordinator's gRPC address [what the gateway says]")
         command.add_argument("--timeout", type=float, default=120.0, help="seconds to wait until it is done [120]")
+        command.set_defaults(run=run, operation=operation)
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Runs one of the commands. Raises NotFound, ConfigError, Unavailable, DeadlineExceeded."""
-    operation = {"drain": _drain, "undrain": _undrain, "repartition": _repartition, "scale": _scale}[namespace.command]
-    with _coordinator(namespace.coordinator or fetch(namespace.url)["gateway"]["coordinator"]) as stub:
-        operation(namespace, stub)
+    address = namespace.coordinator or fetch_mesh(namespace.url)["gateway"]["coordinator"]
+    with grpc.insecure_channel(address) as channel:
+        namespace.operation(namespace, coordinator_pb2_grpc.CoordinatorStub(channel))
     return 0
 
 
-@contextmanager
-def _coordinator(address: str) -> Iterator[Any]:
-    import grpc
-
-    from stagemesh.protos.v1 import coordinator_pb2_grpc
-
-    with grpc.insecure_channel(address) as channel:
-        yield coordinator_pb2_grpc.CoordinatorStub(channel)
-
-
-def _call(rpc: Any, request: Any, timeout_s: float) -> Any:
+def _call(method: Any, request: Any, timeout_s: float = AWAY_S) -> Any:
     """Calls the coordinator, and retries for `timeout_s` while it is away: a restart takes it a second or two."""
-    from stagemesh import rpc as rpcs
-
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            with rpcs.mapped():
-                return rpc(request, timeout=CALL_TIMEOUT_S)
+            with rpc.mapped():
+                return method(request, timeout=CALL_TIMEOUT_S)
         except Unavailable:
             if time.monotonic() > deadline:
                 raise
@@ -92,8 +84,6 @@ def _call(rpc: Any, request: Any, timeout_s: float) -> Any:
 
 def _wait(stub: Any, timeout_s: float, left: Callable[[Any], str]) -> float:
     """Waits until `left` says that nothing is left to do; returns the seconds that took. Raises DeadlineExceeded."""
-    from stagemesh.protos.v1 import coordinator_pb2
-
     began = time.monotonic()
     while what := left(_call(stub.DescribeMesh, coordinator_pb2.DescribeMeshRequest(), timeout_s).mesh):
         if time.monotonic() - began > timeout_s:
@@ -103,42 +93,36 @@ def _wait(stub: Any, timeout_s: float, left: Callable[[Any], str]) -> float:
 
 
 def _drain(namespace: argparse.Namespace, stub: Any) -> None:
-    from stagemesh.protos.v1 import coordinator_pb2
-
     worker: str = namespace.worker
     request = coordinator_pb2.DrainRequest(worker_id=worker, force=namespace.force)
 
     def left(mesh: Any) -> str:
         if any(w.worker_id == worker and w.state not in ("draining", "lost") for w in mesh.workers):
             # A coordinator that was started again has forgotten.
-            _call(stub.Drain, request, AWAY_S)
+            _call(stub.Drain, request)
             return f"{worker} is asked to drain"
         stages = [(p, s) for p in mesh.pipelines for s in p.stages if s.worker_id == worker]
         said = "; ".join(f"{p.pipeline_id} stage {s.stage}: {p.reason or 'moving'}" for p, s in stages)
         undo = f"`stagemesh undrain {worker}` takes the drain back"
         return f"{worker} still holds a stage: {said}; {undo}" if stages else ""
 
-    _call(stub.Drain, request, AWAY_S)
+    _call(stub.Drain, request)
     print(f"{worker} holds no stage, after {_wait(stub, namespace.timeout, left):.1f} s")
 
 
 def _undrain(namespace: argparse.Namespace, stub: Any) -> None:
-    from stagemesh.protos.v1 import coordinator_pb2
-
-    _call(stub.Undrain, coordinator_pb2.UndrainRequest(worker_id=namespace.worker), AWAY_S)
+    _call(stub.Undrain, coordinator_pb2.UndrainRequest(worker_id=namespace.worker))
     print(f"{namespace.worker} may hold stages again")
 
 
 def _repartition(namespace: argparse.Namespace, stub: Any) -> None:
-    from stagemesh.protos.v1 import coordinator_pb2
-
     request = coordinator_pb2.RepartitionRequest()
     if namespace.counts != "auto":
         try:
             request.counts.extend(int(count) for count in namespace.counts.split(","))
         except ValueError:
             raise ConfigError(f"{namespace.counts!r} is neither auto nor counts of layers, such as 5,7") from None
-    answer = _call(stub.Repartition, request, AWAY_S)
+    answer = _call(stub.Repartition, request)
     wanted = list(answer.counts)
     shown = ",".join(map(str, wanted))
     if answer.slowest_us:
@@ -155,14 +139,12 @@ def _repartition(namespace: argparse.Namespace, stub: Any) -> None:
 
 
 def _scale(namespace: argparse.Namespace, stub: Any) -> None:
-    from stagemesh.protos.v1 import coordinator_pb2, types_pb2
-
     automatic = namespace.replicas == "auto"
     if namespace.stage < 0 or not (automatic or (namespace.replicas.isdigit() and int(namespace.replicas))):
         raise ConfigError(f"scale {namespace.stage} {namespace.replicas}: a stage from 0 on, then 1 or more, or auto")
     replicas = 0 if automatic else int(namespace.replicas)
     request = coordinator_pb2.ScaleRequest(stage=namespace.stage, replicas=replicas)
-    wanted = _call(stub.Scale, request, AWAY_S).pipelines
+    wanted = _call(stub.Scale, request).pipelines
 
     def left(mesh: Any) -> str:
         if mesh.given_up:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from stagemesh.errors import InternalError
 from stagemesh.processes.frames import parse
 from stagemesh.protos.v1 import processes_pb2
@@ -14,5 +16,5 @@ def run(argument: bytes, fds: list[int]) -> int:
     start = parse(processes_pb2.ServiceStart, argument)
     if start.command not in SERVICES or len(fds) != 1:
         raise InternalError(f"{start.command!r} with {len(fds)} descriptors is no service")
-    cls, serve, _ = SERVICES[start.command]
-    return reported(start.command, lambda: serve(cls.model_validate_json(start.settings), fds[0]))
+    cls, module, _ = SERVICES[start.command]
+    return reported(start.command, lambda: import_module(module).run(cls.model_validate_json(start.settings), fds[0]))

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
+import argparse
 from typing import Any
 
-from stagemesh.errors import Unavailable
+from stagemesh.fetch import fetch_json
 
 TIMEOUT_S = 5.0
 
 
-def fetch(url: str) -> Any:
-    """GET `url`/mesh as JSON. Raises Unavailable when nobody answers."""
-    try:
-        with urllib.request.urlopen(f"{url}/mesh", timeout=TIMEOUT_S) as response:
-            return json.load(response)
-    except (OSError, ValueError) as e:
-        raise Unavailable(f"no gateway answers at {url}: {e}; name its address with --url") from e
+def fetch_mesh(url: str) -> Any:
+    """The mesh as the gateway at `url` sees it. Raises Unavailable when nobody answers."""
+    return fetch_json(f"{url}/mesh", TIMEOUT_S)
 
 
-def show(url: str) -> int:
+def run(namespace: argparse.Namespace) -> int:
     """Prints pipelines, stages and workers; 0 when the mesh serves, 1 when not."""
-    mesh = fetch(url)
+    mesh = fetch_mesh(namespace.url)
     gateway = mesh["gateway"]
     print(f"{'ready' if mesh['ready'] else 'NOT READY: ' + mesh['reason']}")
     print(f"{gateway['running']} running, {gateway['waiting']} waiting, "

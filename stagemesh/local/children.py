@@ -13,7 +13,7 @@ from stagemesh.errors import ConfigError, Unavailable
 from stagemesh.processes.child import ChildProcess, how_it_ended
 from stagemesh.processes.cpu import Patience, answered
 from stagemesh.processes.launcher import Launcher
-from stagemesh.processes.messages import unpack_listening
+from stagemesh.processes.messages import Kind, unpack
 from stagemesh.protos.v1 import processes_pb2
 from stagemesh.settings.base import Base
 
@@ -63,7 +63,10 @@ class Child:
         if not said:
             code = await self.wait(self.timing.end_s)
             raise ConfigError(f"the {self.label} did not start (exit status {code}); its message is above")
-        self.ports = unpack_listening(said)
+        self.ports = dict(unpack(Kind.LISTENING, processes_pb2.Listening, said).ports)
+        # Others have been told of them: they are asked for at every later start.
+        known = {key: port for key, port in self.ports.items() if key in type(self.settings).model_fields}
+        self.settings = self.settings.model_copy(update=known)
 
     async def _launch(self, ready_fd: int) -> ChildProcess:
         settings = self.settings.model_dump_json()
@@ -79,11 +82,6 @@ class Child:
     def alive(self) -> bool:
         """Whether the process runs; reaps it when it has ended."""
         return self.process is not None and self.process.poll() is None
-
-    def pin_ports(self) -> None:
-        """Keeps the ports it got for every later start: others have been told of them."""
-        known = {key: value for key, value in self.ports.items() if key in type(self.settings).model_fields}
-        self.settings = self.settings.model_copy(update=known)
 
     async def restart(self) -> None:
         """Starts it again after it died, later each time that it does not stay up."""

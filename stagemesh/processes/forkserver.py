@@ -10,8 +10,8 @@ It starts no thread and opens nothing, since a fork copies the thread that forks
 from __future__ import annotations
 
 import gc
-import importlib
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -19,8 +19,9 @@ import time
 
 from stagemesh import process
 from stagemesh.errors import InternalError
+from stagemesh.protos.v1.processes_pb2 import Forked
 
-from .messages import Kind, Received, pack_forked, receive_call
+from .messages import Kind, Received, pack_message, receive_call
 
 ADOPTED_LOOK_S, ADOPTED_S = 0.0005, 10.0
 """Between two looks for another parent, and how long that is looked for."""
@@ -56,9 +57,8 @@ def run(parent: socket.socket, parent_pid: int, title: str) -> int:
 
 
 def _call(received: Received) -> int:
-    module, _, name = received.call.function.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = pkgutil.resolve_name(received.call.function)
     except (ImportError, AttributeError, ValueError) as e:
         raise InternalError(f"there is no function {received.call.function!r} to run: {e}") from e
     status: int = function(received.call.argument, received.fds)
@@ -91,7 +91,7 @@ def _become(parent: socket.socket, parent_pid: int, between: int, received: Rece
     if received.call.own_group:
         os.setpgid(0, 0)
     with parent:
-        parent.send(pack_forked(os.getpid()))
+        parent.send(pack_message(Kind.FORKED, Forked(pid=os.getpid())))
     return _call(received)
 
 

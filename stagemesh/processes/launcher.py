@@ -21,13 +21,13 @@ from typing import NoReturn
 
 from stagemesh import process
 from stagemesh.errors import ConfigError, InternalError, Unavailable
-from stagemesh.protos.v1.processes_pb2 import Call
+from stagemesh.protos.v1.processes_pb2 import Call, Forked
 from stagemesh.timing import Timing
 
 from . import forkserver
 from .child import ChildProcess, how_it_ended
 from .cpu import Patience, answered
-from .messages import MAX_MESSAGE_BYTES, Kind, send_call, unpack_forked
+from .messages import MAX_MESSAGE_BYTES, Kind, send_call, unpack
 from .orphans import adopt_orphans, reap_orphans
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class _ForkServer:
         self.child.wait(timeout_s)
         with self.socket, contextlib.suppress(OSError, InternalError):
             while data := self.socket.recv(MAX_MESSAGE_BYTES):
-                unwanted = ChildProcess(unpack_forked(data))
+                unwanted = ChildProcess(unpack(Kind.FORKED, Forked, data).pid)
                 unwanted.kill()
                 unwanted.wait(timeout_s)
 
@@ -103,7 +103,6 @@ class Launcher:
         """A forkserver can do what it is for: one that is killed is started anew, even before it has forked."""
         self._one_at_a_time = asyncio.Lock()
         self._children: list[ChildProcess] = []
-        self._adopted_before: bool | None = None
 
     @property
     def forkserver(self) -> ChildProcess | None:
@@ -136,7 +135,7 @@ class Launcher:
             if not said:
                 self._raise_why_it_ended(server)
             self._has_forked = True
-            return self._own(ChildProcess(unpack_forked(said)))
+            return self._own(ChildProcess(unpack(Kind.FORKED, Forked, said).pid))
 
     def spawn(self, function: str, argument: bytes, fds: Sequence[int]) -> ChildProcess:
         """The same child as a new interpreter."""
@@ -172,15 +171,14 @@ class Launcher:
     def stop(self) -> None:
         """Starts no more children. Those that run are ended by whoever started them, before."""
         self._end_server()
-        if self._adopted_before is not None:
-            adopt_orphans(self._adopted_before)
+        if self._imports is not None:
+            adopt_orphans(False)
 
     # -- the forkserver ---------------------------------------------------------------------------------------------
 
     def _begin(self, *, fork_here: bool, close: Sequence[int] = ()) -> _ForkServer:
         assert self._imports is not None
-        if self._adopted_before is None:
-            self._adopted_before = adopt_orphans()
+        adopt_orphans()
         child, sock = self._fork_here(close) if fork_here else self._new_interpreter()
         sock.setblocking(False)
         self._server = _ForkServer(child, sock)

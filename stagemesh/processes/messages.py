@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+from google.protobuf.message import Message
+
 from stagemesh.errors import InternalError
 from stagemesh.protos.v1 import processes_pb2
 
@@ -46,7 +48,7 @@ class Received:
 
 def send_call(sock: socket.socket, kind: Kind, call: processes_pb2.Call, fds: Sequence[int] = ()) -> None:
     """Raises OSError when the other end is gone, InternalError for what does not fit."""
-    data = pack(kind, 0, call.SerializeToString())
+    data = pack_message(kind, call)
     if len(data) > MAX_MESSAGE_BYTES or len(fds) > MAX_FDS:
         raise InternalError(
             f"a call of {len(data)} bytes with {len(fds)} descriptors does not fit: at most {MAX_MESSAGE_BYTES} and "
@@ -66,27 +68,13 @@ def receive_call(sock: socket.socket) -> Received | None:
     return Received(kind, parse(processes_pb2.Call, payload), fds)
 
 
-def pack_forked(pid: int) -> bytes:
-    """To whoever asked for a fork."""
-    return pack(Kind.FORKED, 0, processes_pb2.Forked(pid=pid).SerializeToString())
+def pack_message(kind: Kind, message: Message) -> bytes:
+    """One frame with a message in it."""
+    return pack(kind, 0, message.SerializeToString())
 
 
-def unpack_forked(data: bytes) -> int:
-    """The process id. Raises InternalError for another message."""
-    return _unpack(Kind.FORKED, processes_pb2.Forked, data).pid
-
-
-def pack_listening(ports: dict[str, int]) -> bytes:
-    """For the parent of a service."""
-    return pack(Kind.LISTENING, 0, processes_pb2.Listening(ports=ports).SerializeToString())
-
-
-def unpack_listening(data: bytes) -> dict[str, int]:
-    """Ports by name. Raises InternalError for another message."""
-    return dict(_unpack(Kind.LISTENING, processes_pb2.Listening, data).ports)
-
-
-def _unpack(kind: Kind, message: type[M], data: bytes) -> M:
+def unpack(kind: Kind, message: type[M], data: bytes) -> M:
+    """The message in the one frame that `data` holds. Raises InternalError for a frame of another kind, or none."""
     came, _, payload = Decoder(Kind).one(data)
     if came is not kind:
         raise InternalError(f"{came.name} came where {kind.name} was expected")

@@ -9,17 +9,13 @@ import signal
 import sys
 from collections.abc import Collection
 
-PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
+PR_SET_CHILD_SUBREAPER = 36
 
 
-def adopt_orphans(adopt: bool = True) -> bool:
-    """Has this process adopt its descendants' orphans, or no longer; whether it did before."""
-    if sys.platform != "linux":
-        return False
-    libc, before = ctypes.CDLL(None, use_errno=True), ctypes.c_int()
-    libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
-    return bool(before.value)
+def adopt_orphans(adopt: bool = True) -> None:
+    """Has this process adopt its descendants' orphans, or no longer."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
 def reap_orphans(own: Collection[int], *, kill: bool = False) -> None:

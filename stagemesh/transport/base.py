@@ -134,20 +134,17 @@ def is_cuda(buffer: Buffer) -> bool:
 def send_view(buffer: Buffer) -> memoryview:
     """The bytes of a contiguous buffer, for reading. CUDA memory is copied to pinned host memory."""
     if is_cuda(buffer):
-        return _tensor_bytes(_pinned_like(buffer).copy_(cast("torch.Tensor", buffer)))
+        tensor = cast("torch.Tensor", buffer)
+        return host_view(_pinned_like(tensor).copy_(tensor))
     return host_view(buffer)
 
 
-def recv_view(buffer: Buffer) -> tuple[memoryview, Callable[[], None] | None]:
+def recv_view(buffer: Buffer) -> tuple[memoryview, Callable[[], object] | None]:
     """The bytes of a contiguous buffer, for writing; for CUDA memory, also what copies them up when all have come."""
     if is_cuda(buffer):
         tensor = cast("torch.Tensor", buffer)
         staged = _pinned_like(tensor)
-
-        def land() -> None:
-            tensor.copy_(staged)
-
-        return _tensor_bytes(staged), land
+        return host_view(staged), lambda: tensor.copy_(staged)
     view = host_view(buffer)
     if view.readonly:
         raise TransportError("a receive needs a writable buffer, got a read-only one")
@@ -158,22 +155,12 @@ def host_view(buffer: Buffer) -> memoryview:
     """The bytes of a contiguous buffer in host memory, without a copy."""
     if isinstance(buffer, bytes | bytearray | memoryview):
         return memoryview(buffer).cast("B")
-    return _tensor_bytes(buffer)
-
-
-def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor_array(tensor))
+    return memoryview(tensor_array(buffer))
 
 
 def tensor_array(tensor: torch.Tensor) -> Any:
     """A flat uint8 numpy view of a contiguous host tensor (bf16 has no buffer of its own)."""
-    import torch
-
-    if not tensor.is_contiguous():
-        raise TransportError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous")
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    return tensor.view(-1).view(torch.uint8).numpy()
+    return _flat(tensor).numpy()
 
 
 def cuda_bytes(buffer: Buffer) -> torch.Tensor:
@@ -181,15 +168,22 @@ def cuda_bytes(buffer: Buffer) -> torch.Tensor:
     current stream first: a transport does not know streams, and must not touch memory that a kernel still uses."""
     import torch
 
-    tensor = cast("torch.Tensor", buffer)
-    if not tensor.is_contiguous():
-        raise TransportError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous")
+    tensor = _flat(cast("torch.Tensor", buffer))
     torch.cuda.current_stream(tensor.device).synchronize()
-    return tensor.detach().view(-1).view(torch.uint8)
+    return tensor
 
 
-def _pinned_like(buffer: Buffer) -> torch.Tensor:
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
-    tensor = cast("torch.Tensor", buffer)
+    if not tensor.is_contiguous():
+        raise TransportError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous")
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -5,8 +5,9 @@ As in MPI, a message without a posted receive is called unexpected.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from stagemesh.errors import TransportError
@@ -21,7 +22,7 @@ class HostRequest:
 
     __slots__ = ("_land", "_on_cancel", "done", "error", "nbytes", "view")
 
-    def __init__(self, view: memoryview, land: Callable[[], None] | None = None) -> None:
+    def __init__(self, view: memoryview, land: Callable[[], object] | None = None) -> None:
         """`land` is called when all bytes of a receive are in `view`."""
         self.view: memoryview | None = view
         self.nbytes = view.nbytes
@@ -94,6 +95,11 @@ class Mailbox(Generic[Message]):
     def keep(self, tag: int, message: Message) -> None:
         """Keeps an unexpected message."""
         self._unexpected.setdefault(tag, deque()).append(message)
+
+    @property
+    def unexpected(self) -> Iterator[Message]:
+        """All that are kept."""
+        return itertools.chain.from_iterable(self._unexpected.values())
 
     def has(self, tag: int) -> bool:
         """True when an unexpected message with this tag is kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import re
 import subprocess
 import sys
 import time
@@ -18,12 +19,18 @@ from disturb import COMMON, check, counts, disturbed, end_worker, holders, rank_
 from mesh import Mesh, serve
 from resuming import Answer, Events
 
-from stagemesh.faults import POINTS
-
-IN_EVERY_STEP = tuple(
-    name for name in POINTS
-    if name in ("rank.plan", "rank.before_compute", "rank.before_send", "rank.after_send", "rank.after_release",
-                "rank.before_report", "rank.before_journal")
+ROOT = Path(__file__).parents[2]
+NAMED = [
+    name
+    for service in ("coordinator", "stage_worker", "gateway")
+    for path in sorted((ROOT / service).rglob("*.py"))
+    for name in re.findall(r'\bpoint\("([a-z_.]+)"\)', path.read_text())
+]
+POINTS = tuple(dict.fromkeys(NAMED))
+"""All points, as the services' code names them."""
+IN_EVERY_STEP = (
+    "rank.plan", "rank.before_compute", "rank.before_send", "rank.after_send", "rank.after_release",
+    "rank.before_report", "rank.before_journal",
 )  # fmt: skip
 OF_STANDBYS = ("agent.prepare",)
 OF_DRAINS = ("agent.release",)
@@ -37,6 +44,13 @@ IN_CI = {
     "rank.before_send", "rank.replay", "rank.copy_land", "gateway.after_log", "gateway.before_switch",
 }  # fmt: skip
 """One of each kind; `make chaos` goes through all."""
+
+
+def test_a_point_has_a_name_of_its_own() -> None:
+    assert len(POINTS) == len(NAMED) >= 36
+    assert set(POINTS) >= IN_CI.union(
+        IN_EVERY_STEP, OF_STANDBYS, OF_DRAINS, OF_MOVES, OF_ORDERS, OF_SWITCHES, ELSEWHERE
+    )
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,9 @@ SETTINGS = StageSettings(coordinator="127.0.0.1:1", device="cpu", worker_id="tes
 @pytest.fixture(autouse=True)
 def adopting() -> Iterator[None]:
     """As `serve`, this process is the parent of its descendants' orphans."""
-    before = adopt_orphans()
-    try:
-        yield
-    finally:
-        adopt_orphans(before)
+    adopt_orphans()
+    yield
+    adopt_orphans(False)
 
 
 def told(
@@ -79,7 +77,6 @@ async def start(child: Child) -> float:
     began = time.monotonic()
     if child.process is None:
         await child.start()
-        child.pin_ports()
     else:
         child.process.kill()
         child.process.wait()

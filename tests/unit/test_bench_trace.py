@@ -30,6 +30,8 @@ COLUMNS = [
 ]  # fmt: skip
 SKEW = (0, 5_000_000_000)
 """The second stage's host was booted an hour and a half before the gateway's."""
+REPLAN = "tokens delivered to next plan of a row"
+TURNAROUND = "turnaround: last stage's end to that plan taken by stage 0"
 
 
 def raw(steps: int = 40, skew: tuple[int, int] = SKEW, seed: int = 1) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def test_steps_of_another_epoch_are_left_out() -> None:
         step["epoch"] = 3
     trace = read(records)
     assert (len(trace.steps), trace.left_out) == (37, 3)
-    assert "3 steps of another epoch are left out" in table(trace, summarize(trace), None, "no")
+    assert "3 steps of another epoch are left out" in table(trace, summarize(trace), "no")
 
 
 def test_records_of_another_release_are_refused() -> None:
@@ -198,7 +200,7 @@ def test_the_picture_is_svg_with_a_box_for_each_step(trace: Trace) -> None:
 def test_a_picture_of_one_step() -> None:
     trace = read(raw(steps=1, skew=(0, 0)))
     ET.fromstring(waterfall.draw(trace, summarize(trace)))
-    assert "1 steps of" in table(trace, summarize(trace), None, "not known: too short")
+    assert "1 steps of" in table(trace, summarize(trace), "too short")
 
 
 def test_the_figures(trace: Trace) -> None:
@@ -207,31 +209,31 @@ def test_the_figures(trace: Trace) -> None:
     # 1000 us of every 1100 are a step's.
     assert first.busy_share == pytest.approx(1 / 1.1, abs=0.01)
     assert first.has_step_share > first.busy_share
-    assert (first.compute.p50_ms, first.hand_over.p50_ms, first.draft.p50_ms) == (0.9, 0.06, 0.04)
-    assert math.isnan(first.hop.p50_ms)
-    assert second.hop.p50_ms == pytest.approx(0.06, abs=trace.clocks[1].uncertainty_us / 1000)
+    assert tuple(first.times[name].p50_ms for name in ("compute", "hand over", "guess")) == (0.9, 0.06, 0.04)
+    assert math.isnan(first.times["hop in"].p50_ms)
+    assert second.times["hop in"].p50_ms == pytest.approx(0.06, abs=trace.clocks[1].uncertainty_us / 1000)
     assert first.compute_cpu_share == 0.8
     assert summary.slowest.stage == 1
     assert summary.tokens == 40
     assert summary.prefill_share == pytest.approx(18 / 56)
     # The last stage ends 2055 us after a plan; the next plan of that sequence, 2200 us after it, is taken at 2280.
-    assert summary.turnaround.p50_ms == pytest.approx(0.225, abs=0.04)
-    text = table(trace, summary, CpuUse(2.0, {"gateway": 0.2, "stage 0 rank 0": 0.8}, 0.75, 40), "")
+    assert summary.times[TURNAROUND].p50_ms == pytest.approx(0.225, abs=0.04)
+    text = table(trace, summary, CpuUse(2.0, {"gateway": 0.2, "stage 0 rank 0": 0.8}, 0.75, 40))
     assert "slowest stage (1) has a step to compute: 0.9" in text
     assert "non-compute CPU share: 0.25 (goal <= 0.15: missed)" in text
     assert "5.00" in text  # ms of the gateway's time a token
-    assert "non-compute CPU share: not known" in table(trace, summary, None, "not known: elsewhere")
+    assert "non-compute CPU share: not known" in table(trace, summary, "elsewhere")
 
 
 def test_a_plan_that_was_there_before_the_token_has_no_turnaround() -> None:
     records = raw(steps=3, skew=(0, 0))
-    assert summarize(read(records)).turnaround.p50_ms > 0.1
+    assert summarize(read(records)).times[TURNAROUND].p50_ms > 0.1
     first, _, third = records["steps"]
     third["planned_us"] = third["sent_us"] = first["received_us"] - 500
     third["stages"][0][0] = first["stages"][1][4] - 100
     summary = summarize(read(records))
-    assert summary.turnaround.p50_ms == summary.replan.p50_ms == 0
-    assert math.isnan(summarize(read(raw(steps=2))).turnaround.p50_ms)
+    assert summary.times[TURNAROUND].p50_ms == summary.times[REPLAN].p50_ms == 0
+    assert math.isnan(summarize(read(raw(steps=2))).times[TURNAROUND].p50_ms)
 
 
 def test_spans_and_percentiles() -> None:

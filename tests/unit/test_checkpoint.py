@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stagemesh.checkpoint import fingerprint, inspect, read_header, weight_files
+from stagemesh.checkpoint import fingerprint, inspect, weight_files
 from stagemesh.errors import CheckpointError, UnsupportedModel
+from stagemesh.safetensors_header import read_header
 
 H, M, V, L, N, K, D = 32, 64, 100, 4, 4, 2, 8  # hidden, MLP, vocabulary, layers, heads, KV heads, head size
 
@@ -78,9 +79,8 @@ LAYER = LAYER_MATRICES + 2 * H
 def test_counts_are_those_of_the_headers(tmp_path: Path, sharded: bool) -> None:
     info = inspect(make_sharded(tmp_path / "m") if sharded else make(tmp_path / "m"))
     assert (info.num_layers, info.hidden_size, info.vocab_size, info.dtype) == (L, H, V, "float32")
-    assert (info.num_kv_heads, info.head_dim, info.kv_elements_per_token) == (K, D, 2 * K * D)
+    assert (info.num_kv_heads, info.kv_elements_per_token) == (K, 2 * K * D)
     assert [part.parameters for part in info.layers] == [LAYER] * L
-    assert [part.bytes for part in info.layers] == [4 * LAYER] * L
     assert info.layers[0].flops_per_token == 2 * LAYER_MATRICES
     assert info.embedding.parameters == V * H
     assert info.embedding.flops_per_token == 0
@@ -111,7 +111,7 @@ def test_a_nested_text_config_is_the_decoder(tmp_path: Path) -> None:
         json.dumps({"architectures": ["SomeForConditionalGeneration"], "model_type": "some", "text_config": text})
     )
     info = inspect(folder)
-    assert (info.num_layers, info.hidden_size, info.architecture) == (L, H, "SomeForConditionalGeneration")
+    assert (info.num_layers, info.hidden_size) == (L, H)
     assert info.layers[3].parameters == LAYER
 
 
@@ -144,10 +144,9 @@ class TestFingerprint:
     def test_sees_one_tensor_change(self, tmp_path: Path, name: str) -> None:
         before = fingerprint(make(tmp_path / "a"))
         path = tmp_path / "a" / "model.safetensors"
-        start, end = read_header(path)[name]["data_offsets"]
+        tensor = read_header(path)[name]
         raw = bytearray(path.read_bytes())
-        data = 8 + struct.unpack("<Q", raw[:8])[0]
-        for k in range(data + start, data + end):
+        for k in range(tensor.offset, tensor.offset + tensor.nbytes):
             raw[k] ^= 0xFF
         path.write_bytes(raw)
         assert fingerprint(tmp_path / "a") != before

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Callable
 from enum import IntEnum
-from typing import Any
 
 import pytest
 
@@ -120,20 +118,23 @@ def test_a_call_that_does_not_fit_is_refused_by_its_sender() -> None:
                 messages.send_call(ours, messages.Kind.RUN, call, fds)
 
 
-@pytest.mark.parametrize("unpack", [messages.unpack_forked, messages.unpack_listening])
-@pytest.mark.parametrize(
-    "data",
-    [messages.pack_forked(17), messages.pack_listening({"port": 1})],
-    ids=["forked", "listening"],
-)
-def test_answers_of_children_are_not_taken_for_each_other(unpack: Callable[[bytes], Any], data: bytes) -> None:
-    if (unpack is messages.unpack_forked) == (data == messages.pack_forked(17)):
-        assert unpack(data) in (17, {"port": 1})
+ANSWERS = {
+    messages.Kind.FORKED: processes_pb2.Forked(pid=17),
+    messages.Kind.LISTENING: processes_pb2.Listening(ports={"port": 1}),
+}
+
+
+@pytest.mark.parametrize("expected", ANSWERS)
+@pytest.mark.parametrize("came", ANSWERS)
+def test_answers_of_children_are_not_taken_for_each_other(expected: messages.Kind, came: messages.Kind) -> None:
+    data = messages.pack_message(came, ANSWERS[came])
+    if expected is came:
+        assert messages.unpack(expected, type(ANSWERS[expected]), data) == ANSWERS[came]
         with pytest.raises(InternalError, match="closed within a frame"):
-            unpack(data[:-1])
+            messages.unpack(expected, type(ANSWERS[expected]), data[:-1])
     else:
         with pytest.raises(InternalError, match="was expected"):
-            unpack(data)
+            messages.unpack(expected, type(ANSWERS[expected]), data)
 
 
 def read_to_the_end(reader: ControlSocket) -> None:

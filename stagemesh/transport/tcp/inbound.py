@@ -5,52 +5,70 @@ from __future__ import annotations
 import contextlib
 import hmac
 import socket
+from collections.abc import Callable
 
 from stagemesh.errors import TransportError
 
-from ..mailbox import HostRequest, cancelled
+from ..mailbox import HostRequest, Mailbox, cancelled, wrong_size
 from . import frame
-from .inbox import Inbox
 
-_READ_BYTES = 1 << 16
-_READS_A_TURN = 32
+_READS_A_TURN = 64
+_scratch = memoryview(bytearray(1 << 16))
+"""What nobody wants is read into it."""
 
 
 class Inbound:
     """One accepted connection.
 
+    The body of a frame goes into the buffer of its posted receive. An unexpected one goes into new memory, if there is
+    room for it; if not, nothing more is read until there is.
+
     Args:
         secret: what its preamble must hold.
         deadline: monotonic time at which the preamble must be here.
+        has_room: whether an unexpected body of so many bytes may be kept.
     """
 
-    def __init__(self, sock: socket.socket, inbox: Inbox, secret: bytes, max_frame_bytes: int, deadline: float) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        mailbox: Mailbox[bytearray],
+        secret: bytes,
+        max_frame_bytes: int,
+        deadline: float,
+        has_room: Callable[[int], bool],
+    ) -> None:
         sock.setblocking(False)
-        self._sock, self._inbox = sock, inbox
+        self._sock, self._mailbox, self._has_room = sock, mailbox, has_room
         self._secret, self._max_frame_bytes = secret, max_frame_bytes
         self.fd = sock.fileno()
         self.origin = _origin(sock)
         self.deadline = deadline
         self.authenticated = False
         self.ended = False
-        self._rx = bytearray(_READ_BYTES)
-        self._start = self._end = 0  # unread part of _rx
         self.tag = 0
-        self._length = 0
-        self._in_frame = False  # a header was read, its body is not complete
+        self._length = 0  # of the body
+        self._in_body = False
+        self._head = memoryview(bytearray(frame.HEADER_BYTES))  # of a preamble or a header
+        self._view: memoryview | None = self._head  # what is read next; None: a frame waits for memory
+        self._skipped = 0  # bytes behind it that nobody wants
         self._request: HostRequest | None = None
-        self._body: memoryview | None = None  # None: no memory yet
-        self._missing = 0  # bytes of the body still to come
+        self._kept: bytearray | None = None  # the body of an unexpected frame
 
     @property
     def unexpected(self) -> bool:
         """A frame for which no receive was posted is on its way."""
-        return self._in_frame and self._request is None and (self._body is None or self._body.nbytes == self._length)
+        return self._kept is not None or self.stalled
 
     @property
     def stalled(self) -> bool:
         """A frame waits for memory."""
-        return self._in_frame and self._body is None
+        return self._view is None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the unexpected frame that is on its way."""
+        return len(self._kept) if self._kept is not None else 0
 
     def read(self) -> None:
         """Reads what is there.
@@ -58,28 +76,25 @@ class Inbound:
         Raises:
             TransportError: the stream is not valid; nothing more of it can be read.
         """
+        view = self._next()
         for _ in range(_READS_A_TURN):
-            if not self._parse():
+            if view is None:
                 return
             try:
-                if self._in_frame and self._missing >= _READ_BYTES and self._body is not None and self._body.nbytes:
-                    got = self._sock.recv_into(self._body[self._length - self._missing :], self._missing)
-                    self._take(got)
-                else:
-                    got = self._sock.recv_into(memoryview(self._rx)[self._end :])
-                    self._end += got
+                got = self._sock.recv_into(view)
             except BlockingIOError:
                 return
-            if got == 0:
+            if not got:
                 self.ended = True
                 return
+            self._view = view[got:]
+            view = self._next()
 
     def drop_frame(self) -> None:
         """Drops the present frame: the rest of it is read and thrown away."""
-        if self._request is None and self._body is not None:
-            self._inbox.give_up(self._length)
-        self._request = None
-        self._body = memoryview(b"")
+        rest = self._length if self._view is None else len(self._view)
+        self._request = self._kept = None
+        self._skip(rest)
 
     def close(self, error: TransportError | None) -> None:
         """Ends the connection, and the receive that was being filled."""
@@ -89,78 +104,72 @@ class Inbound:
         self._sock.close()
         if self._request is not None:
             self._request.finish(error or TransportError("the connection ended in the middle of a message"))
-        elif self.unexpected and self._body is not None:
-            self._inbox.give_up(self._length)
 
-    def _parse(self) -> bool:
-        """Parses what was read. False: a frame waits for memory."""
-        view = memoryview(self._rx)
-        while True:
-            if self._in_frame:
-                if self._body is None and not self._place():
-                    return False
-                part = min(self._missing, self._end - self._start)
-                if part:
-                    if self._body:
-                        at = self._length - self._missing
-                        self._body[at : at + part] = view[self._start : self._start + part]
-                    self._start += part
-                    if self._start == self._end:
-                        self._start = self._end = 0
-                self._take(part)
-                if self._in_frame:
-                    return True
-            elif not self._head(view):
-                return True
+    def _next(self) -> memoryview | None:
+        """What is to be filled next, which is not empty; None: a frame waits for memory."""
+        while not self._view:
+            if self._view is None:
+                if not self._place():
+                    return None
+            elif self._skipped:
+                self._skip(self._skipped)
+            elif self._in_body:
+                self._take_body()
+            else:
+                self._take_head()
+        return self._view
 
-    def _head(self, view: memoryview) -> bool:
-        """Reads a preamble or a header; False when it is not complete."""
-        size = frame.HEADER_BYTES if self.authenticated else frame.PREAMBLE_BYTES
-        have = self._end - self._start
-        if have < size:
-            view[:have] = bytes(view[self._start : self._end])
-            self._start, self._end = 0, have
-            return False
-        data = view[self._start : self._start + size]
-        self._start += size
-        if self._start == self._end:
-            data, self._start, self._end = memoryview(bytes(data)), 0, 0
+    def _take_head(self) -> None:
+        """A preamble or a header is here."""
+        self._view = self._head
         if self.authenticated:
-            self.tag, self._length = frame.unpack_header(data, self._max_frame_bytes)
-            self._missing = self._length
-            self._in_frame, self._body, self._request = True, None, None
-        elif hmac.compare_digest(frame.unpack_preamble(data), self._secret):
+            self.tag, self._length = frame.unpack_header(self._head, self._max_frame_bytes)
+            self._in_body, self._view = True, None
+        elif hmac.compare_digest(frame.unpack_preamble(self._head), self._secret):
             self.authenticated = True
         else:
             raise TransportError("the tag secret is wrong")
-        return True
 
     def _place(self) -> bool:
-        place = self._inbox.place(self.tag, self._length)
-        if isinstance(place, HostRequest):
-            self._request, self._body = place, place.view
-            place.on_cancel(self._cancel)
+        """Finds memory for a body; False when there is none."""
+        request = self._mailbox.match(self.tag)
+        if request is not None and request.nbytes == self._length:
+            self._request, self._view = request, request.view
+            request.on_cancel(self._cancel)
+        elif request is not None:
+            request.finish(wrong_size(self.tag, self._length, request.nbytes))
+            self._skip(self._length)
+        elif self._mailbox.fenced(self.tag):
+            self._skip(self._length)
+        elif self._has_room(self._length):
+            self._kept = bytearray(self._length)
+            self._view = memoryview(self._kept)
         else:
-            self._body = place
-        return self._body is not None
+            return False
+        return True
+
+    def _take_body(self) -> None:
+        """A body is here."""
+        request, kept = self._request, self._kept
+        self._in_body, self._view, self._request, self._kept = False, self._head, None, None
+        if kept is not None:
+            request = self._mailbox.match(self.tag)
+            if request is not None:  # Posted while the frame was on its way.
+                request.take(self.tag, kept)
+            else:
+                self._mailbox.keep(self.tag, kept)
+        elif request is not None:
+            request.finish()
+
+    def _skip(self, count: int) -> None:
+        """The next `count` bytes are read and thrown away."""
+        self._view = _scratch[:count]
+        self._skipped = count - len(self._view)
 
     def _cancel(self, request: HostRequest) -> None:
         if self._request is request:
-            self._request, self._body = None, memoryview(b"")
+            self.drop_frame()
             request.finish(cancelled())
-
-    def _take(self, count: int) -> None:
-        """`count` bytes of the body have come."""
-        self._missing -= count
-        if self._missing:
-            return
-        self._in_frame = False
-        body, request = self._body, self._request
-        self._body = self._request = None
-        if request is not None:
-            request.finish()
-        elif body is not None and body.nbytes == self._length and isinstance(body.obj, bytearray):
-            self._inbox.complete(self.tag, body.obj)
 
 
 def _origin(sock: socket.socket) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import os
 import select
 import socket
 import time
@@ -24,41 +24,34 @@ class Outbound:
     def __init__(self, host: str, port: int, secret: bytes, epoll: select.epoll, timeout_s: float) -> None:
         self._where = f"{host}:{port}"
         self._epoll = epoll
-        self._deadline: float | None = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
         self._queue: deque[tuple[memoryview, HostRequest | None]] = deque()
         self._queue.append((memoryview(frame.pack_preamble(secret)), None))
-        self._error: TransportError | None = None
+        self.error: TransportError | None = None
         self._connected = False
         self._wants_write = True
-        self._sock: socket.socket | None = None
-        self.fd = -1
+        self._sock = socket.socket()  # Of no use but to be closed, where the name is not known.
         try:
-            family, kind, proto, _, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            sock = socket.socket(family, kind, proto)
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            code = sock.connect_ex(sockaddr)
+            family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            self._sock.close()
+            self._sock = socket.socket(family, kind, proto)
+            self._sock.setblocking(False)
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(BlockingIOError):
+                self._sock.connect(address)
+            epoll.register(self._sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
         except OSError as error:
             self._fail(f"cannot be reached: {error}")
-            return
-        self._sock, self.fd = sock, sock.fileno()
-        if code not in (0, errno.EINPROGRESS):
-            self._fail(f"cannot be reached: {errno.errorcode.get(code, code)}")
-            return
-        epoll.register(self.fd, select.EPOLLIN | select.EPOLLOUT)
-
-    @property
-    def error(self) -> TransportError | None:
-        return self._error
+        self.fd = self._sock.fileno()
 
     @property
     def route(self) -> str:
         return "tcp" if self._connected else "unknown"
 
     def send(self, tag: int, buffer: Buffer) -> HostRequest:
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         view = send_view(buffer)
         request = HostRequest(view)
         header = memoryview(frame.pack_header(tag, view.nbytes))
@@ -67,54 +60,42 @@ class Outbound:
             self._queue.append((view, request))
         else:
             self._queue.append((header, request))
-        if self._connected and not self._wants_write:
+        if not self._wants_write:
             self._flush()
         return request
 
-    def on_event(self, event: int) -> bool:
-        """Handles an event of epoll. False: the connection is over."""
-        if self._sock is None:
-            return False
+    def on_event(self, event: int) -> None:
+        """Handles an event of epoll."""
         if not self._connected:
-            code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                self._fail(f"cannot be reached: {errno.errorcode.get(code, code)}")
-                return False
-            if not event & select.EPOLLOUT:
-                return True
-            self._connected, self._deadline = True, None
-        if event & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not self._hear():
-            return False
-        if event & select.EPOLLOUT:
+            if code := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self._fail(f"cannot be reached: {os.strerror(code)}")
+                return
+            self._connected = bool(event & select.EPOLLOUT)
+        elif event & ~select.EPOLLOUT:
+            self._hear()
+        if self._connected and event & select.EPOLLOUT and self.error is None:
             self._flush()
-        return self._sock is not None
 
-    def past_deadline(self, now: float) -> bool:
-        """Ends the connection when it was not established in time; True then."""
-        if self._deadline is not None and now > self._deadline:
+    def check_deadline(self, now: float) -> None:
+        """Ends the connection when it was not established in time."""
+        if not self._connected and now > self._deadline:
             self._fail(f"did not answer within {self._timeout_s:g} s")
-            return True
-        return False
 
     def close(self) -> None:
         self._fail("was closed by this side")
 
-    def _hear(self) -> bool:
+    def _hear(self) -> None:
         """Reads from the connection. The other side sends nothing but a refusal, before it closes."""
-        assert self._sock is not None
         try:
-            data = self._sock.recv(frame.REFUSAL_BYTES)
+            reason = frame.unpack_refusal(self._sock.recv(frame.REFUSAL_BYTES))
         except BlockingIOError:
-            return True
+            return
         except OSError as error:
             self._fail(f"broke: {error}")
-            return False
-        reason = frame.unpack_refusal(data)
-        self._fail(f"refused this side: {reason}" if reason else "ended the connection")
-        return False
+        else:
+            self._fail(f"refused this side: {reason}" if reason else "ended the connection")
 
     def _flush(self) -> None:
-        assert self._sock is not None
         while self._queue:
             views = [self._queue[i][0] for i in range(min(len(self._queue), _IOV))]
             try:
@@ -122,8 +103,7 @@ class Outbound:
             except BlockingIOError:
                 break
             except OSError as error:
-                if not self._hear():  # a refusal says more than a broken pipe
-                    return
+                self._hear()  # a refusal says more than a broken pipe
                 self._fail(f"broke: {error}")
                 return
             self._advance(sent)
@@ -143,14 +123,12 @@ class Outbound:
                 request.finish()
 
     def _fail(self, why: str) -> None:
-        if self._error is None:
-            self._error = TransportError(f"the peer {self._where} {why}")
-        if self._sock is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._epoll.unregister(self.fd)
-            self._sock.close()
-            self._sock = None
+        """Ends the connection for a reason, of which the first one counts."""
+        self.error = self.error or TransportError(f"the peer {self._where} {why}")
+        with contextlib.suppress(OSError, ValueError):
+            self._epoll.unregister(self._sock.fileno())
+        self._sock.close()
         for _, request in self._queue:
             if request is not None:
-                request.finish(self._error)
+                request.finish(self.error)
         self._queue.clear()

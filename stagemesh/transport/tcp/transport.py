@@ -18,11 +18,10 @@ import time
 from stagemesh.errors import TransportError
 
 from ..base import Buffer, recv_view
-from ..mailbox import HostRequest
+from ..mailbox import HostRequest, Mailbox
 from ..timing import TransportTiming
 from . import frame
 from .inbound import Inbound
-from .inbox import Inbox
 from .outbound import Outbound
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class TcpTransport:
         timing: TransportTiming = TransportTiming(),
     ) -> None:
         self._timing = timing
-        self._max_frame_bytes = max_frame_bytes
+        self._max_frame_bytes, self._max_unexpected_bytes = max_frame_bytes, max_unexpected_bytes
         self._secret = os.urandom(frame.SECRET_BYTES)
         try:
             family, _, _, _, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -73,7 +72,7 @@ class TcpTransport:
         self._epoll.register(self._listener.fileno(), select.EPOLLIN)
         self._inbound: dict[int, Inbound] = {}
         self._outbound: dict[int, Outbound] = {}
-        self._inbox = Inbox(max_unexpected_bytes)
+        self._mailbox: Mailbox[bytearray] = Mailbox()
         self._waiting: list[Inbound] = []  # they have a frame that waits for memory
         self.refused_count = 0
         self._calls = 0
@@ -91,18 +90,19 @@ class TcpTransport:
         return peer
 
     def recv(self, tag: int, buffer: Buffer) -> HostRequest:
-        view, land = recv_view(buffer)
-        request = HostRequest(view, land)
-        self._inbox.post(tag, request)
+        request = HostRequest(*recv_view(buffer))
+        message = self._mailbox.post(tag, request)
+        if message is not None:
+            request.take(tag, message)
         if self._waiting:
             self._resume()
         return request
 
     def probe(self, tag: int) -> bool:
-        return self._inbox.has(tag) or any(c.tag == tag for c in self._inbound.values() if c.unexpected)
+        return self._mailbox.has(tag) or any(c.tag == tag for c in self._inbound.values() if c.unexpected)
 
     def discard(self, tag: int, mask: int, *, forever: bool = False) -> int:
-        count = self._inbox.discard(tag, mask, forever)
+        count = len(self._mailbox.discard(tag, mask, forever))
         for connection in self._inbound.values():
             if connection.unexpected and (connection.tag ^ tag) & mask == 0:
                 connection.drop_frame()
@@ -112,7 +112,7 @@ class TcpTransport:
 
     @property
     def late_count(self) -> int:
-        return self._inbox.late_count
+        return self._mailbox.late_count
 
     def progress(self) -> bool:
         self._calls += 1
@@ -124,8 +124,10 @@ class TcpTransport:
                 self._accept()
             elif fd in self._inbound:
                 self._read(self._inbound[fd])
-            elif fd in self._outbound and not self._outbound[fd].on_event(event):
-                del self._outbound[fd]
+            elif fd in self._outbound:
+                self._outbound[fd].on_event(event)
+                if self._outbound[fd].error is not None:
+                    del self._outbound[fd]
         return bool(events)
 
     def doubt(self) -> None:
@@ -147,7 +149,7 @@ class TcpTransport:
         for connection in list(self._inbound.values()):
             self._drop(connection, None)
         self._listener.close()
-        self._inbox.fail_all(TransportError("the transport was closed"))
+        self._mailbox.fail_all(TransportError("the transport was closed"))
         self._epoll.close()
 
     # -- connections ------------------------------------------------------------------------------------------------
@@ -163,15 +165,19 @@ class TcpTransport:
                     raise TransportError("no file descriptors are left to accept a connection") from error
                 return
             unauthenticated = [c for c in self._inbound.values() if not c.authenticated]
-            if (
-                len(unauthenticated) >= _MAX_UNAUTHENTICATED
-            ):  # The oldest is dropped: a peer with the secret sends it at once.
+            if len(unauthenticated) >= _MAX_UNAUTHENTICATED:
+                # The oldest is dropped: a peer with the secret sends it at once.
                 self.refused_count += 1
                 self._drop(unauthenticated[0], TransportError("too many connections that do not say who they are"))
             deadline = time.monotonic() + self._timing.preamble_s
-            connection = Inbound(sock, self._inbox, self._secret, self._max_frame_bytes, deadline)
+            connection = Inbound(sock, self._mailbox, self._secret, self._max_frame_bytes, deadline, self._has_room)
             self._inbound[sock.fileno()] = connection
             self._epoll.register(sock.fileno(), select.EPOLLIN)
+
+    def _has_room(self, length: int) -> bool:
+        """Whether an unexpected frame may be kept: any while there is none, others up to the bound."""
+        kept = sum(map(len, self._mailbox.unexpected)) + sum(c.kept_bytes for c in self._inbound.values())
+        return not kept or kept + length <= self._max_unexpected_bytes
 
     def _read(self, connection: Inbound) -> None:
         try:
@@ -210,5 +216,6 @@ class TcpTransport:
             self.refused_count += 1
             self._drop(connection, TransportError("no preamble came in time"))
         for fd, peer in list(self._outbound.items()):
-            if peer.past_deadline(now) or peer.error is not None:
+            peer.check_deadline(now)
+            if peer.error is not None:
                 del self._outbound[fd]

@@ -29,9 +29,8 @@ LIMITS = types_pb2.RunLimits(
     max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32, page_size=16, steps_in_flight=3, gateways=1
 )
 INFO = CheckpointInfo(
-    path="m", architecture="A", model_type="llama", num_layers=LAYERS, hidden_size=8, vocab_size=50, dtype="float32",
-    max_position_embeddings=512, num_heads=2, num_kv_heads=2, head_dim=4, kv_elements_per_token=16, tied=False,
-    layers=(Part(4000, 1000, 2000.0),) * LAYERS, embedding=Part(), head=Part(),
+    hidden_size=8, vocab_size=50, dtype="float32", max_position_embeddings=512, num_kv_heads=2,
+    kv_elements_per_token=16, tied=False, layers=(Part(1000, 2000.0),) * LAYERS, embedding=Part(), head=Part(),
 )  # fmt: skip
 BOTH = (("tcp", (b"t",)), ("ucx", (b"u",)))
 NAME = "pipeline-0"

@@ -16,9 +16,8 @@ LIMITS = RunLimits(
     max_model_len=100, max_num_seqs=12, max_num_batched_tokens=64, page_size=16, num_pages=0, steps_in_flight=3
 )
 INFO = CheckpointInfo(
-    path="m", architecture="LlamaForCausalLM", model_type="llama", num_layers=4, hidden_size=8, vocab_size=50,
-    dtype="float32", max_position_embeddings=512, num_heads=4, num_kv_heads=2, head_dim=2, kv_elements_per_token=8,
-    tied=False, layers=(Part(4000, 1000, 2000.0),) * 4, embedding=Part(1600, 400), head=Part(1632, 408, 800.0),
+    hidden_size=8, vocab_size=50, dtype="float32", max_position_embeddings=512, num_kv_heads=2,
+    kv_elements_per_token=8, tied=False, layers=(Part(1000, 2000.0),) * 4, embedding=Part(400), head=Part(408, 800.0),
 )  # fmt: skip
 STREAMS = Kind(1, 0, flops_per_s=1e12, bytes_per_s=1e6)  # bound by memory
 COMPUTES = Kind(1, 0, flops_per_s=1e5, bytes_per_s=1e12)  # bound by arithmetic

@@ -29,10 +29,9 @@ def model(
         max_model_len=max_model_len, max_num_seqs=1, max_num_batched_tokens=1, page_size=16, steps_in_flight=1
     )
     info = CheckpointInfo(
-        path="m", architecture="A", model_type="llama", num_layers=len(layers), hidden_size=1, vocab_size=vocab,
-        dtype="float32", max_position_embeddings=4096, num_heads=1, num_kv_heads=1, head_dim=1,
-        kv_elements_per_token=2, tied=False, layers=tuple(Part(4 * n, n, 2.0 * n) for n in layers),
-        embedding=Part(4 * embedding, embedding), head=Part(4 * head, head, 2.0 * head),
+        hidden_size=1, vocab_size=vocab, dtype="float32", max_position_embeddings=4096, num_kv_heads=1,
+        kv_elements_per_token=2, tied=False, layers=tuple(Part(n, 2.0 * n) for n in layers),
+        embedding=Part(embedding), head=Part(head, 2.0 * head),
     )  # fmt: skip
     return CostModel(info, limits, "float32")
 

@@ -1,0 +1,37 @@
+"""Asks a gateway's HTTP port: for commands that are no OpenAI client."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from stagemesh.errors import InvalidRequest, Unavailable
+
+
+def fetch_json(url: str, timeout_s: float, *, api_key: str | None = None, post: bool = False) -> Any:
+    """The JSON answer to a GET, or to a POST without a body.
+
+    Raises:
+        Unavailable: nobody answers, or what the server says in place of an answer.
+        InvalidRequest: what the server says about this request.
+    """
+    # The key is sent as UTF-8. urllib encodes headers as Latin-1, so each byte becomes one character here.
+    headers = {"Authorization": f"Bearer {api_key}".encode().decode("latin-1")} if api_key else {}
+    request = urllib.request.Request(url, b"" if post else None, headers, method="POST" if post else "GET")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as e:
+        with e:
+            said = e.read().decode(errors="replace")
+        try:
+            said = json.loads(said)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            said = said[:300] or e.reason
+        if e.code == 404:
+            said += " (is the gateway of an older release?)"
+        raise (InvalidRequest if e.code == 400 else Unavailable)(f"{url} answers {e.code}: {said}") from e
+    except (OSError, ValueError) as e:
+        raise Unavailable(f"no gateway answers at {url}: {e}; name its address with --url") from e
