@@ -20,9 +20,10 @@ from stagemesh.errors import StageLost, StagemeshError
 from stagemesh.processes.launcher import Launcher, LaunchTiming
 from stagemesh.protos.v1.processes_pb2 import Call
 
+from .agent.handlers import SERVICE_NAME, add_to_server
 from .agent.membership import Membership
 from .agent.rank_group import RankGroup
-from .agent.service import SERVICE_NAME, Agent, add_to_server
+from .agent.service import Agent
 from .messages.rank_config import RankConfig
 from .timing import StageTiming
 

@@ -370,35 +370,3 @@ def _together(ranks: list[stage_pb2.RunOpened]) -> stage_pb2.RunOpened:
         functools.reduce(operator.and_, bits) for bits in zip(*(r.journal for r in ranks), strict=False)
     )
     return opened
-
-
-def add_to_server(agent: Agent, server: grpc.aio.Server) -> None:
-    """Adds the Stage service. Run takes and gives raw bytes: parsing every plan here would only cost."""
-
-    def unary(function: Any, request: Any, response: Any) -> Any:
-        return grpc.unary_unary_rpc_method_handler(
-            function, request_deserializer=request.FromString, response_serializer=response.SerializeToString
-        )
-
-    p = stage_pb2
-    handlers = {
-        "Assign": grpc.unary_stream_rpc_method_handler(
-            agent.assign,
-            request_deserializer=p.AssignRequest.FromString,
-            response_serializer=p.AssignResponse.SerializeToString,
-        ),
-        "Prepare": grpc.unary_stream_rpc_method_handler(
-            agent.prepare,
-            request_deserializer=p.PrepareRequest.FromString,
-            response_serializer=p.AssignResponse.SerializeToString,
-        ),
-        "OfferLink": unary(agent.offer_link, p.OfferLinkRequest, p.OfferLinkResponse),
-        "ConnectLink": unary(agent.connect_link, p.ConnectLinkRequest, p.ConnectLinkResponse),
-        "Activate": unary(agent.activate, p.ActivateRequest, p.ActivateResponse),
-        "Release": unary(agent.release, p.ReleaseRequest, p.ReleaseResponse),
-        "Run": grpc.stream_stream_rpc_method_handler(agent.run),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
-
-
-SERVICE_NAME = stage_pb2.DESCRIPTOR.services_by_name["Stage"].full_name

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 
 import torch
 
@@ -19,7 +20,7 @@ from stagemesh.errors import InvalidRequest, TransportError
 from stagemesh.faults import point
 
 from ..links.link import LinkReceiver, LinkSender
-from .landing import Landed, land
+from .landing import land
 from .pool import KvPool
 
 CREDITS = 4
@@ -114,7 +115,7 @@ class PageReceiver:
         self._frames = frames
         self._coming: dict[int, deque[tuple[int, list[int]]]] = {}
         """Slot -> what was announced, in order."""
-        self._landing: dict[int, Landed] = {}
+        self._landing: dict[int, Future[None]] = {}
         """Slot -> whether its next frame is in its pages; where that has come."""
 
     @property
@@ -146,10 +147,9 @@ class PageReceiver:
                 point("rank.copy_land")
                 self._landing[slot] = land(lambda: self._frames.write(pages, frame))
             return None
-        if not landing.done.is_set():
+        if not landing.done():
             return None
-        if landing.error is not None:
-            raise landing.error  # A rank that cannot write its pages is of no use.
+        landing.result()  # A rank that cannot write its pages is of no use.
         del self._landing[slot]
         coming.popleft()
         self.link.release(slot, number)
@@ -160,5 +160,5 @@ class PageReceiver:
         self._coming.pop(slot, None)
         landing = self._landing.pop(slot, None)
         if landing is not None:
-            landing.done.wait()
+            wait([landing])
         self.link.close_lane(slot)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -15,10 +18,12 @@ from ..native import ops
 from ..native.architecture import Architecture, NotNative, check_sizes, dtype_of, read_architecture
 from .batch import StepBatch
 from .parallel import TensorParallel
-from .sleeping import SleepShard, sleeps
 from .spec import ShardSpec
 
 log = logging.getLogger(__name__)
+
+PLUGINS = "STAGEMESH_PLUGINS"
+"""Names modules, separated by commas, which a rank imports so that they can `register_shard` (after vLLM's plugins)."""
 
 
 class Shard(Protocol):
@@ -69,6 +74,24 @@ class Shard(Protocol):
         """One step: hidden states [T, H], or on the last stage logits [R, V] in fp32."""
 
 
+_registered: dict[str, Callable[[ShardSpec], Shard]] = {}
+
+
+def register_shard(model_type: str, make: Callable[[ShardSpec], Shard]) -> None:
+    """Has `make` serve checkpoints whose config.json is of this model type."""
+    _registered[model_type] = make
+
+
+def _registered_for(model_dir: str) -> Callable[[ShardSpec], Shard] | None:
+    if not _registered:
+        return None
+    try:
+        config = json.loads((Path(model_dir) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None  # Whoever loads it says what is wrong with it.
+    return _registered.get(str(config.get("model_type"))) if isinstance(config, dict) else None
+
+
 def load_shard(
     spec: ShardSpec,
     parallel: TensorParallel,
@@ -87,8 +110,9 @@ def load_shard(
         ConfigError: layer range or TP size do not fit the model.
         CheckpointError: a tensor is missing, has the wrong shape, or its file is damaged.
     """
-    if sleeps(spec.model_dir):
-        return SleepShard(spec)
+    make = _registered_for(spec.model_dir)
+    if make is not None:
+        return make(spec)
     try:
         architecture = native_architecture(spec)
     except NotNative as e:
@@ -140,7 +164,9 @@ def native_architecture(spec: ShardSpec) -> Architecture:
 
 def import_for(spec: ShardSpec) -> None:
     """Imports what `load_shard` will need of slow things, where the model is known before an assignment."""
-    if not spec.model_dir or sleeps(spec.model_dir):
+    for name in filter(None, os.environ.get(PLUGINS, "").split(",")):
+        importlib.import_module(name)
+    if not spec.model_dir or _registered_for(spec.model_dir) is not None:
         return
     try:
         native_architecture(spec)

@@ -28,15 +28,6 @@ CPU_KV_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """A shard in memory and what it was loaded as."""
-
-    spec: ShardSpec
-    fingerprint: str
-    shard: Shard
-
-
-@dataclass(frozen=True)
 class _Wanted:
     """What a request asks for."""
 
