@@ -6,7 +6,7 @@ import importlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -32,37 +32,22 @@ class Shard(Protocol):
     on_layer: Callable[[], None] | None
     """Called between layers: the caller drives its transports."""
 
-    @property
-    def hidden_size(self) -> int:
-        """H, the width of what crosses a boundary."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of activations and KV."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights in memory."""
-
-    @property
-    def tensor_bytes_read(self) -> int:
-        """Bytes of weights read from the checkpoint."""
-
-    @property
-    def kv_layers(self) -> Sequence[KvLayerSpec]:
-        """What each own layer keeps of a token."""
-
-    @property
-    def kv_layout(self) -> str:
-        """Names the order of what lies in a page: the same for shards that read each other's."""
+    hidden_size: int
+    """H, the width of what crosses a boundary."""
+    vocab_size: int
+    """V."""
+    dtype: torch.dtype
+    """Of activations and KV."""
+    device: torch.device
+    """Where it computes."""
+    weight_bytes: int
+    """Of weights in memory."""
+    tensor_bytes_read: int
+    """Of weights read from the checkpoint."""
+    kv_layers: list[KvLayerSpec]
+    """What each own layer keeps of a token."""
+    kv_layout: str
+    """Names the order of what lies in a page: the same for shards that read each other's."""
 
     def bind_kv(self, pool: KvPool) -> None:
         """Use these pages from now on."""

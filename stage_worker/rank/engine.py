@@ -250,30 +250,29 @@ class Engine:
         ended = time.monotonic()
         point("rank.before_report")
         if self._orders_in is None:
-            timing = self._timing(step, began, ended, assignment.take_wait_send_s(session))
-            timing.input_complete_us, timing.output_us = int(complete_at * 1e6), int(output_at * 1e6)
-            timing.draft_us = int(guessed_s * 1e6)
-            timing.compute_cpu_us = int((time.process_time() - cpu_before) * 1e6)
+            waited_s = max(0.0, began - max(step.arrived_at, self._free_at))
+            wait_send_s = assignment.take_wait_send_s(session)
+            timing = types_pb2.StepTiming(
+                wait_input_us=int(max(0.0, waited_s - wait_send_s) * 1e6),
+                compute_us=int((ended - began) * 1e6),
+                wait_send_us=int(wait_send_s * 1e6),
+                tokens=step.num_tokens,
+                plan_arrived_us=int(step.arrived_at * 1e6),
+                began_us=int(began * 1e6),
+                ended_us=int(ended * 1e6),
+                input_complete_us=int(complete_at * 1e6),
+                output_us=int(output_at * 1e6),
+                draft_us=int(guessed_s * 1e6),
+                compute_cpu_us=int((time.process_time() - cpu_before) * 1e6),
+                result_sent_us=time.monotonic_ns() // 1000,
+            )
             result.timing.CopyFrom(timing)
-            result.timing.result_sent_us = time.monotonic_ns() // 1000
             self._reports.add(session.ident, result, at_once=assignment.is_last)
         if output is not None and not assignment.is_last:
             point("rank.before_journal")
             assignment.keep_output(step, output)
         session.finish(step)
         self._free_at = time.monotonic()
-
-    def _timing(self, step: Step, began: float, ended: float, wait_send_s: float) -> types_pb2.StepTiming:
-        waited_s = max(0.0, began - max(step.arrived_at, self._free_at))
-        return types_pb2.StepTiming(
-            wait_input_us=int(max(0.0, waited_s - wait_send_s) * 1e6),
-            compute_us=int((ended - began) * 1e6),
-            wait_send_us=int(wait_send_s * 1e6),
-            tokens=step.num_tokens,
-            plan_arrived_us=int(step.arrived_at * 1e6),
-            began_us=int(began * 1e6),
-            ended_us=int(ended * 1e6),
-        )
 
     # -- what goes wrong --------------------------------------------------------------------------------------------
 
