@@ -1,4 +1,4 @@
-"""A gateway's stream at a worker's agent: what is still to be read by it, bounded."""
+"""One gateway's Run stream at an agent, with a bounded queue of what the gateway has not read yet."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ OUTBOX_FRAMES = 1024
 
 @dataclass
 class GatewaySession:
-    """One gateway's Run stream."""
+    """State of one Run stream."""
 
     ident: int
     open: stage_pb2.RunOpen
     group: RankGroup
-    """The ranks that hold it; those that take their place know nothing of it."""
+    """The ranks that have the session open. Ranks that replace them later do not know it."""
     outbox: asyncio.Queue[bytes | StagemeshError] = field(default_factory=lambda: asyncio.Queue(OUTBOX_FRAMES))
     copied: dict[bytes, set[int]] = field(default_factory=dict)
-    """Pages that have come on some ranks, not yet on all."""
+    """Copied pages -> ranks on which they have arrived. An entry goes when all ranks have them."""
 
     def put(self, item: bytes | StagemeshError) -> None:
-        """Queues a frame; a gateway that does not read is dropped rather than buffered without bound."""
+        """Queues a frame. Where the queue is full, the gateway does not read: its stream ends with StageLost."""
         try:
             self.outbox.put_nowait(item)
         except asyncio.QueueFull:

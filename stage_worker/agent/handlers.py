@@ -17,7 +17,7 @@ SERVICE_NAME: str = SERVICE.full_name
 
 
 def add_to_server(agent: Agent, server: grpc.aio.Server) -> None:
-    """Adds the Stage service. Run takes and gives raw bytes: parsing every plan here would only cost."""
+    """Adds the Stage service to a server. Run takes and gives raw bytes: the agent does not parse plans and results."""
     calls: dict[str, Any] = {
         "Assign": agent.assign,
         "Prepare": agent.prepare,

@@ -36,11 +36,11 @@ class Child:
     launcher: Launcher
     timing: ServeTiming
     forked: bool = False
-    """The launcher's forkserver has imported what it needs."""
+    """Whether it is forked from the launcher's forkserver."""
     process: ChildProcess | None = None
     ports: dict[str, int] = field(default_factory=dict)
     restarts: int = 0
-    """Deaths in a row, each soon after the start."""
+    """How often in a row it died soon after its start."""
     started_at: float = 0.0
 
     async def start(self) -> None:
@@ -81,12 +81,12 @@ class Child:
         return self.process is not None and self.process.poll() is None
 
     def pin_ports(self) -> None:
-        """Keeps the ports it got for every later start: others have been told of them."""
+        """Keeps its ports for every later start, since other processes know them."""
         known = {key: value for key, value in self.ports.items() if key in type(self.settings).model_fields}
         self.settings = self.settings.model_copy(update=known)
 
     async def restart(self) -> None:
-        """Starts it again after it died, later each time that it does not stay up."""
+        """Restarts it after it died. The pause grows while it does not stay up."""
         assert self.process is not None
         how, timing = how_it_ended(self.process.returncode), self.timing
         self.restarts = 0 if time.monotonic() - self.started_at > timing.stable_s else self.restarts + 1
@@ -112,14 +112,14 @@ class Child:
         return self.process.poll() if self.process is not None else None
 
     def kill(self) -> None:
-        """Ends it for certain, with whatever it started."""
+        """Kills it and all processes that it started."""
         if self.process is not None:
             self.process.kill_group()
             self.process.wait(self.timing.end_s)
 
 
 async def _read_all(fd: int) -> bytes:
-    """What a pipe brings until its writers have closed it."""
+    """Reads a pipe until its writers have closed it."""
     loop = asyncio.get_running_loop()
     with os.fdopen(fd, "rb") as pipe:
         reader = asyncio.StreamReader()

@@ -1,4 +1,4 @@
-"""Orphans: processes whose own parent has ended become children of the nearest ancestor that adopts them (Linux)."""
+"""Orphans: on Linux, a process whose parent has ended becomes a child of the nearest ancestor that adopts orphans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 
 
 def adopt_orphans(adopt: bool = True) -> bool:
-    """Has this process adopt its descendants' orphans, or no longer; whether it did before."""
+    """Sets whether this process adopts its descendants' orphans. Returns whether it did before."""
     if sys.platform != "linux":
         return False
     libc, before = ctypes.CDLL(None, use_errno=True), ctypes.c_int()
@@ -23,7 +23,7 @@ def adopt_orphans(adopt: bool = True) -> bool:
 
 
 def reap_orphans(own: Collection[int], *, kill: bool = False) -> None:
-    """Reaps children of this process but for its `own`; kills them first when asked to, and waits for their end."""
+    """Reaps children of this process that are not in `own`. `kill`: kills them first, and waits for their end."""
     if sys.platform != "linux":
         return
     with open(f"/proc/self/task/{os.getpid()}/children") as f:
