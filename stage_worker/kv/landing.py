@@ -1,7 +1,7 @@
-"""Pages that have come are put where they belong by a thread beside the engine's.
+"""Writes pages that arrived into the KV cache, on a thread of low priority beside the engine's.
 
-Memory that nobody has touched yet is made when it is, which can take the system a tenth of a second a frame: a stage
-that serves must not wait for that, nor be taken for one that hangs. The thread asks for less of the processor.
+The first write to memory makes the system allocate it, which can take a tenth of a second for one frame. The engine of
+a stage that serves must not wait for that.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def _give_way() -> None:
 
 
 _thread = ThreadPoolExecutor(1, "landing", initializer=_give_way)
-"""Started when it is first needed. Jobs are few: links' credits bound them."""
+"""Its thread starts with the first job. Credits of the links bound the number of jobs."""
 
 
 def land(job: Callable[[], None]) -> Future[None]:
-    """Begins a job behind those before, on the thread of this process."""
+    """Queues a job."""
     return _thread.submit(job)
