@@ -1,4 +1,4 @@
-"""What a rank holds as its shard, and which kind it is made as; a kind is imported only where it is used."""
+"""The contract of a shard, and the choice of its kind. A kind is imported only where it is used."""
 
 from __future__ import annotations
 
