@@ -156,4 +156,4 @@ def import_for(spec: ShardSpec) -> None:
     try:
         native_architecture(spec)
     except NotNative:
-        importlib.import_module(".load", __package__)
+        importlib.import_module(".plain.load", __package__)
