@@ -1,4 +1,4 @@
-"""`stagemesh stage`: starts the ranks, the Stage service and the lease; ends them in the right order."""
+"""`stagemesh stage`: starts the ranks, the Stage service and the lease, and ends them in the right order."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from stagemesh.processes.launcher import Launcher, LaunchTiming
 from stagemesh.protos.v1.processes_pb2 import Call
 from stagemesh.settings.stage import StageSettings, device_kind
 
+from .agent.handlers import SERVICE_NAME, add_to_server
 from .agent.membership import Membership
 from .agent.rank_group import RankGroup
-from .agent.service import SERVICE_NAME, Agent, add_to_server
+from .agent.service import Agent
 from .messages.rank_config import RankConfig
 from .timing import StageTiming
 
@@ -30,9 +31,9 @@ log = logging.getLogger(__name__)
 
 RANK = "stagemesh.stage_worker.rank.process:run"
 RANK_IMPORTS = "stagemesh.stage_worker.rank.process:preload"
-"""By name: the agent imports nothing of the ranks."""
+"""Named, not imported: the agent imports nothing of the ranks."""
 MOST_RESTARTS = 5
-"""Of a group that dies soon after each start."""
+"""Restarts in a row of a group that dies soon after each start."""
 
 
 def run(settings: StageSettings, ready_fd: int | None = None) -> int:
@@ -42,7 +43,7 @@ def run(settings: StageSettings, ready_fd: int | None = None) -> int:
     process.set_up_logging(role)
     configs = RankConfig.of_worker(role, settings, device_kind(settings.device))
     launcher = rank_launcher(configs, LaunchTiming().scaled(settings.time_scale))
-    # Now, while one thread runs and nothing is open that is not the ranks'.
+    # Now, while this process has one thread and no descriptors that a fork should not keep.
     imported = RANK.partition(":")[0] in sys.modules
     launcher.begin(fork_here=imported, close=[ready_fd] if ready_fd is not None else [])
     process.prefer()
@@ -51,33 +52,33 @@ def run(settings: StageSettings, ready_fd: int | None = None) -> int:
 
 
 def rank_launcher(configs: list[RankConfig], timing: LaunchTiming) -> Launcher:
-    """Starts the ranks of a worker. On a CUDA device each is a new interpreter: a library may initialise CUDA when it
-    is imported, and what is forked behind that cannot use it."""
+    """Makes the launcher of a worker's ranks. On a CUDA device each rank is a new interpreter: a library may initialize
+    CUDA when it is imported, and a fork of such a process cannot use CUDA."""
     forks = configs[0].device == "cpu" and sys.platform == "linux"
     imports = Call(function=RANK_IMPORTS, argument=configs[0].pack()) if forks else None
     threads = configs[0].settings.threads
-    # Read once, when torch is imported.
+    # torch reads it once, when it is imported.
     env = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     return Launcher(configs[0].label, timing, imports=imports, env=env)
 
 
 def preload(argument: bytes, fds: list[int]) -> int:
-    """Imports what agents and their ranks need, in a process that is to be forked into workers; an exit status.
+    """Imports what workers and their ranks need, in the process from which workers will be forked.
 
-    `argument`: the settings of a worker like those, as JSON.
+    `argument`: settings of one such worker, as JSON. Returns an exit status.
     """
     from .rank.process import import_all
 
     settings = StageSettings.model_validate_json(argument)
     if settings.threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-    with contextlib.suppress(StagemeshError):  # A worker that cannot run says so itself.
+    with contextlib.suppress(StagemeshError):  # The worker itself will report it.
         import_all(RankConfig.of_worker("", settings, "cpu")[0])
     return 0
 
 
 class _Worker:
-    """One worker from start to end: its agent stays while rank groups come and go."""
+    """One worker from start to end. Its agent stays, its rank group may be replaced."""
 
     def __init__(
         self, settings: StageSettings, configs: list[RankConfig], launcher: Launcher, timing: StageTiming
@@ -116,7 +117,7 @@ class _Worker:
         return 0
 
     async def _serve(self, agent: Agent, membership: Membership, server: rpc.Server) -> None:
-        """Keeps a rank group alive and registered until told to stop; a lost group is made anew."""
+        """Keeps a rank group running and registered until told to stop. Replaces a group that is lost."""
         stopped = asyncio.create_task(self.stop.wait())
         failures = 0
         try:
@@ -154,7 +155,7 @@ class _Worker:
             stopped.cancel()
 
     async def _drain(self, agent: Agent, membership: Membership) -> None:
-        """SIGTERM: takes nothing new and lets gateways finish what they hold, within --drain-timeout."""
+        """On SIGTERM: takes nothing new, and lets gateways finish their requests, within --drain-timeout."""
         if not any(stage.active for stage in agent.assigned.values()) or self.settings.drain_timeout == 0:
             return
         log.info("draining for at most %.0f s", self.settings.drain_timeout)
@@ -166,7 +167,7 @@ class _Worker:
         clock = asyncio.get_running_loop().time
         asked_at = left_at = clock()
         deadline = asked_at + self.settings.drain_timeout
-        # Gateways that have gone over say so behind their sessions' ends: to die before they are heard would undo it.
+        # Gateways that moved report it after their sessions end. This worker must not die before that.
         while (now := clock()) < deadline and (
             agent.sessions or (agent.assigned and now < left_at + self.timing.released_s)
         ):

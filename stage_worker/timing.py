@@ -1,4 +1,4 @@
-"""Every time of a stage worker: made once where it starts, and once in each rank, from `--time-scale`."""
+"""All times of a stage worker. The agent makes one object at its start, each rank another, scaled by `--time-scale`."""
 
 from __future__ import annotations
 
@@ -10,88 +10,88 @@ from stagemesh.timing import Timing
 
 @dataclass(frozen=True)
 class StageTiming(Timing):
-    """Of the agent, then of a rank."""
+    """Seconds. Those of the agent first, then those of a rank."""
 
     # -- the group of ranks ------------------------------------------------------------------------------------------
     ready_s: float = 120.0
-    """What a rank may take until it is up; time in which it had no core does not count."""
+    """Until a rank is ready. Time in which it had no core does not count."""
     stop_s: float = 2.0
-    """What ranks may take to end when they are told to."""
+    """Until ranks have ended that were told to."""
     restart_s: float = 0.1
-    """Before a group that died soon after its start is started again; three times as long each time, up to the next."""
+    """Pause before a group is restarted that died soon after its start. It triples each time, up to the next."""
     restart_most_s: float = 5.0
     stable_s: float = 5.0
-    """A group that was up for so long before it died does not count as failing."""
+    """A group that was ready for so long before it died is restarted at once."""
     call_s: float = 20.0
-    """An order to the ranks that loads nothing."""
+    """Deadline of an order to the ranks that loads nothing."""
     assign_s: float = 1800.0
-    """An order that loads weights."""
+    """Deadline of an order that loads weights."""
     progress_look_s: float = 0.1
-    """How often the coordinator is told how far a load is."""
+    """Interval of progress reports to the coordinator."""
 
     # -- the watchdog (agent/watchdog.py, rank/heartbeat.py) -----------------------------------------------------------
     look_s: float = 0.1
-    """How often the ranks are looked at."""
+    """Interval at which the watchdog looks at the ranks."""
     alive_s: float = 0.4
-    """A rank that has nothing to do, or very little, is heard of within this time."""
+    """Interval within which an idle rank writes a heartbeat."""
     stuck_s: float = 0.6
-    """So much longer a rank may be stopped, or no rank of a group run: one that waits for another does so while that
-    one runs. Whoever looks at a rank with a debugger's means stops it for less."""
+    """Beyond `alive_s`: a rank that is stopped for so long hangs, and so does a group of which no rank runs for so
+    long. Tools that look into a process stop it for less."""
     order_stuck_s: float = 15.0
-    """How long no rank may run within an order, or before it is up: a file system, or a name, may be on the network."""
+    """The same within an order, or before the ranks are ready: a file system or a name service may be slow."""
     order_sign_s: float = 120.0
-    """What an order may take between two signs of life: to import a model's modules, a large tensor."""
+    """Interval within which an order writes a heartbeat: it may import modules, or read a large tensor."""
     first_step_s: float = 30.0
-    """A stretch of a step smaller than any before: much is made when it is needed for the first time."""
+    """For a stretch of a step smaller than any before: much is initialized at its first use."""
     cuda_step_s: float = 5.0
-    """Beyond its own on a CUDA device: a decode step of a new size is captured first."""
+    """Added on a CUDA device, where a decode step of a new size is captured first."""
     beside_load_s: float = 2.0
-    """Beyond its own while weights are loaded beside steps."""
+    """Added while weights are loaded beside steps."""
     late_s: float = 3.0
-    """So much longer a rank may take that is late and runs."""
+    """Added for a rank that is late but runs."""
 
     # -- the coordinator ---------------------------------------------------------------------------------------------
     coordinator_call_s: float = 5.0
-    """A call to the coordinator."""
+    """Deadline of a call to the coordinator."""
     register_again_s: float = 0.3
-    """Between two tries to register."""
+    """Pause between two tries to register."""
     silence_s: float = 2.0
-    """A worker that is not registered by then says so; twice as long each time until it does again, up to the next."""
+    """Until a worker that is not registered warns. The interval doubles each time, up to `silence_most_s`."""
     silence_most_s: float = 60.0
     lateness_half_life_s: float = 2.0
-    """In which half of how late this worker was is forgotten."""
+    """In which the measured lateness of this worker halves."""
     stream_end_s: float = 1.0
-    """How long a stream that is called off may take to end."""
+    """Until a stream has ended that was cancelled."""
     released_s: float = 1.0
-    """How long the coordinator may take to release a worker whose gateways have left it."""
+    """Until the coordinator has released a worker whose gateways have left it."""
     drain_again_s: float = 1.0
-    """Between two asks for a drain: a coordinator that was started again without its state has forgotten the first."""
+    """Interval of repeated drain requests: a coordinator may have restarted without its state."""
     drain_look_s: float = 0.05
-    """How often it is looked whether a drain is done."""
+    """Interval at which the end of a drain is checked."""
 
     # -- a rank ------------------------------------------------------------------------------------------------------
     spin_s: float = 50e-6
-    """How long a rank that ran dry goes on looking: the next activation is usually microseconds away."""
+    """How long an idle rank polls before it sleeps: the next activation is usually microseconds away."""
     idle_s: float = 0.2
-    """How long an idle rank sleeps."""
+    """Longest sleep of an idle rank."""
     links_look_s: float = 0.01
-    """How often links are looked at while a handshake is under way: its deadline has no descriptor."""
+    """Longest sleep while a handshake is under way: no descriptor signals its deadline."""
     pages_look_s: float = 0.001
-    """How often pages are looked at that a thread puts where they belong."""
+    """Longest sleep while a thread writes pages that arrived."""
     link_s: float = 4.0
-    """A handshake over a link."""
+    """Deadline of a link's handshake."""
     order_s: float = 30.0
-    """How long a rank may lack what it needs to carry out an order of rank 0."""
+    """Until the inputs for an order of rank 0 are here."""
     peers_s: float = 60.0
-    """How long a rank waits for the others of its group, in a sum or when they first meet."""
+    """Wait for the other ranks of a group, in a sum or at their first meeting."""
     write_s: float = 30.0
-    """How long an agent, or a rank, may leave what a rank writes unread."""
+    """Until the reader of a rank's control socket reads."""
     results_s: float = 0.05
-    """How long a step's timings may wait for others."""
+    """Longest wait of a step's timings for others."""
     progress_s: float = 0.05
-    """Between two messages of the progress of a load."""
+    """Interval of a rank's messages about a load."""
     load_sign_s: float = 1.0
-    """How often progress is told while all wait for a load."""
+    """Interval of progress while an order waits for a load."""
 
     def relations(self) -> Iterator[tuple[bool, str]]:
         """See `Timing`."""

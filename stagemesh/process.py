@@ -37,7 +37,7 @@ def die_with_parent(parent_pid: int, sig: signal.Signals = signal.SIGKILL) -> No
 
 
 def prefer() -> None:
-    """Asks to be scheduled before compute: for processes that keep leases. Goes without where that is not allowed."""
+    """Raises the priority of this process, if allowed: for processes that keep leases."""
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, PREFERRED_NICE)
 
@@ -63,17 +63,17 @@ def set_up_logging(role: str) -> None:
 
 
 def tell_ready(ready_fd: int | None, **ports: int) -> None:
-    """Tells the parent that this service listens, and on which ports, and closes the descriptor."""
+    """Tells the parent on which ports this service listens, and closes the descriptor."""
     if ready_fd is not None:
         with os.fdopen(ready_fd, "wb") as pipe:
             pipe.write(pack_message(Kind.LISTENING, Listening(ports=ports)))
 
 
 def run_and_exit(run: Callable[[], int]) -> NoReturn:
-    """Runs what a child process is for, and ends it with the status that this returns.
+    """Runs a child process's function, and ends the process with the status that it returns.
 
-    The interpreter's own teardown is left out: of torch, gloo and UCX threads it has no work left that matters and can
-    hang, and in a fork it would carry out the parent's.
+    The interpreter's teardown is skipped. It has nothing useful to do, it can hang on threads of torch, gloo and UCX,
+    and in a fork it would run the parent's.
     """
     code = 1
     try:

@@ -26,6 +26,7 @@ from stagemesh.settings.serve import ServeSettings
 
 READY_DEADLINE_S = 240.0
 STOP_DEADLINE_S = 10.0
+PLUGIN = {"STAGEMESH_PLUGINS": "sleep_shard", "PYTHONPATH": str(Path(__file__).parent)}
 HIDDEN = 1024
 PROMPT_LEN = 8
 
@@ -113,7 +114,7 @@ async def running(shape: Shape, folder: Path) -> AsyncIterator[SleepMesh]:
     )
     began = time.monotonic()
     children: list[Child] = []
-    launcher, timing = Launcher("", LaunchTiming(), own_groups=True), ServeTiming()
+    launcher, timing = Launcher("", LaunchTiming(), own_groups=True, env=PLUGIN), ServeTiming()
 
     def child(role: str, label: str, settings: Base) -> Child:
         children.append(Child(role, label, settings, launcher, timing))

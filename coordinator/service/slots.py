@@ -44,8 +44,8 @@ class Slots:
         named = {slot: holder for slot, holder in self._holders.items() if holder.gateway_id == gateway_id}
         if life and any(holder.streams and holder.life not in (0, life) for holder in named.values()):
             raise ConfigError(
-                f"another gateway named {gateway_id!r} is connected: give each its own --gateway-id, or wait until that "
-                "one is gone"
+                f"another gateway named {gateway_id!r} is connected: give each its own --gateway-id, or wait until "
+                "that one is gone"
             )
         for slot, holder in named.items():
             if holder.instance == instance:

@@ -1,4 +1,4 @@
-"""A gateway's stream at a worker's agent: what is still to be read by it, bounded."""
+"""One gateway's Run stream at an agent, with a bounded queue of what the gateway has not read yet."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ OUTBOX_FRAMES = 1024
 
 @dataclass
 class GatewaySession:
-    """One gateway's Run stream."""
+    """State of one Run stream."""
 
     ident: int
     open: stage_pb2.RunOpen
     group: RankGroup
-    """The ranks that hold it; those that take their place know nothing of it."""
+    """The ranks that have the session open. Ranks that replace them later do not know it."""
     outbox: asyncio.Queue[bytes | StagemeshError] = field(default_factory=lambda: asyncio.Queue(OUTBOX_FRAMES))
     _copied: dict[bytes, set[int]] = field(default_factory=dict)
-    """Pages that have come on some ranks, not yet on all."""
+    """Copied pages -> ranks on which they have arrived. An entry goes when all ranks have them."""
 
     async def responses(self) -> AsyncIterator[bytes]:
-        """What the gateway is told, up to why its stream ends."""
+        """Messages for the gateway. The last one says why the stream ends."""
         while not isinstance(item := await self.outbox.get(), StagemeshError):
             yield item
         ended = stage_pb2.RunEnded(reason=item.reason, message=item.message, ranks_died=isinstance(item, RanksDied))
         yield stage_pb2.RunResponse(ended=ended).SerializeToString()
 
     def copied_on(self, rank: int, pages: bytes) -> None:
-        """Pages have come on one rank; the gateway is told when they have on all."""
+        """Pages have arrived on one rank. The gateway is told when all ranks have them."""
         ranks = self._copied.setdefault(pages, set())
         ranks.add(rank)
         if len(ranks) == self.group.size:
@@ -43,7 +43,7 @@ class GatewaySession:
             self.put(stage_pb2.RunResponse(copied=parse(stage_pb2.PagesCopied, pages)).SerializeToString())
 
     def put(self, item: bytes | StagemeshError) -> None:
-        """Queues a frame; a gateway that does not read is dropped rather than buffered without bound."""
+        """Queues a frame. Where the queue is full, the gateway does not read: its stream ends with StageLost."""
         try:
             self.outbox.put_nowait(item)
         except asyncio.QueueFull:

@@ -1,4 +1,4 @@
-"""How late this process runs, told with each renewal of its lease: a lease should not end because the host is busy."""
+"""How late this process runs. It goes with each renewal of the lease, so that a busy host does not end the lease."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .watchdog import Meter
 
 
 class Lateness:
-    """Of this process, of late: the longest that it was not run when it should have been, halved each `half_life_s`."""
+    """The longest recent delay of this process. It halves every `half_life_s`."""
 
     def __init__(self, half_life_s: float, meter: Meter, clock: Callable[[], float] = time.monotonic) -> None:
         """`meter`: of this process."""
@@ -18,10 +18,10 @@ class Lateness:
         self._late_s = 0.0
 
     def note(self, planned_s: float) -> float:
-        """To be called again and again, `planned_s` after the last time; seconds."""
+        """Called periodically, `planned_s` after the last call. Returns the lateness in seconds."""
         now = self._clock()
         passed_s, self._noted_at = now - self._noted_at, now
-        # By its own clock, or by the kernel's: the thread that waited may be another one that carries the renewal.
+        # This thread may have been on time while another one, which sends the renewal, waited for a core.
         late_s = max(passed_s - planned_s, self._meter.read(passed_s).starved_s)
         self._late_s = max(late_s, self._late_s * 0.5 ** (passed_s / self._half_life_s))
         return self._late_s

@@ -1,4 +1,4 @@
-"""The worker's standing with the coordinator: registers, renews the lease, tells what broke, asks to be drained."""
+"""The worker's membership in the mesh: registration, renewals of the lease, reports of broken links, drains."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Membership:
-    """Keeps this worker registered for as long as its rank group lives; a coordinator that went away is found again."""
+    """Keeps this worker registered while its rank group lives. Reconnects when the coordinator was away."""
 
     def __init__(
         self, settings: StageSettings, agent: Agent, worker_id: str, address: str, timing: StageTiming
@@ -39,18 +39,18 @@ class Membership:
         self._stub = coordinator_pb2_grpc.CoordinatorStub(self._channel)
         self._task: asyncio.Task[None] | None = None
         self._carried: deque[tuple[str, int] | None] = deque()
-        """Which broken link each renewal told of that is not answered yet."""
+        """For each renewal without an answer: the broken link that it reported, if any."""
         self._protocol = PROTOCOL
-        """What is said to the coordinator, which may be of the release before."""
+        """Version to speak; the coordinator may be of the previous release."""
         self._why = ""
-        """What went wrong last."""
+        """The last error, for the warning."""
 
     def register(self, group: RankGroup, incarnation: int) -> None:
-        """Starts registering this life of the rank group, and renewing its lease."""
+        """Starts to register this rank group, and to renew its lease, in the background."""
         self._task = asyncio.create_task(self._keep(group, incarnation))
 
     async def leave(self) -> None:
-        """Lets the lease go: the coordinator sees the stream end."""
+        """Gives up the lease: the coordinator sees the stream end."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -80,7 +80,7 @@ class Membership:
             await asyncio.sleep(self._timing.register_again_s)
 
     async def _until_registered(self, group: RankGroup, incarnation: int) -> float:
-        """Registers, as often as it takes; how often the lease is to be renewed, in seconds."""
+        """Retries until the coordinator accepts this worker. Returns the interval of renewals in seconds."""
         refused = False
         warning = asyncio.create_task(self._warn_of_silence())
         try:
@@ -110,7 +110,7 @@ class Membership:
             warning.cancel()
 
     async def _warn_of_silence(self) -> None:
-        """Says that the coordinator does not take this worker: soon, then less and less often."""
+        """Logs a warning while this worker is not registered: soon, then at growing intervals."""
         clock, pause_s = asyncio.get_running_loop().time, self._timing.silence_s
         began = clock()
         while True:
@@ -125,20 +125,20 @@ class Membership:
             pause_s = min(2 * pause_s, self._timing.silence_most_s)
 
     async def _renew(self, incarnation: int, every_s: float) -> None:
-        """Renews until the coordinator goes away or no longer knows this incarnation."""
+        """Renews the lease until the coordinator goes away or no longer knows this incarnation."""
         self._carried.clear()
         call = self._stub.KeepAlive(self._renewals(incarnation, every_s))
         try:
             async for response in call:
                 if not response.known:
                     return
-                # Answers come in the order of the renewals: what this one's carried has been heard.
+                # Answers come in the order of the renewals, so the coordinator now knows of this broken link.
                 heard = self._carried.popleft()
                 if heard is not None:
                     self._agent.broken.pop(heard, None)
         finally:
             call.cancel()
-            # Its renewals end with it, before others begin.
+            # Wait for its end, so that no two streams send renewals at once.
             await asyncio.wait([asyncio.ensure_future(call.code())], timeout=self._timing.stream_end_s)
 
     async def _renewals(self, incarnation: int, every_s: float) -> AsyncIterator[coordinator_pb2.KeepAliveRequest]:

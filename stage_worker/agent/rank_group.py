@@ -1,4 +1,4 @@
-"""The agent's side of its rank processes: starts them, calls them, passes frames on, and notices when one dies."""
+"""The rank processes of a worker, as its agent sees them: starts, calls and ends them, and notices when one dies."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ END_LOOK_S = 0.01
 READ_BYTES = 1 << 18
 
 _idents = itertools.count(READY_ID + 1)
-"""Over all groups of this worker: a late message about a session of a lost group must not meet one of the next."""
+"""Unique over all groups of this worker: a late frame of a lost group must not match a session of the next one."""
 
 OnFrame = Callable[[int, Kind, int, bytes], None]
 M = TypeVar("M", bound=Message)
 
 
 class RankGroup:
-    """The rank processes of one worker, from start to end. When one dies the whole group is lost."""
+    """The ranks of one worker, from start to end. When one rank dies, the whole group is lost."""
 
     def __init__(
         self,
@@ -50,13 +50,13 @@ class RankGroup:
         launcher: Launcher,
         timing: StageTiming,
     ) -> None:
-        """`function`: what a rank process runs, as `Launcher.start` takes it."""
+        """`function`: entry point of a rank, as for `Launcher.start`."""
         self.processes: list[ChildProcess] = []
-        """Of the ranks that were started, in their order."""
+        """The ranks started so far, in rank order."""
         self.ready: list[worker_pb2.RankReady] = []
         """What each rank said when it was up."""
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Set to the reason when a rank is gone."""
+        """Set to the reason when the group is lost."""
         self._configs = configs
         self._label = configs[0].label
         self._function = function
@@ -70,17 +70,21 @@ class RankGroup:
 
     @property
     def size(self) -> int:
-        """Ranks of the group."""
+        """Number of ranks."""
         return len(self._configs)
 
     @property
     def up(self) -> bool:
-        """Whether every rank came to take orders; the group may be lost since."""
+        """Whether every rank has been ready once. The group may be lost since."""
         return len(self.ready) == self.size
 
     async def start(self) -> None:
-        """Starts the ranks and waits until each is up. Raises ConfigError with the first rank's reason, StageLost where
-        another try may do."""
+        """Starts the ranks and waits until each is ready.
+
+        Raises:
+            ConfigError: a rank refuses its settings, or is not ready in time.
+            StageLost: a process died; another try may work.
+        """
         controls = [socket.socketpair() for _ in range(self.size)]
         orders = [socket.socketpair() for _ in range(self.size - 1)]
         group = self.size > 1
@@ -119,7 +123,7 @@ class RankGroup:
             raise ConfigError(f"rank {rank} of {self._label} is not up after {total_s:.0f} s") from e
 
     async def _watch(self, memory: Heartbeats) -> None:
-        """Kills a rank that hangs, which is then lost like one that died."""
+        """Kills a rank that hangs; the group is then lost as if the rank had died."""
         meters = [CpuMeter(process.pid) for process in self.processes]
         watchdog = Watchdog(memory, meters, self._timing, cuda=self._configs[0].device == "cuda")
         while not self.lost.done():
@@ -134,11 +138,11 @@ class RankGroup:
     # -- frames -----------------------------------------------------------------------------------------------------
 
     async def call(self, kind: Kind, request: Message, reply: type[M], timeout_s: float) -> list[M]:
-        """Calls all ranks; the replies in rank order. Raises the first rank's error, StageLost when one dies."""
+        """Calls all ranks. Returns their replies in rank order; raises the first rank's error, or StageLost."""
         return await self.call_as(self.take_id(), kind, request, reply, timeout_s)
 
     async def call_as(self, ident: int, kind: Kind, request: Message, reply: type[M], timeout_s: float) -> list[M]:
-        """`call` under an id that the caller took from `take_id`."""
+        """`call` with an id from `take_id`."""
         waiting: list[asyncio.Future[bytes]] = []
         frame = pack(kind, ident, request.SerializeToString())
         try:
@@ -147,7 +151,7 @@ class RankGroup:
                 waiting.append(self._expect(rank, ident))
             done, _ = await asyncio.wait(waiting, timeout=timeout_s)
             if len(done) < len(waiting):
-                # It hangs, with its sockets open: only the end of the group helps.
+                # The rank hangs with its sockets open: only a new group helps.
                 self._lose(f"a rank of {self._label} did not answer {kind.name} within {timeout_s:.0f} s")
                 raise StageLost(self.lost.result())
             return [parse(reply, future.result()) for future in waiting]
@@ -156,19 +160,19 @@ class RankGroup:
                 self._calls.pop((rank, ident), None)
 
     def _expect(self, rank: int, ident: int) -> asyncio.Future[bytes]:
-        """The reply that is to come. asyncio is kept from reporting an error that nobody asks for: the caller may have
-        been cancelled, or raise another rank's."""
+        """A future for a rank's reply. Its error counts as retrieved even if nobody awaits it: the caller may have been
+        cancelled, or raise another rank's error."""
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._calls[rank, ident] = future
         return future
 
     def take_id(self) -> int:
-        """A fresh id for a call or a session."""
+        """A new id for a call or a session."""
         return next(_idents)
 
     async def run(self, session: int, message: bytes) -> None:
-        """Passes a gateway's message to all ranks; waits when they are slow to read."""
+        """Passes a gateway's message to all ranks. Waits while they are slow to read."""
         frame = pack(Kind.RUN, session, message)
         for rank in range(self.size):
             self._write(rank, frame)
@@ -179,7 +183,7 @@ class RankGroup:
                 raise StageLost(f"rank {rank} of {self._label} is gone") from e
 
     def _write(self, rank: int, frame: bytes) -> None:
-        """Raises StageLost when the rank is gone, though its end may not have been noticed yet."""
+        """Raises StageLost when the rank is gone, even before its end was noticed."""
         if self.lost.done():
             raise StageLost(self.lost.result())
         if self._writers[rank].is_closing():
@@ -221,7 +225,7 @@ class RankGroup:
         self._lose(f"rank {rank} of {self._label} {how_it_ended(process.poll())}")
 
     def _lose(self, reason: str) -> None:
-        """The group is lost: whoever waits for a reply learns it."""
+        """Marks the group as lost and fails all calls under way."""
         if not self.lost.done():
             self.lost.set_result(reason)
         for future in self._calls.values():
@@ -232,7 +236,7 @@ class RankGroup:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
-        """Asks the ranks to end, kills those that do not, and reaps all."""
+        """Tells the ranks to end, kills those that do not, and reaps all of them."""
         for rank in range(len(self._writers)):
             with contextlib.suppress(ConnectionError, StageLost):
                 self._write(rank, pack(Kind.SHUTDOWN, 0))

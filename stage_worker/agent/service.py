@@ -1,7 +1,7 @@
-"""The worker's Stage service: gRPC in an asyncio process of its own, so that compute never starves a lease.
+"""The Stage service of a worker. It runs in the agent process, so that compute in the ranks never delays a lease.
 
-It keeps what the coordinator assigned and which gateways have sessions; the ranks do the work. On the Run path it
-passes bytes on, unparsed, in both directions.
+The agent keeps what the coordinator assigned and which gateways have sessions; the ranks do the work. Plans and results
+pass through as bytes, unparsed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ M = TypeVar("M", bound=Message)
 
 @dataclass
 class AssignedStage:
-    """A stage that the coordinator assigned to this worker, at one epoch."""
+    """A stage that the coordinator assigned to this worker at one epoch."""
 
     request: stage_pb2.AssignRequest
     done: stage_pb2.AssignDone | None = None
@@ -47,7 +47,7 @@ class AssignedStage:
 
 
 class Agent:
-    """State of one worker and the handlers of its Stage service."""
+    """State of one worker, and the handlers of its Stage service."""
 
     def __init__(self, settings: StageSettings, worker_id: str, timing: StageTiming) -> None:
         self.settings = settings
@@ -55,21 +55,21 @@ class Agent:
         self.worker_id = worker_id
         self.ranks: RankGroup | None = None
         self.assigned: dict[tuple[str, int], AssignedStage] = {}
-        """By pipeline and epoch; while a pipeline moves to another epoch, both."""
+        """By (pipeline, epoch). While a pipeline moves, it is here at two epochs."""
         self.epochs: dict[str, int] = {}
-        """Highest epoch seen of each pipeline: an order of an older one is refused."""
+        """Pipeline -> highest epoch seen. Orders of older epochs are refused."""
         self.sessions: dict[int, GatewaySession] = {}
         self.stale_refused: dict[str, int] = {}
         self.broken: dict[tuple[str, int], str] = {}
-        """Pipelines and epochs of which a link broke here, and why; carried to the coordinator by KeepAlives."""
+        """(pipeline, epoch) -> why a link broke here. Renewals of the lease report it to the coordinator."""
         self._closing: set[asyncio.Task[None]] = set()
         self.progress: dict[int, dict[int, stage_pb2.AssignResponse]] = {}
-        """Of each order under way, how far each rank is."""
+        """Call -> rank -> how much of a load is done."""
 
     # -- ranks ------------------------------------------------------------------------------------------------------
 
     def on_frame(self, rank: int, kind: Kind, ident: int, payload: bytes) -> None:
-        """A frame of a rank that answers no call."""
+        """Takes a frame of a rank that is no answer to a call."""
         if kind == Kind.RESULT:
             session = self.sessions.get(ident)
             if session is not None:
@@ -81,7 +81,7 @@ class Agent:
             if session is not None:
                 session.put(error)
         elif kind == Kind.PROGRESS:
-            if ident in self.progress:  # Else of an order that was called off.
+            if ident in self.progress:  # Otherwise the call was cancelled.
                 self.progress[ident][rank] = parse(stage_pb2.AssignResponse, payload)
         elif kind == Kind.PAGES_COPIED:
             if (session := self.sessions.get(ident)) is not None:
@@ -95,13 +95,13 @@ class Agent:
             log.warning("link of %s broke: %s", said.pipeline_id, said.reason)
 
     def ranks_lost(self, reason: str) -> None:
-        """The rank group died: everything it held is gone."""
+        """The rank group died, and everything that it held is gone."""
         self.assigned.clear()
         for session in self.sessions.values():
             session.put(RanksDied(f"{self.worker_id}: {reason}"))
 
     def _end_sessions(self, pipeline_id: str, epoch: int, reason: str, since: int = 0) -> None:
-        """Tells gateways that their sessions of epochs `since` to `epoch` are over; closing them follows from that."""
+        """Ends the streams of sessions of epochs `since` to `epoch`. The end of a stream closes its session."""
         for session in self.sessions.values():
             if session.open.key.pipeline_id == pipeline_id and since <= session.open.key.epoch <= epoch:
                 session.put(StageLost(reason))
@@ -128,13 +128,13 @@ class Agent:
                     assigned.done = response.done
                 yield response
         except BaseException:
-            # The coordinator ends the call when it has heard of `done`, which is no failure.
+            # The coordinator cancels the call once it has `done`. That is no failure.
             if assigned.done is None and self.assigned.get(key) is assigned:
                 del self.assigned[key]
             raise
 
     def _drop(self, key: stage_pb2.PipelineKey, until: int, reason: str, since: int = 0) -> None:
-        """What is held of a pipeline at epochs `since` to `until` is over."""
+        """Forgets assignments of a pipeline at epochs `since` to `until`, and ends their sessions."""
         for k in [k for k in self.assigned if k[0] == key.pipeline_id and since <= k[1] <= until]:
             del self.assigned[k]
         self._end_sessions(key.pipeline_id, until, reason, since)
@@ -148,17 +148,17 @@ class Agent:
     async def _load(
         self, kind: Kind, request: stage_pb2.AssignRequest | stage_pb2.PrepareRequest
     ) -> AsyncIterator[stage_pb2.AssignResponse]:
-        """Has the ranks load what the request names; progress, and at the end what they hold together."""
+        """Has the ranks load layers. Yields progress, and at the end what all ranks hold together."""
         group = self._group()
         if self.settings.model is not None:
             request.model.path = self.settings.model
         theirs, model = request.model.fingerprint, Path(request.model.path)
-        # The worker's own revision, not the coordinator's word: two directories of one name may differ.
+        # Computed here, not taken from the coordinator: directories of the same name may differ.
         request.model.fingerprint = await asyncio.to_thread(checkpoint.fingerprint, model, request.model.load_format)
         if theirs and theirs != request.model.fingerprint:
             log.warning("checkpoint %s has fingerprint %s here, %s there", model, request.model.fingerprint, theirs)
         if isinstance(request, stage_pb2.PrepareRequest):
-            # As it is now: an assignment that came meanwhile is not to be wiped.
+            # Decided now: an assignment may have come since the coordinator asked.
             request.beside = bool(self.assigned)
         ident = group.take_id()
         progress = self.progress[ident] = {}
@@ -174,7 +174,7 @@ class Agent:
                     )
             ranks = call.result()
         finally:
-            # The coordinator may have gone while the ranks load: the answer is nobody's then.
+            # The coordinator may have gone while the ranks load.
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
             del self.progress[ident]
@@ -217,19 +217,19 @@ class Agent:
         key = request.key
         since = key.epoch if request.alone else 0
         self._drop(key, key.epoch, request.reason or "the pipeline is being changed", since)
-        # Also what ranks hold of an order that was called off while they carried it out.
+        # Ranks may still hold an assignment whose call was cancelled meanwhile.
         await self._call(Kind.RELEASE, request, stage_pb2.ReleaseResponse)
         return stage_pb2.ReleaseResponse()
 
     async def _call(self, kind: Kind, request: Message, reply: type[M]) -> list[M]:
-        """Has the ranks carry out an order that loads nothing."""
+        """Calls the ranks with the deadline of an order that loads nothing."""
         return await self._group().call(kind, request, reply, self.timing.call_s)
 
     def _count(self, kind: str, number: int = 1) -> None:
         self.stale_refused[kind] = self.stale_refused.get(kind, 0) + number
 
     def _fence(self, key: stage_pb2.PipelineKey, kind: str) -> None:
-        """Refuses an order of an epoch that has passed, and counts it."""
+        """Raises StaleEpoch for an order of an earlier epoch, and counts it."""
         known = self.epochs.get(key.pipeline_id, 0)
         if key.epoch < known:
             self._count(kind)
@@ -248,7 +248,7 @@ class Agent:
             raise InvalidRequest("the first message of Run must be `open`")
         session, opened = await self._open(message.open)
         pump = asyncio.create_task(self._pump(session, requests))
-        # Not in a `finally`: a handler that is cancelled within a write is never resumed.
+        # Not in a `finally`: gRPC never resumes a handler that it cancels within a write.
         context.add_done_callback(lambda _: self._close_soon(session, pump))
         yield stage_pb2.RunResponse(opened=opened).SerializeToString()
         async for response in session.responses():
@@ -266,7 +266,7 @@ class Agent:
             raise Unavailable(f"{request.key.pipeline_id} is not active here yet; try again", retry_after_s=0.2)
         if assigned.request.stage != request.stage:
             raise NotFound(f"{self.worker_id} holds stage {assigned.request.stage}, not {request.stage}")
-        # A gateway that was restarted takes its own pages over at once; its old life's steps never run.
+        # A restarted gateway takes over its own pages at once. Steps of its previous process never run.
         for old in [s for s in self.sessions.values() if s.open.gateway_id == request.gateway_id]:
             if old.open.key == request.key or old.open.life != request.life:
                 await self.close_session(old)
@@ -278,7 +278,7 @@ class Agent:
                 session.ident, Kind.OPEN_SESSION, request, stage_pb2.RunOpened, self.timing.call_s
             )
         except BaseException:
-            # A rank may have opened it, or may still: what comes behind the open closes it.
+            # A rank may have opened it, or may still do so. The close is queued behind that.
             self._close_soon(session, None)
             raise
         return session, _together(opened)
@@ -298,7 +298,7 @@ class Agent:
         session.put(StageLost(reason))
 
     def _close_soon(self, session: GatewaySession, pump: asyncio.Task[None] | None) -> None:
-        """Closes a session from where nothing can be awaited: the stream's own task is being cancelled."""
+        """Closes a session from a callback, which cannot await."""
 
         async def close() -> None:
             if pump is not None:
@@ -325,7 +325,7 @@ class Agent:
     # -- registration -----------------------------------------------------------------------------------------------
 
     def held_assignments(self) -> list[coordinator_pb2.HeldAssignment]:
-        """What a coordinator that may have forgotten is told."""
+        """What this worker holds, for a coordinator that may have lost its state."""
         return [
             coordinator_pb2.HeldAssignment(
                 pipeline_id=assigned.request.key.pipeline_id,
@@ -346,7 +346,7 @@ def _key(key: stage_pb2.PipelineKey) -> tuple[str, int]:
 
 
 def _together(ranks: list[stage_pb2.RunOpened]) -> stage_pb2.RunOpened:
-    """What the ranks of a group say of a session; a page is in the journal where all of them have it."""
+    """Combines what the ranks say of a session. A page counts as in the journal if all ranks have it."""
     opened = ranks[0]
     opened.copy_pages = min(r.copy_pages for r in ranks)
     opened.kv_generation = functools.reduce(operator.xor, (r.kv_generation for r in ranks))
@@ -354,35 +354,3 @@ def _together(ranks: list[stage_pb2.RunOpened]) -> stage_pb2.RunOpened:
         functools.reduce(operator.and_, bits) for bits in zip(*(r.journal for r in ranks), strict=False)
     )
     return opened
-
-
-def add_to_server(agent: Agent, server: grpc.aio.Server) -> None:
-    """Adds the Stage service. Run takes and gives raw bytes: parsing every plan here would only cost."""
-
-    def unary(function: Any, request: Any, response: Any) -> Any:
-        return grpc.unary_unary_rpc_method_handler(
-            function, request_deserializer=request.FromString, response_serializer=response.SerializeToString
-        )
-
-    p = stage_pb2
-    handlers = {
-        "Assign": grpc.unary_stream_rpc_method_handler(
-            agent.assign,
-            request_deserializer=p.AssignRequest.FromString,
-            response_serializer=p.AssignResponse.SerializeToString,
-        ),
-        "Prepare": grpc.unary_stream_rpc_method_handler(
-            agent.prepare,
-            request_deserializer=p.PrepareRequest.FromString,
-            response_serializer=p.AssignResponse.SerializeToString,
-        ),
-        "OfferLink": unary(agent.offer_link, p.OfferLinkRequest, p.OfferLinkResponse),
-        "ConnectLink": unary(agent.connect_link, p.ConnectLinkRequest, p.ConnectLinkResponse),
-        "Activate": unary(agent.activate, p.ActivateRequest, p.ActivateResponse),
-        "Release": unary(agent.release, p.ReleaseRequest, p.ReleaseResponse),
-        "Run": grpc.stream_stream_rpc_method_handler(agent.run),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
-
-
-SERVICE_NAME = stage_pb2.DESCRIPTOR.services_by_name["Stage"].full_name

@@ -1,10 +1,10 @@
-"""How an agent learns that a rank hangs: the rank does not go on within the time that it named itself.
+"""Decides which rank hangs: one that does not write a heartbeat within the time that it announced itself.
 
-Nobody is blamed for what the host does: time in which a rank of the group was ready and had no core does not count, nor
-time in which this process was not run (docs/adr/0014).
+Delays of the host do not count: neither time in which a rank of the group was runnable without a core, nor time in
+which this process did not run (docs/adr/0014).
 
-What was never measured may take long, and so may an order. There it is seen whether anything goes on: a rank that is
-stopped does not, and on a CPU a group of which no thread runs waits for nobody.
+A step that was never measured may take long, and so may an order. Two rules find a hang within those as well: a stopped
+rank hangs, and on a CPU a group hangs of which no rank runs, since a rank only waits for ranks that run.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..messages.heartbeat import Activity, Beat, Heartbeats
 from ..timing import StageTiming
 
 AT_REST = 0.05
-"""Of the time: threads that wake now and then, as those of libraries do, are no work."""
+"""Share of the time below which a process counts as idle: threads of libraries wake now and then."""
 
 
 class Meter(Protocol):
-    """`CpuMeter`, or what stands for it in a test."""
+    """What `CpuMeter` offers."""
 
     def read(self, passed_s: float) -> CpuUse:
-        """What a process did since the last reading."""
+        """See `CpuMeter.read`."""
 
 
 @dataclass(frozen=True)
 class Hang:
-    """A rank that is to be killed."""
+    """A rank that hangs, and the reason for the log."""
 
     rank: int
     why: str
@@ -40,28 +40,28 @@ class Hang:
 
 @dataclass
 class _Watched:
-    """A rank, since it was seen to write."""
+    """A rank since its last heartbeat."""
 
     meter: Meter
     beat: Beat
     silent_s: float = 0.0
     starved_s: float = 0.0
-    """Of that, how long somebody of the group had no core."""
+    """Part of `silent_s` in which a rank of the group was runnable without a core."""
     stopped_s: float = 0.0
-    """Of that, how long it was stopped."""
+    """Part of `silent_s` at the end in which it was stopped."""
     use: CpuUse = field(default_factory=CpuUse)
-    """What it did since the look before, where it has been silent for a while."""
+    """What its process did since the previous look; measured once it is silent for a while."""
     metered: bool = False
-    """It has."""
+    """Whether `meter` was read since the last heartbeat."""
 
     @property
     def late_s(self) -> float:
-        """Beyond the time that it named."""
+        """Seconds beyond the announced time."""
         return self.silent_s - self.starved_s - self.beat.allowed_s
 
 
 class Watchdog:
-    """Of one group of ranks. Asked again and again, each `look_s`."""
+    """Watches one group of ranks. `look` is called every `look_s`."""
 
     def __init__(
         self,
@@ -76,13 +76,13 @@ class Watchdog:
         self._ranks = [_Watched(meter, memory.read(rank)) for rank, meter in enumerate(meters)]
         self._looked_at = clock()
         self._rests_s = 0.0
-        """Since a rank wrote or ran."""
+        """Seconds since any rank wrote or ran."""
 
     def look(self) -> Hang | None:
-        """Looks; the rank that hangs, if one does."""
+        """Looks at all ranks. Returns one that hangs, or None."""
         now = self._clock()
         passed_s, self._looked_at = now - self._looked_at, now
-        # What is beyond is this process's own delay: the machine is busy, or was asleep.
+        # A late look counts as one look: the rest is this process's own delay, or the machine was asleep.
         counted_s = passed_s if passed_s <= 2 * self._timing.look_s else self._timing.look_s
         for rank, watched in enumerate(self._ranks):
             self._look_at(watched, self._memory.read(rank), passed_s, counted_s)
@@ -94,7 +94,7 @@ class Watchdog:
         )
         self._rests_s = self._rests_s + counted_s if rests else 0.0
         found = next(filter(None, (self._verdict(rank, passed_s) for rank in range(len(self._ranks)))), None)
-        # Its process may have waited for a core, have it while it is looked at, and wait again by then.
+        # The rank may have got a core and written while its process was being looked at.
         return None if found is None or self._wrote(found.rank) else found
 
     def _look_at(self, watched: _Watched, beat: Beat, passed_s: float, counted_s: float) -> None:
@@ -106,7 +106,7 @@ class Watchdog:
         if watched.silent_s < self._timing.alive_s / 2:
             return
         use, metered, watched.metered = watched.meter.read(passed_s), watched.metered, True
-        # The first reading is of a longer time, and only begins.
+        # The first reading covers a longer time. It only sets the baseline.
         watched.use = use if metered else CpuUse(ended=use.ended)
         watched.stopped_s = watched.stopped_s + counted_s if watched.use.stopped else 0.0
 
@@ -116,11 +116,11 @@ class Watchdog:
             return None
         if watched.stopped_s > timing.stuck_s:
             return Hang(rank, f"it is stopped ({watched.beat})")
-        # One that runs is slow rather than stuck, for a while.
+        # A rank that runs may be slow, and gets more time.
         if watched.late_s > (timing.late_s if _busy(watched.use, passed_s) else 0.0):
             return Hang(rank, f"silent for {watched.silent_s:.1f} s, {watched.late_s:.1f} s too long ({watched.beat})")
         waits = any(other.beat.activity in (Activity.STARTING, Activity.ORDER, Activity.LOAD) for other in self._ranks)
-        # On CUDA devices nobody can tell: the work is the device's.
+        # With CUDA the work is done by the device, and the processes may be idle.
         if self._rests_s > (timing.order_stuck_s if waits else timing.stuck_s) and not self._cuda:
             return Hang(rank, f"no rank runs ({watched.beat})")
         return None

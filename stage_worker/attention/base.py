@@ -286,6 +286,19 @@ def _alike(slots: list[int], bounds: BatchSlots) -> list[list[int]]:
     return groups
 
 
+@dataclass(frozen=True)
+class AttentionKind:
+    """What sets a layer's attention apart. Every query sees its own past only."""
+
+    scaling: float
+    sliding_window: int | None = None
+    """Positions that a query sees, itself included; None: all."""
+    softcap: float | None = None
+    """Scores are squashed to it by tanh."""
+    sinks: Tensor | None = None
+    """[N] extra logits that take probability and give nothing (GPT-OSS)."""
+
+
 class AttentionBackend(Protocol):
     """Writes a layer's new K and V to their pages, then attends."""
 
@@ -297,16 +310,7 @@ class AttentionBackend(Protocol):
         k_pages: Tensor,
         v_pages: Tensor,
         metadata: AttentionMetadata,
-        *,
-        scaling: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        is_causal: bool = True,
+        kind: AttentionKind,
     ) -> Tensor:
-        """[T, N, Dv] from `query` [T, N, D], `key` [T, K, D], `value` [T, K, Dv] and the layer's pages [P, K, S, D].
-
-        `sliding_window` None means full attention; `softcap` squashes scores by tanh; `sinks` [N] are extra logits
-        that take probability and give nothing (GPT-OSS).
-        """
+        """[T, N, Dv] from `query` [T, N, D], `key` [T, K, D], `value` [T, K, Dv] and the layer's pages [P, K, S, D]."""
         ...

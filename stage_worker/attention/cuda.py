@@ -17,9 +17,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from stagemesh.errors import ConfigError, InternalError
 
-from .base import AttentionMetadata, PrefillRow, PrefillView
+from .base import AttentionKind, AttentionMetadata, PrefillRow, PrefillView
 from .decode import DecodeKernel, LayerKind, TorchDecode, difference
-from .paged import AttentionKind, PagedAttention
+from .paged import PagedAttention
 from .tables import DecodeTables
 
 log = logging.getLogger(__name__)
@@ -47,44 +47,27 @@ class CudaAttention(PagedAttention):
         k_pages: Tensor,
         v_pages: Tensor,
         metadata: AttentionMetadata,
-        *,
-        scaling: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        is_causal: bool = True,
+        kind: AttentionKind,
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         tables = metadata.tables
         if tables is None:
-            return super().attend(
-                query,
-                key,
-                value,
-                k_pages,
-                v_pages,
-                metadata,
-                scaling=scaling,
-                sliding_window=sliding_window,
-                softcap=softcap,
-                sinks=sinks,
-                is_causal=is_causal,
-            )
-        kind = LayerKind(
+            return super().attend(query, key, value, k_pages, v_pages, metadata, kind)
+        layer = LayerKind(
             heads=query.shape[1],
             kv_heads=key.shape[1],
             k_dim=key.shape[2],
             v_dim=value.shape[2],
             page_size=k_pages.shape[2],
             dtype=query.dtype,
-            scaling=scaling,
-            window=sliding_window,
-            softcap=softcap,
-            has_sinks=sinks is not None,
+            scaling=kind.scaling,
+            window=kind.sliding_window,
+            softcap=kind.softcap,
+            has_sinks=kind.sinks is not None,
         )
-        kernel = self._chosen.get(kind) or self._choose(kind, query.device)
+        kernel = self._chosen.get(layer) or self._choose(layer, query.device)
         kernel.write(key, value, k_pages, v_pages, tables)
-        return kernel.attend(query, k_pages, v_pages, tables, kind, sinks)
+        return kernel.attend(query, k_pages, v_pages, tables, layer, kind.sinks)
 
     def plan(self, tables: DecodeTables) -> None:
         """To be called before a captured step is launched over rows just loaded into `tables`."""

@@ -32,51 +32,6 @@ class LayerKind:
     has_sinks: bool
 
 
-def write_rows(key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables) -> None:
-    """Put each row's `key` [K, D] and `value` [K, Dv] into its page, and zero what is left of a page just opened.
-
-    Padding rows do what row 0 does: written twice, its page holds the same. (A slot of their own would cost a page.)
-    """
-    index = tables.now()
-    size = tables.page_size
-    is_row = index.lengths > 0
-    written = torch.where(is_row, index.positions, index.positions[:1])
-    page, offset = index.pages.gather(1, (written // size)[:, None])[:, 0], written % size
-    places = torch.arange(size, device=page.device)
-    here = (places == offset[:, None])[:, None, :, None]
-    behind = ((offset == 0)[:, None] & (places > 0))[:, None, :, None]
-    for new, pages in ((key, k_pages), (value, v_pages)):
-        new = torch.where(is_row[:, None, None], new, new[:1])
-        content = torch.where(here, new[:, :, None, :], pages.index_select(0, page)).masked_fill(behind, 0)
-        pages.index_copy_(0, page, content)
-
-
-def attend_rows(
-    query: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables, kind: LayerKind, sinks: Tensor | None
-) -> Tensor:
-    """[B, N, Dv] for `query` [B, N, D] over pages [P, K, S, D]. What padding rows get means nothing, but is finite.
-
-    Gathers all M pages of every row: for checks, and where no kernel runs.
-    """
-    index = tables.now()
-    batch, groups = query.shape[0], kind.heads // kind.kv_heads
-    slots = torch.arange(tables.width * tables.page_size, device=query.device)
-    length = index.lengths.clamp_min(1)[:, None]
-    invalid = slots >= length
-    if kind.window is not None:
-        invalid |= slots < length - kind.window
-    # Places of the table that no row uses name page 0: what is there is another's, and may be NaN.
-    keys = k_pages.index_select(0, index.pages.flatten()).view(batch, tables.width, *k_pages.shape[1:])
-    values = v_pages.index_select(0, index.pages.flatten()).view(batch, tables.width, *v_pages.shape[1:])
-    keys = keys.transpose(1, 2).flatten(2, 3)  # [B, K, L, D]
-    values = values.transpose(1, 2).flatten(2, 3).masked_fill(invalid[:, None, :, None], 0)
-    grouped = (query * kind.scaling).reshape(batch, kind.kv_heads, groups, kind.k_dim)
-    scores = grouped @ keys.transpose(2, 3)
-    sink_logits = None if sinks is None else sinks.view(kind.kv_heads, groups, 1)
-    weights = probabilities(scores, invalid[:, None, None, :], kind.softcap, sink_logits)
-    return (weights.to(values.dtype) @ values).reshape(batch, kind.heads, kind.v_dim)
-
-
 class DecodeKernel(Protocol):
     """One way to write and attend rows of `DecodeTables`, padding included, without a word from the host."""
 
@@ -91,7 +46,7 @@ class DecodeKernel(Protocol):
         """What it needs to do on the host before a captured step over other rows is launched again."""
 
     def write(self, key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables) -> None:
-        """See `write_rows`."""
+        """See `TorchDecode.write`."""
 
     def attend(
         self,
@@ -102,12 +57,12 @@ class DecodeKernel(Protocol):
         kind: LayerKind,
         sinks: Tensor | None,
     ) -> Tensor:
-        """See `attend_rows`."""
+        """See `TorchDecode.attend`."""
         ...
 
 
 class TorchDecode:
-    """The functions above: right for every kind of layer, and slow."""
+    """In plain torch: right for every kind of layer, and slow."""
 
     name = "torch"
     failures: tuple[type[Exception], ...] = (RuntimeError,)
@@ -120,8 +75,22 @@ class TorchDecode:
         """Nothing: all is read on the device."""
 
     def write(self, key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables) -> None:
-        """See `write_rows`."""
-        write_rows(key, value, k_pages, v_pages, tables)
+        """Put each row's `key` [K, D] and `value` [K, Dv] into its page, and zero what is left of a page just opened.
+
+        Padding rows do what row 0 does: written twice, its page holds the same. A slot of their own would cost a page.
+        """
+        index = tables.now()
+        size = tables.page_size
+        is_row = index.lengths > 0
+        written = torch.where(is_row, index.positions, index.positions[:1])
+        page, offset = index.pages.gather(1, (written // size)[:, None])[:, 0], written % size
+        places = torch.arange(size, device=page.device)
+        here = (places == offset[:, None])[:, None, :, None]
+        behind = ((offset == 0)[:, None] & (places > 0))[:, None, :, None]
+        for new, pages in ((key, k_pages), (value, v_pages)):
+            new = torch.where(is_row[:, None, None], new, new[:1])
+            content = torch.where(here, new[:, :, None, :], pages.index_select(0, page)).masked_fill(behind, 0)
+            pages.index_copy_(0, page, content)
 
     def attend(
         self,
@@ -132,12 +101,31 @@ class TorchDecode:
         kind: LayerKind,
         sinks: Tensor | None,
     ) -> Tensor:
-        """See `attend_rows`."""
-        return attend_rows(query, k_pages, v_pages, tables, kind, sinks)
+        """[B, N, Dv] for `query` [B, N, D] over pages [P, K, S, D]. What padding rows get means nothing, but is finite.
+
+        Gathers all M pages of every row: for checks, and where no kernel runs.
+        """
+        index = tables.now()
+        batch, groups = query.shape[0], kind.heads // kind.kv_heads
+        slots = torch.arange(tables.width * tables.page_size, device=query.device)
+        length = index.lengths.clamp_min(1)[:, None]
+        invalid = slots >= length
+        if kind.window is not None:
+            invalid |= slots < length - kind.window
+        # Places of the table that no row uses name page 0: what is there is another's, and may be NaN.
+        keys = k_pages.index_select(0, index.pages.flatten()).view(batch, tables.width, *k_pages.shape[1:])
+        values = v_pages.index_select(0, index.pages.flatten()).view(batch, tables.width, *v_pages.shape[1:])
+        keys = keys.transpose(1, 2).flatten(2, 3)  # [B, K, L, D]
+        values = values.transpose(1, 2).flatten(2, 3).masked_fill(invalid[:, None, :, None], 0)
+        grouped = (query * kind.scaling).reshape(batch, kind.kv_heads, groups, kind.k_dim)
+        scores = grouped @ keys.transpose(2, 3)
+        sink_logits = None if sinks is None else sinks.view(kind.kv_heads, groups, 1)
+        weights = probabilities(scores, invalid[:, None, None, :], kind.softcap, sink_logits)
+        return (weights.to(values.dtype) @ values).reshape(batch, kind.heads, kind.v_dim)
 
 
 def difference(kernel: DecodeKernel, kind: LayerKind, device: torch.device) -> str | None:
-    """What sets a kernel apart from the functions above on a small step with padding; None: nothing that matters.
+    """What sets a kernel apart from plain torch on a small step with padding; None: nothing that matters.
 
     Waits for the device; not to be called while a graph is captured.
     """
@@ -160,8 +148,9 @@ def difference(kernel: DecodeKernel, kind: LayerKind, device: torch.device) -> s
     sinks = random(kind.heads) if kind.has_sinks else None
     own_k, own_v = k_pages.clone(), v_pages.clone()
     tables.refresh()
-    write_rows(key, value, k_pages, v_pages, tables)
-    expected = attend_rows(query, k_pages, v_pages, tables, kind, sinks)[: len(starts)].float()
+    plain = TorchDecode()
+    plain.write(key, value, k_pages, v_pages, tables)
+    expected = plain.attend(query, k_pages, v_pages, tables, kind, sinks)[: len(starts)].float()
     try:
         kernel.write(key, value, own_k, own_v, tables)
         found = kernel.attend(query, own_k, own_v, tables, kind, sinks)[: len(starts)].float()

@@ -66,7 +66,7 @@ class FlashinferDecode:
         kind: LayerKind,
         sinks: Tensor | None,
     ) -> Tensor:
-        """See `tables.attend_rows`."""
+        """See `TorchDecode.attend`."""
         wrappers = self._wrappers.setdefault(tables, {})
         if kind not in wrappers:
             if torch.cuda.is_current_stream_capturing():

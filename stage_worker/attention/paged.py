@@ -6,25 +6,13 @@ time, their queries in blocks, so that scores stay within a bound of memory howe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from .base import AttentionMetadata, DecodeView, PrefillRow, PrefillView
+from .base import AttentionKind, AttentionMetadata, DecodeView, PrefillRow, PrefillView
 
 SCORES_BYTES = 64 << 20
 """Bound on the fp32 scores of one block of queries."""
-
-
-@dataclass(frozen=True)
-class AttentionKind:
-    """What sets a layer's attention apart: see `AttentionBackend.attend`."""
-
-    scaling: float
-    sliding_window: int | None
-    softcap: float | None
-    sinks: Tensor | None
 
 
 def write_pages(key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, metadata: AttentionMetadata) -> None:
@@ -134,18 +122,10 @@ class PagedAttention:
         k_pages: Tensor,
         v_pages: Tensor,
         metadata: AttentionMetadata,
-        *,
-        scaling: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        is_causal: bool = True,
+        kind: AttentionKind,
     ) -> Tensor:
-        """See `AttentionBackend.attend`. Every query sees its own past only: `is_causal` must be true."""
-        if not is_causal:
-            raise ValueError("paged attention is causal")
+        """See `AttentionBackend.attend`."""
         write_pages(key, value, k_pages, v_pages, metadata)
-        kind = AttentionKind(scaling, sliding_window, softcap, sinks)
         if not metadata.prefill_rows:
             return attend_decode(query, k_pages, v_pages, metadata, kind)
         tokens, heads, _ = query.shape
@@ -153,7 +133,7 @@ class PagedAttention:
         if metadata.decode_rows:
             where = metadata.decode_tokens
             out[where] = attend_decode(query[where], k_pages, v_pages, metadata, kind)
-        for row, view in zip(metadata.prefill_rows, metadata.prefill_views(sliding_window), strict=True):
+        for row, view in zip(metadata.prefill_rows, metadata.prefill_views(kind.sliding_window), strict=True):
             here = slice(row.token_start, row.token_start + row.count)
             out[here] = self.prefill(query[here], k_pages, v_pages, row, view, kind)
         return out

@@ -55,7 +55,7 @@ class TritonDecode:
         """Nothing: all is read on the device."""
 
     def write(self, key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables) -> None:
-        """See `tables.write_rows`; padding rows write nothing."""
+        """See `TorchDecode.write`; padding rows write nothing."""
         key, value = _dense_heads(key), _dense_heads(value)
         rows, kv_heads, k_dim = key.shape
         page, v_dim = k_pages.shape[2], v_pages.shape[3]
@@ -75,7 +75,7 @@ class TritonDecode:
         kind: LayerKind,
         sinks: Tensor | None,
     ) -> Tensor:
-        """See `tables.attend_rows`."""
+        """See `TorchDecode.attend`."""
         query = _dense_heads(query)
         rows, splits = tables.rows, self.splits(tables, kind)
         shape = (rows, kind.heads, splits)

@@ -1,4 +1,4 @@
-"""What a rank keeps of sequences: KV pages, who holds which, the boundary journal, and copies to other workers.
+"""KV cache of a rank: pages, ranges of pages held by gateways, the boundary journal, copies of pages to other workers.
 
-No steps are run in here.
+Modules here compute no steps.
 """

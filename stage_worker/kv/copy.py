@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 
 import torch
 
@@ -19,20 +20,20 @@ from stagemesh.errors import InvalidRequest, TransportError
 from stagemesh.faults import point
 
 from ..links.link import LinkReceiver, LinkSender
-from .landing import Landed, land
+from .landing import land
 from .pool import KvPool
 
 CREDITS = 4
-"""Frames under way on a lane."""
+"""Frames in flight on a lane."""
 FRAME_BYTES = 1 << 20
-"""Of one frame at most, unless a single page is larger."""
+"""Most bytes of a frame, unless a single page is larger."""
 
 
 class PageFrames:
     """Pages of some layers as frames: uint8 [N x page_bytes]."""
 
     def __init__(self, parts: Sequence[tuple[KvPool, Sequence[int]]]) -> None:
-        """`parts`: pools, and the layers of each."""
+        """`parts`: pools, and the layers to take of each."""
         self._tensors = [
             _words(tensor.view(pool.num_pages, -1).view(torch.uint8))
             for pool, layers in parts
@@ -45,11 +46,11 @@ class PageFrames:
 
     @property
     def most_pages(self) -> int:
-        """Of one frame."""
+        """Most pages of one frame."""
         return max(1, FRAME_BYTES // self.page_bytes)
 
     def read(self, pages: Sequence[int]) -> torch.Tensor:
-        """A frame of what `pages` hold now."""
+        """Makes a frame of the content of `pages`."""
         index, at = self._index(pages), 0
         frame = torch.empty(len(pages) * self.page_bytes, dtype=torch.uint8, device=self.device)
         for tensor in self._tensors:
@@ -60,7 +61,7 @@ class PageFrames:
         return frame
 
     def write(self, pages: Sequence[int], frame: torch.Tensor) -> None:
-        """Puts a frame into `pages`."""
+        """Writes a frame into `pages`."""
         index, at = self._index(pages), 0
         for tensor in self._tensors:
             size = len(pages) * tensor[0].nbytes
@@ -72,7 +73,7 @@ class PageFrames:
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """Bytes [P, N] as the widest words that fill a row: torch copies word by word, and bytes seven times slower."""
+    """Bytes [P, N] as 8-byte words, if they fill a row: torch copies single bytes seven times slower."""
     return tensor.view(torch.int64) if tensor.shape[1] % 8 == 0 else tensor
 
 
@@ -83,11 +84,11 @@ class PageSender:
         self.link = link
         self._frames = frames
         self._waiting: dict[int, deque[tuple[int, list[int]]]] = {}
-        """Slot -> frames without a credit: one gateway's never wait for another's."""
+        """Slot -> frames that wait for a credit, separately for each gateway."""
 
     def send(self, slot: int, number: int, pages: list[int]) -> None:
-        """Sends what `pages` hold, now or when there is a credit. Where the link is over nothing is sent: the receiving
-        end waits for it and says so, and this end goes on with what it serves."""
+        """Sends the content of `pages`, now or when there is a credit. When the link is over nothing is sent: the
+        receiving end reports it, and this end goes on serving."""
         with contextlib.suppress(TransportError):
             if slot not in self._waiting:
                 self.link.open_lane(slot, CREDITS)
@@ -113,28 +114,28 @@ class PageReceiver:
         self.link = link
         self._frames = frames
         self._coming: dict[int, deque[tuple[int, list[int]]]] = {}
-        """Slot -> what was announced, in order."""
-        self._landing: dict[int, Landed] = {}
-        """Slot -> whether its next frame is in its pages; where that has come."""
+        """Slot -> announced frames, in order: number and pages."""
+        self._landing: dict[int, Future[None]] = {}
+        """Slot -> the write of its next frame, once that has arrived."""
 
     @property
     def most_pages(self) -> int:
-        """Of one frame."""
+        """Most pages of one frame."""
         return self._frames.most_pages
 
     def open_lane(self, slot: int) -> None:
-        """A session may have pages sent. Raises TransportError when the link is over."""
+        """Lets a session receive pages. Raises TransportError when the link is over."""
         self.link.open_lane(slot, CREDITS, self._frames.most_pages * self._frames.page_bytes)
 
     def expect(self, slot: int, number: int, pages: list[int]) -> None:
-        """These will come. Raises InvalidRequest for more than a frame may hold."""
+        """Announces a frame and posts its receive. Raises InvalidRequest for more pages than a frame may hold."""
         if not 0 < len(pages) <= self._frames.most_pages:
             raise InvalidRequest(f"{len(pages)} pages in a frame that holds 1 to {self._frames.most_pages}")
         self.link.post(slot, number, (len(pages) * self._frames.page_bytes,), torch.uint8)
         self._coming.setdefault(slot, deque()).append((number, pages))
 
     def take(self, slot: int) -> int | None:
-        """The number of the next frame of a session that has come and is in its pages; None where there is none."""
+        """The number of the next frame of a session, once it is written into its pages; None before."""
         coming = self._coming.get(slot)
         if not coming:
             return None
@@ -146,19 +147,18 @@ class PageReceiver:
                 point("rank.copy_land")
                 self._landing[slot] = land(lambda: self._frames.write(pages, frame))
             return None
-        if not landing.done.is_set():
+        if not landing.done():
             return None
-        if landing.error is not None:
-            raise landing.error  # A rank that cannot write its pages is of no use.
+        landing.result()  # Raises what the write raised: the rank ends.
         del self._landing[slot]
         coming.popleft()
         self.link.release(slot, number)
         return number
 
     def close_lane(self, slot: int) -> None:
-        """The session is over: nothing is written into its pages any more."""
+        """Ends a session's lane. When this returns, nothing is written into its pages any more."""
         self._coming.pop(slot, None)
         landing = self._landing.pop(slot, None)
         if landing is not None:
-            landing.done.wait()
+            wait([landing])
         self.link.close_lane(slot)

@@ -29,15 +29,15 @@ class Journal:
     def __init__(self, max_pages: int, page_size: int, hidden_size: int, dtype: torch.dtype) -> None:
         self.page_size = page_size
         self.number = next(_numbers)
-        """Its own, on this rank."""
-        # Memory is the system's until it is written.
+        """Number of this journal, unique on this rank."""
+        # The system allocates this memory when it is first written.
         self._rows = torch.empty((max_pages * page_size, hidden_size), dtype=dtype)
         self._item = np.dtype((np.void, hidden_size * dtype.itemsize))
         self._items = self._as_items(self._rows)
-        """The same memory."""
+        """The same memory as items, one a row."""
         self._unused = list(range(max_pages - 1, -1, -1))
         self._entries: OrderedDict[int, int] = OrderedDict()
-        """Page -> place of its entry, the one begun longest ago first."""
+        """Page -> index of its entry, in the order in which entries were begun."""
 
     @staticmethod
     def page_bytes(page_size: int, hidden_size: int, dtype: torch.dtype) -> int:
@@ -45,7 +45,7 @@ class Journal:
         return page_size * hidden_size * dtype.itemsize
 
     def write(self, batch: StepBatch, output: torch.Tensor) -> None:
-        """Keeps what a step sent on, `output` [T, H]. A page that was begun before its entry went stays without."""
+        """Records the output [T, H] of a step. A page whose entry was evicted after its beginning stays without one."""
         found = [
             (page, self._begin(page) if offset == 0 else self._entries.get(page), at, offset, count)
             for at, page, offset, count in _parts(batch)
@@ -53,17 +53,17 @@ class Journal:
         sources: list[int] = []
         targets: list[int] = []
         for page, place, at, offset, count in found:
-            # A page of a step that begins more than there is room for may have lost its place to a later one.
+            # A step that begins more pages than there is room for evicts its own earlier entries.
             if place is not None and self._entries.get(page) == place:
                 sources.extend(range(at, at + count))
                 targets.extend(range(place + offset, place + offset + count))
         if targets:
-            # By numpy, which needs fewer calls than torch's indexing: few rows cost what the calls do.
+            # numpy needs fewer calls than torch's indexing, and for few rows the calls are the cost.
             items = self._as_items(output)
             self._items[targets] = items if len(sources) == len(items) else items[sources]
 
     def _as_items(self, rows: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.void]]:
-        """Contiguous rows [R, H] as R items that are copied whole."""
+        """Contiguous rows [R, H] as R items of numpy."""
         host = rows.cpu() if rows.is_cuda else rows
         return host.view(torch.uint8).numpy().view(self._item)[:, 0]
 
@@ -80,7 +80,7 @@ class Journal:
         return place
 
     def read(self, batch: StepBatch) -> torch.Tensor | None:
-        """[T, H] of the step's rows as they were sent before; None when a page's entry has gone."""
+        """[T, H]: the recorded output of a step's rows. None when an entry is missing."""
         places: list[int] = []
         for _, page, offset, count in _parts(batch):
             place = self._entries.get(page)
@@ -90,14 +90,14 @@ class Journal:
         return self._rows[torch.tensor(places, dtype=torch.int64)]
 
     def forget(self, pages: Iterable[int]) -> None:
-        """What these pages hold from now on was not sent from here: entries are of whoever had them before."""
+        """Drops the entries of pages: what they will hold was not sent from here."""
         for page in pages:
             place = self._entries.pop(page, None)
             if place is not None:
                 self._unused.append(place // self.page_size)
 
     def held(self, pages: Sequence[int]) -> bytes:
-        """One bit for each of `pages`, the lowest first: whether its entry is there."""
+        """One bit for each of `pages`, the lowest first: whether it has an entry."""
         bits = bytearray(-(-len(pages) // 8))
         for at, page in enumerate(pages):
             if page in self._entries:
@@ -106,7 +106,7 @@ class Journal:
 
 
 def _parts(batch: StepBatch) -> Iterator[tuple[int, int, int, int]]:
-    """(first of the step's tokens, page, offset in it, count) of every stretch that lies in one page."""
+    """(index of the first token in the step, page, offset in it, count) for each part of a row within one page."""
     at, size = 0, batch.page_size
     for start, count, table in zip(batch.starts, batch.counts, batch.tables, strict=True):
         position, end = start, start + count

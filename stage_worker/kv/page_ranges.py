@@ -13,24 +13,24 @@ from dataclasses import dataclass, field
 from stagemesh.errors import InvalidRequest, Unavailable
 
 _NONE = -1
-"""No journal's number."""
+"""Stands for no journal: none has this number."""
 
 
 @dataclass(frozen=True)
 class Grant:
-    """What a session may use."""
+    """Pages granted to a session."""
 
     pages: tuple[int, ...]
-    """By the holder's id; -1 where it has none of that id."""
+    """Page by the holder's id; -1 for ids without a page."""
     generation: int
-    """The same as long as nobody else may have written into the pages."""
+    """Changes when another holder may have written into the pages."""
     fresh: tuple[int, ...]
     """Of the pages those that the holder has not written with this journal ever since: its entries are of others, or of
     what the pages held before."""
 
     @property
     def count(self) -> int:
-        """Of them."""
+        """Number of pages."""
         return sum(page >= 0 for page in self.pages)
 
 
@@ -38,13 +38,13 @@ class Grant:
 class _Holder:
     generation: int
     pages: dict[int, int] = field(default_factory=dict)
-    """By its ids."""
+    """Id -> page."""
     life: int = 0
-    """Of its process."""
+    """Identity of its process."""
     open: dict[int, frozenset[int]] = field(default_factory=dict)
-    """Epoch -> ids that the session may use."""
+    """Epoch -> ids granted to the session at that epoch."""
     journal: int = _NONE
-    """With which it wrote last."""
+    """Number of the journal beside which it wrote last."""
 
 
 class PageRanges:
@@ -55,7 +55,7 @@ class PageRanges:
         self._nonce = nonce
         self._free = list(range(num_pages - 1, -1, -1))
         self._holders: dict[str, _Holder] = {}
-        """The one that came longest ago first."""
+        """Name -> holder, in the order of their sessions' starts."""
 
     def open(
         self, name: str, epoch: int, count: int, ids: Iterable[int] = (), journal: int = 0, life: int = 0
@@ -99,18 +99,18 @@ class PageRanges:
         return Grant(tuple(table), holder.generation, tuple(holder.pages[ident] for ident in fresh))
 
     def close(self, name: str, epoch: int) -> None:
-        """The holder's session is over; it may come back."""
+        """Ends the holder's session at an epoch. The holder may come back."""
         holder = self._holders.get(name)
         if holder is not None and holder.open.pop(epoch, None) is not None and holder.open:
             self._trim(holder, frozenset().union(*holder.open.values()))
 
     def _trim(self, holder: _Holder, kept: frozenset[int]) -> None:
-        """Pages that none of its sessions has are free."""
+        """Frees pages that none of the holder's sessions uses."""
         for ident in [ident for ident in holder.pages if ident not in kept]:
             self._free.append(holder.pages.pop(ident))
 
     def _reclaim(self, count: int) -> None:
-        """Makes so many pages free, if those of holders that have gone are enough; the one longest gone loses first."""
+        """Frees so many pages, if holders without a session have them; of the one gone longest first."""
         for name in [name for name, holder in self._holders.items() if not holder.open]:
             if len(self._free) >= count:
                 return

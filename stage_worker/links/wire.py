@@ -73,8 +73,10 @@ class LinkIdentity:
 
     def objection(self, hello: bytes) -> StagemeshError | None:
         """Why a hello does not fit; None when it does."""
-        magic, version, code, nonce, hidden_size, epoch, secret = _HELLO.unpack(hello)
-        if magic != b"SMHI" or version != PROTOCOL_VERSION:
+        if len(hello) != HELLO_BYTES or not hello.startswith(b"SMHI"):
+            return TransportError(f"{len(hello)} bytes came that are no hello of {HELLO_BYTES}")
+        _, version, code, nonce, hidden_size, epoch, secret = _HELLO.unpack(hello)
+        if version != PROTOCOL_VERSION:
             return TransportError(f"link protocol {version} was spoken, {PROTOCOL_VERSION} is understood")
         if nonce != self.nonce or not hmac.compare_digest(secret, self.secret):
             return TransportError("the tag secret is wrong")
@@ -96,8 +98,10 @@ def pack_ack(objection: StagemeshError | None) -> bytes:
 
 def unpack_ack(data: bytes) -> StagemeshError | None:
     """The receiver's objection; None when it welcomed the hello."""
-    magic, version, verdict, reason = _ACK.unpack(data)
-    if magic != b"SMOK" or version != PROTOCOL_VERSION:
+    if len(data) != ACK_BYTES or not data.startswith(b"SMOK"):
+        return TransportError(f"the receiver answered with {len(data)} bytes that are no answer to a hello")
+    _, version, verdict, reason = _ACK.unpack(data)
+    if version != PROTOCOL_VERSION:
         return TransportError(f"the receiver answered in link protocol {version}, {PROTOCOL_VERSION} is understood")
     if verdict == 0:
         return None

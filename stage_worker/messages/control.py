@@ -1,4 +1,4 @@
-"""Frames between a worker's agent and its ranks, and between rank 0 and the others: their kinds, and what they carry.
+"""Kinds of frames between an agent and its ranks, and between rank 0 and the other ranks, and their payloads.
 
 Payloads are protobuf messages. RUN and RESULT are a gateway's own (`RunRequest`, `RunResponse`), which an agent passes
 on unparsed, in both directions.
@@ -13,8 +13,8 @@ from stagemesh.protos.v1 import worker_pb2
 
 
 class Kind(enum.IntEnum):
-    """What a frame says. Its id names a call (ASSIGN..PREPARE and their answers) or a session (RUN, RESULT,
-    SESSION_ENDED, PAGES_COPIED, ORDER_STEP)."""
+    """Kind of a frame. The id of the frame names a call (ASSIGN to PREPARE, and their answers) or a session (RUN,
+    RESULT, SESSION_ENDED, PAGES_COPIED, ORDER_STEP)."""
 
     # agent -> rank: stage.proto's requests of the same names, but for OPEN_SESSION (RunOpen) and CLOSE_SESSION
     ASSIGN = 1
@@ -59,16 +59,16 @@ class Kind(enum.IntEnum):
 
 
 READY_ID = 0
-"""Of READY, or the ERROR in its place: a rank's start is a call of its own."""
+"""Id of READY, or of the ERROR in its place."""
 
 
 def failure_of(error: BaseException) -> worker_pb2.Failure:
-    """What `error_of` makes the same error from."""
+    """An error as a message. Unknown exceptions become InternalError."""
     known = error if isinstance(error, StagemeshError) else InternalError(f"{type(error).__name__}: {error}")
     return worker_pb2.Failure(reason=known.reason, message=known.message, retry_after_s=known.retry_after_s)
 
 
 def error_of(failure: worker_pb2.Failure) -> StagemeshError:
-    """The error that a rank met."""
+    """The error of a message from `failure_of`."""
     retry_after_s = failure.retry_after_s if failure.HasField("retry_after_s") else None
     return by_reason(failure.reason)(failure.message, retry_after_s=retry_after_s)

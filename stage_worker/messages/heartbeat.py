@@ -1,7 +1,7 @@
-"""What a rank tells its agent without a message: memory that they share, in which a rank writes what it is at.
+"""Heartbeats: shared memory in which each rank writes what it is doing, and when it will write again at the latest.
 
-A process that hangs keeps its sockets open, so only a deadline sees it. The rank names that deadline itself whenever it
-begins something, and its agent (agent/watchdog.py) holds it to that.
+A process that hangs keeps its sockets open, so only a deadline finds it. The rank knows best how long its work may
+take, so it sets the deadline itself. Its agent watches it (agent/watchdog.py).
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ MAGIC, VERSION = b"SMHB", 1
 HEADER = struct.Struct("<4sHH")
 """Magic, version, number of ranks."""
 SLOT = struct.Struct("<IIdd")
-"""Of one rank, which alone writes it: activity, detail, when it was written, how long it may stay so. A reader may see
-it half written, and looks again before anything follows from it."""
+"""One rank's heartbeat: activity, detail, time of writing, seconds until the next. Only that rank writes it. A reader
+may see it half written; the watchdog needs several equal readings before it acts."""
 
 
 class Activity(IntEnum):
-    """What a rank is at."""
+    """What a rank is doing."""
 
     STARTING = 0
-    """It is not up yet."""
+    """It is not ready yet."""
     IDLE = 1
-    """It waits for plans, inputs, credits and orders, and looks for them again and again."""
+    """It polls for plans, inputs, credits and orders."""
     STEP = 2
-    """It computes a step; the detail is its tokens."""
+    """It computes a step. Detail: number of tokens."""
     ORDER = 3
-    """It carries out an order of the agent; the detail is its kind."""
+    """It carries out an order of the agent. Detail: the `Kind`."""
     LOAD = 4
-    """It has come further with the weights that an order names."""
+    """It loads weights that an order asked for."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank has written last."""
+    """A heartbeat."""
 
     activity: Activity
     detail: int
     at: float
-    """When (`time.monotonic()`, which processes of one machine share)."""
+    """Time of writing: `time.monotonic()`, which all processes of a machine share."""
     allowed_s: float
-    """Within which it will write again."""
+    """Seconds within which the rank will write again."""
 
     def __str__(self) -> str:
         if self.activity is Activity.STEP:
@@ -59,7 +59,7 @@ class Beat:
 
 
 def make_heartbeats(size: int) -> int:
-    """A descriptor of memory for `size` ranks, to be handed to each; all of them are starting."""
+    """Makes the memory for `size` ranks that are starting. Returns its descriptor, to be handed to each of them."""
     fd = os.memfd_create("stagemesh-heartbeats", os.MFD_CLOEXEC)
     starting = SLOT.pack(Activity.STARTING, 0, 0.0, float("inf"))
     os.write(fd, HEADER.pack(MAGIC, VERSION, size) + size * starting)
@@ -67,7 +67,7 @@ def make_heartbeats(size: int) -> int:
 
 
 class Heartbeats:
-    """The memory as a process has it. Takes over its descriptor; raises InternalError where it is another's."""
+    """The memory, mapped. Takes over the descriptor; raises InternalError for memory of another kind or size."""
 
     def __init__(self, fd: int, size: int) -> None:
         with os.fdopen(fd, "rb") as file:
@@ -80,11 +80,11 @@ class Heartbeats:
             raise InternalError(f"these are no heartbeats of version {VERSION} and {size} ranks: {found}")
 
     def write(self, rank: int, beat: Beat) -> None:
-        """By the rank."""
+        """Called by the rank."""
         at = HEADER.size + rank * SLOT.size
         SLOT.pack_into(self._memory, at, beat.activity, beat.detail, beat.at, beat.allowed_s)
 
     def read(self, rank: int) -> Beat:
-        """By the agent."""
+        """Called by the agent."""
         activity, detail, at, allowed_s = SLOT.unpack_from(self._memory, HEADER.size + rank * SLOT.size)
         return Beat(Activity(activity), detail, at, allowed_s)

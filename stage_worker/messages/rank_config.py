@@ -16,7 +16,7 @@ from stagemesh.settings.stage import StageSettings
 
 @dataclass(frozen=True)
 class RankConfig:
-    """Who a rank is, and the settings of its worker."""
+    """Identity of a rank, and the settings of its worker."""
 
     label: str
     """Role in titles and logs, such as `stage 1`."""
@@ -26,11 +26,11 @@ class RankConfig:
     cpus: tuple[int, ...] = ()
     """Cores to run on; empty: any."""
     idle_cpus: tuple[int, ...] = ()
-    """Cores of others, to be used by steps beside which nothing else computes."""
+    """Cores of other ranks, used by steps while nothing else computes."""
 
     @staticmethod
     def of_worker(label: str, settings: StageSettings, device: str) -> list[RankConfig]:
-        """Of all ranks of a worker. Raises ConfigError for a list of cores that cannot be read."""
+        """The configs of all ranks of a worker. Raises ConfigError for an invalid list of cores."""
         kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
         return [
             RankConfig(label, rank, kind, settings, _cpus(settings.cpu_list, rank), _cpus(settings.idle_cpu_list, rank))
@@ -39,21 +39,21 @@ class RankConfig:
 
     @property
     def size(self) -> int:
-        """Ranks of the worker."""
+        """Number of ranks of the worker."""
         return self.settings.tensor_parallel_size
 
     @property
     def title(self) -> str:
-        """In ps and logs."""
+        """Name of the rank in ps and logs."""
         return f"{self.label} rank {self.rank}"
 
     @property
     def compute_threads(self) -> int:
-        """Threads that compute: as many as were asked for, else one for each core that this rank may use."""
+        """Compute threads: as set, else one for each core that this rank may use."""
         return self.settings.threads or len(self.cpus) or len(os.sched_getaffinity(0))
 
     def pack(self) -> bytes:
-        """For `unpack`, in the rank."""
+        """Serializes for `unpack` in the rank."""
         return worker_pb2.RankStart(
             label=self.label,
             rank=self.rank,
@@ -65,7 +65,7 @@ class RankConfig:
 
     @staticmethod
     def unpack(data: bytes) -> RankConfig:
-        """Raises InternalError for what `pack` has not made."""
+        """The inverse of `pack`. Raises InternalError for other bytes."""
         said = parse(worker_pb2.RankStart, data)
         try:
             settings = StageSettings.model_validate_json(said.settings)
@@ -85,28 +85,28 @@ class RankConfig:
 
 @dataclass(frozen=True)
 class RankDescriptors:
-    """What a rank inherits; under numbers of its own in each process."""
+    """File descriptors that a rank inherits. Their numbers differ between agent and rank."""
 
     control: int
     """Socket to the agent."""
     heartbeats: int
-    """Memory in which the ranks tell their agent what they are at (heartbeat.py)."""
+    """Shared memory of heartbeats (heartbeat.py)."""
     orders: tuple[int, ...] = ()
-    """Rank 0: a socket to each other rank; others: one to rank 0."""
+    """On rank 0 a socket to each other rank, on others one to rank 0."""
     exchange: int | None = None
-    """Memory that the ranks of a group on a CPU share (native/exchange.py)."""
+    """Shared memory of a group on a CPU (native/exchange.py)."""
     store: int | None = None
-    """File over which the ranks of a group find each other (torch.distributed.FileStore)."""
+    """File through which the ranks of a group meet (torch.distributed.FileStore)."""
 
     @property
     def in_order(self) -> list[int]:
-        """For `of`, in the rank."""
+        """As a list, for `of` in the rank."""
         shared = [fd for fd in (self.exchange, self.store) if fd is not None]
         return [self.control, self.heartbeats, *shared, *self.orders]
 
     @staticmethod
     def of(config: RankConfig, fds: list[int]) -> RankDescriptors:
-        """Which is which. Raises InternalError where they are not as many as such a rank gets."""
+        """From a list made by `in_order`. Raises InternalError for a wrong number of descriptors."""
         group = config.size > 1
         shares = group and config.device == "cpu"
         orders = 0 if not group else config.size - 1 if config.rank == 0 else 1

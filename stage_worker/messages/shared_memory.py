@@ -1,7 +1,7 @@
-"""Memory that the ranks of one worker share, made by their agent: for their sums (native/exchange.h), and for the store
-over which torch.distributed has them find each other.
+"""Memory that an agent makes for its ranks to share: for sums over ranks (native/exchange.h) and for torch.distributed.
 
-It has no name, so nothing is left of it when the processes are gone. No torch here: the agent does without.
+It has no name, so nothing is left of it when the processes are gone. This module does not import torch, since the agent
+does not.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from __future__ import annotations
 import os
 
 ROOM_BYTES = 4 << 20
-"""Of one rank's room: larger sums go in several rounds."""
+"""Size of one buffer of a rank. Larger sums go in several rounds."""
 COUNTER_BYTES = 64
 
 
 def shared_memory_bytes(size: int) -> int:
-    """For `size` ranks: a counter and two rooms each."""
+    """Total for `size` ranks: a counter and two buffers each."""
     return size * (COUNTER_BYTES + 2 * ROOM_BYTES)
 
 
 def make_shared_memory(size: int) -> int:
-    """A descriptor of zeroed memory for `size` ranks, to be handed to each; pages are taken when touched."""
+    """Makes zeroed memory for the sums of `size` ranks. Returns its descriptor, to be handed to each of them."""
     fd = os.memfd_create("stagemesh-exchange", os.MFD_CLOEXEC)
     os.ftruncate(fd, shared_memory_bytes(size))
     return fd
 
 
 def make_store() -> int:
-    """A descriptor of an empty file for `torch.distributed.FileStore`, to be handed to each rank."""
+    """Makes an empty file for `torch.distributed.FileStore`. Returns its descriptor, to be handed to each rank."""
     return os.memfd_create("stagemesh-store", os.MFD_CLOEXEC)
 
 
 def path_of(fd: int) -> str:
-    """Under which this process opens the file behind a descriptor anew, with locks of its own."""
+    """A path by which this process can open the file behind a descriptor again, with its own locks."""
     return f"/proc/self/fd/{fd}"

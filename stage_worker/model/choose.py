@@ -1,10 +1,13 @@
-"""What a rank holds as its shard, and which kind it is made as; a kind is imported only where it is used."""
+"""The contract of a shard, and the choice of its kind. A kind is imported only where it is used."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -15,10 +18,12 @@ from ..native import ops
 from ..native.architecture import Architecture, NotNative, check_sizes, dtype_of, read_architecture
 from .batch import StepBatch
 from .parallel import TensorParallel
-from .sleeping import SleepShard, sleeps
 from .spec import ShardSpec
 
 log = logging.getLogger(__name__)
+
+PLUGINS = "STAGEMESH_PLUGINS"
+"""Names modules, separated by commas, which a rank imports so that they can `register_shard` (after vLLM's plugins)."""
 
 
 class Shard(Protocol):
@@ -27,37 +32,22 @@ class Shard(Protocol):
     on_layer: Callable[[], None] | None
     """Called between layers: the caller drives its transports."""
 
-    @property
-    def hidden_size(self) -> int:
-        """H, the width of what crosses a boundary."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of activations and KV."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights in memory."""
-
-    @property
-    def tensor_bytes_read(self) -> int:
-        """Bytes of weights read from the checkpoint."""
-
-    @property
-    def kv_layers(self) -> Sequence[KvLayerSpec]:
-        """What each own layer keeps of a token."""
-
-    @property
-    def kv_layout(self) -> str:
-        """Names the order of what lies in a page: the same for shards that read each other's."""
+    hidden_size: int
+    """H, the width of what crosses a boundary."""
+    vocab_size: int
+    """V."""
+    dtype: torch.dtype
+    """Of activations and KV."""
+    device: torch.device
+    """Where it computes."""
+    weight_bytes: int
+    """Of weights in memory."""
+    tensor_bytes_read: int
+    """Of weights read from the checkpoint."""
+    kv_layers: list[KvLayerSpec]
+    """What each own layer keeps of a token."""
+    kv_layout: str
+    """Names the order of what lies in a page: the same for shards that read each other's."""
 
     def bind_kv(self, pool: KvPool) -> None:
         """Use these pages from now on."""
@@ -67,6 +57,24 @@ class Shard(Protocol):
 
     def forward(self, batch: StepBatch) -> Tensor:
         """One step: hidden states [T, H], or on the last stage logits [R, V] in fp32."""
+
+
+_registered: dict[str, Callable[[ShardSpec], Shard]] = {}
+
+
+def register_shard(model_type: str, make: Callable[[ShardSpec], Shard]) -> None:
+    """Has `make` serve checkpoints whose config.json is of this model type."""
+    _registered[model_type] = make
+
+
+def _registered_for(model_dir: str) -> Callable[[ShardSpec], Shard] | None:
+    if not _registered:
+        return None
+    try:
+        config = json.loads((Path(model_dir) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None  # Whoever loads it says what is wrong with it.
+    return _registered.get(str(config.get("model_type"))) if isinstance(config, dict) else None
 
 
 def load_shard(
@@ -87,8 +95,9 @@ def load_shard(
         ConfigError: layer range or TP size do not fit the model.
         CheckpointError: a tensor is missing, has the wrong shape, or its file is damaged.
     """
-    if sleeps(spec.model_dir):
-        return SleepShard(spec)
+    make = _registered_for(spec.model_dir)
+    if make is not None:
+        return make(spec)
     try:
         architecture = native_architecture(spec)
     except NotNative as e:
@@ -140,7 +149,9 @@ def native_architecture(spec: ShardSpec) -> Architecture:
 
 def import_for(spec: ShardSpec) -> None:
     """Imports what `load_shard` will need of slow things, where the model is known before an assignment."""
-    if not spec.model_dir or sleeps(spec.model_dir):
+    for name in filter(None, os.environ.get(PLUGINS, "").split(",")):
+        importlib.import_module(name)
+    if not spec.model_dir or _registered_for(spec.model_dir) is not None:
         return
     try:
         native_architecture(spec)

@@ -1,4 +1,4 @@
-"""One layer range that a rank holds for a pipeline at an epoch: shard, KV pages, links and gateways' sessions."""
+"""A layer range that a rank holds for a pipeline at one epoch: shard, KV pages, links and gateways' sessions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .memory.resources import StageResources, page_share
 from .session import Session, SessionContext, Step
 
 TOKEN_CREDITS = 64
-"""Frames of tokens that may be under way on a lane; the first stage takes them as they come."""
+"""Token frames that may be in flight on a lane. The first stage takes them at once."""
 
 
 class Assignment:
@@ -40,16 +40,16 @@ class Assignment:
         self.receiver: LinkReceiver | None = None
         self.senders: list[LinkSender] = []
         self.token_receiver: LinkReceiver | None = None
-        """On rank 0 of the first stage of several: what the last one sampled."""
+        """Receives sampled tokens from the last stage; on rank 0 of the first of several stages."""
         self.token_sender: LinkSender | None = None
-        """On rank 0 of the last stage of several."""
+        """Sends sampled tokens to the first stage; on rank 0 of the last of several stages."""
         self.page_senders: dict[tuple[int, int], PageSender] = {}
-        """(epoch, KvCopy) -> pages that go to workers of a later epoch."""
+        """(epoch, index of the KvCopy) -> sender of pages to a worker of a later epoch."""
         self.page_receivers: dict[int, PageReceiver] = {}
-        """KvCopy -> pages that come from workers of the epoch before."""
+        """Index of the KvCopy -> receiver of pages from a worker of the previous epoch."""
         self._tp_rank = tp_rank
         self._holders: dict[int, str] = {}
-        """Session -> who holds its range of pages."""
+        """Session -> name of the holder of its range of pages."""
         self._told_broken = False
 
     # -- links ------------------------------------------------------------------------------------------------------
@@ -65,19 +65,19 @@ class Assignment:
         return any(session.copies for session in self.sessions.values())
 
     def note_completed(self) -> None:
-        """Writes down what has come by now: called between layers, `progress_links` does it else."""
+        """Notes when inputs arrived. Called between layers; otherwise `progress_links` does it."""
         for link in (self.receiver, self.token_receiver):
             if link is not None:
                 link.note_completed()
 
     def progress_links(self) -> None:
-        """Lets the links do what has become possible."""
+        """Drives the links."""
         for end in self._ends():
             end.progress()
         for index, copy in list(self.page_receivers.items()):
             copy.link.progress()
             if copy.link.drained and not self._awaited(index):
-                # The sender's epoch is over, and with it what this was for.
+                # The sender's epoch is over, and so is the copy.
                 del self.page_receivers[index]
         for key, out in list(self.page_senders.items()):
             out.progress()
@@ -93,7 +93,7 @@ class Assignment:
         return out + [copy.link for copy in self.page_receivers.values()]
 
     def take_receiver(self, link: LinkReceiver, *, tokens: bool) -> None:
-        """A receiving end for this epoch, in place of one that was offered before."""
+        """Sets the receiving end, and closes one that was offered before."""
         before = self.token_receiver if tokens else self.receiver
         if before is not None:
             before.close()
@@ -103,7 +103,7 @@ class Assignment:
             self.receiver = link
 
     def take_senders(self, links: list[LinkSender], *, tokens: bool) -> None:
-        """Sending ends for this epoch, in place of those that were made before."""
+        """Sets the sending ends, and closes those that were made before."""
         for sender in [self.token_sender] if tokens else self.senders:
             if sender is not None:
                 sender.close()
@@ -113,7 +113,7 @@ class Assignment:
             self.senders = links
 
     def take_broken_link(self) -> StagemeshError | None:
-        """The error of a link that broke while the assignment was active; told once."""
+        """The error of a link that broke while the assignment was active. Returned once."""
         if self._told_broken or not self.active:
             return None
         error = self._error()
@@ -121,23 +121,23 @@ class Assignment:
         return error
 
     def _error(self) -> StagemeshError | None:
-        """Of a link without which nothing can run."""
+        """The error of a link without which no step can run."""
         copies = [copy.link for index, copy in self.page_receivers.items() if self._awaited(index)]
         return next((end.error for end in [*self._ends(), *copies] if end.error is not None), None)
 
     def _awaited(self, index: int) -> bool:
-        """Whether pages of a KvCopy have been announced that have not come."""
+        """Whether pages of a KvCopy are announced and have not arrived."""
         return any(copy == index for session in self.sessions.values() for copy, _ in session.copies)
 
     @property
     def broken(self) -> bool:
-        """Whether a link has failed: nothing can run any more."""
+        """Whether a link has failed, so that no step can run any more."""
         return self._error() is not None
 
     # -- sessions ---------------------------------------------------------------------------------------------------
 
     def open_session(self, ident: int, request: stage_pb2.RunOpen) -> stage_pb2.RunOpened:
-        """Opens a gateway's session with its range of pages; returns what the gateway is told of it.
+        """Opens a gateway's session with its range of pages. Returns the answer for the gateway.
 
         Raises Unavailable (retry) when all ranges are held, TransportError when a lane cannot be opened.
         """
@@ -182,7 +182,7 @@ class Assignment:
         )
 
     def _open_lanes(self, slot: int) -> None:
-        """A lane for the session on every link. Raises TransportError, with none of them open."""
+        """Opens a lane for the session on every link, or on none. Raises TransportError."""
         credits = self.limits.steps_in_flight
         step_bytes = self.limits.max_num_batched_tokens * self.shard.hidden_size * self.shard.dtype.itemsize
         opened: list[LinkSender | LinkReceiver] = []
@@ -208,7 +208,7 @@ class Assignment:
             raise
 
     def close_session(self, ident: int) -> None:
-        """Drops a session: its steps never run, its lanes are closed, its pages may be granted again."""
+        """Closes a session: steps that did not run never will, and its lanes and pages are free again."""
         session = self.sessions.pop(ident, None)
         if session is None:
             return
@@ -221,7 +221,7 @@ class Assignment:
     # -- pages that go to another worker ----------------------------------------------------------------------------
 
     def copy_pages(self, session: Session, request: stage_pb2.CopyPages) -> None:
-        """Sends pages, or has their receive posted, as this is the one end or the other.
+        """Sends pages, or posts their receive, depending on which end of the copy this is.
 
         Raises InvalidRequest for pages or a copy that are not there, TransportError when the link is over.
         """
@@ -229,18 +229,18 @@ class Assignment:
         if request.epoch == self.epoch and request.index in self.page_receivers:
             self.page_receivers[request.index].expect(session.slot, request.number, pages)
             if self.journal is not None:
-                # The holder wrote them elsewhere meanwhile: what it sent from here before is of other tokens.
+                # Journal entries of these pages are from before the holder wrote them elsewhere.
                 self.journal.forget(pages)
             session.copies.add((request.index, request.number))
         elif request.epoch > self.epoch:
-            # Without its link nothing goes: who waits for the pages notices, and what is served here goes on.
+            # Without the link nothing is sent. The receiving end notices; this end goes on serving.
             if (sender := self.page_senders.get((request.epoch, request.index))) is not None:
                 sender.send(request.slot, request.number, pages)
         else:
             raise InvalidRequest(f"there is no link for copy {request.index} of epoch {request.epoch} here")
 
     def take_pages(self) -> list[tuple[int, int, int]]:
-        """Pages that have come: (session, KvCopy, number)."""
+        """Page frames that have arrived since the last call: (session, index of the KvCopy, number)."""
         took: list[tuple[int, int, int]] = []
         for session in self.sessions.values() if self.page_receivers else ():
             for index, copy in self.page_receivers.items():
@@ -266,7 +266,7 @@ class Assignment:
             session.awaited.append(step.number)
 
     def take_tokens(self) -> bool:
-        """Tokens that came from the last stage are known to their sessions; True when some did."""
+        """Hands tokens that arrived from the last stage to their sessions. True when there were some."""
         link, took = self.token_receiver, False
         if link is None:
             return False
@@ -279,7 +279,7 @@ class Assignment:
         return took
 
     def can_run(self, session: Session, step: Step) -> bool:
-        """Whether the step's input has come and every outgoing link has a credit for it."""
+        """Whether the step's input is here, and every outgoing link has a credit for it."""
         if session.failed or self.broken or not session.knows_tokens(step):
             return False
         if step.behind and not step.behind.isdisjoint(session.copies):
@@ -309,36 +309,36 @@ class Assignment:
         return sent.to(self.shard.device)
 
     def keep_output(self, step: Step, output: torch.Tensor) -> None:
-        """Remembers what goes to the next stage, also where this step does not send it."""
+        """Writes the output to the journal, also when this step does not send it."""
         if self.journal is not None and step.computes:
             self.journal.write(step.batch, output)
 
     def input_complete_at(self, session: Session, step: Step) -> float:
-        """When the whole input was there (`time.monotonic()`); on the first stage the plan and all its tokens."""
+        """When the whole input was here (`time.monotonic()`). On the first stage: the plan and all its tokens."""
         if self.receiver is None or not step.receives:
             return max(step.arrived_at, step.tokens_known_at)
         return self.receiver.completed_at(session.slot, step.number)
 
     def release_input(self, session: Session, step: Step) -> None:
-        """Gives the receive buffer back, and the sender its credit."""
+        """Frees the receive buffer, and returns the sender's credit."""
         if self.receiver is not None and step.receives:
             self.receiver.release(session.slot, step.number)
 
     def send(self, session: Session, step: Step, output: torch.Tensor) -> None:
-        """Sends [T, H] on to every receiving rank that reads from this one."""
+        """Sends [T, H] to every receiving rank that reads from this one."""
         if step.sends:
             for sender in self.senders:
                 sender.send(session.slot, step.number, output)
 
     def send_tokens(self, session: Session, step: Step, tokens: list[int]) -> None:
-        """Makes sampled tokens known to the first stage, which may be waiting for them."""
+        """Sends sampled tokens to the first stage, which may be waiting for them."""
         if self.is_first:
             session.note_tokens(step.number, tokens, time.monotonic())
         elif self.token_sender is not None:
             self.token_sender.send(session.slot, step.number, torch.tensor(tokens, dtype=torch.int32))
 
     def take_wait_send_s(self, session: Session) -> float:
-        """How long steps of the session have waited for a credit since the last call."""
+        """Seconds that steps of the session waited for a credit since the last call."""
         return max((sender.take_wait_send_s(session.slot) for sender in self.senders), default=0.0)
 
     def close(self) -> None:
@@ -356,5 +356,5 @@ class Assignment:
 
 
 def _ids(bits: bytes) -> list[int]:
-    """The numbers of the bits that are set, the lowest first."""
+    """Indices of the bits that are set, in ascending order."""
     return [8 * at + bit for at, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1]

@@ -1,4 +1,4 @@
-"""The agent's orders as a rank carries them out, on the engine's thread."""
+"""Carries out the agent's orders, on the engine's thread."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ Call = Callable[[int, bytes], Message | None]
 
 
 def _call(request: type[M], carry_out: Callable[[int, M], Message | None]) -> Call:
-    """An order of the agent: its id and payload; the reply, or None where that comes later."""
+    """A handler of (id, payload). It returns the reply, or None when that comes later."""
     return lambda ident, payload: carry_out(ident, parse(request, payload))
 
 
 class RankCommands:
-    """Assign, Prepare, OfferLink, ConnectLink, Activate, Release, and gateways' sessions."""
+    """Handlers of Assign, Prepare, OfferLink, ConnectLink, Activate, Release, and of gateways' sessions."""
 
     def __init__(
         self, config: RankConfig, engine: Engine, device: torch.device, parallel: TensorParallel, timing: StageTiming
@@ -68,7 +68,7 @@ class RankCommands:
         engine.background = lambda: self._preparing.poll() | links.poll()
 
     def handle(self, kind: Kind, ident: int, payload: bytes) -> None:
-        """One frame of the agent. A call is answered by REPLY or ERROR; a message of a session by results."""
+        """Handles one frame of the agent. A call is answered by REPLY or ERROR."""
         if kind == Kind.RUN:
             self.run_message(ident, payload)
         elif kind == Kind.SHUTDOWN:
@@ -91,18 +91,18 @@ class RankCommands:
     # -- assignments ------------------------------------------------------------------------------------------------
 
     def assign(self, ident: int, request: stage_pb2.AssignRequest) -> stage_pb2.AssignDone:
-        """Loads the range (or keeps it, when it is the one in memory) and allocates KV pages."""
+        """Loads the layer range and allocates KV pages, unless they are in memory already."""
         point("rank.assign")
         if not request.beside:
             self._close(request.key.pipeline_id, request.key.epoch)
-        # Of orders that were called off while they were carried out.
+        # Left by assignments that were cancelled while they were carried out.
         for key, before in list(self.engine.assignments.items()):
             if before.pipeline_id == request.key.pipeline_id and not before.active:
                 before.close()
                 del self.engine.assignments[key]
         resources = self._memory.find(request)
         if resources is None:
-            # Not before: what is in memory already need not wait for what is being loaded beside it.
+            # Only now: layers that are in memory need not wait for a load under way.
             self._preparing.join()
             resources = self._memory.hold(request, lambda done, total: self._tell_progress(ident, done, total))
         pool = resources.pool
@@ -120,9 +120,9 @@ class RankCommands:
         return _done(resources, request)
 
     def prepare(self, ident: int, request: stage_pb2.PrepareRequest) -> stage_pb2.AssignDone | None:
-        """Loads a range and allocates its pages, for an assignment that may come; answers when that is done."""
+        """Loads a range and allocates its pages for an assignment that may come later. Answers when that is done."""
         if not request.beside:
-            # What is left is of an order that was called off while it was carried out.
+            # Left by an assignment that was cancelled while it was carried out.
             for before in self.engine.assignments.values():
                 before.close()
             self.engine.assignments.clear()
@@ -134,7 +134,7 @@ class RankCommands:
         return _done(resources, request)
 
     def _prepared(self, ident: int, request: stage_pb2.PrepareRequest, outcome: list[Shard] | BaseException) -> None:
-        """The weights are in memory."""
+        """The load has ended. Allocates the pages and answers."""
         self.engine.heartbeat.loads = False
         self.engine.heartbeat.load()
         if not isinstance(outcome, BaseException):
@@ -163,7 +163,7 @@ class RankCommands:
             self.engine.control.send(Kind.PROGRESS, ident, progress)
 
     def activate(self, ident: int, request: stage_pb2.ActivateRequest) -> stage_pb2.ActivateResponse:
-        """Starts taking sessions."""
+        """Lets an assignment take sessions."""
         point("rank.activate")
         self._assignment(request.key, request.stage).active = True
         return stage_pb2.ActivateResponse()
@@ -175,13 +175,13 @@ class RankCommands:
         return stage_pb2.ReleaseResponse()
 
     def _close(self, pipeline_id: str, until: int, since: int = 0) -> None:
-        """What is assigned of a pipeline at epochs `since` to `until` is over."""
+        """Ends assignments of a pipeline at epochs `since` to `until`."""
         for key, assignment in list(self.engine.assignments.items()):
             if assignment.pipeline_id == pipeline_id and since <= assignment.epoch <= until:
                 assignment.close()
                 del self.engine.assignments[key]
                 if not self.engine.assignments:
-                    # Its weights stay in memory.
+                    # The weights stay in memory, and the title says so.
                     layers = assignment.shard.kv_layers
                     self._stands_by(layers[0].layer_idx, layers[-1].layer_idx)
 
@@ -197,7 +197,7 @@ class RankCommands:
     # -- sessions ---------------------------------------------------------------------------------------------------
 
     def open_session(self, ident: int, request: stage_pb2.RunOpen) -> stage_pb2.RunOpened:
-        """Opens a gateway's session; the call's id names the session from now on."""
+        """Opens a gateway's session. The id of the call becomes the id of the session."""
         point("rank.open_session")
         assignment = self._assignment(request.key, request.stage)
         opened = assignment.open_session(ident, request)
@@ -205,18 +205,18 @@ class RankCommands:
         return opened
 
     def close_session(self, ident: int, request: worker_pb2.CloseSession) -> worker_pb2.CloseSession:
-        """Closes a session, where it is still open."""
+        """Closes a session, if it is still open."""
         assignment = self._sessions.pop(request.session, None)
         if assignment is not None:
             assignment.close_session(request.session)
         return request
 
     def run_message(self, ident: int, payload: bytes) -> None:
-        """A gateway's message within a session; a wrong one ends the session, never the rank."""
+        """Handles a gateway's message. An invalid one ends the session, never the rank."""
         assignment = self._sessions.get(ident)
         session: Session | None = assignment.sessions.get(ident) if assignment is not None else None
         if assignment is None or session is None:
-            return  # It was closed while this message was under way; the gateway has been told.
+            return  # The session was closed while this message was under way. The gateway knows.
         if session.failed:
             return
         try:

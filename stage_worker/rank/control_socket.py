@@ -1,4 +1,4 @@
-"""A rank's end of a socket to its agent, or to another rank: reads what has come without waiting, writes in time."""
+"""A rank's end of a socket to its agent or to another rank: reads without blocking, writes with a deadline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WRITE_LOOK_S = 0.1
 
 
 class ControlSocket:
-    """Not asyncio's: the engine's thread polls it beside its transports."""
+    """Used without asyncio: the engine polls it together with its transports."""
 
     def __init__(self, sock: socket.socket, write_timeout_s: float) -> None:
         sock.setblocking(False)
@@ -31,7 +31,7 @@ class ControlSocket:
         return self._sock.fileno()
 
     def receive(self) -> list[tuple[Kind, int, bytes]]:
-        """All whole frames that have come. Sets `closed` when the other end is gone.
+        """All whole frames that have arrived. Sets `closed` when the other end is gone.
 
         Raises InternalError for what is no frame, and when the other end closed within one.
         """
@@ -52,7 +52,7 @@ class ControlSocket:
         return frames
 
     def send(self, kind: Kind, ident: int, message: Message | None = None) -> None:
-        """Writes one frame; a reader that is gone sets `closed`, one that is stuck past the deadline too."""
+        """Writes one frame. Sets `closed` when the reader is gone, or has read nothing until the deadline."""
         left = memoryview(pack(kind, ident, b"" if message is None else message.SerializeToString()))
         deadline = time.monotonic() + self._write_timeout_s
         while left and not self.closed:

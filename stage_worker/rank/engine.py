@@ -1,7 +1,7 @@
-"""The engine of one rank: a loop that takes what has come, runs the next ready step, and sleeps when there is none.
+"""The engine of one rank: a loop that takes messages, drives the links, runs the next ready step, or sleeps.
 
-No thread and no asyncio: the same thread reads the control socket, drives the transports (between layers too) and
-computes. It spins briefly when it runs dry, because the next activation is usually microseconds away, then sleeps in
+One thread does everything: it reads the control socket, drives the transports (between layers, too) and computes. When
+there is nothing to do it spins briefly, because the next activation is usually microseconds away, and then sleeps in
 `poll` on the control socket and the transports' descriptors.
 """
 
@@ -31,7 +31,7 @@ from .session import Session, Step
 
 
 class Engine:
-    """Runs steps of the assignments it is given until the control socket closes."""
+    """Runs the steps of its assignments until the control socket closes."""
 
     def __init__(
         self,
@@ -50,9 +50,9 @@ class Engine:
         """By pipeline and epoch."""
         self.stopping = False
         self.handle: Callable[[Kind, int, bytes], None] = lambda kind, ident, payload: None
-        """What to do with a control frame; set by the rank's commands."""
+        """Handles a control frame. Set by `RankCommands`."""
         self.background: Callable[[], bool] = lambda: False
-        """Looks at what other threads do, and says whether that was news; likewise."""
+        """Polls work of other threads, and returns whether there was news. Set by `RankCommands`."""
         self._orders_out = orders_out
         self._orders_in = orders_in
         self._waiting_calls: dict[int, tuple[Kind, bytes]] = {}
@@ -109,14 +109,14 @@ class Engine:
         return worked
 
     def _tell_late_frames(self) -> None:
-        """Tells the agent how much has come over links that are over, and was dropped: frames, and ends of lanes."""
+        """Tells the agent how many frames came over closed links, and were dropped."""
         late = sum(transport.late_count for transport in self.transports.values())
         if late > self._late_told:
             self.control.send(Kind.LATE_FRAMES, 0, worker_pb2.LateFrames(count=late - self._late_told))
             self._late_told = late
 
     def _take_pages(self, assignment: Assignment) -> bool:
-        """Tells the agent of pages that have come; it tells the gateway when all ranks have theirs."""
+        """Tells the agent of pages that arrived. It tells the gateway when all ranks have them."""
         took = assignment.take_pages()
         for ident, index, number in took:
             copied = stage_pb2.PagesCopied(index=index, number=number)
@@ -124,7 +124,7 @@ class Engine:
         return bool(took)
 
     def drive_transports(self) -> None:
-        """What the shard calls between layers, so that a long computation never stalls a neighbour's rendezvous."""
+        """Called by the shard between layers, so that a long step does not stall a neighbour's transfer."""
         for transport in self.transports.values():
             transport.progress()
         for assignment in self.assignments.values():
@@ -132,7 +132,7 @@ class Engine:
         self.heartbeat.alive()
 
     def sleep(self) -> None:
-        """Waits for a message or an event of a transport."""
+        """Waits for a message or a transport's event."""
         due_s = self._reports.due_in_s(time.monotonic())
         timeout_s = self.timing.idle_s if due_s is None else due_s
         if any(a.links_pending for a in self.assignments.values()):
@@ -148,7 +148,7 @@ class Engine:
                 return
         for fd, events in self._poll.poll(timeout_s * 1000):
             if events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) and fd in self._polled:
-                # A descriptor that only ever reports an error would turn every sleep into a spin.
+                # Polling a descriptor in error would return at once every time.
                 self._poll.unregister(fd)
                 self._polled.discard(fd)
 
@@ -159,7 +159,7 @@ class Engine:
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def run_next_step(self) -> bool:
-        """Runs one step, the one that has been ready longest; False when none is ready."""
+        """Runs the step that has been ready longest. False when none is ready."""
         if self._orders_in is not None:
             return self._carry_out_order(self._orders_in)
         ready = min(self._ready_steps(), key=lambda entry: entry[2].arrived_at, default=None)
@@ -179,7 +179,7 @@ class Engine:
                     yield assignment, session, step
 
     def _carry_out_order(self, orders_in: OrderReceiver) -> bool:
-        """On ranks above 0: does what rank 0 ordered, once this rank has what it needs for it."""
+        """On ranks above 0: carries out the next order of rank 0, once its inputs are here."""
         order = orders_in.current()
         if order is None:
             return False
@@ -192,7 +192,7 @@ class Engine:
         else:
             found = self._find(order.session, order.step)
             if found is not None and (found[0].broken or found[1].failed):
-                # Rank 0 is in the step already and waits for this rank: only the end of the group frees it.
+                # Rank 0 already runs the step and waits for this rank: only the end of the group frees it.
                 raise InternalError(f"step {order.step} was ordered, and its link or session has failed on this rank")
             if found is not None:
                 found[1].give_tokens(found[2], order.tokens)
@@ -211,14 +211,14 @@ class Engine:
         return None
 
     def run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
-        """One step of one stage."""
+        """Runs one step."""
         self.heartbeat.begin_step(step.num_tokens)
         self._run_step(assignment, session, step)
         self.heartbeat.end_step()
 
     @torch.inference_mode()
     def _run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
-        """Input, compute, output. Output and credit go first: others wait for them."""
+        """Computes, sends the output, returns the input's credit, then reports: others wait for output and credit."""
         began, cpu_before = time.monotonic(), time.process_time()
         complete_at = assignment.input_complete_at(session, step)
         point("rank.before_compute")
@@ -238,7 +238,7 @@ class Engine:
                 assignment.send_tokens(session, step, certain)
         except TransportError as e:
             if self._orders_out is not None or self._orders_in is not None:
-                raise  # The other ranks are in step with this one: only together can they stop.
+                raise  # The other ranks run the same step and would wait: the group ends together.
             self.end_session(session, StageLost(e.message))
             return
         point("rank.after_send")
@@ -250,12 +250,23 @@ class Engine:
         ended = time.monotonic()
         point("rank.before_report")
         if self._orders_in is None:
-            timing = self._timing(step, began, ended, assignment.take_wait_send_s(session))
-            timing.input_complete_us, timing.output_us = int(complete_at * 1e6), int(output_at * 1e6)
-            timing.draft_us = int(guessed_s * 1e6)
-            timing.compute_cpu_us = int((time.process_time() - cpu_before) * 1e6)
+            waited_s = max(0.0, began - max(step.arrived_at, self._free_at))
+            wait_send_s = assignment.take_wait_send_s(session)
+            timing = types_pb2.StepTiming(
+                wait_input_us=int(max(0.0, waited_s - wait_send_s) * 1e6),
+                compute_us=int((ended - began) * 1e6),
+                wait_send_us=int(wait_send_s * 1e6),
+                tokens=step.num_tokens,
+                plan_arrived_us=int(step.arrived_at * 1e6),
+                began_us=int(began * 1e6),
+                ended_us=int(ended * 1e6),
+                input_complete_us=int(complete_at * 1e6),
+                output_us=int(output_at * 1e6),
+                draft_us=int(guessed_s * 1e6),
+                compute_cpu_us=int((time.process_time() - cpu_before) * 1e6),
+                result_sent_us=time.monotonic_ns() // 1000,
+            )
             result.timing.CopyFrom(timing)
-            result.timing.result_sent_us = time.monotonic_ns() // 1000
             self._reports.add(session.ident, result, at_once=assignment.is_last)
         if output is not None and not assignment.is_last:
             point("rank.before_journal")
@@ -263,22 +274,10 @@ class Engine:
         session.finish(step)
         self._free_at = time.monotonic()
 
-    def _timing(self, step: Step, began: float, ended: float, wait_send_s: float) -> types_pb2.StepTiming:
-        waited_s = max(0.0, began - max(step.arrived_at, self._free_at))
-        return types_pb2.StepTiming(
-            wait_input_us=int(max(0.0, waited_s - wait_send_s) * 1e6),
-            compute_us=int((ended - began) * 1e6),
-            wait_send_us=int(wait_send_s * 1e6),
-            tokens=step.num_tokens,
-            plan_arrived_us=int(step.arrived_at * 1e6),
-            began_us=int(began * 1e6),
-            ended_us=int(ended * 1e6),
-        )
-
     # -- what goes wrong --------------------------------------------------------------------------------------------
 
     def report_broken(self, assignment: Assignment, error: StagemeshError) -> None:
-        """Tells the agent that a link of an active assignment broke; it ends the sessions of all ranks in one order."""
+        """Tells the agent that a link of an active assignment broke. The agent ends the sessions on all ranks."""
         self.control.send(
             Kind.LINK_BROKEN,
             0,
@@ -286,7 +285,7 @@ class Engine:
         )
 
     def end_session(self, session: Session, error: StagemeshError) -> None:
-        """Fails a session from this side; the gateway learns why, and the agent has it closed on every rank."""
+        """Fails a session. The gateway learns why, and the agent closes it on every rank."""
         if session.failed:
             return
         session.failed = True
@@ -294,7 +293,7 @@ class Engine:
 
 
 def draw(step: Step, logits: torch.Tensor, result: stage_pb2.StepResult) -> list[int]:
-    """Draws the step's tokens into `result`; returns those of rows without a draft, which plans may refer to."""
+    """Samples the step's tokens into `result`. Returns those of rows without a draft: later plans may refer to them."""
     rows = step.sampled
     drawn = sample(logits, [r.sampler for r in rows], [r.position for r in rows], [r.draft for r in rows])
     certain, at = [], 0

@@ -1,7 +1,7 @@
-"""How a rank says that it goes on: what it is at, and within which time it will be heard of again.
+"""Writes a rank's heartbeats: what it is doing, and within which time it will write again.
 
-The time comes from what such work was measured to take: a large prompt on a slow core is not a hang, and a decode step
-that takes half a second longer than ever is one. What was never measured may take long, as may an order.
+That time comes from measured steps of the same size: a large prompt on a slow core is not a hang, and a decode step
+that takes half a second longer than ever is one. A size that was never measured may take long, and so may an order.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from ..messages.heartbeat import Activity, Beat, Heartbeats
 from ..timing import StageTiming
 
 MARGIN = 10.0
-"""How many times longer than ever a stretch of a step may take."""
+"""A stretch of a step may take so many times as long as the slowest of late."""
 FORGET = 0.7
-"""Of the slowest stretch of a step, for each step of its size: the first of a kind take many times as long."""
+"""Decay of the slowest stretch with each step of its size: the first steps of a size take many times as long."""
 
 
 class Heartbeat:
-    """Of one rank. A stretch is what lies between two calls, such as a layer of a step."""
+    """Heartbeats of one rank. A stretch is the time between two of them within a step, such as a layer."""
 
     def __init__(
         self,
@@ -32,18 +32,18 @@ class Heartbeat:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.loads = False
-        """A load goes on beside steps: it may keep the interpreter's lock for a while."""
+        """Whether weights are loaded beside steps. The loading thread may hold the interpreter's lock for a while."""
         self._memory, self._rank, self._timing, self._clock = memory, rank, timing, clock
         # A decode step of a new size is captured first.
         self._alive_s = timing.alive_s + (timing.cuda_step_s if cuda else 0.0)
         self._tokens: int | None = None
-        """Of the step under way."""
+        """Tokens of the step under way."""
         self._step_s = self._slowest_s = self._written_at = 0.0
         self._stretch_s: dict[int, float] = {}
-        """Number of bits of a step's tokens -> the slowest stretch of such steps of late."""
+        """Bit length of a step's number of tokens -> slowest stretch of such steps of late, in seconds."""
 
     def alive(self) -> None:
-        """This rank goes on: it is between two layers, or has nothing to do."""
+        """The rank is between two layers, or has nothing to do."""
         now = self._clock()
         allowed_s = self._alive_s + (self._timing.beside_load_s if self.loads else 0.0)
         if self._tokens is None:
@@ -71,7 +71,7 @@ class Heartbeat:
         self.alive()
 
     def _most_s(self, size: int) -> float:
-        """What a stretch of such a step may take: measured, or in proportion to the next smaller that was."""
+        """Seconds that a stretch of such a step may take: from its own size, or in proportion to a smaller one."""
         smaller = max((s for s in self._stretch_s if s <= size), default=None)
         if smaller is None:
             return self._timing.first_step_s
@@ -82,5 +82,5 @@ class Heartbeat:
         self._memory.write(self._rank, Beat(Activity.ORDER, kind, self._clock(), self._timing.order_sign_s))
 
     def load(self) -> None:
-        """The load that an order asks for has come further: said with every tensor."""
+        """A load has made progress: called with every tensor."""
         self._memory.write(self._rank, Beat(Activity.LOAD, 0, self._clock(), self._timing.order_sign_s))

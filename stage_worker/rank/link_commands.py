@@ -1,4 +1,4 @@
-"""The agent's commands that make a stage's links: a receiving end is offered, then the sending end connects."""
+"""OfferLink and ConnectLink: the receiving end of a link is offered, then the sending end connects to it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Handshake:
-    """The sending ends of a link, before the other side has answered; each has a deadline of its own."""
+    """Sending ends of a link that wait for the other side's answer. Each has its own deadline."""
 
     ident: int
     senders: list[LinkSender]
@@ -35,11 +35,11 @@ class _Handshake:
 
     @property
     def over(self) -> bool:
-        """Whether all have been answered, or one will not be."""
+        """Whether all were answered, or one failed."""
         return any(s.state in ("failed", "closed") for s in self.senders) or all(s.up for s in self.senders)
 
     def answer(self) -> stage_pb2.ConnectLinkResponse:
-        """Raises what went wrong."""
+        """The response. Raises the error of a link that failed."""
         for sender in self.senders:
             if not sender.up:
                 raise sender.error or TransportError(f"the {self.what} was closed before it stood")
@@ -93,8 +93,8 @@ class LinkCommands:
         return stage_pb2.OfferLinkResponse(receiver_addresses=[transport.address()], secrets=[secret])
 
     def connect(self, ident: int, request: stage_pb2.ConnectLinkRequest) -> stage_pb2.ConnectLinkResponse | None:
-        """Makes this rank's sending ends; receiving ranks that read from another rank are not ours. It is answered when
-        hands are shaken: other steps run meanwhile."""
+        """Makes sending ends to those receiving ranks that read from this rank. The answer comes when the handshakes
+        are over; steps run meanwhile."""
         point("rank.connect_link")
         copies = request.HasField("copy")
         key = stage_pb2.PipelineKey(pipeline_id=request.key.pipeline_id, epoch=request.copy.from_epoch)
@@ -128,7 +128,7 @@ class LinkCommands:
         return handshake.answer()
 
     def poll(self) -> bool:
-        """Answers for the links that stand, or will not; True when there were any."""
+        """Answers calls whose handshakes are over. True when there were any."""
         over = [handshake for handshake in self._handshakes if handshake.over]
         for handshake in over:
             self._handshakes.remove(handshake)

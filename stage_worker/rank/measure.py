@@ -1,4 +1,4 @@
-"""What a rank's device can do, measured in a tenth of a second at start: the cost model's rates."""
+"""Measures a rank's device at start, within a tenth of a second, for the cost model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _best_of(run: Callable[[], object], device: torch.device, repeats: int = 5) 
 
 
 def available_memory_bytes() -> int:
-    """Memory that this machine (or the cgroup) can still give."""
+    """Memory that this machine, or the cgroup, can still give."""
     with open("/proc/meminfo") as f:
         fields = dict(line.split(":", 1) for line in f)
     free = int(fields["MemAvailable"].split()[0]) * 1024

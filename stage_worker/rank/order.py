@@ -90,7 +90,7 @@ class OrderReceiver:
             raise InternalError(f"{self._orders[0]} was ordered {waited_s:.0f} s ago and cannot be carried out")
 
     def done(self) -> None:
-        """The current order is being carried out."""
+        """The current order is carried out now; the next one is current."""
         self._orders.popleft()
         self._current_since = time.monotonic()
 

@@ -61,25 +61,25 @@ def open_transports(config: RankConfig) -> dict[str, Transport]:
 
 
 def import_all(config: RankConfig) -> None:
-    """Imports what is slow to import and known to be needed before an assignment."""
+    """Imports what is slow to import, as far as it is known before an assignment."""
     settings = config.settings
     device, eager = "cuda" if config.device == "cuda" else "cpu", settings.enforce_eager
     import_for(ShardSpec(settings.model or "", 0, 1, device=device, tp_size=config.size, enforce_eager=eager))
 
 
 def preload(argument: bytes, fds: list[int]) -> int:
-    """What a forkserver of ranks runs first: imports what they need; an exit status. `argument` is that of one rank."""
+    """Run by a forkserver of ranks: imports what they need. `argument`: that of one rank. Returns an exit status."""
     config = RankConfig.unpack(argument)
     import_all(config)
     if config.settings.transport != "tcp":
-        # Where it is not to be had, each rank says what that means.
+        # Without UCX, each rank reports it itself.
         with contextlib.suppress(TransportError):
             load_ucxx()
     return 0
 
 
 def run(argument: bytes, fds: list[int]) -> int:
-    """Runs a rank until its agent is gone; an exit status. What it is given: `RankConfig.pack`, `RankDescriptors`."""
+    """Runs a rank until its agent is gone; an exit status. See `RankConfig.pack` and `RankDescriptors.in_order`."""
     config = RankConfig.unpack(argument)
     descriptors = RankDescriptors.of(config, fds)
     timing = StageTiming().scaled(config.settings.time_scale)
@@ -96,7 +96,7 @@ def run(argument: bytes, fds: list[int]) -> int:
     orders = [control_socket(fd) for fd in descriptors.orders]
     device = torch.device(f"cuda:{config.rank}" if config.device == "cuda" else "cpu")
     import_all(config)
-    # What is imported by now stays: a later collection looks at nothing but what came behind it.
+    # Garbage collections need not look at what is imported by now.
     gc.freeze()
     parallel = TensorParallel(
         config.rank,

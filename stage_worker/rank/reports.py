@@ -1,7 +1,7 @@
-"""Step results on their way to the gateway.
+"""Sends step results to the gateway.
 
-The last stage's bring tokens and go at once. What the others say is how long they took: some of those go together, as
-each message costs two processes as much as a token does.
+Results of the last stage hold tokens and are sent at once. Those of other stages hold timings only, and several are
+sent in one message, since each message costs CPU time in two processes.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from ..messages.control import Kind
 from .control_socket import ControlSocket
 
 TOGETHER = 16
-"""Results of one session in a message, at most."""
+"""Most results in one message."""
 
 
 class Reports:
-    """Results that were not sent yet, by session."""
+    """Results that are not sent yet, by session."""
 
     def __init__(self, control: ControlSocket, within_s: float) -> None:
-        """`within_s`: how long a result may wait for others."""
+        """`within_s`: longest wait of a result for others."""
         self._control = control
         self._within_s = within_s
         self._waiting: dict[int, list[stage_pb2.StepResult]] = {}
         self._since: float | None = None
 
     def add(self, session: int, result: stage_pb2.StepResult, *, at_once: bool) -> None:
-        """A step is done; its result goes now, or with those that follow soon."""
+        """Takes the result of a step. It is sent now, or together with later ones."""
         results = self._waiting.setdefault(session, [])
         results.append(result)
         if at_once or len(results) >= TOGETHER:
@@ -37,11 +37,11 @@ class Reports:
             self._since = time.monotonic()
 
     def due_in_s(self, now: float) -> float | None:
-        """Seconds until `send_due` has something to send; None when nothing waits."""
+        """Seconds until `send_due` will send something; None when nothing waits."""
         return None if self._since is None else max(0.0, self._since + self._within_s - now)
 
     def send_due(self, now: float) -> None:
-        """Sends what has waited long enough."""
+        """Sends results that have waited long enough."""
         if self._since is not None and now >= self._since + self._within_s:
             self._since = None
             waiting, self._waiting = self._waiting, {}

@@ -1,4 +1,4 @@
-"""From logits to tokens: the sampler, and a draft model's guesses.
+"""Turns logits into tokens: the sampler, and the draft model's guesses.
 
-No links and no pages but the draft model's own.
+Modules here know no links, and no KV pages but the draft model's.
 """

@@ -1,4 +1,4 @@
-"""What a step means to the draft model: tokens that it learns from the plan and from the draw, guesses that it owes."""
+"""Runs the draft model over the rows of a step: it takes tokens that are now known, and makes the guesses asked for."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stagemesh.protos.v1 import stage_pb2
 from .drafter import Drafted, Drafter, DraftRow
 
 CATCH_UP = 64
-"""Drawn tokens that the draft model has not seen, before it computes them without being asked for guesses:
-so many to twice as many, each sequence at another time."""
+"""The draft model computes drawn tokens unasked when it has not seen so many, or up to twice as many: each sequence at
+another number, so that they do not all come at once."""
 MOST_GUESSES = 32
-"""Behind one row."""
+"""Most guesses behind one row."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StepRow:
     table: Sequence[int]
     start: int
     tokens: Sequence[int]
-    """Certain ones, from `start` on; empty where they are an earlier step's result, which was noted then."""
+    """Known tokens from `start` on. Empty where they are an earlier step's result, which was noted with that step."""
     is_prompt: bool
     wanted: int
     """Guesses behind the tokens that the row draws."""
@@ -45,7 +45,7 @@ def check_guesses(plan: stage_pb2.StepPlan) -> None:
 def step_rows(
     plan: stage_pb2.StepPlan, tables: Sequence[Sequence[int]], drafted: Callable[[int, int], Drafted]
 ) -> list[StepRow]:
-    """Every row of the plan; `drafted(sequence, start)`: what is known of a sequence, made where a row is its first."""
+    """All rows of a plan. `drafted(sequence, start)`: the draft state of a sequence, made at its first row."""
     wanted = dict(zip(plan.guess_rows, plan.guess_counts, strict=True))
     drafts, references = set(plan.draft_rows), set(plan.ref_rows)
     rows = []
@@ -68,9 +68,9 @@ def step_rows(
 
 
 def run_drafter(drafter: Drafter, rows: Sequence[StepRow], result: stage_pb2.StepResult) -> float:
-    """Notes what the step made known, and puts the guesses that its plan asks for into `result`.
+    """Takes the step's new tokens, and adds the guesses that its plan asks for to `result`.
 
-    Returns the seconds that guessing took; 0 for a step with prompts, which the draft model computes in any case.
+    Returns the seconds that it took, or 0 for a step with prompts, which the draft model computes in any case.
     """
     began = time.monotonic()
     drawn: dict[int, tuple[int, list[int]]] = {}
@@ -87,7 +87,7 @@ def run_drafter(drafter: Drafter, rows: Sequence[StepRow], result: stage_pb2.Ste
         wanted = row.wanted if tokens and row.sequence not in failed else 0
         if row.wanted:
             asking.append(len(work))
-        # Of the rest, what has piled up: pages that others take over are to be filled here as well.
+        # Others may take over pages of this prefix, so the draft model's must be filled, too.
         if row.wanted or row.is_prompt or len(row.drafted.behind) >= CATCH_UP + row.sequence % CATCH_UP:
             work.append(DraftRow(row.drafted, tokens[-1] if tokens else 0, row.table, wanted))
     guesses = drafter.guess(work)

@@ -36,11 +36,11 @@ class Child:
     launcher: Launcher
     timing: ServeTiming
     forked: bool = False
-    """The launcher's forkserver has imported what it needs."""
+    """Whether it is forked from the launcher's forkserver."""
     process: ChildProcess | None = None
     ports: dict[str, int] = field(default_factory=dict)
     restarts: int = 0
-    """Deaths in a row, each soon after the start."""
+    """How often in a row it died soon after its start."""
     started_at: float = 0.0
 
     async def start(self) -> None:
@@ -84,7 +84,7 @@ class Child:
         return self.process is not None and self.process.poll() is None
 
     async def restart(self) -> None:
-        """Starts it again after it died, later each time that it does not stay up."""
+        """Restarts it after it died. The pause grows while it does not stay up."""
         assert self.process is not None
         how, timing = how_it_ended(self.process.returncode), self.timing
         self.restarts = 0 if time.monotonic() - self.started_at > timing.stable_s else self.restarts + 1
@@ -110,14 +110,14 @@ class Child:
         return self.process.poll() if self.process is not None else None
 
     def kill(self) -> None:
-        """Ends it for certain, with whatever it started."""
+        """Kills it and all processes that it started."""
         if self.process is not None:
             self.process.kill_group()
             self.process.wait(self.timing.end_s)
 
 
 async def _read_all(fd: int) -> bytes:
-    """What a pipe brings until its writers have closed it."""
+    """Reads a pipe until its writers have closed it."""
     loop = asyncio.get_running_loop()
     with os.fdopen(fd, "rb") as pipe:
         reader = asyncio.StreamReader()

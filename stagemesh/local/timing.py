@@ -1,4 +1,4 @@
-"""Times of `serve`: made once where it starts, from `--time-scale`."""
+"""All times of `serve`. It makes one object at its start, scaled by `--time-scale`."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from stagemesh.timing import Timing
 
 @dataclass(frozen=True)
 class ServeTiming(Timing):
-    """Of the supervisor and its children."""
+    """Seconds."""
 
     listen_s: float = 60.0
-    """What a service may take until it listens; time in which it had no core does not count."""
+    """Until a service listens. Time in which it had no core does not count."""
     restart_s: float = 0.2
-    """Before a service that died soon after its start, and for the second time, is started again; more each time, up to
-    the next. The first time it is started at once."""
+    """Pause before a service is restarted that died soon after its start for the second time. It grows each time, up to
+    the next. After the first time there is no pause."""
     restart_most_s: float = 5.0
     stable_s: float = 5.0
-    """A service that was up for so long before it died is started again at once."""
+    """A service that ran for so long before it died is restarted at once."""
     watch_s: float = 0.1
-    """How often children and the mesh are looked at."""
+    """Interval of looks at children and at the mesh."""
     end_look_s: float = 0.02
-    """How often a child that was told to end is looked at."""
+    """Interval of looks at a child that was told to end."""
     end_s: float = 1.5
-    """What workers and the coordinator may take to end."""
+    """Until workers and the coordinator have ended."""
     http_s: float = 2.0
-    """What the gateway may take to say how the mesh is."""
+    """Deadline of a question to the gateway."""
 
     def relations(self) -> Iterator[tuple[bool, str]]:
         """See `Timing`."""

@@ -1,4 +1,4 @@
-"""Processes of one machine: how a parent starts, watches and ends its children, and the frames that they exchange.
+"""Processes of one machine: starting, watching and ending children, and the frames that processes exchange.
 
-Nothing in here knows what a child is for: it is told a function to run.
+Nothing in here knows what a child is for: a child is given the name of a function to run.
 """

@@ -1,4 +1,4 @@
-"""A child process as its parent has it, however it was started: by a descriptor that names it and nobody else."""
+"""A handle of a child process, spawned or forked. It holds a pidfd, so that it never signals another process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNKNOWN = 255
 
 
 class ChildProcess:
-    """A child of this process, until it is reaped: `poll` or `wait` has given its status."""
+    """A child of this process. `poll` and `wait` reap it when it has ended."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -21,7 +21,7 @@ class ChildProcess:
         self._pidfd = os.pidfd_open(pid)
 
     def poll(self) -> int | None:
-        """`returncode`, as it is now. Reaps the child when it has ended."""
+        """`returncode`, None while it runs."""
         if self.returncode is None:
             try:
                 ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
@@ -36,7 +36,7 @@ class ChildProcess:
         return self.returncode
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """Waits for its end, for so many seconds; `returncode`."""
+        """Waits for its end, at most `timeout_s`. Returns `returncode`."""
         if self.returncode is None:
             poll = select.poll()
             poll.register(self._pidfd, select.POLLIN)
@@ -50,11 +50,11 @@ class ChildProcess:
                 signal.pidfd_send_signal(self._pidfd, sig)
 
     def kill(self) -> None:
-        """Ends it. It is still to be waited for."""
+        """Sends SIGKILL. The child still has to be waited for."""
         self.send_signal(signal.SIGKILL)
 
     def kill_group(self) -> None:
-        """Ends it and all that is in its process group, where it leads one."""
+        """Sends SIGKILL to its process group, which it must lead."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)

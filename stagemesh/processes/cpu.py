@@ -1,7 +1,7 @@
-"""What a process did with its time, as the kernel counts it: whether it ran, waited for a core, or neither.
+"""Measures what a process did with its time: it ran, it waited for a core, or neither.
 
-A process that is late because others had the cores is not to blame, and only the kernel knows: for every thread it
-counts the nanoseconds that it ran, and those that it was ready to run without a core (/proc/PID/task/TID/schedstat).
+A process may be late only because others had the cores. The kernel knows: for every thread it counts the nanoseconds
+that it ran, and those that it was runnable without a core (/proc/PID/task/TID/schedstat).
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CpuUse:
-    """Of one stretch of time."""
+    """What a process did in an interval."""
 
     ran_s: float = 0.0
-    """All threads together."""
+    """CPU seconds of all threads."""
     starved_s: float = 0.0
-    """The longest that a thread of it was ready and had no core."""
+    """Seconds that a thread was runnable without a core; of the thread that waited longest."""
     on_disk: bool = False
-    """A thread waits for a disk, or for memory that is on one."""
+    """A thread waits for a disk now, as for memory that was swapped out."""
     stopped: bool = False
-    """By a signal: nothing but another signal lets it go on."""
+    """All threads are stopped by a signal now."""
     ended: bool = False
-    """Whoever is its parent is about to hear of it."""
+    """It has no threads any more, or is a zombie."""
 
 
 class CpuMeter:
-    """Of one process."""
+    """Measures one process."""
 
     def __init__(self, pid: int) -> None:
         self._tasks = Path(f"/proc/{pid}/task")
         self._before: dict[str, tuple[int, int]] = {}
-        """Thread -> nanoseconds that it ran, and waited for a core, at the last reading."""
+        """Thread -> nanoseconds that it ran, and that it waited for a core, at the last reading."""
 
     def read(self, passed_s: float) -> CpuUse:
-        """Since the last reading, `passed_s` seconds ago. The first one only begins: nothing ran, nobody waited."""
+        """What the process did since the last reading, `passed_s` seconds ago. The first one only sets the baseline."""
         states: set[str] = set()
         ran_s = starved_s = 0.0
         before, self._before = self._before, {}
@@ -49,12 +49,12 @@ class CpuMeter:
             try:
                 state = (task / "stat").read_text().rpartition(")")[2].split()[0]
             except (FileNotFoundError, ProcessLookupError):
-                continue  # This thread has just ended.
+                continue  # The thread has just ended.
             states.add(state)
             try:
                 ran, waited = (int(field) for field in (task / "schedstat").read_text().split()[:2])
             except (OSError, ValueError):
-                # Not counted on this system: of a thread that is ready, half of the time is taken for a wait.
+                # The system does not count waits: half of the time of a runnable thread is taken for one.
                 starved_s = max(starved_s, passed_s / 2 if state == "R" else 0.0)
                 continue
             self._before[task.name] = ran, waited
@@ -62,7 +62,7 @@ class CpuMeter:
                 continue
             new_ran_s, new_waited_s = (ran - before[task.name][0]) / 1e9, (waited - before[task.name][1]) / 1e9
             ran_s += new_ran_s
-            # A wait is counted when it is over: one that goes on shows by a thread that is ready and has not run.
+            # The kernel adds a wait when it is over. A runnable thread that has not run is still waiting.
             starved_s = max(starved_s, passed_s if state == "R" and not new_ran_s else new_waited_s)
         return CpuUse(
             ran_s=ran_s,
@@ -74,12 +74,12 @@ class CpuMeter:
 
 
 class Patience:
-    """How long a process is waited for. Time in which it had no core does not count, nor time in which nobody looked.
+    """A deadline for a process. Time in which the process had no core does not count, nor time in which nobody looked.
 
     Args:
-        total_s: what it may take in all.
-        idle_s: how long it may do nothing: neither run, nor wait for a core or a disk.
-        look_s: how often it is looked at.
+        total_s: seconds in all.
+        idle_s: seconds in which it does nothing: neither runs nor waits for a core or a disk.
+        look_s: interval at which `over` is called.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Patience:
         self._looked_at = clock()
 
     def over(self) -> bool:
-        """Looks; True when it is waited for no longer."""
+        """Looks at the process. True when the deadline has passed."""
         now = self._clock()
         passed_s, self._looked_at = now - self._looked_at, now
         use = self._meter.read(passed_s)
@@ -104,7 +104,7 @@ class Patience:
 
 
 async def answered(answer: Awaitable[T], patience: Patience) -> T:
-    """What a process answers, which is waited for as long as it goes on. Raises TimeoutError when it does not."""
+    """Waits for a process's answer. Raises TimeoutError when `patience` is over."""
     task = asyncio.ensure_future(answer)
     try:
         while not (await asyncio.wait([task], timeout=patience.look_s))[0]:

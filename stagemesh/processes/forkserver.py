@@ -1,10 +1,10 @@
-"""`python -m stagemesh.processes.forkserver FD PARENT_PID TITLE`: a child that is told by its socket what to run.
+"""`python -m stagemesh.processes.forkserver FD PARENT_PID TITLE`: the program of every child process.
 
-It becomes the call that it is sent, or imports once and forks a process for each call. (The word is that of Python's
-multiprocessing.) What it forks is made a child of its own parent, which waits for it and ends it like one that it
-started itself: nothing depends on this process any more.
+It receives calls on its socket. It runs a RUN call and ends with its status, or it runs an IMPORT call once and then
+forks a process for each FORK call. (Python's multiprocessing calls that a forkserver.) A forked process becomes a child
+of this process's parent, and no longer depends on this process.
 
-It starts no thread and opens nothing, since a fork copies the thread that forks and no other.
+A forkserver starts no thread: a fork copies only the thread that forks.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from stagemesh.protos.v1.processes_pb2 import Forked
 from .messages import Kind, Received, pack_message, receive_call
 
 ADOPTED_LOOK_S, ADOPTED_S = 0.0005, 10.0
-"""Between two looks for another parent, and how long that is looked for."""
+"""Interval and deadline of a forked process that waits for its new parent."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs, or forks, what it is told."""
+    """Runs or forks calls until the parent is gone."""
     with socket.socket(fileno=int(argv[1])) as parent:
         return run(parent, int(argv[2]), argv[3])
 
 
 def run(parent: socket.socket, parent_pid: int, title: str) -> int:
-    """Takes calls from `parent` until it is gone, or this process has become one; the exit status."""
+    """Takes calls from the socket `parent` until it closes, or until a RUN call has ended. Returns the exit status."""
     process.die_with_parent(parent_pid)
     process.set_up_logging(title)
-    # What is typed into a terminal reaches the parent, too, which decides when a child ends.
+    # Ctrl-C in a terminal reaches the parent as well, and the parent decides when its children end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while (received := receive_call(parent)) is not None:
         if received.kind is Kind.RUN:
@@ -49,7 +49,7 @@ def run(parent: socket.socket, parent_pid: int, title: str) -> int:
             process.set_title(title)
             if status := _call(received):
                 return status
-            # A collection in a fork would otherwise touch, and so copy, every object that is imported here.
+            # Otherwise a garbage collection in a fork would write to, and so copy, every object imported here.
             gc.freeze()
         for fd in received.fds:
             os.close(fd)
@@ -66,7 +66,7 @@ def _call(received: Received) -> int:
 
 
 def _fork(parent: socket.socket, parent_pid: int, received: Received) -> None:
-    """A child whose own parent ends at once comes to the nearest ancestor that adopts orphans, which is ours."""
+    """Forks twice: the process in between ends at once, so that the launcher's process adopts the second one."""
     between = os.fork()
     if between == 0:
         process.run_and_exit(lambda: _between(parent, parent_pid, received))

@@ -1,7 +1,7 @@
 """Frames between processes of one machine, over sockets and pipes: a header, then a payload.
 
-Every frame begins with magic and version, so that bytes of another release, or of somebody else, are refused where they
-arrive. What kinds there are, and what a payload holds, is the affair of those who exchange them.
+Every frame begins with magic and version, so that foreign bytes, or those of another release, are refused on arrival.
+Kinds and payloads are defined by those who use the frames.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ MAGIC, VERSION = 0x4D53, 1
 HEADER = struct.Struct("<HBBII")
 """Magic, version, kind, id, bytes of the payload."""
 MAX_PAYLOAD_BYTES = 17 << 20
-"""More than any gRPC message has (rpc.py), and bounded: a length that is wrong must not be waited for."""
+"""More than any gRPC message (rpc.py). A bound, so that nobody waits for the payload of a wrong length."""
 
 K = TypeVar("K", bound=IntEnum)
 M = TypeVar("M", bound=Message)
 
 
 def pack(kind: int, ident: int, payload: bytes = b"") -> bytes:
-    """One frame. Raises InternalError for a payload beyond the bound."""
+    """Makes a frame. Raises InternalError for a payload that is too large."""
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise InternalError(f"a payload of {len(payload)} bytes does not fit a frame of at most {MAX_PAYLOAD_BYTES}")
     return HEADER.pack(MAGIC, VERSION, kind, ident, len(payload)) + payload
 
 
 def parse(message: type[M], payload: bytes) -> M:
-    """The message that a payload holds. Raises InternalError where it holds another, or is cut."""
+    """Parses a payload. Raises InternalError for a payload that is cut, or of another message."""
     try:
         return message.FromString(payload)
     except DecodeError as e:
@@ -41,17 +41,17 @@ def parse(message: type[M], payload: bytes) -> M:
 
 
 class Decoder(Generic[K]):
-    """Takes bytes as they come; gives whole frames. After an error it is of no further use."""
+    """Turns a stream of bytes into frames. Not to be used after an error."""
 
     def __init__(self, kinds: type[K]) -> None:
         self._kinds = {int(kind): kind for kind in kinds}
         self._chunks: list[bytes] = []
-        """The beginning of a frame that is not whole yet, as it came."""
+        """Pieces of a frame that is not whole yet."""
         self._missing = 0
-        """Bytes that have to come before it is worth another look."""
+        """Bytes that must arrive before another look is worth it."""
 
     def feed(self, data: bytes) -> list[tuple[K, int, bytes]]:
-        """(kind, id, payload) of each frame that is whole by now. Raises InternalError for what is no such frame."""
+        """(kind, id, payload) of each frame that is now whole. Raises InternalError for invalid bytes."""
         if self._chunks:
             self._chunks.append(data)
             self._missing -= len(data)
@@ -75,13 +75,13 @@ class Decoder(Generic[K]):
         return frames
 
     def close(self) -> None:
-        """No more will come. Raises InternalError where that is in the midst of a frame."""
+        """Marks the end of the stream. Raises InternalError when that is within a frame."""
         if self._chunks:
             had = sum(map(len, self._chunks))
             raise InternalError(f"the other end closed within a frame, of which {had} bytes had come")
 
     def one(self, data: bytes) -> tuple[K, int, bytes]:
-        """The frame that a datagram, or a whole file, holds. Raises InternalError where it is not just one."""
+        """The frame in `data`. Raises InternalError unless it is exactly one."""
         frames = self.feed(data)
         self.close()
         if len(frames) != 1:

@@ -1,9 +1,9 @@
-"""How a process starts its children: as new interpreters, or forked from one that has imported what they need.
+"""Starts child processes: as new interpreters, or as forks of a process that has imported what they need.
 
-Importing torch and UCX takes seconds of a core, for each child anew, and a child that is started again takes them from
-those that serve. With `imports`, a launcher keeps a forkserver (forkserver.py) that has done so once, and a child is
-there in milliseconds. Either way it is a child of this process: reaped by it, ended by the kernel when it ends, and of
-no concern to the forkserver any more. docs/adr/0015 says why each rule is here.
+To import torch and UCX takes seconds of a core for each child, and a restarted child takes them from processes that
+serve. With `imports`, a launcher keeps a forkserver (forkserver.py) that has imported them once, and starts a child in
+milliseconds. Either way the child belongs to this process, which reaps it, and the kernel ends it when this process
+ends. docs/adr/0015 gives the reason of each rule.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from .orphans import adopt_orphans, reap_orphans
 log = logging.getLogger(__name__)
 
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
-"""A child imports nothing from the folder in which it is started, whatever lies there; nor do its own children."""
+"""Keeps children, and their own children, from importing modules from the current folder."""
 
 
 @dataclass(frozen=True)
 class LaunchTiming(Timing):
-    """Times of starting. Those of a child count without the time in which it had no core."""
+    """Times of starting children. Time in which a child had no core does not count."""
 
     import_s: float = 120.0
-    """What a child may take to import what it needs and say that it is there."""
+    """Until a child has imported what it needs, and answers."""
     idle_s: float = 5.0
-    """How long a forkserver that is to answer may do nothing: neither run nor wait for a core or a disk."""
+    """Until a forkserver is given up that does nothing: it neither runs nor waits for a core or a disk."""
     end_s: float = 1.0
-    """How long a forkserver that was killed, or has closed its socket, may take to end."""
+    """Until a forkserver has ended that was killed, or that closed its socket."""
     look_s: float = 0.1
-    """Between two looks at a child that is waited for."""
+    """Interval of looks at a child while waiting for it."""
 
     def relations(self) -> Iterator[tuple[bool, str]]:
         """See `Timing`."""
@@ -56,13 +56,13 @@ class LaunchTiming(Timing):
 
 @dataclass
 class _ForkServer:
-    """A child that forks others for this process."""
+    """A child that forks children for this process."""
 
     child: ChildProcess
     socket: socket.socket
 
     def end(self, timeout_s: float) -> None:
-        """Ends it, and what it has forked that is not asked for any more."""
+        """Kills it, and children that it forked for calls that were given up."""
         self.child.kill()
         self.child.wait(timeout_s)
         with self.socket, contextlib.suppress(OSError, InternalError):
@@ -73,7 +73,7 @@ class _ForkServer:
 
 
 class Launcher:
-    """Starts children of this process until `stop`; whoever started a child ends and waits for it."""
+    """Starts children of this process. The caller of `start` ends each child and waits for it."""
 
     def __init__(
         self,
@@ -84,13 +84,13 @@ class Launcher:
         own_groups: bool = False,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        """To be made before this process is preferred (process.py): its children have the nice value of now.
+        """Create it before `process.prefer`: children get the nice value that this process has now.
 
         Args:
-            label: role of this process in titles and messages.
-            imports: has a forkserver run this once, for what it imports. None: each child is a new interpreter.
-            own_groups: each child leads a process group, so that Ctrl-C reaches this process alone.
-            env: variables of the children beside this process's own.
+            label: role of this process, for titles and messages.
+            imports: a call that imports what children need; a forkserver runs it once. None: children are spawned.
+            own_groups: each child leads a process group, so that Ctrl-C only reaches this process.
+            env: environment variables of children, added to those of this process.
         """
         self._title = f"{label} forkserver".strip()
         self._timing = timing
@@ -106,15 +106,17 @@ class Launcher:
 
     @property
     def forkserver(self) -> ChildProcess | None:
-        """The process from which children are forked, while there is one."""
+        """The current forkserver, if there is one."""
         return self._server.child if self._server is not None else None
 
     async def start(self, function: str, argument: bytes, fds: Sequence[int]) -> ChildProcess:
-        """A child that runs `function(argument, fds)`, named as "package.module:function", and ends with its status.
+        """Starts a child that runs `function(argument, fds)`, where `function` is "package.module:name".
+
+        It is forked with `imports`, else spawned. It ends with the status that the function returns.
 
         Raises:
-            Unavailable: the forkserver was killed, or does not go on. Another try starts another one.
-            ConfigError: it has ended by itself: another one would, too.
+            Unavailable: the forkserver was killed, or hangs. The next call starts another one.
+            ConfigError: the forkserver ended by itself. Another one would, too.
         """
         if self._imports is None:
             return self.spawn(function, argument, fds)
@@ -130,7 +132,7 @@ class Launcher:
             except OSError:
                 said = b""
             except BaseException:
-                self._end_server()  # What it tells now would be taken for the answer to another call.
+                self._end_server()  # Its late answer would be taken for that to the next call.
                 raise
             if not said:
                 self._raise_why_it_ended(server)
@@ -138,27 +140,27 @@ class Launcher:
             return self._own(ChildProcess(unpack(Kind.FORKED, Forked, said).pid))
 
     def spawn(self, function: str, argument: bytes, fds: Sequence[int]) -> ChildProcess:
-        """The same child as a new interpreter."""
+        """Starts such a child as a new interpreter."""
         child, sock = self._new_interpreter()
         with sock:
             send_call(sock, Kind.RUN, self._call(function, argument), fds)
         return child
 
     def begin(self, *, fork_here: bool = False, close: Sequence[int] = ()) -> None:
-        """Starts the forkserver before the first child asks for it; nothing where there is to be none.
+        """Starts the forkserver before the first child needs it. Does nothing without `imports`.
 
         Args:
-            fork_here: this process is itself a fork that has imported everything, and runs one thread: the forkserver
-                is a fork of it.
-            close: descriptors of this process that such a fork is not to keep.
+            fork_here: fork this process instead of starting an interpreter. This process must have imported what
+                children need, and must have one thread.
+            close: descriptors that such a fork closes.
         """
         if self._imports is not None:
             self._begin(fork_here=fork_here, close=close)
 
     def reap(self) -> None:
-        """To be called now and then: reaps orphans; starts a forkserver that has died anew, if it ever forked."""
+        """Reaps orphans, and replaces a forkserver that died, if it ever forked a child. To be called periodically."""
         if self._one_at_a_time.locked():
-            return  # There may be a child that nobody knows of yet.
+            return  # A child may have been forked that is not known here yet.
         self._children = [child for child in self._children if child.poll() is None]
         server = self._server
         if server is not None and server.child.poll() is not None:
@@ -169,7 +171,7 @@ class Launcher:
         reap_orphans({child.pid for child in [*self._children, self.forkserver] if child is not None})
 
     def stop(self) -> None:
-        """Starts no more children. Those that run are ended by whoever started them, before."""
+        """Ends the forkserver. Children must have been ended before."""
         self._end_server()
         if self._imports is not None:
             adopt_orphans(False)
@@ -222,12 +224,12 @@ class Launcher:
                 [sys.executable, "-m", forkserver.__name__, str(theirs.fileno()), str(os.getpid()), self._title],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                # A group, not a session: between sessions Linux shares cores alike, whatever the nice values in them
-                # (sched_autogroup), and a standby that loads would take half of a serving stage's core.
+                # Not a session: Linux gives each session the same share of a core, whatever the nice values in it
+                # (sched_autogroup), and a standby that loads would take half of the core of a stage that serves.
                 process_group=0 if self._own_groups else None,
                 env=os.environ | self._env | SAFE_PATH,
             )
-        started.returncode = 0  # From here on `ChildProcess` waits for it, and Popen must not.
+        started.returncode = 0  # `ChildProcess` waits for it; Popen must not.
         if os.getpriority(os.PRIO_PROCESS, 0) != self._nice:
             with contextlib.suppress(ProcessLookupError):
                 os.setpriority(os.PRIO_PROCESS, started.pid, self._nice)

@@ -1,7 +1,7 @@
-"""What a parent and its children say to each other about starting; payloads are those of protos/v1/processes.proto.
+"""Messages between a parent and its children about starting. Payloads are in protos/v1/processes.proto.
 
-Calls travel as one datagram each, beside the descriptors that they come with; that a service listens is told by one
-frame in a pipe.
+A call is one datagram, together with the descriptors that it hands over. A service writes one frame into a pipe when it
+listens.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from stagemesh.protos.v1 import processes_pb2
 from .frames import Decoder, M, pack, parse
 
 MAX_MESSAGE_BYTES, MAX_FDS = 1 << 16, 253
-"""Of one datagram; Linux takes no more descriptors in one."""
+"""Most of one datagram. Linux takes no more descriptors."""
 
 
 class Kind(IntEnum):
-    """What a frame says."""
+    """Kind of a frame."""
 
     IMPORT = 1
-    """Run this call now, for what it imports."""
+    """Run this call, for what it imports."""
     RUN = 2
-    """Be this call, to its end."""
+    """Run this call, and end with its status."""
     FORK = 3
-    """Fork a process that is this call."""
+    """Fork a process that runs this call."""
     FORKED = 4
-    """That was done."""
+    """The process was forked."""
     LISTENING = 5
     """A service listens."""
 
 
 @dataclass(frozen=True)
 class Received:
-    """A call, and the descriptors that came with it."""
+    """A call, and its descriptors."""
 
     kind: Kind
     call: processes_pb2.Call
@@ -47,7 +47,7 @@ class Received:
 
 
 def send_call(sock: socket.socket, kind: Kind, call: processes_pb2.Call, fds: Sequence[int] = ()) -> None:
-    """Raises OSError when the other end is gone, InternalError for what does not fit."""
+    """Sends a call. Raises OSError when the other end is gone, InternalError for a call that is too large."""
     data = pack_message(kind, call)
     if len(data) > MAX_MESSAGE_BYTES or len(fds) > MAX_FDS:
         raise InternalError(
@@ -58,7 +58,7 @@ def send_call(sock: socket.socket, kind: Kind, call: processes_pb2.Call, fds: Se
 
 
 def receive_call(sock: socket.socket) -> Received | None:
-    """Waits for a call; None when the other end is gone. Raises InternalError for what is none."""
+    """Waits for a call. None when the other end is gone. Raises InternalError for any other message."""
     data, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE_BYTES, MAX_FDS)
     if not data:
         return None

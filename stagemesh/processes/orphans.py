@@ -1,4 +1,4 @@
-"""Orphans: processes whose own parent has ended become children of the nearest ancestor that adopts them (Linux)."""
+"""Orphans: on Linux, a process whose parent has ended becomes a child of the nearest ancestor that adopts orphans."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def adopt_orphans(adopt: bool = True) -> None:
-    """Has this process adopt its descendants' orphans, or no longer."""
+    """Sets whether this process adopts its descendants' orphans."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
 def reap_orphans(own: Collection[int], *, kill: bool = False) -> None:
-    """Reaps children of this process but for its `own`; kills them first when asked to, and waits for their end."""
+    """Reaps children of this process that are not in `own`. `kill`: kills them first, and waits for their end."""
     if sys.platform != "linux":
         return
     with open(f"/proc/self/task/{os.getpid()}/children") as f:

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from everything import Everything, descriptors, held
 from mesh import serve
 from test_kill import shared_memory
 
-sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks.common import facts
 
 SEED = int(os.environ.get("STAGEMESH_CHAOS_SEED", "41"))

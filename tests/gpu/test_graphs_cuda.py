@@ -9,10 +9,10 @@ import torch
 from chain import PAGE_SIZE, Chain
 from tiny_models import clear_prompts, make_checkpoint
 
-from stagemesh.stage_worker.attention.base import AttentionMetadata
+from stagemesh.stage_worker.attention.base import AttentionKind, AttentionMetadata
 from stagemesh.stage_worker.attention.cuda import attend_prefill_sdpa, make_kernels
 from stagemesh.stage_worker.attention.decode import LayerKind, difference
-from stagemesh.stage_worker.attention.paged import AttentionKind, attend_prefill
+from stagemesh.stage_worker.attention.paged import attend_prefill
 from stagemesh.stage_worker.model.batch import StepBatch
 from stagemesh.stage_worker.model.plain.graphs import GraphedShard
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import mesh
 
-from stagemesh.stage_worker.model.sleeping import FIRST_TOKEN, next_token
+from benchmarks.scale.mesh import PLUGIN
+from benchmarks.scale.sleep_shard import FIRST_TOKEN, next_token
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES, STEP_S, TOKENS = 3, 0.02, 20
@@ -23,7 +24,7 @@ def test_tokens_cross_every_stage_at_its_pace(tmp_path: Path) -> None:
     shape = {"num_hidden_layers": STAGES, "hidden_size": 256, "num_attention_heads": 1, "num_key_value_heads": 1}
     numbers = {**shape, "head_dim": 2, "vocab_size": 512, "max_position_embeddings": 1024, "step_seconds": STEP_S}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "stagemesh_sleep", **numbers}))
-    with mesh.serve(str(tmp_path), "--load-format", "dummy", "-pp", str(STAGES)) as running:
+    with mesh.serve(str(tmp_path), "--load-format", "dummy", "-pp", str(STAGES), env=PLUGIN) as running:
         began = time.monotonic()
         tokens = running.greedy([FIRST_TOKEN, 50], TOKENS)
         took_s = time.monotonic() - began

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stagemesh.errors import ConfigError, InternalError
-from stagemesh.stage_worker.attention.base import AttentionBackend, AttentionMetadata, BatchSlots
+from stagemesh.stage_worker.attention.base import AttentionBackend, AttentionKind, AttentionMetadata, BatchSlots
 from stagemesh.stage_worker.attention.paged import PagedAttention
 from stagemesh.stage_worker.attention.registry import make_backend
 
@@ -96,10 +96,7 @@ def run(
             k_pages,
             v_pages,
             metadata,
-            scaling=SCALING,
-            sliding_window=window,
-            softcap=softcap,
-            sinks=sinks,
+            AttentionKind(SCALING, window, softcap, sinks),
         )
         token = 0
         for index, start, count in rows:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
 import xml.etree.ElementTree
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))
+from benchmarks import suite_result
+from benchmarks.common.errors import BenchmarkError
+from benchmarks.common.probe import Probe, Sample, role_of, sums_of
+from benchmarks.peers import report, workloads
+from benchmarks.scale.grid import Point
+from benchmarks.scale.report import write_grid
 
-from benchmarks import suite_result  # noqa: E402
-from benchmarks.common.errors import BenchmarkError  # noqa: E402
-from benchmarks.common.probe import Probe, Sample, role_of, sums_of  # noqa: E402
-from benchmarks.peers import report, workloads  # noqa: E402
-from benchmarks.scale.grid import Point  # noqa: E402
-from benchmarks.scale.report import write_grid  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_suite_is_told_by_file_and_what_failed_by_name() -> None:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from stagemesh.errors import ConfigError
 from stagemesh.stage_worker.attention import tables
-from stagemesh.stage_worker.attention.base import AttentionMetadata
+from stagemesh.stage_worker.attention.base import AttentionKind, AttentionMetadata
 from stagemesh.stage_worker.attention.cuda import CudaAttention, attend_prefill_sdpa, make_kernels
 from stagemesh.stage_worker.attention.decode import LayerKind, TorchDecode, difference
 from stagemesh.stage_worker.attention.flashinfer_decode import plan_arrays
-from stagemesh.stage_worker.attention.paged import AttentionKind, PagedAttention, attend_prefill
+from stagemesh.stage_worker.attention.paged import PagedAttention, attend_prefill
 from stagemesh.stage_worker.attention.tables import DecodeTables, pack_rows
 
 HEADS, KV_HEADS, K_DIM, V_DIM, PAGE, PAGES = 4, 2, 8, 6, 4, 40
@@ -51,11 +51,11 @@ def test_rows_of_a_table_get_what_rows_of_the_host_get(
     by_rows, by_table, tensors = make_case(fill)
     query, key, value, k_pages, v_pages = tensors
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if with_sinks else None
-    settings = {"scaling": 0.3, "sliding_window": window, "softcap": softcap, "sinks": sinks}
+    kind = AttentionKind(0.3, window, softcap, sinks)
     own_k, own_v, count = k_pages.clone(), v_pages.clone(), len(STARTS)
-    expected = PagedAttention().attend(query[:count], key[:count], value[:count], k_pages, v_pages, by_rows, **settings)
+    expected = PagedAttention().attend(query[:count], key[:count], value[:count], k_pages, v_pages, by_rows, kind)
     found = CudaAttention(["torch"]).attend(
-        query, key, value, own_k, own_v, AttentionMetadata.of_tables(by_table), **settings
+        query, key, value, own_k, own_v, AttentionMetadata.of_tables(by_table), kind
     )
     torch.testing.assert_close(found[:count], expected, rtol=1e-4, atol=1e-5)
     assert found.isfinite().all(), "padding rows must not spread NaN"
@@ -125,7 +125,7 @@ def test_a_kernel_that_is_wrong_here_is_not_used(how: str, said: str, caplog: py
     assert difference(Wrong("not"), KIND, torch.device("cpu")) is None
     _, by_table, tensors = make_case(0.0)
     with caplog.at_level(logging.WARNING):
-        found = CudaAttention([wrong]).attend(*tensors, AttentionMetadata.of_tables(by_table), scaling=0.3)
+        found = CudaAttention([wrong]).attend(*tensors, AttentionMetadata.of_tables(by_table), AttentionKind(0.3))
     assert found.isfinite().all()
     assert "does not go through wrong" in caplog.text
     assert said in caplog.text

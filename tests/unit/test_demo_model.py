@@ -23,7 +23,6 @@ SEED = 7
 @pytest.fixture(scope="module", autouse=True)
 def _tools_importable() -> Any:
     """The trainer's files are scripts, beside the package."""
-    sys.path.append(str(ROOT))
     yield
     sys.path.remove(str(ROOT))
 

@@ -11,12 +11,12 @@ from typing import cast
 
 import torch
 
+from benchmarks.scale.sleep_shard import MODEL_TYPE, SleepShard
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.stage_worker.kv.copy import PageReceiver
 from stagemesh.stage_worker.kv.journal import Journal
 from stagemesh.stage_worker.kv.page_ranges import PageRanges
 from stagemesh.stage_worker.kv.pool import KvPool
-from stagemesh.stage_worker.model.sleeping import MODEL_TYPE, SleepShard
 from stagemesh.stage_worker.model.spec import ShardSpec
 from stagemesh.stage_worker.rank.assignment import Assignment
 from stagemesh.stage_worker.rank.memory.resources import StageResources

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.scale.mesh import PLUGIN
+from benchmarks.scale.sleep_shard import FIRST_TOKEN, TOKENS, next_token
 from stagemesh.errors import ConfigError
 from stagemesh.stage_worker.model.batch import StepBatch
 from stagemesh.stage_worker.model.choose import load_shard
 from stagemesh.stage_worker.model.parallel import TensorParallel
-from stagemesh.stage_worker.model.sleeping import FIRST_TOKEN, TOKENS, next_token
 from stagemesh.stage_worker.model.spec import ShardSpec
 
 STEP_S = 0.02
@@ -72,7 +74,11 @@ def test_it_needs_no_transformers(folder: str) -> None:
     code = (
         "import sys; from stagemesh.stage_worker.rank import process; "
         "from stagemesh.stage_worker.model import choose, spec; "
-        f"choose.import_for(spec.ShardSpec({folder!r}, 0, 1)); print('transformers' in sys.modules)"
+        f"choose.import_for(spec.ShardSpec({folder!r}, 0, 1)); "
+        "print('transformers' in sys.modules, 'sleep_shard' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.split() == ["False"]
+    env = {**os.environ, **PLUGIN}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, env=env
+    )
+    assert done.stdout.split() == ["False", "True"]

@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from stagemesh.errors import InternalError, UnsupportedModel
 
-from ...attention.base import AttentionMetadata
+from ...attention.base import AttentionKind, AttentionMetadata
 from ...attention.registry import make_backend
 from ...kv.pool import KvLayerSpec, KvPool
 from ..batch import StepBatch
@@ -187,21 +187,13 @@ class ModelShard:
             raise UnsupportedModel(f"{type(module).__name__} looks ahead: only causal attention can be served")
         shard: ModelShard = module.stagemesh_shard  # type: ignore[assignment]
         layer_idx: int = module.layer_idx  # type: ignore[assignment]
-        return shard._attend(layer_idx, query, key, value, scaling, sliding_window, softcap, s_aux), None
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        kind = AttentionKind(scaling, sliding_window, softcap, s_aux)
+        return shard._attend(layer_idx, query, key, value, kind), None
 
-    def _attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def _attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind) -> Tensor:
         if self._probe is not None:
-            spec = KvLayerSpec(layer_idx, key.shape[1], key.shape[3], value.shape[3], sliding_window)
+            spec = KvLayerSpec(layer_idx, key.shape[1], key.shape[3], value.shape[3], kind.sliding_window)
             self._probe.layers.append(spec)
             return value.transpose(1, 2).repeat_interleave(query.shape[1] // value.shape[1], dim=2)
         if self._pool is None or self._metadata is None:
@@ -213,10 +205,7 @@ class ModelShard:
             self._pool.k(layer_idx),
             self._pool.v(layer_idx),
             self._metadata,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
+            kind,
         )
         if self.on_layer is not None:
             self.on_layer()

@@ -1,8 +1,7 @@
-"""Loading beside serving: the weights of a layer range come into memory on a thread, while the engine's runs steps.
+"""Loads the weights of a layer range on a thread of its own, while the engine's thread runs steps.
 
-Where this rank serves nothing, the thread asks for less of the processor than other ranks' steps do. Where it serves,
-it does not: put aside for those, it would keep the interpreter's lock from this rank's own steps. What it loads is the
-engine's when it is done.
+Where this rank serves nothing, the thread has a lower priority than the steps of other ranks. Where it serves, it has
+not: at a low priority it would hold the interpreter's lock for long, and with it this rank's own steps.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ NICE = 10
 
 
 class Preparing:
-    """At most one at a time. `done(ident, outcome)` is called on the engine's thread."""
+    """One load at a time. `tell` and `done` are called on the engine's thread."""
 
     def __init__(
         self,
@@ -31,7 +30,7 @@ class Preparing:
         done: Callable[[int, stage_pb2.PrepareRequest, list[Shard] | BaseException], None],
         sign_s: float,
     ) -> None:
-        """`sign_s`: how often progress is told while all wait for a load (`join`)."""
+        """`sign_s`: how often `join` tells progress, in seconds."""
         self._memory, self._tell, self._done, self._sign_s = memory, tell, done, sign_s
         self._thread: threading.Thread | None = None
         self._ident = 0
@@ -40,7 +39,7 @@ class Preparing:
         self._outcome: list[Shard] | BaseException | None = None
 
     def start(self, ident: int, request: stage_pb2.PrepareRequest, *, serves: bool) -> None:
-        """Begins; `serves`: steps run meanwhile. Raises Unavailable while another one is under way."""
+        """Starts a load. `serves`: whether steps run meanwhile. Raises Unavailable while another load runs."""
         if self._thread is not None:
             raise Unavailable("another range is being loaded", retry_after_s=1)
         self._ident, self._request = ident, request
@@ -61,7 +60,7 @@ class Preparing:
         self._progress = done, total
 
     def poll(self) -> bool:
-        """Tells what there is to tell, on the engine's thread; True when there was something."""
+        """Tells progress or the outcome. True when there was news."""
         thread = self._thread
         if thread is None:
             return False
@@ -77,7 +76,7 @@ class Preparing:
         return True
 
     def join(self) -> None:
-        """Waits for what is under way: an order came that needs the memory now."""
+        """Waits for the load under way, since an order needs the memory now."""
         if self._thread is not None:
             with contextlib.suppress(PermissionError, ProcessLookupError):
                 os.setpriority(os.PRIO_PROCESS, self._thread.native_id or 0, 0)

@@ -1,4 +1,4 @@
-"""What a rank holds in memory: its shard of the model and the KV pages for it, kept while the next epoch wants both."""
+"""Loads shards of the model and allocates their KV pages, and keeps both as long as the next epoch wants them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,8 @@ CPU_KV_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """A shard in memory and what it was loaded as."""
-
-    spec: ShardSpec
-    fingerprint: str
-    shard: Shard
-
-
-@dataclass(frozen=True)
 class _Wanted:
-    """What a request asks for."""
+    """Shards that a request asks for: (spec, fingerprint) of the model, and of the draft model."""
 
     main: tuple[ShardSpec, str]
     draft: tuple[ShardSpec, str] | None
@@ -46,7 +37,7 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Resident:
-    """What is in memory, and as what it was wanted."""
+    """Resources in memory, and what they were loaded for."""
 
     wanted: _Wanted
     resources: StageResources
@@ -69,7 +60,7 @@ class RankMemory:
         self.device = device
         self.parallel = parallel
         self._residents: list[_Resident] = []
-        """The newest last."""
+        """In the order of use, the newest last."""
 
     def hold(self, request: Request, tell: Progress) -> StageResources:
         """Shard, pages, and on rank 0 of the last stage the draft model; `tell(done, total)` counts bytes of weights.
@@ -85,7 +76,7 @@ class RankMemory:
         return resources
 
     def find(self, request: Request) -> StageResources | None:
-        """What is in memory and fits."""
+        """Resources in memory that fit the request, or None."""
         wanted = self._wanted(request)
         found = next(
             (s for s in self._residents if s.wanted == wanted and self._fits(s.resources, request.limits)), None
@@ -106,7 +97,7 @@ class RankMemory:
         serving = self._serving()
         before = serving.shard if serving is not None else None
         if before is None and self._residents and self.device.type == "cpu":
-            # What nothing runs on goes, but for layers that are wanted again. On a card, its pages are in the way.
+            # Unused resources go, but for layers that are wanted again. On a card their pages would be in the way.
             before = self._residents[-1].resources.shard
         self.trim(keep_one=False)
         drafters = [
@@ -153,16 +144,16 @@ class RankMemory:
         return resources
 
     def _serving(self) -> StageResources | None:
-        """What the newest assignment runs on that takes steps: further layers are made beside it."""
+        """Resources of the newest active assignment. New layers are loaded beside them."""
         active = [assignment for assignment in self.engine.assignments.values() if assignment.active]
         return max(active, key=lambda assignment: assignment.epoch).resources if active else None
 
     def _in_use(self) -> list[StageResources]:
-        """What assignments run on."""
+        """Resources of all assignments, each once."""
         return list({id(a.resources): a.resources for a in self.engine.assignments.values()}.values())
 
     def trim(self, *, keep_one: bool = True) -> None:
-        """Lets go of what nothing runs on, but for the newest."""
+        """Frees resources without an assignment; with `keep_one` not the newest."""
         used = {id(assignment.resources) for assignment in self.engine.assignments.values()}
         kept = [s for s in self._residents if id(s.resources) in used or (keep_one and s is self._residents[-1])]
         if len(kept) == len(self._residents):
@@ -183,7 +174,7 @@ class RankMemory:
 
     @staticmethod
     def _fits(resources: StageResources, limits: types_pb2.RunLimits) -> bool:
-        """Whether its pages are what the bounds want; where those name no count, the one that was found room for is."""
+        """Whether the pages fit the limits. Where those name no number of pages, the number in memory fits."""
         return (
             resources.pool.page_size == limits.page_size
             and limits.num_pages in (0, resources.pool.num_pages)
@@ -193,7 +184,7 @@ class RankMemory:
     def _spec(
         self, model: types_pb2.ModelRef, limits: types_pb2.RunLimits, layers: tuple[int, int], *, whole: bool = False
     ) -> ShardSpec:
-        """This rank's part of the layers; `whole`: all of each, not its share among the ranks."""
+        """This rank's part of the layers. `whole`: all of each layer, not the share of a rank."""
         return ShardSpec(
             model_dir=model.path,
             first=layers[0],
@@ -212,7 +203,7 @@ class RankMemory:
         )
 
     def _num_pages(self, limits: types_pb2.RunLimits, shards: list[Shard]) -> int:
-        """For all gateways. Raises ConfigError when not one request of --max-model-len would fit."""
+        """Number of pages, for all gateways. Raises ConfigError when not one request of --max-model-len would fit."""
         shares = max(1, limits.gateways) * max(1, limits.pipelines)
         page_bytes = _page_bytes(shards, limits.page_size)
         one_sequence = -(-limits.max_model_len // limits.page_size)
@@ -228,7 +219,7 @@ class RankMemory:
         return pages
 
     def _check_room(self, pools: list[KvPool], shards: list[Shard]) -> None:
-        """Raises ConfigError where the pages of layers that come do not fit beside those that are there."""
+        """Raises ConfigError when the pages of new layers do not fit beside those in memory."""
         pool = pools[0]
         new = [layer for layer in shards[0].kv_layers if not any(layer in other.layers for other in pools)]
         need = KvPool.page_bytes(new, pool.page_size, pool.dtype) * pool.num_pages
@@ -240,7 +231,7 @@ class RankMemory:
             )
 
     def _make_journal(self, pool: KvPool, shard: Shard) -> Journal | None:
-        """As much of it as --journal-gib allows; nothing where that is not one page."""
+        """A journal of the size of --journal-gib; None where not one page fits."""
         page_bytes = Journal.page_bytes(pool.page_size, shard.hidden_size, shard.dtype)
         pages = min(pool.num_pages, int(self.config.settings.journal_gib * 2**30) // page_bytes)
         return Journal(pages, pool.page_size, shard.hidden_size, shard.dtype) if pages else None

@@ -1,4 +1,4 @@
-"""What one assignment runs on: a shard of the model, its KV pages, and the journal of what it sent on."""
+"""Resources of an assignment: a shard of the model, its KV pages, and the journal of activations that it sent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...sampling.drafter import Drafter
 
 @dataclass(frozen=True, eq=False)
 class StageResources:
-    """Several assignments share one, where they are epochs of the same layers."""
+    """Assignments of the same layers at several epochs share one."""
 
     shard: Shard
     pool: KvPool
@@ -24,20 +24,20 @@ class StageResources:
     ranges: PageRanges
     journal: Journal | None
     salt: int
-    """Of the generations of its pages: other layers' pages never look like these, though they have ranges in common."""
+    """Makes generations of pages differ between layer ranges, even where they share page ranges."""
 
     @property
     def page_bytes(self) -> int:
-        """Of one page, the draft model's part included."""
+        """Bytes of one page, including the draft model's part."""
         return self.pool.bytes_per_page + (self.drafter.pool.bytes_per_page if self.drafter else 0)
 
     @property
     def weight_bytes(self) -> int:
-        """Of all weights, the draft model's included."""
+        """Bytes of all weights, including the draft model's."""
         return self.shard.weight_bytes + (self.drafter.shard.weight_bytes if self.drafter else 0)
 
     def frames(self, layers: types_pb2.LayerRange) -> PageFrames:
-        """Pages of some layers, as they go to another worker. The last layer's bring the draft model's along."""
+        """Pages of some layers, as sent to another worker. Those of the last layer include the draft model's."""
         parts: list[tuple[KvPool, list[int]]] = [(self.pool, list(range(layers.first, layers.last)))]
         if self.drafter is not None and layers.last == self.shard.kv_layers[-1].layer_idx + 1:
             parts.append((self.drafter.pool, [layer.layer_idx for layer in self.drafter.pool.layers]))

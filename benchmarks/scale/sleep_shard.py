@@ -1,10 +1,11 @@
 """A stage whose compute is a sleep of a stated length, for measuring everything around compute.
 
-The folder's config.json says so by its model type, with the seconds a step takes (`step_seconds`) and, where it has
-them, those that each row of a step takes more on each layer (`row_seconds`); there are no weights, so the coordinator
-is given `--load-format dummy`. All the rest is real: plans, pages, links, sampling. While such a stage sleeps the
-processor is free for others, as with an accelerator, and the transports are driven between slices, as between layers.
-It imports neither transformers nor any kernel: dozens of stages fit a small machine.
+A plugin of ranks (`STAGEMESH_PLUGINS=sleep_shard`, stage_worker/model/choose.py), for folders whose config.json is of
+its model type, with the seconds a step takes (`step_seconds`) and, where it has them, those that each row of a step
+takes more on each layer (`row_seconds`); there are no weights, so the coordinator is given `--load-format dummy`. All
+the rest is real: plans, pages, links, sampling. While such a stage sleeps the processor is free for others, as with
+an accelerator, and the transports are driven between slices, as between layers. It imports neither transformers nor
+any kernel: dozens of stages fit a small machine.
 
 The tokens can be foretold: the activation's first column carries the token through all stages, and the last stage
 answers with the one after it, so an activation that went astray shows in the text.
@@ -25,10 +26,10 @@ import torch
 from torch import Tensor
 
 from stagemesh.errors import ConfigError, InternalError
-
-from ..kv.pool import KvLayerSpec, KvPool
-from .batch import StepBatch, lay_out
-from .spec import ShardSpec
+from stagemesh.stage_worker.kv.pool import KvLayerSpec, KvPool
+from stagemesh.stage_worker.model.batch import StepBatch, lay_out
+from stagemesh.stage_worker.model.choose import register_shard
+from stagemesh.stage_worker.model.spec import ShardSpec
 
 MODEL_TYPE = "stagemesh_sleep"
 SLICES = 4
@@ -40,15 +41,6 @@ FIRST_TOKEN, TOKENS = 4, 94
 PR_SET_TIMERSLACK = 29
 
 _DTYPES = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def sleeps(model_dir: str) -> bool:
-    """Whether the checkpoint folder describes sleeping stages."""
-    try:
-        config = json.loads((Path(model_dir) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False  # Whoever loads it says what is wrong with it.
-    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
 
 
 def next_token(token: int) -> int:
@@ -134,3 +126,6 @@ def _wake_on_time() -> None:
     """Takes 50 us of slack off this thread's timers: they would be a sixtieth of a step of 3 ms."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+register_shard(MODEL_TYPE, SleepShard)
