@@ -78,7 +78,7 @@ class MeshEngine:
             settings, self._slot, self._reporter, observers, self._events,
             self._load_model, self._make_live, self._place,
         )  # fmt: skip
-        metrics.register(bubbles)
+        metrics.registry.register(bubbles)
         metrics.watch(self._load)
 
     # -- life -------------------------------------------------------------------------------------------------------

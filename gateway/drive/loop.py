@@ -79,7 +79,6 @@ class BatchLoop:
         self._probe: Probe | None = None
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._preemptions_told = 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -166,7 +165,6 @@ class BatchLoop:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _go(self) -> None:
-        self._preemptions_told = self._ledger.scheduler.preemptions
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -209,7 +207,8 @@ class BatchLoop:
             live = self._ledger.live[sequence]
             live.started()
             if scheduler.prefix.enabled and sequence.confirmed == sequence.taken_over:
-                metrics.prefix_looked_up(sequence.length, sequence.taken_over)
+                metrics.prefix_queries.inc(sequence.length)
+                metrics.prefix_hits.inc(sequence.taken_over)
             self.session.broadcast(stage_pb2.RunRequest(open_sequence=open_message(sequence, live.request, live.seed)))
         message = plan_message(plan, self.view.epoch, alone=self._shares <= 1)
         self._deadline.sent(plan.step, self._observers.clock())
@@ -217,9 +216,9 @@ class BatchLoop:
         self._ledger.note_sent(plan)
         if recorder.active:
             recorder.sent(self.view, plan, message.planned_us)
-        for _ in range(scheduler.preemptions - self._preemptions_told):
-            metrics.preempted()
-        self._preemptions_told = scheduler.preemptions
+        if scheduler.preemptions:
+            metrics.preemptions.inc(scheduler.preemptions)
+            scheduler.preemptions = 0
 
     def _send_closed(self) -> None:
         scheduler = self._ledger.scheduler
@@ -250,7 +249,7 @@ class BatchLoop:
         """A stage is done with a step; the last one's result brings tokens and ends the step."""
         ledger, scheduler, recorder = self._ledger, self._ledger.scheduler, self._observers.recorder
         if result.epoch != self.view.epoch or self.lost is not None:
-            self._observers.metrics.stale_result()
+            self._observers.metrics.stale_results.inc()
             return
         if self._probe is not None:
             if self._probe.result(stage, result):
@@ -328,8 +327,12 @@ class BatchLoop:
         ledger, scheduler = self._ledger, self._ledger.scheduler
         if ledger.recovered():
             log.info("%s epoch %d holds everything again", *self.key)
-        if any(counts := scheduler.speculation.take_counts()):
-            self._observers.metrics.speculated(*counts)
+        drafts, guessed, accepted = scheduler.speculation.take_counts()
+        if drafts:
+            metrics = self._observers.metrics
+            metrics.drafts.inc(drafts)
+            metrics.draft_tokens.inc(guessed)
+            metrics.accepted_tokens.inc(accepted)
         scheduler.prefill_budget = ledger.costs.prefill_budget()
         ledger.guess_costs.stages = ledger.costs.lines()
         self._wake.set()

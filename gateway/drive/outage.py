@@ -53,7 +53,7 @@ class Outage:
         """A pipeline is lost; one that is lost again before it was made good keeps its beginning and its deadline."""
         log.warning("%s epoch %d is lost, %d requests wait: %s", pipeline_id, epoch, requests, cause)
         self._note("lost", pipeline_id, epoch, cause=cause, requests=requests)
-        self._metrics.pipeline_lost()
+        self._metrics.losses.inc()
         if self._since is None:
             self._since = self._clock()
             self._timer = asyncio.get_running_loop().call_later(self._deadline_s, self._expired, cause)
@@ -72,7 +72,8 @@ class Outage:
             "recovered", pipeline_id, epoch,
             duration_ms=round(lasted_s * 1000), requests=requests, replayed_tokens=replayed_tokens,
         )  # fmt: skip
-        self._metrics.pipeline_recovered(lasted_s, replayed_tokens)
+        self._metrics.recovery_s.observe(lasted_s)
+        self._metrics.replayed_tokens.inc(replayed_tokens)
 
     def moved(self, pipeline_id: str, epoch: int, paused_s: float, requests: int, pages: int) -> None:
         """A pipeline has switched to its next epoch as it was wanted; no step was planned for `paused_s`."""
@@ -83,7 +84,7 @@ class Outage:
         self._note(
             "moved", pipeline_id, epoch, duration_ms=round(paused_s * 1000), requests=requests, pages_copied=pages
         )
-        self._metrics.pipeline_moved(paused_s)
+        self._metrics.move_s.observe(paused_s)
 
     def handed_over(self, pipeline_id: str, to: str, requests: int) -> None:
         """What one pipeline ran goes on at another one."""

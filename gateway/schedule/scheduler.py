@@ -61,6 +61,7 @@ class Scheduler:
         self.recovery: Recovery | None = None
         """What stages have to compute again before anything else; set behind `rewind`."""
         self.preemptions = 0
+        """Since the caller set it back."""
         self._next_step = 1
         self._turn = 0
         """Steps planned, over all epochs."""

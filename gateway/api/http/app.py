@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -15,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from stagemesh.errors import NotFound
 from stagemesh.gateway.api.request import Engine, ModelCard
 from stagemesh.gateway.api.token_log import TokenLog
-from stagemesh.gateway.telemetry.metrics import CONTENT_TYPE, Metrics
+from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.gateway.telemetry.trace import Recorder
 from stagemesh.settings.gateway import GatewaySettings
 
@@ -113,7 +114,7 @@ class Handlers:
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
-        return Response(self._api.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(generate_latest(self._api.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def version(self, request: Request) -> Response:
         """GET /version."""

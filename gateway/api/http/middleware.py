@@ -46,11 +46,11 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
                 route = scope.get("route")
-                self._metrics.http_answered(
+                self._metrics.http.labels(
                     scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other",
                     getattr(route, "path", "unknown"),
                     message["status"],
-                )
+                ).inc()
             await send(message)
 
         if self._api_key is not None and scope["path"].startswith(KEYED):
