@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections import deque
 from pathlib import Path
@@ -20,7 +19,6 @@ from stagemesh.errors import (
     ConfigError,
     DeadlineExceeded,
     InvalidRequest,
-    PromptTooLong,
     QueueFull,
     StagemeshError,
     Unavailable,
@@ -29,7 +27,7 @@ from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 from stagemesh.settings.gateway import GatewaySettings
 
-from .api.request import GenerationRequest, ModelCard
+from .api.request import GenerationRequest, ServedModel
 from .drive.driver import PipelineDriver, Surroundings
 from .drive.live import LiveRequest
 from .drive.loop import Observers
@@ -54,8 +52,7 @@ class MeshEngine:
         self.settings = settings
         self._timing = timing
         self.metrics = metrics
-        self.tokenizer: Tokenizer | None = None
-        self.model: ModelCard | None = None
+        self.model: ServedModel | None = None
         self.mesh = types_pb2.MeshView()
         self.recorder = Recorder()
         self._slot = SlotLease(settings.gateway_id, self._watch_anew)
@@ -132,17 +129,11 @@ class MeshEngine:
         """Accepts a request into a queue: from here on it ends exactly once. While a lost stage is being made good it
         waits there.
 
-        Raises Unavailable, QueueFull, PromptTooLong or InvalidRequest.
+        Raises Unavailable, QueueFull or InvalidRequest.
         """
         driver = self._least_busy() or next((d for d in self._drivers.values() if d.recovering), None)
         if driver is None or driver.ledger is None or self.model is None or self._stopping:
             raise Unavailable(f"no pipeline can serve now: {self.ready()[1]}", retry_after_s=self._timing.retry_after_s)
-        if len(request.prompt) + request.max_tokens > self.model.max_model_len:
-            raise PromptTooLong(
-                f"{len(request.prompt)} prompt tokens and {request.max_tokens} output tokens exceed the longest "
-                f"sequence of {self.model.max_model_len} tokens",
-                param="max_tokens",
-            )
         if request.request_id in self._live:
             raise InvalidRequest(f"a request named {request.request_id} is running", param="request_id")
         scheduler = driver.ledger.scheduler
@@ -167,18 +158,13 @@ class MeshEngine:
         return min(ready, key=lambda d: d.load.running + d.load.waiting, default=None)
 
     def _make_live(self, request: GenerationRequest) -> LiveRequest:
-        assert self.tokenizer is not None
-        seed = request.sampling.seed
-        if seed is None:
-            seed = secrets.randbits(32)
-            log.debug("request %s draws with seed %d", request.request_id, seed)
-        live = LiveRequest(request, seed % 2**64, self.tokenizer, self.metrics, self._on_end)
+        assert self.model is not None
+        live = LiveRequest(request, self.model.tokenizer, self.metrics, self._on_end)
         if live.ended:
             return live
-        bound_s = min(request.deadline_s or self.settings.request_timeout, self.settings.request_timeout)
-        live.deadline = asyncio.get_running_loop().call_later(
-            bound_s, live.fail, DeadlineExceeded(f"request {request.request_id} took longer than {bound_s:g} s")
-        )
+        late = DeadlineExceeded(f"request {request.request_id} took longer than {request.deadline_s:g} s")
+        live.deadline = asyncio.get_running_loop().call_later(request.deadline_s, live.fail, late)
+        log.debug("request %s draws with seed %d", request.request_id, request.sampling.seed)
         self._live[request.request_id] = live
         return live
 
@@ -331,9 +317,10 @@ class MeshEngine:
                     self._reporter.steps(*loop.key, seconds)
 
     async def _load_model(self, view: types_pb2.PipelineView) -> None:
-        path = Path(self.settings.model or view.model.path)
-        if self.tokenizer is None:
-            self.tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         if self.model is None:
-            info = await asyncio.to_thread(checkpoint.inspect, path, "dummy")
-            self.model = ModelCard(view.model.name, view.limits.max_model_len, info.vocab_size, int(time.time()))
+            path = Path(self.settings.model or view.model.path)
+            tokenizer = await asyncio.to_thread(Tokenizer, path)
+            vocab_size = (await asyncio.to_thread(checkpoint.inspect, path, "dummy")).vocab_size
+            self.model = ServedModel(
+                view.model.name, view.limits.max_model_len, vocab_size, int(time.time()), tokenizer
+            )

@@ -35,13 +35,11 @@ class LiveRequest:
     def __init__(
         self,
         request: GenerationRequest,
-        seed: int,
         tokenizer: Tokenizer,
         metrics: Metrics,
         on_end: Callable[[LiveRequest], None],
     ) -> None:
         self.request = request
-        self.seed = seed
         self.error: StagemeshError | None = None
         self.choices = [
             Choice(

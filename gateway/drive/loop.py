@@ -209,7 +209,7 @@ class BatchLoop:
             if scheduler.prefix.enabled and sequence.confirmed == sequence.taken_over:
                 metrics.prefix_queries.inc(sequence.length)
                 metrics.prefix_hits.inc(sequence.taken_over)
-            self.session.broadcast(stage_pb2.RunRequest(open_sequence=open_message(sequence, live.request, live.seed)))
+            self.session.broadcast(stage_pb2.RunRequest(open_sequence=open_message(sequence, live.request)))
         message = plan_message(plan, self.view.epoch, alone=self._shares <= 1)
         self._deadline.sent(plan.step, self._observers.clock())
         self.session.broadcast(stage_pb2.RunRequest(plan=message))
