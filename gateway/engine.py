@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections import deque
 from pathlib import Path
@@ -20,7 +19,6 @@ from stagemesh.errors import (
     ConfigError,
     DeadlineExceeded,
     InvalidRequest,
-    PromptTooLong,
     QueueFull,
     StagemeshError,
     Unavailable,
@@ -29,7 +27,7 @@ from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 from stagemesh.settings.gateway import GatewaySettings
 
-from .api.request import GenerationRequest, ModelCard
+from .api.request import GenerationRequest, ServedModel
 from .drive.driver import PipelineDriver, Surroundings
 from .drive.live import LiveRequest
 from .drive.loop import Observers
@@ -54,31 +52,27 @@ class MeshEngine:
         self.settings = settings
         self._timing = timing
         self.metrics = metrics
-        self.tokenizer: Tokenizer | None = None
-        self.model: ModelCard | None = None
+        self.model: ServedModel | None = None
         self.mesh = types_pb2.MeshView()
         self.recorder = Recorder()
         self._slot = SlotLease(settings.gateway_id, self._watch_anew)
         self._watching: asyncio.Task[None] | None = None
         self._reporter = Reporter(settings.coordinator, settings.gateway_id, timing)
         self._drivers: dict[str, PipelineDriver] = {}
-        self._runs: dict[str, asyncio.Task[None]] = {}
-        """By pipeline, like the drivers."""
+        """By pipeline."""
         self._reason = NO_COORDINATOR
         """Why nothing is driven."""
         self._stopping = False
         self._live: dict[str, LiveRequest] = {}
-        self._at: dict[LiveRequest, PipelineDriver] = {}
-        self._failed: asyncio.Future[None] | None = None
+        self._group = asyncio.TaskGroup()
         self._following: asyncio.Task[None] | None = None
         self._events: deque[dict[str, Any]] = deque(maxlen=KEPT)
         bubbles = Bubbles()
         observers = Observers(metrics, bubbles, self.recorder, timing, time.monotonic)
         self._around = Surroundings(
-            settings, self._slot, self._reporter, observers, self._events,
-            self._load_model, self._make_live, self._place,
-        )  # fmt: skip
-        metrics.register(bubbles)
+            settings, self._slot, self._reporter, observers, self._events, self._load_model, self._place
+        )
+        metrics.registry.register(bubbles)
         metrics.watch(self._load)
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -89,16 +83,10 @@ class MeshEngine:
         return self._following
 
     async def _follow(self) -> None:
-        self._failed = asyncio.get_running_loop().create_future()
-        async with asyncio.TaskGroup() as group:
+        async with self._group as group:
             group.create_task(self._watch())
             group.create_task(self._reporter.run())
             group.create_task(self._report_steps())
-            group.create_task(self._fail_with_drives())
-
-    async def _fail_with_drives(self) -> None:
-        assert self._failed is not None
-        await self._failed
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Takes nothing new, lets live requests finish for a while, then ends."""
@@ -109,10 +97,9 @@ class MeshEngine:
         drivers = list(self._drivers.values())
         for driver in drivers:
             driver.stop()
-        tasks = [*self._runs.values()] + ([self._following] if self._following is not None else [])
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
         for driver in drivers:
             await driver.close()
 
@@ -132,17 +119,11 @@ class MeshEngine:
         """Accepts a request into a queue: from here on it ends exactly once. While a lost stage is being made good it
         waits there.
 
-        Raises Unavailable, QueueFull, PromptTooLong or InvalidRequest.
+        Raises Unavailable, QueueFull or InvalidRequest.
         """
         driver = self._least_busy() or next((d for d in self._drivers.values() if d.recovering), None)
         if driver is None or driver.ledger is None or self.model is None or self._stopping:
             raise Unavailable(f"no pipeline can serve now: {self.ready()[1]}", retry_after_s=self._timing.retry_after_s)
-        if len(request.prompt) + request.max_tokens > self.model.max_model_len:
-            raise PromptTooLong(
-                f"{len(request.prompt)} prompt tokens and {request.max_tokens} output tokens exceed the longest "
-                f"sequence of {self.model.max_model_len} tokens",
-                param="max_tokens",
-            )
         if request.request_id in self._live:
             raise InvalidRequest(f"a request named {request.request_id} is running", param="request_id")
         scheduler = driver.ledger.scheduler
@@ -155,9 +136,12 @@ class MeshEngine:
                 f"{waiting} requests are waiting, and at most {self.settings.max_waiting} may",
                 retry_after_s=self._timing.retry_after_s,
             )
-        live = self._make_live(request)
+        live = LiveRequest(request, self.model.tokenizer, self.metrics, self._on_end)
+        log.debug("request %s draws with seed %d", request.request_id, request.sampling.seed)
         if not live.ended:  # Else all of it was promised before.
-            self._at[live] = driver
+            late = DeadlineExceeded(f"request {request.request_id} took longer than {request.deadline_s:g} s")
+            live.deadline = asyncio.get_running_loop().call_later(request.deadline_s, live.fail, late)
+            self._live[request.request_id] = live
             driver.accept(live)
         return live
 
@@ -166,27 +150,10 @@ class MeshEngine:
         ready = (driver for driver in self._drivers.values() if driver.ready)
         return min(ready, key=lambda d: d.load.running + d.load.waiting, default=None)
 
-    def _make_live(self, request: GenerationRequest) -> LiveRequest:
-        assert self.tokenizer is not None
-        seed = request.sampling.seed
-        if seed is None:
-            seed = secrets.randbits(32)
-            log.debug("request %s draws with seed %d", request.request_id, seed)
-        live = LiveRequest(request, seed % 2**64, self.tokenizer, self.metrics, self._on_end)
-        if live.ended:
-            return live
-        bound_s = min(request.deadline_s or self.settings.request_timeout, self.settings.request_timeout)
-        live.deadline = asyncio.get_running_loop().call_later(
-            bound_s, live.fail, DeadlineExceeded(f"request {request.request_id} took longer than {bound_s:g} s")
-        )
-        self._live[request.request_id] = live
-        return live
-
     def _on_end(self, live: LiveRequest) -> None:
         self._live.pop(live.request.request_id, None)
-        driver = self._at.pop(live, None)
-        for holder in [driver] if driver is not None else self._drivers.values():
-            holder.forget(live)
+        for driver in self._drivers.values():
+            driver.forget(live)
 
     def cancel(self, request_id: str) -> bool:
         """Cancels by name; False when it is not running."""
@@ -290,33 +257,21 @@ class MeshEngine:
         here = {view.pipeline_id: view for view in response.pipelines}
         for name in here.keys() - self._drivers.keys():
             self._drivers[name] = driver = PipelineDriver(name, self._around)
-            self._runs[name] = run = asyncio.create_task(driver.run())
-            run.add_done_callback(self._run_ended)
+            driver.task = self._group.create_task(driver.run())
         for name, driver in self._drivers.items():
             driver.follow(here.get(name))
 
-    def _run_ended(self, run: asyncio.Task[None]) -> None:
-        """Only by a bug, which ends this gateway; or because its pipeline is no more."""
-        error = None if run.cancelled() else run.exception()
-        if error is not None and self._failed is not None and not self._failed.done():
-            self._failed.set_exception(error)
-
     def _place(self) -> None:
-        """What a pipeline gives up goes on at another one; one that is to be left, and holds nothing more, is."""
+        """What a pipeline gives up goes on at another one. One that is no more, and holds nothing, is forgotten."""
         for name, driver in list(self._drivers.items()):
             to = self._least_busy()
             if driver.gives_up and to is not None and to is not driver:
                 for live in driver.hand_out(to.pipeline_id):
-                    self._at[live] = to
                     to.accept(live)
-            if driver.left:
-                if not driver.told_left:
-                    driver.told_left = True
-                    self._reporter.left(name)
-                if driver.wish.gone:
-                    driver.outage.close()
-                    del self._drivers[name]
-                    self._runs.pop(name).cancel()
+            if driver.left and driver.wish.view is None:
+                driver.outage.close()
+                del self._drivers[name]
+                driver.task.cancel()
 
     async def _report_steps(self) -> None:
         """While requests run."""
@@ -331,9 +286,10 @@ class MeshEngine:
                     self._reporter.steps(*loop.key, seconds)
 
     async def _load_model(self, view: types_pb2.PipelineView) -> None:
-        path = Path(self.settings.model or view.model.path)
-        if self.tokenizer is None:
-            self.tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         if self.model is None:
-            info = await asyncio.to_thread(checkpoint.inspect, path, "dummy")
-            self.model = ModelCard(view.model.name, view.limits.max_model_len, info.vocab_size, int(time.time()))
+            path = Path(self.settings.model or view.model.path)
+            tokenizer = await asyncio.to_thread(Tokenizer, path)
+            vocab_size = (await asyncio.to_thread(checkpoint.inspect, path, "dummy")).vocab_size
+            self.model = ServedModel(
+                view.model.name, view.limits.max_model_len, vocab_size, int(time.time()), tokenizer
+            )

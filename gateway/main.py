@@ -43,7 +43,7 @@ async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
     grpc_server = await rpc.start_server(
         settings.host,
         settings.grpc_port,
-        lambda s: gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(engine, settings, metrics), s),
+        lambda s: gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(engine, settings), s),
         [SERVICE_NAME],
         serving=False,
     )

@@ -19,8 +19,6 @@ class GatewayTiming(Timing):
     """Between two tries to open sessions of one epoch: each takes a slot, and there are 250 a minute."""
     in_vain_s: float = 3.0
     """So long sessions of an epoch that serves may fail to open before the coordinator hears of it."""
-    warm_up_s: float = 120.0
-    """What the first token across all stages may take."""
     retry_after_s: float = 2.0
     """When a client that was refused had better come again."""
     finish_s: float = 30.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,12 +10,10 @@ from stagemesh import errors
 from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
 from stagemesh.settings.gateway import GatewaySettings
 
-from ..telemetry.metrics import Metrics
-from .build import SAME_IN_BOTH, RequestParams, build, encode, render_chat, served
-from .http.middleware import key_matches
+from .build import build, encode, render_chat, served
+from .http.middleware import check_key
+from .params import Params, parse
 from .request import Delta, Engine, GenerationRequest
-
-log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID = 128
 ROLES = ("system", "user", "assistant")
@@ -32,10 +29,9 @@ Context = Any  # grpc.aio.ServicerContext is generic in the stubs only
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     """`stagemesh.v1.Gateway`. `rpc.ErrorInterceptor` turns the errors that it raises into statuses."""
 
-    def __init__(self, engine: Engine, settings: GatewaySettings, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, settings: GatewaySettings) -> None:
         self._engine = engine
         self._settings = settings
-        self._metrics = metrics
 
     async def Generate(
         self, request: gateway_pb2.GenerateRequest, context: Context
@@ -88,20 +84,16 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         if self._settings.api_key is None:
             return
         told = dict(context.invocation_metadata() or ()).get("authorization", "")
-        given = told.encode() if isinstance(told, str) else told
-        if not key_matches(given, self._settings.api_key):
-            raise errors.Unauthenticated(
-                "the API key is not right" if given else "this server needs an API key: 'authorization: Bearer KEY'"
-            )
+        check_key(told.encode() if isinstance(told, str) else told, self._settings.api_key)
 
     async def _build(self, request: gateway_pb2.GenerateRequest, remaining_s: float | None) -> GenerationRequest:
-        model, tokenizer = served(self._engine, request.model)
+        model = served(self._engine, request.model)
         if len(request.request_id) > MAX_REQUEST_ID:
             raise errors.InvalidRequest(f"request_id may have at most {MAX_REQUEST_ID} characters", param="request_id")
         kind = request.WhichOneof("prompt")
         prompt: tuple[int, ...] = ()
-        if kind == "text" and request.text:
-            prompt = await encode(tokenizer, model, request.text, add_special_tokens=True)
+        if kind == "text":
+            prompt = await encode(model, request.text, add_special_tokens=True)
         elif kind == "token_ids":
             prompt = tuple(request.token_ids.ids)
         elif kind == "chat":
@@ -112,7 +104,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
                         param=f"messages[{i}].role",
                     )
             turns = [{"role": m.role, "content": m.content} for m in request.chat.messages]
-            prompt = await render_chat(tokenizer, model, turns)
+            prompt = await render_chat(model, turns)
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
         if remaining_s is not None:
             if remaining_s <= 0:
@@ -123,22 +115,15 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             prompt,
             _params(request, timeout_s),
             model,
-            tokenizer,
-            request_timeout_s=self._settings.request_timeout,
+            timeout_s=self._settings.request_timeout,
             fill_context=kind == "chat",
         )
 
 
-def _params(request: gateway_pb2.GenerateRequest, timeout_s: float | None) -> RequestParams:
-    given = (*SAME_IN_BOTH, "max_tokens", "logprobs")
-    return RequestParams(
-        **{name: getattr(request, name) for name in given if request.HasField(name)},
-        stop=tuple(request.stop),
-        stop_token_ids=tuple(request.stop_token_ids),
-        ignore_eos=request.ignore_eos,
-        min_tokens=request.min_tokens,
-        timeout_s=timeout_s,
-    )
+def _params(request: gateway_pb2.GenerateRequest, timeout_s: float | None) -> Params:
+    given = {field.name: value for field, value in request.ListFields() if field.name in Params.model_fields}
+    lists = {"stop": list(request.stop), "stop_token_ids": list(request.stop_token_ids)}
+    return parse(Params, {**given, **lists, "timeout": timeout_s})
 
 
 def _response(asked: GenerationRequest, delta: Delta) -> gateway_pb2.GenerateResponse:

@@ -11,12 +11,14 @@ from typing import Literal, Protocol
 
 from stagemesh.protos.v1 import types_pb2
 
+from ..text.tokenizer import Tokenizer
+
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters. The defaults are vLLM's."""
+    """Sampling parameters, named as in `types.proto`. The defaults are vLLM's."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -25,7 +27,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int | None = None
+    seed: int = 0
     logprobs: bool = False
     """Whether the log-probability of each sampled token is wanted."""
     top_logprobs: int = 0
@@ -55,6 +57,8 @@ class GenerationRequest:
     """Token ids, at least one."""
     sampling: Sampling
     max_tokens: int
+    deadline_s: float
+    """Seconds until the request ends with DeadlineExceeded."""
     n: int = 1
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
@@ -62,8 +66,6 @@ class GenerationRequest:
     min_tokens: int = 0
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    deadline_s: float | None = None
-    """Seconds until the request ends with DeadlineExceeded; None: --request-timeout."""
     log: tuple[tuple[Logged, ...], ...] = ()
     """Tokens of each choice that an earlier stream of this request already has. The answer continues after them."""
     seen: tuple[int, ...] = ()
@@ -104,32 +106,29 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True)
-class ModelCard:
-    """What clients can see of the served model."""
+class ServedModel:
+    """What the APIs need of the served model."""
 
     name: str
     max_model_len: int
     vocab_size: int
     created: int
+    tokenizer: Tokenizer
 
 
 class Engine(Protocol):
     """What the APIs need of the engine."""
 
     @property
-    def model(self) -> ModelCard | None:
+    def model(self) -> ServedModel | None:
         """The served model; None until a pipeline was published."""
-
-    @property
-    def tokenizer(self) -> object | None:
-        """The `Tokenizer` of the served model; None until a pipeline was published."""
 
     @property
     def mesh(self) -> types_pb2.MeshView:
         """The mesh as the coordinator reported it last."""
 
     def submit(self, request: GenerationRequest) -> Stream:
-        """Queues a request. Raises QueueFull, Unavailable, or PromptTooLong."""
+        """Queues a request. Raises QueueFull, Unavailable, or InvalidRequest."""
 
     def cancel(self, request_id: str) -> bool:
         """Cancels a request by its id; False when it is not running."""

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,15 @@ NAME = re.compile(r"(?:chatcmpl|cmpl)-[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class LoggedCall:
-    """The request of a stream."""
+    """The request of a stream, as the first line has it."""
 
-    call_id: str
+    id: str
     path: str
     """Path of the endpoint."""
-    body: bytes
+    body: str
     created: int
-    seeds: tuple[int, ...]
+    seeds: list[int]
     """One for each prompt."""
-
-
-@dataclass
-class LoggedStream:
-    """A call, and its answer as far as it was written."""
-
-    call: LoggedCall
-    choices: dict[int, list[Logged]] = field(default_factory=dict)
-    """Choice -> its tokens."""
 
 
 class TokenLog:
@@ -70,33 +61,28 @@ class TokenLog:
     def begin(self, call: LoggedCall) -> StreamWriter:
         """The file of a new call, which is made with its first piece."""
         self._sweep()
-        head = {"id": call.call_id, "path": call.path, "body": call.body.decode(), "created": call.created,
-                "seeds": call.seeds}  # fmt: skip
-        return StreamWriter(self._path(call.call_id), head)
+        return StreamWriter(self._path(call.id), _line(vars(call)))
 
-    def resume(self, call_id: str) -> tuple[LoggedStream, StreamWriter]:
-        """A call's stream as far as it was written, and its file to append to. Raises NotFound."""
-        path = self._path(call_id) if NAME.fullmatch(call_id) else None
-        lines: list[Any] = []
-        partial = False
+    def resume(self, call_id: str) -> tuple[LoggedCall, dict[int, list[Logged]], StreamWriter]:
+        """A call, the tokens of its choices as far as they were written, and its file to append to. Raises NotFound."""
+        data = b""
         with contextlib.suppress(OSError):
-            data = path.read_bytes() if path is not None else b""
-            partial = not data.endswith(b"\n")
-            for line in data.splitlines():
-                with contextlib.suppress(ValueError):  # a partial line: its writer was killed
-                    lines.append(json.loads(line))
-        if not lines or path is None:
+            data = self._path(call_id).read_bytes() if NAME.fullmatch(call_id) else b""
+        lines: list[Any] = []
+        for line in data.splitlines():
+            with contextlib.suppress(ValueError):  # a partial line: its writer was killed
+                lines.append(json.loads(line))
+        if not lines:
             kept_s = self._timing.stream_kept_s
             raise NotFound(f"no stream {call_id!r} is known here: it never began, or ended over {kept_s:g} s ago")
-        head = lines[0]
-        call = LoggedCall(head["id"], head["path"], head["body"].encode(), head["created"], tuple(head["seeds"]))
-        recorded = LoggedStream(call)
+        choices: dict[int, list[Logged]] = {}
         for choice, start, entries in lines[1:]:
-            known = recorded.choices.setdefault(choice, [])
+            known = choices.setdefault(choice, [])
             # Two gateways may have written the same positions: the tokens are the same. After a gap nothing is of use.
             if start <= len(known):
                 known += [_entry(raw) for raw in entries[len(known) - start :]]
-        return recorded, StreamWriter(path, after_partial_line=partial)
+        end = b"" if data.endswith(b"\n") else b"\n"
+        return LoggedCall(**lines[0]), choices, StreamWriter(self._path(call_id), end)
 
     def _path(self, call_id: str) -> Path:
         return self._folder / f"{call_id}.jsonl"
@@ -115,10 +101,9 @@ class TokenLog:
 class StreamWriter:
     """Appends to the file of one call."""
 
-    def __init__(self, path: Path, head: object = None, *, after_partial_line: bool = False) -> None:
-        """`head`: first line of a file that is not there yet. `after_partial_line`: the file's last line has no end."""
-        self._path, self._head = path, head
-        self._begin = b"\n" if after_partial_line else b""
+    def __init__(self, path: Path, before: bytes) -> None:
+        """`before`: written in front of the first piece."""
+        self._path, self._before = path, before
         self._fd: int | None = None
         self._lengths: dict[int, int] = {}
 
@@ -128,25 +113,24 @@ class StreamWriter:
         self._lengths[choice] = start + len(delta.tokens)
         told: list[object] = [[p.logprob, p.top] for p in delta.logprobs]
         logprobs = told or [None] * len(delta.tokens)
-        self._line([choice, start, list(zip(delta.tokens, logprobs, strict=True))])
+        line = _line([choice, start, list(zip(delta.tokens, logprobs, strict=True))])
+        if self._fd is None:
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            line = self._before + line
+        os.write(self._fd, line)
 
     def continue_at(self, lengths: Sequence[int]) -> None:
         """Sets the position at which the next piece of each choice begins. Positions may be written twice."""
         self._lengths = dict(enumerate(lengths))
 
-    def _line(self, value: object) -> None:
-        lines = json.dumps(value).encode() + b"\n"
-        if self._fd is None:
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            if self._head is not None:
-                lines = json.dumps(self._head).encode() + b"\n" + lines
-            lines = self._begin + lines
-        os.write(self._fd, lines)
-
     def close(self) -> None:
         """Closes the file."""
         if self._fd is not None:
             os.close(self._fd)
+
+
+def _line(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\n"
 
 
 def _entry(raw: Any) -> Logged:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from stagemesh.errors import InternalError, StageLost, StagemeshError, Transport
 from stagemesh.protos.v1 import types_pb2
 from stagemesh.settings.gateway import GatewaySettings
 
-from ..api.request import GenerationRequest, Sampling
 from ..session.reporter import Reporter
 from ..session.slot_lease import SlotLease
 from ..telemetry.metrics import Load
@@ -43,8 +41,6 @@ class Surroundings:
     observers: Observers
     events: deque[dict[str, Any]]
     load_model: Callable[[types_pb2.PipelineView], Awaitable[None]]
-    make_live: Callable[[GenerationRequest], LiveRequest]
-    """Once the model is loaded; it is told of its end."""
     on_change: Callable[[], None]
     """Something may have to go elsewhere."""
     make_loop: Callable[..., BatchLoop] = BatchLoop
@@ -59,11 +55,11 @@ class PipelineDriver:
         self.wish = Wish()
         self.reason = "no pipeline is formed yet"
         """Why it is not ready."""
-        self.told_left = False
-        """The coordinator has been told that it is left, since it spoke of it last."""
         self.ledger: Ledger | None = None
         """What was accepted, from the first loop on."""
         self.loop: BatchLoop | None = None
+        self.task: asyncio.Task[None]
+        """`run`."""
         self.epochs = Epochs()
         self._around = around
         self._timing, self._clock = around.observers.timing, around.observers.clock
@@ -73,7 +69,6 @@ class PipelineDriver:
         self._changed = asyncio.Event()
         self._progress = asyncio.Event()
         """Of its loops: something came back, or one is lost."""
-        self._warm_up: LiveRequest | None = None
         self._stopping = False
         self._closing: set[asyncio.Task[None]] = set()
         """Ends of loops before."""
@@ -116,7 +111,7 @@ class PipelineDriver:
         """A request has ended."""
         if self.ledger is not None:
             self.ledger.remove(live)
-        self._wake()
+            self._wake()
 
     def _wake(self) -> None:
         if self.loop is not None:
@@ -132,8 +127,6 @@ class PipelineDriver:
     def hand_out(self, to: str) -> list[LiveRequest]:
         """All requests leave, to go on at the pipeline named `to`."""
         assert self.ledger is not None
-        if self._warm_up is not None:
-            self._warm_up.fail(StageLost(f"{self.pipeline_id} is left"))
         if self.loop is not None and self.loop.lost is None:
             self.loop.retire()
         self.ledger.end()
@@ -159,7 +152,7 @@ class PipelineDriver:
     def follow(self, view: types_pb2.PipelineView | None) -> None:
         """The coordinator's word of it; None: it is no more."""
         drained = self.wish.draining
-        self.wish.view, self.wish.known, self.told_left = view, True, False
+        self.wish.view = view
         if self.wish.draining and not drained:
             self.wish.drains_since = self._clock()
         driven = self.wish.driven
@@ -207,7 +200,8 @@ class PipelineDriver:
     async def _wait(self) -> Event:
         """Until there is an epoch to drive, and a slot to drive it with."""
         while True:
-            self._around.on_change()
+            if self.left:
+                self._around.reporter.left(self.pipeline_id)
             view = self.wish.driven
             if view is not None:
                 # What was switched to has been lost, of which the coordinator is about to hear.
@@ -243,14 +237,15 @@ class PipelineDriver:
         return Event.OPENED
 
     async def _cross(self) -> Event:
-        """Until a token has crossed every stage: one of a request, or where there is none, of a request of its own."""
+        """Until a token has crossed every stage: one of a request, or where there is none, a probe's."""
         loop = self.loop
         assert loop is not None
         while loop.lost is None and not loop.crossed:
-            self._around.on_change()
             if self._is_unwanted():
                 return Event.UNWANTED
-            await (self._until_changed() if self.requests else self._warm(loop))
+            if not self.requests:
+                loop.probe()
+            await self._until_changed()
         return Event.LOST if loop.lost is not None else Event.CROSSED
 
     async def _serve(self) -> Event:
@@ -258,7 +253,6 @@ class PipelineDriver:
         loop = self.loop
         assert loop is not None
         while loop.lost is None:
-            self._around.on_change()
             if self._is_unwanted():
                 return Event.UNWANTED
             view = self.wish.driven
@@ -321,6 +315,7 @@ class PipelineDriver:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._timing.retry_s):
                 await self._changed.wait()
+        self._around.on_change()
 
     def _is_unwanted(self) -> bool:
         return self.wish.draining and not self.requests
@@ -354,36 +349,15 @@ class PipelineDriver:
             who = f"{', '.join(unreachable)} cannot be reached: " if unreachable else ""
             self._around.reporter.stuck(*loop.key, f"no session can be opened: {who}{error.message}", unreachable)
 
-    async def _warm(self, loop: BatchLoop) -> None:
-        """Sends a token across every stage; two, so that a decode step has run as well."""
-        request = GenerationRequest(
-            request_id=f"warm-up-{self.pipeline_id}-{loop.view.epoch}-{secrets.token_hex(4)}",
-            prompt=(0,),
-            sampling=Sampling(temperature=0.0),
-            max_tokens=2,
-            deadline_s=self._timing.warm_up_s,
-        )
-        self._warm_up = self._around.make_live(request)
-        self.accept(self._warm_up)
-        try:
-            async for _ in self._warm_up:
-                pass
-        except StagemeshError as e:
-            log.warning("no token has crossed %s epoch %d: %s", *loop.key, e.message)
-        finally:
-            self._warm_up = None
-
     def _on_crossed(self, loop: BatchLoop) -> None:
         log.info("a token has crossed all %d stages of %s epoch %d", len(loop.view.stages), *loop.key)
-        if self.ledger is not None:
+        if loop is self.loop and self.ledger is not None:
             self.outage.recovered(*loop.key, len(self.requests), self.ledger.replayed_tokens)
         self._changed.set()
 
     def _on_lost(self, loop: BatchLoop, error: StagemeshError) -> None:
         if loop is self.loop:
             self.reason = error.message
-            if self._warm_up is not None:
-                self._warm_up.fail(error)
             if isinstance(error, InternalError):
                 self.ledger = None
             elif not self._stopping:

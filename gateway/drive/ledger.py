@@ -15,14 +15,14 @@ from stagemesh.settings.gateway import GatewaySettings
 from ..schedule.budget import StepCosts
 from ..schedule.copying import PageCopier
 from ..schedule.draft_model import DraftModelGuesser, GuessCosts
-from ..schedule.lookup import LookupGuesser, lookup_limits
+from ..schedule.lookup import LookupGuesser
 from ..schedule.pages import PageAllocator, Shape
 from ..schedule.plan import Plan
 from ..schedule.recovery import Recovery, StageKv, lost_stages
 from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import Sequence as TokenSequence
 from ..schedule.sequence import State
-from ..schedule.speculation import Guesser
+from ..schedule.speculation import NO_GUESSES, Guesser
 from ..schedule.suspects import note_deaths
 from .live import LiveRequest
 
@@ -42,8 +42,8 @@ class Ledger:
         """Step -> the last stage that computes it again, of this epoch."""
         self.replayed_tokens = 0
         """Positions that this epoch computes again."""
-        self.quarantined: list[int] = []
-        """Pages that nobody holds, and that may still be written at this epoch."""
+        self._quarantined: list[int] = []
+        """Pages of no sequence, which probes may write until this epoch is over."""
         self.scheduler: Scheduler
         self.live: dict[TokenSequence, LiveRequest] = {}
         """Sequences that have not ended -> their requests, which are kept and not called."""
@@ -65,8 +65,7 @@ class Ledger:
     def remove(self, live: LiveRequest) -> None:
         """The request ended: its sequences leave, their pages follow when no step names them."""
         for choice in live.choices:
-            if self.live.pop(choice.sequence, None) is not None:
-                self.scheduler.finish(choice.sequence)
+            self.finish(choice.sequence)
 
     def finish(self, sequence: TokenSequence) -> None:
         """One choice ended."""
@@ -88,33 +87,40 @@ class Ledger:
 
     def begin(self, shape: Shape, stages: Sequence[StageKv]) -> None:
         """An epoch begins, at which the stages' pages hold what they say."""
-        self.release_quarantined()
         self._out_at_end = []
-        if self.fits(shape):
-            self._shape = shape
-            self.scheduler.pages.restrict(shape.pages)
-        else:
+        if not self.fits(shape):
             self._start_over(shape)
         filled = [0 if stage in self._expecting else generation for stage, generation in enumerate(self._filled)]
-        self._expecting.clear()
         runs = lost_stages(filled, stages)
-        lost = {stage for first, last in runs for stage in range(first, last + 1)}
-        self._now = [kv.generation for kv in stages]
-        self._filled = [0 if stage in lost else generation for stage, generation in enumerate(self._now)]
-        self._replays.clear()
-        self.replayed_tokens = 0
+        self._enter(shape, [kv.generation for kv in stages])
+        for first, last in runs:
+            self._filled[first : last + 1] = [0] * (last + 1 - first)
         if runs:
             self.scheduler.recovery = Recovery(runs, stages, shape.page_size)
+
+    def _enter(self, shape: Shape, generations: Sequence[int]) -> None:
+        """An epoch begins, at which all stages hold what is confirmed."""
+        self._shape = shape
+        self.scheduler.pages.restrict(shape.pages)
+        self._now, self._filled = list(generations), list(generations)
+        self._expecting.clear()
+        self._replays.clear()
+        self.replayed_tokens = 0
 
     def arrived(self) -> None:
         """All pages that were on their way have come."""
         self._expecting.clear()
 
-    def release_quarantined(self) -> None:
-        """The epoch is over at which they were written."""
-        if self.quarantined:
-            self.scheduler.pages.free(self.quarantined)
-            self.quarantined = []
+    def quarantine_page(self) -> int | None:
+        """A page for a probe, if one is free. It is the probe's until it is released, or the epoch is over."""
+        pages = self.scheduler.pages.allocate(1)
+        self._quarantined += pages or ()
+        return pages[0] if pages is not None else None
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Nothing is written to these pages of probes any more."""
+        self.scheduler.pages.free(pages)
+        self._quarantined = [page for page in self._quarantined if page not in pages]
 
     def fits(self, shape: Shape) -> bool:
         """Whether what runs can go on with such pages."""
@@ -151,21 +157,15 @@ class Ledger:
     def move(self, shape: Shape, generations: Sequence[int], next_step: int, expecting: Iterable[int]) -> None:
         """An epoch begins whose stages hold all that is confirmed of every sequence; nothing is out. Those that are
         `expecting` some of it have it when `arrived` is called."""
-        self.release_quarantined()
-        self._shape = shape
-        self.scheduler.pages.restrict(shape.pages)
-        self._expecting = set(expecting)
+        self.release(self._quarantined)
+        self._enter(shape, generations)
+        self._expecting.update(expecting)
         self.scheduler.rewind(next_step)
-        self._now = list(generations)
-        self._filled = list(generations)
-        self._replays.clear()
-        self.replayed_tokens = 0
 
     def _start_over(self, shape: Shape) -> None:
         """Other pages than before: every sequence is computed anew, in the order in which they came."""
         before = self.scheduler if self._shape is not None else None
-        self.scheduler, self._shape, self._filled = self._make_scheduler(shape), shape, []
-        self.scheduler.pages.restrict(shape.pages)
+        self.scheduler, self._filled = self._make_scheduler(shape), []
         if before is None:
             return
         for sequence in before.running:
@@ -177,6 +177,7 @@ class Ledger:
     def end(self) -> None:
         """The epoch is over: what is out will never come back."""
         self._out_at_end = list(self.scheduler.out.values())
+        self.release(self._quarantined)
         self.scheduler.rewind()
 
     def ranks_died(self) -> list[TokenSequence]:
@@ -247,14 +248,13 @@ def make_ledger(view: types_pb2.PipelineView, settings: GatewaySettings) -> Ledg
             guesser=guesser(shape),
         )
 
-    def guesser(shape: Shape) -> Guesser | None:
+    def guesser(shape: Shape) -> Guesser:
         """The gateway's own settings come before the pipeline's draft model."""
-        lookup = lookup_limits(settings.speculative_config)
-        if lookup is not None:
-            return LookupGuesser(lookup)
+        if settings.speculative_config is not None:
+            return LookupGuesser(settings.speculative_config)
         if view.model.HasField("draft"):
             return DraftModelGuesser(view.model.draft.num_tokens, shape.steps_in_flight, ledger.guess_costs)
-        return None
+        return NO_GUESSES
 
     ledger = Ledger(make)
     return ledger

@@ -35,13 +35,11 @@ class LiveRequest:
     def __init__(
         self,
         request: GenerationRequest,
-        seed: int,
         tokenizer: Tokenizer,
         metrics: Metrics,
         on_end: Callable[[LiveRequest], None],
     ) -> None:
         self.request = request
-        self.seed = seed
         self.error: StagemeshError | None = None
         self.choices = [
             Choice(
@@ -66,7 +64,7 @@ class LiveRequest:
         self._started = self._first_token_seen = False
         self._pending: dict[int, Delta] = {}
         self._wake = asyncio.Event()
-        metrics.request_queued(len(request.prompt))
+        metrics.prompt_len.observe(len(request.prompt))
         self._take_up()
 
     def _take_up(self) -> None:
@@ -86,7 +84,8 @@ class LiveRequest:
         """A first plan names one of its sequences."""
         if not self._started:
             self._started = True
-            self._metrics.request_started(time.monotonic() - self._arrived_at, len(self.request.prompt))
+            self._metrics.queue_s.observe(time.monotonic() - self._arrived_at)
+            self._metrics.prompt_tokens.inc(len(self.request.prompt))
 
     def on_token(self, number: int, token: int, logprob: TokenLogprob | None) -> bool:
         """A token entered the log of choice `number`; True when that ends the choice."""
@@ -128,8 +127,10 @@ class LiveRequest:
         now = time.monotonic()
         if not self._first_token_seen:
             self._first_token_seen = True
-            self._metrics.first_token(now - self._arrived_at)
-        self._metrics.tokens(1, (now - choice.last_token_at,) if choice.last_token_at else ())
+            self._metrics.ttft_s.observe(now - self._arrived_at)
+        self._metrics.generation_tokens.inc()
+        if choice.last_token_at:
+            self._metrics.itl_s.observe(now - choice.last_token_at)
         choice.last_token_at = now
 
     def fail(self, error: StagemeshError) -> None:
@@ -142,8 +143,9 @@ class LiveRequest:
         self.ended = True
         if self.deadline is not None:
             self.deadline.cancel()
-        output = sum(len(choice.sequence.log) for choice in self.choices)
-        self._metrics.finished(reason, time.monotonic() - self._arrived_at, output)  # type: ignore[arg-type]
+        self._metrics.success.labels(reason).inc()
+        self._metrics.e2e_s.observe(time.monotonic() - self._arrived_at)
+        self._metrics.output_len.observe(sum(len(choice.sequence.log) for choice in self.choices))
         self._wake.set()
         self._on_end(self)
 

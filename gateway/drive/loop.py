@@ -20,7 +20,7 @@ from ..api.request import TokenLogprob
 from ..schedule.plan import Plan
 from ..schedule.sequence import State
 from ..session.messages import open_message, plan_message
-from ..session.probe import Probe
+from ..session.probe import STEPS, probe_messages
 from ..session.session import Session
 from ..session.slot_lease import SlotLease
 from ..telemetry.bubbles import Bubbles
@@ -56,8 +56,8 @@ class BatchLoop:
         on_crossed: Callable[[BatchLoop], None],
         on_lost: Callable[[BatchLoop, StagemeshError], None],
     ) -> None:
-        """`progress`: set when something came back, or the loop is lost. `on_crossed`: a token has crossed every stage.
-        `on_lost`: this epoch cannot be driven any more."""
+        """`progress`: set when something came back, or the loop is lost. `on_crossed`: a token has crossed every stage,
+        told once. `on_lost`: this epoch cannot be driven any more."""
         self.view = view
         self.session = Session(view, self, observers.timing)
         self.crossed = False
@@ -76,10 +76,11 @@ class BatchLoop:
         """How many may have steps on the same workers."""
         self._deadline = StepDeadline(observers.timing)
         self._paused = False
-        self._probe: Probe | None = None
+        self._probe = range(1, 1)
+        """Steps of the token that crosses all stages for nobody; none: there was none."""
+        self._probe_page: int | None = None
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._preemptions_told = 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -104,18 +105,22 @@ class BatchLoop:
         if self.lost is not None:
             raise self.lost
 
-    def begin_probe(self, page: int) -> Probe:
-        """Sends a token across all stages, before anything else; `page` is nobody's."""
-        self._probe = Probe(page, len(self.view.stages) - 1)
-        for message in self._probe.messages(self.view.epoch):
-            self.session.broadcast(message)
-        return self._probe
+    def probe(self) -> bool:
+        """Sends a token across all stages, on a page that is nobody's; False where no page is free. Once is enough."""
+        if not self._probe and (page := self._ledger.quarantine_page()) is not None:
+            first = 1 if self._task is None else self._ledger.scheduler.reserve_steps(STEPS)
+            self._probe, self._probe_page = range(first, first + STEPS), page
+            for step in self._probe:
+                self._deadline.sent(step, self._observers.clock())
+            for message in probe_messages(page, first, self.view.epoch):
+                self.session.broadcast(message)
+            self._wake.set()
+        return bool(self._probe)
 
     def take_over(self, expecting: Iterable[int]) -> None:
         """Goes on with the ledger, whose pages all stages hold, or are `expecting`. Nothing of it is out."""
-        first = 1 if self._probe is None else self._probe.STEPS + 1
-        self._ledger.move(self.session.shape, [kv.generation for kv in self.session.stages_kv], first, expecting)
-        self._probe = None
+        generations = [kv.generation for kv in self.session.stages_kv]
+        self._ledger.move(self.session.shape, generations, self._probe.stop, expecting)
         self._go()
 
     def retire(self) -> None:
@@ -166,7 +171,6 @@ class BatchLoop:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _go(self) -> None:
-        self._preemptions_told = self._ledger.scheduler.preemptions
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -183,6 +187,8 @@ class BatchLoop:
             while self.lost is None and not self._paused and (plan := scheduler.next_plan()) is not None:
                 self._send(plan)
             self._send_closed()
+            if self._ledger.recovered():
+                log.info("%s epoch %d holds everything again", *self.key)
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._observers.timing.look_s if self._deadline.watches else None):
@@ -209,24 +215,24 @@ class BatchLoop:
             live = self._ledger.live[sequence]
             live.started()
             if scheduler.prefix.enabled and sequence.confirmed == sequence.taken_over:
-                metrics.prefix_looked_up(sequence.length, sequence.taken_over)
-            self.session.broadcast(stage_pb2.RunRequest(open_sequence=open_message(sequence, live.request, live.seed)))
+                metrics.prefix_queries.inc(sequence.length)
+                metrics.prefix_hits.inc(sequence.taken_over)
+            self.session.broadcast(stage_pb2.RunRequest(open_sequence=open_message(sequence, live.request)))
         message = plan_message(plan, self.view.epoch, alone=self._shares <= 1)
         self._deadline.sent(plan.step, self._observers.clock())
         self.session.broadcast(stage_pb2.RunRequest(plan=message))
         self._ledger.note_sent(plan)
         if recorder.active:
             recorder.sent(self.view, plan, message.planned_us)
-        for _ in range(scheduler.preemptions - self._preemptions_told):
-            metrics.preempted()
-        self._preemptions_told = scheduler.preemptions
+        if scheduler.preemptions:
+            metrics.preemptions.inc(scheduler.preemptions)
+            scheduler.preemptions = 0
 
     def _send_closed(self) -> None:
         scheduler = self._ledger.scheduler
         closed, scheduler.closed = scheduler.closed, []
         for entry in closed:
-            message = stage_pb2.CloseSequence(sequence=entry.ident, after_step=entry.after_step)
-            self.session.broadcast(stage_pb2.RunRequest(close_sequence=message))
+            self.session.broadcast(stage_pb2.RunRequest(close_sequence=entry))
 
     # -- what comes back (session.SessionEvents) ----------------------------------------------------------------------
 
@@ -244,21 +250,22 @@ class BatchLoop:
                 log.warning("%s epoch %d: sequences %s may end ranks and are tried alone", *self.key, suspects)
             for sequence in culprits:
                 if (live := self._ledger.live.get(sequence)) is not None:
-                    live.fail(PoisonedRequest(_poisoned(live.request.request_id, error)))
+                    name = live.request.request_id
+                    live.fail(
+                        PoisonedRequest(
+                            f"a rank died each time request {name} was computed, the last time alone: {error.message}"
+                        )
+                    )
 
     def on_result(self, stage: int, result: stage_pb2.StepResult) -> None:
         """A stage is done with a step; the last one's result brings tokens and ends the step."""
         ledger, scheduler, recorder = self._ledger, self._ledger.scheduler, self._observers.recorder
         if result.epoch != self.view.epoch or self.lost is not None:
-            self._observers.metrics.stale_result()
+            self._observers.metrics.stale_results.inc()
             return
-        if self._probe is not None:
-            if self._probe.result(stage, result):
-                self.crossed = True
-                self._progress.set()
+        if result.step in self._probe:
+            self._note_probe(stage, result.step)
             return
-        if self._task is None:
-            return  # Of the probe, from a stage that reports late.
         # Stages but the last report now and then: the step may be over by now.
         timing = result.timing
         self._observers.bubbles.add(stage, timing)
@@ -280,6 +287,22 @@ class BatchLoop:
         scheduler.step_done(result.step)
         self._deadline.done(result.step)
         self._note_done()
+
+    def _note_probe(self, stage: int, step: int) -> None:
+        if stage < len(self.view.stages) - 1:
+            return
+        self._deadline.heard(self._observers.clock())
+        self._deadline.done(step)
+        if step == self._probe[-1] and self._probe_page is not None:
+            self._ledger.release([self._probe_page])
+            self._note_crossed()
+
+    def _note_crossed(self) -> None:
+        if not self.crossed:
+            self.crossed = True
+            self._on_crossed(self)
+        self._wake.set()
+        self._progress.set()
 
     def _promise(self, plan: Plan, result: stage_pb2.StepResult) -> None:
         """The step's tokens enter the logs, and requests hear of them."""
@@ -305,8 +328,7 @@ class BatchLoop:
                 if live.on_token(sequence.choice, token, wanted):
                     ledger.finish(sequence)
         if result.tokens and not self.crossed:
-            self.crossed = True
-            self._on_crossed(self)
+            self._note_crossed()
 
     def _take_guesses(self, plan: Plan, result: stage_pb2.StepResult) -> None:
         """What the draft model guessed behind the drawn tokens, and what it took."""
@@ -316,7 +338,7 @@ class BatchLoop:
         at = 0
         for row, count in zip(asked, result.guess_counts, strict=True):
             if row.sequence.state is not State.FINISHED:
-                self._ledger.scheduler.speculation.told(row.sequence, list(result.guesses[at : at + count]))
+                self._ledger.scheduler.speculation.guesser.told(row.sequence, list(result.guesses[at : at + count]))
             at += count
         # Only those that guessed a step ago as well have next to nothing to catch up with.
         most = max(result.guess_counts)
@@ -326,18 +348,16 @@ class BatchLoop:
     def _note_done(self) -> None:
         """A step is over: budgets follow what steps were measured to cost, and the loop plans on."""
         ledger, scheduler = self._ledger, self._ledger.scheduler
-        if ledger.recovered():
-            log.info("%s epoch %d holds everything again", *self.key)
-        if any(counts := scheduler.speculation.take_counts()):
-            self._observers.metrics.speculated(*counts)
+        drafts, guessed, accepted = scheduler.speculation.take_counts()
+        if drafts:
+            metrics = self._observers.metrics
+            metrics.drafts.inc(drafts)
+            metrics.draft_tokens.inc(guessed)
+            metrics.accepted_tokens.inc(accepted)
         scheduler.prefill_budget = ledger.costs.prefill_budget()
         ledger.guess_costs.stages = ledger.costs.lines()
         self._wake.set()
         self._progress.set()
-
-
-def _poisoned(request_id: str, error: StagemeshError) -> str:
-    return f"a rank died each time request {request_id} was computed, the last time alone: {error.message}"
 
 
 def _logprobs(result: stage_pb2.StepResult) -> Iterator[TokenLogprob | None]:

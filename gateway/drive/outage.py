@@ -18,6 +18,15 @@ log = logging.getLogger(__name__)
 
 KEPT = 64
 """Events, of all pipelines."""
+SENTENCES = {
+    "lost": "%(pipeline_id)s epoch %(epoch)d is lost, %(requests)d requests wait: %(cause)s",
+    "recovered": "%(pipeline_id)s epoch %(epoch)d goes on after %(duration_ms)d ms: %(requests)d requests, "
+    "%(replayed_tokens)d tokens computed again",
+    "moved": "%(pipeline_id)s has gone to epoch %(epoch)d: no step was planned for %(duration_ms)d ms, %(requests)d "
+    "requests, %(pages_copied)d pages copied",
+    "handed_over": "%(requests)d requests of %(pipeline_id)s go on at %(to)s",
+}
+"""Events in the log."""
 
 
 class Outage:
@@ -51,9 +60,8 @@ class Outage:
 
     def lost(self, pipeline_id: str, epoch: int, cause: str, requests: int) -> None:
         """A pipeline is lost; one that is lost again before it was made good keeps its beginning and its deadline."""
-        log.warning("%s epoch %d is lost, %d requests wait: %s", pipeline_id, epoch, requests, cause)
         self._note("lost", pipeline_id, epoch, cause=cause, requests=requests)
-        self._metrics.pipeline_lost()
+        self._metrics.losses.inc()
         if self._since is None:
             self._since = self._clock()
             self._timer = asyncio.get_running_loop().call_later(self._deadline_s, self._expired, cause)
@@ -62,51 +70,40 @@ class Outage:
         """A token has crossed the pipeline again."""
         if self._since is None:
             return
-        lasted_s = self._clock() - self._since
-        self._end()
-        log.info(
-            "%s epoch %d goes on after %.0f ms: %d requests, %d tokens computed again",
-            pipeline_id, epoch, lasted_s * 1000, requests, replayed_tokens,
-        )  # fmt: skip
+        lasted_s = self.lasted_s
+        self.close()
+        duration_ms = round(lasted_s * 1000)
         self._note(
-            "recovered", pipeline_id, epoch,
-            duration_ms=round(lasted_s * 1000), requests=requests, replayed_tokens=replayed_tokens,
-        )  # fmt: skip
-        self._metrics.pipeline_recovered(lasted_s, replayed_tokens)
+            "recovered", pipeline_id, epoch, duration_ms=duration_ms, requests=requests, replayed_tokens=replayed_tokens
+        )
+        self._metrics.recovery_s.observe(lasted_s)
+        self._metrics.replayed_tokens.inc(replayed_tokens)
 
     def moved(self, pipeline_id: str, epoch: int, paused_s: float, requests: int, pages: int) -> None:
         """A pipeline has switched to its next epoch as it was wanted; no step was planned for `paused_s`."""
-        log.info(
-            "%s has gone to epoch %d: no step was planned for %.0f ms, %d requests, %d pages copied",
-            pipeline_id, epoch, paused_s * 1000, requests, pages,
-        )  # fmt: skip
         self._note(
             "moved", pipeline_id, epoch, duration_ms=round(paused_s * 1000), requests=requests, pages_copied=pages
         )
-        self._metrics.pipeline_moved(paused_s)
+        self._metrics.move_s.observe(paused_s)
 
     def handed_over(self, pipeline_id: str, to: str, requests: int) -> None:
         """What one pipeline ran goes on at another one."""
-        self._end()
-        log.info("%d requests of %s go on at %s", requests, pipeline_id, to)
+        self.close()
         self._note("handed_over", pipeline_id, 0, to=to, requests=requests)
 
     def close(self) -> None:
         """Nobody waits any more."""
-        self._end()
-
-    def _expired(self, cause: str) -> None:
-        self._end()
-        log.warning("not recovered within %g s: requests end", self._deadline_s)
-        self._give_up(f"{cause}; nothing took its place within {self._deadline_s:g} s (--recovery-deadline)")
-
-    def _end(self) -> None:
         self._since = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
+    def _expired(self, cause: str) -> None:
+        self.close()
+        log.warning("not recovered within %g s: requests end", self._deadline_s)
+        self._give_up(f"{cause}; nothing took its place within {self._deadline_s:g} s (--recovery-deadline)")
+
     def _note(self, event: str, pipeline_id: str, epoch: int, **more: Any) -> None:
-        self.events.append(
-            {"event": event, "at": round(time.time(), 3), "pipeline_id": pipeline_id, "epoch": epoch, **more}
-        )
+        entry = {"event": event, "at": round(time.time(), 3), "pipeline_id": pipeline_id, "epoch": epoch, **more}
+        self.events.append(entry)
+        log.log(logging.WARNING if event == "lost" else logging.INFO, SENTENCES[event], entry)

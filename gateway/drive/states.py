@@ -11,7 +11,7 @@ are taken.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from stagemesh.protos.v1 import types_pb2
@@ -98,16 +98,15 @@ class Epochs:
 class Wish:
     """What the coordinator says of the pipeline."""
 
-    view: types_pb2.PipelineView | None = None
-    """None: it is no more, or not known yet."""
-    known: bool = False
+    view: types_pb2.PipelineView | None = field(default_factory=types_pb2.PipelineView)
+    """None: it is no more."""
     drains_since: float = 0.0
     """Clock time at which it began to drain."""
 
     @property
     def down(self) -> bool:
         """There is nothing to make it of."""
-        return self.known and (self.view is None or self.view.state == types_pb2.PIPELINE_STATE_DOWN)
+        return self.view is None or self.view.state == types_pb2.PIPELINE_STATE_DOWN
 
     @property
     def draining(self) -> bool:
@@ -115,14 +114,9 @@ class Wish:
         return self.view is not None and self.view.state == types_pb2.PIPELINE_STATE_DRAINING
 
     @property
-    def gone(self) -> bool:
-        """It is no more."""
-        return self.known and self.view is None
-
-    @property
     def leaving(self) -> bool:
-        """It is to be no more."""
-        return self.gone or (self.view is not None and self.view.leaving)
+        """It is no more, or is to be no more."""
+        return self.view is None or self.view.leaving
 
     @property
     def driven(self) -> types_pb2.PipelineView | None:

@@ -62,8 +62,6 @@ class Switch:
         self._progress, self._timing = progress, timing
         self._numbers = {copy.index: 0 for copy in copies}
         self._slot = 0
-        self._page: list[int] = []
-        """Of the token that crosses the next epoch; nobody's."""
 
     async def run(self, slot: SlotLease) -> None:
         """Switches. Raises what ended either side, or Unavailable for pages that do not fit or do not come."""
@@ -79,8 +77,6 @@ class Switch:
             async with asyncio.timeout(timing.pause_s):
                 await self._drain(copier)
         except BaseException as e:
-            # The probe may still be under way.
-            ledger.quarantined += self._page
             ledger.stay()
             if isinstance(e, TimeoutError):
                 raise Unavailable(
@@ -88,7 +84,6 @@ class Switch:
                 ) from e
             raise
         else:
-            ledger.scheduler.pages.free(self._page)
             point("gateway.before_switch")
             self._old.retire()
             self._new.take_over({copy.to_stage for copy in self._copies})
@@ -118,10 +113,8 @@ class Switch:
         await new.open(slot, pages)
         if not ledger.fits(new.session.shape):
             raise Unavailable("the next workers have pages of another size")
-        self._page = scheduler.pages.allocate(1) or []
-        if self._page:
-            probe = new.begin_probe(self._page[0])
-            await self._until(lambda: probe.done)
+        if new.probe():
+            await self._until(lambda: new.crossed)
 
     async def _copy(self, copier: PageCopier) -> None:
         """Rounds of pages, until few are left that no step writes."""

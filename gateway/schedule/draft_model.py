@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .sequence import Sequence
+from .speculation import Guesser
 
 AT_FIRST = 0.7
 """Chance that a guessed token holds, before anything is known."""
@@ -69,7 +70,7 @@ class _Guessed:
 NOTHING = _Guessed()
 
 
-class DraftModelGuesser:
+class DraftModelGuesser(Guesser):
     """What the last stage guessed, and what it shall guess."""
 
     def __init__(self, num_tokens: int, batches: int, costs: GuessCosts) -> None:

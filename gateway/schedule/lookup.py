@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from stagemesh.settings.speculative import SpeculativeConfig
 
 from .sequence import Sequence
+from .speculation import Guesser
 
 PLACES = 32
 """Earlier places of the shortest run that are looked at, the latest first."""
@@ -31,64 +32,35 @@ WEIGHT = 0.15
 _TOKEN_BYTES = 4
 
 
-class LookupGuesser:
-    """An index for each sequence."""
+class LookupGuesser(Guesser):
+    """An index for each sequence. Nobody needs to be asked, and every token that comes is compared with what would have
+    been guessed, verified or not. Waiting for others would cost more than a larger batch brings."""
 
-    def __init__(self, limits: LookupLimits) -> None:
-        self._limits = limits
+    def __init__(self, config: SpeculativeConfig) -> None:
+        self._config = config
         self._lookups: dict[Sequence, PromptLookup] = {}
 
     def guess(self, sequence: Sequence) -> list[int]:
         """Tokens that may follow those known; none where guessing does not pay."""
         lookup = self._lookups.get(sequence)
         if lookup is None:
-            lookup = self._lookups[sequence] = PromptLookup(self._limits)
+            lookup = self._lookups[sequence] = PromptLookup(self._config)
         return lookup.guess(sequence)
 
     def waits(self, sequence: Sequence) -> bool:
         """Its next token can be guessed, and one behind it: better verified with that token than computed after it."""
         return len(self.guess(sequence)) > 1
 
-    def gathers(self, sequence: Sequence) -> bool:
-        """No: each guesses when it can, and waiting for the others costs more than a larger batch brings."""
-        return False
-
-    def ask(self, sequence: Sequence, streams: int) -> int:
-        """Nobody needs to be asked."""
-        return 0
-
-    def told(self, sequence: Sequence, guesses: list[int]) -> None:
-        """Nobody is asked."""
-
-    def verified(self, sequence: Sequence, guessed: int, held: int) -> None:
-        """Every token that comes is compared with what would have been guessed, verified or not."""
-
     def forget(self, sequence: Sequence) -> None:
         """The sequence ended."""
         self._lookups.pop(sequence, None)
-
-
-@dataclass(frozen=True)
-class LookupLimits:
-    """How long runs are that are looked for, and how much is guessed behind one."""
-
-    num_tokens: int
-    longest: int
-    shortest: int
-
-
-def lookup_limits(config: SpeculativeConfig | None) -> LookupLimits | None:
-    """What the settings ask for; None: nothing is guessed."""
-    if config is None:
-        return None
-    return LookupLimits(config.num_speculative_tokens, config.prompt_lookup_max, config.prompt_lookup_min)
 
 
 @dataclass
 class PromptLookup:
     """Guesses of one sequence."""
 
-    limits: LookupLimits
+    config: SpeculativeConfig
     _tokens: array[int] = field(default_factory=lambda: array("I"))
     """Prompt and log, as far as they are in the index."""
     _last: dict[bytes, int] = field(default_factory=dict)
@@ -101,16 +73,16 @@ class PromptLookup:
     """(length of the run, where its continuation begins) behind the last token."""
 
     def __post_init__(self) -> None:
-        self._chances = [AT_FIRST] * (self.limits.longest + 1)
+        self._chances = [AT_FIRST] * (self.config.prompt_lookup_max + 1)
 
     def guess(self, sequence: Sequence) -> list[int]:
-        """Up to `num_tokens` tokens that may follow what is known; none where they are not likely to hold."""
+        """Tokens that may follow what is known; none where they are not likely to hold."""
         if not self._catch_up(sequence) or self._found is None:
             return []
         run, at = self._found
         chance, likely = self._chances[run], 1.0
         out: list[int] = []
-        while len(out) < self.limits.num_tokens and (likely := likely * chance) > LIKELY:
+        while len(out) < self.config.num_speculative_tokens and (likely := likely * chance) > LIKELY:
             here = at + len(out) - len(self._tokens)
             out.append(out[here] if here >= 0 else self._tokens[here])
         return out
@@ -134,7 +106,7 @@ class PromptLookup:
 
     def _index(self, tokens: list[int]) -> None:
         """Appends tokens; the runs that ended at the old last token and behind it can be found from here on."""
-        size, old = self.limits.shortest, len(self._tokens)
+        size, old = self.config.prompt_lookup_min, len(self._tokens)
         self._tokens.extend(tokens)
         first = max(old - 1, size - 1)
         packed = self._tokens[first - size + 1 :].tobytes()
@@ -148,7 +120,7 @@ class PromptLookup:
 
     def _find(self) -> tuple[int, int] | None:
         """The longest run of last tokens that stood before; of several places the latest."""
-        tokens, size, most = self._tokens, self.limits.shortest, self.limits.longest
+        tokens, size, most = self._tokens, self.config.prompt_lookup_min, self.config.prompt_lookup_max
         if len(tokens) <= size:
             return None
         end, best, found = self._last.get(tokens[-size:].tobytes(), -1), 0, -1

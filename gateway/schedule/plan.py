@@ -39,11 +39,3 @@ class Plan:
     """No other step computes while this one does."""
     replay: Stages | None = None
     """The rows were computed before, and these stages alone compute them again."""
-
-
-@dataclass(frozen=True)
-class Closed:
-    """A sequence number that the workers can forget."""
-
-    ident: int
-    after_step: int

@@ -70,7 +70,12 @@ class PrefixCache:
         last = (sequence.length - 1) // size
         enough = sequence.offered + sequence.remaining_prefill / (2 * size)
         for other in running:
-            if other.node != sequence.node or other.follows is not None or other.failed or not _goes_on(other):
+            if (
+                other.node != sequence.node
+                or other.follows is not None
+                or other.failed
+                or other.state is not State.RUNNING
+            ):
                 continue
             until = sequence.offered
             end = min(last, other.length // size)
@@ -85,7 +90,7 @@ class PrefixCache:
         other = sequence.follows
         if other is None:
             return False
-        if _goes_on(other) and not other.failed and other.offered < sequence.follows_until:
+        if other.state is State.RUNNING and not other.failed and other.offered < sequence.follows_until:
             return True
         sequence.follows = None
         found = self.find(sequence)
@@ -95,7 +100,3 @@ class PrefixCache:
         self.pages.free(own)
         self.take(sequence, found)
         return False
-
-
-def _goes_on(sequence: Sequence) -> bool:
-    return sequence.state is State.RUNNING and not sequence.preempted

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .plan import Stages
+from .plan import Row, Stages
 from .sequence import Sequence as TokenSequence
 from .sequence import State
 
@@ -46,15 +46,6 @@ def lost_stages(filled: Sequence[int], now: Sequence[StageKv]) -> list[Stages]:
     return runs
 
 
-@dataclass(frozen=True)
-class Part:
-    """Positions of a sequence to compute again."""
-
-    sequence: TokenSequence
-    start: int
-    count: int
-
-
 class Recovery:
     """Hands out what is to be computed again, a step at a time, as long as the sequences want it."""
 
@@ -69,12 +60,13 @@ class Recovery:
         self._cut: TokenSequence | None = None
         """The one that is in the midst of a page: it goes on before anybody else who has that page."""
 
-    def next(self, sequences: Iterable[TokenSequence], max_tokens: int) -> tuple[list[Part], Stages] | None:
-        """The next step's parts and the stages that compute them; None when nothing is left. The shortest go first."""
+    def next(self, sequences: Iterable[TokenSequence], max_tokens: int) -> tuple[list[Row], Stages] | None:
+        """The next step's rows, new pages apart, and the stages that compute them; None when nothing is left. The
+        shortest go first."""
         running = (s for s in sequences if s.state is State.RUNNING)
         ordered = sorted(running, key=lambda s: (s is not self._cut, s.computed))
         while self._runs:
-            parts, stages, left = list[Part](), None, max_tokens
+            rows, stages, left = list[Row](), None, max_tokens
             for sequence in ordered:
                 start = self._start(sequence)
                 if not left or start >= sequence.computed:
@@ -86,12 +78,12 @@ class Recovery:
                 stages = source
                 count = min(end - start, left)
                 left -= count
-                parts.append(Part(sequence, start, count))
+                rows.append(Row(sequence, start, count, [], samples=False))
                 self._note(sequence, start + count)
             if stages is not None:
-                self._cut = parts[-1].sequence if not left else None
+                self._cut = rows[-1].sequence if not left else None
                 self._forget_journals(stages)
-                return parts, stages
+                return rows, stages
             self._runs.pop(0)
             self._filled.clear()
             self._reached.clear()

@@ -5,8 +5,8 @@ most ceil(live / steps in flight) a step. The next step of the same rows is plan
 tokens are "the result of step N", which the last stage sends to the first itself, so a stage never waits for this side.
 
 Prefill goes in chunks beside the decode rows under a token budget (budget.py), so that steps last alike whatever they
-hold; the chunks of one prompt follow each other without waiting for results. The prompt that has waited longest goes
-first, but for half of the budget if others have less left (the chunks are Sarathi-Serve's, Agrawal et al. 2024).
+hold; the chunks of one prompt follow each other without waiting for results (Sarathi-Serve, Agrawal et al. 2024). The
+prompt that has waited longest goes first, but for half of the budget if others have less left.
 
 With speculation, a sequence whose next tokens can be guessed goes as a draft row: its last known token and the guess,
 verified in one step. Nothing else of it is out meanwhile, because where it goes on is only known when the row is back.
@@ -17,13 +17,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+from stagemesh.protos.v1.stage_pb2 import CloseSequence
+
 from .budget import LONGER, share_among
 from .pages import PageAllocator
-from .plan import Closed, Plan, Row
+from .plan import Plan, Row
 from .prefix import PrefixCache
 from .recovery import Recovery
 from .sequence import Sequence, State
-from .speculation import Guesser, Speculation
+from .speculation import NO_GUESSES, Guesser, Speculation
 from .suspects import note_back
 
 STEPS_AHEAD = 2
@@ -41,7 +43,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         prefix_caching: bool = True,
-        guesser: Guesser | None = None,
+        guesser: Guesser = NO_GUESSES,
     ) -> None:
         self.pages = pages
         self.prefix = PrefixCache(pages, prefix_caching)
@@ -54,16 +56,14 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In the order of admission: the last is the youngest, preempted first."""
-        self.out: dict[int, Plan] = {}
-        """Steps in flight."""
-        self.closed: list[Closed] = []
+        self.out: dict[int, Plan] = {}  # steps in flight
+        self.closed: list[CloseSequence] = []
         """What the workers have not yet been told to forget; the caller takes it."""
         self.recovery: Recovery | None = None
         """What stages have to compute again before anything else; set behind `rewind`."""
-        self.preemptions = 0
+        self.preemptions = 0  # since the caller set it back
         self._next_step = 1
-        self._turn = 0
-        """Steps planned, over all epochs."""
+        self._turn = 0  # steps planned, over all epochs
         self._guesses_a_row = 0
         """Tokens that the last stage may be asked to guess behind each row of the step that is planned."""
 
@@ -80,7 +80,7 @@ class Scheduler:
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
         sequence.state = State.FINISHED
-        self.speculation.forget(sequence)
+        self.speculation.guesser.forget(sequence)
         self._settle(sequence)
 
     def step_done(self, step: int) -> Plan:
@@ -120,8 +120,13 @@ class Scheduler:
             sequence.in_flight = sequence.unsampled = sequence.last_step = sequence.pages_sent = 0
             sequence.opened = False
             sequence.computed = sequence.confirmed = min(sequence.confirmed, sequence.length - 1)
-            self.speculation.forget(sequence)
+            self.speculation.guesser.forget(sequence)
             self._settle(sequence)
+
+    def reserve_steps(self, count: int) -> int:
+        """The numbers of so many steps are somebody else's; returns the first."""
+        self._next_step += count
+        return self._next_step - count
 
     def fit(self, num_pages: int) -> None:
         """From now on at most so many pages are held: the youngest sequences are preempted until the others do with
@@ -129,13 +134,11 @@ class Scheduler:
         self.pages.budget = min(num_pages, self.pages.num_pages)
         others = self.pages.num_held - len({page for sequence in self.running for page in sequence.pages})
         for sequence in reversed(self.running[:]):
-            going_on = [s for s in self.running if s.state is State.RUNNING and not s.preempted]
+            going_on = [s for s in self.running if s.state is State.RUNNING]
             if len({page for s in going_on for page in s.pages}) + others <= self.pages.budget:
                 return
             if sequence in going_on:
-                sequence.preempted = True
-                self.preemptions += 1
-                self._settle(sequence)
+                self._preempt(sequence)
 
     @property
     def fits(self) -> bool:
@@ -148,40 +151,40 @@ class Scheduler:
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
             return
-        self.speculation.forget(sequence)
-        sequence.preempted = False
+        self.speculation.guesser.forget(sequence)
         sequence.state = State.WAITING
         self._release(sequence)
 
     def give_up_pages(self, sequence: Sequence) -> None:
         """Nothing of it is kept: it is computed anew, from its log. Nothing of it may be out."""
         if sequence.state is State.RUNNING:
-            sequence.preempted = True
-            self._settle(sequence)
+            self._preempt(sequence)
 
     def append_token(self, sequence: Sequence, position: int, token: int) -> bool:
         """Enters a token into the log, if it is the next one of a sequence that still wants it."""
-        if sequence.state is not State.RUNNING or position != sequence.length:
+        if sequence.state not in (State.RUNNING, State.PREEMPTED) or position != sequence.length:
             return False
         sequence.log.append(token)
         return True
 
+    def _preempt(self, sequence: Sequence) -> None:
+        sequence.state = State.PREEMPTED
+        self.preemptions += 1
+        self._settle(sequence)
+
     def _settle(self, sequence: Sequence) -> None:
         """Frees what a finished or preempted sequence holds, when no step that names it is out."""
-        if sequence.in_flight or sequence not in self.running:
+        if sequence.state is State.RUNNING or sequence.in_flight or sequence not in self.running:
             return
-        if sequence.state is State.FINISHED:
-            self._release(sequence)
-        elif sequence.preempted:
-            self._release(sequence)
-            sequence.preempted = False
+        self._release(sequence)
+        if sequence.state is State.PREEMPTED:
             sequence.state = State.WAITING
             self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         if sequence.opened:
-            self.closed.append(Closed(sequence.ident, sequence.last_step))
+            self.closed.append(CloseSequence(sequence=sequence.ident, after_step=sequence.last_step))
         self.pages.free(sequence.forget_pages())
 
     # -- planning ---------------------------------------------------------------------------------------------------
@@ -242,11 +245,9 @@ class Scheduler:
             self.pages.empty_idle()
             self.recovery = None
             return None
-        parts, stages = found
-        rows = [
-            Row(p.sequence, p.start, p.count, self._new_pages(p.sequence, p.start + p.count), samples=False)
-            for p in parts
-        ]
+        rows, stages = found
+        for row in rows:
+            row.new_pages = self._new_pages(row.sequence, row.start + row.count)
         # Nothing else can go on before it: a single stage that is refilled has its neighbours' cores.
         return Plan(self._next_step, rows, alone=stages[0] == stages[1], replay=stages)
 
@@ -294,13 +295,15 @@ class Scheduler:
         prompts to compute meanwhile, as many steps as can run at once: the first stage would wait for the token, and
         with it all that was planned behind.
         """
-        decoding = [s for s in sequences if s.state is State.RUNNING and not s.preempted and (s.log or s.unsampled)]
+        decoding = [s for s in sequences if s.state is State.RUNNING and (s.log or s.unsampled)]
         share = min(-(-len(decoding) // self.steps_in_flight), self.max_num_batched_tokens)
         apart = self.steps_in_flight if beside_prompts or not share else -(-len(decoding) // share)
         drafts_left = self._draft_budget(share)
         self._guesses_a_row = drafts_left // max(1, share)
         ready = [s for s in decoding if s.decodes and s.unsampled < STEPS_AHEAD]
-        if len(self.out) >= self.steps_in_flight and any(s.unsampled and self.speculation.gathers(s) for s in decoding):
+        if len(self.out) >= self.steps_in_flight and any(
+            s.unsampled and self.speculation.guesser.gathers(s) for s in decoding
+        ):
             # Nothing is gained by being ahead: those that come back meet the others, and go on as one batch.
             return []
         # The one whose last step is longest ago goes first, also behind an epoch's end, so that none waits a round more
@@ -312,10 +315,10 @@ class Scheduler:
                 break
             if sequence.unsampled and self._next_step - sequence.last_step < apart:
                 break
-            if sequence.unsampled and drafts_left > 0 and self.speculation.waits(sequence):
+            if sequence.unsampled and drafts_left > 0 and self.speculation.guesser.waits(sequence):
                 # It goes as a draft row when its next token is known.
                 continue
-            if sequence.preempted or sequence.state is not State.RUNNING or not self._grow(sequence):
+            if sequence.state is not State.RUNNING or not self._grow(sequence):
                 continue
             draft = self._draft(sequence, drafts_left)
             drafts_left -= len(draft)
@@ -323,11 +326,11 @@ class Scheduler:
         # A later row's page may have come from an earlier one's sequence.
         kept = []
         for row in rows:
-            if not row.sequence.preempted and row.sequence.state is State.RUNNING:
+            if row.sequence.state is State.RUNNING:
                 kept.append(row)
             elif row.guesses:
                 # It was asked, and nobody will answer.
-                self.speculation.told(row.sequence, [])
+                self.speculation.guesser.told(row.sequence, [])
         return kept
 
     def _draft_budget(self, share: int) -> int:
@@ -357,15 +360,13 @@ class Scheduler:
         if missing <= 0:
             return True
         while self.pages.num_free < missing:
-            if any(s.preempted or s.state is State.FINISHED for s in self.running):
+            if any(s.state is not State.RUNNING for s in self.running):
                 # Pages are on their way back with steps in flight; another victim would be one too many.
                 return False
-            victim = next((s for s in reversed(self.running) if not s.preempted and s.state is State.RUNNING), None)
+            victim = next((s for s in reversed(self.running) if s.state is State.RUNNING), None)
             if victim is None:
                 return False
-            victim.preempted = True
-            self.preemptions += 1
-            self._settle(victim)
+            self._preempt(victim)
             if victim is sequence or victim.in_flight:
                 # Itself the youngest, or the pages come when the victim's steps are back.
                 return False
@@ -380,12 +381,12 @@ class Scheduler:
             s
             for s in sequences
             # In this order: one that stops following may have taken over all of its prompt.
-            if s.state is State.RUNNING and not s.preempted and not self.prefix.still_follows(s) and s.prefills
+            if s.state is State.RUNNING and not self.prefix.still_follows(s) and s.prefills
         ]
 
     def _prefill_rows(self, prefilling: list[Sequence], budget: int) -> list[Row]:
         # Decode rows may have taken the pages of some meanwhile.
-        prefilling = [s for s in prefilling if s.state is State.RUNNING and not s.preempted]
+        prefilling = [s for s in prefilling if s.state is State.RUNNING]
         counts = share_among([s.remaining_prefill for s in prefilling], budget)
         return [self._row(s, count) for s, count in zip(prefilling, counts, strict=True) if count]
 

@@ -18,9 +18,11 @@ class State(enum.Enum):
     """Where a sequence is in its life."""
 
     WAITING = "waiting"
-    """In the admission queue, or preempted: no pages."""
+    """In the admission queue: no pages."""
     RUNNING = "running"
     """Has pages; prefills or decodes."""
+    PREEMPTED = "preempted"
+    """To be put back into the queue, without pages, when its last step is back."""
     FINISHED = "finished"
     """Ended; its pages go when its last step is back."""
 
@@ -56,8 +58,6 @@ class Sequence:
     last_step: int = 0
     turn: int = 0
     """When it was planned last, as a count of steps that goes on over epochs."""
-    preempted: bool = False
-    """To be put back into the queue when its steps are back."""
     offered: int = 0
     """Leading pages that others can find, its own or equal ones; those it took over are among them."""
     node: int = ROOT

@@ -13,11 +13,11 @@ from ..schedule.plan import Plan, Row
 from ..schedule.sequence import Sequence
 
 
-def open_message(sequence: Sequence, request: GenerationRequest, seed: int) -> stage_pb2.OpenSequence:
+def open_message(sequence: Sequence, request: GenerationRequest) -> stage_pb2.OpenSequence:
     """What the workers are told of a sequence that starts, or comes back after a preemption."""
     message = stage_pb2.OpenSequence(
         sequence=sequence.ident,
-        sampling=sampling_message(request, seed),
+        sampling=_sampling_message(request),
         choice=sequence.choice,
         prompt_len=len(sequence.prompt),
         log=sequence.log,
@@ -36,24 +36,15 @@ def page_bits(pages: Iterable[int]) -> bytes:
     return bytes(bits)
 
 
-def sampling_message(request: GenerationRequest, seed: int) -> types_pb2.SamplingParams:
-    """Sampling parameters as the wire says them."""
-    sampling = request.sampling
+def _sampling_message(request: GenerationRequest) -> types_pb2.SamplingParams:
+    same = dict(vars(request.sampling))
+    biases = same.pop("logit_bias")
     return types_pb2.SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=max(0, sampling.top_k),
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=seed,
-        logprobs=sampling.logprobs,
-        top_logprobs=sampling.top_logprobs,
+        **same,
         min_tokens=request.min_tokens,
         suppressed_ids=sorted(request.stop_token_ids) if request.min_tokens else [],
-        bias_ids=[ident for ident, _ in sampling.logit_bias],
-        bias_values=[value for _, value in sampling.logit_bias],
+        bias_ids=[ident for ident, _ in biases],
+        bias_values=[value for _, value in biases],
     )
 
 

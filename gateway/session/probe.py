@@ -14,39 +14,19 @@ from ..schedule.plan import Plan, Row
 from ..schedule.sequence import Sequence
 from .messages import plan_message
 
+STEPS = 2
 PROMPT = (0, 0, 0)
 
 
-class Probe:
-    """The first steps of a session."""
-
-    STEPS = 2
-
-    def __init__(self, page: int, last_stage: int) -> None:
-        self.done = False
-        self._last_stage = last_stage
-        self._sequence = Sequence(PROMPT, 0, self.STEPS)
-        self._sequence.pages = [page]
-
-    def messages(self, epoch: int) -> Iterator[stage_pb2.RunRequest]:
-        """What every stage is told."""
-        sequence, count = self._sequence, len(PROMPT)
-        yield stage_pb2.RunRequest(
-            open_sequence=stage_pb2.OpenSequence(
-                sequence=sequence.ident, sampling=types_pb2.SamplingParams(top_p=1.0), prompt_len=count
-            )
-        )
-        rows = [
-            Row(sequence, 0, count, sequence.pages, samples=True),
-            Row(sequence, count, 1, [], samples=True, result_of=1),
-        ]
-        for step, row in enumerate(rows, start=1):
-            yield stage_pb2.RunRequest(plan=plan_message(Plan(step, [row]), epoch, alone=False))
-        yield stage_pb2.RunRequest(
-            close_sequence=stage_pb2.CloseSequence(sequence=sequence.ident, after_step=self.STEPS)
-        )
-
-    def result(self, stage: int, result: stage_pb2.StepResult) -> bool:
-        """Whether that was the last of it."""
-        self.done |= stage == self._last_stage and result.step == self.STEPS
-        return self.done
+def probe_messages(page: int, first: int, epoch: int) -> Iterator[stage_pb2.RunRequest]:
+    """What every stage is told of these steps, the number of which begin with `first`. `page` is nobody's."""
+    sequence, count = Sequence(PROMPT, 0, STEPS), len(PROMPT)
+    opened = stage_pb2.OpenSequence(
+        sequence=sequence.ident, sampling=types_pb2.SamplingParams(top_p=1.0), prompt_len=count
+    )
+    yield stage_pb2.RunRequest(open_sequence=opened)
+    rows = [Row(sequence, 0, count, [page], samples=True), Row(sequence, count, 1, [], samples=True, result_of=first)]
+    for step, row in enumerate(rows, start=first):
+        yield stage_pb2.RunRequest(plan=plan_message(Plan(step, [row]), epoch, alone=False))
+    closed = stage_pb2.CloseSequence(sequence=sequence.ident, after_step=first + STEPS - 1)
+    yield stage_pb2.RunRequest(close_sequence=closed)

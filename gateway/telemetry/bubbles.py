@@ -1,7 +1,11 @@
-"""Sums up what each stage spent its time on, from the timings in step results. This shows the pipeline's bubbles."""
+"""Sums up what each stage spent its time on, from the timings in step results. This shows the pipeline's bubbles.
+
+Sums of our own and not Prometheus counters: a counter's lock costs more than all of this, for every result.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,26 +20,24 @@ class StageTime:
     """Sums over the steps of one stage."""
 
     steps: int = 0
-    wait_input_s: float = 0.0
-    compute_s: float = 0.0
-    wait_send_s: float = 0.0
+    wait_input_us: int = 0
+    compute_us: int = 0
+    wait_send_us: int = 0
 
 
 class Bubbles(Collector):
     """A Prometheus collector of every stage's time, by what it was spent on."""
 
     def __init__(self) -> None:
-        self.stages: dict[int, StageTime] = {}
+        self._stages: defaultdict[int, StageTime] = defaultdict(StageTime)
 
     def add(self, stage: int, timing: types_pb2.StepTiming) -> None:
         """Adds one step of one stage."""
-        sums = self.stages.get(stage)
-        if sums is None:
-            sums = self.stages[stage] = StageTime()
+        sums = self._stages[stage]
         sums.steps += 1
-        sums.wait_input_s += timing.wait_input_us * 1e-6
-        sums.compute_s += timing.compute_us * 1e-6
-        sums.wait_send_s += timing.wait_send_us * 1e-6
+        sums.wait_input_us += timing.wait_input_us
+        sums.compute_us += timing.compute_us
+        sums.wait_send_us += timing.wait_send_us
 
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics."""
@@ -43,10 +45,9 @@ class Bubbles(Collector):
         seconds = CounterMetricFamily(
             "stagemesh_stage_seconds", "Seconds of a stage's steps, by what they went to.", labels=["stage", "spent_on"]
         )
-        for stage, sums in sorted(self.stages.items()):
+        for stage, sums in sorted(self._stages.items()):
             steps.add_metric([str(stage)], sums.steps)
-            seconds.add_metric([str(stage), "wait_input"], sums.wait_input_s)
-            seconds.add_metric([str(stage), "compute"], sums.compute_s)
-            seconds.add_metric([str(stage), "wait_send"], sums.wait_send_s)
+            for spent_on in ("wait_input", "compute", "wait_send"):
+                seconds.add_metric([str(stage), spent_on], getattr(sums, f"{spent_on}_us") * 1e-6)
         yield steps
         yield seconds

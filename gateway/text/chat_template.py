@@ -63,16 +63,6 @@ class ChatTemplate:
             raise CheckpointError(f"the checkpoint's chat template is not valid: {e}") from e
         self._special_tokens = dict(special_tokens)
 
-    @staticmethod
-    def load(model_dir: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
-        """The template of the checkpoint in `model_dir`; None when it has none.
-
-        A file (chat_template.jinja, chat_template.json) overrides the entry in tokenizer_config.json. Of several named
-        templates, `default` is taken. Raises CheckpointError.
-        """
-        source = _source(model_dir)
-        return None if source is None else ChatTemplate(source, special_tokens)
-
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -98,18 +88,22 @@ class ChatTemplate:
             raise InvalidRequest(f"the model's chat template refused the messages: {e}", param="messages") from e
 
 
-def _source(model_dir: Path) -> str | None:
+def load_template(model_dir: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+    """The template of the checkpoint in `model_dir`; None when it has none.
+
+    A file (chat_template.jinja, chat_template.json) overrides the entry in tokenizer_config.json. Of several named
+    templates, `default` is taken. Raises CheckpointError.
+    """
+    file = model_dir / "chat_template.jinja"
     try:
-        return (model_dir / "chat_template.jinja").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
+        if file.exists():
+            return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens)
     except (OSError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"cannot read {model_dir / 'chat_template.jinja'}: {e}") from e
+        raise CheckpointError(f"cannot read {file}: {e}") from e
     for name in ("chat_template.json", "tokenizer_config.json"):
         value = read_json(model_dir / name).get("chat_template")
         if isinstance(value, list):
-            named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-            value = named.get("default")
+            value = {e.get("name"): e.get("template") for e in value if isinstance(e, dict)}.get("default")
         if isinstance(value, str):
-            return value
+            return ChatTemplate(value, special_tokens)
     return None

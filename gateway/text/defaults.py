@@ -5,42 +5,30 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from stagemesh.errors import CheckpointError
 
-from ..api.request import Sampling
-
-FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
+DEFAULTS = ("temperature", "top_p", "min_p", "repetition_penalty", "top_k")
 
 
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """The defaults of `generation_config.json`, which a client's own values override.
+def sampling_defaults(model_dir: Path) -> dict[str, Any]:
+    """The sampling parameters of `model_dir`/generation_config.json, which a client's own values override.
 
-    As in vLLM, only its numbers count; `do_sample` does not.
+    As in vLLM, only its numbers count; `do_sample` does not. Raises CheckpointError for a file that is not JSON, or a
+    value that is not a number.
     """
-
-    sampling: Sampling = field(default_factory=Sampling)
-
-    @staticmethod
-    def load(model_dir: Path) -> SamplingDefaults:
-        """Reads `model_dir`/generation_config.json. Without that file, the defaults are those of `Sampling`.
-
-        Raises CheckpointError for a file that is not JSON, or a value that is not a number.
-        """
-        told = read_json(model_dir / "generation_config.json")
-        values: dict[str, Any] = {}
-        for name in (*FLOATS, "top_k"):
-            value = told.get(name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise CheckpointError(f"{model_dir / 'generation_config.json'}: {name} must be a number, not {value!r}")
-            values[name] = max(0, int(value)) if name == "top_k" else float(value)
-        return SamplingDefaults(replace(Sampling(), **values))
+    told = read_json(model_dir / "generation_config.json")
+    values: dict[str, Any] = {}
+    for name in DEFAULTS:
+        value = told.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise CheckpointError(f"{model_dir / 'generation_config.json'}: {name} must be a number, not {value!r}")
+        values[name] = max(0, int(value)) if name == "top_k" else float(value)
+    return values
 
 
 def eos_token_ids(model_dir: Path) -> frozenset[int]:

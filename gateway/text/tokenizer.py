@@ -17,8 +17,8 @@ import tokenizers
 
 from stagemesh.errors import CheckpointError, InvalidRequest
 
-from .chat_template import ChatTemplate
-from .defaults import SamplingDefaults, eos_token_ids, read_json
+from .chat_template import load_template
+from .defaults import eos_token_ids, read_json, sampling_defaults
 
 LONG_CHARS = 16384
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
@@ -28,60 +28,30 @@ class Tokenizer:
     """Encodes and decodes text, and holds the checkpoint's other settings for text. It may be used by several
     threads."""
 
-    def __init__(
-        self,
-        raw: tokenizers.Tokenizer | None,
-        *,
-        eos_ids: frozenset[int] = frozenset(),
-        defaults: SamplingDefaults | None = None,
-        chat_template: ChatTemplate | None = None,
-    ) -> None:
-        """`raw` is None for a checkpoint without tokenizer.json, which can serve token ids only."""
-        self.raw = raw
-        self.eos_ids = eos_ids
-        self.defaults = defaults or SamplingDefaults()
-        self.chat_template = chat_template
+    def __init__(self, folder: Path) -> None:
+        """Of the checkpoint in `folder`. Raises CheckpointError when a file of it is damaged."""
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a directory: --model must name a checkpoint's directory")
+        named = _special_tokens(folder)
+        self.raw = raw = _raw(folder / "tokenizer.json")
+        """None for a checkpoint without tokenizer.json, which can serve token ids only."""
+        self.eos_ids = eos_token_ids(folder)
+        self.defaults = sampling_defaults(folder)
+        self.chat_template = load_template(folder, named)
         self.special_ids: frozenset[int] = frozenset()
         self._added: dict[int, str] = {}
         self._byte_level = self._byte_fallback = False
-        self._bounded = False
         if raw is not None:
             raw.no_truncation()
             raw.no_padding()
+            if "eos_token" in named and (own := raw.token_to_id(named["eos_token"])) is not None:
+                self.eos_ids |= {own}
             added = raw.get_added_tokens_decoder()
             self._added = {i: token.content for i, token in added.items()}
             self.special_ids = frozenset(i for i, token in added.items() if token.special)
             kinds = _kinds(raw.decoder)
             self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
-            # With BPE over bytes, no token has more characters than the longest of the vocabulary. In other models one
-            # "unknown" token can stand for any number of characters.
-            self._bounded = self._byte_level or self._byte_fallback
         self.token_bytes = functools.lru_cache(maxsize=65536)(self._token_bytes)
-
-    @classmethod
-    def load(cls, model_dir: str | Path) -> Tokenizer:
-        """The tokenizer of the checkpoint in `model_dir`. Raises CheckpointError when a file of it is damaged."""
-        folder = Path(model_dir)
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a directory: --model must name a checkpoint's directory")
-        raw = None
-        file = folder / "tokenizer.json"
-        if file.exists():
-            try:
-                raw = tokenizers.Tokenizer.from_file(str(file))
-            except Exception as e:
-                raise CheckpointError(f"cannot read {file}: {e}") from e
-        named = _special_tokens(folder)
-        eos = eos_token_ids(folder)
-        if raw is not None and "eos_token" in named:
-            own = raw.token_to_id(named["eos_token"])
-            eos |= {own} if own is not None else frozenset()
-        return cls(
-            raw,
-            eos_ids=eos,
-            defaults=SamplingDefaults.load(folder),
-            chat_template=ChatTemplate.load(folder, named),
-        )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Raises InvalidRequest if the checkpoint has no tokenizer or `text` has lone surrogates.
@@ -105,7 +75,9 @@ class Tokenizer:
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of the number of tokens of `text`, without encoding it."""
-        return len(text) // self._longest_token if self._bounded else 0
+        # With BPE over bytes, no token has more characters than the longest of the vocabulary. In other models one
+        # "unknown" token can stand for any number of characters.
+        return len(text) // self._longest_token if self._byte_level or self._byte_fallback else 0
 
     @functools.cached_property
     def _longest_token(self) -> int:
@@ -150,6 +122,13 @@ class Tokenizer:
     def _anchor(self) -> list[int]:
         assert self.raw is not None
         return self.raw.encode("a", add_special_tokens=False).ids
+
+
+def _raw(file: Path) -> tokenizers.Tokenizer | None:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file)) if file.exists() else None
+    except Exception as e:
+        raise CheckpointError(f"cannot read {file}: {e}") from e
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -21,39 +22,26 @@ ABORT = "stagemesh.abort"
 T = TypeVar("T")
 
 
-class ClientGone(Exception):
-    """The client closed the connection, or stopped reading."""
-
-
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int, within_s: float) -> bytes:
-    """The request's body. Raises BodyTooLarge (and reads no further), BodyTooSlow, InvalidRequest, ClientGone."""
-    for name, value in scope["headers"]:
-        if name == b"content-length":
-            if not value.isdigit():
-                raise InvalidRequest("content-length must be a number")
-            if int(value) > limit_bytes:
-                raise _too_large(limit_bytes)
-    chunks: list[bytes] = []
-    size = 0
+async def read_body(request: Request, limit_bytes: int, within_s: float) -> bytes:
+    """The request's body. Raises BodyTooLarge (and reads no further), BodyTooSlow, InvalidRequest, ClientDisconnect."""
+    too_large = BodyTooLarge(
+        f"the body is larger than {limit_bytes / 2**20:g} MiB, this server's bound (--max-body-mib)"
+    )
+    told = request.headers.get("content-length", "0")
+    if not (told.isascii() and told.isdigit()):
+        raise InvalidRequest("content-length must be a number")
+    if int(told) > limit_bytes:
+        raise too_large
+    body = bytearray()
     try:
         async with asyncio.timeout(within_s):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                chunk = message.get("body", b"")
-                size += len(chunk)
-                if size > limit_bytes:
-                    raise _too_large(limit_bytes)
-                chunks.append(chunk)
-                if not message.get("more_body", False):
-                    return b"".join(chunks)
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit_bytes:
+                    raise too_large
     except TimeoutError:
         raise BodyTooSlow(f"the body did not arrive within {within_s:g} s") from None
-
-
-def _too_large(limit_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than {limit_bytes / 2**20:g} MiB, this server's bound (--max-body-mib)")
+    return bytes(body)
 
 
 async def answer_unread(response: Response, receive: Receive, send: Send, timing: GatewayTiming) -> None:
@@ -76,14 +64,14 @@ async def answer_unread(response: Response, receive: Receive, send: Send, timing
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`. When the client goes away first, cancels `work` and raises ClientGone."""
+    """The result of `work`. When the client goes away first, cancels `work` and raises ClientDisconnect."""
     worker = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if worker.done():
             return worker.result()
-        raise ClientGone
+        raise ClientDisconnect
     finally:
         worker.cancel()
         watcher.cancel()
@@ -105,12 +93,13 @@ class Writer:
         self.started = False
 
     async def start(self, headers: list[tuple[bytes, bytes]]) -> None:
-        """Sends status 200 and `headers`."""
-        self.started = True
-        await self._within({"type": "http.response.start", "status": 200, "headers": headers})
+        """Sends status 200 and `headers`, unless that was done."""
+        if not self.started:
+            self.started = True
+            await self._within({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
-        """Sends a piece of the body. Raises ClientGone when the client has read nothing for too long."""
+        """Sends a piece of the body. Raises ClientDisconnect when the client has read nothing for too long."""
         await self._within({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _within(self, message: dict[str, Any]) -> None:
@@ -118,19 +107,17 @@ class Writer:
             async with asyncio.timeout(self._timeout_s):
                 await self._send(message)
         except TimeoutError:
-            abort = self._scope.get(ABORT)
-            if abort is not None:
-                abort()
-            raise ClientGone from None
+            self._scope[ABORT]()
+            raise ClientDisconnect from None
         except OSError as e:
-            raise ClientGone from e
+            raise ClientDisconnect from e
 
 
 def abort_of(send: Send) -> Any:
-    """The function that drops the connection behind `send` at once; None if the server has none.
+    """The function that drops the connection behind `send` at once; it does nothing if the server has none.
 
     ASGI has no call for this, and a close waits until the client has read the buffer, which it may never do. uvicorn's
     `send` is a method of an object that holds the transport.
     """
     transport = getattr(getattr(send, "__self__", None), "transport", None)
-    return getattr(transport, "abort", None)
+    return getattr(transport, "abort", lambda: None)

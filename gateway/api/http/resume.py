@@ -7,34 +7,29 @@ it by itself. Tokens in the log are sent as they are; the others are sampled as 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
-from starlette.responses import Response
+from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from stagemesh.errors import InvalidRequest
+from stagemesh.gateway.api.token_log import StreamWriter
 
 from ..openai.call import Api, Call
-from .body import Writer
-from .endpoint import Endpoint, answer
-
-Parse = Callable[[Api, bytes], Awaitable[Call]]
+from .endpoint import Begin
 
 
-class ResumeEndpoint(Endpoint):
-    """Resumes streams of other endpoints. `parsers`: how each of these reads a body, by its path."""
+def begin_resumed(kinds: Mapping[str, type[Call[Any]]]) -> Begin:
+    """The rest of logged calls. `kinds`: by the path of their endpoint."""
 
-    def __init__(self, api: Api, parsers: Mapping[str, Parse]) -> None:
-        self._api = api
-        self._parsers = parsers
-
-    async def _answer(self, scope: Scope, data: bytes, writer: Writer) -> Response | None:
-        assert self._api.token_log is not None
-        logged, log_file = self._api.token_log.resume(scope["path_params"]["id"])
-        call = await self._parsers[logged.call.path](self._api, logged.call.body)
+    async def begin(api: Api, scope: Scope, data: bytes) -> tuple[Call[Any], StreamWriter | None]:
+        assert api.token_log is not None
+        logged, choices, log_file = api.token_log.resume(scope["path_params"]["id"])
+        call = await kinds[logged.path].parse(api, logged.body.encode())
         n, count = call.requests[0].n, sum(request.n for request in call.requests)
-        told = [tuple(logged.choices.get(index, ())) for index in range(count)]
-        seen = _seen(dict(scope["headers"]).get(b"last-event-id", b"").decode("latin-1"), list(map(len, told)))
+        told = [tuple(choices.get(index, ())) for index in range(count)]
+        seen = _seen(Headers(scope=scope).get("last-event-id", ""), list(map(len, told)))
         call.requests = [
             dataclasses.replace(
                 request,
@@ -42,11 +37,13 @@ class ResumeEndpoint(Endpoint):
                 log=tuple(told[p * n : (p + 1) * n]),
                 seen=tuple(seen[p * n : (p + 1) * n]),
             )
-            for p, (request, seed) in enumerate(zip(call.requests, logged.call.seeds, strict=True))
+            for p, (request, seed) in enumerate(zip(call.requests, logged.seeds, strict=True))
         ]
-        call.resume(logged.call.call_id, logged.call.created, seen)
+        call.resume(logged.id, logged.created, seen)
         log_file.continue_at(seen)
-        return await answer(self._api, call, writer, log_file)
+        return call, log_file
+
+    return begin
 
 
 def _seen(last: str, lengths: list[int]) -> list[int]:

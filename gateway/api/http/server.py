@@ -31,9 +31,6 @@ class HttpServer(uvicorn.Server):
         )
         super().__init__(config)
 
-    def install_signal_handlers(self) -> None:
-        """Does nothing (for older releases of uvicorn)."""
-
     def capture_signals(self):  # type: ignore[no-untyped-def]
         """Captures no signals."""
         return contextlib.nullcontext()
@@ -42,13 +39,9 @@ class HttpServer(uvicorn.Server):
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConfigError when the port is in use or the address is not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((host, port))
-        sock.listen(BACKLOG)
+        sock = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as e:
-        sock.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror}; choose another with --port") from e
     sock.setblocking(False)
     return sock

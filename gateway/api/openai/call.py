@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
-from stagemesh.gateway.api.request import Delta, Engine, GenerationRequest, ModelCard, TokenLogprob
+from stagemesh.gateway.api.build import build, served
+from stagemesh.gateway.api.params import parse
+from stagemesh.gateway.api.request import Delta, Engine, GenerationRequest, ServedModel, TokenLogprob
 from stagemesh.gateway.api.token_log import TokenLog
 from stagemesh.gateway.telemetry.metrics import Metrics
-from stagemesh.gateway.text.tokenizer import Tokenizer
 from stagemesh.settings.gateway import GatewaySettings
 
 from ...timing import GatewayTiming
 from .errors import dumps
 from .protocol import Common
-from .run import Choice, Generation
+from .run import Generation
 
 DONE = b"data: [DONE]\n\n"
+B = TypeVar("B", bound=Common)
 
 
 @dataclass(frozen=True)
@@ -39,31 +42,52 @@ def event(payload: str) -> str:
     return f"data: {payload}\n\n"
 
 
-class Call(ABC):
+class Call(ABC, Generic[B]):
     """One call. Subclasses write the choices of their endpoint."""
 
+    body_type: type[B]
     object_whole: str
     object_chunk: str
     id_prefix: str
+    fill_context: bool
+    """Whether an output without max_tokens may fill the context."""
 
-    def __init__(self, body: Common, model: ModelCard, tokenizer: Tokenizer) -> None:
+    def __init__(self, body: B, model: ServedModel) -> None:
         self.body = body
         self.model = model
-        self.tokenizer = tokenizer
         self.id = f"{self.id_prefix}{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.stream = bool(body.stream)
-        self.requests: Sequence[GenerationRequest] = ()
+        self.requests: list[GenerationRequest] = []
+        """One for each prompt."""
         self.generation: Generation | None = None
         """Set when the requests are submitted."""
+        self._counts: list[int] = []
+        """Tokens of each choice so far."""
+        self._numbered = False
+        """Whether the counts are told as the events' ids, so that the stream can be resumed."""
         options = body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
         self._continuous_usage = self._include_usage and bool(options and options.continuous_usage_stats)
-        self._completion_tokens = 0
-        self._told: list[int] = []
-        """Tokens of each choice so far: the events' ids, where the stream can be resumed; else empty."""
-        self._opened: set[int] = set()
-        self._head = self._make_head()
+
+    @classmethod
+    async def parse(cls, api: Api, data: bytes) -> Self:
+        """Parses a body. Raises InvalidRequest, NotFound, Unavailable."""
+        body = parse(cls.body_type, data)
+        call = cls(body, served(api.engine, body.model))
+        body.check_supported()
+        prompts = await call.prompts()
+        for i, prompt in enumerate(prompts):
+            name = call.id if len(prompts) == 1 else f"{call.id}-{i}"
+            timeout_s = api.settings.request_timeout
+            call.requests.append(
+                build(name, prompt, body, call.model, timeout_s=timeout_s, fill_context=cls.fill_context)
+            )
+        call._counts = [0] * sum(request.n for request in call.requests)
+        return call
+
+    @abstractmethod
+    async def prompts(self) -> list[Sequence[int]]:
+        """Token ids of each prompt. Raises InvalidRequest."""
 
     @abstractmethod
     def content(self, index: int, text: str) -> dict[str, Any]:
@@ -83,22 +107,16 @@ class Call(ABC):
 
     def number_events(self) -> None:
         """Gives its events ids, so that its stream can be resumed."""
-        self._told = [0] * sum(request.n for request in self.requests)
+        self._numbered = True
 
     def resume(self, call_id: str, created: int, seen: Sequence[int]) -> None:
         """Makes it the rest of an earlier call. `seen`: tokens of each choice that the client has."""
         self.id, self.created = call_id, created
-        self._head = self._make_head()
-        self._told = list(seen)
-        self._completion_tokens = sum(seen)
-        self._opened = {index for index, count in enumerate(seen) if count}
+        self._counts, self._numbered = list(seen), True
 
-    def _make_head(self) -> str:
-        return dumps(self._base(self.object_chunk))[:-1] + ',"choices":['
-
-    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Delta]) -> dict[str, Any]:
         """The whole answer."""
-        self._completion_tokens = sum(len(choice.tokens) for choice in choices)
+        self._counts = [len(choice.tokens) for choice in choices]
         return {
             **self._base(self.object_whole),
             "choices": [self._whole_choice(i, choice) for i, choice in enumerate(choices)],
@@ -109,16 +127,10 @@ class Call(ABC):
         """The events of one batch of deltas."""
         lines: list[str] = []
         for index, delta in batch:
-            if index not in self._opened:
-                self._opened.add(index)
-                opening = self.opening(index)
-                if opening is not None:
-                    lines.append(self._chunk(dumps(opening)))
-            self._completion_tokens += len(delta.tokens)
-            if self._told:
-                self._told[index] += len(delta.tokens)
-            if delta.text or delta.tokens or delta.finish_reason is not None:
-                lines.append(self._chunk(dumps(self._chunk_choice(index, delta))))
+            if not self._counts[index] and (opening := self.opening(index)) is not None:
+                lines.append(self._chunk(dumps(opening)))
+            self._counts[index] += len(delta.tokens)
+            lines.append(self._chunk(dumps(self._chunk_choice(index, delta))))
         return "".join(lines).encode()
 
     def last_event(self) -> bytes:
@@ -128,23 +140,30 @@ class Call(ABC):
 
     def usage(self) -> dict[str, Any]:
         """The token counts so far. A prompt counts once, whatever the number of its choices."""
-        prompt = sum(len(request.prompt) for request in self.requests)
+        prompt, completion = sum(len(request.prompt) for request in self.requests), sum(self._counts)
         cached = self.generation.cached_tokens if self.generation is not None else 0
         return {
             "prompt_tokens": prompt,
-            "total_tokens": prompt + self._completion_tokens,
-            "completion_tokens": self._completion_tokens,
+            "total_tokens": prompt + completion,
+            "completion_tokens": completion,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def request_ids(self, count: int) -> list[str]:
-        """Request ids for `count` prompts."""
-        return [self.id] if count == 1 else [f"{self.id}-{i}" for i in range(count)]
+    def prompt_ids(self, index: int) -> dict[str, Any]:
+        """The ids of a choice's prompt, if they are wanted."""
+        if not self.body.return_token_ids:
+            return {}
+        return {"prompt_token_ids": list(self.requests[index // self.requests[0].n].prompt)}
 
-    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+    @functools.cached_property
+    def _head(self) -> str:
+        """What all chunks begin with."""
+        return dumps(self._base(self.object_chunk))[:-1] + ',"choices":['
+
+    def _whole_choice(self, index: int, choice: Delta) -> dict[str, Any]:
         return {
             "index": index,
-            **self.content(index, "".join(choice.text)),
+            **self.content(index, choice.text),
             "logprobs": self._logprobs_of(index, choice.logprobs),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
@@ -164,7 +183,7 @@ class Call(ABC):
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
 
     def _chunk(self, choice: str) -> str:
-        number = f"id: {','.join(map(str, self._told))}\n" if self._told else ""
+        number = f"id: {','.join(map(str, self._counts))}\n" if self._numbered else ""
         if self._continuous_usage:
             return number + event(f'{self._head}{choice}],"usage":{dumps(self.usage())}}}')
         end = '],"usage":null}' if self._include_usage else "]}"

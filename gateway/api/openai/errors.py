@@ -7,24 +7,17 @@ import json
 import math
 from typing import Any
 
-from pydantic import ValidationError
-from starlette.responses import Response
+from starlette.responses import JSONResponse
 
 from stagemesh import errors
 
 TYPES = {
-    400: "invalid_request_error",
-    401: "invalid_request_error",
-    404: "invalid_request_error",
-    405: "invalid_request_error",
-    408: "invalid_request_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
     499: "cancelled",
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-"""`error.type` by status; server_error for other statuses."""
+"""`error.type` by status; else it is invalid_request_error below 500, and server_error from there on."""
 CODES: dict[type[errors.StagemeshError], str] = {
     errors.Unauthenticated: "invalid_api_key",
     errors.QueueFull: "rate_limit_exceeded",
@@ -53,9 +46,8 @@ def status_of(error: errors.StagemeshError) -> int:
 
 def shape(message: str, status: int, param: str | None, code: str | None) -> dict[str, Any]:
     """OpenAI's error object."""
-    return {
-        "error": {"message": message, "type": TYPES.get(status, "server_error"), "param": param, "code": code},
-    }
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def body_of(error: errors.StagemeshError) -> dict[str, Any]:
@@ -66,7 +58,7 @@ def body_of(error: errors.StagemeshError) -> dict[str, Any]:
     return shape(error.message, status_of(error), error.param, code)
 
 
-def response_of(error: errors.StagemeshError) -> Response:
+def response_of(error: errors.StagemeshError) -> JSONResponse:
     """The HTTP response for `error`."""
     status = status_of(error)
     headers: dict[str, str] = {}
@@ -77,12 +69,7 @@ def response_of(error: errors.StagemeshError) -> Response:
     if status in (408, 413):
         # The rest of the body is not read, so the connection cannot be used again.
         headers["connection"] = "close"
-    return json_response(body_of(error), status, headers)
-
-
-def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A compact JSON response in UTF-8."""
-    return Response(dumps(value).encode(), status, headers, media_type="application/json")
+    return JSONResponse(body_of(error), status, headers)
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -92,18 +79,3 @@ def dumps(value: Any) -> str:
     """`value` as compact JSON. Raises ValueError for NaN, which is not JSON."""
     # json.dumps with options makes an encoder at each call, which costs more than encoding a small value.
     return _ENCODER.encode(value)
-
-
-def from_validation(error: ValidationError) -> errors.InvalidRequest:
-    """The first of pydantic's errors, in words for the client."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    if first["type"] == "json_invalid":
-        return errors.InvalidRequest(f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"]).lstrip(".")
-    if first["type"] == "missing":
-        return errors.InvalidRequest(f"'{name}' is required", param=name)
-    if not name:
-        return errors.InvalidRequest(f"the body must be a JSON object: {first['msg']}")
-    given = first.get("input")
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) and len(repr(given)) <= 60 else ""
-    return errors.InvalidRequest(f"'{name}': {first['msg'][:1].lower()}{first['msg'][1:]}{shown}", param=name)

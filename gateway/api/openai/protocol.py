@@ -1,21 +1,18 @@
 """The request bodies of OpenAI's two generating endpoints, with vLLM's extensions.
 
-Types are as strict as OpenAI's (a number in quotes is refused), and numbers are finite. Ranges are checked in
-`build.py` for both protocols. Unknown keys are ignored, as OpenAI does. Keys in `REFUSED` are known but not supported;
-they would change the output, so ignoring them would mislead.
+Unknown keys are ignored, as OpenAI does. Keys in `REFUSED` are known but not supported: they would change the output,
+so ignoring them would mislead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from stagemesh.errors import InvalidRequest
-from stagemesh.gateway.api.build import SAME_IN_BOTH, RequestParams
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
+from stagemesh.gateway.api.params import MAX_TOP_LOGPROBS, Params
 
 REFUSED: dict[str, str] = {
     "tools": "tools are not supported",
@@ -56,39 +53,19 @@ class ResponseFormat(BaseModel):
     type: str
 
 
-class Common(BaseModel):
+class Common(Params):
     """The fields that both bodies have."""
 
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
-
     model: str | None = None
-    max_tokens: int | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
-    top_k: int | None = None
-    min_p: Number | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
-    repetition_penalty: Number | None = None
-    seed: int | None = None
-    n: int | None = None
-    stop: Any = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    logit_bias: dict[str, Number] | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
-    timeout: Number | None = None
 
     def check_supported(self) -> None:
         """Raises InvalidRequest for what this server does not support."""
         for key, value in (self.model_extra or {}).items():
-            if key in REFUSED and value not in (None, False, "", 0) and value != [] and value != {}:
+            if key in REFUSED and value:
                 raise InvalidRequest(f"{REFUSED[key]} by this server", param=key)
         if self.response_format is not None and self.response_format.type != "text":
             raise InvalidRequest(
@@ -98,32 +75,11 @@ class Common(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
 
-    def params(
-        self, logprobs: int | None, logprobs_param: str, max_tokens: int | None, max_param: str
-    ) -> RequestParams:
-        """The parameters, independent of the protocol. Raises InvalidRequest for malformed stops and biases."""
-        return RequestParams(
-            max_tokens=max_tokens,
-            max_tokens_param=max_param,
-            **{name: getattr(self, name) for name in SAME_IN_BOTH},
-            stop=_stops(self.stop),
-            stop_token_ids=self.stop_token_ids or (),
-            ignore_eos=bool(self.ignore_eos),
-            min_tokens=self.min_tokens or 0,
-            logprobs=logprobs,
-            logprobs_param=logprobs_param,
-            logit_bias=_biases(self.logit_bias or {}),
-            include_stop_str_in_output=bool(self.include_stop_str_in_output),
-            skip_special_tokens=self.skip_special_tokens is not False,
-            timeout_s=self.timeout,
-        )
-
 
 class CompletionRequest(Common):
     """Body of POST /v1/completions."""
 
     prompt: Any = None
-    logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = None
@@ -139,10 +95,6 @@ class CompletionRequest(Common):
         if self.echo and self.logprobs is not None:
             raise InvalidRequest("echo with logprobs is not supported by this server", param="echo")
 
-    def to_params(self) -> RequestParams:
-        """The parameters, independent of the protocol."""
-        return self.params(self.logprobs, "logprobs", self.max_tokens, "max_tokens")
-
 
 class ChatMessage(BaseModel):
     """One message of a conversation."""
@@ -157,9 +109,9 @@ class ChatCompletionRequest(Common):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tool_choice: Any = None
     modalities: list[str] | None = None
     add_generation_prompt: bool | None = None
@@ -176,22 +128,24 @@ class ChatCompletionRequest(Common):
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
 
-    def to_params(self) -> RequestParams:
-        """The parameters, independent of the protocol. `max_completion_tokens` overrides the older `max_tokens`."""
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        if self.max_completion_tokens is not None:
-            return self.params(logprobs, "top_logprobs", self.max_completion_tokens, "max_completion_tokens")
-        return self.params(logprobs, "top_logprobs", self.max_tokens, "max_tokens")
+    @property
+    def longest(self) -> tuple[str, int | None]:
+        """`max_completion_tokens` overrides the older `max_tokens`."""
+        if self.max_completion_tokens is None:
+            return super().longest
+        return "max_completion_tokens", self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """None: no log-probabilities. k: those of each sampled token and of the k likeliest."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def turns(self) -> list[dict[str, Any]]:
         """The messages as a chat template takes them. Raises InvalidRequest for unsupported roles and parts."""
-        if not self.messages:
-            raise InvalidRequest("messages must hold at least one message", param="messages")
         return [_turn(i, message) for i, message in enumerate(self.messages)]
 
 
-Role = Literal["system", "user", "assistant"]
-ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """The supported roles. `developer` is OpenAI's newer name of `system`; templates know the latter."""
 
 
@@ -251,19 +205,3 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
 
 def _all_ids(values: Sequence[Any]) -> bool:
     return all(type(v) is int for v in values)
-
-
-def _stops(told: Any) -> list[str]:
-    stops = [told] if isinstance(told, str) else [] if told is None else told
-    if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
-        raise InvalidRequest("stop must be a string or a list of strings", param="stop")
-    return stops
-
-
-def _biases(told: Mapping[str, float]) -> dict[int, float]:
-    biases: dict[int, float] = {}
-    for key, bias in told.items():
-        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
-            raise InvalidRequest(f"logit_bias: {key[:40]!r} is not a token id", param="logit_bias")
-        biases[int(key)] = bias
-    return biases

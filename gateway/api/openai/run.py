@@ -4,28 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
 
-from stagemesh.gateway.api.request import Delta, Engine, FinishReason, GenerationRequest, Stream, TokenLogprob
-
-
-@dataclass
-class Choice:
-    """One choice, whole."""
-
-    text: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-
-    def add(self, delta: Delta) -> None:
-        """Appends `delta`."""
-        self.text.append(delta.text)
-        self.tokens += delta.tokens
-        self.logprobs += delta.logprobs
-        if delta.finish_reason is not None:
-            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+from stagemesh.gateway.api.request import Delta, Engine, GenerationRequest, Stream
 
 
 class Generation:
@@ -81,10 +61,22 @@ class Generation:
                 future.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
 
-    async def whole(self) -> list[Choice]:
-        """All choices, once they have ended."""
-        choices = [Choice() for _ in range(sum(request.n for request in self.requests))]
+    async def whole(self) -> list[Delta]:
+        """All choices, each as one delta, once they have ended."""
+        pieces: list[list[Delta]] = [[] for request in self.requests for _ in range(request.n)]
         async for batch in self.deltas():
             for index, delta in batch:
-                choices[index].add(delta)
-        return choices
+                pieces[index].append(delta)
+        return [_joined(deltas) for deltas in pieces]
+
+
+def _joined(deltas: Sequence[Delta]) -> Delta:
+    last = deltas[-1]
+    return Delta(
+        last.choice,
+        "".join(delta.text for delta in deltas),
+        [token for delta in deltas for token in delta.tokens],
+        [entry for delta in deltas for entry in delta.logprobs],
+        last.finish_reason,
+        last.stop_reason,
+    )

@@ -20,8 +20,9 @@ from stagemesh.errors import Cancelled, StagemeshError
 from stagemesh.gateway.api.grpc_api import GatewayServicer
 from stagemesh.gateway.api.http.app import build_app
 from stagemesh.gateway.api.http.server import HttpServer, bind
-from stagemesh.gateway.api.request import Delta, GenerationRequest, ModelCard, TokenLogprob
+from stagemesh.gateway.api.request import Delta, GenerationRequest, ServedModel, TokenLogprob
 from stagemesh.gateway.telemetry.metrics import Metrics
+from stagemesh.gateway.telemetry.trace import Recorder
 from stagemesh.gateway.text.detokenizer import Detokenizer
 from stagemesh.gateway.text.tokenizer import Tokenizer
 from stagemesh.gateway.timing import GatewayTiming
@@ -168,8 +169,8 @@ class EchoEngine:
     """Serves `folder`'s tokenizer; tests make it wait (`gate`), fail (`refuse`, `fail_at`) or be away (`away`)."""
 
     def __init__(self, folder: Path, max_model_len: int = 256) -> None:
-        self.tokenizer = Tokenizer.load(folder)
-        self._model = ModelCard("echo", max_model_len, 300, 1_700_000_000)
+        self.tokenizer = Tokenizer(folder)
+        self._model = ServedModel("echo", max_model_len, 300, 1_700_000_000, self.tokenizer)
         self.away = ""
         self.refuse: StagemeshError | None = None
         self.fail_at: tuple[int, StagemeshError] | None = None
@@ -182,7 +183,7 @@ class EchoEngine:
         self.changed = asyncio.Event()
 
     @property
-    def model(self) -> ModelCard | None:
+    def model(self) -> ServedModel | None:
         return None if self.away else self._model
 
     def submit(self, request: GenerationRequest) -> EchoStream:
@@ -225,7 +226,7 @@ class Served:
         self.settings = settings
         self.timing = timing
         self.metrics = Metrics()
-        self.app = build_app(engine, settings, self.metrics, timing)
+        self.app = build_app(engine, settings, self.metrics, timing, Recorder())
 
     @contextlib.asynccontextmanager
     async def http(self) -> AsyncIterator[str]:
@@ -243,7 +244,7 @@ class Served:
     @contextlib.asynccontextmanager
     async def grpc(self) -> AsyncIterator[str]:
         """A real gRPC server; its address."""
-        servicer = GatewayServicer(self.engine, self.settings, self.metrics)
+        servicer = GatewayServicer(self.engine, self.settings)
         server = await rpc.start_server(
             "127.0.0.1",
             0,

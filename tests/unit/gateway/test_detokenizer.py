@@ -23,7 +23,7 @@ TEXTS = [
 @pytest.fixture(params=["byte_level_dir", "sentencepiece_dir"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     folder: Path = request.getfixturevalue(request.param)
-    return Tokenizer.load(folder)
+    return Tokenizer(folder)
 
 
 def in_pieces(detokenizer: Detokenizer, ids: list[int], seed: int) -> tuple[str, str | None, int]:
@@ -57,7 +57,7 @@ def test_a_piece_never_ends_within_a_character(tokenizer: Tokenizer) -> None:
 
 
 def test_an_unfinished_character_comes_as_a_replacement_at_the_end(byte_level_dir: Path) -> None:
-    tokenizer = Tokenizer.load(byte_level_dir)
+    tokenizer = Tokenizer(byte_level_dir)
     smile = tokenizer.encode("🙂", add_special_tokens=False)
     detokenizer = Detokenizer(tokenizer, [])
     assert detokenizer.push([*tokenizer.encode("a", add_special_tokens=False), *smile[:3]])[0] == "a"
@@ -67,7 +67,7 @@ def test_an_unfinished_character_comes_as_a_replacement_at_the_end(byte_level_di
 
 @pytest.mark.parametrize("rest", ["rest of the character", "something else"])
 def test_a_prompt_that_ends_within_a_character(byte_level_dir: Path, rest: str) -> None:
-    tokenizer = Tokenizer.load(byte_level_dir)
+    tokenizer = Tokenizer(byte_level_dir)
     euro = tokenizer.encode("€", add_special_tokens=False)
     prompt = tokenizer.encode("price: ") + euro[:2]
     after = tokenizer.encode("12", add_special_tokens=False)
@@ -77,20 +77,20 @@ def test_a_prompt_that_ends_within_a_character(byte_level_dir: Path, rest: str) 
 
 
 def test_a_prompt_that_ends_within_a_byte_fallback_character(sentencepiece_dir: Path) -> None:
-    tokenizer = Tokenizer.load(sentencepiece_dir)
+    tokenizer = Tokenizer(sentencepiece_dir)
     euro = tokenizer.encode("€", add_special_tokens=False)[1:]
     assert len(euro) == 3
     assert Detokenizer(tokenizer, [*tokenizer.encode("a b"), *euro[:1]]).push(euro[1:])[0] == "€"
 
 
 def test_a_space_at_the_start_of_the_output_stays(sentencepiece_dir: Path) -> None:
-    tokenizer = Tokenizer.load(sentencepiece_dir)
+    tokenizer = Tokenizer(sentencepiece_dir)
     ids = tokenizer.encode("a b", add_special_tokens=False)
     assert Detokenizer(tokenizer, ids[:1]).push(ids[1:])[0] == " b"
 
 
 def test_a_prompt_of_noise_does_not_leak_into_the_output(byte_level_dir: Path) -> None:
-    tokenizer = Tokenizer.load(byte_level_dir)
+    tokenizer = Tokenizer(byte_level_dir)
     ff = tokenizer.raw.token_to_id("ÿ")  # type: ignore[union-attr]
     ids = tokenizer.encode("hello", add_special_tokens=False)
     for noise in (1, 3, 7, 20):
@@ -110,7 +110,7 @@ def test_noise_comes_out_the_same_however_it_is_cut_and_soon(tokenizer: Tokenize
 
 
 def test_special_and_unknown_tokens_give_no_text_and_cost_no_time(byte_level_dir: Path) -> None:
-    tokenizer = Tokenizer.load(byte_level_dir)
+    tokenizer = Tokenizer(byte_level_dir)
     ids = tokenizer.encode("hello", add_special_tokens=False)
     detokenizer = Detokenizer(tokenizer, ids)
     # 40,000 tokens that give no text: quadratic work would take minutes.
@@ -123,7 +123,7 @@ def test_special_and_unknown_tokens_give_no_text_and_cost_no_time(byte_level_dir
 
 
 def test_a_checkpoint_without_tokenizer_gives_no_text(tmp_path: Path) -> None:
-    detokenizer = Detokenizer(Tokenizer.load(tmp_path), [1, 2], ("x",))
+    detokenizer = Detokenizer(Tokenizer(tmp_path), [1, 2], ("x",))
     assert detokenizer.push([1, 2, 3]) == ("", None, 3)
     assert detokenizer.finish() == ""
 
@@ -145,7 +145,7 @@ def test_a_checkpoint_without_tokenizer_gives_no_text(tmp_path: Path) -> None:
 def test_stop_strings(
     byte_level_dir: Path, text: str, stops: list[str], kept: str, stopped_by: str | None, seed: int
 ) -> None:
-    tokenizer = Tokenizer.load(byte_level_dir)
+    tokenizer = Tokenizer(byte_level_dir)
     ids = tokenizer.encode(text, add_special_tokens=False)
     got, why, used = in_pieces(Detokenizer(tokenizer, [0], stops), ids, seed)
     assert (got, why) == (kept, stopped_by)
@@ -158,7 +158,7 @@ def test_stop_strings(
 
 
 def test_only_what_could_become_a_stop_string_is_held_back(byte_level_dir: Path) -> None:
-    tokenizer = Tokenizer.load(byte_level_dir)
+    tokenizer = Tokenizer(byte_level_dir)
     detokenizer = Detokenizer(tokenizer, [0], ["##END"])
 
     def push(text: str) -> str:
@@ -173,7 +173,7 @@ def test_only_what_could_become_a_stop_string_is_held_back(byte_level_dir: Path)
 
 
 def test_stop_strings_are_not_looked_for_before_min_tokens(byte_level_dir: Path) -> None:
-    tokenizer = Tokenizer.load(byte_level_dir)
+    tokenizer = Tokenizer(byte_level_dir)
     ids = tokenizer.encode("XaXbX", add_special_tokens=False)
     assert len(ids) == 5
     assert in_pieces(Detokenizer(tokenizer, [0], ["X"], min_tokens=3), ids, 0) == ("XaXb", "X", 5)

@@ -79,7 +79,7 @@ def test_nothing_is_kept_of_a_sequence_that_ended_on_a_draft_row() -> None:
             if scheduler.append_token(row.sequence, position, 7) and row.draft and len(row.sequence.log) == 8:
                 scheduler.finish(row.sequence)
         if row.sequence.state is not State.FINISHED and row.guesses:
-            scheduler.speculation.told(row.sequence, [7] * row.guesses)
+            scheduler.speculation.guesser.told(row.sequence, [7] * row.guesses)
         scheduler.step_done(plan.step)
     assert not scheduler.running
     assert scheduler.speculation.take_counts()[1] > 4
@@ -127,7 +127,7 @@ def test_those_that_come_back_go_on_as_one_batch() -> None:
         for row in plan.rows:
             for position in range(row.start + row.count - len(row.draft), row.start + row.count + 1):
                 scheduler.append_token(row.sequence, position, 7)
-            scheduler.speculation.told(row.sequence, [7, 7])
+            scheduler.speculation.guesser.told(row.sequence, [7, 7])
         scheduler.step_done(plan.step)
     assert rows[-10:] == [2] * 10
 
@@ -146,7 +146,7 @@ def test_who_was_asked_waits_for_the_answer_and_has_pages_for_it() -> None:
     assert sequence.pages_sent * 4 >= 3 + 3, "positions of the guesses that the model computes"
     assert scheduler.next_plan() is None
     scheduler.append_token(sequence, 3, 4)
-    scheduler.speculation.told(sequence, [5, 6, 7])
+    scheduler.speculation.guesser.told(sequence, [5, 6, 7])
     scheduler.step_done(plan.step)
     plan = scheduler.next_plan()
     assert plan is not None

@@ -44,6 +44,7 @@ class FakeLoop:
         self.crossed = self.stuck = self.closed = False
         self.lost: StagemeshError | None = None
         self.refusal: StagemeshError | None = None
+        self.probes = 0
         self.session = SimpleNamespace(unreachable=["worker-b"])
 
     async def start(self, slot: SlotLease) -> None:
@@ -59,6 +60,10 @@ class FakeLoop:
         if self.lost is None:
             self.lost = error
             self.on_lost(self, error)
+
+    def probe(self) -> bool:
+        self.probes += 1
+        return True
 
     def retire(self) -> None:
         self.lost = StageLost("retired")
@@ -98,7 +103,7 @@ class Mesh:
         self.driver = PipelineDriver(
             NAME,
             Surroundings(
-                settings, self.slot, self.reporter, observers, deque(), no_model, self._live, lambda: None,
+                settings, self.slot, self.reporter, observers, deque(), no_model, lambda: None,
                 cast(Callable[..., BatchLoop], self._make_loop),
             ),
         )  # fmt: skip
@@ -114,27 +119,6 @@ class Mesh:
         loop.refusal = self.refusal
         self.loops.append(loop)
         return loop
-
-    def _live(self, request: Any) -> Any:
-        """The request by which a first token crosses: it ends when the loop is crossed or lost."""
-        live = MagicMock(choices=[SimpleNamespace(finished=False, sequence=Sequence((0,), 0, 2))])
-        ended = asyncio.Event()
-        live.fail.side_effect = lambda e: self._end(live, ended)
-
-        async def deltas(_: Any) -> Any:
-            while not (ended.is_set() or self.loops[-1].crossed):
-                await asyncio.sleep(0)
-            self._end(live, ended)
-            return
-            yield
-
-        live.__aiter__ = deltas
-        return live
-
-    def _end(self, live: Any, ended: asyncio.Event) -> None:
-        if not ended.is_set():
-            ended.set()
-            self.driver.forget(live)
 
     def add(self) -> MagicMock:
         """A request that does not end by itself."""

@@ -481,8 +481,10 @@ def test_what_operators_look_at(make_served: Make) -> None:
 
 def test_metrics(make_served: Make) -> None:
     served = make_served()
-    served.metrics.finished("stop", 1.0, 5)
-    served.metrics.tokens(5, [0.1, 0.2])
+    served.metrics.success.labels("stop").inc()
+    served.metrics.generation_tokens.inc(5)
+    for interval_s in (0.1, 0.2):
+        served.metrics.itl_s.observe(interval_s)
     post(served, URL, {"prompt": "a", "model": "nope"})
     text = get(served, "/metrics").text
     for line in (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from prometheus_client import generate_latest
+
 from stagemesh.gateway.drive.outage import KEPT, Outage
 from stagemesh.gateway.telemetry.metrics import Metrics
 
@@ -25,7 +27,7 @@ def test_it_begins_with_the_first_loss_and_ends_with_a_token() -> None:
         assert told == [
             ("lost", 1, "stage 1 went away", None), ("lost", 2, "and again", None), ("recovered", 3, None, 77),
         ]  # fmt: skip
-        text = metrics.render().decode()
+        text = generate_latest(metrics.registry).decode()
         for line in ("pipeline_losses_total 2.0", "replayed_tokens_total 77.0", "recovery_seconds_count 1.0"):
             assert f"stagemesh_{line}" in text
         assert given_up == []

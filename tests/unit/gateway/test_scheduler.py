@@ -269,7 +269,7 @@ class Worker:
     def take(self, scheduler: Scheduler, plan: Plan) -> None:
         closed, scheduler.closed = scheduler.closed, []
         for entry in closed:
-            del self.lengths[entry.ident], self.pages[entry.ident]
+            del self.lengths[entry.sequence], self.pages[entry.sequence]
         for opened in plan.opened:
             assert opened.ident not in self.lengths
             self.lengths[opened.ident], self.pages[opened.ident] = 0, []

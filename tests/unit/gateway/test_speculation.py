@@ -9,30 +9,39 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagemesh.gateway.schedule.lookup import INDEXED_AT_ONCE, PLACES, LookupGuesser, LookupLimits, PromptLookup
+from stagemesh.gateway.schedule.lookup import INDEXED_AT_ONCE, PLACES, LookupGuesser, PromptLookup
 from stagemesh.gateway.schedule.pages import PageAllocator
 from stagemesh.gateway.schedule.plan import Plan, Row
 from stagemesh.gateway.schedule.scheduler import Scheduler
 from stagemesh.gateway.schedule.sequence import Sequence, State
-from stagemesh.gateway.schedule.speculation import Speculation
+from stagemesh.gateway.schedule.speculation import NO_GUESSES, Speculation
+from stagemesh.settings.speculative import SpeculativeConfig
 
 SIZE = 4
 """Tokens of a page."""
-LIMITS = LookupLimits(num_tokens=4, longest=3, shortest=2)
 
 
-def naive(tokens: list[int], limits: LookupLimits) -> list[int]:
+def lookup(num_tokens: int, longest: int, shortest: int) -> SpeculativeConfig:
+    return SpeculativeConfig(
+        method="ngram", num_speculative_tokens=num_tokens, prompt_lookup_max=longest, prompt_lookup_min=shortest
+    )
+
+
+LIMITS = lookup(num_tokens=4, longest=3, shortest=2)
+
+
+def naive(tokens: list[int], limits: SpeculativeConfig) -> list[int]:
     """By searching all of the past: the longest run that stood before, the latest place of it, what followed there."""
     places = [
         end
-        for end in range(len(tokens) - 2, limits.shortest - 2, -1)
-        if tokens[end - limits.shortest + 1 : end + 1] == tokens[-limits.shortest :]
+        for end in range(len(tokens) - 2, limits.prompt_lookup_min - 2, -1)
+        if tokens[end - limits.prompt_lookup_min + 1 : end + 1] == tokens[-limits.prompt_lookup_min :]
     ][:PLACES]
-    for run in range(limits.longest, limits.shortest - 1, -1):
+    for run in range(limits.prompt_lookup_max, limits.prompt_lookup_min - 1, -1):
         for end in places:
             if end - run + 1 >= 0 and tokens[end - run + 1 : end + 1] == tokens[-run:]:
                 grown = list(tokens)
-                for i in range(limits.num_tokens):
+                for i in range(limits.num_speculative_tokens):
                     grown.append(grown[end + 1 + i])
                 return grown[len(tokens) :]
     return []
@@ -46,20 +55,20 @@ def naive(tokens: list[int], limits: LookupLimits) -> list[int]:
     more=st.integers(0, 3),
 )
 def test_what_is_guessed_is_what_a_plain_search_finds(tokens: list[int], split: int, shortest: int, more: int) -> None:
-    limits = LookupLimits(4, shortest + more, shortest)
+    limits = lookup(4, shortest + more, shortest)
     split = min(split, len(tokens) - 1)
     sequence = Sequence(tuple(tokens[:split]), 0, 1000)
-    lookup = PromptLookup(limits)
-    assert lookup.guess(sequence) == naive(tokens[:split], limits)[:3], "three at a time, before anything is known"
+    guesser = PromptLookup(limits)
+    assert guesser.guess(sequence) == naive(tokens[:split], limits)[:3], "three at a time, before anything is known"
     for at in range(split, len(tokens)):
         sequence.log.append(tokens[at])
-        guess = lookup.guess(sequence)
+        guess = guesser.guess(sequence)
         assert guess == naive(tokens[: at + 1], limits)[: len(guess)]
     afresh = PromptLookup(limits).guess(Sequence(tuple(tokens), 0, 1000))
     assert afresh == naive(tokens, limits)[:3]
 
 
-def follow(tokens: list[int], split: int, limits: LookupLimits = LIMITS) -> tuple[int, int, int]:
+def follow(tokens: list[int], split: int, limits: SpeculativeConfig = LIMITS) -> tuple[int, int, int]:
     """(draft rows, tokens guessed, accepted) of an output that is known, one step after the other."""
     sequence, speculation = Sequence(tuple(tokens[:split]), 0, len(tokens)), Speculation(LookupGuesser(limits))
     while sequence.length < len(tokens):
@@ -97,8 +106,8 @@ def test_guessing_comes_back_when_the_text_begins_to_repeat() -> None:
 
 def test_a_long_prompt_is_taken_in_by_pieces() -> None:
     sequence = Sequence((*range(10, 10 + 2 * INDEXED_AT_ONCE), 20, 21, 22), 0, 9)
-    lookup = PromptLookup(LIMITS)
-    assert [lookup.guess(sequence) for _ in "123"] == [[], [], [23, 24, 25]]
+    guesser = PromptLookup(LIMITS)
+    assert [guesser.guess(sequence) for _ in "123"] == [[], [], [23, 24, 25]]
 
 
 def test_what_would_be_too_many_is_not_guessed() -> None:
@@ -131,14 +140,16 @@ class Mesh:
     """Tokens after which a sequence is ended by a stop string."""
 
     @staticmethod
-    def make(pages: int, steps: int = 2, tokens: int = 64, seqs: int = 8, limits: LookupLimits | None = LIMITS) -> Mesh:
+    def make(
+        pages: int, steps: int = 2, tokens: int = 64, seqs: int = 8, limits: SpeculativeConfig | None = LIMITS
+    ) -> Mesh:
         allocator = PageAllocator(pages, SIZE)
         scheduler = Scheduler(
             allocator,
             steps_in_flight=steps,
             max_num_seqs=seqs,
             max_num_batched_tokens=tokens,
-            guesser=LookupGuesser(limits) if limits else None,
+            guesser=LookupGuesser(limits) if limits else NO_GUESSES,
         )
         return Mesh(scheduler, {}, {}, {}, {})
 
@@ -150,7 +161,7 @@ class Mesh:
         self.planned += 1
         closed, self.scheduler.closed = self.scheduler.closed, []
         for entry in closed:
-            del self.lengths[entry.ident], self.tables[entry.ident]
+            del self.lengths[entry.sequence], self.tables[entry.sequence]
         for opened in plan.opened:
             self.lengths[opened.ident], self.tables[opened.ident] = 0, []
         for row in plan.rows:
@@ -191,7 +202,7 @@ class Mesh:
             known = len(sequence.prompt)
             return sequence.prompt[position] if position < known else true_token(sequence, position)
 
-        if sequence.state is State.RUNNING:
+        if sequence.state in (State.RUNNING, State.PREEMPTED):
             for position in range(row.start):
                 assert self.memory[slot(position)] == real(position), f"position {position} of {row}"
         tokens = [real(row.start + i) for i in range(row.count - len(row.draft))] + row.draft
@@ -244,7 +255,7 @@ def test_fewer_steps_and_the_same_tokens() -> None:
 @given(seed=st.integers(0, 2**32), pages=st.integers(24, 80), steps=st.integers(1, 4), tokens=st.integers(4, 64))
 def test_any_story_with_drafts_ends_with_the_same_tokens(seed: int, pages: int, steps: int, tokens: int) -> None:
     rng = random.Random(seed)
-    mesh = Mesh.make(pages, steps, tokens, rng.randint(1, 8), LookupLimits(rng.randint(1, 6), 3, rng.randint(1, 3)))
+    mesh = Mesh.make(pages, steps, tokens, rng.randint(1, 8), lookup(rng.randint(1, 6), 3, rng.randint(1, 3)))
     # Some begin alike, so that pages are shared, and some are the same all through.
     wanted = [
         Sequence(tuple(i % 5 for i in range(rng.randint(1, 30))), rng.randrange(3), rng.randint(1, 60))

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 
 from stagemesh.errors import ConfigError, NotFound
-from stagemesh.gateway.api.request import Delta, TokenLogprob
-from stagemesh.gateway.api.token_log import LoggedCall, LoggedStream, StreamWriter, TokenLog
+from stagemesh.gateway.api.request import Delta, Logged, TokenLogprob
+from stagemesh.gateway.api.token_log import LoggedCall, StreamWriter, TokenLog
 from stagemesh.gateway.timing import GatewayTiming
 
 IDENT = "cmpl-" + "a" * 32
-CALL = LoggedCall(IDENT, "/v1/completions", b'{"prompt": "x"}', 7, (3,))
+CALL = LoggedCall(IDENT, "/v1/completions", '{"prompt": "x"}', 7, [3])
+Choices = dict[int, list[Logged]]
 
 
-def tokens(recorded: LoggedStream, choice: int = 0) -> list[int]:
-    return [token for token, _ in recorded.choices.get(choice, [])]
+def tokens(choices: Choices, choice: int = 0) -> list[int]:
+    return [token for token, _ in choices.get(choice, [])]
 
 
 def say(writing: StreamWriter, *ids: int, choice: int = 0) -> None:
@@ -35,10 +36,10 @@ def test_what_was_sent_is_read_back(log: TokenLog) -> None:
     writing = log.begin(CALL)
     say(writing, 1, 2)
     writing.add(1, Delta(1, "", [8, 9], [TokenLogprob(8, -1.5, ((8, -1.5),)), TokenLogprob(9, -2.0)]))
-    recorded, _ = log.resume(IDENT)
-    assert recorded.call == CALL
-    assert tokens(recorded) == [1, 2]
-    assert recorded.choices[1] == [(8, TokenLogprob(8, -1.5, ((8, -1.5),))), (9, TokenLogprob(9, -2.0))]
+    call, choices, _ = log.resume(IDENT)
+    assert call == CALL
+    assert tokens(choices) == [1, 2]
+    assert choices[1] == [(8, TokenLogprob(8, -1.5, ((8, -1.5),))), (9, TokenLogprob(9, -2.0))]
 
 
 def test_a_call_of_which_nothing_was_sent_leaves_nothing(log: TokenLog, tmp_path: Path) -> None:
@@ -52,13 +53,13 @@ def test_two_that_write_the_same_positions(log: TokenLog) -> None:
     """A client goes on elsewhere, and the first gateway has not noticed yet."""
     first = log.begin(CALL)
     say(first, 1, 2, 3)
-    _, second = log.resume(IDENT)
+    _, _, second = log.resume(IDENT)
     second.continue_at([2])
     say(first, 4)
     say(second, 3, 4)
     say(first, 5)
     say(second, 5, 6)
-    assert tokens(log.resume(IDENT)[0]) == [1, 2, 3, 4, 5, 6]
+    assert tokens(log.resume(IDENT)[1]) == [1, 2, 3, 4, 5, 6]
 
 
 def test_after_a_partial_line(log: TokenLog, tmp_path: Path) -> None:
@@ -66,11 +67,11 @@ def test_after_a_partial_line(log: TokenLog, tmp_path: Path) -> None:
     say(log.begin(CALL), 1, 2)
     path = tmp_path / f"{IDENT}.jsonl"
     path.write_bytes(path.read_bytes() + b"[0, 2, [[3, nu")
-    recorded, writing = log.resume(IDENT)
-    assert tokens(recorded) == [1, 2]
+    _, choices, writing = log.resume(IDENT)
+    assert tokens(choices) == [1, 2]
     writing.continue_at([2])
     say(writing, 3, 4)
-    assert tokens(log.resume(IDENT)[0]) == [1, 2, 3, 4]
+    assert tokens(log.resume(IDENT)[1]) == [1, 2, 3, 4]
 
 
 def test_nothing_behind_a_gap_is_of_use(log: TokenLog) -> None:
@@ -78,7 +79,7 @@ def test_nothing_behind_a_gap_is_of_use(log: TokenLog) -> None:
     say(writing, 1, 2)
     writing.continue_at([5])
     say(writing, 6)
-    assert tokens(log.resume(IDENT)[0]) == [1, 2]
+    assert tokens(log.resume(IDENT)[1]) == [1, 2]
 
 
 def test_a_stream_is_kept_for_its_time(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_a_stream_is_kept_for_its_time(tmp_path: Path) -> None:
     log.begin(other)
     with pytest.raises(NotFound, match="over 2 s ago"):
         log.resume(IDENT)
-    assert tokens(log.resume(other.call_id)[0]) == [1]
+    assert tokens(log.resume(other.id)[1]) == [1]
 
 
 @pytest.mark.parametrize("ident", ["cmpl-1", "../" + IDENT, "chatcmpl-" + "z" * 32])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from stagemesh.errors import CheckpointError, InvalidRequest
+from stagemesh.gateway.api.request import Sampling
 from stagemesh.gateway.text.chat_template import ChatTemplate
 from stagemesh.gateway.text.tokenizer import Tokenizer
 from stagemesh.settings.model import DEMO_MODEL
@@ -31,7 +32,7 @@ def transformers_tokenizer(folder: Path) -> Any:
 @pytest.mark.parametrize("which", ["byte_level_dir", "sentencepiece_dir", "demo"])
 def test_ids_and_text_are_those_of_transformers(which: str, request: pytest.FixtureRequest) -> None:
     folder: Path = DEMO_MODEL if which == "demo" else request.getfixturevalue(which)
-    ours, theirs = Tokenizer.load(folder), transformers_tokenizer(folder)
+    ours, theirs = Tokenizer(folder), transformers_tokenizer(folder)
     for text in ("hello world", "", " a  b\n", "naïve 🙂 日本", "with </s> inside", "</s>"):
         for add in (True, False):
             expected = theirs.encode(text, add_special_tokens=add)
@@ -64,7 +65,7 @@ def test_templates_render_as_in_transformers(
     tmp_path: Path, make_byte_level: Callable[..., Path], template: str, generate: bool
 ) -> None:
     folder = make_byte_level(tmp_path / "m", chat_template=template)
-    ours, theirs = Tokenizer.load(folder), transformers_tokenizer(folder)
+    ours, theirs = Tokenizer(folder), transformers_tokenizer(folder)
     assert ours.chat_template is not None
     rendered = ours.chat_template.render(TALK, add_generation_prompt=generate)
     assert rendered == theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=generate)
@@ -73,7 +74,7 @@ def test_templates_render_as_in_transformers(
 
 
 def test_the_demo_models_template_renders_as_in_transformers() -> None:
-    ours, theirs = Tokenizer.load(DEMO_MODEL), transformers_tokenizer(DEMO_MODEL)
+    ours, theirs = Tokenizer(DEMO_MODEL), transformers_tokenizer(DEMO_MODEL)
     assert ours.chat_template is not None
     expected = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
     assert ours.chat_template.render(TALK) == expected
@@ -89,13 +90,13 @@ def test_where_templates_lie(byte_level_dir: Path, kind: str) -> None:
     else:
         named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "from the file"}]
         config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": named}))
-    template = Tokenizer.load(byte_level_dir).chat_template
+    template = Tokenizer(byte_level_dir).chat_template
     assert template is not None
     assert template.render(TALK) == "from the file"
 
 
 def test_what_a_template_refuses_is_the_clients_fault(byte_level_dir: Path) -> None:
-    template = Tokenizer.load(byte_level_dir).chat_template
+    template = Tokenizer(byte_level_dir).chat_template
     assert template is not None
     with pytest.raises(InvalidRequest, match="the assistant must not begin"):
         template.render([{"role": "assistant", "content": "hi"}])
@@ -113,37 +114,37 @@ def test_a_broken_template_is_the_checkpoints_fault() -> None:
 
 
 def test_eos_ids_are_those_of_generation_config_and_tokenizer(byte_level_dir: Path) -> None:
-    assert Tokenizer.load(byte_level_dir).eos_ids == {1, 2}
+    assert Tokenizer(byte_level_dir).eos_ids == {1, 2}
     (byte_level_dir / "generation_config.json").unlink()
     (byte_level_dir / "config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert Tokenizer.load(byte_level_dir).eos_ids == {1, 7}
+    assert Tokenizer(byte_level_dir).eos_ids == {1, 7}
 
 
 def test_sampling_defaults(byte_level_dir: Path) -> None:
     file = byte_level_dir / "generation_config.json"
     file.write_text(json.dumps({"temperature": 0.25, "top_k": 20, "top_p": 0.9, "max_length": 20, "do_sample": True}))
-    sampling = Tokenizer.load(byte_level_dir).defaults.sampling
+    sampling = Sampling(**Tokenizer(byte_level_dir).defaults)
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.25, 20, 0.9, 0.0)
     file.write_text(json.dumps({"temperature": "hot"}))
     with pytest.raises(CheckpointError, match="temperature must be a number"):
-        Tokenizer.load(byte_level_dir)
+        Tokenizer(byte_level_dir)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_a_damaged_file_is_named(byte_level_dir: Path, name: str) -> None:
     (byte_level_dir / name).write_text('{"half": ')
     with pytest.raises(CheckpointError, match=name):
-        Tokenizer.load(byte_level_dir)
+        Tokenizer(byte_level_dir)
 
 
 def test_no_directory_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a directory"):
-        Tokenizer.load(tmp_path / "none")
+        Tokenizer(tmp_path / "none")
 
 
 def test_without_tokenizer_json_only_ids_are_served(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [4]}))
-    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
     assert tokenizer.eos_ids == {4}
     assert tokenizer.decode([1, 2]) == tokenizer.token_text(3) == ""
     with pytest.raises(InvalidRequest, match="send token ids"):
@@ -152,24 +153,24 @@ def test_without_tokenizer_json_only_ids_are_served(tmp_path: Path) -> None:
 
 def test_lone_surrogates_are_refused(byte_level_dir: Path) -> None:
     with pytest.raises(InvalidRequest, match="surrogate at character 1"):
-        Tokenizer.load(byte_level_dir).encode("a\ud800")
+        Tokenizer(byte_level_dir).encode("a\ud800")
 
 
 def test_bytes_of_single_tokens(byte_level_dir: Path, sentencepiece_dir: Path) -> None:
     for folder in (byte_level_dir, sentencepiece_dir):
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer(folder)
         for text in ("a b", "naïve 🙂"):
             ids = tokenizer.encode(text, add_special_tokens=False)
             assert b"".join(tokenizer.token_bytes(i) for i in ids).decode().strip() == text
-    tokenizer = Tokenizer.load(byte_level_dir)
+    tokenizer = Tokenizer(byte_level_dir)
     euro = tokenizer.encode("€ w", add_special_tokens=False)
     assert [tokenizer.token_text(i) for i in euro] == ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", " w"]
     assert tokenizer.token_text(1) == "</s>"
-    assert Tokenizer.load(sentencepiece_dir).token_text(tokenizer_id(sentencepiece_dir, "▁a")) == " a"
+    assert Tokenizer(sentencepiece_dir).token_text(tokenizer_id(sentencepiece_dir, "▁a")) == " a"
 
 
 def tokenizer_id(folder: Path, token: str) -> int:
-    raw = Tokenizer.load(folder).raw
+    raw = Tokenizer(folder).raw
     assert raw is not None
     found = raw.token_to_id(token)
     assert found is not None
@@ -178,7 +179,7 @@ def tokenizer_id(folder: Path, token: str) -> int:
 
 def test_the_bound_on_tokens_is_one(byte_level_dir: Path, sentencepiece_dir: Path) -> None:
     for folder in (byte_level_dir, sentencepiece_dir, DEMO_MODEL):
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer(folder)
         for text in ("hello hello " * 50, "🙂" * 100, "</s>" * 50, "a"):
             assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False))
         assert tokenizer.fewest_tokens("a" * 10_000) > 50
