@@ -116,6 +116,15 @@ class Stories(RuleBasedStateMachine):
     def lose(self, name: str, back: int) -> None:
         self.send(events.WorkerLost(name, self.story.lives[name] - back, "gone"))
 
+    @rule(name=st.sampled_from(NAMES), phases=st.integers(0, 3))
+    def lose_for_good(self, name: str, phases: int) -> None:
+        """Long enough for the others to take its layers over, and for some of the phases that follow."""
+        if name in self.story.world.workers:
+            self.send(events.WorkerLost(name, self.story.lives[name], "gone"))
+            self.story.wait(2.5, *self.story.world.workers)
+            self.check()
+            self.advance("pipeline-0", 0, phases)
+
     @rule(name=st.sampled_from(NAMES))
     def drain(self, name: str) -> None:
         self.send(drain(name))
