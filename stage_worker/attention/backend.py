@@ -1,5 +1,5 @@
-"""Attention on a CUDA device: kernels over page tables for captured decode steps, PyTorch's flash attention for
-prompts, and the plain functions for the rest. Metadata is made on the host and copied once a step.
+"""The attention of a shard: the plain functions, and on a CUDA device kernels over page tables for captured decode
+steps and PyTorch's flash attention for prompts. Metadata is made on the host and copied once a step.
 
 A kernel serves a kind of layer only after it gave what the plain functions give, on this device.
 """
@@ -7,7 +7,7 @@ A kernel serves a kind of layer only after it gave what the plain functions give
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ from torch.nn.attention.bias import causal_lower_right
 
 from stagemesh.errors import ConfigError, InternalError
 
-from .base import AttentionKind, AttentionMetadata, PrefillRow, PrefillView
+from .base import AttentionKind, AttentionMetadata, PrefillView
 from .decode import DecodeKernel, LayerKind, TorchDecode, difference
-from .paged import PagedAttention
+from .flashinfer_decode import FlashinferDecode
+from .paged import SCORES_BYTES, attend_decode, attend_prefill, write_pages
 from .tables import DecodeTables
+from .triton_decode import TritonDecode
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +30,26 @@ KERNELS = ("flashinfer", "triton", "torch")
 """In the order in which they are tried."""
 
 
-class CudaAttention(PagedAttention):
-    """The backend of a CUDA device. On a CPU it runs too, on the plain functions: tests of captured steps use that."""
+class PagedAttention:
+    """Writes a layer's new K and V to their pages, then attends."""
 
-    def __init__(self, kernels: Sequence[str | DecodeKernel] = KERNELS) -> None:
-        """`kernels`: which decode kernels to try, by name or made; where none can be had, the plain functions serve."""
-        super().__init__()
+    def __init__(
+        self,
+        device: torch.device | str,
+        kernels: Sequence[str | DecodeKernel] = KERNELS,
+        scores_bytes: int = SCORES_BYTES,
+    ) -> None:
+        """`kernels`: which to try for captured steps, by name or made; the plain functions serve where none can be had.
+
+        `scores_bytes`: bound on the scores of one block of a prompt's queries.
+
+        Raises ConfigError for a device other than cpu and cuda.
+        """
+        kind = torch.device(device).type
+        if kind not in ("cpu", "cuda"):
+            raise ConfigError(f"no attention backend for device {kind!r}: use cpu or cuda")
         self._wanted = kernels
+        self._scores_bytes = scores_bytes
         self._kernels: list[DecodeKernel] | None = None
         self._chosen: dict[LayerKind, DecodeKernel] = {}
         self._flash = True
@@ -46,13 +61,38 @@ class CudaAttention(PagedAttention):
         value: Tensor,
         k_pages: Tensor,
         v_pages: Tensor,
-        metadata: AttentionMetadata,
+        metadata: AttentionMetadata | DecodeTables,
         kind: AttentionKind,
     ) -> Tensor:
-        """See `AttentionBackend.attend`."""
-        tables = metadata.tables
-        if tables is None:
-            return super().attend(query, key, value, k_pages, v_pages, metadata, kind)
+        """[T, N, Dv] from `query` [T, N, D], `key` [T, K, D], `value` [T, K, Dv] and the layer's pages [P, K, S, D].
+
+        `metadata`: the rows of a step that runs as it is, or the tables of one that is captured.
+        """
+        if isinstance(metadata, DecodeTables):
+            return self._attend_tables(query, key, value, k_pages, v_pages, metadata, kind)
+        write_pages(key, value, k_pages, v_pages, metadata)
+        prompts = metadata.prefill_views(kind.sliding_window)
+        if not prompts:
+            # Two batched matrix products: on a CPU bf16 `scaled_dot_product_attention` took twice as long.
+            return attend_decode(query, k_pages, v_pages, metadata, kind)
+        out = torch.empty(*query.shape[:2], v_pages.shape[-1], dtype=query.dtype, device=query.device)
+        if metadata.decode_views(kind.sliding_window):
+            where = metadata.decode_tokens
+            out[where] = attend_decode(query[where], k_pages, v_pages, metadata, kind)
+        for view in prompts:
+            out[view.tokens] = self._prefill(query[view.tokens], k_pages, v_pages, view, kind)
+        return out
+
+    def _attend_tables(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        tables: DecodeTables,
+        kind: AttentionKind,
+    ) -> Tensor:
         layer = LayerKind(
             heads=query.shape[1],
             kv_heads=key.shape[1],
@@ -90,11 +130,11 @@ class CudaAttention(PagedAttention):
             log.warning("decode attention of %s does not go through %s: %s", kind, kernel.name, why)
         raise InternalError("the plain functions refuse no layer")
 
-    def prefill(
-        self, query: Tensor, k_pages: Tensor, v_pages: Tensor, row: PrefillRow, view: PrefillView, kind: AttentionKind
+    def _prefill(
+        self, query: Tensor, k_pages: Tensor, v_pages: Tensor, view: PrefillView, kind: AttentionKind
     ) -> Tensor:
         """Flash attention where it knows the layer, else the plain function's blocks of scores."""
-        if self._flash and query.is_cuda and flash_knows(query, v_pages, row, kind):
+        if self._flash and query.is_cuda and flash_knows(query, v_pages, view, kind):
             try:
                 with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                     return attend_prefill_sdpa(query, k_pages, v_pages, view, kind.scaling)
@@ -103,51 +143,38 @@ class CudaAttention(PagedAttention):
             except RuntimeError as e:
                 self._flash = False
                 log.warning("prompts do not go through PyTorch's flash attention here: %s", e)
-        return super().prefill(query, k_pages, v_pages, row, view, kind)
+        return attend_prefill(query, k_pages, v_pages, view, kind, self._scores_bytes)
 
 
 def make_kernels(wanted: Sequence[str | DecodeKernel], device: torch.device) -> list[DecodeKernel]:
-    """Those that can be had here, and at the end the plain functions."""
+    """Those that can be had here, and at the end the plain functions. Raises ConfigError for a name that is none."""
     plain = TorchDecode()
     made: list[DecodeKernel] = []
-
-    def triton() -> DecodeKernel:
-        from .triton_decode import TritonDecode
-
-        return TritonDecode(device)
-
-    def flashinfer() -> DecodeKernel:
-        from .flashinfer_decode import FlashinferDecode
-
-        return FlashinferDecode(device, writer())
-
-    def writer() -> DecodeKernel:
-        try:
-            return triton()
-        except ConfigError:
-            return plain
-
-    makers: dict[str, Callable[[], DecodeKernel]] = {"flashinfer": flashinfer, "triton": triton}
-    for name in wanted:
-        if name == plain.name:
-            continue
-        if not isinstance(name, str):
-            made.append(name)
-            continue
-        if name not in makers:
-            raise ConfigError(f"no decode kernel {name!r}: use some of {', '.join(KERNELS)}")
-        try:
-            made.append(makers[name]())
-        except ConfigError as e:
-            log.info("no decode attention through %s: %s", name, e.message)
+    for entry in wanted:
+        if not isinstance(entry, str):
+            made.append(entry)
+        elif entry not in KERNELS:
+            raise ConfigError(f"no decode kernel {entry!r}: use some of {', '.join(KERNELS)}")
+        elif entry != plain.name:
+            try:
+                made.append(TritonDecode(device) if entry == "triton" else FlashinferDecode(device, _writer(device)))
+            except ConfigError as e:
+                log.info("no decode attention through %s: %s", entry, e.message)
     return [*made, plain]
 
 
-def flash_knows(query: Tensor, v_pages: Tensor, row: PrefillRow, kind: AttentionKind) -> bool:
+def _writer(device: torch.device) -> DecodeKernel:
+    try:
+        return TritonDecode(device)
+    except ConfigError:
+        return TorchDecode()
+
+
+def flash_knows(query: Tensor, v_pages: Tensor, view: PrefillView, kind: AttentionKind) -> bool:
     """Whether flash attention computes such a layer: 16 bits, one head size, nothing but causal."""
     if query.dtype not in (torch.bfloat16, torch.float16) or kind.softcap is not None or kind.sinks is not None:
         return False
-    if kind.sliding_window is not None and kind.sliding_window < row.start + row.count:
+    if kind.sliding_window is not None and kind.sliding_window < view.first_position + view.context_len:
         return False
     return query.shape[-1] == v_pages.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
