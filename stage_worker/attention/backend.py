@@ -69,7 +69,10 @@ class PagedAttention:
         `metadata`: the rows of a step that runs as it is, or the tables of one that is captured.
         """
         if isinstance(metadata, DecodeTables):
-            return self._attend_tables(query, key, value, k_pages, v_pages, metadata, kind)
+            layer = _layer_kind(query, k_pages, v_pages, kind)
+            kernel = self._chosen.get(layer) or self._choose(layer, query.device)
+            kernel.write(key, value, k_pages, v_pages, metadata)
+            return kernel.attend(query, k_pages, v_pages, metadata, layer, kind.sinks)
         write_pages(key, value, k_pages, v_pages, metadata)
         prompts = metadata.prefill_views(kind.sliding_window)
         if not prompts:
@@ -82,32 +85,6 @@ class PagedAttention:
         for view in prompts:
             out[view.tokens] = self._prefill(query[view.tokens], k_pages, v_pages, view, kind)
         return out
-
-    def _attend_tables(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        tables: DecodeTables,
-        kind: AttentionKind,
-    ) -> Tensor:
-        layer = LayerKind(
-            heads=query.shape[1],
-            kv_heads=key.shape[1],
-            k_dim=key.shape[2],
-            v_dim=value.shape[2],
-            page_size=k_pages.shape[2],
-            dtype=query.dtype,
-            scaling=kind.scaling,
-            window=kind.sliding_window,
-            softcap=kind.softcap,
-            has_sinks=kind.sinks is not None,
-        )
-        kernel = self._chosen.get(layer) or self._choose(layer, query.device)
-        kernel.write(key, value, k_pages, v_pages, tables)
-        return kernel.attend(query, k_pages, v_pages, tables, layer, kind.sinks)
 
     def plan(self, tables: DecodeTables) -> None:
         """To be called before a captured step is launched over rows just loaded into `tables`."""
@@ -144,6 +121,22 @@ class PagedAttention:
                 self._flash = False
                 log.warning("prompts do not go through PyTorch's flash attention here: %s", e)
         return attend_prefill(query, k_pages, v_pages, view, kind, self._scores_bytes)
+
+
+def _layer_kind(query: Tensor, k_pages: Tensor, v_pages: Tensor, kind: AttentionKind) -> LayerKind:
+    _, kv_heads, page_size, k_dim = k_pages.shape
+    return LayerKind(
+        heads=query.shape[1],
+        kv_heads=kv_heads,
+        k_dim=k_dim,
+        v_dim=v_pages.shape[3],
+        page_size=page_size,
+        dtype=query.dtype,
+        scaling=kind.scaling,
+        window=kind.sliding_window,
+        softcap=kind.softcap,
+        has_sinks=kind.sinks is not None,
+    )
 
 
 def make_kernels(wanted: Sequence[str | DecodeKernel], device: torch.device) -> list[DecodeKernel]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,8 @@ class TensorParallel:
     exchange_fd: int | None = None
     device: str = "cpu"
     timeout_s: float = 60.0
-    _group: TPGroup | None = None
-    _exchange: Exchange | None = None
+    _group: TPGroup | None = field(default=None, init=False)
+    _exchange: Exchange | None = field(default=None, init=False)
 
     def group(self) -> TPGroup:
         """The group over torch.distributed. Raises TransportError when the ranks do not all come."""
