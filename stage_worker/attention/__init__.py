@@ -1,1 +1,1 @@
-"""Attention over KV pages for the plain shard: what is known of a step beforehand, and a backend for each device."""
+"""Attention over KV pages for the plain shard: what is known of a step beforehand, and the ways to compute it."""

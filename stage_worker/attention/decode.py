@@ -135,8 +135,9 @@ def difference(kernel: DecodeKernel, kind: LayerKind, device: torch.device) -> s
     width = max(pages) + 1
     order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(1)).tolist()
     rows = [[order.pop() for _ in range(count)] for count in pages]
-    tables = DecodeTables.empty(len(starts) + 2, width, size, device)
-    tables.load(pack_rows(starts, rows, size, tables.rows, width), [start + 1 for start in starts], rows)
+    tables = DecodeTables(len(starts) + 2, width, size, device)
+    packed = pack_rows(starts, rows, size, tables.rows, width)
+    tables.load(packed, packed)
     generator = torch.Generator().manual_seed(2)
 
     def random(*shape: int) -> Tensor:
@@ -147,7 +148,6 @@ def difference(kernel: DecodeKernel, kind: LayerKind, device: torch.device) -> s
     key, value = (random(tables.rows, kind.kv_heads, dim) for dim in (kind.k_dim, kind.v_dim))
     sinks = random(kind.heads) if kind.has_sinks else None
     own_k, own_v = k_pages.clone(), v_pages.clone()
-    tables.refresh()
     plain = TorchDecode()
     plain.write(key, value, k_pages, v_pages, tables)
     expected = plain.attend(query, k_pages, v_pages, tables, kind, sinks)[: len(starts)].float()

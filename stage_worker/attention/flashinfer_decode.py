@@ -7,7 +7,6 @@ of layer; buffers stay in place, so a captured step reads the next plan when it 
 from __future__ import annotations
 
 from importlib import import_module
-from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -98,16 +97,14 @@ def plan_arrays(tables: DecodeTables) -> tuple[Tensor, Tensor, Tensor]:
 
     Int32 on the host. Padding rows have one position of page 0: flashinfer knows no empty rows.
     """
-    padding = tables.rows - len(tables.lengths)
-    lengths = tables.lengths + [1] * padding
-    used = [-(-length // tables.page_size) for length in lengths]
-    pages = [page for row, count in zip(tables.pages, used, strict=False) for page in row[:count]] + [0] * padding
-    last = [(length - 1) % tables.page_size + 1 for length in lengths]
-    pinned = torch.cuda.is_available()
-    first, every, tail = (
-        torch.tensor(numbers, dtype=torch.int32, pin_memory=pinned) for numbers in ([0, *accumulate(used)], pages, last)
-    )
-    return first, every, tail
+    lengths = tables.host[:, 0].clamp_min(1)
+    used = (lengths + tables.page_size - 1) // tables.page_size
+    begins = torch.nn.functional.pad(used.cumsum(0, dtype=torch.int32), (1, 0))
+    pages = tables.host[:, 1:][torch.arange(tables.width) < used[:, None]]
+    last = (lengths - 1) % tables.page_size + 1
+    if torch.cuda.is_available():
+        return begins.pin_memory(), pages.pin_memory(), last.pin_memory()
+    return begins, pages, last
 
 
 def _plan(wrapper: Any, tables: DecodeTables, kind: LayerKind) -> None:

@@ -1,4 +1,4 @@
-"""Paged attention in plain torch: the steps that every backend without kernels of its own shares.
+"""Paged attention in plain torch: what serves where no kernel does.
 
 Softmax is in fp32. Rows of one token are two batched matrix products over gathered pages; longer rows go one at a
 time, their queries in blocks, so that scores stay within a bound of memory however long the context is.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import AttentionKind, AttentionMetadata, DecodeView, PrefillRow, PrefillView
+from .base import AttentionKind, AttentionMetadata, DecodeView, PrefillView
 
 SCORES_BYTES = 64 << 20
 """Bound on the fp32 scores of one block of queries."""
@@ -76,7 +76,6 @@ def attend_prefill(
     query: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    row: PrefillRow,
     view: PrefillView,
     kind: AttentionKind,
     scores_bytes: int = SCORES_BYTES,
@@ -90,56 +89,18 @@ def attend_prefill(
     values = v_pages.flatten(0, 1).index_select(0, rows).view(kv_heads, -1, v_pages.shape[-1])[:, :length]
     grouped = (query * kind.scaling).reshape(count, kv_heads, groups, head_dim).permute(1, 2, 0, 3)  # [K, G, C, D]
     sink_logits = None if kind.sinks is None else kind.sinks.view(kv_heads, groups, 1, 1)
-    slot_positions = torch.arange(view.first_position, view.first_position + length, device=query.device)
+    slots = torch.arange(length, device=query.device)
     block = max(1, scores_bytes // (4 * heads * length))
     out = torch.empty(kv_heads, groups, count, values.shape[-1], dtype=values.dtype, device=query.device)
     for begin in range(0, count, block):
         end = min(count, begin + block)
-        position = torch.arange(row.start + begin, row.start + end, device=query.device)[:, None]
-        invalid = slot_positions > position
+        own = slots[length - count + begin : length - count + end, None]
+        invalid = slots > own
         if kind.sliding_window is not None:
-            invalid |= slot_positions <= position - kind.sliding_window
+            invalid |= slots <= own - kind.sliding_window
         scores = torch.bmm(grouped[:, :, begin:end].reshape(kv_heads, -1, head_dim), keys)
         scores = scores.view(kv_heads, groups, end - begin, length)
         weights = probabilities(scores, invalid, kind.softcap, sink_logits).to(values.dtype)
         attended = torch.bmm(weights.view(kv_heads, -1, length), values)
         out[:, :, begin:end] = attended.view(kv_heads, groups, end - begin, -1)
     return out.permute(2, 0, 1, 3).reshape(count, heads, -1)
-
-
-class PagedAttention:
-    """The backend made of the functions above."""
-
-    def __init__(self, scores_bytes: int = SCORES_BYTES) -> None:
-        """`scores_bytes`: bound on the scores of one block of a prompt's queries."""
-        self._scores_bytes = scores_bytes
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        metadata: AttentionMetadata,
-        kind: AttentionKind,
-    ) -> Tensor:
-        """See `AttentionBackend.attend`."""
-        write_pages(key, value, k_pages, v_pages, metadata)
-        if not metadata.prefill_rows:
-            return attend_decode(query, k_pages, v_pages, metadata, kind)
-        tokens, heads, _ = query.shape
-        out = torch.empty(tokens, heads, v_pages.shape[-1], dtype=query.dtype, device=query.device)
-        if metadata.decode_rows:
-            where = metadata.decode_tokens
-            out[where] = attend_decode(query[where], k_pages, v_pages, metadata, kind)
-        for row, view in zip(metadata.prefill_rows, metadata.prefill_views(kind.sliding_window), strict=True):
-            here = slice(row.token_start, row.token_start + row.count)
-            out[here] = self.prefill(query[here], k_pages, v_pages, row, view, kind)
-        return out
-
-    def prefill(
-        self, query: Tensor, k_pages: Tensor, v_pages: Tensor, row: PrefillRow, view: PrefillView, kind: AttentionKind
-    ) -> Tensor:
-        """See `attend_prefill`; for backends with a better way."""
-        return attend_prefill(query, k_pages, v_pages, row, view, kind, self._scores_bytes)

@@ -10,7 +10,7 @@ Shapes: B rows, padding included, M pages a row at most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,50 +28,39 @@ class TableIndex:
     """[B, M] int64; of a padding row those of row 0: what lies in other pages may be NaN"""
 
 
-@dataclass(eq=False)
 class DecodeTables:
-    """B rows of one token each, their lengths and pages in memory that stays where it is."""
+    """B rows of one token each, their lengths and pages in memory that stays where it is. At first padding alone."""
 
-    packed: Tensor
-    """[B, 1 + M] int32: a row's length, its own token included, then its pages; unused places are 0."""
-    page_size: int
-    lengths: list[int] = field(default_factory=list)
-    """Of the rows now in `packed`, without padding, for kernels that plan on the host."""
-    pages: list[list[int]] = field(default_factory=list)
-    """Of the same rows."""
-    index: TableIndex | None = None
-    """Of the pass under way."""
-
-    @staticmethod
-    def empty(rows: int, width: int, page_size: int, device: torch.device | str) -> DecodeTables:
-        """Tables of padding rows alone, for up to `width` pages a row."""
-        return DecodeTables(torch.zeros(rows, 1 + width, dtype=torch.int32, device=device), page_size)
+    def __init__(self, rows: int, width: int, page_size: int, device: torch.device | str) -> None:
+        """For `rows` (B) rows of up to `width` (M) pages."""
+        self.rows, self.width, self.page_size = rows, width, page_size
+        self.packed = torch.zeros(rows, 1 + width, dtype=torch.int32, device=device)
+        """[B, 1 + M] int32: a row's length, its own token included, then its pages; unused places are 0."""
+        self.host = self.packed.cpu()
+        """The same on the host, for kernels that plan there."""
+        self._index: TableIndex | None = None
 
     @property
-    def rows(self) -> int:
-        """B."""
-        return self.packed.shape[0]
+    def positions(self) -> Tensor:
+        """[B] int64 of the rows' tokens; 0 for padding rows"""
+        return self.now().positions
 
-    @property
-    def width(self) -> int:
-        """M."""
-        return self.packed.shape[1] - 1
-
-    def load(self, packed: Tensor, lengths: list[int], pages: list[list[int]]) -> None:
-        """Describe other rows from now on, in the order of the current stream."""
+    def load(self, host: Tensor, packed: Tensor) -> None:
+        """Describe other rows from now on, in the order of the current stream: of `pack_rows`, `packed` on the device
+        or under way there."""
         self.packed.copy_(packed, non_blocking=True)
-        self.lengths, self.pages, self.index = lengths, pages, None
+        self.host, self._index = host, None
 
     def now(self) -> TableIndex:
         """What follows from the rows, for the pass under way."""
-        return self.index if self.index is not None else self.refresh()
+        return self._index if self._index is not None else self.refresh()
 
     def refresh(self) -> TableIndex:
         """Computes it anew: the first thing in a captured step."""
         lengths = self.packed[:, 0].long()
         pages = torch.where((lengths > 0)[:, None], self.packed[:, 1:], self.packed[:1, 1:]).long()
-        self.index = TableIndex(lengths, (lengths - 1).clamp_min(0), pages)
-        return self.index
+        self._index = TableIndex(lengths, (lengths - 1).clamp_min(0), pages)
+        return self._index
 
 
 def pack_rows(starts: Sequence[int], tables: Sequence[Sequence[int]], page_size: int, rows: int, width: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -32,6 +32,38 @@ class StepBatch:
     """Nothing else computes meanwhile: a shard may use its neighbours' cores."""
     prepared: object | None = None
     """What the shard's `prepare` made of the rows; the shard's own business."""
+
+    def input_of(self, first_stage: bool) -> Tensor:
+        """What the stage computes from: token ids on the first one, else hidden states. Raises InternalError."""
+        given = self.token_ids if first_stage else self.hidden
+        if given is None:
+            needed = (
+                "the first stage needs token ids" if first_stage else "a stage behind the first needs hidden states"
+            )
+            raise InternalError(needed)
+        return given
+
+    def wanted_rows(self) -> Tensor:
+        """Whose logits the last stage gives. Raises InternalError."""
+        if self.logit_rows is None:
+            raise InternalError("the last stage needs to know whose logits are wanted")
+        return self.logit_rows
+
+    def one_by_one(self) -> Iterator[StepBatch]:
+        """Every token as a step of its own, in order."""
+        at = 0
+        for start, count, table in zip(self.starts, self.counts, self.tables, strict=True):
+            for position in range(start, start + count):
+                yield StepBatch(
+                    starts=[position],
+                    counts=[1],
+                    tables=[table],
+                    page_size=self.page_size,
+                    token_ids=None if self.token_ids is None else self.token_ids[at : at + 1],
+                    hidden=None if self.hidden is None else self.hidden[at : at + 1],
+                    logit_rows=None if self.logit_rows is None else self.logit_rows[self.logit_rows == at] - at,
+                )
+                at += 1
 
 
 def lay_out(batch: StepBatch) -> tuple[array[int], array[int], array[int], array[int]]:

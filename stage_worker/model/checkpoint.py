@@ -7,10 +7,8 @@ process, and a mapped view tells no progress. Here every read is a `pread` into 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -18,7 +16,9 @@ import torch
 from typing_extensions import Buffer
 
 from stagemesh.errors import CheckpointError
-from stagemesh.safetensors_header import read_header
+from stagemesh.safetensors_header import StoredTensor, read_header
+
+from .cut import WHOLE, Cut
 
 _DTYPES = {
     "F64": torch.float64,
@@ -36,36 +36,15 @@ _DTYPES = {
 }
 _READ_BYTES = 32 << 20
 
-Ranges = Sequence[tuple[int, int]]
-"""Half-open ranges along one dimension, in ascending order."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies in its file."""
-
-    name: str
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    """Byte in the file where its data starts."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 class Checkpoint:
     """A folder with `model.safetensors`, or an index and its files. Headers are read when a tensor of theirs is."""
 
-    def __init__(self, model_dir: str | Path, on_bytes: Callable[[int], None] | None = None) -> None:
+    def __init__(self, model_dir: str | Path) -> None:
         self.model_dir = Path(model_dir)
         self.tensor_bytes_read = 0
         """Bytes of tensor data asked for so far."""
-        self._on_bytes = on_bytes
-        self._headers: dict[Path, dict[str, TensorInfo]] = {}
+        self._headers: dict[Path, dict[str, StoredTensor]] = {}
         self._files = self._find_files()
 
     @property
@@ -73,7 +52,7 @@ class Checkpoint:
         """Every tensor name that the checkpoint claims to hold."""
         return list(self._files)
 
-    def info(self, name: str) -> TensorInfo:
+    def info(self, name: str) -> StoredTensor:
         """Dtype, shape and place of one tensor.
 
         Raises:
@@ -85,11 +64,14 @@ class Checkpoint:
             raise CheckpointError(f"tensor {name!r} should be in {path} but is not: download the checkpoint again")
         return header[name]
 
-    def require(self, names: Iterable[str]) -> None:
-        """Raises CheckpointError when a tensor that this stage needs is not there."""
-        missing = [name for name in names if name not in self._files]
-        if missing:
-            raise self.lacking(missing)
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor. Raises CheckpointError for one that torch does not have."""
+        stored = self.info(name).dtype
+        if stored not in _DTYPES:
+            raise CheckpointError(
+                f"tensor {name!r} in {self._files[name]} is of type {stored}, which cannot be read: convert it"
+            )
+        return _DTYPES[stored]
 
     def lacking(self, missing: Sequence[str]) -> CheckpointError:
         """What to raise when these tensors are not there."""
@@ -98,33 +80,42 @@ class Checkpoint:
             "download the checkpoint again, or check that config.json belongs to it"
         )
 
+    def check_shape(self, name: str, expected: Sequence[int], found: Sequence[int] | None = None) -> None:
+        """Raises CheckpointError when a tensor (or what it was converted to, `found`) is not as config.json says."""
+        found = self.info(name).shape if found is None else found
+        if tuple(found) != tuple(expected):
+            raise CheckpointError(
+                f"tensor {name!r} in {self._files[name]} has shape {list(found)}, config.json asks for "
+                f"{list(expected)}: the files are of different models or revisions"
+            )
+
     def place(self, name: str) -> tuple[str, int]:
         """Sorting by this reads files in order, front to back."""
-        info = self.info(name)
-        return str(info.path), info.offset
+        return str(self._files[name]), self.info(name).offset
 
-    def read(self, name: str, dim: int | None = None, ranges: Ranges = ()) -> torch.Tensor:
-        """One tensor, or its `ranges` along `dim` concatenated, in memory of its own.
+    def read(self, name: str, cut: Cut = WHOLE) -> torch.Tensor:
+        """One tensor, or a part of it, in memory of its own.
 
         Raises:
             CheckpointError: the file ends early or cannot be read.
         """
-        info = self.info(name)
-        if dim is not None and ranges[-1][1] > info.shape[dim]:
-            raise CheckpointError(f"tensor {name!r} has shape {list(info.shape)}, too small for its model's config")
-        with _open(info.path) as file:
-            if dim is None:
-                return self._read_rows(file.fileno(), info, 0, info.shape[0] if info.shape else 1)
-            if dim == 0:
-                pieces = [self._read_rows(file.fileno(), info, start, stop) for start, stop in ranges]
+        shape = self.info(name).shape
+        if cut.dim is not None and cut.ranges[-1][1] > shape[cut.dim]:
+            raise CheckpointError(f"tensor {name!r} has shape {list(shape)}, too small for its model's config")
+        with _open(self._files[name]) as file:
+            if cut.dim is None:
+                return self._read_rows(file.fileno(), name, 0, shape[0] if shape else 1)
+            if cut.dim == 0:
+                pieces = [self._read_rows(file.fileno(), name, start, stop) for start, stop in cut.ranges]
             else:
-                pieces = [self._read_columns(file.fileno(), info, dim, start, stop) for start, stop in ranges]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
+                pieces = [self._read_columns(file.fileno(), name, cut.dim, start, stop) for start, stop in cut.ranges]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=cut.dim)
 
-    def _read_rows(self, fd: int, info: TensorInfo, start: int, stop: int, count: bool = True) -> torch.Tensor:
+    def _read_rows(self, fd: int, name: str, start: int, stop: int, count: bool = True) -> torch.Tensor:
+        info = self.info(name)
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
-        out = torch.empty(shape, dtype=info.dtype)
+        out = torch.empty(shape, dtype=self.dtype(name))
         if out.numel() == 0:
             return out
         memory = memoryview(cast(Buffer, out.reshape(-1).view(torch.uint8).numpy()))
@@ -132,30 +123,23 @@ class Checkpoint:
         while done < len(memory):
             got = os.preadv(fd, [memory[done : done + _READ_BYTES]], base + done)
             if got == 0:
-                raise CheckpointError(f"{info.path} ends inside tensor {info.name!r}: download the checkpoint again")
+                raise CheckpointError(f"{self._files[name]} ends inside tensor {name!r}: download the checkpoint again")
             done += got
             if count:
-                self._count(got)
+                self.tensor_bytes_read += got
         return out
 
-    def _read_columns(self, fd: int, info: TensorInfo, dim: int, start: int, stop: int) -> torch.Tensor:
+    def _read_columns(self, fd: int, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """A slice along an inner dimension: whole rows are read block by block, the slice is kept (and counted)."""
-        shape = list(info.shape)
-        shape[dim] = stop - start
-        out = torch.empty(shape, dtype=info.dtype)
+        info = self.info(name)
+        out = torch.empty(Cut(dim, ((start, stop),)).shape(info.shape), dtype=self.dtype(name))
         rows = info.shape[0]
         block = max(1, _READ_BYTES // max(1, info.nbytes // max(1, rows)))
         for begin in range(0, rows, block):
             end = min(rows, begin + block)
-            piece = self._read_rows(fd, info, begin, end, count=False).narrow(dim, start, stop - start)
-            out[begin:end] = piece
-            self._count(piece.numel() * info.dtype.itemsize)
+            out[begin:end] = self._read_rows(fd, name, begin, end, count=False).narrow(dim, start, stop - start)
+        self.tensor_bytes_read += out.nbytes
         return out
-
-    def _count(self, nbytes: int) -> None:
-        self.tensor_bytes_read += nbytes
-        if self._on_bytes is not None:
-            self._on_bytes(nbytes)
 
     def _find_files(self) -> dict[str, Path]:
         index = self.model_dir / "model.safetensors.index.json"
@@ -172,27 +156,10 @@ class Checkpoint:
             )
         return dict.fromkeys(self._header(single), single)
 
-    def _header(self, path: Path) -> dict[str, TensorInfo]:
+    def _header(self, path: Path) -> dict[str, StoredTensor]:
         if path not in self._headers:
-            self._headers[path] = {
-                name: TensorInfo(name, path, _dtype(path, name, stored.dtype), stored.shape, stored.offset)
-                for name, stored in read_header(path).items()
-            }
+            self._headers[path] = read_header(path)
         return self._headers[path]
-
-
-def wrong_shape(info: TensorInfo, expected: Sequence[int], found: Sequence[int] | None = None) -> CheckpointError:
-    """A tensor (or what it was converted to, `found`) is not as config.json says."""
-    return CheckpointError(
-        f"tensor {info.name!r} in {info.path} has shape {list(found or info.shape)}, config.json asks for "
-        f"{list(expected)}: the files are of different models or revisions"
-    )
-
-
-def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
-    if stored not in _DTYPES:
-        raise CheckpointError(f"tensor {name!r} in {path} is of type {stored}, which cannot be read: convert it")
-    return _DTYPES[stored]
 
 
 def _open(path: Path) -> BinaryIO:

@@ -111,11 +111,7 @@ def load_shard(
 
         group = parallel.group() if spec.tp_size == parallel.size > 1 else None
         plain = load_plain_shard(spec, group, on_progress)
-        if spec.deterministic:
-            from .plain.one_by_one import OneByOneShard
-
-            return OneByOneShard(plain)
-        if spec.enforce_eager or plain.device.type != "cuda" or spec.tp_size > 1:
+        if spec.deterministic or spec.enforce_eager or plain.device.type != "cuda" or spec.tp_size > 1:
             return plain
         from .plain.graphs import GraphedShard
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from .tp import TPGroup
 
 
+@dataclass
 class TensorParallel:
     """Rank `rank` of `size`.
 
@@ -20,40 +22,33 @@ class TensorParallel:
     A rank that leaves the others waiting for `timeout_s` is lost: their step raises TransportError.
     """
 
-    def __init__(
-        self,
-        rank: int = 0,
-        size: int = 1,
-        *,
-        store_path: str | Path | None = None,
-        exchange_fd: int | None = None,
-        device: str = "cpu",
-        timeout_s: float = 60.0,
-    ) -> None:
-        self.rank, self.size = rank, size
-        self._store_path, self._exchange_fd, self._device = store_path, exchange_fd, device
-        self._timeout_s = timeout_s
-        self._group: TPGroup | None = None
-        self._exchange: Exchange | None = None
+    rank: int = 0
+    size: int = 1
+    store_path: str | Path | None = None
+    exchange_fd: int | None = None
+    device: str = "cpu"
+    timeout_s: float = 60.0
+    _group: TPGroup | None = field(default=None, init=False)
+    _exchange: Exchange | None = field(default=None, init=False)
 
     def group(self) -> TPGroup:
         """The group over torch.distributed. Raises TransportError when the ranks do not all come."""
         if self._group is None:
-            if self._store_path is None:
+            if self.store_path is None:
                 raise ConfigError(f"{self.size} ranks need a file to meet through")
             from .tp import TPGroup
 
-            self._group = TPGroup(self._store_path, self.rank, self.size, self._device, self._timeout_s)
+            self._group = TPGroup(self.store_path, self.rank, self.size, self.device, self.timeout_s)
         return self._group
 
     def exchange(self) -> Exchange:
         """The place in shared memory."""
         if self._exchange is None:
-            if self._exchange_fd is None:
+            if self.exchange_fd is None:
                 raise ConfigError(f"{self.size} ranks need shared memory to meet in")
             from ..native.exchange import Exchange
 
-            self._exchange = Exchange(self._exchange_fd, self.rank, self.size, self._timeout_s)
+            self._exchange = Exchange(self.exchange_fd, self.rank, self.size, self.timeout_s)
         return self._exchange
 
     def close(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .cut import Range, even_range
+
 
 @dataclass(frozen=True)
 class ShardSpec:
@@ -36,3 +38,7 @@ class ShardSpec:
     """A token's result shall have the same bits whatever else is in its step."""
     enforce_eager: bool = False
     """Serve through transformers' modules, without compiled kernels."""
+
+    def part(self, size: int) -> Range:
+        """This rank's range of `size` things."""
+        return even_range(size, self.tp_size, self.tp_rank)

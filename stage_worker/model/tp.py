@@ -12,10 +12,7 @@ import torch.distributed as dist
 
 from stagemesh.errors import ConfigError, TransportError
 
-
-def even_range(size: int, parts: int, index: int) -> tuple[int, int]:
-    """The `index`-th of `parts` consecutive ranges of `size`, equal but for one: how everything is cut over ranks."""
-    return size * index // parts, size * (index + 1) // parts
+from .cut import even_range
 
 
 class TPGroup:

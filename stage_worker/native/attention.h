@@ -102,29 +102,6 @@ inline void weigh(float* scores, int low, int high, int length) {
     T::store(weights + at, _mm512_mul_ps(_mm512_loadu_ps(scores + at), by));
 }
 
-// out[q][0 .. 16 N) = sum over positions of weight * value, for `M` queries and one column block of the values.
-template <class T, int M, int N>
-inline void sum_values(const uint32_t* weights, size_t stride, const Pages<T>& pages, const int* table, int head,
-                       int length, int column, __m512 (&sums)[M][N]) {
-  const int page_size = pages.shape.page_size;
-  const size_t line = (size_t)pages.shape.dim * 4;
-  for (int r = 0; r < M; r++)
-    for (int c = 0; c < N; c++) sums[r][c] = _mm512_setzero_ps();
-  for (int at = 0; at < length; at += page_size, table++) {
-    const char* values = (const char*)pages.of(*table, head) + (size_t)column * 64;
-    const int groups = std::min(page_size, length - at) / T::kGroup;
-    const uint32_t* row = weights + at / T::kGroup;
-    for (int g = 0; g < groups; g++, values += line) {
-      __m512i columns[N];
-      for (int c = 0; c < N; c++) columns[c] = _mm512_loadu_si512(values + c * 64);
-#pragma GCC unroll 6
-      for (int r = 0; r < M; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < N; c++) sums[r][c] = T::dot(sums[r][c], row[r * stride + g], columns[c]);
-    }
-  }
-}
-
 // One row of a step and one KV head: queries of `count` tokens from `start`, at most kQueries (token, head) pairs a time.
 template <class T>
 struct RowAttention {
@@ -158,32 +135,26 @@ struct RowAttention {
     table += skipped;
     const int length = (last_position - origin) / 16 * 16 + 16;
     const size_t stride = (length + 31) / 32 * 32;
-    for (int at = 0; at < length; at += 32) {
-      const char* left = block(table, head, at);
-      const char* right = at + 16 < length ? block(table, head, at + 16) : left;
-      switch (m) {
-#define STAGEMESH_ROWS(M)                                                                                          \
-  case M:                                                                                                          \
-    score_blocks<T, M>((const uint32_t*)queries, s.dim, left, right, s.page_size, scale, scores + at, stride); \
-    break;
-        STAGEMESH_ROWS(1) STAGEMESH_ROWS(2) STAGEMESH_ROWS(3) STAGEMESH_ROWS(4) STAGEMESH_ROWS(5) STAGEMESH_ROWS(6)
-        STAGEMESH_ROWS(7) STAGEMESH_ROWS(8) STAGEMESH_ROWS(9) STAGEMESH_ROWS(10) STAGEMESH_ROWS(11) STAGEMESH_ROWS(12)
-#undef STAGEMESH_ROWS
+    with_constant<kQueries>(m, [&](auto M) {
+      for (int at = 0; at < length; at += 32) {
+        const char* left = block(table, head, at);
+        const char* right = at + 16 < length ? block(table, head, at + 16) : left;
+        score_blocks<T, M>((const uint32_t*)queries, s.dim, left, right, s.page_size, scale, scores + at, stride);
       }
-    }
+    });
     for (int r = 0; r < m; r++) {
       const int position = start + (first + r) / s.groups - origin;
       weigh<T>(scores + r * stride, window ? std::max(0, position + 1 - window) : 0, position, length);
     }
-    for (int r = 0; r < m; r += 6) {
-      const uint32_t* weights = (const uint32_t*)(scores + r * stride);
-      switch (std::min(6, m - r)) {
-#define STAGEMESH_ROWS(M) \
-  case M: weighted<M>(weights, stride, table, head, length, first + r, out, out_stride); break;
-        STAGEMESH_ROWS(1) STAGEMESH_ROWS(2) STAGEMESH_ROWS(3) STAGEMESH_ROWS(4) STAGEMESH_ROWS(5) STAGEMESH_ROWS(6)
-#undef STAGEMESH_ROWS
-      }
-    }
+    for (int r = 0; r < m; r += 6)
+      with_constant<6>(std::min(6, m - r), [&](auto M) {
+        const uint32_t* weights = (const uint32_t*)(scores + r * stride);
+        int column = 0;
+        for (; column + 4 <= s.dim / 16; column += 4)
+          sum_values<M, 4>(weights, stride, table, head, length, first + r, column, out, out_stride);
+        for (; column < s.dim / 16; column++)
+          sum_values<M, 1>(weights, stride, table, head, length, first + r, column, out, out_stride);
+      });
   }
 
   const char* block(const int* table, int head, int at) const {
@@ -191,23 +162,28 @@ struct RowAttention {
     return (const char*)keys.of(table[at / page_size], head) + (size_t)(at % page_size) * 4;
   }
 
-  template <int M>
-  void weighted(const uint32_t* weights, size_t stride, const int* table, int head, int length, int first,
-                typename T::Element* out, size_t out_stride) const {
-    const int lines = keys.shape.dim / 16;
-    int column = 0;
-    for (; column + 4 <= lines; column += 4)
-      columns<M, 4>(weights, stride, table, head, length, first, column, out, out_stride);
-    for (; column < lines; column++)
-      columns<M, 1>(weights, stride, table, head, length, first, column, out, out_stride);
-  }
-
+  // For M of the queries and N * 16 columns: the sum over positions of weight * value.
   template <int M, int N>
-  void columns(const uint32_t* weights, size_t stride, const int* table, int head, int length, int first, int column,
-               typename T::Element* out, size_t out_stride) const {
+  void sum_values(const uint32_t* weights, size_t stride, const int* table, int head, int length, int first, int column,
+                  typename T::Element* out, size_t out_stride) const {
     const HeadShape& s = keys.shape;
+    const size_t line = (size_t)s.dim * 4;
     __m512 sums[M][N];
-    sum_values<T, M, N>(weights, stride, values, table, head, length, column, sums);
+    for (int r = 0; r < M; r++)
+      for (int c = 0; c < N; c++) sums[r][c] = _mm512_setzero_ps();
+    for (int at = 0; at < length; at += s.page_size, table++) {
+      const char* lines = (const char*)values.of(*table, head) + (size_t)column * 64;
+      const int groups = std::min(s.page_size, length - at) / T::kGroup;
+      const uint32_t* row = weights + at / T::kGroup;
+      for (int g = 0; g < groups; g++, lines += line) {
+        __m512i columns[N];
+        for (int c = 0; c < N; c++) columns[c] = _mm512_loadu_si512(lines + c * 64);
+#pragma GCC unroll 6
+        for (int r = 0; r < M; r++)
+#pragma GCC unroll 4
+          for (int c = 0; c < N; c++) sums[r][c] = T::dot(sums[r][c], row[r * stride + g], columns[c]);
+      }
+    }
     for (int r = 0; r < M; r++) {
       const int token = (first + r) / s.groups, g = (first + r) % s.groups;
       for (int c = 0; c < N; c++) T::store(out + token * out_stride + g * s.dim + (column + c) * 16, sums[r][c]);

@@ -24,8 +24,8 @@ class Exchange {
         room_bytes_(room_bytes), timeout_s_(timeout_s) {}
 
   size_t room_floats() const { return room_bytes_ / sizeof(float); }
-  float* mine() { return room(rank_); }
-  const float* of(int rank) { return room(rank); }
+  float* of(int rank) { return (float*)(rooms_ + ((size_t)rank * 2 + round_ % 2) * room_bytes_); }
+  float* mine() { return of(rank_); }
 
   // This rank's room is filled: waits for the others'. False when one did not come in time.
   bool meet() {
@@ -51,8 +51,6 @@ class Exchange {
   void leave() { round_++; }
 
  private:
-  float* room(int rank) { return (float*)(rooms_ + ((size_t)rank * 2 + round_ % 2) * room_bytes_); }
-
   Counter* const counters_;
   char* const rooms_;
   const int rank_, size_;

@@ -22,4 +22,5 @@ class Exchange:
         self._map = mmap.mmap(fd, shared_memory_bytes(size))
         os.close(fd)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.handle = ops.open_exchange(self._memory.data_ptr(), rank, size, ROOM_BYTES, timeout_s)
+        address = self._memory.data_ptr()
+        self.handle: int = ops.loaded().stagemesh_exchange_open(address, rank, size, ROOM_BYTES, timeout_s)

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "simd.h"
 #include "tiles.h"
@@ -68,13 +67,7 @@ inline void linear(const void* x, int m, const Linear& w, int first_panel, int l
   for (int panel = first_panel; panel < last_panel; panel++) {
     for (int t = 0, first = 0; t < tiles; t++) {
       const int count = m / tiles + (t < m % tiles);
-      switch (count) {
-#define STAGEMESH_ROWS(M) \
-  case M: rows_of_panel<T, M>(rows, stride, first, w, panel, done); break;
-        STAGEMESH_ROWS(1) STAGEMESH_ROWS(2) STAGEMESH_ROWS(3) STAGEMESH_ROWS(4) STAGEMESH_ROWS(5) STAGEMESH_ROWS(6)
-        STAGEMESH_ROWS(7) STAGEMESH_ROWS(8) STAGEMESH_ROWS(9) STAGEMESH_ROWS(10) STAGEMESH_ROWS(11) STAGEMESH_ROWS(12)
-#undef STAGEMESH_ROWS
-      }
+      with_constant<kMostRows>(count, [&](auto M) { rows_of_panel<T, M>(rows, stride, first, w, panel, done); });
       first += count;
     }
   }
@@ -92,10 +85,6 @@ inline void pack(const void* from, int n, int k, void* to) {
         const int row = panel * kPanel + c;
         *out++ = row < n ? source[(size_t)row * groups + g] : 0;
       }
-}
-
-inline __mmask16 columns_left(int n, int at) {
-  return n - at >= 16 ? (__mmask16)0xffff : n <= at ? (__mmask16)0 : (__mmask16)((1u << (n - at)) - 1);
 }
 
 }  // namespace stagemesh

@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
+from array import array
 from pathlib import Path
 
 import torch
 
-from stagemesh.errors import InternalError, StagemeshError, TransportError
+from stagemesh.errors import InternalError, TransportError
 
 from ..kv.memory import zeros
 
@@ -82,6 +83,8 @@ class Step(ctypes.Structure):
         ("tables", _Pointer),
         ("alone", _Int),
     )
+    arrays: tuple[array[int], ...] = ()
+    """What the pointers lead to."""
 
 
 @functools.cache
@@ -94,6 +97,8 @@ def library() -> ctypes.CDLL | None:
     if not lib.stagemesh_supported():
         return None
     size, pointer = ctypes.c_size_t, _Pointer
+    for call in (lib.stagemesh_begin, lib.stagemesh_layer, lib.stagemesh_head):
+        call.errcheck = _check  # type: ignore[assignment]
     lib.stagemesh_pack.restype = None
     lib.stagemesh_pack.argtypes = [ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int, pointer]
     lib.stagemesh_open.restype, lib.stagemesh_open.argtypes = pointer, [ctypes.POINTER(Shape), pointer]
@@ -108,12 +113,20 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
+def _check(code: int, *_call: object) -> None:
+    if code == 1:
+        raise InternalError("no memory for the step's workspace")
+    if code == 2:
+        raise TransportError("a rank of this tensor-parallel group is lost or late")
+
+
 def has_tiles() -> bool:
     """Whether linears of bf16 numbers go by AMX tiles on this processor."""
-    return bool(_loaded().stagemesh_has_tiles())
+    return bool(loaded().stagemesh_has_tiles())
 
 
-def _loaded() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """The kernels. Raises InternalError where there are none."""
     lib = library()
     if lib is None:
         raise InternalError("the compiled kernels are not to be had here")
@@ -125,7 +138,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     n, k = weight.shape
     weight = weight.contiguous()
     out = zeros((-(-n // PANEL) * PANEL, k), weight.dtype)
-    _loaded().stagemesh_pack(weight.dtype == torch.bfloat16, weight.data_ptr(), n, k, out.data_ptr())
+    loaded().stagemesh_pack(weight.dtype == torch.bfloat16, weight.data_ptr(), n, k, out.data_ptr())
     return out
 
 
@@ -133,14 +146,14 @@ class StageEngine:
     """Workspaces and threads of one stage."""
 
     def __init__(self, shape: Shape, exchange: int | None = None) -> None:
-        """`exchange`, of `open_exchange`, is where several ranks meet."""
-        self._lib = _loaded()
+        """`exchange`, an `Exchange`'s handle, is where several ranks meet."""
+        self._lib = loaded()
         self._engine = self._lib.stagemesh_open(ctypes.byref(shape), exchange)
         self._closer = weakref.finalize(self, self._lib.stagemesh_close, self._engine)
 
     def begin(self, step: Step) -> None:
         """The rows that the next calls of `layer` are about; `step` and its arrays must live until then."""
-        self._check(self._lib.stagemesh_begin(self._engine, ctypes.byref(step)))
+        self._lib.stagemesh_begin(self._engine, ctypes.byref(step))
 
     def layer(self, layer: Layer, hidden: int) -> None:
         """One layer over hidden states [T, H] at this address, in place; keys and values go to their pages.
@@ -148,7 +161,7 @@ class StageEngine:
         Raises:
             TransportError: another rank is lost or late.
         """
-        self._check(self._lib.stagemesh_layer(self._engine, ctypes.byref(layer), hidden))
+        self._lib.stagemesh_layer(self._engine, ctypes.byref(layer), hidden)
 
     def head(self, norm: int, weight: Linear, hidden: int, rows: torch.Tensor, logits: torch.Tensor) -> None:
         """Logits [R, V] fp32 of the `rows` [R] int32 of hidden states; whole on rank 0 only.
@@ -157,23 +170,6 @@ class StageEngine:
             TransportError: another rank is lost or late.
         """
         count, vocab = logits.shape
-        self._check(
-            self._lib.stagemesh_head(
-                *(self._engine, norm, ctypes.byref(weight), hidden, rows.data_ptr(), count, logits.data_ptr(), vocab)
-            )
+        self._lib.stagemesh_head(
+            *(self._engine, norm, ctypes.byref(weight), hidden, rows.data_ptr(), count, logits.data_ptr(), vocab)
         )
-
-    @staticmethod
-    def _check(code: int) -> None:
-        if code == 0:
-            return
-        error: StagemeshError = InternalError("no memory for the step's workspace")
-        if code == 2:
-            error = TransportError("a rank of this tensor-parallel group is lost or late")
-        raise error
-
-
-def open_exchange(memory: int, rank: int, size: int, room_bytes: int, timeout_s: float) -> int:
-    """A rank's place in shared memory at this address, zeroed before the first rank came."""
-    handle: int = _loaded().stagemesh_exchange_open(memory, rank, size, room_bytes, timeout_s)
-    return handle

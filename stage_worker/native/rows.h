@@ -24,21 +24,13 @@ inline void rms_norm(const typename T::Element* x, const typename T::Element* we
 // The first `2 * half` numbers of a head are pairs (i, i + half), each turned by its angle.
 template <class T>
 inline void rotate(typename T::Element* head, const float* cosines, const float* sines, int half) {
-  int i = 0;
-  for (; i + 16 <= half; i += 16) {
+  for (int i = 0; i < half; i += 16) {
+    const __mmask16 mask = columns_left(half, i);
     const __m512 a = T::load(head + i), b = T::load(head + half + i);
-    const __m512 c = _mm512_loadu_ps(cosines + i), s = _mm512_loadu_ps(sines + i);
-    T::store(head + i, _mm512_sub_ps(_mm512_mul_ps(a, c), _mm512_mul_ps(b, s)));
-    T::store(head + half + i, _mm512_add_ps(_mm512_mul_ps(b, c), _mm512_mul_ps(a, s)));
+    const __m512 c = _mm512_maskz_loadu_ps(mask, cosines + i), s = _mm512_maskz_loadu_ps(mask, sines + i);
+    T::store(head + i, _mm512_sub_ps(_mm512_mul_ps(a, c), _mm512_mul_ps(b, s)), mask);
+    T::store(head + half + i, _mm512_add_ps(_mm512_mul_ps(b, c), _mm512_mul_ps(a, s)), mask);
   }
-  if (i == half) return;
-  const __mmask16 mask = (__mmask16)((1u << (half - i)) - 1);
-  const __m512 a = T::load(head + i), b = T::load(head + half + i);
-  const __m512 c = _mm512_maskz_loadu_ps(mask, cosines + i), s = _mm512_maskz_loadu_ps(mask, sines + i);
-  const __m512 first = _mm512_sub_ps(_mm512_mul_ps(a, c), _mm512_mul_ps(b, s));
-  const __m512 second = _mm512_add_ps(_mm512_mul_ps(b, c), _mm512_mul_ps(a, s));
-  T::store(head + i, first, mask);
-  T::store(head + half + i, second, mask);
 }
 
 }  // namespace stagemesh

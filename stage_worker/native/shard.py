@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,15 +25,7 @@ from ..model.spec import ShardSpec
 from . import ops
 from .architecture import Architecture, dtype_of
 from .exchange import Exchange
-from .weights import LayerWeights, Reader, part
-
-
-@dataclass
-class _Prepared:
-    """A step as the kernels take it; the structure points into the arrays beside it."""
-
-    step: ops.Step
-    arrays: tuple[array[int], ...]
+from .weights import EMBEDDING, HEAD, NORM, LayerWeights, Reader
 
 
 class NativeShard:
@@ -46,13 +37,12 @@ class NativeShard:
     """See `Shard`."""
     _engine: ops.StageEngine
     """Made with the first pages: its threads are as nice as their maker, and who loads gives way where steps do not."""
-    _embedding: Tensor | None
-    _packed_embedding: Tensor | None
-    """The head's panels, where those serve as the embedding."""
-    _norm: Tensor
+    _embedding: Tensor | None = None
+    """[V, H], or the head's panels where those serve as the embedding, too."""
+    _norm: Tensor | None = None
+    _packed_head: Tensor | None = None
     _head: ops.Linear
-    _end_tensors: list[Tensor]
-    """What the head keeps in memory."""
+    """Over the packed head."""
 
     def __init__(
         self,
@@ -75,32 +65,47 @@ class NativeShard:
         self.device = torch.device("cpu")
         if spec.tp_size > 1 and (exchange is None or exchange.size != spec.tp_size):
             raise ConfigError(f"{spec.tp_size} ranks need shared memory to meet in")
-        self._spec, self._tensors = spec, list[Tensor]()
+        self._spec = spec
         known = before._weights if before is not None else {}
-        new = [index for index in range(spec.first, spec.last) if index not in known]
         reader = Reader(
             spec, a, self.dtype, checkpoint, on_progress,
-            layers=new,
+            layers=[index for index in range(spec.first, spec.last) if index not in known],
             embeds=self.is_first and not (before is not None and before.is_first),
             heads=self.is_last and not (before is not None and before.is_last),
         )  # fmt: skip
         self._weights: dict[int, LayerWeights] = {}
         for index in range(spec.first, spec.last):
             self._weights[index] = known[index].again() if index in known else reader.layer(index)
-            self._tensors += self._weights[index].tensors
         self._layers = [weights.layer for weights in self._weights.values()]
         self._read_ends(reader, a, before)
-        self.weight_bytes = sum(tensor.nbytes for tensor in self._tensors)
+        tensors = [tensor for weights in self._weights.values() for tensor in weights.tensors]
+        tensors += [end for end in (self._embedding, self._norm, self._packed_head) if end is not None]
+        # By address: one copy may serve both ends.
+        self.weight_bytes = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
         self.tensor_bytes_read = checkpoint.tensor_bytes_read if checkpoint is not None else 0
-        self._heads = part(a.heads, spec)[1] - part(a.heads, spec)[0]
-        self._kv_heads = part(a.kv_heads, spec)[1] - part(a.kv_heads, spec)[0]
         self.kv_layers = [
-            KvLayerSpec(index, self._kv_heads, a.head_dim, a.head_dim, a.windows[index])
+            KvLayerSpec(index, a.kv_heads // spec.tp_size, a.head_dim, a.head_dim, a.windows[index])
             for index in range(spec.first, spec.last)
         ]
         self._frequencies = a.inverse_frequencies.contiguous()
         self._idle_cores = array("i", spec.idle_cores)
-        self._shape = self._make_shape(a)
+        self._shape = ops.Shape(
+            is_bf16=self.dtype == torch.bfloat16,
+            hidden=a.hidden,
+            heads=a.heads // spec.tp_size,
+            kv_heads=a.kv_heads // spec.tp_size,
+            head_dim=a.head_dim,
+            intermediate=a.intermediate // spec.tp_size,
+            page_size=spec.page_size,
+            eps=a.eps,
+            scale=a.head_dim**-0.5,
+            inverse_frequencies=self._frequencies.data_ptr(),
+            threads=max(1, spec.threads),
+            tp_rank=spec.tp_rank,
+            tp_size=spec.tp_size,
+            idle_cores=self._idle_cores.buffer_info()[0],
+            idle_count=len(self._idle_cores),
+        )
         self._exchange = exchange
         self._pool: KvPool | None = None
 
@@ -110,55 +115,21 @@ class NativeShard:
 
     def _read_ends(self, reader: Reader, a: Architecture, before: NativeShard | None) -> None:
         """Embedding, and norm and head; those of `before`, where that has them."""
-        name, shape = "model.embed_tokens.weight", (a.vocab, a.hidden)
-        first, last = part(a.vocab, self._spec)
-        embedding: Tensor | None = None
-        packed_embedding: Tensor | None = None
-        if self.is_first and before is not None and before.is_first:
-            embedding, packed_embedding = before._embedding, before._packed_embedding
-        elif self.is_first:
-            embedding = reader.read(name, shape)
-        self._embedding, self._packed_embedding = embedding, packed_embedding
-        if packed_embedding is not None and not self.is_last:
-            self._tensors.append(packed_embedding)
+        if self.is_first:
+            self._embedding = before._embedding if before is not None and before.is_first else reader.read(EMBEDDING)
         if self.is_last and before is not None and before.is_last:
-            self._norm, self._head, self._end_tensors = before._norm, before._head, before._end_tensors
-            self._tensors += self._end_tensors
+            self._norm, self._head, self._packed_head = before._norm, before._head, before._packed_head
         elif self.is_last:
-            self._norm = reader.read("model.norm.weight", (a.hidden,))
-            if a.tied and embedding is not None:
-                head = embedding[first:last]
+            self._norm = reader.read(NORM)
+            if a.tied and self._embedding is not None:
+                head = self._embedding[slice(*self._spec.part(a.vocab))]
             else:
-                head = reader.read(name if a.tied else "lm_head.weight", shape, (0, first, last))
-            packed = ops.pack(head)
-            self._head = ops.Linear(packed.data_ptr(), None, *head.shape)
-            self._end_tensors = [self._norm, packed]
-            self._tensors += self._end_tensors
-            if a.tied and embedding is not None and last - first == a.vocab:
+                head = reader.read(EMBEDDING if a.tied else HEAD)
+            self._packed_head = ops.pack(head)
+            self._head = ops.Linear(self._packed_head.data_ptr(), None, *head.shape)
+            if a.tied and self._embedding is not None and len(head) == a.vocab:
                 # One copy serves both ends: a token's row is gathered from the panels.
-                self._embedding, self._packed_embedding = None, _panels(packed)
-        if self._embedding is not None:
-            self._tensors.append(self._embedding)
-
-    def _make_shape(self, a: Architecture) -> ops.Shape:
-        first, last = part(a.intermediate, self._spec)
-        return ops.Shape(
-            is_bf16=self.dtype == torch.bfloat16,
-            hidden=a.hidden,
-            heads=self._heads,
-            kv_heads=self._kv_heads,
-            head_dim=a.head_dim,
-            intermediate=last - first,
-            page_size=self._spec.page_size,
-            eps=a.eps,
-            scale=a.head_dim**-0.5,
-            inverse_frequencies=self._frequencies.data_ptr(),
-            threads=max(1, self._spec.threads),
-            tp_rank=self._spec.tp_rank,
-            tp_size=self._spec.tp_size,
-            idle_cores=self._idle_cores.buffer_info()[0],
-            idle_count=len(self._idle_cores),
-        )
+                self._embedding = _panels(self._packed_head)
 
     def bind_kv(self, pool: KvPool) -> None:
         """Use these pages from now on.
@@ -183,7 +154,8 @@ class NativeShard:
         arrays = lay_out(batch)
         pointers = [entry.buffer_info()[0] for entry in arrays]
         step = ops.Step(len(batch.starts), sum(batch.counts), *pointers, batch.alone)
-        batch.prepared = _Prepared(step, arrays)
+        step.arrays = arrays
+        batch.prepared = step
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
@@ -196,40 +168,33 @@ class NativeShard:
         """
         if self._pool is None:
             raise InternalError("a step before bind_kv")
-        if not isinstance(batch.prepared, _Prepared):
+        if batch.prepared is None:
             self.prepare(batch)
-        prepared = batch.prepared
-        assert isinstance(prepared, _Prepared)
+        assert isinstance(batch.prepared, ops.Step)
         hidden = self._input(batch)
         at = hidden.data_ptr()
-        self._engine.begin(prepared.step)
+        self._engine.begin(batch.prepared)
         for i, layer in enumerate(self._layers):
             if i and self.on_layer is not None:
                 self.on_layer()
             self._engine.layer(layer, at)
         if not self.is_last:
             return hidden
-        if batch.logit_rows is None:
-            raise InternalError("the last stage needs to know whose logits are wanted")
-        rows = batch.logit_rows.to(torch.int32)
+        rows = batch.wanted_rows().to(torch.int32)
         logits = torch.empty(len(rows), self.vocab_size)
         if len(rows):
+            assert self._norm is not None
             self._engine.head(self._norm.data_ptr(), self._head, at, rows, logits)
         return logits
 
     def _input(self, batch: StepBatch) -> Tensor:
         """[T, H] of its own: the layers work in place, and a link's buffer is given back."""
-        if self.is_first:
-            if batch.token_ids is None:
-                raise InternalError("the first stage needs token ids")
-            if self._embedding is not None:
-                return torch.nn.functional.embedding(batch.token_ids, self._embedding)
-            assert self._packed_embedding is not None
-            ids = batch.token_ids
-            return self._packed_embedding[ids // ops.PANEL, :, ids % ops.PANEL].view(self.dtype)
-        if batch.hidden is None:
-            raise InternalError("a stage behind the first needs hidden states")
-        return batch.hidden.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        given = batch.input_of(self.is_first)
+        if self._embedding is None:
+            return given.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        if self._embedding.dim() == 2:
+            return torch.nn.functional.embedding(given, self._embedding)
+        return self._embedding[given // ops.PANEL, :, given % ops.PANEL].view(self.dtype)
 
 
 def _panels(packed: Tensor) -> Tensor:

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace stagemesh {
 
@@ -49,6 +50,18 @@ struct F32 {
   static inline void store(Element* to, __m512 value, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, value); }
   static inline __m512 round(__m512 value) { return value; }
 };
+
+// Of 16 columns from `at` on, those before `n`.
+inline __mmask16 columns_left(int n, int at) {
+  return n - at >= 16 ? (__mmask16)0xffff : n <= at ? (__mmask16)0 : (__mmask16)((1u << (n - at)) - 1);
+}
+
+// Calls work with `count`, 1 to Most, as a constant: so many sums stay in registers.
+template <int Most, class Work>
+inline void with_constant(int count, Work&& work) {
+  if (count == Most) return work(std::integral_constant<int, Most>{});
+  if constexpr (Most > 1) with_constant<Most - 1>(count, work);
+}
 
 // e^x to about one unit in the last place; 0 for -inf. Range reduction and polynomial as in Cephes' expf.
 inline __m512 exp16(__m512 x) {

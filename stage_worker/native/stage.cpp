@@ -1,5 +1,4 @@
 // The layers of one stage on one rank: what ops.py calls. Plain C functions; the caller owns all memory but workspaces.
-#include <cstdio>
 #include <cstdlib>
 #include <memory>
 

@@ -13,19 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.checkpoint import Checkpoint, wrong_shape
+from ..model.checkpoint import Checkpoint
+from ..model.cut import WHOLE, Cut, Range
 from ..model.dummy import dummy_tensor
 from ..model.spec import ShardSpec
 from . import ops
 from .architecture import Architecture
 
-Cut = tuple[int, int, int] | None
-"""(dimension, first, last): the part of a tensor that this rank holds; None: all of it."""
-
-
-def part(size: int, spec: ShardSpec) -> tuple[int, int]:
-    """This rank's range of `size` things."""
-    return size * spec.tp_rank // spec.tp_size, size * (spec.tp_rank + 1) // spec.tp_size
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+Plan = dict[str, tuple[tuple[int, ...], Cut]]
+"""By name, tensors: their whole shape, and the part of it that this rank holds."""
 
 
 @dataclass
@@ -55,56 +52,51 @@ class Reader:
         embeds: bool,
         heads: bool,
     ) -> None:
-        """`layers`, and whether the embedding, and norm and head are wanted."""
-        self._layers, self._embeds, self._heads = layers, embeds, heads
+        """`layers`, and whether the embedding, and norm and head are wanted.
+
+        Raises CheckpointError for a tensor that is not there.
+        """
         self._spec, self._a, self._dtype, self._checkpoint = spec, architecture, dtype, checkpoint
         self._on_progress = on_progress
+        self._layer_plan = _layer_plan(spec, architecture)
+        self._plan = {_of_layer(index, name): entry for index in layers for name, entry in self._layer_plan.items()}
+        whole = (architecture.vocab, architecture.hidden)
+        if embeds:
+            self._plan[EMBEDDING] = whole, WHOLE
+        if heads:
+            self._plan[NORM] = whole[1:], WHOLE
+            self._plan.setdefault(EMBEDDING if architecture.tied else HEAD, (whole, Cut(0, (spec.part(whole[0]),))))
         names = checkpoint.names if checkpoint is not None else []
         # Checkpoints saved from the base model lack the prefix of the causal one.
-        self._bare = "embed_tokens.weight" in names and "model.embed_tokens.weight" not in names
-        self.bytes_done = 0
-        self._total = sum(math.prod(_shape(shape, cut)) for shape, cut in self._plan().values()) * dtype.itemsize
+        self._bare = "embed_tokens.weight" in names and EMBEDDING not in names
+        self._done = 0
+        self._total = sum(math.prod(cut.shape(shape)) for shape, cut in self._plan.values()) * dtype.itemsize
         if checkpoint is not None:
-            checkpoint.require([self._name_in_file(name) for name in self._plan()])
-
-    def _plan(self) -> dict[str, tuple[tuple[int, ...], Cut]]:
-        """Every tensor of this stage: its whole shape, and this rank's part."""
-        spec, a = self._spec, self._a
-        plan: dict[str, tuple[tuple[int, ...], Cut]] = {}
-        for index in self._layers:
-            plan |= {f"model.layers.{index}.{name}": entry for name, entry in _layer_plan(spec, a).items()}
-        embedding = "model.embed_tokens.weight"
-        if self._embeds:
-            plan[embedding] = ((a.vocab, a.hidden), None)
-        if self._heads:
-            plan["model.norm.weight"] = ((a.hidden,), None)
-            head = embedding if a.tied else "lm_head.weight"
-            plan.setdefault(head, ((a.vocab, a.hidden), (0, *part(a.vocab, spec))))
-        return plan
+            missing = [name for name in map(self._name_in_file, self._plan) if name not in names]
+            if missing:
+                raise checkpoint.lacking(missing)
 
     def _name_in_file(self, name: str) -> str:
         return name.removeprefix("model.") if self._bare else name
 
-    def read(self, name: str, shape: tuple[int, ...], cut: Cut = None) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """One tensor, this rank's part, in the shard's dtype. Raises CheckpointError."""
+        shape, cut = self._plan[name]
         if self._checkpoint is None:
-            whole = dummy_tensor(name, torch.Size(shape), self._spec.seed)
-            tensor = whole if cut is None else whole.narrow(cut[0], cut[1], cut[2] - cut[1])
+            tensor = cut.apply(dummy_tensor(name, torch.Size(shape), self._spec.seed))
         else:
-            info = self._checkpoint.info(self._name_in_file(name))
-            if info.shape != shape:
-                raise wrong_shape(info, shape)
-            tensor = self._checkpoint.read(info.name, *(() if cut is None else (cut[0], [cut[1:]])))
+            name = self._name_in_file(name)
+            self._checkpoint.check_shape(name, shape)
+            tensor = self._checkpoint.read(name, cut)
         tensor = tensor.to(self._dtype).contiguous()
-        self.bytes_done += tensor.nbytes
+        self._done += tensor.nbytes
         if self._on_progress is not None:
-            self._on_progress(self.bytes_done, self._total)
+            self._on_progress(self._done, self._total)
         return tensor
 
     def layer(self, index: int) -> LayerWeights:
         """One decoder layer."""
-        plan = _layer_plan(self._spec, self._a)
-        got = {name: self.read(f"model.layers.{index}.{name}", *entry) for name, entry in plan.items()}
+        got = {name: self.read(_of_layer(index, name)) for name in self._layer_plan}
         tensors: list[Tensor] = []
 
         def keep(tensor: Tensor | None) -> int | None:
@@ -117,7 +109,11 @@ class Reader:
             weights = [got[f"{name}.weight"] for name in names]
             biases = [got[f"{name}.bias"] for name in names if f"{name}.bias" in got]
             weight = _interleave(*weights) if interleave else torch.cat(weights)
-            return self.pack(weight, torch.cat(biases) if biases else None, keep)
+            packed, bias = ops.pack(weight), None
+            if biases:
+                bias = torch.zeros(len(packed))
+                bias[: len(weight)] = torch.cat(biases)
+            return ops.Linear(keep(packed), keep(bias), *weight.shape)
 
         layer = ops.Layer(
             norm1=keep(got["input_layernorm.weight"]),
@@ -132,58 +128,43 @@ class Reader:
         )
         return LayerWeights(layer, tensors)
 
-    @staticmethod
-    def pack(weight: Tensor, bias: Tensor | None, keep: Callable[[Tensor | None], int | None]) -> ops.Linear:
-        """A linear of packed panels; `keep` holds its memory."""
-        n, k = weight.shape
-        whole_bias = None
-        if bias is not None:
-            whole_bias = torch.zeros(-(-n // ops.PANEL) * ops.PANEL)
-            whole_bias[:n] = bias
-        return ops.Linear(keep(ops.pack(weight)), keep(whole_bias), n, k)
+
+def _of_layer(index: int, name: str) -> str:
+    return f"model.layers.{index}.{name}"
 
 
-def _layer_plan(spec: ShardSpec, a: Architecture) -> dict[str, tuple[tuple[int, ...], Cut]]:
+def _layer_plan(spec: ShardSpec, a: Architecture) -> Plan:
+    """One layer's tensors, named within it."""
     width, kv_width = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    q, kv = _times(part(a.heads, spec), a.head_dim), _times(part(a.kv_heads, spec), a.head_dim)
-    mlp = part(a.intermediate, spec)
-    plan: dict[str, tuple[tuple[int, ...], Cut]] = {
-        "input_layernorm.weight": ((a.hidden,), None),
-        "post_attention_layernorm.weight": ((a.hidden,), None),
-        "self_attn.q_proj.weight": ((width, a.hidden), (0, *q)),
-        "self_attn.k_proj.weight": ((kv_width, a.hidden), (0, *kv)),
-        "self_attn.v_proj.weight": ((kv_width, a.hidden), (0, *kv)),
-        "self_attn.o_proj.weight": ((a.hidden, width), (1, *q)),
-        "mlp.gate_proj.weight": ((a.intermediate, a.hidden), (0, *mlp)),
-        "mlp.up_proj.weight": ((a.intermediate, a.hidden), (0, *mlp)),
-        "mlp.down_proj.weight": ((a.hidden, a.intermediate), (1, *mlp)),
+    q, kv = _times(spec.part(a.heads), a.head_dim), _times(spec.part(a.kv_heads), a.head_dim)
+    mlp = spec.part(a.intermediate)
+    plan: Plan = {
+        "input_layernorm.weight": ((a.hidden,), WHOLE),
+        "post_attention_layernorm.weight": ((a.hidden,), WHOLE),
+        "self_attn.q_proj.weight": ((width, a.hidden), Cut(0, (q,))),
+        "self_attn.k_proj.weight": ((kv_width, a.hidden), Cut(0, (kv,))),
+        "self_attn.v_proj.weight": ((kv_width, a.hidden), Cut(0, (kv,))),
+        "self_attn.o_proj.weight": ((a.hidden, width), Cut(1, (q,))),
+        "mlp.gate_proj.weight": ((a.intermediate, a.hidden), Cut(0, (mlp,))),
+        "mlp.up_proj.weight": ((a.intermediate, a.hidden), Cut(0, (mlp,))),
+        "mlp.down_proj.weight": ((a.hidden, a.intermediate), Cut(1, (mlp,))),
     }
     if a.qkv_bias:
-        plan["self_attn.q_proj.bias"] = ((width,), (0, *q))
-        plan["self_attn.k_proj.bias"] = plan["self_attn.v_proj.bias"] = ((kv_width,), (0, *kv))
+        plan["self_attn.q_proj.bias"] = ((width,), Cut(0, (q,)))
+        plan["self_attn.k_proj.bias"] = plan["self_attn.v_proj.bias"] = ((kv_width,), Cut(0, (kv,)))
     if a.o_bias and spec.tp_rank == 0:  # added to the sum over ranks once
-        plan["self_attn.o_proj.bias"] = ((a.hidden,), None)
+        plan["self_attn.o_proj.bias"] = ((a.hidden,), WHOLE)
     if a.head_norms:
-        plan["self_attn.q_norm.weight"] = plan["self_attn.k_norm.weight"] = ((a.head_dim,), None)
+        plan["self_attn.q_norm.weight"] = plan["self_attn.k_norm.weight"] = ((a.head_dim,), WHOLE)
     return plan
 
 
-def _times(bounds: tuple[int, int], by: int) -> tuple[int, int]:
+def _times(bounds: Range, by: int) -> Range:
     return bounds[0] * by, bounds[1] * by
 
 
 def _interleave(gate: Tensor, up: Tensor) -> Tensor:
     """[2 I, H]: 16 rows of the one, 16 of the other, and so on; filled up with zeros to whole blocks."""
-    blocks = -(-gate.shape[0] // 16)
-    both = torch.zeros(blocks, 2, 16, gate.shape[1], dtype=gate.dtype)
-    for which, weight in enumerate((gate, up)):
-        padded = torch.zeros(blocks * 16, weight.shape[1], dtype=weight.dtype)
-        padded[: weight.shape[0]] = weight
-        both[:, which] = padded.view(blocks, 16, -1)
-    return both.flatten(0, 2)
-
-
-def _shape(shape: tuple[int, ...], cut: Cut) -> tuple[int, ...]:
-    if cut is None:
-        return shape
-    return (*shape[: cut[0]], cut[2] - cut[1], *shape[cut[0] + 1 :])
+    padding = (0, 0, 0, -len(gate) % 16)
+    blocks = [torch.nn.functional.pad(weight, padding).view(-1, 16, weight.shape[1]) for weight in (gate, up)]
+    return torch.stack(blocks, 1).flatten(0, 2)

@@ -9,8 +9,8 @@ import torch
 from chain import PAGE_SIZE, Chain
 from tiny_models import clear_prompts, make_checkpoint
 
+from stagemesh.stage_worker.attention.backend import attend_prefill_sdpa, make_kernels
 from stagemesh.stage_worker.attention.base import AttentionKind, AttentionMetadata
-from stagemesh.stage_worker.attention.cuda import attend_prefill_sdpa, make_kernels
 from stagemesh.stage_worker.attention.decode import LayerKind, difference
 from stagemesh.stage_worker.attention.paged import attend_prefill
 from stagemesh.stage_worker.model.batch import StepBatch
@@ -105,8 +105,8 @@ def test_a_step_that_waits_runs_without_graphs(tmp_path: Path) -> None:
 def test_flash_attention_over_pages_is_attention(start: int, count: int) -> None:
     generator = torch.Generator("cuda").manual_seed(3)
     table = list(range(40))[::-1]
-    metadata = AttentionMetadata.build([start], [count], [table], 16, "cuda")
-    (row,), (view,) = metadata.prefill_rows, metadata.prefill_views(None)
+    metadata = AttentionMetadata([start], [count], [table], 16, "cuda")
+    (view,) = metadata.prefill_views(None)
     pages = (40, 8, 16, 128)
     k_pages, v_pages, query = (
         torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
@@ -114,5 +114,5 @@ def test_flash_attention_over_pages_is_attention(start: int, count: int) -> None
     )
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         found = attend_prefill_sdpa(query, k_pages, v_pages, view, 0.08)
-    expected = attend_prefill(query, k_pages, v_pages, row, view, AttentionKind(0.08, None, None, None))
+    expected = attend_prefill(query, k_pages, v_pages, view, AttentionKind(0.08, None, None, None))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

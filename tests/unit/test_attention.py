@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from stagemesh.errors import ConfigError, InternalError
-from stagemesh.stage_worker.attention.base import AttentionBackend, AttentionKind, AttentionMetadata, BatchSlots
-from stagemesh.stage_worker.attention.paged import PagedAttention
-from stagemesh.stage_worker.attention.registry import make_backend
+from stagemesh.stage_worker.attention.backend import PagedAttention
+from stagemesh.stage_worker.attention.base import AttentionKind, AttentionMetadata, BatchSlots
 
 HEADS, KV_HEADS, K_DIM, V_DIM, PAGE = 4, 2, 8, 6, 4
 SCALING = 0.3
@@ -70,16 +69,16 @@ def run(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    backend: AttentionBackend | None = None,
+    backend: PagedAttention | None = None,
     batch_slots: BatchSlots = BatchSlots(),
 ) -> dict[tuple[int, int], Tensor]:
     """Outputs by (sequence, position) of steps made of rows (sequence, start, count), over pages full of `fill`."""
-    backend = backend or make_backend("cpu")
+    backend = backend or PagedAttention("cpu")
     k_pages = torch.full((64, KV_HEADS, PAGE, K_DIM), fill)
     v_pages = torch.full((64, KV_HEADS, PAGE, V_DIM), fill)
     found = {}
     for rows in steps:
-        metadata = AttentionMetadata.build(
+        metadata = AttentionMetadata(
             [start for _, start, _ in rows],
             [count for _, _, count in rows],
             [sequences[index].table for index, _, _ in rows],
@@ -152,7 +151,7 @@ def test_blocks_of_queries_change_nothing() -> None:
     sequences = make_sequences([100])
     steps = [[(0, 0, 37)], [(0, 37, 63)]]
     whole = run(sequences, steps, window=20)
-    small = PagedAttention(scores_bytes=4 * HEADS * 100 * 3)
+    small = PagedAttention("cpu", scores_bytes=4 * HEADS * 100 * 3)
     for key, out in run(sequences, steps, window=20, backend=small).items():
         torch.testing.assert_close(out, whole[key])
 
@@ -173,7 +172,7 @@ def test_short_rows_do_not_pay_for_a_long_one() -> None:
     """Sixteen rows, one of them of 32,000 positions: padded to the longest they would gather half a million."""
     lengths = [200] * 15 + [32000]
     tables = [list(range(-(-length // 16))) for length in lengths]
-    metadata = AttentionMetadata.build([length - 1 for length in lengths], [1] * 16, tables, 16, "cpu")
+    metadata = AttentionMetadata([length - 1 for length in lengths], [1] * 16, tables, 16, "cpu")
     gathered = sum(view.pages.pages.numel() * 16 for view in metadata.decode_views(None))
     assert gathered <= 2 * sum(lengths)
     rows = [view.rows for view in metadata.decode_views(None)]
@@ -182,7 +181,7 @@ def test_short_rows_do_not_pay_for_a_long_one() -> None:
 
 
 def test_layers_with_a_window_touch_only_the_pages_they_see() -> None:
-    metadata = AttentionMetadata.build([63, 40], [1, 8], [list(range(16)), list(range(16, 28))], PAGE, "cpu")
+    metadata = AttentionMetadata([63, 40], [1, 8], [list(range(16)), list(range(16, 28))], PAGE, "cpu")
     assert metadata.decode_views(None)[0].pages.pages.numel() == 16
     assert metadata.decode_views(5)[0].pages.pages.tolist() == [[14, 15]]
     (view,) = metadata.prefill_views(5)
@@ -193,9 +192,9 @@ def test_layers_with_a_window_touch_only_the_pages_they_see() -> None:
 @pytest.mark.parametrize(("start", "count", "pages"), [(0, 0, 1), (-1, 1, 1), (4, 1, 1), (0, 9, 2)])
 def test_a_row_without_its_pages_is_refused(start: int, count: int, pages: int) -> None:
     with pytest.raises(InternalError, match=f"{count} tokens from position {start}"):
-        AttentionMetadata.build([start], [count], [list(range(pages))], PAGE, "cpu")
+        AttentionMetadata([start], [count], [list(range(pages))], PAGE, "cpu")
 
 
 def test_unknown_device_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="'mps'"):
-        make_backend("mps")
+        PagedAttention("mps")

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from stagemesh.errors import ConfigError
 from stagemesh.stage_worker.attention import tables
+from stagemesh.stage_worker.attention.backend import PagedAttention, attend_prefill_sdpa, make_kernels
 from stagemesh.stage_worker.attention.base import AttentionKind, AttentionMetadata
-from stagemesh.stage_worker.attention.cuda import CudaAttention, attend_prefill_sdpa, make_kernels
 from stagemesh.stage_worker.attention.decode import LayerKind, TorchDecode, difference
 from stagemesh.stage_worker.attention.flashinfer_decode import plan_arrays
-from stagemesh.stage_worker.attention.paged import PagedAttention, attend_prefill
+from stagemesh.stage_worker.attention.paged import attend_prefill
 from stagemesh.stage_worker.attention.tables import DecodeTables, pack_rows
 
 HEADS, KV_HEADS, K_DIM, V_DIM, PAGE, PAGES = 4, 2, 8, 6, 4, 40
@@ -22,6 +22,11 @@ STARTS = [0, 4, 11, 38, 15]
 """Positions of the rows' tokens: a first token, one that opens a page, others in the midst and at the end of one."""
 ROWS, WIDTH = 8, 12
 Case = tuple[AttentionMetadata, DecodeTables, list[Tensor]]
+
+
+def load(tables: DecodeTables, starts: list[int], owned: list[list[int]]) -> None:
+    packed = pack_rows(starts, owned, PAGE, tables.rows, tables.width)
+    tables.load(packed, packed)
 
 
 def make_case(fill: float) -> Case:
@@ -36,9 +41,9 @@ def make_case(fill: float) -> Case:
         v_pages[opened] = torch.randn(len(opened), KV_HEADS, PAGE, V_DIM, generator=generator)
     shapes = [(ROWS, HEADS, K_DIM), (ROWS, KV_HEADS, K_DIM), (ROWS, KV_HEADS, V_DIM)]
     new = [torch.randn(shape, generator=generator) for shape in shapes]
-    by_rows = AttentionMetadata.build(STARTS, [1] * len(STARTS), owned, PAGE, "cpu")
-    by_table = DecodeTables.empty(ROWS, WIDTH, PAGE, "cpu")
-    by_table.load(pack_rows(STARTS, owned, PAGE, ROWS, WIDTH), [start + 1 for start in STARTS], owned)
+    by_rows = AttentionMetadata(STARTS, [1] * len(STARTS), owned, PAGE, "cpu")
+    by_table = DecodeTables(ROWS, WIDTH, PAGE, "cpu")
+    load(by_table, STARTS, owned)
     return by_rows, by_table, [*new, k_pages, v_pages]
 
 
@@ -53,10 +58,8 @@ def test_rows_of_a_table_get_what_rows_of_the_host_get(
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if with_sinks else None
     kind = AttentionKind(0.3, window, softcap, sinks)
     own_k, own_v, count = k_pages.clone(), v_pages.clone(), len(STARTS)
-    expected = PagedAttention().attend(query[:count], key[:count], value[:count], k_pages, v_pages, by_rows, kind)
-    found = CudaAttention(["torch"]).attend(
-        query, key, value, own_k, own_v, AttentionMetadata.of_tables(by_table), kind
-    )
+    expected = PagedAttention("cpu").attend(query[:count], key[:count], value[:count], k_pages, v_pages, by_rows, kind)
+    found = PagedAttention("cpu", ["torch"]).attend(query, key, value, own_k, own_v, by_table, kind)
     torch.testing.assert_close(found[:count], expected, rtol=1e-4, atol=1e-5)
     assert found.isfinite().all(), "padding rows must not spread NaN"
     for own, page in ((own_k, k_pages), (own_v, v_pages)):
@@ -64,11 +67,11 @@ def test_rows_of_a_table_get_what_rows_of_the_host_get(
 
 
 def test_positions_follow_from_the_table_when_it_is_loaded_again() -> None:
-    kept = DecodeTables.empty(4, 3, PAGE, "cpu")
+    kept = DecodeTables(4, 3, PAGE, "cpu")
     place = kept.packed.data_ptr()
-    assert AttentionMetadata.of_tables(kept).positions.tolist() == [0, 0, 0, 0]
-    kept.load(pack_rows([9, 0], [[5, 6, 7], [8]], PAGE, 4, 3), [10, 1], [[5, 6, 7], [8]])
-    assert AttentionMetadata.of_tables(kept).positions.tolist() == [9, 0, 0, 0]
+    assert kept.positions.tolist() == [0, 0, 0, 0]
+    load(kept, [9, 0], [[5, 6, 7], [8]])
+    assert kept.positions.tolist() == [9, 0, 0, 0]
     assert kept.packed.tolist() == [[10, 5, 6, 7], [1, 8, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert kept.packed.data_ptr() == place
 
@@ -79,8 +82,8 @@ def test_pages_beyond_the_token_stay_out_of_the_table() -> None:
 
 
 def test_flashinfer_is_told_of_padding_rows_as_one_slot_of_page_0() -> None:
-    kept = DecodeTables.empty(4, 3, PAGE, "cpu")
-    kept.load(pack_rows([9, 3], [[5, 6, 7], [8]], PAGE, 4, 3), [10, 4], [[5, 6, 7, 1], [8]])
+    kept = DecodeTables(4, 3, PAGE, "cpu")
+    load(kept, [9, 3], [[5, 6, 7, 1], [8]])
     begins, pages, last = plan_arrays(kept)
     assert (begins.tolist(), pages.tolist(), last.tolist()) == ([0, 3, 4, 5, 6], [5, 6, 7, 8, 0, 0], [2, 4, 1, 1])
 
@@ -125,7 +128,7 @@ def test_a_kernel_that_is_wrong_here_is_not_used(how: str, said: str, caplog: py
     assert difference(Wrong("not"), KIND, torch.device("cpu")) is None
     _, by_table, tensors = make_case(0.0)
     with caplog.at_level(logging.WARNING):
-        found = CudaAttention([wrong]).attend(*tensors, AttentionMetadata.of_tables(by_table), AttentionKind(0.3))
+        found = PagedAttention("cpu", [wrong]).attend(*tensors, by_table, AttentionKind(0.3))
     assert found.isfinite().all()
     assert "does not go through wrong" in caplog.text
     assert said in caplog.text
@@ -142,11 +145,11 @@ def test_kernels_that_are_not_installed_are_left_out_and_unknown_ones_refused() 
 def test_prompts_through_sdpa_see_all_before_them_and_nothing_after(start: int, count: int) -> None:
     generator = torch.Generator().manual_seed(3)
     table = torch.randperm(PAGES, generator=generator)[:6].tolist()
-    metadata = AttentionMetadata.build([start], [count], [table], PAGE, "cpu")
-    (row,), (view,) = metadata.prefill_rows, metadata.prefill_views(None)
+    metadata = AttentionMetadata([start], [count], [table], PAGE, "cpu")
+    (view,) = metadata.prefill_views(None)
     k_pages, v_pages = (torch.randn(PAGES, KV_HEADS, PAGE, K_DIM, generator=generator) for _ in range(2))
     query = torch.randn(count, HEADS, K_DIM, generator=generator)
-    expected = attend_prefill(query, k_pages, v_pages, row, view, AttentionKind(0.3, None, None, None))
+    expected = attend_prefill(query, k_pages, v_pages, view, AttentionKind(0.3, None, None, None))
     found = attend_prefill_sdpa(query, k_pages, v_pages, view, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -154,4 +157,4 @@ def test_prompts_through_sdpa_see_all_before_them_and_nothing_after(start: int, 
 def test_a_table_holds_what_the_kernels_need_and_no_more() -> None:
     """The copy of a step's rows is one tensor: 64 rows of 1,024 positions are 17 KB."""
     assert pack_rows([1023] * 64, [list(range(64))] * 64, 16, 64, 64).nbytes == 64 * 65 * 4
-    assert tables.DecodeTables.empty(64, 64, 16, "cpu").packed.nbytes == 64 * 65 * 4
+    assert tables.DecodeTables(64, 64, 16, "cpu").packed.nbytes == 64 * 65 * 4

@@ -21,10 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagemesh.errors import InternalError
-
-from ...attention.base import AttentionMetadata
-from ...attention.cuda import CudaAttention
 from ...attention.tables import DecodeTables, pack_rows
 from ...kv.pool import KvPool
 from ..batch import StepBatch
@@ -47,17 +43,19 @@ class PaddedRows:
 
     key: tuple[int, int]
     """(rows, pages a row) of the graph"""
+    host: Tensor
+    """[B, 1 + M] int32, of `pack_rows`"""
     packed: Tensor
-    """[B, 1 + M] int32 on the device, or under way there"""
-    lengths: list[int]
-    pages: list[list[int]]
+    """The same on the device, or under way there"""
 
 
 class GraphedShard:
     """A `ModelShard` whose decode steps are graphs. On a CPU they are padded in the same way, and run as they are."""
 
     def __init__(self, shard: ModelShard) -> None:
-        """Fuses what can be fused of the shard's model, and takes over its attention on a device without graphs."""
+        """Fuses what can be fused of the shard's model."""
+        self.on_layer: Callable[[], None] | None = None
+        """Called between layers of steps that run as they are; a graph is launched at once."""
         self.plain = shard
         """Runs the steps that are not launched as graphs."""
         self.kv_layout, self.kv_layers = shard.kv_layout, shard.kv_layers
@@ -69,24 +67,12 @@ class GraphedShard:
         self.eager_because: str | None = None
         """Why no more graphs are captured; None while they are."""
         self._on_cuda = shard.device.type == "cuda"
-        if not isinstance(shard.attention_backend, CudaAttention):
-            shard.attention_backend = CudaAttention()
-        self._attention: CudaAttention = shard.attention_backend
         self._widths: list[int] = []
         self._page_size = 0
         self._memory: Any = None
         norms = fuse_norms(shard.model)
         ropes = fuse_rope(shard.model, shard.dtype, shard.device) if self._on_cuda else 0
         log.info("%d norms and the rotary embedding of %d model files are one kernel each", norms, ropes)
-
-    @property
-    def on_layer(self) -> Callable[[], None] | None:
-        """Called between layers of steps that run as they are; a graph is launched at once."""
-        return self.plain.on_layer
-
-    @on_layer.setter
-    def on_layer(self, call: Callable[[], None] | None) -> None:
-        self.plain.on_layer = call
 
     def bind_kv(self, pool: KvPool) -> None:
         """Use these pages from now on; graphs over other pages are dropped."""
@@ -102,16 +88,13 @@ class GraphedShard:
         if key is None:
             self.plain.prepare(batch)
             return
-        packed = pack_rows(batch.starts, batch.tables, batch.page_size, *key)
-        lengths = [start + 1 for start in batch.starts]
-        pages = [
-            list(table[: start // batch.page_size + 1]) for start, table in zip(batch.starts, batch.tables, strict=True)
-        ]
-        batch.prepared = PaddedRows(key, packed.to(self.device, non_blocking=True), lengths, pages)
+        host = pack_rows(batch.starts, batch.tables, batch.page_size, *key)
+        batch.prepared = PaddedRows(key, host, host.to(self.device, non_blocking=True))
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
         """See `ModelShard.forward`; what it returns is the caller's own."""
+        self.plain.on_layer = self.on_layer
         with torch.cuda.device(self.device) if self._on_cuda else contextlib.nullcontext():
             if batch.prepared is None:
                 self.prepare(batch)
@@ -124,14 +107,11 @@ class GraphedShard:
         if count > ROWS[-1] or any(tokens != 1 for tokens in batch.counts) or batch.page_size != self._page_size:
             return None
         rows = ROWS[bisect_left(ROWS, count)]
-        width = self._fitting_width(max(batch.starts) // batch.page_size + 1)
-        if width is None or (self.eager_because is not None and (rows, width) not in self.graphs):
+        at = bisect_left(self._widths, max(batch.starts) // batch.page_size + 1)
+        if at == len(self._widths):
             return None
-        return rows, width
-
-    def _fitting_width(self, pages: int) -> int | None:
-        at = bisect_left(self._widths, pages)
-        return self._widths[at] if at < len(self._widths) else None
+        key = rows, self._widths[at]
+        return key if self.eager_because is None or key in self.graphs else None
 
     def _graph(self, batch: StepBatch) -> Graph | None:
         """The step's graph, captured now if it is new; None for a step that runs as it is."""
@@ -142,7 +122,7 @@ class GraphedShard:
         if graph is not None:
             return graph
         if self.eager_because is None:
-            graph = Graph(self.plain, self._attention, *rows.key, self._page_size)
+            graph = Graph(self.plain, *rows.key, self._page_size)
             if not self._on_cuda:
                 self.graphs[rows.key] = graph
                 return graph
@@ -150,7 +130,7 @@ class GraphedShard:
                 if self._memory is None:
                     self._memory = torch.cuda.graph_pool_handle()
                 graph.load(batch, rows)
-                graph.capture(self._memory, len(rows.lengths))
+                graph.capture(self._memory, len(batch.counts))
             except RuntimeError as e:
                 self.eager_because = f"{type(e).__name__}: {e}"
                 log.warning("decode steps of %d rows and more kinds run without graphs: %s", rows.key[0], e)
@@ -166,16 +146,18 @@ class GraphedShard:
 class Graph:
     """The decode step of B rows: inputs that stay where they are, and what is launched over them."""
 
-    def __init__(self, shard: ModelShard, attention: CudaAttention, rows: int, width: int, page_size: int) -> None:
+    def __init__(self, shard: ModelShard, rows: int, width: int, page_size: int) -> None:
         device = shard.device
         self._shard = shard
-        self._attention = attention
-        self._tables = DecodeTables.empty(rows, width, page_size, device)
-        self._token_ids = torch.zeros(rows, dtype=torch.int64, device=device) if shard.is_first else None
-        self._hidden: Tensor | None = None
-        if not shard.is_first:
-            self._hidden = torch.zeros(rows, shard.hidden_size, dtype=shard.dtype, device=device)
-        self._logit_rows = torch.arange(rows, device=device) if shard.is_last else None
+        self._tables = DecodeTables(rows, width, page_size, device)
+        self._inputs = StepBatch([], [], [], page_size, prepared=self._tables)
+        """They stay where they are."""
+        if shard.is_first:
+            self._inputs.token_ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        else:
+            self._inputs.hidden = torch.zeros(rows, shard.hidden_size, dtype=shard.dtype, device=device)
+        if shard.is_last:
+            self._inputs.logit_rows = torch.arange(rows, device=device)
         self.captured: torch.cuda.CUDAGraph | None = None
         """None: the step runs as it is."""
         self._out: Tensor | None = None
@@ -187,28 +169,21 @@ class Graph:
         if self.captured is None:
             out = self._pass()
         else:
-            self._attention.plan(self._tables)
+            self._shard.attention_backend.plan(self._tables)
             self.captured.replay()
             assert self._out is not None
             out = self._out
         if not self._shard.is_last:
             return out[: len(batch.counts)].clone()
-        if batch.logit_rows is None:
-            raise InternalError("the last stage needs to know whose logits are wanted")
-        return out.index_select(0, batch.logit_rows)
+        return out.index_select(0, batch.wanted_rows())
 
     def load(self, batch: StepBatch, rows: PaddedRows) -> None:
         """Put the step's rows in place of the last ones. Padding rows keep tokens of earlier steps, which are read by
         nobody."""
-        self._tables.load(rows.packed, rows.lengths, rows.pages)
-        for kept, given, what in (
-            (self._token_ids, batch.token_ids, "the first stage needs token ids"),
-            (self._hidden, batch.hidden, "a stage behind the first needs hidden states"),
-        ):
-            if kept is not None:
-                if given is None:
-                    raise InternalError(what)
-                kept[: given.shape[0]].copy_(given, non_blocking=True)
+        self._tables.load(rows.host, rows.packed)
+        given = batch.input_of(self._shard.is_first)
+        kept = self._inputs.input_of(self._shard.is_first)
+        kept[: given.shape[0]].copy_(given, non_blocking=True)
 
     def capture(self, memory: Any, rows: int) -> None:
         """Captures the step over what is loaded, and launches it once beside the step run as it is.
@@ -230,7 +205,7 @@ class Graph:
                 self._out = self._pass()
         finally:
             self._shard.on_layer = on_layer
-        self._attention.plan(self._tables)
+        self._shard.attention_backend.plan(self._tables)
         graph.replay()
         found, wanted = self._out[:rows].float().nan_to_num(), expected.float().nan_to_num()
         error, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
@@ -240,18 +215,8 @@ class Graph:
 
     def _pass(self) -> Tensor:
         """The step as it is, over the inputs that stay."""
-        metadata = AttentionMetadata.of_tables(self._tables)
-        batch = StepBatch(
-            [],
-            metadata.counts,
-            [],
-            self._tables.page_size,
-            token_ids=self._token_ids,
-            hidden=self._hidden,
-            logit_rows=self._logit_rows,
-            prepared=metadata,
-        )
-        return self._shard.forward(batch)
+        self._tables.refresh()
+        return self._shard.forward(self._inputs)
 
 
 def page_widths(num_pages: int) -> list[int]:

@@ -209,22 +209,3 @@ def register_attention(function: Callable[..., tuple[torch.Tensor, None]]) -> No
     No mask function goes with it: transformers then makes no mask at all, and does not look at the positions.
     """
     AttentionInterface.register(ATTENTION_NAME, function)
-
-
-__all__ = [
-    "ATTENTION_NAME",
-    "Source",
-    "build_on_meta",
-    "causal_class",
-    "compute_buffers",
-    "convert",
-    "is_optional",
-    "load_config",
-    "map_checkpoint",
-    "merges_experts",
-    "parameter_dtype",
-    "per_layer",
-    "register_attention",
-    "set_tensor",
-    "tied_weights",
-]

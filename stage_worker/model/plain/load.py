@@ -11,15 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from stagemesh.errors import ConfigError
-
-from ..checkpoint import Checkpoint, wrong_shape
+from ..checkpoint import Checkpoint
+from ..cut import WHOLE, Cut
 from ..dummy import dummy_tensor
 from ..spec import ShardSpec
 from ..tp import TPGroup
 from . import hf
 from .layout import check_range, find_layout, prune
-from .parallel import WHOLE, Cut, Parallel
+from .parallel import Parallel
 from .shard import ModelShard
 from .support import check_supported
 from .verified import VERIFIED
@@ -56,9 +55,7 @@ def load_shard(
     model = hf.build_on_meta(config, dtype)
     layout = find_layout(model, config)
     sources = hf.map_checkpoint(model, checkpoint.names) if checkpoint is not None else []
-    parallel = Parallel(model, config, layout, group, spec.tp_size, spec.tp_rank)
-    if spec.tp_size > 1 and (group is None or group.size != spec.tp_size or group.rank != spec.tp_rank):
-        raise ConfigError(f"tp_size {spec.tp_size} needs a TP group of that size at rank {spec.tp_rank}")
+    parallel = Parallel(model, config, layout, spec, group)
     prune(model, layout, spec.first, spec.last)
     filler = _Filler(model, bool(config.tie_word_embeddings), parallel, dtype, device, on_progress)
     if checkpoint is not None:
@@ -77,7 +74,7 @@ def _choose_dtype(spec: ShardSpec, named: object, checkpoint: Checkpoint | None)
     if isinstance(named, str):
         named = _DTYPES.get(named)
     if named is None and checkpoint is not None:
-        named = checkpoint.info(checkpoint.names[0]).dtype
+        named = checkpoint.dtype(checkpoint.names[0])
     return named if isinstance(named, torch.dtype) and named in _DTYPES.values() else torch.float32
 
 
@@ -175,11 +172,8 @@ class _Filler:
 
     def _copy(self, checkpoint: Checkpoint, source: hf.Source) -> None:
         name, target = source.tensors[0][0], source.targets[0]
-        found, whole = checkpoint.info(name).shape, tuple(self._wanted[target].shape)
-        if found != whole:
-            raise wrong_shape(checkpoint.info(name), whole)
-        cut = self._cut(target)
-        self._put(target, checkpoint.read(name, cut.dim, cut.ranges))
+        checkpoint.check_shape(name, self._wanted[target].shape)
+        self._put(target, checkpoint.read(name, self._cut(target)))
 
     def _convert(self, checkpoint: Checkpoint, source: hf.Source) -> None:
         """Through transformers' converter: several checkpoint tensors make one parameter, or the other way round."""
@@ -188,18 +182,15 @@ class _Filler:
         piecewise = cut is not WHOLE and hf.merges_experts(source)
         tensors = {}
         for name, _ in source.tensors:
-            if piecewise:
-                dim, ranges = _cut_of_expert(cut, self._wanted[target].shape, checkpoint.info(name).shape)
-                tensors[name] = checkpoint.read(name, dim, ranges)
-            else:
-                tensors[name] = checkpoint.read(name)
+            shape = checkpoint.info(name).shape
+            own = _cut_of_expert(cut, self._wanted[target].shape, shape) if piecewise else WHOLE
+            tensors[name] = checkpoint.read(name, own)
         for name, tensor in hf.convert(source, tensors, self._model).items():
             if name not in self._wanted:
                 continue
-            whole = tuple(self._wanted[name].shape)
+            whole = self._wanted[name].shape
             expected = self._cut(name).shape(whole) if piecewise else whole
-            if tuple(tensor.shape) != expected:
-                raise wrong_shape(checkpoint.info(source.tensors[0][0]), expected, tensor.shape)
+            checkpoint.check_shape(source.tensors[0][0], expected, tensor.shape)
             self._put(name, tensor if piecewise else self._cut(name).apply(tensor))
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
@@ -219,15 +210,13 @@ class _Filler:
         return self._parallel.cut(name, self._wanted[name].shape)
 
 
-def _cut_of_expert(
-    cut: Cut, whole: torch.Size, piece: tuple[int, ...]
-) -> tuple[int | None, tuple[tuple[int, int], ...]]:
+def _cut_of_expert(cut: Cut, whole: torch.Size, piece: tuple[int, ...]) -> Cut:
     """A cut of merged experts [E, out, in], for the checkpoint's tensor [out, in] of one expert.
 
     Where gate and up are merged along `out`, each of the two tensors gives one of the cut's two ranges.
     """
     assert cut.dim is not None
     if len(piece) == len(whole):
-        return cut.dim, cut.ranges
+        return cut
     dim = cut.dim - 1
-    return dim, cut.ranges if piece[dim] == whole[cut.dim] else cut.ranges[:1]
+    return Cut(dim, cut.ranges if piece[dim] == whole[cut.dim] else cut.ranges[:1])

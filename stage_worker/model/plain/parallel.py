@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,111 +18,78 @@ from transformers.configuration_utils import PretrainedConfig
 
 from stagemesh.errors import ConfigError, UnsupportedModel
 
-from ..tp import TPGroup, even_range
+from ..cut import WHOLE, Cut, even_range
+from ..spec import ShardSpec
+from ..tp import TPGroup
 from .hf import per_layer
 from .layout import Layout
 
-_WITHOUT_COLLECTIVE = frozenset({"colwise", "packed_colwise", "packed_rowwise", "local_params", "replicate"})
-_GRADIENT_ONLY = frozenset({"replicated_with_grad_allreduce", "mla_kv_a_proj"})
+_NOTHING = frozenset({"local_params", "replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj"})
 _GATHER = frozenset({"colwise_gather_output", "colwise_rep"})
 _SPLIT_INPUT = frozenset({"rowwise_split_input", "rowwise_rep"})
 _REDUCE_OUTPUT = frozenset({"moe_tp_experts", "all_reduce"})
-_KNOWN = (
-    _WITHOUT_COLLECTIVE
-    | _GRADIENT_ONLY
-    | _GATHER
-    | _SPLIT_INPUT
-    | _REDUCE_OUTPUT
-    | {"rowwise", "embedding_rowwise", "moe_identity_expert"}
-)
+_COLUMNS = _GATHER | {"colwise", "packed_colwise"}
+"""Their outputs are cut; of the next two sets' the inputs, and nothing."""
+_ROWS = _SPLIT_INPUT | {"rowwise", "packed_rowwise"}
+_WHOLE = _NOTHING | _REDUCE_OUTPUT | {"moe_identity_expert"}
+_KNOWN = _COLUMNS | _ROWS | _WHOLE | {"embedding_rowwise"}
 _KV_PROJECTION = re.compile(r"\.(\d+)\..*\b(k_proj|v_proj)$")
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The part of a tensor that a rank holds: `ranges` along `dim`, one after the other; `dim` None: all of it."""
-
-    dim: int | None = None
-    ranges: tuple[tuple[int, int], ...] = ()
-
-    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rank's part of the whole tensor, in memory of its own where it is a part."""
-        if self.dim is None:
-            return tensor
-        return torch.cat([tensor.narrow(self.dim, start, stop - start) for start, stop in self.ranges], self.dim)
-
-    def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the rank's part."""
-        shape = list(whole)
-        if self.dim is not None:
-            shape[self.dim] = sum(stop - start for start, stop in self.ranges)
-        return tuple(shape)
-
-
-WHOLE = Cut()
 
 
 class Parallel:
     """The plan of one model on one rank. With one rank it does nothing."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: PretrainedConfig,
-        layout: Layout,
-        group: TPGroup | None,
-        size: int,
-        rank: int,
+        self, model: nn.Module, config: PretrainedConfig, layout: Layout, spec: ShardSpec, group: TPGroup | None
     ) -> None:
+        """Raises ConfigError for a TP size that does not fit the model or `group`, UnsupportedModel for the plan."""
         self._model = model
         self._config = config
         self._group = group
-        self._size = size
-        self._rank = rank
+        self._spec = spec
         self._plan: dict[str, str] = {}
-        if size > 1:
+        if spec.tp_size > 1:
             base_plan = getattr(config, "base_model_tp_plan", None) or {}
             self._plan = {f"{layout.base_prefix}.{key}": style for key, style in base_plan.items()}
             self._plan.update(getattr(type(model), "_tp_plan", None) or {})
             self._check()
+            if group is None or group.size != spec.tp_size or group.rank != spec.tp_rank:
+                raise ConfigError(f"tp_size {spec.tp_size} needs a TP group of that size at rank {spec.tp_rank}")
 
     def cut(self, name: str, shape: Sequence[int]) -> Cut:
         """The part of parameter `name` (of this whole shape) that this rank holds."""
         module_name, _, leaf = name.rpartition(".")
         style = self._style(name) or self._style(module_name)
-        if style is None or self._size == 1 or style in _GRADIENT_ONLY or style in _REDUCE_OUTPUT:
-            return WHOLE
-        if style in {"replicate", "local_params", "moe_identity_expert"}:
+        if style is None or style in _WHOLE:
             return WHOLE
         dims = len(shape)
-        if style in {"rowwise", "packed_rowwise"} | _SPLIT_INPUT:
+        if style in _ROWS:
             if leaf == "bias" or dims == 1:
                 return WHOLE
             return self._even(shape, dims - 1, packed=style == "packed_rowwise")
         if style == "embedding_rowwise":
             return self._even(shape, 0)
         kv_heads = self._kv_heads(module_name)
-        if kv_heads is not None and kv_heads < self._size:
+        if kv_heads is not None and kv_heads < self._spec.tp_size:
             head = shape[0] // kv_heads
-            mine = self._rank * kv_heads // self._size
+            mine = self._spec.part(kv_heads)[0]
             return Cut(0, ((mine * head, (mine + 1) * head),))
         return self._even(shape, max(0, dims - 2), packed=style == "packed_colwise")
 
     def install(self) -> None:
         """Give the modules that this shard holds the collectives of their styles."""
-        if self._size == 1:
+        if self._group is None:
             return
-        assert self._group is not None
         for name, module in self._model.named_modules():
             style = self._style(name)
-            if style is not None and not (style in _WITHOUT_COLLECTIVE or style in _GRADIENT_ONLY):
+            if style is not None:
                 _install(module, style, self._group, is_head="." not in name)
 
     def _even(self, shape: Sequence[int], dim: int, packed: bool = False) -> Cut:
         if not packed:
-            return Cut(dim, (even_range(shape[dim], self._size, self._rank),))
+            return Cut(dim, (self._spec.part(shape[dim]),))
         half = shape[dim] // 2
-        start, stop = even_range(half, self._size, self._rank)
+        start, stop = self._spec.part(half)
         return Cut(dim, ((start, stop), (half + start, half + stop)))
 
     def _style(self, name: str) -> str | None:
@@ -141,7 +107,7 @@ class Parallel:
                 f"{type(self._model).__name__} cannot run tensor-parallel: its plan uses {', '.join(unknown)}; "
                 "use tensor parallel size 1"
             )
-        check_heads(self._config, self._plan, self._size)
+        check_heads(self._config, self._plan, self._spec.tp_size)
 
 
 def check_heads(config: PretrainedConfig, plan: dict[str, str], size: int) -> None:
@@ -171,6 +137,7 @@ def check_heads(config: PretrainedConfig, plan: dict[str, str], size: int) -> No
 
 
 def _install(module: nn.Module, style: str, group: TPGroup, is_head: bool) -> None:
+    """The styles that are not named here need no collective."""
     if style == "rowwise" or style in _SPLIT_INPUT:
         if isinstance(module, nn.Linear):
             _install_rowwise(module, group, split_input=style in _SPLIT_INPUT)

@@ -10,7 +10,6 @@ Shapes: T tokens in the step, R rows whose logits are wanted, H hidden, V vocabu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,19 +19,13 @@ from transformers.modeling_utils import PreTrainedModel
 
 from stagemesh.errors import InternalError, UnsupportedModel
 
+from ...attention.backend import PagedAttention
 from ...attention.base import AttentionKind, AttentionMetadata
-from ...attention.registry import make_backend
+from ...attention.tables import DecodeTables
 from ...kv.pool import KvLayerSpec, KvPool
 from ..batch import StepBatch
 from ..spec import ShardSpec
 from .layout import Layout
-
-
-@dataclass
-class _Probe:
-    """What a first forward finds out about the attention of the layers held here."""
-
-    layers: list[KvLayerSpec]
 
 
 class ModelShard:
@@ -67,24 +60,23 @@ class ModelShard:
         self.dtype = dtype
         self.device = torch.device(spec.device)
         self.tensor_bytes_read = tensor_bytes_read
-        self.weight_bytes = sum(tensor.nbytes for tensor in _unique(model))
-        self._model = model
+        self.weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        self.model = model
+        """transformers' model, what is foreign left out."""
+        self.attention_backend = PagedAttention(self.device)
         self._base: nn.Module = getattr(model, layout.base_prefix)
-        self.attention_backend = make_backend(self.device)
+        self._one_by_one = spec.deterministic
+        """Matrix products sum in another order for another number of rows: a token has the same bits only by itself."""
         self._pool: KvPool | None = None
-        self._metadata: AttentionMetadata | None = None
+        self._rows: AttentionMetadata | DecodeTables | None = None
         self._hidden_in: Tensor | None = None
         self._hidden_out: Tensor | None = None
-        self._probe: _Probe | None = None
+        self._probed: list[KvLayerSpec] | None = None
+        """What a first forward finds out about the attention of the layers held here."""
         self._hook(getattr(self._base, layout.layers))
         self._kinds: set[tuple[int | None, int]] = set()
         self.kv_layers = self._probe_attention()
         self._kinds = {(layer.sliding_window, layer.num_kv_heads) for layer in self.kv_layers}
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """transformers' model, what is foreign left out."""
-        return self._model
 
     def bind_kv(self, pool: KvPool) -> None:
         """Use these pages from now on.
@@ -99,7 +91,9 @@ class ModelShard:
 
     def prepare(self, batch: StepBatch) -> None:
         """Make every index that this shard's layers need, before the step's activation is there."""
-        metadata = AttentionMetadata.build(batch.starts, batch.counts, batch.tables, batch.page_size, self.device)
+        if self._one_by_one and sum(batch.counts) > 1:
+            return  # Each token is prepared when it is computed.
+        metadata = AttentionMetadata(batch.starts, batch.counts, batch.tables, batch.page_size, self.device)
         metadata.prepare(self._kinds)
         batch.prepared = metadata
 
@@ -109,29 +103,23 @@ class ModelShard:
 
         With several ranks, hidden states are the same on each; logits are whole on rank 0 only.
         """
-        if not isinstance(batch.prepared, AttentionMetadata):
+        if self._one_by_one and sum(batch.counts) > 1:
+            return torch.cat([self.forward(one) for one in batch.one_by_one()])
+        if batch.prepared is None:
             self.prepare(batch)
-        assert isinstance(batch.prepared, AttentionMetadata)
-        self._metadata, self._hidden_in = batch.prepared, batch.hidden
+        assert isinstance(batch.prepared, AttentionMetadata | DecodeTables)
+        self._rows = batch.prepared
         try:
             return self._run(batch, batch.prepared.positions)
         finally:
-            self._metadata = self._hidden_in = self._hidden_out = None
+            self._rows = self._hidden_in = self._hidden_out = None
 
     def _run(self, batch: StepBatch, positions: Tensor) -> Tensor:
+        given = batch.input_of(self.is_first)[None]
         inputs: dict[str, Any] = {"position_ids": positions[None], "use_cache": False}
-        if self.is_first:
-            if batch.token_ids is None:
-                raise InternalError("the first stage needs token ids")
-            inputs["input_ids"] = batch.token_ids[None]
-        else:
-            if batch.hidden is None:
-                raise InternalError("a stage behind the first needs hidden states")
-            inputs["inputs_embeds"] = batch.hidden[None]
+        inputs["input_ids" if self.is_first else "inputs_embeds"] = self._hidden_in = given
         if self.is_last:
-            if batch.logit_rows is None:
-                raise InternalError("the last stage needs to know whose logits are wanted")
-            logits: Tensor = self._model(**inputs, logits_to_keep=batch.logit_rows).logits
+            logits: Tensor = self.model(**inputs, logits_to_keep=batch.wanted_rows()).logits
             return logits[0].float()
         self._base(**inputs)
         if self._hidden_out is None:
@@ -151,12 +139,9 @@ class ModelShard:
             own[-1].register_forward_hook(self._take_hidden)
 
     def _put_hidden(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if self._hidden_in is None:
-            raise InternalError("no hidden states came with the step")
-        hidden = self._hidden_in[None]
         if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
+            return (self._hidden_in, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._hidden_in}
 
     def _take_hidden(self, _layer: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         self._hidden_out = output[0] if isinstance(output, tuple) else output
@@ -192,11 +177,11 @@ class ModelShard:
         return shard._attend(layer_idx, query, key, value, kind), None
 
     def _attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind) -> Tensor:
-        if self._probe is not None:
+        if self._probed is not None:
             spec = KvLayerSpec(layer_idx, key.shape[1], key.shape[3], value.shape[3], kind.sliding_window)
-            self._probe.layers.append(spec)
+            self._probed.append(spec)
             return value.transpose(1, 2).repeat_interleave(query.shape[1] // value.shape[1], dim=2)
-        if self._pool is None or self._metadata is None:
+        if self._pool is None or self._rows is None:
             raise InternalError("attention before bind_kv, or outside of a step")
         out = self.attention_backend.attend(
             query[0].transpose(0, 1),
@@ -204,7 +189,7 @@ class ModelShard:
             value[0].transpose(0, 1),
             self._pool.k(layer_idx),
             self._pool.v(layer_idx),
-            self._metadata,
+            self._rows,
             kind,
         )
         if self.on_layer is not None:
@@ -213,19 +198,14 @@ class ModelShard:
 
     def _probe_attention(self) -> list[KvLayerSpec]:
         """One token through the layers, attention only looking at what it is given."""
-        self._probe = _Probe([])
+        layers = self._probed = list[KvLayerSpec]()
         token = torch.zeros(1, dtype=torch.int64, device=self.device)
         hidden = torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self.device)
         self.forward(StepBatch([0], [1], [[0]], 1, token_ids=token, hidden=hidden, logit_rows=token))
-        layers, self._probe = self._probe.layers, None
+        self._probed = None
         if [layer.layer_idx for layer in layers] != list(range(self.first, self.last)):
             raise UnsupportedModel(
-                f"{type(self._model).__name__} cannot be served: its layers {self.first} to {self.last - 1} called "
+                f"{type(self.model).__name__} cannot be served: its layers {self.first} to {self.last - 1} called "
                 f"attention for layers {[layer.layer_idx for layer in layers]}; each must, once"
             )
         return layers
-
-
-def _unique(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, shared ones once."""
-    return [*model.parameters(), *model.buffers()]
