@@ -31,7 +31,7 @@ def resources(folder: Path) -> StageResources:
     )  # fmt: skip
     shard = SleepShard(ShardSpec(str(folder), 0, 1, load_format="dummy"))
     pool = KvPool(shard.kv_layers, 8, 16, torch.bfloat16, "cpu")
-    return StageResources(shard, pool, None, PageRanges(8, itertools.count(1).__next__), None, 0)
+    return StageResources(shard, pool, None, PageRanges(8, itertools.count(1).__next__), None, 0, [])
 
 
 def plan(step: int) -> stage_pb2.StepPlan:
