@@ -17,7 +17,7 @@ from stagemesh.settings.stage import StageSettings
 from stagemesh.stage_worker.messages.control import Kind, error_of, failure_of
 from stagemesh.stage_worker.messages.rank_config import RankConfig, RankDescriptors
 from stagemesh.stage_worker.rank.control_socket import ControlSocket
-from stagemesh.stage_worker.rank.order import OrderReceiver, OrderSender, RunStep, TakeCall
+from stagemesh.stage_worker.rank.order import OrderReceiver, OrderSender
 
 SEED = 5
 
@@ -164,9 +164,9 @@ def test_orders_come_as_they_were_given_and_nothing_else_is_one() -> None:
         receiver = OrderReceiver(ControlSocket(theirs, write_timeout_s=1), timeout_s=1)
         sender.run_step(7, 1 << 40, [3, 1])
         sender.take_call(9)
-        assert receiver.current() == RunStep(7, 1 << 40, (3, 1))
+        assert receiver.current() == (Kind.ORDER_STEP, 7, worker_pb2.StepOrder(step=1 << 40, tokens=[3, 1]))
         receiver.done()
-        assert receiver.current() == TakeCall(9)
+        assert receiver.current() == (Kind.ORDER_CALL, 9, worker_pb2.StepOrder())
         receiver.done()
         control.send(Kind.SHUTDOWN, 0)
         with pytest.raises(InternalError, match="SHUTDOWN, which is no order"):
