@@ -35,6 +35,8 @@ SPIN_S = 50e-6
 TIMEOUT_S = 60.0
 UCX_OVER_TCP = {"TLS": "tcp", "NET_DEVICES": "lo"}
 WARM_UP = 100
+CARRIED = HIDDEN, torch.bfloat16, 2, max(SIZES_KIB.values())
+"""Row, credits and most rows of both links."""
 
 
 class Side:
@@ -50,8 +52,8 @@ class Side:
     def join(self, remote: bytes, outgoing: LinkIdentity, incoming: LinkIdentity) -> None:
         self.receiver = LinkReceiver(self.transport, remote, incoming, timeout_s=TIMEOUT_S)
         self.sender = LinkSender(self.transport, remote, outgoing, timeout_s=TIMEOUT_S)
-        self.receiver.open_lane(0, 2, max(SIZES_KIB.values()) * HIDDEN * 2)
-        self.sender.open_lane(0, 2)
+        self.receiver.open_lane(0)
+        self.sender.open_lane(0)
         self.drive(lambda: self.sender.up and self.receiver.up)
 
     def drive(self, until: Callable[[], bool]) -> None:
@@ -96,7 +98,7 @@ def child(kind: str, rounds: int, real_time: bool) -> None:
     side = Side(kind)
     print(side.transport.address().hex(), flush=True)
     told = json.loads(sys.stdin.readline())
-    there, back = (LinkIdentity(n, 1, bytes.fromhex(told["secret"]), HIDDEN, torch.bfloat16) for n in told["nonces"])
+    there, back = (LinkIdentity(n, 1, bytes.fromhex(told["secret"]), *CARRIED) for n in told["nonces"])
     side.join(bytes.fromhex(told["address"]), back, there)
     settle(1, real_time)
     replies = {rows: torch.ones(rows, HIDDEN, dtype=torch.bfloat16) for rows in SIZES_KIB.values()}
@@ -143,7 +145,7 @@ def measure(kind: str, rounds: int, real_time: bool) -> dict[str, Any]:
         told = {"address": side.transport.address().hex(), "secret": secret.hex(), "nonces": nonces}
         process.stdin.write(json.dumps(told) + "\n")
         process.stdin.flush()
-        there, back = (LinkIdentity(nonce, 1, secret, HIDDEN, torch.bfloat16) for nonce in nonces)
+        there, back = (LinkIdentity(nonce, 1, secret, *CARRIED) for nonce in nonces)
         side.join(remote, there, back)
         settle(0, real_time)
         took_us: dict[int, list[float]] = {rows: [] for rows in SIZES_KIB.values()}

@@ -20,10 +20,9 @@ from stagemesh.processes.launcher import Launcher, LaunchTiming
 from stagemesh.protos.v1.processes_pb2 import Call
 from stagemesh.settings.stage import StageSettings, device_kind
 
-from .agent.handlers import SERVICE_NAME, add_to_server
 from .agent.membership import Membership
 from .agent.rank_group import RankGroup
-from .agent.service import Agent
+from .agent.service import SERVICE_NAME, Agent
 from .messages.rank_config import RankConfig
 from .timing import StageTiming
 
@@ -98,7 +97,7 @@ class _Worker:
         server = await rpc.start_server(
             self.settings.host,
             self.settings.port,
-            lambda s: add_to_server(agent, s),
+            agent.add_to_server,
             [SERVICE_NAME],
             serving=False,
         )

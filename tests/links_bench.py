@@ -24,7 +24,13 @@ DTYPE = torch.bfloat16
 
 def identity(**changes: object) -> LinkIdentity:
     made = LinkIdentity(
-        nonce=int.from_bytes(os.urandom(4)), epoch=3, secret=os.urandom(16), hidden_size=HIDDEN, dtype=DTYPE
+        nonce=int.from_bytes(os.urandom(4)),
+        epoch=3,
+        secret=os.urandom(16),
+        hidden_size=HIDDEN,
+        dtype=DTYPE,
+        credits=2,
+        max_rows=100,
     )
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
@@ -44,10 +50,10 @@ class Bench:
         return sender, receiver
 
     def joined(self, credits: int = 2, max_rows: int = 100) -> tuple[LinkSender, LinkReceiver]:
-        sender, receiver = self.link(identity())
+        sender, receiver = self.link(identity(credits=credits, max_rows=max_rows))
         self.drive(lambda: sender.up and receiver.up)
-        receiver.open_lane(0, credits, max_rows * HIDDEN * 2)
-        sender.open_lane(0, credits)
+        receiver.open_lane(0)
+        sender.open_lane(0)
         return sender, receiver
 
     def turn(self) -> None:

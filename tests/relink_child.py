@@ -35,7 +35,7 @@ class Ends:
     def do(self, do: str, link: int, nonce: int = 0, secret: str = "") -> Any:
         """Carries out a command; what there is to answer."""
         if do in ("offer", "connect"):
-            identity = LinkIdentity(nonce, 1, bytes.fromhex(secret), HIDDEN, torch.float32)
+            identity = LinkIdentity(nonce, 1, bytes.fromhex(secret), HIDDEN, torch.float32, FRAMES, ROWS)
             end = LinkReceiver if do == "offer" else LinkSender
             self.links[link] = end(self.transport, self.peer, identity)
         elif do == "frames":
@@ -49,11 +49,11 @@ class Ends:
     def _frames(end: LinkSender | LinkReceiver) -> None:
         """So large that they go by rendezvous: then each endpoint knows the other's."""
         if isinstance(end, LinkSender):
-            end.open_lane(0, FRAMES)
+            end.open_lane(0)
             for step in range(FRAMES):
                 end.send(0, step, torch.zeros(ROWS, HIDDEN))
         else:
-            end.open_lane(0, FRAMES, ROWS * HIDDEN * 4)
+            end.open_lane(0)
             for step in range(FRAMES):
                 end.post(0, step, (ROWS, HIDDEN))
 

@@ -7,22 +7,6 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class RankStart(_message.Message):
-    __slots__ = ("label", "rank", "device", "cpus", "idle_cpus", "settings")
-    LABEL_FIELD_NUMBER: _ClassVar[int]
-    RANK_FIELD_NUMBER: _ClassVar[int]
-    DEVICE_FIELD_NUMBER: _ClassVar[int]
-    CPUS_FIELD_NUMBER: _ClassVar[int]
-    IDLE_CPUS_FIELD_NUMBER: _ClassVar[int]
-    SETTINGS_FIELD_NUMBER: _ClassVar[int]
-    label: str
-    rank: int
-    device: str
-    cpus: _containers.RepeatedScalarFieldContainer[int]
-    idle_cpus: _containers.RepeatedScalarFieldContainer[int]
-    settings: str
-    def __init__(self, label: _Optional[str] = ..., rank: _Optional[int] = ..., device: _Optional[str] = ..., cpus: _Optional[_Iterable[int]] = ..., idle_cpus: _Optional[_Iterable[int]] = ..., settings: _Optional[str] = ...) -> None: ...
-
 class RankReady(_message.Message):
     __slots__ = ("device", "addresses")
     class AddressesEntry(_message.Message):

@@ -87,31 +87,27 @@ class RankGroup:
         """
         controls = [socket.socketpair() for _ in range(self.size)]
         orders = [socket.socketpair() for _ in range(self.size - 1)]
-        group = self.size > 1
-        exchange = make_shared_memory(self.size) if group and self._configs[0].device == "cpu" else None
-        store = make_store() if group else None
-        heartbeats = make_heartbeats(self.size)
+        shared = make_heartbeats(self.size), make_shared_memory(self.size), make_store()
         up: list[asyncio.Future[bytes]] = []
         try:
             for rank, config in enumerate(self._configs):
                 order = [pair[0] for pair in orders] if rank == 0 else [orders[rank - 1][1]]
                 order_fds = tuple(sock.fileno() for sock in order)
-                fds = RankDescriptors(controls[rank][1].fileno(), heartbeats, order_fds, exchange, store)
+                fds = RankDescriptors(controls[rank][1].fileno(), *shared, orders=order_fds)
                 self.processes.append(await self._launcher.start(self._function, config.pack(), fds.in_order))
                 reader, writer = await asyncio.open_unix_connection(sock=controls[rank][0])
                 up.append(self._expect(rank, READY_ID))
                 self._writers.append(writer)
                 self._readers.append(asyncio.create_task(self._read(rank, reader)))
-            self._watching = asyncio.create_task(self._watch(Heartbeats(os.dup(heartbeats), self.size)))
+            self._watching = asyncio.create_task(self._watch(Heartbeats(os.dup(shared[0]), self.size)))
         except Unavailable as e:
             raise StageLost(e.message) from e
         finally:
             ours = [pair[0] for pair in controls[len(self._writers) :]]
             for end in [*ours, *(pair[1] for pair in controls), *(end for pair in orders for end in pair)]:
                 end.close()
-            for fd in (heartbeats, exchange, store):
-                if fd is not None:
-                    os.close(fd)
+            for fd in shared:
+                os.close(fd)
         self.ready += await asyncio.gather(*(self._until_up(rank, ready) for rank, ready in enumerate(up)))
 
     async def _until_up(self, rank: int, ready: asyncio.Future[bytes]) -> worker_pb2.RankReady:

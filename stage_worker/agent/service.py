@@ -10,6 +10,7 @@ import asyncio
 import functools
 import logging
 import operator
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from stagemesh.errors import InvalidRequest, NotFound, RanksDied, StageLost, Sta
 from stagemesh.faults import point
 from stagemesh.processes.frames import parse
 from stagemesh.protocol import check_protocol
-from stagemesh.protos.v1 import coordinator_pb2, stage_pb2, worker_pb2
+from stagemesh.protos.v1 import coordinator_pb2, stage_pb2, stage_pb2_grpc, worker_pb2
 from stagemesh.settings.stage import StageSettings
 
 from ..messages.control import Kind, error_of
@@ -35,6 +36,7 @@ from .rank_group import RankGroup
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
+SERVICE_NAME: str = stage_pb2.DESCRIPTOR.services_by_name["Stage"].full_name
 
 
 @dataclass
@@ -46,7 +48,7 @@ class AssignedStage:
     active: bool = False
 
 
-class Agent:
+class Agent(stage_pb2_grpc.StageServicer):
     """State of one worker, and the handlers of its Stage service."""
 
     def __init__(self, settings: StageSettings, worker_id: str, timing: StageTiming) -> None:
@@ -59,12 +61,18 @@ class Agent:
         self.epochs: dict[str, int] = {}
         """Pipeline -> highest epoch seen. Orders of older epochs are refused."""
         self.sessions: dict[int, GatewaySession] = {}
-        self.stale_refused: dict[str, int] = {}
+        self.stale_refused: Counter[str] = Counter()
         self.broken: dict[tuple[str, int], str] = {}
         """(pipeline, epoch) -> why a link broke here. Renewals of the lease report it to the coordinator."""
         self._closing: set[asyncio.Task[None]] = set()
         self.progress: dict[int, dict[int, stage_pb2.AssignResponse]] = {}
         """Call -> rank -> how much of a load is done."""
+
+    def add_to_server(self, server: grpc.aio.Server) -> None:
+        """Adds the Stage service to a server. Run takes and gives raw bytes: plans and results are not parsed here."""
+        stage_pb2_grpc.add_StageServicer_to_server(self, server)
+        run = grpc.stream_stream_rpc_method_handler(self.Run)
+        server.add_registered_method_handlers(SERVICE_NAME, {"Run": run})  # type: ignore[attr-defined]
 
     # -- ranks ------------------------------------------------------------------------------------------------------
 
@@ -77,7 +85,7 @@ class Agent:
         elif kind == Kind.SESSION_ENDED:
             session, error = self.sessions.get(ident), error_of(parse(worker_pb2.Failure, payload))
             if isinstance(error, StaleEpoch):
-                self._count("plan")
+                self.stale_refused["plan"] += 1
             if session is not None:
                 session.put(error)
         elif kind == Kind.PROGRESS:
@@ -87,7 +95,7 @@ class Agent:
             if (session := self.sessions.get(ident)) is not None:
                 session.copied_on(rank, payload)
         elif kind == Kind.LATE_FRAMES:
-            self._count("frame", parse(worker_pb2.LateFrames, payload).count)
+            self.stale_refused["frame"] += parse(worker_pb2.LateFrames, payload).count
         elif kind == Kind.LINK_BROKEN:
             said = parse(worker_pb2.LinkBroken, payload)
             self.broken[said.pipeline_id, said.epoch] = said.reason
@@ -113,7 +121,7 @@ class Agent:
 
     # -- assignments ------------------------------------------------------------------------------------------------
 
-    async def assign(self, request: stage_pb2.AssignRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
+    async def Assign(self, request: stage_pb2.AssignRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
         """Stage.Assign."""
         point("agent.assign")
         self._fence(request.key, "assignment")
@@ -139,7 +147,7 @@ class Agent:
             del self.assigned[k]
         self._end_sessions(key.pipeline_id, until, reason, since)
 
-    async def prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
+    async def Prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
         """Stage.Prepare."""
         point("agent.prepare")
         async for response in self._load(Kind.PREPARE, request):
@@ -183,7 +191,7 @@ class Agent:
         done.tensor_bytes_read = sum(rank.tensor_bytes_read for rank in ranks)
         yield stage_pb2.AssignResponse(done=done)
 
-    async def offer_link(self, request: stage_pb2.OfferLinkRequest, context: Any) -> stage_pb2.OfferLinkResponse:
+    async def OfferLink(self, request: stage_pb2.OfferLinkRequest, context: Any) -> stage_pb2.OfferLinkResponse:
         """Stage.OfferLink."""
         self._fence(request.key, "link")
         ranks = 1 if request.tokens else self._group().size
@@ -195,13 +203,13 @@ class Agent:
             secrets=[offer.secrets[0] for offer in offers[:ranks]],
         )
 
-    async def connect_link(self, request: stage_pb2.ConnectLinkRequest, context: Any) -> stage_pb2.ConnectLinkResponse:
+    async def ConnectLink(self, request: stage_pb2.ConnectLinkRequest, context: Any) -> stage_pb2.ConnectLinkResponse:
         """Stage.ConnectLink."""
         self._fence(request.key, "link")
         routes = {reply.route for reply in await self._call(Kind.CONNECT_LINK, request, stage_pb2.ConnectLinkResponse)}
         return stage_pb2.ConnectLinkResponse(route=", ".join(sorted(routes - {""})))
 
-    async def activate(self, request: stage_pb2.ActivateRequest, context: Any) -> stage_pb2.ActivateResponse:
+    async def Activate(self, request: stage_pb2.ActivateRequest, context: Any) -> stage_pb2.ActivateResponse:
         """Stage.Activate."""
         self._fence(request.key, "activation")
         await self._call(Kind.ACTIVATE, request, stage_pb2.ActivateResponse)
@@ -211,7 +219,7 @@ class Agent:
         assigned.active = True
         return stage_pb2.ActivateResponse()
 
-    async def release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseResponse:
+    async def Release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseResponse:
         """Stage.Release."""
         point("agent.release")
         key = request.key
@@ -225,20 +233,17 @@ class Agent:
         """Calls the ranks with the deadline of an order that loads nothing."""
         return await self._group().call(kind, request, reply, self.timing.call_s)
 
-    def _count(self, kind: str, number: int = 1) -> None:
-        self.stale_refused[kind] = self.stale_refused.get(kind, 0) + number
-
     def _fence(self, key: stage_pb2.PipelineKey, kind: str) -> None:
         """Raises StaleEpoch for an order of an earlier epoch, and counts it."""
         known = self.epochs.get(key.pipeline_id, 0)
         if key.epoch < known:
-            self._count(kind)
+            self.stale_refused[kind] += 1
             raise StaleEpoch(f"{kind} of {key.pipeline_id} at epoch {key.epoch}; {self.worker_id} has seen {known}")
         self.epochs[key.pipeline_id] = key.epoch
 
     # -- sessions ---------------------------------------------------------------------------------------------------
 
-    async def run(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+    async def Run(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         """Stage.Run, on raw bytes: only the first message is parsed here."""
         first = await anext(requests, None)
         if first is None:
@@ -260,7 +265,7 @@ class Agent:
         assigned = self.assigned.get(_key(request.key))
         known = self.epochs.get(request.key.pipeline_id, 0)
         if assigned is None and request.key.epoch < known:
-            self._count("session")
+            self.stale_refused["session"] += 1
             raise StaleEpoch(f"{request.key.pipeline_id} is at epoch {known} here, not {request.key.epoch}")
         if assigned is None or not assigned.active:
             raise Unavailable(f"{request.key.pipeline_id} is not active here yet; try again", retry_after_s=0.2)

@@ -23,8 +23,6 @@ from ..links.link import LinkReceiver, LinkSender
 from .landing import land
 from .pool import KvPool
 
-CREDITS = 4
-"""Frames in flight on a lane."""
 FRAME_BYTES = 1 << 20
 """Most bytes of a frame, unless a single page is larger."""
 
@@ -91,7 +89,7 @@ class PageSender:
         receiving end reports it, and this end goes on serving."""
         with contextlib.suppress(TransportError):
             if slot not in self._waiting:
-                self.link.open_lane(slot, CREDITS)
+                self.link.open_lane(slot)
                 self._waiting[slot] = deque()
             self._waiting[slot].append((number, pages))
             self.progress()
@@ -112,26 +110,17 @@ class PageReceiver:
 
     def __init__(self, link: LinkReceiver, frames: PageFrames) -> None:
         self.link = link
-        self._frames = frames
+        self.frames = frames
         self._coming: dict[int, deque[tuple[int, list[int]]]] = {}
         """Slot -> announced frames, in order: number and pages."""
         self._landing: dict[int, Future[None]] = {}
         """Slot -> the write of its next frame, once that has arrived."""
 
-    @property
-    def most_pages(self) -> int:
-        """Most pages of one frame."""
-        return self._frames.most_pages
-
-    def open_lane(self, slot: int) -> None:
-        """Lets a session receive pages. Raises TransportError when the link is over."""
-        self.link.open_lane(slot, CREDITS, self._frames.most_pages * self._frames.page_bytes)
-
     def expect(self, slot: int, number: int, pages: list[int]) -> None:
         """Announces a frame and posts its receive. Raises InvalidRequest for more pages than a frame may hold."""
-        if not 0 < len(pages) <= self._frames.most_pages:
-            raise InvalidRequest(f"{len(pages)} pages in a frame that holds 1 to {self._frames.most_pages}")
-        self.link.post(slot, number, (len(pages) * self._frames.page_bytes,), torch.uint8)
+        if not 0 < len(pages) <= self.frames.most_pages:
+            raise InvalidRequest(f"{len(pages)} pages in a frame that holds 1 to {self.frames.most_pages}")
+        self.link.post(slot, number, (len(pages) * self.frames.page_bytes,))
         self._coming.setdefault(slot, deque()).append((number, pages))
 
     def take(self, slot: int) -> int | None:
@@ -145,7 +134,7 @@ class PageReceiver:
             frame = self.link.ready(slot, number)
             if frame is not None:
                 point("rank.copy_land")
-                self._landing[slot] = land(lambda: self._frames.write(pages, frame))
+                self._landing[slot] = land(lambda: self.frames.write(pages, frame))
             return None
         if not landing.done():
             return None

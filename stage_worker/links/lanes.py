@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,25 +18,60 @@ import torch
 from stagemesh.errors import TransportError
 from stagemesh.transport.base import Peer, Request, Transport
 
-from .wire import COUNT_BYTES, CREDIT, FIN, LANE_MASK, SEQ_MODULUS, data_tag, pack_count, tag_of, unpack_count
+from .wire import (
+    COUNT_BYTES,
+    CREDIT,
+    FIN,
+    LANE_MASK,
+    SEQ_MODULUS,
+    LinkIdentity,
+    data_tag,
+    pack_count,
+    tag_of,
+    unpack_count,
+)
 
 MAX_WAITING = 4096
 """Receives announced but without a buffer yet, for each lane."""
 
 
-class SendLane:
+class _Lane:
+    """What both sides have in common: the other one's count, and messages under way."""
+
+    def __init__(self, transport: Transport, peer: Peer, identity: LinkIdentity, slot: int, word: int) -> None:
+        """`word`: that brings the other side's count (wire.py)."""
+        self._transport, self._peer, self._identity, self._slot = transport, peer, identity, slot
+        self._sends: list[tuple[Request, object]] = []  # with the buffer each one reads
+        self._count_tag = tag_of(identity.nonce, slot, word)
+        self._count_buffer = bytearray(COUNT_BYTES)
+        self._count = transport.recv(self._count_tag, self._count_buffer)
+        self.closing = self.drained = self._abandoned = False
+
+    @property
+    def idle(self) -> bool:
+        """Nothing reads or writes a buffer of this lane any more."""
+        return not self._sends and self._count.done
+
+    def abandon(self) -> None:
+        """The link is over: no more counts will come."""
+        self.closing = self._abandoned = True
+        self._count.cancel()
+
+    def _send_count(self, word: int, count: int, *, last: bool = False) -> None:
+        message = bytearray(pack_count(count, last=last))
+        request = self._peer.send(tag_of(self._identity.nonce, self._slot, word), message)
+        if not request.done:
+            self._sends.append((request, message))
+
+
+class SendLane(_Lane):
     """The sending side of a lane."""
 
-    def __init__(self, transport: Transport, peer: Peer, nonce: int, slot: int, credits: int) -> None:
-        self._transport, self._peer, self._nonce, self._slot = transport, peer, nonce, slot
-        self._credits = credits
+    def __init__(self, transport: Transport, peer: Peer, identity: LinkIdentity, slot: int) -> None:
+        super().__init__(transport, peer, identity, slot, CREDIT)
         self._sent = self._returned = 0
-        self._in_flight: list[tuple[Request, object]] = []  # with the buffer each one reads
-        self._credit_buffer = bytearray(COUNT_BYTES)
-        self._credit = transport.recv(tag_of(nonce, slot, CREDIT), self._credit_buffer)
         self._blocked_since: float | None = None
         self._wait_send_s = 0.0
-        self.closing = self.drained = self._abandoned = False
 
     @property
     def unconsumed(self) -> int:
@@ -49,7 +83,7 @@ class SendLane:
         """A credit is there. From the first False on, the wait for one is timed."""
         if self.closing:
             return False
-        if self.unconsumed < self._credits:
+        if self.unconsumed < self._identity.credits:
             return True
         if self._blocked_since is None:
             self._blocked_since = time.perf_counter()
@@ -57,9 +91,10 @@ class SendLane:
 
     def send(self, step: int, tensor: torch.Tensor) -> None:
         """Send the activation of a step; `tensor` is kept until the transport is done with it."""
-        if self.closing or self.unconsumed >= self._credits:
-            raise TransportError(f"lane {self._slot} has no credit: {self.unconsumed} of {self._credits} are out")
-        self._in_flight.append((self._peer.send(data_tag(self._nonce, self._slot, step), tensor), tensor))
+        credits = self._identity.credits
+        if self.closing or self.unconsumed >= credits:
+            raise TransportError(f"lane {self._slot} has no credit: {self.unconsumed} of {credits} are out")
+        self._sends.append((self._peer.send(data_tag(self._identity.nonce, self._slot, step), tensor), tensor))
         self._sent += 1
 
     def take_wait_send_s(self) -> float:
@@ -69,21 +104,9 @@ class SendLane:
 
     def close(self) -> None:
         """Say how many frames there were. The lane is `drained` when the receiver has accounted for all of them."""
-        if self.closing:
-            return
-        self.closing = True
-        fin = bytearray(pack_count(self._sent))
-        self._in_flight.append((self._peer.send(tag_of(self._nonce, self._slot, FIN), fin), fin))
-
-    def abandon(self) -> None:
-        """The link is over: no more credits will come."""
-        self.closing = self._abandoned = True
-        self._credit.cancel()
-
-    @property
-    def idle(self) -> bool:
-        """Nothing reads or writes a buffer of this lane any more."""
-        return not self._in_flight and self._credit.done
+        if not self.closing:
+            self.closing = True
+            self._send_count(FIN, self._sent)
 
     def progress(self) -> bool:
         """Take credits, let finished buffers go.
@@ -92,30 +115,30 @@ class SendLane:
             TransportError: a send failed.
         """
         happened = False
-        if self._in_flight and any(request.done for request, _ in self._in_flight):
+        if self._sends and any(request.done for request, _ in self._sends):
             happened = True
-            finished = [request for request, _ in self._in_flight if request.done]
-            self._in_flight = [entry for entry in self._in_flight if not entry[0].done]
+            finished = [request for request, _ in self._sends if request.done]
+            self._sends = [entry for entry in self._sends if not entry[0].done]
             for request in finished:
                 if request.error is not None and not self.closing:
                     raise request.error
-        while not (self.drained or self._abandoned) and self._credit.done and self._credit.error is None:
+        while not (self.drained or self._abandoned) and self._count.done and self._count.error is None:
             happened = True
             self._take_credit()
         return happened
 
     def _take_credit(self) -> None:
-        returned, last = unpack_count(bytes(self._credit_buffer))
+        returned, last = unpack_count(bytes(self._count_buffer))
         if not self._returned <= returned <= self._sent:
             raise TransportError(f"lane {self._slot}: {returned} credits came back for {self._sent} frames")
         self._returned = returned
-        if self._blocked_since is not None and self.unconsumed < self._credits:
+        if self._blocked_since is not None and self.unconsumed < self._identity.credits:
             self._wait_send_s += time.perf_counter() - self._blocked_since
             self._blocked_since = None
         if last and self.closing:
             self.drained = True
         else:
-            self._credit = self._transport.recv(tag_of(self._nonce, self._slot, CREDIT), self._credit_buffer)
+            self._count = self._transport.recv(self._count_tag, self._count_buffer)
 
 
 @dataclass(slots=True)
@@ -126,44 +149,25 @@ class _Post:
     completed_at: float = 0.0  # when it was first seen to be all there; 0 before
 
 
-@dataclass(slots=True)
-class _Waiting:
-    step: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class ReceiveLane:
+class ReceiveLane(_Lane):
     """The receiving side of a lane: `credits` buffers of `max_bytes`, allocated once."""
 
     def __init__(
-        self,
-        transport: Transport,
-        peer: Peer,
-        nonce: int,
-        slot: int,
-        *,
-        credits: int,
-        max_bytes: int,
-        device: torch.device,
+        self, transport: Transport, peer: Peer, identity: LinkIdentity, slot: int, device: torch.device
     ) -> None:
-        self._transport, self._peer, self._nonce, self._slot = transport, peer, nonce, slot
-        self._credits, self._max_bytes, self._device = credits, max_bytes, device
-        self._free = [self._new_buffer() for _ in range(credits)]
+        super().__init__(transport, peer, identity, slot, FIN)
+        self._max_bytes, self._device = identity.max_bytes, device
+        self._free = [self._new_buffer() for _ in range(identity.credits)]
         self._spares = 0
         self._posts: dict[int, _Post] = {}  # by step modulo SEQ_MODULUS
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[tuple[int, tuple[int, ...]]] = deque()  # step, shape
         self._released = 0
         self._accounted = 0  # frames dropped or landed in cancelled buffers, once the lane is closing
         self._quarantine: list[tuple[Request, object]] = []
-        self._sends: list[tuple[Request, object]] = []
-        self._fin_buffer = bytearray(COUNT_BYTES)
-        self._fin = transport.recv(tag_of(nonce, slot, FIN), self._fin_buffer)
-        self.closing = self.drained = self._abandoned = False
 
-    def post(self, step: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def post(self, step: int, shape: tuple[int, ...]) -> None:
         """Announce the frame of a step; its receive is posted now, or when a buffer is free."""
-        nbytes = math.prod(shape) * dtype.itemsize
+        nbytes = math.prod(shape) * self._identity.dtype.itemsize
         if nbytes > self._max_bytes:
             raise TransportError(
                 f"step {step} brings {nbytes} bytes, lane {self._slot} has buffers of {self._max_bytes}"
@@ -172,13 +176,12 @@ class ReceiveLane:
             raise TransportError(f"lane {self._slot} is closed")
         if step % SEQ_MODULUS in self._posts:
             raise TransportError(f"step {step} was posted on lane {self._slot} already")
-        waiting = _Waiting(step, tuple(shape), dtype)
         if self._free and not self._waiting:
-            self._start(waiting, self._free.pop())
+            self._start(step, shape, self._free.pop())
         elif len(self._waiting) >= MAX_WAITING:
             raise TransportError(f"lane {self._slot} has {MAX_WAITING} receives waiting for a buffer")
         else:
-            self._waiting.append(waiting)
+            self._waiting.append((step, shape))
 
     def ready(self, step: int) -> torch.Tensor | None:
         """The activation of a posted step when it is all there. It is the lane's until `release`.
@@ -211,11 +214,11 @@ class ReceiveLane:
         if post is None or not post.request.done:
             raise TransportError(f"step {step} is not there to be released on lane {self._slot}")
         self._released += 1
-        self._send_count(last=False)
+        self._send_count(CREDIT, self._released)
         if self._spares > 0:
             self._spares -= 1  # one buffer more than credits was lent: let it go
         elif self._waiting:
-            self._start(self._waiting.popleft(), post.buffer)
+            self._start(*self._waiting.popleft(), post.buffer)
         else:
             self._free.append(post.buffer)
 
@@ -234,13 +237,12 @@ class ReceiveLane:
     def abandon(self) -> None:
         """The link is over: no FIN will come."""
         self.close()
-        self._abandoned = True
-        self._fin.cancel()
+        super().abandon()
 
     @property
     def idle(self) -> bool:
         """Nothing reads or writes a buffer of this lane any more."""
-        return not self._quarantine and not self._sends and self._fin.done
+        return not self._quarantine and super().idle
 
     @property
     def quarantined(self) -> int:
@@ -264,10 +266,11 @@ class ReceiveLane:
         Frames that have come are no more than the credits, so neither are the spares."""
         lent = False
         for waiting in list(self._waiting):
-            if self._spares < self._credits and self._transport.probe(data_tag(self._nonce, self._slot, waiting.step)):
+            tag = data_tag(self._identity.nonce, self._slot, waiting[0])
+            if self._spares < self._identity.credits and self._transport.probe(tag):
                 self._waiting.remove(waiting)
                 self._spares += 1
-                self._start(waiting, self._new_buffer())
+                self._start(*waiting, self._new_buffer())
                 lent = True
         return lent
 
@@ -281,27 +284,20 @@ class ReceiveLane:
         self._quarantine = still
         if self._abandoned:
             return  # What comes now is dropped with all that the link brings.
-        self._accounted += self._transport.discard(tag_of(self._nonce, self._slot, 0), LANE_MASK)
-        if not self._fin.done or self._fin.error is not None:
+        self._accounted += self._transport.discard(tag_of(self._identity.nonce, self._slot, 0), LANE_MASK)
+        if not self._count.done or self._count.error is not None:
             return
-        sent, _ = unpack_count(bytes(self._fin_buffer))
+        sent, _ = unpack_count(bytes(self._count_buffer))
         if not self._quarantine and self._released + self._accounted >= sent:
             self._released = sent
-            self._send_count(last=True)
+            self._send_count(CREDIT, sent, last=True)
             self.drained = True
 
-    def _start(self, waiting: _Waiting, buffer: torch.Tensor) -> None:
-        nbytes = math.prod(waiting.shape) * waiting.dtype.itemsize
-        part = buffer[:nbytes]
-        tensor = part.view(waiting.dtype).view(waiting.shape)
-        request = self._transport.recv(data_tag(self._nonce, self._slot, waiting.step), part)
-        self._posts[waiting.step % SEQ_MODULUS] = _Post(request, buffer, tensor)
-
-    def _send_count(self, *, last: bool) -> None:
-        message = bytearray(pack_count(self._released, last=last))
-        request = self._peer.send(tag_of(self._nonce, self._slot, CREDIT), message)
-        if not request.done:
-            self._sends.append((request, message))
+    def _start(self, step: int, shape: tuple[int, ...], buffer: torch.Tensor) -> None:
+        dtype = self._identity.dtype
+        part = buffer[: math.prod(shape) * dtype.itemsize]
+        request = self._transport.recv(data_tag(self._identity.nonce, self._slot, step), part)
+        self._posts[step % SEQ_MODULUS] = _Post(request, buffer, part.view(dtype).view(shape))
 
     def _new_buffer(self) -> torch.Tensor:
         return torch.empty(max(self._max_bytes, 1), dtype=torch.uint8, device=self._device)

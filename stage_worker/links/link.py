@@ -53,7 +53,10 @@ Lane = TypeVar("Lane", SendLane, ReceiveLane)
 class _Link(ABC, Generic[Lane]):
     """What both ends have in common: a peer, a state, a deadline, lanes."""
 
-    def __init__(self, transport: Transport, address: bytes, identity: LinkIdentity, timeout_s: float) -> None:
+    def __init__(
+        self, transport: Transport, address: bytes, identity: LinkIdentity, timeout_s: float, word: int, nbytes: int
+    ) -> None:
+        """`word`: what the other side says in the handshake (wire.py), in a message of `nbytes`."""
         self._transport, self._identity = transport, identity
         self._peer: Peer = transport.connect(address, timeout_s=timeout_s)
         self._timeout_s = timeout_s
@@ -62,19 +65,22 @@ class _Link(ABC, Generic[Lane]):
         self._lanes: dict[int, Lane] = {}
         self.state: LinkState = "connecting"
         self.error: StagemeshError | None = None
+        self._word_tag = self._tag(word)
+        self._word_buffer = bytearray(nbytes)
+        self._word = transport.recv(self._word_tag, self._word_buffer)
+        self._said: list[tuple[Request, bytearray]] = []
 
     @abstractmethod
-    def _shake_hands(self) -> bool:
-        """Goes on with the handshake; True when something came. Raises what is to end the link."""
+    def _take_word(self, word: bytes) -> None:
+        """Goes on with the handshake. Raises what is to end the link."""
 
     @abstractmethod
-    def _let_go(self) -> None:
-        """The link is over: nothing of the handshake is waited for any more."""
+    def _make_lane(self, slot: int) -> Lane: ...
 
     @property
-    @abstractmethod
     def heard(self) -> bool:
         """Whether the other side's word of the handshake has come; `progress` takes it."""
+        return self._word.done
 
     @property
     def identity(self) -> LinkIdentity:
@@ -104,9 +110,12 @@ class _Link(ABC, Generic[Lane]):
         """
         happened = False
         try:
-            if self.state == "connecting":
+            if self.state == "connecting" and self.heard:
                 # Before the deadline is looked at: what came within a long step has been seen by nobody yet.
-                happened = self._shake_hands()
+                happened = True
+                if self._word.error is not None:
+                    raise self._word.error
+                self._take_word(bytes(self._word_buffer))
             if self.state in ("connecting", "ready"):
                 self._check(now)
             for slot, lane in list(self._lanes.items()):
@@ -118,24 +127,70 @@ class _Link(ABC, Generic[Lane]):
             return True
         return happened
 
+    def open_lane(self, slot: int) -> None:
+        """Start a lane; the other end opens it, too. Its buffers are allocated here and never again.
+
+        Raises:
+            TransportError: the slot is taken or out of range, or the link is over.
+        """
+        if not 0 <= slot < CONTROL_SLOT:
+            raise TransportError(f"slot {slot} is not between 0 and {CONTROL_SLOT - 1}")
+        if slot in self._lanes:
+            raise TransportError(f"slot {slot} is in use, or its last frames are not accounted for yet")
+        if self.over:
+            raise self.error or TransportError("the link is closed")
+        self._lanes[slot] = self._make_lane(slot)
+
+    def close_lane(self, slot: int) -> None:
+        """End a lane: what it posted is cancelled, its buffers are kept until nothing uses them, late frames dropped.
+        Its slot may be opened again once `lane_closed`, which takes the other end's `close_lane`, too."""
+        lane = self._lanes.get(slot)
+        if lane is None or self.over:
+            return
+        try:
+            lane.close()
+        except TransportError as error:
+            self._fail(error)
+
+    @property
+    def over(self) -> bool:
+        """It has failed or was closed."""
+        return self.state in ("failed", "closed")
+
+    @property
+    def drained(self) -> bool:
+        """The link is over, and nothing reads or writes a buffer of it any more."""
+        handshake = self._word.done and all(said.done for said, _ in self._said)
+        return self.over and handshake and all(lane.idle for lane in self._lanes.values())
+
     def close(self) -> None:
         """End the link at once. Go on with `progress()` until it is `drained`: only then are tensors and buffers
         free."""
         self._end("closed")
 
     def _fail(self, error: StagemeshError) -> None:
-        if self.state in ("connecting", "ready"):
+        if not self.over:
             self.error = error
             self._end("failed")
 
     def _end(self, state: LinkState) -> None:
-        if self.state in ("failed", "closed"):
+        if self.over:
             return
         self.state = state
         for lane in self._lanes.values():
             lane.abandon()
         self._let_go()
         self._peer.close()
+
+    def _let_go(self) -> None:
+        """Nothing of the other side is waited for any more."""
+        self._word.cancel()
+
+    def _say(self, word: int, message: bytes) -> None:
+        """Sends a message of the handshake."""
+        buffer = bytearray(message)
+        self._said = [entry for entry in self._said if not entry[0].done]
+        self._said.append((self._peer.send(self._tag(word), buffer), buffer))
 
     def _tag(self, seq: int) -> int:
         return tag_of(self._identity.nonce, CONTROL_SLOT, seq)
@@ -152,14 +207,6 @@ class _Link(ABC, Generic[Lane]):
         if waited_s > DOUBT * self._timeout_s and not self._doubted:
             self._doubted = True
             self._transport.doubt()
-
-    def _check_slot(self, slot: int) -> None:
-        if not 0 <= slot < CONTROL_SLOT:
-            raise TransportError(f"slot {slot} is not between 0 and {CONTROL_SLOT - 1}")
-        if slot in self._lanes:
-            raise TransportError(f"slot {slot} is in use, or its last frames are not accounted for yet")
-        if self.state not in ("connecting", "ready"):
-            raise self.error or TransportError("the link is closed")
 
 
 class LinkSender(_Link[SendLane]):
@@ -178,29 +225,14 @@ class LinkSender(_Link[SendLane]):
     def __init__(
         self, transport: Transport, peer_address: bytes, identity: LinkIdentity, *, timeout_s: float = 5.0
     ) -> None:
-        super().__init__(transport, peer_address, identity, timeout_s)
-        self._ack_buffer = bytearray(ACK_BYTES)
-        self._ack = transport.recv(self._tag(HELLO_ACK), self._ack_buffer)
-        self._hello_buffer = bytearray(identity.hello())
-        self._hello: Request | None = None
+        super().__init__(transport, peer_address, identity, timeout_s, HELLO_ACK, ACK_BYTES)
         try:
-            self._hello = self._peer.send(self._tag(HELLO), self._hello_buffer)
+            self._say(HELLO, identity.hello())
         except TransportError as error:
             self._fail(error)
 
-    @property
-    def heard(self) -> bool:
-        """The hello is answered."""
-        return self._ack.done
-
-    def open_lane(self, slot: int, credits: int) -> None:
-        """Start a lane; the receiver opens it with the same number of credits.
-
-        Raises:
-            TransportError: the slot is taken or out of range, or the link is over.
-        """
-        self._check_slot(slot)
-        self._lanes[slot] = SendLane(self._transport, self._peer, self._identity.nonce, slot, credits)
+    def _make_lane(self, slot: int) -> SendLane:
+        return SendLane(self._transport, self._peer, self._identity, slot)
 
     def can_send(self, slot: int) -> bool:
         """The link is ready and the lane has a credit. The time from a False to the credit is counted as wait-send."""
@@ -230,33 +262,11 @@ class LinkSender(_Link[SendLane]):
         """Seconds that a lane spent without a credit since the last call."""
         return self._lanes[slot].take_wait_send_s()
 
-    def close_lane(self, slot: int) -> None:
-        """End a lane. Its slot may be opened again once `lane_closed`."""
-        lane = self._lanes.get(slot)
-        if lane is None or self.state not in ("connecting", "ready"):
-            return
-        try:
-            lane.close()
-        except TransportError as error:
-            self._fail(error)
-
-    @property
-    def drained(self) -> bool:
-        """The link is over, and nothing reads or writes a buffer of it any more."""
-        handshake = self._ack.done and (self._hello is None or self._hello.done)
-        return self.state in ("failed", "closed") and handshake and all(lane.idle for lane in self._lanes.values())
-
-    def _shake_hands(self) -> bool:
-        if not self.heard:
-            return False
-        objection = self._ack.error or unpack_ack(bytes(self._ack_buffer))
+    def _take_word(self, word: bytes) -> None:
+        objection = unpack_ack(word)
         if objection is not None:
             raise objection
         self.state = "ready"
-        return True
-
-    def _let_go(self) -> None:
-        self._ack.cancel()
 
 
 class LinkReceiver(_Link[ReceiveLane]):
@@ -282,45 +292,23 @@ class LinkReceiver(_Link[ReceiveLane]):
         device: torch.device | str = "cpu",
         timeout_s: float = 5.0,
     ) -> None:
-        super().__init__(transport, sender_address, identity, timeout_s)
+        super().__init__(transport, sender_address, identity, timeout_s, HELLO, HELLO_BYTES)
         self._device = torch.device(device)
-        self._answers: list[tuple[Request, bytearray]] = []
         self.refused_count = 0
         self.refusal: StagemeshError | None = None
-        self._hello_buffer = bytearray(HELLO_BYTES)
-        self._hello = transport.recv(self._tag(HELLO), self._hello_buffer)
 
-    @property
-    def heard(self) -> bool:
-        """A hello has come."""
-        return self._hello.done
+    def _make_lane(self, slot: int) -> ReceiveLane:
+        return ReceiveLane(self._transport, self._peer, self._identity, slot, self._device)
 
-    def open_lane(self, slot: int, credits: int, max_bytes: int) -> None:
-        """Start a lane with `credits` buffers of `max_bytes`, allocated here and never again.
-
-        Raises:
-            TransportError: the slot is taken or out of range, or the link is over.
-        """
-        self._check_slot(slot)
-        self._lanes[slot] = ReceiveLane(
-            self._transport,
-            self._peer,
-            self._identity.nonce,
-            slot,
-            credits=credits,
-            max_bytes=max_bytes,
-            device=self._device,
-        )
-
-    def post(self, slot: int, step: int, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
-        """Announce what a step will bring, as soon as its plan is known. `dtype` is the link's when None.
+    def post(self, slot: int, step: int, shape: Sequence[int]) -> None:
+        """Announce what a step will bring, as soon as its plan is known.
 
         Raises:
             TransportError: larger than the lane's buffers, posted before, or the link is over.
         """
-        if self.state in ("failed", "closed"):
+        if self.over:
             raise self.error or TransportError("the link is closed")
-        self._lanes[slot].post(step, shape, dtype or self._identity.dtype)
+        self._lanes[slot].post(step, tuple(shape))
 
     def ready(self, slot: int, step: int) -> torch.Tensor | None:
         """The activation of a posted step [T, H] when it is all there and the link is ready; the lane's own memory,
@@ -353,41 +341,21 @@ class LinkReceiver(_Link[ReceiveLane]):
                 raise
             self._fail(error)
 
-    def close_lane(self, slot: int) -> None:
-        """End a lane: receives are cancelled, their buffers kept until nothing writes them, late frames dropped. Its
-        slot may be opened again once `lane_closed`, which takes the sender's `close_lane` too."""
-        lane = self._lanes.get(slot)
-        if lane is not None:
-            lane.close()
-
     def quarantined(self) -> int:
         """Buffers of closed lanes that may still be written."""
         return sum(lane.quarantined for lane in self._lanes.values())
 
-    @property
-    def drained(self) -> bool:
-        """The link is over, and nothing reads or writes a buffer of it any more."""
-        handshake = self._hello.done and all(answer.done for answer, _ in self._answers)
-        return self.state in ("failed", "closed") and handshake and all(lane.idle for lane in self._lanes.values())
-
-    def _shake_hands(self) -> bool:
-        if not self.heard:
-            return False
-        if self._hello.error is not None:
-            raise self._hello.error
-        objection = self._identity.objection(bytes(self._hello_buffer))
-        answer = bytearray(pack_ack(objection))
-        self._answers = [entry for entry in self._answers if not entry[0].done]
-        self._answers.append((self._peer.send(self._tag(HELLO_ACK), answer), answer))
+    def _take_word(self, word: bytes) -> None:
+        objection = self._identity.objection(word)
+        self._say(HELLO_ACK, pack_ack(objection))
         if objection is None:
             self.state = "ready"
-            return True
+            return
         # A stale address can reach a worker that took another's place: go on waiting for the right sender.
         self.refused_count += 1
         self.refusal = objection
-        self._hello = self._transport.recv(self._tag(HELLO), self._hello_buffer)
-        return True
+        self._word = self._transport.recv(self._word_tag, self._word_buffer)
 
     def _let_go(self) -> None:
-        self._hello.cancel()
+        super()._let_go()
         self._transport.discard(self._identity.nonce << 32, LINK_MASK, forever=True)

@@ -57,6 +57,15 @@ class LinkIdentity:
     """16 random bytes made by the receiver."""
     hidden_size: int
     dtype: torch.dtype
+    credits: int
+    """Frames of one lane that may be sent and not released. Not in the hello."""
+    max_rows: int
+    """Most rows of a frame. Not in the hello."""
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes of a frame."""
+        return self.max_rows * self.hidden_size * self.dtype.itemsize
 
     def __post_init__(self) -> None:
         if not 0 <= self.nonce < 1 << 32 or len(self.secret) != SECRET_BYTES:

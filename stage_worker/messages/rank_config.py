@@ -9,13 +9,11 @@ from typing import Literal
 from pydantic import ValidationError
 
 from stagemesh.errors import ConfigError, InternalError
-from stagemesh.processes.frames import parse
-from stagemesh.protos.v1 import worker_pb2
+from stagemesh.settings.base import Base
 from stagemesh.settings.stage import StageSettings
 
 
-@dataclass(frozen=True)
-class RankConfig:
+class RankConfig(Base):
     """Identity of a rank, and the settings of its worker."""
 
     label: str
@@ -29,11 +27,17 @@ class RankConfig:
     """Cores of other ranks, used by steps while nothing else computes."""
 
     @staticmethod
-    def of_worker(label: str, settings: StageSettings, device: str) -> list[RankConfig]:
+    def of_worker(label: str, settings: StageSettings, device: Literal["cpu", "cuda"]) -> list[RankConfig]:
         """The configs of all ranks of a worker. Raises ConfigError for an invalid list of cores."""
-        kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
         return [
-            RankConfig(label, rank, kind, settings, _cpus(settings.cpu_list, rank), _cpus(settings.idle_cpu_list, rank))
+            RankConfig(
+                label=label,
+                rank=rank,
+                device=device,
+                settings=settings,
+                cpus=_cpus(settings.cpu_list, rank),
+                idle_cpus=_cpus(settings.idle_cpu_list, rank),
+            )
             for rank in range(settings.tensor_parallel_size)
         ]
 
@@ -54,33 +58,18 @@ class RankConfig:
 
     def pack(self) -> bytes:
         """Serializes for `unpack` in the rank."""
-        return worker_pb2.RankStart(
-            label=self.label,
-            rank=self.rank,
-            device=self.device,
-            cpus=self.cpus,
-            idle_cpus=self.idle_cpus,
-            settings=self.settings.model_dump_json(),
-        ).SerializeToString()
+        return self.model_dump_json().encode()
 
     @staticmethod
     def unpack(data: bytes) -> RankConfig:
         """The inverse of `pack`. Raises InternalError for other bytes."""
-        said = parse(worker_pb2.RankStart, data)
         try:
-            settings = StageSettings.model_validate_json(said.settings)
+            config = RankConfig.model_validate_json(data)
         except ValidationError as e:
-            raise InternalError(f"the settings that a rank was started with cannot be read: {e}") from e
-        if said.rank >= settings.tensor_parallel_size:
-            raise InternalError(f"rank {said.rank} was started of a group of {settings.tensor_parallel_size}")
-        return RankConfig(
-            said.label,
-            said.rank,
-            "cuda" if said.device == "cuda" else "cpu",
-            settings,
-            tuple(said.cpus),
-            tuple(said.idle_cpus),
-        )
+            raise InternalError(f"what a rank was started with cannot be read: {e}") from e
+        if config.rank >= config.size:
+            raise InternalError(f"rank {config.rank} was started of a group of {config.size}")
+        return config
 
 
 @dataclass(frozen=True)
@@ -91,34 +80,28 @@ class RankDescriptors:
     """Socket to the agent."""
     heartbeats: int
     """Shared memory of heartbeats (heartbeat.py)."""
+    exchange: int
+    """Shared memory for sums over the ranks of a group on a CPU (native/exchange.py)."""
+    store: int
+    """File through which the ranks of a group meet (torch.distributed.FileStore)."""
     orders: tuple[int, ...] = ()
     """On rank 0 a socket to each other rank, on others one to rank 0."""
-    exchange: int | None = None
-    """Shared memory of a group on a CPU (native/exchange.py)."""
-    store: int | None = None
-    """File through which the ranks of a group meet (torch.distributed.FileStore)."""
 
     @property
     def in_order(self) -> list[int]:
         """As a list, for `of` in the rank."""
-        shared = [fd for fd in (self.exchange, self.store) if fd is not None]
-        return [self.control, self.heartbeats, *shared, *self.orders]
+        return [self.control, self.heartbeats, self.exchange, self.store, *self.orders]
 
     @staticmethod
     def of(config: RankConfig, fds: list[int]) -> RankDescriptors:
         """From a list made by `in_order`. Raises InternalError for a wrong number of descriptors."""
-        group = config.size > 1
-        shares = group and config.device == "cpu"
-        orders = 0 if not group else config.size - 1 if config.rank == 0 else 1
-        expected = 2 + shares + group + orders
+        expected = 4 + (config.size - 1 if config.rank == 0 else 1)
         if len(fds) != expected:
             raise InternalError(
                 f"{len(fds)} descriptors came for rank {config.rank} of {config.size}, {expected} are expected"
             )
-        control, heartbeats, *rest = fds
-        exchange = rest.pop(0) if shares else None
-        store = rest.pop(0) if group else None
-        return RankDescriptors(control, heartbeats, tuple(rest), exchange, store)
+        control, heartbeats, exchange, store, *orders = fds
+        return RankDescriptors(control, heartbeats, exchange, store, tuple(orders))
 
 
 def _cpus(cpu_list: str | None, rank: int) -> tuple[int, ...]:

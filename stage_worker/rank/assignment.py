@@ -15,9 +15,6 @@ from ..links.link import LinkReceiver, LinkSender
 from .memory.resources import StageResources, page_share
 from .session import Session, SessionContext, Step
 
-TOKEN_CREDITS = 64
-"""Token frames that may be in flight on a lane. The first stage takes them at once."""
-
 
 class Assignment:
     """What one rank does for one stage of one pipeline, from Assign to Release."""
@@ -37,12 +34,13 @@ class Assignment:
         self.journal = resources.journal
         self.active = False
         self.sessions: dict[int, Session] = {}
-        self.receiver: LinkReceiver | None = None
+        self.receivers: list[LinkReceiver] = []
+        """Receives activations from the stage before: one, but none on the first stage."""
         self.senders: list[LinkSender] = []
-        self.token_receiver: LinkReceiver | None = None
-        """Receives sampled tokens from the last stage; on rank 0 of the first of several stages."""
-        self.token_sender: LinkSender | None = None
-        """Sends sampled tokens to the first stage; on rank 0 of the last of several stages."""
+        self.token_receivers: list[LinkReceiver] = []
+        """Receives sampled tokens from the last stage: one, on rank 0 of the first of several stages."""
+        self.token_senders: list[LinkSender] = []
+        """Sends sampled tokens to the first stage: one, on rank 0 of the last of several stages."""
         self.page_senders: dict[tuple[int, int], PageSender] = {}
         """(epoch, index of the KvCopy) -> sender of pages to a worker of a later epoch."""
         self.page_receivers: dict[int, PageReceiver] = {}
@@ -66,9 +64,8 @@ class Assignment:
 
     def note_completed(self) -> None:
         """Notes when inputs arrived. Called between layers; otherwise `progress_links` does it."""
-        for link in (self.receiver, self.token_receiver):
-            if link is not None:
-                link.note_completed()
+        for link in (*self.receivers, *self.token_receivers):
+            link.note_completed()
 
     def progress_links(self) -> None:
         """Drives the links."""
@@ -85,32 +82,11 @@ class Assignment:
                 del self.page_senders[key]
 
     def _ends(self) -> list[LinkSender | LinkReceiver]:
-        ends = [*self.senders, self.receiver, self.token_sender, self.token_receiver]
-        return [end for end in ends if end is not None]
+        return [*self.senders, *self.receivers, *self.token_senders, *self.token_receivers]
 
     def _copy_ends(self) -> list[LinkSender | LinkReceiver]:
         out: list[LinkSender | LinkReceiver] = [copy.link for copy in self.page_senders.values()]
         return out + [copy.link for copy in self.page_receivers.values()]
-
-    def take_receiver(self, link: LinkReceiver, *, tokens: bool) -> None:
-        """Sets the receiving end, and closes one that was offered before."""
-        before = self.token_receiver if tokens else self.receiver
-        if before is not None:
-            before.close()
-        if tokens:
-            self.token_receiver = link
-        else:
-            self.receiver = link
-
-    def take_senders(self, links: list[LinkSender], *, tokens: bool) -> None:
-        """Sets the sending ends, and closes those that were made before."""
-        for sender in [self.token_sender] if tokens else self.senders:
-            if sender is not None:
-                sender.close()
-        if tokens:
-            self.token_sender = links[0] if links else None
-        else:
-            self.senders = links
 
     def take_broken_link(self) -> StagemeshError | None:
         """The error of a link that broke while the assignment was active. Returned once."""
@@ -178,30 +154,16 @@ class Assignment:
             steps_in_flight=self.limits.steps_in_flight,
             kv_generation=grant.generation ^ self.resources.salt,
             journal=self.journal.held(grant.pages) if self.journal is not None else b"",
-            copy_pages=min((copy.most_pages for copy in self.page_receivers.values()), default=0),
+            copy_pages=min((copy.frames.most_pages for copy in self.page_receivers.values()), default=0),
         )
 
     def _open_lanes(self, slot: int) -> None:
         """Opens a lane for the session on every link, or on none. Raises TransportError."""
-        credits = self.limits.steps_in_flight
-        step_bytes = self.limits.max_num_batched_tokens * self.shard.hidden_size * self.shard.dtype.itemsize
         opened: list[LinkSender | LinkReceiver] = []
         try:
-            for sender in self.senders:
-                sender.open_lane(slot, credits)
-                opened.append(sender)
-            if self.receiver is not None:
-                self.receiver.open_lane(slot, credits, step_bytes)
-                opened.append(self.receiver)
-            if self.token_sender is not None:
-                self.token_sender.open_lane(slot, TOKEN_CREDITS)
-                opened.append(self.token_sender)
-            if self.token_receiver is not None:
-                self.token_receiver.open_lane(slot, TOKEN_CREDITS, 4 * self.limits.max_num_batched_tokens)
-                opened.append(self.token_receiver)
-            for copy in self.page_receivers.values():
-                copy.open_lane(slot)
-                opened.append(copy.link)
+            for end in [*self._ends(), *(copy.link for copy in self.page_receivers.values())]:
+                end.open_lane(slot)
+                opened.append(end)
         except StagemeshError:
             for end in opened:
                 end.close_lane(slot)
@@ -259,23 +221,22 @@ class Assignment:
         step = session.add_plan(plan)
         if step.computes:
             self.shard.prepare(step.batch)
-        if self.receiver is not None and step.receives:
-            self.receiver.post(session.slot, step.number, (step.num_tokens, self.shard.hidden_size), self.shard.dtype)
-        if self.token_receiver is not None and step.sampled_sequences:
-            self.token_receiver.post(session.slot, step.number, (len(step.sampled_sequences),), torch.int32)
+        for link in self.receivers if step.receives else ():
+            link.post(session.slot, step.number, (step.num_tokens, self.shard.hidden_size))
+        for link in self.token_receivers if step.sampled_sequences else ():
+            link.post(session.slot, step.number, (len(step.sampled_sequences),))
             session.awaited.append(step.number)
 
     def take_tokens(self) -> bool:
         """Hands tokens that arrived from the last stage to their sessions. True when there were some."""
-        link, took = self.token_receiver, False
-        if link is None:
-            return False
-        for session in self.sessions.values():
-            while session.awaited and (tokens := link.ready(session.slot, session.awaited[0])) is not None:
-                step = session.awaited.popleft()
-                session.note_tokens(step, tokens.tolist(), link.completed_at(session.slot, step))
-                link.release(session.slot, step)
-                took = True
+        took = False
+        for link in self.token_receivers:
+            for session in self.sessions.values():
+                while session.awaited and (tokens := link.ready(session.slot, session.awaited[0])) is not None:
+                    step = session.awaited.popleft()
+                    session.note_tokens(step, tokens.tolist(), link.completed_at(session.slot, step))
+                    link.release(session.slot, step)
+                    took = True
         return took
 
     def can_run(self, session: Session, step: Step) -> bool:
@@ -284,9 +245,9 @@ class Assignment:
             return False
         if step.behind and not step.behind.isdisjoint(session.copies):
             return False
-        if self.receiver is not None and step.receives and self.receiver.ready(session.slot, step.number) is None:
+        if step.receives and any(link.ready(session.slot, step.number) is None for link in self.receivers):
             return False
-        if step.sampled and self.token_sender is not None and not self.token_sender.can_send(session.slot):
+        if step.sampled and not all(sender.can_send(session.slot) for sender in self.token_senders):
             return False
         return not step.sends or all(sender.can_send(session.slot) for sender in self.senders)
 
@@ -297,8 +258,8 @@ class Assignment:
             StageLost: the journal no longer holds what it is to send again.
         """
         if step.computes:
-            if self.receiver is not None and step.receives:
-                step.batch.hidden = self.receiver.ready(session.slot, step.number)
+            for link in self.receivers if step.receives else ():
+                step.batch.hidden = link.ready(session.slot, step.number)
             return self.shard.forward(step.batch)
         if not step.sends or not self.senders:
             return None
@@ -315,14 +276,14 @@ class Assignment:
 
     def input_complete_at(self, session: Session, step: Step) -> float:
         """When the whole input was here (`time.monotonic()`). On the first stage: the plan and all its tokens."""
-        if self.receiver is None or not step.receives:
+        if not step.receives or not self.receivers:
             return max(step.arrived_at, step.tokens_known_at)
-        return self.receiver.completed_at(session.slot, step.number)
+        return self.receivers[0].completed_at(session.slot, step.number)
 
     def release_input(self, session: Session, step: Step) -> None:
         """Frees the receive buffer, and returns the sender's credit."""
-        if self.receiver is not None and step.receives:
-            self.receiver.release(session.slot, step.number)
+        for link in self.receivers if step.receives else ():
+            link.release(session.slot, step.number)
 
     def send(self, session: Session, step: Step, output: torch.Tensor) -> None:
         """Sends [T, H] to every receiving rank that reads from this one."""
@@ -334,8 +295,8 @@ class Assignment:
         """Sends sampled tokens to the first stage, which may be waiting for them."""
         if self.is_first:
             session.note_tokens(step.number, tokens, time.monotonic())
-        elif self.token_sender is not None:
-            self.token_sender.send(session.slot, step.number, torch.tensor(tokens, dtype=torch.int32))
+        for sender in self.token_senders:
+            sender.send(session.slot, step.number, torch.tensor(tokens, dtype=torch.int32))
 
     def take_wait_send_s(self, session: Session) -> float:
         """Seconds that steps of the session waited for a credit since the last call."""
@@ -346,13 +307,10 @@ class Assignment:
         self.active = False
         for ident in list(self.sessions):
             self.close_session(ident)
-        for end in self._ends():
+        for end in [*self._ends(), *self._copy_ends()]:
             end.close()
-        for link in self._copy_ends():
-            link.close()
         self.page_senders, self.page_receivers = {}, {}
-        self.senders, self.receiver = [], None
-        self.token_sender = self.token_receiver = None
+        self.senders, self.receivers, self.token_senders, self.token_receivers = [], [], [], []
 
 
 def _ids(bits: bytes) -> list[int]:

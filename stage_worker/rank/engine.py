@@ -25,7 +25,7 @@ from ..timing import StageTiming
 from .assignment import Assignment
 from .control_socket import ControlSocket
 from .heartbeat import Heartbeat
-from .order import OrderReceiver, OrderSender, TakeCall
+from .order import OrderReceiver, OrderSender
 from .reports import Reports
 from .session import Session, Step
 
@@ -55,7 +55,7 @@ class Engine:
         """Polls work of other threads, and returns whether there was news. Set by `RankCommands`."""
         self._orders_out = orders_out
         self._orders_in = orders_in
-        self._waiting_calls: dict[int, tuple[Kind, bytes]] = {}
+        self._waiting_calls: dict[int, tuple[Kind, int, bytes]] = {}
         self._poll = select.poll()
         self._poll.register(control.fileno(), select.POLLIN)
         self._polled: set[int] = set()
@@ -87,7 +87,7 @@ class Engine:
         frames = self.control.receive()
         for kind, ident, payload in frames:
             if kind.is_call and self._orders_in is not None:
-                self._waiting_calls[ident] = (kind, payload)
+                self._waiting_calls[ident] = kind, ident, payload
                 continue
             if kind.is_call and self._orders_out is not None:
                 self._orders_out.take_call(ident)
@@ -102,10 +102,16 @@ class Engine:
         for assignment in self.assignments.values():
             assignment.progress_links()
             worked |= assignment.take_tokens()
-            worked |= self._take_pages(assignment)
+            for ident, index, number in assignment.take_pages():
+                # The agent tells the gateway when all ranks have them.
+                self.control.send(Kind.PAGES_COPIED, ident, stage_pb2.PagesCopied(index=index, number=number))
+                worked = True
             broken = assignment.take_broken_link()
             if broken is not None:
-                self.report_broken(assignment, broken)
+                # The agent ends the sessions on all ranks.
+                pipeline_id, epoch = assignment.pipeline_id, assignment.epoch
+                told = worker_pb2.LinkBroken(pipeline_id=pipeline_id, epoch=epoch, reason=broken.message)
+                self.control.send(Kind.LINK_BROKEN, 0, told)
         return worked
 
     def _tell_late_frames(self) -> None:
@@ -114,14 +120,6 @@ class Engine:
         if late > self._late_told:
             self.control.send(Kind.LATE_FRAMES, 0, worker_pb2.LateFrames(count=late - self._late_told))
             self._late_told = late
-
-    def _take_pages(self, assignment: Assignment) -> bool:
-        """Tells the agent of pages that arrived. It tells the gateway when all ranks have them."""
-        took = assignment.take_pages()
-        for ident, index, number in took:
-            copied = stage_pb2.PagesCopied(index=index, number=number)
-            self.control.send(Kind.PAGES_COPIED, ident, copied)
-        return bool(took)
 
     def drive_transports(self) -> None:
         """Called by the shard between layers, so that a long step does not stall a neighbour's transfer."""
@@ -180,17 +178,18 @@ class Engine:
 
     def _carry_out_order(self, orders_in: OrderReceiver) -> bool:
         """On ranks above 0: carries out the next order of rank 0, once its inputs are here."""
-        order = orders_in.current()
-        if order is None:
+        current = orders_in.current()
+        if current is None:
             return False
-        if isinstance(order, TakeCall):
-            waiting = self._waiting_calls.pop(order.call, None)
+        kind, ident, order = current
+        if kind is Kind.ORDER_CALL:
+            waiting = self._waiting_calls.pop(ident, None)
             if waiting is not None:
                 orders_in.done()
-                self.handle(waiting[0], order.call, waiting[1])
+                self.handle(*waiting)
                 return True
         else:
-            found = self._find(order.session, order.step)
+            found = self._find(ident, order.step)
             if found is not None and (found[0].broken or found[1].failed):
                 # Rank 0 already runs the step and waits for this rank: only the end of the group frees it.
                 raise InternalError(f"step {order.step} was ordered, and its link or session has failed on this rank")
@@ -275,14 +274,6 @@ class Engine:
         self._free_at = time.monotonic()
 
     # -- what goes wrong --------------------------------------------------------------------------------------------
-
-    def report_broken(self, assignment: Assignment, error: StagemeshError) -> None:
-        """Tells the agent that a link of an active assignment broke. The agent ends the sessions on all ranks."""
-        self.control.send(
-            Kind.LINK_BROKEN,
-            0,
-            worker_pb2.LinkBroken(pipeline_id=assignment.pipeline_id, epoch=assignment.epoch, reason=error.message),
-        )
 
     def end_session(self, session: Session, error: StagemeshError) -> None:
         """Fails a session. The gateway learns why, and the agent closes it on every rank."""

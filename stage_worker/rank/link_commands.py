@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +24,13 @@ from .engine import Engine
 
 log = logging.getLogger(__name__)
 
+TOKEN_CREDITS = 64
+"""Token frames that may be in flight on a lane. The first stage takes them at once."""
+PAGE_CREDITS = 4
+"""Frames of pages in flight on a lane."""
+
+End = TypeVar("End", LinkSender, LinkReceiver)
+
 
 @dataclass
 class _Handshake:
@@ -36,7 +44,7 @@ class _Handshake:
     @property
     def over(self) -> bool:
         """Whether all were answered, or one failed."""
-        return any(s.state in ("failed", "closed") for s in self.senders) or all(s.up for s in self.senders)
+        return any(s.over for s in self.senders) or all(s.up for s in self.senders)
 
     def answer(self) -> stage_pb2.ConnectLinkResponse:
         """The response. Raises the error of a link that failed."""
@@ -82,14 +90,14 @@ class LinkCommands:
         link = LinkReceiver(
             transport,
             request.sender_addresses[source],
-            self._identity(assignment, request.key, request.nonces[self.config.rank], secret, request.tokens, frames),
+            _identity(assignment, request, frames, request.nonces[self.config.rank], secret),
             device="cpu" if request.tokens else self.device,
             timeout_s=self._timeout_s,
         )
         if frames is not None:
             assignment.page_receivers[request.copy.index] = PageReceiver(link, frames)
         else:
-            assignment.take_receiver(link, tokens=request.tokens)
+            _replace(assignment.token_receivers if request.tokens else assignment.receivers, [link])
         return stage_pb2.OfferLinkResponse(receiver_addresses=[transport.address()], secrets=[secret])
 
     def connect(self, ident: int, request: stage_pb2.ConnectLinkRequest) -> stage_pb2.ConnectLinkResponse | None:
@@ -109,7 +117,7 @@ class LinkCommands:
             LinkSender(
                 transport,
                 request.receiver_addresses[r],
-                self._identity(assignment, request.key, request.nonces[r], request.secrets[r], request.tokens, frames),
+                _identity(assignment, request, frames, request.nonces[r], request.secrets[r]),
                 timeout_s=self._timeout_s,
             )
             for r in mine
@@ -118,7 +126,7 @@ class LinkCommands:
             (sender,) = senders
             assignment.page_senders[request.key.epoch, request.copy.index] = PageSender(sender, frames)
         else:
-            assignment.take_senders(senders, tokens=request.tokens)
+            _replace(assignment.token_senders if request.tokens else assignment.senders, senders)
         handshake = _Handshake(
             ident, senders, f"link of stage {assignment.stage} to {request.receiver_id}", transport.name
         )
@@ -138,22 +146,32 @@ class LinkCommands:
                 self.engine.control.send(Kind.ERROR, handshake.ident, failure_of(e))
         return bool(over)
 
-    @staticmethod
-    def _identity(
-        assignment: Assignment,
-        key: stage_pb2.PipelineKey,
-        nonce: int,
-        secret: bytes,
-        tokens: bool,
-        frames: PageFrames | None,
-    ) -> LinkIdentity:
-        if tokens:
-            return LinkIdentity(nonce, key.epoch, secret, 1, torch.int32)
-        if frames is not None:
-            return LinkIdentity(nonce, key.epoch, secret, frames.page_bytes, torch.uint8)
-        return LinkIdentity(nonce, key.epoch, secret, assignment.shard.hidden_size, assignment.shard.dtype)
-
     def _transport(self, name: str) -> Transport:
         if name not in self.engine.transports:
             raise NotFound(f"transport {name!r} is not open here; open: {', '.join(self.engine.transports)}")
         return self.engine.transports[name]
+
+
+def _identity(
+    assignment: Assignment,
+    request: stage_pb2.OfferLinkRequest | stage_pb2.ConnectLinkRequest,
+    frames: PageFrames | None,
+    nonce: int,
+    secret: bytes,
+) -> LinkIdentity:
+    """What both ends of a link of activations, of tokens, or of pages agree on."""
+    limits, shard = assignment.limits, assignment.shard
+    if request.tokens:
+        carried = 1, torch.int32, TOKEN_CREDITS, limits.max_num_batched_tokens
+    elif frames is not None:
+        carried = frames.page_bytes, torch.uint8, PAGE_CREDITS, frames.most_pages
+    else:
+        carried = shard.hidden_size, shard.dtype, limits.steps_in_flight, limits.max_num_batched_tokens
+    return LinkIdentity(nonce, request.key.epoch, secret, *carried)
+
+
+def _replace(ends: list[End], by: list[End]) -> None:
+    """Sets ends of links, and closes those that were made before."""
+    for end in ends:
+        end.close()
+    ends[:] = by

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
@@ -21,22 +20,8 @@ from stagemesh.protos.v1 import worker_pb2
 from ..messages.control import Kind
 from .control_socket import ControlSocket
 
-
-@dataclass(frozen=True)
-class RunStep:
-    """Run this step of this session next."""
-
-    session: int
-    step: int
-    tokens: tuple[int, ...] = ()
-    """Input tokens that are results of earlier steps: rank 0 alone is told them."""
-
-
-@dataclass(frozen=True)
-class TakeCall:
-    """Carry out the agent's call of this id next."""
-
-    call: int
+Order = tuple[Kind, int, worker_pb2.StepOrder]
+"""ORDER_STEP, the session, and which of its steps to run next; or ORDER_CALL and the id of a call of the agent."""
 
 
 class OrderSender:
@@ -66,19 +51,21 @@ class OrderReceiver:
     def __init__(self, sock: ControlSocket, timeout_s: float) -> None:
         self._socket = sock
         self._timeout_s = timeout_s
-        self._orders: deque[RunStep | TakeCall] = deque()
+        self._orders: deque[Order] = deque()
         self._current_since = 0.0
 
     def fileno(self) -> int:
         """For poll."""
         return self._socket.fileno()
 
-    def current(self) -> RunStep | TakeCall | None:
+    def current(self) -> Order | None:
         """What to do now; None when there is no order. Raises InternalError when rank 0 is gone."""
         for kind, ident, payload in self._socket.receive():
             if not self._orders:
                 self._current_since = time.monotonic()
-            self._orders.append(_order(kind, ident, payload))
+            if kind not in (Kind.ORDER_STEP, Kind.ORDER_CALL):
+                raise InternalError(f"rank 0 of this group sent {kind.name}, which is no order")
+            self._orders.append((kind, ident, parse(worker_pb2.StepOrder, payload)))
         if not self._orders and self._socket.closed:
             raise InternalError("rank 0 of this group is gone")
         return self._orders[0] if self._orders else None
@@ -87,18 +74,12 @@ class OrderReceiver:
         """Raises InternalError when the current order cannot be carried out in time: rank 0 would wait for ever."""
         waited_s = time.monotonic() - self._current_since
         if waited_s > self._timeout_s:
-            raise InternalError(f"{self._orders[0]} was ordered {waited_s:.0f} s ago and cannot be carried out")
+            kind, ident, order = self._orders[0]
+            raise InternalError(
+                f"{kind.name} {ident}, step {order.step}, was ordered {waited_s:.0f} s ago and cannot be carried out"
+            )
 
     def done(self) -> None:
         """The current order is carried out now; the next one is current."""
         self._orders.popleft()
         self._current_since = time.monotonic()
-
-
-def _order(kind: Kind, ident: int, payload: bytes) -> RunStep | TakeCall:
-    if kind is Kind.ORDER_CALL:
-        return TakeCall(ident)
-    if kind is not Kind.ORDER_STEP:
-        raise InternalError(f"rank 0 of this group sent {kind.name}, which is no order")
-    order = parse(worker_pb2.StepOrder, payload)
-    return RunStep(ident, order.step, tuple(order.tokens))

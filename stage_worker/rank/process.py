@@ -101,7 +101,7 @@ def run(argument: bytes, fds: list[int]) -> int:
     parallel = TensorParallel(
         config.rank,
         config.size,
-        store_path=None if descriptors.store is None else path_of(descriptors.store),
+        store_path=path_of(descriptors.store),
         exchange_fd=descriptors.exchange,
         device=str(device),
         timeout_s=timing.peers_s,

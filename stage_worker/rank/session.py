@@ -63,17 +63,17 @@ class Step:
     epoch: int
     batch: StepBatch
     num_tokens: int
-    sampled: list[SampledRow]
+    arrived_at: float
+    sampled: list[SampledRow] = field(default_factory=list)
     """Rows that sample; where tokens are drawn."""
-    sampled_sequences: list[int]
+    sampled_sequences: list[int] = field(default_factory=list)
     """Sequences of which the last stage will draw a token in this step that later plans may refer to; on the first
     stage. Draft rows are not among them: how many tokens they bring is not known before."""
-    references: list[tuple[int, int, int]]
+    references: list[tuple[int, int, int]] = field(default_factory=list)
     """(place in the step's tokens, earlier step, sequence): tokens that are that step's result, not a literal; on the
     first stage."""
-    referred_tokens: list[int]
+    referred_tokens: list[int] = field(default_factory=list)
     """Those tokens, once they are known."""
-    arrived_at: float
     tokens_known_at: float = 0.0
     """When the last result that it refers to was here."""
     drafter_rows: list[StepRow] = field(default_factory=list)
@@ -184,7 +184,8 @@ class Session:
                 f"step {plan.step} has {total} positions and {len(plan.tokens)} tokens; at most "
                 f"{self.context.max_tokens} are allowed"
             )
-        tables = self._grow(plan, starts, counts)
+        ends, drafts = list(accumulate(counts)), set(plan.draft_rows)
+        tables = self._grow(plan, starts, counts, drafts)
         step = Step(
             number=plan.step,
             epoch=plan.epoch,
@@ -193,15 +194,10 @@ class Session:
                 counts=counts,
                 tables=tables,
                 page_size=self.context.page_size,
-                token_ids=self._token_ids(plan),
-                logit_rows=self._logit_rows(plan, counts),
+                token_ids=self._tensor(plan.tokens) if self.context.is_first else None,
                 alone=plan.alone,
             ),
             num_tokens=total,
-            sampled=self._samplers(plan, starts, counts),
-            sampled_sequences=[],
-            references=[],
-            referred_tokens=[],
             arrived_at=time.monotonic(),
             receives=not self.context.is_first,
             sends=not self.context.is_last,
@@ -210,7 +206,9 @@ class Session:
         if plan.kind == stage_pb2.STEP_KIND_REPLAY:
             self._take_part(plan, step)
         if self.context.is_first:
-            self._refer(plan, counts, step)
+            self._refer(plan, ends, drafts, step)
+        if self.context.is_last:
+            self._sample(plan, ends, drafts, step)
         if self.context.guesses and step.computes:
             step.drafter_rows = step_rows(plan, tables, self._drafted)
         self.last_planned = plan.step
@@ -228,7 +226,7 @@ class Session:
 
     # -- tokens that are not known yet -------------------------------------------------------------------------------
 
-    def _refer(self, plan: stage_pb2.StepPlan, counts: list[int], step: Step) -> None:
+    def _refer(self, plan: stage_pb2.StepPlan, ends: list[int], drafts: set[int], step: Step) -> None:
         """Writes down which tokens of the step are results of earlier ones, and what it will sample itself."""
         for row, earlier in zip(plan.ref_rows, plan.ref_steps, strict=True):
             ident = plan.sequences[row]
@@ -236,8 +234,7 @@ class Session:
                 raise InvalidRequest(
                     f"step {plan.step} refers to sequence {ident} in step {earlier}, which has no result"
                 )
-            step.references.append((sum(counts[:row]), earlier, ident))
-        drafts = set(plan.draft_rows)
+            step.references.append((ends[row] - 1, earlier, ident))
         step.sampled_sequences = [plan.sequences[row] for row in plan.sample_rows if row not in drafts]
         if step.sampled_sequences:
             self._sampled[plan.step] = step.sampled_sequences
@@ -282,11 +279,13 @@ class Session:
         if self._closing:
             self._close_due()
 
-    def _grow(self, plan: stage_pb2.StepPlan, starts: list[int], counts: list[int]) -> list[list[int]]:
+    def _grow(
+        self, plan: stage_pb2.StepPlan, starts: list[int], counts: list[int], drafts: set[int]
+    ) -> list[list[int]]:
         """Gives each row's sequence its new pages; returns the block table of each row."""
         tables: list[list[int]] = []
         at = 0
-        drafts, replays = set(plan.draft_rows), plan.kind == stage_pb2.STEP_KIND_REPLAY
+        replays = plan.kind == stage_pb2.STEP_KIND_REPLAY
         for i, ident in enumerate(plan.sequences):
             sequence = self.sequences.get(ident)
             if sequence is None:
@@ -328,32 +327,26 @@ class Session:
             sequence.drafted = Drafted(done=start)
         return sequence.drafted
 
-    def _token_ids(self, plan: stage_pb2.StepPlan) -> Tensor | None:
-        if not self.context.is_first:
-            return None
-        return torch.tensor(list(plan.tokens), dtype=torch.int64).to(self.context.device)
+    def _tensor(self, values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64).to(self.context.device)
 
-    def _logit_rows(self, plan: stage_pb2.StepPlan, counts: list[int]) -> Tensor | None:
-        if not self.context.is_last:
-            return None
-        ends, drafts = list(accumulate(counts)), set(plan.draft_rows)
-        wanted: list[int] = []
+    def _sample(self, plan: stage_pb2.StepPlan, ends: list[int], drafts: set[int], step: Step) -> None:
+        """Writes down which of the step's lines of logits are wanted, and on the sampling rank how they are sampled."""
+        lines: list[int] = []
         for row in plan.sample_rows:
-            wanted.extend(range(ends[row] - (counts[row] if row in drafts else 1), ends[row]))
-        return torch.tensor(wanted, dtype=torch.int64).to(self.context.device)
-
-    def _samplers(self, plan: stage_pb2.StepPlan, starts: list[int], counts: list[int]) -> list[SampledRow]:
-        if not self.context.samples:
-            return []
-        out = []
-        ends, drafts = list(accumulate(counts)), set(plan.draft_rows)
-        for row in plan.sample_rows:
-            sampler = self.sequences[plan.sequences[row]].sampler
+            end = ends[row]
+            # Behind a draft row's first token, and behind each of its guesses.
+            first = end - (step.batch.counts[row] if row in drafts else 1)
+            lines.extend(range(first, end))
+            if not self.context.samples:
+                continue
+            ident = plan.sequences[row]
+            sampler = self.sequences[ident].sampler
             if sampler is None:
-                raise InternalError(f"sequence {plan.sequences[row]} has no sampler on the sampling rank")
-            draft = tuple(plan.tokens[ends[row] - counts[row] + 1 : ends[row]]) if row in drafts else ()
-            out.append(SampledRow(plan.sequences[row], starts[row] + counts[row] - len(draft), sampler, draft))
-        return out
+                raise InternalError(f"sequence {ident} has no sampler on the sampling rank")
+            position = step.batch.starts[row] + step.batch.counts[row] - (end - first - 1)
+            step.sampled.append(SampledRow(ident, position, sampler, tuple(plan.tokens[first + 1 : end])))
+        step.batch.logit_rows = self._tensor(lines)
 
 
 def _check_drafts(plan: stage_pb2.StepPlan, counts: list[int]) -> None:

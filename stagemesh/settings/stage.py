@@ -57,7 +57,7 @@ class StageSettings(Listen, Links, ComputeSettings, Join):
     drain_timeout: DrainTimeout = 30.0
 
 
-def device_kind(wanted: str) -> str:
+def device_kind(wanted: str) -> Literal["cpu", "cuda"]:
     """`cpu` or `cuda`, of --device. The CUDA driver is asked by its device node: importing torch would cost seconds.
 
     Raises:

@@ -30,9 +30,9 @@ def far_side(name: str) -> None:
     transport = open_transport(name, device="cuda")
     print(json.dumps({"address": transport.address().hex()}), flush=True)
     told = json.loads(sys.stdin.readline())
-    identity = LinkIdentity(told["nonce"], 1, bytes.fromhex(told["secret"]), HIDDEN, DTYPE)
+    identity = LinkIdentity(told["nonce"], 1, bytes.fromhex(told["secret"]), HIDDEN, DTYPE, 2, max(ROWS))
     link = LinkSender(transport, bytes.fromhex(told["address"]), identity, timeout_s=TIMEOUT_S)
-    link.open_lane(0, 2)
+    link.open_lane(0)
     until = time.monotonic() + TIMEOUT_S
     step = 0
     while (step < len(ROWS) or link.unconsumed(0)) and time.monotonic() < until and link.error is None:
@@ -71,9 +71,9 @@ def test_cuda_memory_crosses_between_two_processes(name: str) -> None:
     try:
         transport = open_transport(name, device="cuda")
         address = bytes.fromhex(json.loads(child.stdout.readline())["address"])
-        identity = LinkIdentity(int.from_bytes(os.urandom(4)), 1, os.urandom(16), HIDDEN, DTYPE)
+        identity = LinkIdentity(int.from_bytes(os.urandom(4)), 1, os.urandom(16), HIDDEN, DTYPE, 2, max(ROWS))
         link = LinkReceiver(transport, address, identity, device="cuda", timeout_s=TIMEOUT_S)
-        link.open_lane(0, 2, max(ROWS) * HIDDEN * 2)
+        link.open_lane(0)
         told = {"address": transport.address().hex(), "nonce": identity.nonce, "secret": identity.secret.hex()}
         child.stdin.write(json.dumps(told) + "\n")
         child.stdin.flush()

@@ -42,15 +42,15 @@ def main() -> None:
     transport = open_transport(name)
     say(address=transport.address().hex(), pid=os.getpid())
     told = json.loads(sys.stdin.readline())
-    identity = LinkIdentity(told["nonce"], 1, bytes.fromhex(told["secret"]), HIDDEN, DTYPE)
+    identity = LinkIdentity(told["nonce"], 1, bytes.fromhex(told["secret"]), HIDDEN, DTYPE, 4, BIG_ROWS)
     remote = bytes.fromhex(told["address"])
     link: LinkSender | LinkReceiver
     if role == "receive":
         link = LinkReceiver(transport, remote, identity)
-        link.open_lane(0, 4, BIG_ROWS * HIDDEN * 2)
+        link.open_lane(0)
     else:
         link = LinkSender(transport, remote, identity)
-        link.open_lane(0, 4)
+        link.open_lane(0)
     until = time.monotonic() + LIFE_S
     while not link.up:
         transport.progress()

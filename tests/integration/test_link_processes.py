@@ -53,15 +53,15 @@ class Mesh:
             env=environment,
         )
         address = bytes.fromhex(self.hear()["address"])
-        identity = LinkIdentity(int.from_bytes(os.urandom(4)), 1, os.urandom(16), HIDDEN, DTYPE)
+        identity = LinkIdentity(int.from_bytes(os.urandom(4)), 1, os.urandom(16), HIDDEN, DTYPE, 4, BIG_ROWS)
         self.tell(address=self.transport.address().hex(), nonce=identity.nonce, secret=identity.secret.hex())
         link: LinkSender | LinkReceiver
         if role == "receive":
             link = LinkSender(self.transport, address, identity, timeout_s=20)
-            link.open_lane(0, 4)
+            link.open_lane(0)
         else:
             link = LinkReceiver(self.transport, address, identity, timeout_s=20)
-            link.open_lane(0, 4, BIG_ROWS * HIDDEN * 2)
+            link.open_lane(0)
         self.link = link
         self.drive(lambda: link.up, 20)
         self.hear()
@@ -260,15 +260,15 @@ import gc, os, sys, torch
 from stagemesh.stage_worker.links.link import LinkIdentity, LinkReceiver, LinkSender
 from stagemesh.transport import open_transport
 left, right = open_transport("ucx"), open_transport("ucx")
-identity = LinkIdentity(5, 1, os.urandom(16), 64, torch.bfloat16)
+identity = LinkIdentity(5, 1, os.urandom(16), 64, torch.bfloat16, 4, 100)
 receiver, sender = LinkReceiver(right, left.address(), identity), LinkSender(left, right.address(), identity)
 def turn():
     for each in (left, right, receiver, sender):
         each.progress()
 while not sender.up:
     turn()
-receiver.open_lane(0, 4, 12800)
-sender.open_lane(0, 4)
+receiver.open_lane(0)
+sender.open_lane(0)
 receiver.post(0, 0, (100, 64))
 for step in range(4):
     sender.send(0, step, torch.ones(100, 64, dtype=torch.bfloat16))

@@ -106,7 +106,7 @@ def test_what_every_rank_says_against_an_order_is_heard_of_once() -> None:
         with pytest.raises(StagemeshError, match="does not hold stage"):
             await group.call(Kind.ACTIVATE, stage_pb2.ActivateRequest(), stage_pb2.ActivateResponse, DEADLINE_S)
         # As its request, an order that cannot be read is refused; the rank goes on.
-        unreadable = worker_pb2.RankStart(label="\x7f")
+        unreadable = worker_pb2.LinkBroken(pipeline_id="\x7f")
         with pytest.raises(StagemeshError, match="cannot be read as ActivateRequest"):
             await group.call(Kind.ACTIVATE, unreadable, stage_pb2.ActivateResponse, DEADLINE_S)
         gc.collect()

@@ -114,7 +114,7 @@ def test_a_link_that_is_not_answered_asks(receiver: Receiver) -> None:
     flood = receiver.start(FLOOD, 64 << 10)
     receiver.start(TICK, 8, 0.001)
     receiver.stop_within_a_send(flood)
-    identity = LinkIdentity(int.from_bytes(os.urandom(4)), 1, os.urandom(16), 64, torch.bfloat16)
+    identity = LinkIdentity(int.from_bytes(os.urandom(4)), 1, os.urandom(16), 64, torch.bfloat16, 4, 100)
     link = LinkReceiver(receiver.transport, receiver.senders[1].address, identity, timeout_s=10)
 
     def progress_link() -> bool:

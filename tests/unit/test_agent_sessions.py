@@ -53,9 +53,9 @@ def test_orders_are_to_come_again_when_the_ranks_are_up() -> None:
         worker.ranks = group()
         key = stage_pb2.PipelineKey(pipeline_id="pipeline-0", epoch=1)
         with pytest.raises(Unavailable, match="are being started"):
-            await worker.release(stage_pb2.ReleaseRequest(key=key), None)
+            await worker.Release(stage_pb2.ReleaseRequest(key=key), None)
         with pytest.raises(Unavailable, match="are being started"):
-            await worker.connect_link(stage_pb2.ConnectLinkRequest(key=key), None)
+            await worker.ConnectLink(stage_pb2.ConnectLinkRequest(key=key), None)
 
     asyncio.run(go())
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import random
 import socket
 from enum import IntEnum
+from typing import Literal
 
 import pytest
 
 from stagemesh.errors import InternalError, QueueFull, StageLost
 from stagemesh.processes import messages
 from stagemesh.processes.frames import HEADER, MAGIC, MAX_PAYLOAD_BYTES, VERSION, Decoder, pack, parse
-from stagemesh.protos.v1 import processes_pb2, stage_pb2, worker_pb2
+from stagemesh.protos.v1 import processes_pb2, worker_pb2
 from stagemesh.settings.stage import StageSettings
 from stagemesh.stage_worker.messages.control import Kind, error_of, failure_of
 from stagemesh.stage_worker.messages.rank_config import RankConfig, RankDescriptors
 from stagemesh.stage_worker.rank.control_socket import ControlSocket
-from stagemesh.stage_worker.rank.order import OrderReceiver, OrderSender, RunStep, TakeCall
+from stagemesh.stage_worker.rank.order import OrderReceiver, OrderSender
 
 SEED = 5
 
@@ -163,9 +164,9 @@ def test_orders_come_as_they_were_given_and_nothing_else_is_one() -> None:
         receiver = OrderReceiver(ControlSocket(theirs, write_timeout_s=1), timeout_s=1)
         sender.run_step(7, 1 << 40, [3, 1])
         sender.take_call(9)
-        assert receiver.current() == RunStep(7, 1 << 40, (3, 1))
+        assert receiver.current() == (Kind.ORDER_STEP, 7, worker_pb2.StepOrder(step=1 << 40, tokens=[3, 1]))
         receiver.done()
-        assert receiver.current() == TakeCall(9)
+        assert receiver.current() == (Kind.ORDER_CALL, 9, worker_pb2.StepOrder())
         receiver.done()
         control.send(Kind.SHUTDOWN, 0)
         with pytest.raises(InternalError, match="SHUTDOWN, which is no order"):
@@ -183,6 +184,7 @@ def test_errors_come_over_as_they_were() -> None:
 # -- what a rank is started with ---------------------------------------------------------------------------------------
 
 GROUP = StageSettings(tensor_parallel_size=3, cpu_list="0-1|2|4,6", time_scale=2.0)
+RANK_0 = RankConfig.of_worker("stage 0", GROUP, "cpu")[0].pack()
 
 
 def test_a_rank_is_told_who_it_is() -> None:
@@ -194,10 +196,10 @@ def test_a_rank_is_told_who_it_is() -> None:
 @pytest.mark.parametrize(
     ("start", "why"),
     [
-        (b"\xff", "cannot be read as RankStart"),
-        (stage_pb2.PipelineKey(pipeline_id="p").SerializeToString(), "settings"),
-        (worker_pb2.RankStart(settings='{"tensor_parallel_size": 1, "heat": 5}').SerializeToString(), "heat"),
-        (worker_pb2.RankStart(rank=3, settings=GROUP.model_dump_json()).SerializeToString(), "rank 3 .* group of 3"),
+        (RANK_0[:-1], "cannot be read"),
+        (b'{"pipeline_id": "p"}', "settings"),
+        (RANK_0.replace(b'"tensor_parallel_size"', b'"heat":5,"tensor_parallel_size"'), "heat"),
+        (RANK_0.replace(b'"rank":0', b'"rank":3'), "rank 3 .* group of 3"),
     ],
     ids=["cut", "another message", "unknown setting", "no such rank"],
 )
@@ -207,16 +209,15 @@ def test_a_rank_refuses_to_start_as_what_it_does_not_understand(start: bytes, wh
 
 
 @pytest.mark.parametrize(("device", "size"), [("cpu", 1), ("cpu", 3), ("cuda", 1), ("cuda", 3)])
-def test_descriptors_come_to_where_they_belong(device: str, size: int) -> None:
+def test_descriptors_come_to_where_they_belong(device: Literal["cpu", "cuda"], size: int) -> None:
     """A rank gets them under other numbers."""
     settings = StageSettings(tensor_parallel_size=size)
     for config in RankConfig.of_worker("stage 0", settings, device):
         orders = () if size == 1 else (4, 5) if config.rank == 0 else (4,)
-        exchange, store = 6 if size > 1 and device == "cpu" else None, 7 if size > 1 else None
-        handed = RankDescriptors(3, 8, orders, exchange, store)
+        handed = RankDescriptors(3, 8, 6, 7, orders)
         got = RankDescriptors.of(config, [fd + 100 for fd in handed.in_order])
         assert (got.control, got.heartbeats, got.orders) == (103, 108, tuple(fd + 100 for fd in orders))
-        assert (got.exchange, got.store) == (exchange and 106, store and 107)
+        assert (got.exchange, got.store) == (106, 107)
         for fds in (handed.in_order[:-1], [*handed.in_order, 9]):
             with pytest.raises(InternalError, match=f"{len(fds)} descriptors came for rank {config.rank} of {size}"):
                 RankDescriptors.of(config, fds)

@@ -21,11 +21,13 @@ class Pages:
             self.here.v(layer).normal_()
         ours, theirs = (PageFrames([(pool, [0, 1])]) for pool in (self.here, self.there))
         self.bench = bench
-        self.link, receiver = bench.link(identity(hidden_size=ours.page_bytes, dtype=torch.uint8))
+        self.link, receiver = bench.link(
+            identity(hidden_size=ours.page_bytes, dtype=torch.uint8, credits=4, max_rows=ours.most_pages)
+        )
         self.sender, self.receiver = PageSender(self.link, ours), PageReceiver(receiver, theirs)
         bench.drive(lambda: self.link.up and receiver.up)
         for slot in slots:
-            self.receiver.open_lane(slot)
+            receiver.open_lane(slot)
 
     def copy(self, slot: int, number: int, pages: list[int]) -> None:
         self.receiver.expect(slot, number, pages)

@@ -119,8 +119,8 @@ def test_the_step_may_wrap(bench: Bench) -> None:
 
 def test_lanes_do_not_share_credits_or_frames(bench: Bench) -> None:
     sender, receiver = bench.joined(credits=1)
-    receiver.open_lane(9, 1, 100 * HIDDEN * 2)
-    sender.open_lane(9, 1)
+    receiver.open_lane(9)
+    sender.open_lane(9)
     for slot in (0, 9):
         receiver.post(slot, 1, (5, HIDDEN))
         assert sender.can_send(slot)
@@ -144,13 +144,13 @@ def test_a_lane_closed_under_way_leaves_nothing_to_the_next_one(bench: Bench, tu
         bench.turn()
     receiver.close_lane(0)
     with pytest.raises(TransportError, match="slot 0"):
-        receiver.open_lane(0, 4, 1000)
+        receiver.open_lane(0)
     sender.close_lane(0)
     assert not sender.can_send(0)
     bench.drive(lambda: sender.lane_closed(0) and receiver.lane_closed(0))
     assert receiver.quarantined() == 0
-    receiver.open_lane(0, 4, 4000 * HIDDEN * 2)
-    sender.open_lane(0, 4)
+    receiver.open_lane(0)
+    sender.open_lane(0)
     for step in range(8):
         receiver.post(0, step, (4000, HIDDEN))
     for step in range(8):

@@ -31,7 +31,7 @@ def resources(folder: Path) -> StageResources:
     )  # fmt: skip
     shard = SleepShard(ShardSpec(str(folder), 0, 1, load_format="dummy"))
     pool = KvPool(shard.kv_layers, 8, 16, torch.bfloat16, "cpu")
-    return StageResources(shard, pool, None, PageRanges(8, itertools.count(1).__next__), None, 0)
+    return StageResources(shard, pool, None, PageRanges(8, itertools.count(1).__next__), None, 0, [])
 
 
 def plan(step: int) -> stage_pb2.StepPlan:
@@ -83,7 +83,9 @@ def test_pages_that_are_copied_here_were_written_elsewhere(tmp_path: Path) -> No
     there = dataclasses.replace(resources(tmp_path), journal=cast(Journal, journal))
     assignment = Assignment(stage_pb2.AssignRequest(key=KEY, num_stages=1, limits=limits), there, 0)
     assignment.active = True
-    receiver = SimpleNamespace(expect=lambda *a: None, most_pages=4, open_lane=lambda slot: None, link=None)
+    receiver = SimpleNamespace(
+        expect=lambda *a: None, frames=SimpleNamespace(most_pages=4), link=SimpleNamespace(open_lane=lambda slot: None)
+    )
     assignment.page_receivers[0] = cast(PageReceiver, receiver)
     assignment.open_session(7, stage_pb2.RunOpen(key=KEY, gateway_id="g", slot=1))
     session = assignment.sessions[7]

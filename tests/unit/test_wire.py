@@ -17,7 +17,7 @@ from stagemesh.stage_worker.links.wire import (
     unpack_ack,
 )
 
-IDENTITY = LinkIdentity(7, 3, b"s" * 16, 64, torch.bfloat16)
+IDENTITY = LinkIdentity(7, 3, b"s" * 16, 64, torch.bfloat16, 2, 100)
 
 
 def of_version(message: bytes, version: int) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -27,22 +26,6 @@ from .resources import StageResources, page_share
 CPU_KV_SHARE = 0.25
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """Shards that a request asks for: (spec, fingerprint) of the model, and of the draft model."""
-
-    main: tuple[ShardSpec, str]
-    draft: tuple[ShardSpec, str] | None
-
-
-@dataclass(frozen=True)
-class _Resident:
-    """Resources in memory, and what they were loaded for."""
-
-    wanted: _Wanted
-    resources: StageResources
-
-
 Request = stage_pb2.AssignRequest | stage_pb2.PrepareRequest
 Progress = Callable[[int, int], None]
 
@@ -59,7 +42,7 @@ class RankMemory:
         self.engine = engine
         self.device = device
         self.parallel = parallel
-        self._residents: list[_Resident] = []
+        self._residents: list[StageResources] = []
         """In the order of use, the newest last."""
 
     def hold(self, request: Request, tell: Progress) -> StageResources:
@@ -78,15 +61,13 @@ class RankMemory:
     def find(self, request: Request) -> StageResources | None:
         """Resources in memory that fit the request, or None."""
         wanted = self._wanted(request)
-        found = next(
-            (s for s in self._residents if s.wanted == wanted and self._fits(s.resources, request.limits)), None
-        )
+        found = next((r for r in self._residents if r.wanted == wanted and self._fits(r, request.limits)), None)
         if found is None:
             return None
         self._residents.remove(found)
         self._residents.append(found)
         self.trim()
-        return found.resources
+        return found
 
     def load(self, request: Request, tell: Progress) -> list[Shard]:
         """The shards that a request asks for, the draft model's behind the model's; on any thread.
@@ -98,14 +79,12 @@ class RankMemory:
         before = serving.shard if serving is not None else None
         if before is None and self._residents and self.device.type == "cpu":
             # Unused resources go, but for layers that are wanted again. On a card their pages would be in the way.
-            before = self._residents[-1].resources.shard
+            before = self._residents[-1].shard
         self.trim(keep_one=False)
-        drafters = [
-            s.resources.drafter.shard for s in self._residents if s.resources.drafter and s.wanted.draft == wanted.draft
-        ]
-        shards = [load_shard(wanted.main[0], self.parallel, tell, before)]
-        if wanted.draft is not None:
-            shards.append(drafters[0] if drafters else load_shard(wanted.draft[0], self.parallel, tell))
+        drafters = [r.drafter.shard for r in self._residents if r.drafter and r.wanted[1:] == wanted[1:]]
+        shards = [load_shard(wanted[0][0], self.parallel, tell, before)]
+        for spec, _ in wanted[1:]:
+            shards.append(drafters[0] if drafters else load_shard(spec, self.parallel, tell))
         for shard in shards:
             shard.on_layer = self.engine.drive_transports
         return shards
@@ -139,8 +118,8 @@ class RankMemory:
             same = (resources for resources in self._in_use() if resources.shard.kv_layers[-1].layer_idx == boundary)
             other = next(same, None) if before is not None else None
             journal = other.journal if other is not None else self._make_journal(pool, shard)
-        resources = StageResources(shard, pool, drafter, ranges, journal, _nonce())
-        self._residents.append(_Resident(self._wanted(request), resources))
+        resources = StageResources(shard, pool, drafter, ranges, journal, _nonce(), self._wanted(request))
+        self._residents.append(resources)
         return resources
 
     def _serving(self) -> StageResources | None:
@@ -155,7 +134,7 @@ class RankMemory:
     def trim(self, *, keep_one: bool = True) -> None:
         """Frees resources without an assignment; with `keep_one` not the newest."""
         used = {id(assignment.resources) for assignment in self.engine.assignments.values()}
-        kept = [s for s in self._residents if id(s.resources) in used or (keep_one and s is self._residents[-1])]
+        kept = [r for r in self._residents if id(r) in used or (keep_one and r is self._residents[-1])]
         if len(kept) == len(self._residents):
             return
         self._residents = kept
@@ -163,14 +142,14 @@ class RankMemory:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _wanted(self, request: Request) -> _Wanted:
+    def _wanted(self, request: Request) -> list[tuple[ShardSpec, str]]:
+        """See `StageResources.wanted`."""
         limits, model = request.limits, request.model
-        main = self._spec(model, limits, (request.layers.first, request.layers.last)), model.fingerprint
-        draft = None
+        wanted = [(self._spec(model, limits, (request.layers.first, request.layers.last)), model.fingerprint)]
         if model.HasField("draft") and request.layers.last == model.num_layers and self.config.rank == 0:
             theirs = model.draft.model
-            draft = self._spec(theirs, limits, (0, theirs.num_layers), whole=True), theirs.fingerprint
-        return _Wanted(main, draft)
+            wanted.append((self._spec(theirs, limits, (0, theirs.num_layers), whole=True), theirs.fingerprint))
+        return wanted
 
     @staticmethod
     def _fits(resources: StageResources, limits: types_pb2.RunLimits) -> bool:

@@ -11,6 +11,7 @@ from ...kv.journal import Journal
 from ...kv.page_ranges import PageRanges
 from ...kv.pool import KvPool
 from ...model.choose import Shard
+from ...model.spec import ShardSpec
 from ...sampling.drafter import Drafter
 
 
@@ -25,6 +26,8 @@ class StageResources:
     journal: Journal | None
     salt: int
     """Makes generations of pages differ between layer ranges, even where they share page ranges."""
+    wanted: list[tuple[ShardSpec, str]]
+    """What was asked for: shard and fingerprint of the checkpoint, for the model and then for the draft model."""
 
     @property
     def page_bytes(self) -> int:
