@@ -24,9 +24,7 @@ def choose(target: Target, candidates: Sequence[Candidate], previous: Sequence[S
     if len(previous) == target.num_stages:
         ranges = [plan.layers for plan in previous]
         candidates = [_where_needed(c, candidates, holders) for c in candidates]
-        placed = place(
-            target.num_stages, candidates, ranges=ranges, holders=holders, refused=refused_at(candidates, ranges)
-        )
+        placed = place(target.num_stages, candidates, ranges=ranges, holders=holders)
         if not placed.missing and all(target.cost.fits(placed.workers[s].kind, *ranges[s]) for s in placed.workers):
             return _holders(placed, ranges)
     return _anew(target, candidates, holders)
@@ -57,16 +55,6 @@ def _where_needed(candidate: Candidate, all_: Sequence[Candidate], holders: Mapp
     elsewhere = any(name == candidate.worker_id and stage != candidate.pool for stage, name in holders.items())
     taken = holder not in (None, candidate.worker_id) and any(c.worker_id == holder for c in all_)
     return replace(candidate, pool=-1) if candidate.any_stage and (elsewhere or taken) else candidate
-
-
-def refused_at(candidates: Sequence[Candidate], ranges: Sequence[Range]) -> frozenset[tuple[str, int]]:
-    """(worker, stage) pairs that failed for good with the stage's range."""
-    return frozenset(
-        (candidate.worker_id, stage)
-        for candidate in candidates
-        for stage, layers in enumerate(ranges)
-        if (stage, layers) in candidate.refusals
-    )
 
 
 def choose_apart(

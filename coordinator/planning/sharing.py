@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ..values import Holder, Holders, Range, StagePlan
-from .choose import refused_at
 from .placement import Candidate, place
 from .target import CannotForm, Target
 
@@ -57,7 +56,7 @@ def choose_beside(
     both = [c for c in free if c.worker_id not in bound] + list(shared.values())
     candidates = [replace(c, pool=bound.get(c.worker_id, c.pool)) for c in both]
     own = {plan.stage: plan.worker_id for plan in previous} | {s: c.worker_id for s, c in shared.items()}
-    placed = place(target.num_stages, candidates, ranges=ranges, holders=own, refused=refused_at(candidates, ranges))
+    placed = place(target.num_stages, candidates, ranges=ranges, holders=own)
     if placed.missing:
         lacks = ", ".join(map(str, placed.missing))
         raise CannotForm(f"no worker is left for another replica of stage {lacks}", final=False)

@@ -12,10 +12,7 @@ from .plan import Goal, MeshPlan
 
 def drain(world: World, plan: MeshPlan, now: float) -> None:
     """Pipelines that serve and have a stage on a worker that drains."""
-    for pipeline in plan.kept(world):
-        attempt = pipeline.serving
-        if attempt is None or pipeline.pipeline_id in plan.goals:
-            continue
+    for pipeline, attempt in plan.unclaimed(world):
         leaving = [stage for stage in attempt.stages if world.drains(world.worker_at(attempt, stage.stage))]
         if not leaving:
             continue

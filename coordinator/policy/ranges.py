@@ -27,10 +27,7 @@ def ranges(world: World, plan: MeshPlan, now: float) -> None:
     if gave_up is not None or world.load_failures >= LOADS:
         plan.drop_counts = plan.drop_counts or (gave_up.why if gave_up is not None else world.cannot_load)
         return
-    for pipeline in plan.kept(world):
-        attempt = pipeline.serving
-        if attempt is None or pipeline.pipeline_id in plan.goals or pipeline.pipeline_id in plan.drains:
-            continue
+    for pipeline, attempt in plan.unclaimed(world):
         if len(attempt.stages) == len(wanted) and attempt.ranges != wanted:
             holders = tuple(Holder(name, layers) for name, layers in zip(attempt.workers, wanted, strict=True))
             plan.goals[pipeline.pipeline_id] = Goal("ranges", holders, "other ranges are wanted")

@@ -14,16 +14,14 @@ def reach(world: World, plan: MeshPlan, now: float) -> None:
     Where nobody else can take their place nothing is changed for that gateway: others may reach them. One that reaches
     no worker at all is itself cut off.
     """
-    for pipeline in plan.kept(world):
-        attempt = pipeline.serving
-        why, unreachable = pipeline.unreached
-        if attempt is None or not unreachable:
-            continue
-        if len(attempt.stages) > 1 and set(attempt.workers) <= set(unreachable):
+    for pipeline, attempt in plan.unclaimed(world):
+        unreachable = pipeline.unreached[1]
+        cut_off = len(attempt.stages) > 1 and set(attempt.workers) <= set(unreachable)
+        if not unreachable or cut_off:
             continue
         try:
             found = place(world, plan, pipeline, attempt.stages)
         except CannotForm:
             continue
         if not any(holder.worker_id in unreachable for holder in found.holders):
-            plan.interrupts[pipeline.pipeline_id] = why
+            plan.interrupts.add(pipeline.pipeline_id)

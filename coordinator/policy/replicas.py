@@ -71,16 +71,14 @@ def replicas_of(world: World, wishes: Mapping[int, int]) -> list[int]:
 def share(world: World, plan: MeshPlan, now: float) -> None:
     """Pipelines that serve on workers which they shall not share, or share with others than now; or with another part
     of the pages."""
-    for pipeline in plan.kept(world):
-        attempt = pipeline.serving
-        name = pipeline.pipeline_id
-        if attempt is None or name in plan.goals or name in plan.drains or pipeline.gave_up is not None:
+    for pipeline, attempt in plan.unclaimed(world):
+        if pipeline.gave_up is not None:
             continue
         elsewhere, why = _elsewhere(world, plan, pipeline, attempt)
         if not elsewhere and attempt.shares != world.num_shares:
             why = f"pages are split between {world.num_shares} pipeline(s)"
         if why:
-            plan.goals[name] = Goal("share", with_workers(attempt, elsewhere), why)
+            plan.goals[pipeline.pipeline_id] = Goal("share", with_workers(attempt, elsewhere), why)
 
 
 def with_workers(attempt: Attempt, elsewhere: Mapping[int, str]) -> tuple[Holder, ...]:

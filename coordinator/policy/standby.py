@@ -19,14 +19,12 @@ from .replicas import replaceable, with_workers
 def release(world: World, plan: MeshPlan, now: float) -> None:
     """A stage goes back to the worker with which it was lost, where whoever is spare can take no other stage: else two
     stages would change hands at the next loss."""
-    for pipeline in plan.kept(world):
-        attempt = pipeline.serving
-        name = pipeline.pipeline_id
-        if attempt is None or name in plan.goals or name in plan.drains or pipeline.gave_up is not None:
+    for pipeline, attempt in plan.unclaimed(world):
+        if pipeline.gave_up is not None:
             continue
         if elsewhere := _back(world, pipeline, attempt, now):
             why = "a worker of no stage is to stand by for any"
-            plan.goals[name] = Goal("release", with_workers(attempt, elsewhere), why)
+            plan.goals[pipeline.pipeline_id] = Goal("release", with_workers(attempt, elsewhere), why)
 
 
 def _back(world: World, pipeline: Pipeline, attempt: Attempt, now: float) -> dict[int, str]:

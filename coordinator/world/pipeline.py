@@ -16,7 +16,7 @@ from enum import Enum
 from stagemesh.protos.v1.stage_pb2 import PipelineKey
 from stagemesh.protos.v1.types_pb2 import KvCopy
 
-from ..values import Holder, Holders, Loaded, Range, StagePlan, StoredPlan
+from ..values import Loaded, Range, StagePlan, StoredPlan
 from .step_times import StepTimes
 
 
@@ -100,11 +100,6 @@ class Attempt:
     def ranges(self) -> tuple[Range, ...]:
         """The layers of its stages."""
         return tuple(plan.layers for plan in self.stages)
-
-    @property
-    def holders(self) -> Holders:
-        """Who holds what in it."""
-        return tuple(Holder(plan.worker_id, plan.layers) for plan in self.stages)
 
     def stage_of(self, worker_id: str) -> int | None:
         """The stage that a worker holds in it."""
