@@ -20,8 +20,7 @@ from .build import build
 from .planning.target import Target
 from .service.service import CoordinatorService
 from .service.slots import MAX_SLOT, Slots
-from .state.kubernetes_api import ApiServer
-from .state.kubernetes_lease import Lease
+from .state.kubernetes_lease import ApiServer, Lease
 from .state.nonces import Nonces
 from .state.store import Store, open_store
 from .timing import CoordinatorTiming
