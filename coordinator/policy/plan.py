@@ -21,6 +21,8 @@ class Goal:
     """Where it cannot be reached beside serving, the pipeline is formed anew; else it is left as it is."""
     takes_down: tuple[str, ...] = ()
     """Pipelines that give up their workers for it."""
+    drops_counts: str = ""
+    """Why the layer counts that are wanted cannot be kept for it."""
     final: bool = False
     """Without holders: waiting will not help."""
 

@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
+from stagemesh.protos.v1 import types_pb2
 from stagemesh.protos.v1.stage_pb2 import PipelineKey
-from stagemesh.protos.v1.types_pb2 import KvCopy
 
 from ..values import Loaded, Range, StagePlan, StoredPlan
 from .step_times import StepTimes
@@ -23,10 +23,10 @@ from .step_times import StepTimes
 class State(Enum):
     """Of a pipeline, as gateways see it."""
 
-    DOWN = "down"
-    FORMING = "forming"
-    SERVING = "serving"
-    DRAINING = "draining"
+    DOWN = types_pb2.PIPELINE_STATE_DOWN
+    FORMING = types_pb2.PIPELINE_STATE_FORMING
+    SERVING = types_pb2.PIPELINE_STATE_SERVING
+    DRAINING = types_pb2.PIPELINE_STATE_DRAINING
 
 
 class Phase(Enum):
@@ -56,7 +56,7 @@ class Attempt:
     """Pipelines between which the workers' pages are split."""
     beside: bool = False
     why: str = ""
-    copies: tuple[KvCopy, ...] = ()
+    copies: tuple[types_pb2.KvCopy, ...] = ()
     phase: Phase = Phase.ASSIGN
     loaded: dict[int, Loaded] = field(default_factory=dict)
     routes: dict[int, str] = field(default_factory=dict)
