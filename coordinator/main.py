@@ -20,11 +20,9 @@ from .build import build
 from .planning.target import Target
 from .service.service import CoordinatorService
 from .service.slots import MAX_SLOT, Slots
-from .state.kubernetes_api import ApiServer
-from .state.kubernetes_lease import Lease
-from .state.leader_lock import LeaderLock
+from .state.kubernetes_lease import ApiServer, Lease
 from .state.nonces import Nonces
-from .state.store import Store
+from .state.store import Store, open_store
 from .timing import CoordinatorTiming
 from .world.world import World
 
@@ -50,20 +48,15 @@ async def _run(settings: CoordinatorSettings, target: Target, ready_fd: int | No
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    lock = LeaderLock(settings.state_dir, timing.leader_look_s) if settings.state_dir is not None else None
     lease = make_lease(settings, timing)
-    try:
-        if (lock is None or await lock.take(stop)) and (lease is None or await lease.take(stop)):
-            store = Store(settings.state_dir)
-            try:
-                service = make_service(target, store, timing, lease)
-                return await _serve(settings, target, service, timing, ready_fd, stop, lease)
-            finally:
-                store.close()
-    finally:
-        if lock is not None:
-            lock.close()
-    return 0
+    store = await open_store(settings.state_dir, timing.leader_look_s, stop)
+    if store is None:
+        return 0
+    with contextlib.closing(store):
+        if lease is not None and not await lease.take(stop):
+            return 0
+        service = make_service(target, store, timing, lease)
+        return await _serve(settings, target, service, timing, ready_fd, stop, lease)
 
 
 def make_lease(settings: CoordinatorSettings, timing: CoordinatorTiming) -> Lease | None:

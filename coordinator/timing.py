@@ -86,7 +86,7 @@ class CoordinatorTiming(Timing):
     stop_grace_s: float = 0.1
     """How long open calls may take to end when the coordinator stops."""
     leader_look_s: float = 0.1
-    """Between two tries to take the leader lock."""
+    """Between two tries to open a state that another coordinator has."""
     api_call_s: float = 2.0
     """One call of Kubernetes' API server."""
 

@@ -8,6 +8,7 @@ again orders nothing twice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from stagemesh.protos.v1 import stage_pb2
 from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
@@ -16,9 +17,8 @@ from stagemesh.protos.v1.types_pb2 import KvCopy, RunLimits
 from ..observe.faults import fail
 from ..planning.target import CannotForm
 from ..planning.transport import rank_addresses, transport
-from ..values import Holders, Order, Range, StagePlan, layer_range
+from ..values import Holders, Order, StagePlan, layer_range
 from ..world.pipeline import Attempt, Phase, Pipeline
-from ..world.worker import Worker
 from ..world.world import World
 from .actions import Action
 
@@ -56,13 +56,6 @@ def begin(world: World, attempt: Attempt) -> Iterator[Action]:
             beside=attempt.beside,
         )
         yield Order(world.workers[plan.worker_id].info, request)
-
-
-def take_stage(worker: Worker, layers: Range) -> None:
-    """A worker is to hold layers instead of whatever it has loaded."""
-    worker.progress, worker.preparing, worker.beside = (0, 0), None, None
-    if worker.kept != layers:
-        worker.kept = None
 
 
 def advance(world: World, pipeline: Pipeline, attempt: Attempt, now: float) -> Iterator[Action]:
@@ -127,24 +120,9 @@ def _link(
         world.log(warning, warning=True)
     # Where tokens are sent there is one link: rank 0 tells the others.
     nonces = [world.nonce() for _ in range(1 if tokens else receiver.tp_size)]
-    offer = stage_pb2.OfferLinkRequest(
-        key=attempt.key,
-        stage=to,
-        transport=name,
-        sender_addresses=rank_addresses(sender, name),
-        nonces=nonces,
-        tokens=tokens,
-        copy=copy,
-    )
-    connect = stage_pb2.ConnectLinkRequest(
-        key=attempt.key,
-        stage=stage,
-        transport=name,
-        nonces=nonces,
-        receiver_id=receiver.worker_id,
-        tokens=tokens,
-        copy=copy,
-    )
+    both: dict[str, Any] = {"key": attempt.key, "transport": name, "nonces": nonces, "tokens": tokens, "copy": copy}
+    offer = stage_pb2.OfferLinkRequest(stage=to, sender_addresses=rank_addresses(sender, name), **both)
+    connect = stage_pb2.ConnectLinkRequest(stage=stage, receiver_id=receiver.worker_id, **both)
     return Order(sender, connect, Order(receiver, offer))
 
 

@@ -6,13 +6,36 @@ that was missed is made good by the next one.
 
 from __future__ import annotations
 
-from ..observe import events
-from ..observe.observe import observe
+from collections.abc import Callable
+from typing import Any
+
+from stagemesh.protos.v1 import coordinator_pb2 as pb
+
+from ..observe import answers, events, membership, requests
 from ..world.world import World
 from . import actions
 from .desired import desired
 from .reconcile import reconcile
 
+OBSERVERS: dict[type[events.Event], Callable[[World, Any, float], None]] = {
+    events.Tick: membership.tick,
+    events.WorkerLost: membership.worker_lost,
+    events.GatewayGone: requests.gateway_gone,
+    events.Answered: answers.answered,
+    events.Failed: answers.failed,
+    pb.RegisterRequest: membership.register,
+    pb.KeepAliveRequest: membership.renew,
+    pb.WatchPipelinesRequest: requests.gateway_came,
+    pb.ReportStuckRequest: requests.steps_stuck,
+    pb.ReportMovedRequest: requests.gateway_moved,
+    pb.ReportLeftRequest: requests.gateway_left,
+    pb.ReportStepsRequest: requests.steps_measured,
+    pb.DrainRequest: requests.drain,
+    pb.UndrainRequest: requests.undrain,
+    pb.RepartitionRequest: requests.repartition,
+    pb.ScaleRequest: requests.scale,
+}
+"""What an event does to the world at a clock time, and no more than that."""
 PASSES = 64
 """One event leads to so many passes at most; each changes something that the next may answer to."""
 
@@ -20,7 +43,7 @@ PASSES = 64
 def handle(world: World, event: events.Event, now: float) -> list[actions.Action]:
     """Takes one event at clock time `now` (seconds, monotonic); returns what is to be done, in order."""
     before, version = world.record.copy(), world.version
-    observe(world, event, now)
+    OBSERVERS[type(event)](world, event, now)
     if isinstance(event, events.Tick):
         version = -1  # Policies answer to the clock, too.
     elif world.version == version and world.news is None:
@@ -32,9 +55,9 @@ def handle(world: World, event: events.Event, now: float) -> list[actions.Action
         version = world.version
         ordered += reconcile(world, desired(world, now), now)
     for name, pipeline in world.pipelines.items():
-        if pipeline.serving is not None:
+        if (serving := pipeline.serving) is not None:
             # What serves is what is written down, with the epoch that gateways were told to switch to.
-            world.record.plans[name] = world.stored(pipeline)
+            world.record.plans[name] = world.stored(serving, pipeline.beside)
     said = [actions.Log(message, warning) for message, warning in world.said]
     saved = [actions.Save(before, world.record.copy())] if world.record != before else []
     told = [actions.Publish(urgent=world.news)] if world.news is not None else []

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stagemesh.protocol import MOVES
 from stagemesh.protos.v1.stage_pb2 import PrepareRequest
 
 from ..observe.faults import fail
@@ -83,9 +82,8 @@ def _approach(world: World, pipeline: Pipeline, main: Attempt, goal: Goal, now: 
 
 def _know_moves(world: World, main: Attempt, goal: Goal, now: float) -> bool:
     """Whether all whom a move takes speak a protocol that has moves: not in the midst of an upgrade to it."""
-    names = {*main.workers, *(holder.worker_id for holder in goal.holders)}
-    old_gateways = any(not world.gateways[name].knows_moves for name in world.watching(now))
-    return not old_gateways and all(world.workers[name].info.protocol >= MOVES for name in names)
+    names = {*main.workers, *(holder.worker_id for holder in goal.holders), *world.watching(now)}
+    return names.isdisjoint(world.without_moves(now))
 
 
 def _begin(world: World, pipeline: Pipeline, main: Attempt, goal: Goal, now: float) -> Iterator[Action]:

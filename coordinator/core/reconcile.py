@@ -27,8 +27,9 @@ def reconcile(world: World, plan: MeshPlan, now: float) -> Iterator[Action]:
     yield from (actions.Disconnect(address) for address in world.departed)
     world.departed.clear()
     yield from settle_reported(world, now)
-    if plan.drop_counts:
-        requests.drop_counts(world, plan.drop_counts, now)
+    dropped = next((goal.drops_counts for goal in plan.goals.values() if goal.drops_counts), plan.drop_counts)
+    if dropped:
+        requests.drop_counts(world, dropped, now)
     elif plan.counts is not None and plan.counts != world.record.counts:
         requests.repartition(world, RepartitionRequest(counts=plan.counts), now)
     yield from _come_and_go(world, plan, now)
@@ -142,7 +143,10 @@ def _form(world: World, pipeline: Pipeline, goal: Goal, now: float) -> Iterator[
     shown = ", ".join(f"{h.worker_id}: layers {h.layers[0]}-{h.layers[1] - 1}" for h in goal.holders)
     world.log(f"{pipeline.pipeline_id} forms at epoch {pipeline.epoch}: {shown}")
     for plan in stages:
-        attempts.take_stage(world.workers[plan.worker_id], plan.layers)
+        worker = world.workers[plan.worker_id]
+        worker.progress, worker.preparing, worker.beside = (0, 0), None, None
+        if worker.kept != plan.layers:
+            worker.kept = None
     yield from attempts.begin(world, pipeline.main)
     world.publish()
 

@@ -21,21 +21,16 @@ from .attempt import page_copies
 def settle_reported(world: World, now: float) -> Iterator[Action]:
     """Adopts what workers report of stored pipelines, passes epochs that are not known here, and releases the rest."""
     for worker in world.workers.values():
-        if worker.unsettled:
-            _note_epochs(world, worker, now)
+        for held in worker.info.held if worker.unsettled else ():
+            # Nobody may be given an epoch that somebody has seen.
+            if held.epoch > world.record.epochs.get(held.pipeline_id, 0):
+                know_later_epoch(world, held.pipeline_id, held.epoch, f"worker {worker.worker_id}", now)
     for pipeline in world.pipelines.values():
         if pipeline.restored is not None:
             _try_to_adopt(world, pipeline, pipeline.restored, now)
     for worker in world.workers.values():
         if worker.unsettled:
             yield from _release_stale(world, worker)
-
-
-def _note_epochs(world: World, worker: Worker, now: float) -> None:
-    """Nobody may be given an epoch that somebody has seen."""
-    for held in worker.info.held:
-        if held.epoch > world.record.epochs.get(held.pipeline_id, 0):
-            know_later_epoch(world, held.pipeline_id, held.epoch, f"worker {worker.worker_id}", now)
 
 
 def _release_stale(world: World, worker: Worker) -> Iterator[Action]:

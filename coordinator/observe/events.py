@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stagemesh.protos.v1 import coordinator_pb2 as pb
-from stagemesh.protos.v1 import stage_pb2
+from google.protobuf.message import Message
 
 from ..values import Order
 
@@ -40,12 +39,7 @@ class Answered:
     """A worker answered an order, or says how far it is with one that takes long."""
 
     order: Order
-    response: (
-        stage_pb2.AssignResponse
-        | stage_pb2.ConnectLinkResponse
-        | stage_pb2.ActivateResponse
-        | stage_pb2.ReleaseResponse
-    )
+    response: Message
 
 
 @dataclass(frozen=True)
@@ -58,21 +52,5 @@ class Failed:
     transport_failed: bool = False
 
 
-Event = (
-    Tick
-    | WorkerLost
-    | GatewayGone
-    | Answered
-    | Failed
-    | pb.RegisterRequest
-    | pb.KeepAliveRequest
-    | pb.WatchPipelinesRequest
-    | pb.ReportStuckRequest
-    | pb.ReportMovedRequest
-    | pb.ReportLeftRequest
-    | pb.ReportStepsRequest
-    | pb.DrainRequest
-    | pb.UndrainRequest
-    | pb.RepartitionRequest
-    | pb.ScaleRequest
-)
+Event = Tick | WorkerLost | GatewayGone | Answered | Failed | Message
+"""A message is a request of coordinator.proto; core/mesh.py has all of them, with what each does to the world."""

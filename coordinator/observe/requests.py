@@ -170,14 +170,13 @@ def _anew(world: World) -> None:
 
 def look(world: World, now: float) -> None:
     """Looks at the measured steps: whether layers should move by themselves, and what to tell people."""
-    timing = world.timing
+    if now < world.looked_at + world.timing.look_s:
+        return
+    world.looked_at = now
     if world.settings.rebalance and world.wanted_ranges is None and not any(p.beside for p in world.pipelines.values()):
         for pipeline in world.pipelines.values():
-            if pipeline.steps.is_due(now, timing):
-                pipeline.steps.look(advice(world, pipeline, now), now, timing)
-    if now >= world.advised_at + timing.look_s:
-        world.advised_at = now
-        said = list(advices(world, now))
-        if said != world.advices:
-            world.advices = said
-            world.publish()
+            pipeline.steps.look(advice(world, pipeline, now), now, world.timing)
+    said = list(advices(world, now))
+    if said != world.advices:
+        world.advices = said
+        world.publish()

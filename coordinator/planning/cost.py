@@ -85,75 +85,71 @@ class CostModel:
         self.limits = limits
         self.element_bytes = ELEMENT_BYTES[dtype]
         self.rows = max(1, limits.max_num_seqs // max(1, limits.steps_in_flight))
-        self._layer_parameters = np.array([part.parameters for part in info.layers], dtype=np.float64)
-        self._layer_flops = np.array([part.flops_per_token for part in info.layers], dtype=np.float64)
+        """Tokens of a full decode step."""
+        parts = [info.embedding, *info.layers, info.head]
+        self._parameters = np.array([part.parameters for part in parts], dtype=np.float64)
+        self._flops = np.array([part.flops_per_token for part in parts], dtype=np.float64)
 
-    def layer_seconds(self, kind: Kind, rows: int | None = None) -> FloatArray:
-        """Seconds [layers] of a step of `rows` tokens; default: a full decode step."""
-        streaming = self._layer_parameters * self.element_bytes / kind.bytes_per_s
-        computing = self._layer_flops * (rows or self.rows) / kind.flops_per_s
-        return np.maximum(streaming, computing) / kind.tp_size
+    def seconds(self, kind: Kind) -> FloatArray:
+        """Seconds [L+1] of a decode step in the first 0, 1, ... L layers, with the end that lies before or behind them.
 
-    def embedding_seconds(self, kind: Kind, rows: int | None = None) -> float:
-        """Seconds of looking up `rows` embeddings: only the rows' own vectors are read."""
-        return (rows or self.rows) * self.info.hidden_size * self.element_bytes / kind.bytes_per_s
-
-    def head_seconds(self, kind: Kind, rows: int | None = None) -> float:
-        """Seconds of norm and head over `rows` sampled rows."""
-        head = self.info.head
-        streaming = head.parameters * self.element_bytes / kind.bytes_per_s
-        return max(streaming, head.flops_per_token * (rows or self.rows) / kind.flops_per_s) / kind.tp_size
+        A stage of layers [first, last) takes the difference. Of the embedding only the rows' own vectors are read.
+        """
+        streaming = self._parameters * self.element_bytes / kind.bytes_per_s
+        computing = self._flops * self.rows / kind.flops_per_s
+        parts = np.maximum(streaming, computing) / kind.tp_size
+        parts[0] = self.rows * self.info.hidden_size * self.element_bytes / kind.bytes_per_s
+        return _up_to_layer(parts)
 
     def stage_seconds(self, kind: Kind, first: int, last: int) -> float:
         """Seconds of a decode step on the stage that holds layers [first, last)."""
-        seconds = float(self.layer_seconds(kind)[first:last].sum())
-        seconds += self.embedding_seconds(kind) if first == 0 else 0.0
-        return seconds + (self.head_seconds(kind) if last == self.info.num_layers else 0.0)
+        upto = self.seconds(kind)
+        return float(upto[last] - upto[first])
 
     def kv_bytes_per_token(self, kind: Kind) -> int:
         """KV bytes of one token in one layer on one rank; fewer KV heads than ranks are replicated."""
         per_head = -(-self.info.kv_elements_per_token // max(1, self.info.num_kv_heads))
         return -(-self.info.num_kv_heads // kind.tp_size) * per_head * self.element_bytes
 
-    def layer_memory(self, kind: Kind, max_model_len: int | None = None) -> FloatArray:
-        """Bytes [layers] on one rank: its share of the weights, and KV pages of one longest sequence."""
-        tokens = self._kv_tokens(max_model_len)
-        return self._layer_parameters * self.element_bytes / kind.tp_size + self.kv_bytes_per_token(kind) * tokens
+    def memory(self, kind: Kind, max_model_len: int | None = None) -> FloatArray:
+        """Bytes [L+1] on one rank of the first 0, 1, ... L layers, with the end that lies before or behind them.
 
-    def _kv_tokens(self, max_model_len: int | None) -> int:
-        """Positions of the pages that there have to be at the least."""
+        Of each layer: its share of the weights, and KV pages of one longest sequence. The embedding is replicated. The
+        last stage has norm and head, one step's logits in float32, and on rank 0 the draft model with its pages.
+        """
         page = self.limits.page_size
         tokens = -(-(max_model_len or self.limits.max_model_len) // page) * page
-        return max(tokens, self.limits.num_pages * page)
-
-    def draft_memory(self, max_model_len: int | None = None) -> float:
-        """Bytes of the draft model and its KV pages on rank 0 of the last stage."""
-        if self.draft is None:
-            return 0.0
-        kv = self.draft.num_layers * self.draft.kv_elements_per_token * self._kv_tokens(max_model_len)
-        return float((self.draft.total_parameters + kv) * self.element_bytes)
-
-    def embedding_memory(self) -> float:
-        """Bytes of the embedding on one rank: replicated."""
-        return float(self.info.embedding.parameters * self.element_bytes)
-
-    def head_memory(self, kind: Kind, max_model_len: int | None = None) -> float:
-        """Bytes of norm and head on one rank, of one step's logits in float32, and of a draft model."""
-        logits = self.limits.max_num_seqs * self.info.vocab_size * 4
-        head = self.info.head.parameters * self.element_bytes / kind.tp_size
-        return head + logits + self.draft_memory(max_model_len)
+        tokens = max(tokens, self.limits.num_pages * page)
+        parts = self._parameters * self.element_bytes / kind.tp_size
+        parts[0] *= kind.tp_size
+        parts[1:-1] += self.kv_bytes_per_token(kind) * tokens
+        parts[-1] += self.limits.max_num_seqs * self.info.vocab_size * 4
+        if self.draft is not None:
+            kv = self.draft.num_layers * self.draft.kv_elements_per_token * tokens
+            parts[-1] += (self.draft.total_parameters + kv) * self.element_bytes
+        return _up_to_layer(parts)
 
     def fixed_memory(self) -> float:
         """Bytes every rank needs beside weights and KV: activation buffers of the steps in flight and of compute."""
         buffers = self.limits.steps_in_flight + 4
         return float(buffers * self.limits.max_num_batched_tokens * self.info.hidden_size * self.element_bytes)
 
-    def stage_memory(self, kind: Kind, first: int, last: int, max_model_len: int | None = None) -> float:
+    def stage_memory(self, kind: Kind, first: int, last: int) -> float:
         """Bytes on one rank of the stage that holds layers [first, last)."""
-        total = float(self.layer_memory(kind, max_model_len)[first:last].sum()) + self.fixed_memory()
-        total += self.embedding_memory() if first == 0 else 0.0
-        return total + (self.head_memory(kind, max_model_len) if last == self.info.num_layers else 0.0)
+        upto = self.memory(kind)
+        return float(upto[last] - upto[first]) + self.fixed_memory()
 
-    def fits(self, kind: Kind, first: int, last: int, max_model_len: int | None = None) -> bool:
+    def fits(self, kind: Kind, first: int, last: int) -> bool:
         """Whether layers [first, last) fit one rank; a worker that does not know its memory decides itself."""
-        return not kind.memory_bytes or self.stage_memory(kind, first, last, max_model_len) <= kind.memory_bytes
+        return not kind.memory_bytes or self.stage_memory(kind, first, last) <= kind.memory_bytes
+
+
+def _up_to_layer(parts: FloatArray) -> FloatArray:
+    """Sums [L+1] over the first 0, 1, ... L layers of `parts` [L+2]: embedding, layers, head.
+
+    The embedding goes with the first layer, the head with the last one.
+    """
+    layers = parts[1:-1].copy()
+    layers[0] += parts[0]
+    layers[-1] += parts[-1]
+    return np.concatenate(([0.0], np.cumsum(layers)))

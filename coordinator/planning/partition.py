@@ -83,8 +83,7 @@ def partition(model: CostModel, workers: Sequence[Kind], layer_partition: Sequen
     found = _best_cuts(model, workers)
     if found is None:
         largest = max(workers, key=lambda kind: kind.memory_bytes)
-        need = sum(model.layer_memory(largest)) + model.embedding_memory() + model.head_memory(largest)
-        need += model.fixed_memory() * len(workers)
+        need = model.memory(largest)[-1] + model.fixed_memory() * len(workers)
         have = sum(kind.memory_bytes for kind in workers)
         raise ConfigError(
             f"the model does not fit {len(workers)} stages: with KV for one sequence of {model.limits.max_model_len} "
@@ -94,27 +93,18 @@ def partition(model: CostModel, workers: Sequence[Kind], layer_partition: Sequen
     return found
 
 
-def _stage_tables(model: CostModel, kind: Kind, max_model_len: int | None = None) -> tuple[FloatArray, FloatArray]:
-    """Seconds [L+1, L+1] of layers [i, j) on `kind`, infinite where j <= i; and its bytes of memory."""
-    seconds = np.concatenate(([0.0], np.cumsum(model.layer_seconds(kind))))
-    memory = np.concatenate(([0.0], np.cumsum(model.layer_memory(kind, max_model_len))))
-    time, space = seconds[None, :] - seconds[:, None], memory[None, :] - memory[:, None]
-    time[0, :] += model.embedding_seconds(kind)
-    time[:, -1] += model.head_seconds(kind)
-    space += model.fixed_memory()
-    space[0, :] += model.embedding_memory()
-    space[:, -1] += model.head_memory(kind)
-    time[np.tri(len(seconds), dtype=bool)] = np.inf
-    return time, space
-
-
-def _best_cuts(model: CostModel, workers: Sequence[Kind], max_model_len: int | None = None) -> list[Range] | None:
+def _best_cuts(model: CostModel, workers: Sequence[Kind]) -> list[Range] | None:
     """The most even of the cuts with the fastest slowest stage, or None when nothing fits."""
     num_layers = model.info.num_layers
     tables: dict[Kind, FloatArray] = {}
+    """Seconds [L+1, L+1] of layers [i, j); infinite where j <= i, and where they do not fit."""
     for kind in set(workers):
-        time, space = _stage_tables(model, kind, max_model_len)
-        tables[kind] = np.where(space <= kind.memory_bytes, time, np.inf) if kind.memory_bytes else time
+        seconds, memory = model.seconds(kind), model.memory(kind)
+        tables[kind] = seconds[None, :] - seconds[:, None]
+        tables[kind][np.tri(num_layers + 1, dtype=bool)] = np.inf
+        if kind.memory_bytes:
+            needs = memory[None, :] - memory[:, None] + model.fixed_memory()
+            tables[kind][needs > kind.memory_bytes] = np.inf
     best = np.full(num_layers + 1, np.inf)
     best[0] = 0.0
     for kind in workers:
@@ -154,7 +144,7 @@ def _smallest_change(model: CostModel, workers: Sequence[Kind]) -> str:
         options.append(f"it needs {counts[at]} stages of such workers (-pp {counts[at]})")
     if not options:
         return (
-            f"not even one layer a stage fits ({_gib(float(model.layer_memory(roomiest).max()))} for the largest); "
+            f"not even one layer a stage fits ({_gib(np.diff(model.memory(roomiest)).max())} for the largest); "
             "use workers with more memory, or more ranks a stage (-tp)"
         )
     return "; or ".join(options) + "; or use workers with more memory"
@@ -163,14 +153,13 @@ def _smallest_change(model: CostModel, workers: Sequence[Kind]) -> str:
 def _fits_greedily(model: CostModel, workers: Sequence[Kind], max_model_len: int | None = None) -> bool:
     """Whether some cut fits: each worker in turn takes as many layers as it can hold (exact for memory alone)."""
     num_layers, first = model.info.num_layers, 0
-    spaces = {kind: _stage_tables(model, kind, max_model_len)[1] for kind in set(workers)}
+    memory = {kind: model.memory(kind, max_model_len) for kind in set(workers)}
     for index, kind in enumerate(workers):
-        limit = num_layers - (len(workers) - index - 1)
-        last = limit
+        last = num_layers - (len(workers) - index - 1)
         if kind.memory_bytes:
-            while last > first and spaces[kind][first, last] > kind.memory_bytes:
-                last -= 1
-        if last == first:
+            room = memory[kind][first] + kind.memory_bytes - model.fixed_memory()
+            last = min(last, int(np.searchsorted(memory[kind], room, side="right")) - 1)
+        if last <= first:
             return False
         first = last
     return first == num_layers
@@ -181,14 +170,8 @@ def _longest_that_fits(model: CostModel, workers: Sequence[Kind]) -> int:
     if model.limits.num_pages:
         return 0  # pages were asked for by number
     page = model.limits.page_size
-    low, high = 0, model.limits.max_model_len // page  # pages: low fits (or is none), high may
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _fits_greedily(model, workers, middle * page):
-            low = middle
-        else:
-            high = middle - 1
-    return low * page
+    counts = range(1, model.limits.max_model_len // page + 1)
+    return page * bisect.bisect_left(counts, True, key=lambda n: not _fits_greedily(model, workers, n * page))
 
 
 def _gib(size: float) -> str:

@@ -50,7 +50,7 @@ def place(
     """Places `candidates` on the stages.
 
     `ranges`: the layer ranges, where they are known already. `holders`: stage -> worker that holds it now.
-    `refused`: (worker, stage) pairs that failed for good. `by_memory` prefers roomy workers to fast ones.
+    `refused`: further (worker, stage) pairs that failed for good. `by_memory` prefers roomy workers to fast ones.
     """
     holders = holders or {}
     by_stage: dict[int, Candidate] = {}
@@ -63,26 +63,23 @@ def place(
     for candidate in sorted(candidates, key=order):
         free.setdefault(candidate.pool, []).append(candidate)
 
+    def may_take(candidate: Candidate, stage: int) -> bool:
+        failed = ranges is not None and (stage, ranges[stage]) in candidate.refusals
+        return not failed and (candidate.worker_id, stage) not in refused
+
     def take(stage: int, pool: int, wanted: str | None = None) -> None:
         """Puts the best free worker of `pool` on `stage`: one that keeps its weights, else the first."""
-        able = (c for c in free.get(pool, ()) if (c.worker_id, stage) not in refused)
-        best = None
-        for candidate in able:
-            if wanted is not None and candidate.worker_id != wanted:
-                continue
-            best = best or candidate
-            if ranges is None or candidate.kept == ranges[stage]:
-                best = candidate
-                break
-        if best is not None:
+        able = (c for c in free.get(pool, ()) if wanted in (None, c.worker_id) and may_take(c, stage))
+        if (best := next(able, None)) is not None:
+            if ranges is not None and best.kept != ranges[stage]:
+                best = next((c for c in able if c.kept == ranges[stage]), best)
             free[pool].remove(best)
             by_stage[stage] = best
 
-    for stage in range(num_stages):  # who holds a stage keeps it
-        if stage in holders:
-            for pool in (stage, -1):
-                if stage not in by_stage:
-                    take(stage, pool, holders[stage])
+    for stage in sorted(holders.keys() & range(num_stages)):  # who holds a stage keeps it
+        for pool in (stage, -1):
+            if stage not in by_stage:
+                take(stage, pool, holders[stage])
     for bound in (True, False):
         for stage in range(num_stages):
             if stage not in by_stage:
@@ -92,7 +89,7 @@ def place(
             continue
         for other in [pool for pool, left in free.items() if left and pool in by_stage]:
             holder = by_stage[other]
-            if holder.pool == -1 and (holder.worker_id, stage) not in refused:
+            if holder.pool == -1 and may_take(holder, stage):
                 before = by_stage.pop(other)
                 take(other, other)
                 if other in by_stage:

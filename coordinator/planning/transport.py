@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
 
@@ -42,15 +42,3 @@ def transport(
         return "tcp", ""
     why = ucx_failed or f"{' and '.join(lacks('ucx'))} did not open ucx (its log says why)"
     return "tcp", f"link {sender.worker_id} -> {receiver.worker_id} falls back from ucx to tcp, which is slower: {why}"
-
-
-def check_transports(
-    wanted: str, members: Sequence[RegisterRequest], ucx_failure: Callable[[RegisterRequest, RegisterRequest], str]
-) -> None:
-    """Raises CannotForm where two neighbours of a pipeline, the last and the first among them, have no transport.
-
-    `ucx_failure`: why UCX between two workers is not tried any more, or nothing.
-    """
-    for sender, receiver in zip(members, [*members[1:], *members[:1]], strict=True):
-        if sender is not receiver:
-            transport(wanted, sender, receiver, ucx_failed=ucx_failure(sender, receiver))

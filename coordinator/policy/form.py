@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from stagemesh.errors import ConfigError
 
-from ..planning.choose import choose_apart
-from ..planning.sharing import choose_beside, pinned, shared_holders
+from ..planning.choose import choose_apart, choose_beside, pinned, shared_holders
 from ..planning.target import CannotForm, Target
-from ..planning.transport import check_transports
+from ..planning.transport import transport
 from ..values import Holders, StagePlan
 from ..world.pipeline import Pipeline
 from ..world.worker import Worker
@@ -19,29 +18,15 @@ from .plan import Goal, MeshPlan
 from .replicas import replicas_of
 
 
-@dataclass(frozen=True)
-class Place:
-    """Who is to hold what."""
-
-    holders: Holders
-    takes_down: tuple[str, ...] = ()
-    """Pipelines that give up their workers for it."""
-    drops_counts: str = ""
-    """Why the layer counts that are wanted could not be kept."""
-
-
 def form(world: World, plan: MeshPlan, now: float) -> None:
     """Pipelines that do not serve and may try: after a pause, and when those that go first have what they need."""
     for pipeline in plan.kept(world):
         if not _is_due(world, pipeline, now):
             continue
         try:
-            found = place(world, plan, pipeline, pipeline.last_stages)
+            plan.goals[pipeline.pipeline_id] = place(world, plan, pipeline, pipeline.last_stages)
         except CannotForm as e:
             plan.goals[pipeline.pipeline_id] = Goal("form", why=e.reason, final=e.final)
-        else:
-            plan.drop_counts = found.drops_counts or plan.drop_counts
-            plan.goals[pipeline.pipeline_id] = Goal("form", found.holders, takes_down=found.takes_down)
 
 
 def _is_due(world: World, pipeline: Pipeline, now: float) -> bool:
@@ -62,54 +47,58 @@ def place(
     pipeline: Pipeline,
     previous: Sequence[StagePlan],
     without: frozenset[str] = frozenset(),
-) -> Place:
+) -> Goal:
     """Who is to hold what in `pipeline`; `previous` stages keep their worker and layers where they can.
 
     Workers that drain, are promised to others by the plan, or stand in `without` hold nothing. Where the layer counts
     that are wanted cannot be had any more (they were wanted of workers with more memory, say), those of the settings
     hold. Raises CannotForm.
     """
-    taken = plan.taken(pipeline.pipeline_id)
-    staying = [w for w in world.staying if w.worker_id not in without]
-    others = plan.others(world, pipeline)
 
-    def compute() -> Place:
+    def compute() -> Goal:
         try:
-            return _place(world, staying, taken, pipeline, others, previous, world.target)
+            return _place(world, plan, pipeline, previous, without, world.target)
         except CannotForm as e:
             if world.record.counts is None or not isinstance(e.__cause__, ConfigError):
                 raise
-            found = _place(world, staying, taken, pipeline, others, previous, world.settings)
+            found = _place(world, plan, pipeline, previous, without, world.settings)
             return replace(found, drops_counts=f"they cannot be had any more: {e.reason}")
 
-    key = "place", pipeline.pipeline_id, taken, without, tuple(plan.pipelines), tuple(previous)
+    name = pipeline.pipeline_id
+    key = "place", name, plan.taken(name), without, tuple(plan.pipelines), tuple(previous)
     return world.remember(key, compute)
 
 
 def _place(
     world: World,
-    staying: Sequence[Worker],
-    taken: frozenset[str],
+    plan: MeshPlan,
     pipeline: Pipeline,
-    others: Sequence[Sequence[StagePlan]],
     previous: Sequence[StagePlan],
+    without: frozenset[str],
     target: Target,
-) -> Place:
+) -> Goal:
+    taken, others = plan.taken(pipeline.pipeline_id), plan.others(world, pipeline)
+    staying = [w for w in world.staying if w.worker_id not in without]
     busy = world.used(pipeline) | taken
     free = [w for w in staying if w.worker_id not in busy]
     if not any(others):
-        return Place(_whole(world, target, free, previous))
+        return Goal("form", _whole(world, target, free, previous))
     # A pipeline of fewer stages has none beside it, also where it is about to have all of them: that may fail.
     if any(world.is_short(p) for p in world.pipelines.values() if p is not pipeline):
         raise CannotForm("it waits until the others have all their stages again", final=False)
+    # Stages that have fewer replicas than there are pipelines are shared with the others.
+    ranges = [stage.layers for stage in next(stages for stages in others if stages)]
+    lives = {(w.worker_id, w.incarnation) for w in staying}
+    pins = pinned(shared_holders(others, lives), replicas_of(world, world.record.replicas), previous)
+    shared = dict(zip(pins, world.candidates(world.workers[name] for name in pins.values()), strict=True))
     try:
-        return Place(_beside(world, target, staying, free, others, previous))
+        return Goal("form", _linked(world, choose_beside(target, world.candidates(free), shared, ranges, previous)))
     except CannotForm:
         if taken or not _may_take_from_others(world, pipeline):
             raise
     # Nothing serves: what another pipeline was to have beside this one is better used here.
     names = tuple(name for name in world.pipelines if name != pipeline.pipeline_id)
-    return Place(_whole(world, target, staying, previous), takes_down=names)
+    return Goal("form", _whole(world, target, staying, previous), takes_down=names)
 
 
 def _whole(world: World, target: Target, workers: Sequence[Worker], previous: Sequence[StagePlan]) -> Holders:
@@ -119,27 +108,12 @@ def _whole(world: World, target: Target, workers: Sequence[Worker], previous: Se
     return _linked(world, chosen)
 
 
-def _beside(
-    world: World,
-    target: Target,
-    staying: Sequence[Worker],
-    free: Sequence[Worker],
-    others: Sequence[Sequence[StagePlan]],
-    previous: Sequence[StagePlan],
-) -> Holders:
-    """Stages that have fewer replicas than there are pipelines are shared with the others."""
-    ranges = [stage.layers for stage in next(stages for stages in others if stages)]
-    lives = {(w.worker_id, w.incarnation) for w in staying}
-    pins = pinned(shared_holders(others, lives), replicas_of(world, world.record.replicas), previous)
-    shared = world.candidates(world.workers[name] for name in pins.values())
-    chosen = choose_beside(target, world.candidates(free), dict(zip(pins, shared, strict=True)), ranges, previous)
-    return _linked(world, chosen)
-
-
 def _linked(world: World, holders: Holders) -> Holders:
     """The same, if every link between them has a transport. Raises CannotForm."""
     members = [world.workers[holder.worker_id].info for holder in holders]
-    check_transports(world.settings.transport, members, world.ucx_failure)
+    for sender, receiver in zip(members, [*members[1:], *members[:1]], strict=True):
+        if sender is not receiver:
+            transport(world.settings.transport, sender, receiver, ucx_failed=world.ucx_failure(sender, receiver))
     return holders
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..values import Holders, Range, StagePlan
-from ..world.pipeline import Pipeline
+from ..world.pipeline import Attempt, Pipeline
 from ..world.world import World
 
 
@@ -21,6 +21,8 @@ class Goal:
     """Where it cannot be reached beside serving, the pipeline is formed anew; else it is left as it is."""
     takes_down: tuple[str, ...] = ()
     """Pipelines that give up their workers for it."""
+    drops_counts: str = ""
+    """Why the layer counts that are wanted cannot be kept for it."""
     final: bool = False
     """Without holders: waiting will not help."""
 
@@ -33,8 +35,8 @@ class MeshPlan:
     """Pipelines that there shall be. Others leave."""
     goals: dict[str, Goal] = field(default_factory=dict)
     """Pipeline -> what it shall be. A pipeline without a goal stays as it is, or waits."""
-    interrupts: dict[str, str] = field(default_factory=dict)
-    """Pipelines that are to be formed anew though they serve, and why."""
+    interrupts: set[str] = field(default_factory=set)
+    """Pipelines that are to be formed anew though they serve: a gateway does not reach their workers."""
     drains: dict[str, str] = field(default_factory=dict)
     """Pipelines that take nothing new, and why."""
     loads: dict[str, Range] = field(default_factory=dict)
@@ -47,6 +49,13 @@ class MeshPlan:
     def kept(self, world: World) -> list[Pipeline]:
         """Pipelines that are to stay."""
         return [p for p in world.kept if p.pipeline_id in self.pipelines]
+
+    def unclaimed(self, world: World) -> Iterator[tuple[Pipeline, Attempt]]:
+        """Pipelines that are to stay and serve, and of which nothing else is wanted yet, each with what serves."""
+        for pipeline in self.kept(world):
+            name, attempt = pipeline.pipeline_id, pipeline.serving
+            if attempt is not None and name not in self.goals and name not in self.drains:
+                yield pipeline, attempt
 
     def others(self, world: World, pipeline: Pipeline) -> list[Sequence[StagePlan]]:
         """The stages of each of the other pipelines that are to stay, as they are going to be."""

@@ -18,6 +18,19 @@ LOADS = 3
 """Ranges that failed to load so often, for reasons of the moment, are given up."""
 
 
+def rebalance(world: World, plan: MeshPlan, now: float) -> None:
+    """Layers move by themselves (`--rebalance auto`): what measured steps advise for some time becomes a wish,
+    where nothing else changes."""
+    if not world.settings.rebalance or world.wanted_ranges is not None:
+        return
+    if any(p.beside for p in world.pipelines.values()):
+        return
+    for pipeline in plan.kept(world):
+        if pipeline.serving is not None and (ripe := pipeline.steps.ripe) is not None:
+            plan.counts = tuple(last - first for first, last in ripe.ranges)
+            return
+
+
 def ranges(world: World, plan: MeshPlan, now: float) -> None:
     """Pipelines of all stages that serve with other ranges than are wanted. What cannot be had is wanted no more."""
     wanted = world.wanted_ranges
@@ -27,10 +40,7 @@ def ranges(world: World, plan: MeshPlan, now: float) -> None:
     if gave_up is not None or world.load_failures >= LOADS:
         plan.drop_counts = plan.drop_counts or (gave_up.why if gave_up is not None else world.cannot_load)
         return
-    for pipeline in plan.kept(world):
-        attempt = pipeline.serving
-        if attempt is None or pipeline.pipeline_id in plan.goals or pipeline.pipeline_id in plan.drains:
-            continue
+    for pipeline, attempt in plan.unclaimed(world):
         if len(attempt.stages) == len(wanted) and attempt.ranges != wanted:
             holders = tuple(Holder(name, layers) for name, layers in zip(attempt.workers, wanted, strict=True))
             plan.goals[pipeline.pipeline_id] = Goal("ranges", holders, "other ranges are wanted")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from stagemesh.errors import ConfigError, Unavailable
 
-from ..planning.sharing import pinned, shared_holders
+from ..planning.choose import pinned, shared_holders
 from ..values import Holder, pages_per_sequence
 from ..world.pipeline import Attempt, Pipeline
 from ..world.world import UNLIMITED, World
@@ -71,16 +71,14 @@ def replicas_of(world: World, wishes: Mapping[int, int]) -> list[int]:
 def share(world: World, plan: MeshPlan, now: float) -> None:
     """Pipelines that serve on workers which they shall not share, or share with others than now; or with another part
     of the pages."""
-    for pipeline in plan.kept(world):
-        attempt = pipeline.serving
-        name = pipeline.pipeline_id
-        if attempt is None or name in plan.goals or name in plan.drains or pipeline.gave_up is not None:
+    for pipeline, attempt in plan.unclaimed(world):
+        if pipeline.gave_up is not None:
             continue
         elsewhere, why = _elsewhere(world, plan, pipeline, attempt)
         if not elsewhere and attempt.shares != world.num_shares:
             why = f"pages are split between {world.num_shares} pipeline(s)"
         if why:
-            plan.goals[name] = Goal("share", with_workers(attempt, elsewhere), why)
+            plan.goals[pipeline.pipeline_id] = Goal("share", with_workers(attempt, elsewhere), why)
 
 
 def with_workers(attempt: Attempt, elsewhere: Mapping[int, str]) -> tuple[Holder, ...]:
@@ -103,13 +101,7 @@ def _elsewhere(world: World, plan: MeshPlan, pipeline: Pipeline, attempt: Attemp
     for stage in attempt.stages:
         at = held.get(stage.stage, [])
         if stage.worker_id in at and len(at) < replicas[stage.stage] and stage.worker_id not in later:
-            able = [
-                w
-                for w in world.spare()
-                if w.may_hold(stage.stage)
-                and (stage.stage, stage.layers) not in w.refusals
-                and w.worker_id not in promised
-            ]
+            able = [w for w in world.spare() if w.can_take(stage) and w.worker_id not in promised]
             if able:
                 best = max(able, key=lambda w: (w.pool == stage.stage, w.kept == stage.layers))
                 return {stage.stage: best.worker_id}, "there are more replicas"
@@ -127,7 +119,7 @@ def replaceable(world: World, pipeline: Pipeline, attempt: Attempt) -> dict[int,
         for plan in attempt.stages
         if plan.stage in bound
         and world.worker_at(attempt, plan.stage).pool != plan.stage
-        and (plan.stage, plan.layers) not in bound[plan.stage].refusals
+        and bound[plan.stage].can_take(plan)
     }
 
 

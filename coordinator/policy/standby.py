@@ -19,18 +19,17 @@ from .replicas import replaceable, with_workers
 def release(world: World, plan: MeshPlan, now: float) -> None:
     """A stage goes back to the worker with which it was lost, where whoever is spare can take no other stage: else two
     stages would change hands at the next loss."""
-    for pipeline in plan.kept(world):
-        attempt = pipeline.serving
-        name = pipeline.pipeline_id
-        if attempt is None or name in plan.goals or name in plan.drains or pipeline.gave_up is not None:
+    for pipeline, attempt in plan.unclaimed(world):
+        if pipeline.gave_up is not None:
             continue
         if elsewhere := _back(world, pipeline, attempt, now):
             why = "a worker of no stage is to stand by for any"
-            plan.goals[name] = Goal("release", with_workers(attempt, elsewhere), why)
+            plan.goals[pipeline.pipeline_id] = Goal("release", with_workers(attempt, elsewhere), why)
 
 
 def _back(world: World, pipeline: Pipeline, attempt: Attempt, now: float) -> dict[int, str]:
-    if world.is_short(pipeline) or not _is_settled(world, now):
+    drains = len(world.staying) < len(world.workers)
+    if world.is_short(pipeline) or len(world.pipelines) > 1 or drains or not _is_settled(world, now):
         return {}
     if any(w.pool < 0 or w.any_stage for w in world.spare()):
         return {}
@@ -44,10 +43,8 @@ def _back(world: World, pipeline: Pipeline, attempt: Attempt, now: float) -> dic
 
 
 def _is_settled(world: World, now: float) -> bool:
-    """Whether there is one pipeline, nobody drains, and what was lost has been computed again."""
-    since = max(p.serving_since for p in world.pipelines.values())
-    drains = len(world.staying) < len(world.workers)
-    return len(world.pipelines) == 1 and not drains and now >= since + world.timing.settled_s
+    """Whether what was lost has been computed again."""
+    return now >= max(p.serving_since for p in world.pipelines.values()) + world.timing.settled_s
 
 
 def warm(world: World, plan: MeshPlan, now: float) -> None:
@@ -56,7 +53,7 @@ def warm(world: World, plan: MeshPlan, now: float) -> None:
     # A pipeline that is down for want of workers does not keep the others' standbys waiting.
     if State.SERVING not in states or states & {State.FORMING, State.DRAINING}:
         return
-    if now < max(p.serving_since for p in world.pipelines.values()) + world.timing.settled_s:
+    if not _is_settled(world, now):
         return
     stages = [stage for p in world.pipelines.values() for stage in p.stages]
     members = {stage.worker_id for stage in stages} | plan.taken("")
@@ -74,11 +71,8 @@ def copies(stages: Sequence[StagePlan], standbys: Sequence[Worker]) -> dict[str,
     wanted: dict[str, Range] = {}
     count: Counter[int] = Counter()
 
-    def able(worker: Worker, plan: StagePlan) -> bool:
-        return worker.may_hold(plan.stage) and (plan.stage, plan.layers) not in worker.refusals
-
     for worker in standbys:
-        kept = next((plan for plan in stages if plan.layers == worker.kept and able(worker, plan)), None)
+        kept = next((plan for plan in stages if plan.layers == worker.kept and worker.can_take(plan)), None)
         if kept is not None:
             wanted[worker.worker_id] = kept.layers
             count[kept.stage] += 1
@@ -89,7 +83,7 @@ def copies(stages: Sequence[StagePlan], standbys: Sequence[Worker]) -> dict[str,
         def order(plan: StagePlan, pool: int = worker.pool) -> tuple[int, bool, int, int]:
             return count[plan.stage], plan.stage != pool, plan.layers[0] - plan.layers[1], plan.stage
 
-        choice = min((plan for plan in stages if able(worker, plan)), key=order, default=None)
+        choice = min((plan for plan in stages if worker.can_take(plan)), key=order, default=None)
         if choice is not None:
             wanted[worker.worker_id] = choice.layers
             count[choice.stage] += 1

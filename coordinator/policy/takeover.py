@@ -19,9 +19,8 @@ from .plan import Goal, MeshPlan
 
 def give_back(world: World, plan: MeshPlan, now: float) -> None:
     """A pipeline of fewer stages gets all of them again."""
-    for pipeline in plan.kept(world):
-        attempt = pipeline.serving
-        if attempt is None or not world.is_short(pipeline) or pipeline.pipeline_id in plan.goals:
+    for pipeline, _ in plan.unclaimed(world):
+        if not world.is_short(pipeline):
             continue
         try:
             holders = world.remember(("give back", pipeline.pipeline_id), partial(_all, world, pipeline))

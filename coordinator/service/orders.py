@@ -69,12 +69,7 @@ class OrderRunner:
     def _spawn(self, work: Coroutine[Any, Any, None], attempt: tuple[str, int] | None = None) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._calls[task] = attempt
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._calls.pop(task, None)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("an order ended in an unexpected error", exc_info=task.exception())
+        task.add_done_callback(self._calls.pop)
 
     async def _carry_out(self, order: Order) -> None:
         try:

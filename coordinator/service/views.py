@@ -11,20 +11,13 @@ from ..world.pipeline import Attempt, Phase, Pipeline, State
 from ..world.worker import Worker
 from ..world.world import World
 
-STATES = {
-    State.DOWN: types_pb2.PIPELINE_STATE_DOWN,
-    State.FORMING: types_pb2.PIPELINE_STATE_FORMING,
-    State.SERVING: types_pb2.PIPELINE_STATE_SERVING,
-    State.DRAINING: types_pb2.PIPELINE_STATE_DRAINING,
-}
-
 
 def pipeline_view(world: World, pipeline: Pipeline) -> types_pb2.PipelineView:
     """One pipeline as gateways see it."""
     view = types_pb2.PipelineView(
         pipeline_id=pipeline.pipeline_id,
         epoch=pipeline.epoch,
-        state=STATES[pipeline.state],
+        state=pipeline.state.value,
         reason=pipeline.reason,
         final=pipeline.state is State.DOWN and pipeline.final,
         model=world.settings.model,

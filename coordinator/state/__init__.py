@@ -1,1 +1,1 @@
-"""What outlives a coordinator, and which of several is the leader: the store, leader locks, fresh nonces."""
+"""What outlives a coordinator, and which of several is the leader: the store, the Lease, fresh nonces."""

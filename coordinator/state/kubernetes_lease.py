@@ -10,17 +10,20 @@ are given only while nobody else can have it (`is_sure`): one who was stopped gi
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import json
 import logging
 import math
+import os
+import ssl
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from stagemesh.errors import ConfigError, StagemeshError, Unavailable
-
-from .kubernetes_api import ApiServer
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,49 @@ class Record:
     term: int
     version: str
     """Another one with every write."""
+
+
+class ApiServer:
+    """Kubernetes' API server as a pod reaches it: by its service account, whose token changes while the pod runs.
+
+    Calls have a deadline. Raises ConfigError outside a pod.
+    """
+
+    def __init__(self, account: str, call_s: float) -> None:
+        """`account`: the folder with token, ca.crt and namespace. `call_s`: what one call may take."""
+        self._call_s = call_s
+        self._host = os.environ.get("KUBERNETES_SERVICE_HOST", "")
+        self._port = int(os.environ.get("KUBERNETES_SERVICE_PORT") or 443)
+        self._account = Path(account)
+        try:
+            self.namespace = (self._account / "namespace").read_text().strip()
+            self._tls = ssl.create_default_context(cafile=str(self._account / "ca.crt"))
+        except OSError as e:
+            raise ConfigError(f"--kubernetes-account {account}: {e}: give the folder of a service account") from e
+        if not self._host:
+            raise ConfigError("--kubernetes-lease works in a pod alone: KUBERNETES_SERVICE_HOST is not set")
+
+    async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
+        """Status and body of the answer. Raises Unavailable."""
+        try:
+            async with asyncio.timeout(2 * self._call_s):
+                return await asyncio.to_thread(self._call, method, path, body)
+        except (OSError, http.client.HTTPException) as e:
+            where = f"{self._host}:{self._port}"
+            raise Unavailable(f"the API server at {where} cannot be reached: {type(e).__name__}: {e}") from e
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
+        headers = {"Authorization": f"Bearer {(self._account / 'token').read_text().strip()}"}
+        text = None
+        if body is not None:
+            headers["Content-Type"], text = "application/json", json.dumps(body)
+        connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._call_s, context=self._tls)
+        try:
+            connection.request(method, path, text, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
 
 
 class Lease:
@@ -74,12 +120,12 @@ class Lease:
         seen: Record | None = None
         since = time.monotonic()
         while True:
-            why = ""
             try:
                 record = await self._read()
                 if record != seen:
                     seen, since = record, time.monotonic()
-                if record is None or record.holder in ("", self.identity) or self._has_expired(since):
+                expired = time.monotonic() > since + self._duration_s
+                if record is None or record.holder in ("", self.identity) or expired:
                     await self._take_over(record)
                     log.info("leader by Lease %s, term %d, as %s", self.name, self.term, self.identity)
                     return True
@@ -91,12 +137,10 @@ class Lease:
             if why != told:
                 log.info("%s", why)
                 told = why
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._pause_s):
                     await stop.wait()
-                return False
-            except TimeoutError:
-                continue
+                    return False
 
     async def keep(self) -> str:
         """Renews it; returns why it is lost, before another one may have it."""
@@ -122,9 +166,6 @@ class Lease:
             await self._write_as("")
         except (StagemeshError, Conflict) as e:
             log.info("Lease %s expires by itself: %s", self.name, e)
-
-    def _has_expired(self, since: float) -> bool:
-        return time.monotonic() > since + self._duration_s
 
     async def _write_as(self, holder: str) -> None:
         """Raises Conflict where it is another's by now, Unavailable where that is not known."""

@@ -1,12 +1,16 @@
 """Where the record is written down, and gateways' slots: an SQLite file, or memory.
 
 Write-ahead log with synchronous FULL: a commit that returned survives a crash of the machine, so an epoch that anyone
-heard of is never handed out again.
+heard of is never handed out again. Of the coordinators on one state folder the leader is the one that has the file
+open. The lock is the system's: it ends with the process, however that ends.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import logging
 import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +22,8 @@ from stagemesh.faults import point
 
 from ..values import StoredPlan
 from ..world.record import Record
+
+log = logging.getLogger(__name__)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS epochs (pipeline_id TEXT PRIMARY KEY, epoch INTEGER NOT NULL);
@@ -32,18 +38,25 @@ VERSION = 1
 PLAN = TypeAdapter(StoredPlan)
 
 
+class InUse(ConfigError):
+    """Another coordinator has the state."""
+
+
 class Store:
     """Synchronous: a commit takes about a millisecond, and nothing may go on before it is done."""
 
     def __init__(self, state_dir: str | None) -> None:
-        """Opens, or makes, `state_dir`/coordinator.sqlite; None keeps everything in memory. Raises ConfigError."""
+        """Opens, or makes, `state_dir`/coordinator.sqlite; None keeps everything in memory.
+
+        Raises InUse, and ConfigError for what does not pass.
+        """
         where = ":memory:"
         try:
             if state_dir is not None:
                 Path(state_dir).mkdir(parents=True, exist_ok=True)
                 where = str(Path(state_dir) / "coordinator.sqlite")
             # Exclusive: two coordinators on one state would both think that an epoch is theirs.
-            self._db = sqlite3.connect(where, isolation_level=None, timeout=2.0)
+            self._db = sqlite3.connect(where, isolation_level=None, timeout=0)
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
@@ -55,7 +68,8 @@ class Store:
                 )
             self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
         except (OSError, sqlite3.Error) as e:
-            raise ConfigError(
+            in_use = getattr(e, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY
+            raise (InUse if in_use else ConfigError)(
                 f"--state-dir {state_dir}: cannot open {where} ({e}): give a folder that this user can write and that "
                 "no other coordinator uses"
             ) from e
@@ -114,6 +128,25 @@ class Store:
     def close(self) -> None:
         """Closes the file."""
         self._db.close()
+
+
+async def open_store(state_dir: str | None, look_s: float, stop: asyncio.Event) -> Store | None:
+    """The store, once no other coordinator has it; None when told to stop before. Looks every `look_s`.
+
+    Raises ConfigError.
+    """
+    told = False
+    while not stop.is_set():
+        try:
+            return Store(state_dir)
+        except InUse:
+            if not told:
+                log.info("another coordinator has --state-dir %s; this one waits until it is gone", state_dir)
+                told = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(look_s):
+                await stop.wait()
+    return None
 
 
 def _rows(record: Record, terms: str) -> dict[str, list[tuple[object, ...]]]:

@@ -13,20 +13,20 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
+from stagemesh.protos.v1 import types_pb2
 from stagemesh.protos.v1.stage_pb2 import PipelineKey
-from stagemesh.protos.v1.types_pb2 import KvCopy
 
-from ..values import Holder, Holders, Loaded, Range, StagePlan, StoredPlan
+from ..values import Loaded, Range, StagePlan, StoredPlan
 from .step_times import StepTimes
 
 
 class State(Enum):
     """Of a pipeline, as gateways see it."""
 
-    DOWN = "down"
-    FORMING = "forming"
-    SERVING = "serving"
-    DRAINING = "draining"
+    DOWN = types_pb2.PIPELINE_STATE_DOWN
+    FORMING = types_pb2.PIPELINE_STATE_FORMING
+    SERVING = types_pb2.PIPELINE_STATE_SERVING
+    DRAINING = types_pb2.PIPELINE_STATE_DRAINING
 
 
 class Phase(Enum):
@@ -56,7 +56,7 @@ class Attempt:
     """Pipelines between which the workers' pages are split."""
     beside: bool = False
     why: str = ""
-    copies: tuple[KvCopy, ...] = ()
+    copies: tuple[types_pb2.KvCopy, ...] = ()
     phase: Phase = Phase.ASSIGN
     loaded: dict[int, Loaded] = field(default_factory=dict)
     routes: dict[int, str] = field(default_factory=dict)
@@ -100,11 +100,6 @@ class Attempt:
     def ranges(self) -> tuple[Range, ...]:
         """The layers of its stages."""
         return tuple(plan.layers for plan in self.stages)
-
-    @property
-    def holders(self) -> Holders:
-        """Who holds what in it."""
-        return tuple(Holder(plan.worker_id, plan.layers) for plan in self.stages)
 
     def stage_of(self, worker_id: str) -> int | None:
         """The stage that a worker holds in it."""

@@ -37,7 +37,6 @@ class StepTimes:
     wanted: Advice | None = None
     """What was known when other ranges were wanted last."""
     _better: int = 0
-    _looked_at: float = 0.0
     _moved_at: float = 0.0
 
     def note(self, gateway_id: str, epoch: int, seconds: list[float], now: float) -> None:
@@ -59,13 +58,8 @@ class StepTimes:
             return None
         return [sum(column) / len(fresh) for column in zip(*fresh, strict=True)]
 
-    def is_due(self, now: float, timing: CoordinatorTiming) -> bool:
-        """Whether to look again."""
-        return now >= self._looked_at + timing.look_s
-
     def look(self, advice: Advice | None, now: float, timing: CoordinatorTiming) -> None:
         """Counts looks at which much would be gained; `ripe` when that lasts, and nothing moved of late."""
-        self._looked_at = now
         if advice is None:
             return
         self._better = self._better + 1 if advice.gain >= GAIN else 0

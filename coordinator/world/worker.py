@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
 
-from ..values import Range
+from ..values import Range, StagePlan
 
 
 class Worker:
@@ -40,6 +40,10 @@ class Worker:
     def may_hold(self, stage: int) -> bool:
         """Whether its pool lets it hold `stage`."""
         return self.any_stage or self.pool in (-1, stage)
+
+    def can_take(self, plan: StagePlan) -> bool:
+        """Whether its pool lets it hold a stage, and it has not failed to load its layers."""
+        return self.may_hold(plan.stage) and (plan.stage, plan.layers) not in self.refusals
 
     def has(self, layers: Range) -> bool:
         """Whether it has loaded these layers."""

@@ -1,6 +1,6 @@
 """All that the coordinator knows, as data with small queries: workers, pipelines, gateways, wishes, beliefs.
 
-Events change it (core/observe.py), and so do attempts as they go on (core/reconcile.py). Policies only read it.
+Events change it (observe/), and so do attempts as they go on (core/reconcile.py). Policies only read it.
 """
 
 from __future__ import annotations
@@ -53,12 +53,11 @@ class Beliefs:
 
     def expire(self, now: float) -> bool:
         """Drops what has ended. Whether there was any."""
-        apart = {pair: until for pair, until in self.apart.items() if until > now}
-        away = {name: until for name, until in self.away.items() if until > now}
-        missed = {name: m for name, m in self.missed.items() if m[1] > now}
-        fewer = len(apart) + len(away) + len(missed) < len(self.apart) + len(self.away) + len(self.missed)
-        self.apart, self.away, self.missed = apart, away, missed
-        return fewer
+        before = len(self.apart) + len(self.away) + len(self.missed)
+        self.apart = {pair: until for pair, until in self.apart.items() if until > now}
+        self.away = {name: until for name, until in self.away.items() if until > now}
+        self.missed = {name: (stage, until) for name, (stage, until) in self.missed.items() if until > now}
+        return len(self.apart) + len(self.away) + len(self.missed) < before
 
 
 class World:
@@ -105,7 +104,8 @@ class World:
         """Worker -> kind of order -> how many stale ones it has refused since it started."""
         self.advices: list[str] = []
         """What would make the pipelines faster, for people."""
-        self.advised_at = 0.0
+        self.looked_at = 0.0
+        """When the measured steps were looked at last."""
         self.departed: list[str] = []
         """Addresses of workers that are gone, whose connections are to be closed."""
         self.said: list[tuple[str, bool]] = []
@@ -285,10 +285,9 @@ class World:
         workers = [w.worker_id for w in self.workers.values() if w.info.protocol < MOVES]
         return workers + sorted(n for n in self.watching(now) if not self.gateways[n].knows_moves)
 
-    def stored(self, pipeline: Pipeline) -> StoredPlan:
-        """A pipeline that serves, as it is written down."""
-        assert pipeline.main is not None
-        plan, move = self._stored(pipeline.main), pipeline.beside
+    def stored(self, main: Attempt, move: Attempt | None) -> StoredPlan:
+        """A pipeline that serves as `main`, as it is written down."""
+        plan = self._stored(main)
         return replace(plan, next=self._stored(move)) if move is not None and move.phase is Phase.SWITCH else plan
 
     def _stored(self, attempt: Attempt) -> StoredPlan:

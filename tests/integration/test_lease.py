@@ -17,8 +17,7 @@ from lease_server import LeaseServer, lease_server
 from services import free_port, wait_for
 
 from stagemesh import rpc
-from stagemesh.coordinator.state.kubernetes_api import ApiServer
-from stagemesh.coordinator.state.kubernetes_lease import EPOCHS_OF_A_TERM, Lease
+from stagemesh.coordinator.state.kubernetes_lease import EPOCHS_OF_A_TERM, ApiServer, Lease
 from stagemesh.errors import ConfigError
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 from stagemesh.settings.model import DEMO_MODEL

@@ -19,17 +19,27 @@ INFO = CheckpointInfo(
     hidden_size=8, vocab_size=50, dtype="float32", max_position_embeddings=512, num_kv_heads=2,
     kv_elements_per_token=8, tied=False, layers=(Part(1000, 2000.0),) * 4, embedding=Part(400), head=Part(408, 800.0),
 )  # fmt: skip
+
+
 STREAMS = Kind(1, 0, flops_per_s=1e12, bytes_per_s=1e6)  # bound by memory
 COMPUTES = Kind(1, 0, flops_per_s=1e5, bytes_per_s=1e12)  # bound by arithmetic
+
+
+def limits(**changes: int) -> RunLimits:
+    changed = RunLimits()
+    changed.CopyFrom(LIMITS)
+    changed.MergeFrom(RunLimits(**changes))
+    return changed
 
 
 def test_a_step_takes_the_longer_of_streaming_and_computing() -> None:
     model = CostModel(INFO, LIMITS, "float32")
     assert model.rows == 4  # 12 sequences spread over 3 steps in flight
-    assert model.layer_seconds(STREAMS)[0] == pytest.approx(4000 / 1e6)
-    assert model.layer_seconds(STREAMS, rows=64)[0] == pytest.approx(4000 / 1e6)
-    assert model.layer_seconds(COMPUTES)[0] == pytest.approx(4 * 2000 / 1e5)
-    assert model.layer_seconds(COMPUTES, rows=64)[0] == pytest.approx(64 * 2000 / 1e5)
+    assert model.stage_seconds(STREAMS, 1, 2) == pytest.approx(4000 / 1e6)
+    assert model.stage_seconds(COMPUTES, 1, 2) == pytest.approx(4 * 2000 / 1e5)
+    full = CostModel(INFO, limits(max_num_seqs=3 * 64), "float32")
+    assert full.stage_seconds(STREAMS, 1, 2) == pytest.approx(4000 / 1e6)
+    assert full.stage_seconds(COMPUTES, 1, 2) == pytest.approx(64 * 2000 / 1e5)
 
 
 def test_the_ends_belong_to_the_first_and_the_last_stage() -> None:
@@ -44,22 +54,21 @@ def test_the_ends_belong_to_the_first_and_the_last_stage() -> None:
 def test_two_ranks_halve_a_layer() -> None:
     model = CostModel(INFO, LIMITS, "float32")
     two = dataclasses.replace(STREAMS, tp_size=2)
-    assert model.layer_seconds(two)[0] == pytest.approx(model.layer_seconds(STREAMS)[0] / 2)
+    assert model.stage_seconds(two, 1, 2) == pytest.approx(model.stage_seconds(STREAMS, 1, 2) / 2)
 
 
 def test_memory_counts_weights_and_whole_pages_of_kv() -> None:
     model = CostModel(INFO, LIMITS, "bfloat16")
     tokens = 7 * 16  # 100 tokens in whole pages
     assert model.kv_bytes_per_token(STREAMS) == 8 * 2
-    assert model.layer_memory(STREAMS)[0] == 1000 * 2 + 16 * tokens
-    assert model.layer_memory(STREAMS, max_model_len=10)[0] == 1000 * 2 + 16 * 16
+    assert model.memory(STREAMS)[2] - model.memory(STREAMS)[1] == 1000 * 2 + 16 * tokens
+    short = model.memory(STREAMS, max_model_len=10)
+    assert short[2] - short[1] == 1000 * 2 + 16 * 16
 
 
 def test_pages_asked_for_by_number_are_counted() -> None:
-    limits = RunLimits(num_pages=100)
-    limits.MergeFrom(LIMITS)
-    model = CostModel(INFO, limits, "bfloat16")
-    assert model.layer_memory(STREAMS)[0] == 1000 * 2 + 16 * 1600
+    memory = CostModel(INFO, limits(num_pages=100), "bfloat16").memory(STREAMS)
+    assert memory[2] - memory[1] == 1000 * 2 + 16 * 1600
 
 
 def test_kv_heads_fewer_than_ranks_are_replicated() -> None:
