@@ -186,7 +186,7 @@ class Ledger:
         out, self._out_at_end = self._out_at_end, []
         culprits, given_up = note_deaths(out)
         for sequence in given_up:
-            self.scheduler.give_up_pages(sequence)
+            self.scheduler.preempt(sequence)
         return culprits
 
     # -- what is computed again -------------------------------------------------------------------------------------
