@@ -30,15 +30,10 @@ def begin_resumed(kinds: Mapping[str, type[Call[Any]]]) -> Begin:
         n, count = call.requests[0].n, sum(request.n for request in call.requests)
         told = [tuple(choices.get(index, ())) for index in range(count)]
         seen = _seen(Headers(scope=scope).get("last-event-id", ""), list(map(len, told)))
-        call.requests = [
-            dataclasses.replace(
-                request,
-                sampling=dataclasses.replace(request.sampling, seed=seed),
-                log=tuple(told[p * n : (p + 1) * n]),
-                seen=tuple(seen[p * n : (p + 1) * n]),
-            )
-            for p, (request, seed) in enumerate(zip(call.requests, logged.seeds, strict=True))
-        ]
+        for p, (request, seed) in enumerate(zip(call.requests, logged.seeds, strict=True)):
+            request.sampling.seed = seed
+            own = slice(p * n, (p + 1) * n)
+            call.requests[p] = dataclasses.replace(request, log=tuple(told[own]), seen=tuple(seen[own]))
         call.resume(logged.id, logged.created, seen)
         log_file.continue_at(seen)
         return call, log_file

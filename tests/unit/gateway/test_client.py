@@ -67,7 +67,7 @@ def test_params_reach_the_engine(make_served: Make) -> None:
     s = request.sampling
     assert (s.temperature, s.top_p, s.top_k, s.min_p, s.seed) == (0.0, 0.5, 7, 0.25, 2**64 - 1)
     assert (s.presence_penalty, s.frequency_penalty, s.repetition_penalty) == (-1.5, 2.0, 1.25)
-    assert (request.stop, request.stop_token_ids, request.min_tokens) == (("zz",), {9}, 2)
+    assert (request.stop, request.stop_token_ids, s.min_tokens) == (("zz",), {9}, 2)
     assert 1 < request.deadline_s <= 7.5
     talk(served, lambda c: c.generate("ab"))
     assert served.engine.requests[1].sampling.temperature == 0.5, "the default of generation_config.json"
