@@ -171,6 +171,7 @@ class BatchLoop:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _go(self) -> None:
+        self._ledger.costs.only_for([(stage.layers.first, stage.layers.last) for stage in self.view.stages])
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -222,8 +223,7 @@ class BatchLoop:
         self._deadline.sent(plan.step, self._observers.clock())
         self.session.broadcast(stage_pb2.RunRequest(plan=message))
         self._ledger.note_sent(plan)
-        if recorder.active:
-            recorder.sent(self.view, plan, message.planned_us)
+        recorder.sent(self.view, plan, message.planned_us)
         if scheduler.preemptions:
             metrics.preemptions.inc(scheduler.preemptions)
             scheduler.preemptions = 0
@@ -273,8 +273,7 @@ class BatchLoop:
             ledger.costs.add(stage, timing.tokens, (timing.compute_us - timing.draft_us) * 1e-6)
         if result.step not in scheduler.out:
             return
-        if recorder.active:
-            recorder.result(self.view, stage, result)
+        recorder.result(self.view, stage, result)
         if stage != ledger.last_stage(result.step):
             return
         self._deadline.heard(self._observers.clock())
@@ -282,8 +281,7 @@ class BatchLoop:
         plan = scheduler.out[result.step]
         self._promise(plan, result)
         self._take_guesses(plan, result)
-        if recorder.active:
-            recorder.delivered(self.view, result.step)
+        recorder.delivered(self.view, result.step)
         scheduler.step_done(result.step)
         self._deadline.done(result.step)
         self._note_done()

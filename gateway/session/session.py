@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Protocol
 
-from stagemesh.errors import StagemeshError, Unavailable
+from stagemesh.errors import Unavailable
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from ..schedule.pages import Shape
 from ..schedule.recovery import StageKv
 from ..timing import GatewayTiming
-from .run_stream import RunStream
+from .run_stream import RunStream, SessionEvents
 from .slot_lease import SlotLease
-
-
-class SessionEvents(Protocol):
-    """Who hears what comes back."""
-
-    def on_result(self, stage: int, result: stage_pb2.StepResult) -> None:
-        """A stage is done with a step."""
-
-    def on_copied(self, copied: stage_pb2.PagesCopied) -> None:
-        """Pages of a copy have come to where they belong."""
-
-    def on_lost(self, error: StagemeshError) -> None:
-        """A stream ended."""
 
 
 class Session:
@@ -35,9 +21,7 @@ class Session:
     def __init__(self, view: types_pb2.PipelineView, heard_by: SessionEvents, timing: GatewayTiming) -> None:
         self.view = view
         self._timing = timing
-        self._streams = [
-            RunStream(stage, heard_by.on_result, heard_by.on_copied, heard_by.on_lost, timing) for stage in view.stages
-        ]
+        self._streams = [RunStream(stage, heard_by, timing) for stage in view.stages]
         self._opened: list[stage_pb2.RunOpened] = []
         self._pages: tuple[int, ...] = ()
 

@@ -87,10 +87,13 @@ class Recorder:
     """Records steps of all pipelines while a capture runs. At most one capture runs at a time."""
 
     def __init__(self) -> None:
-        self.active = False
-        """Whether a capture runs. Checking this once a step is the whole cost otherwise."""
         self._capture: _Capture | None = None
         self._open: OrderedDict[tuple[str, int, int], StepRecord] = OrderedDict()
+
+    @property
+    def active(self) -> bool:
+        """Whether a capture runs."""
+        return self._capture is not None
 
     @property
     def open_steps(self) -> int:
@@ -101,7 +104,7 @@ class Recorder:
 
     def sent(self, view: types_pb2.PipelineView, plan: Plan, planned_us: int) -> None:
         """A plan was sent to all stages of `view`."""
-        if self._capture is None:
+        if self._capture is None:  # This check, of each step and result, is the whole cost then.
             return
         self._capture.views.setdefault((view.pipeline_id, view.epoch), view)
         self._open[view.pipeline_id, view.epoch, plan.step] = StepRecord(
@@ -123,8 +126,7 @@ class Recorder:
 
     def result(self, view: types_pb2.PipelineView, stage: int, result: stage_pb2.StepResult) -> None:
         """A stage's result came. Steps that were sent before the capture began are ignored."""
-        record = self._open.get((view.pipeline_id, view.epoch, result.step))
-        if record is None:
+        if self._capture is None or (record := self._open.get((view.pipeline_id, view.epoch, result.step))) is None:
             return
         received_us = now_us()
         record.stages[stage] = [
@@ -137,8 +139,7 @@ class Recorder:
 
     def delivered(self, view: types_pb2.PipelineView, step: int) -> None:
         """The tokens of a step were delivered to their requests."""
-        record = self._open.get((view.pipeline_id, view.epoch, step))
-        if record is not None:
+        if self._capture is not None and (record := self._open.get((view.pipeline_id, view.epoch, step))) is not None:
             record.delivered_us = now_us()
             self._close_if_whole(record)
 
@@ -166,7 +167,6 @@ class Recorder:
         if self._capture is not None:
             raise QueueFull("another trace is being taken; try again when it is done", retry_after_s=wait_s)
         capture = self._capture = _Capture(steps, deque(maxlen=steps))
-        self.active = True
         try:
             async with asyncio.timeout(wait_s):
                 await capture.enough.wait()
@@ -177,7 +177,7 @@ class Recorder:
                     "`stagemesh bench trace --load 16x128x64` do it"
                 ) from None
         finally:
-            self.active, self._capture = False, None
+            self._capture = None
             self._open.clear()
         return _answer(capture.done, capture.views)
 
