@@ -209,30 +209,25 @@ class MeshEngine:
         """Follows the coordinator; while it is away, what runs goes on."""
         channel = rpc.channel(self.settings.coordinator)
         stub = coordinator_pb2_grpc.CoordinatorStub(channel)
-        told = False
         try:
             while True:
                 self._watching = asyncio.create_task(self._watch_once(stub))
                 try:
                     await asyncio.wait((self._watching,))
-                finally:
-                    self._watching.cancel()
-                if self._watching.cancelled():
-                    continue  # A fresh slot is wanted.
-                e = self._watching.exception()
-                if e is None:
-                    told = False
-                elif not isinstance(e, StagemeshError):
-                    raise e
-                else:
-                    if not told:
-                        log.warning("no coordinator at %s: %s", self.settings.coordinator, e.message)
-                        told = True
+                    if self._watching.cancelled():
+                        continue  # A fresh slot is wanted.
+                    self._watching.result()
+                except StagemeshError as e:
                     away = f"the coordinator at {self.settings.coordinator} cannot be reached"
-                    self._reason = e.message if isinstance(e, ConfigError) else away
+                    reason = e.message if isinstance(e, ConfigError) else away
+                    if reason != self._reason:
+                        log.warning("no coordinator at %s: %s", self.settings.coordinator, e.message)
+                    self._reason = reason
                     for driver in self._drivers.values():
                         if driver.loop is None:
                             driver.reason = self._reason
+                finally:
+                    self._watching.cancel()
                 await asyncio.sleep(self._timing.retry_s)
         finally:
             await channel.close(None)

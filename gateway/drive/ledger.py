@@ -38,8 +38,8 @@ class Ledger:
         self._now: list[int] = []
         self._expecting: set[int] = set()
         """Stages to whose pages some are still on their way from others."""
-        self._replays: dict[int, int] = {}
-        """Step -> the last stage that computes it again, of this epoch."""
+        self._replays: set[int] = set()
+        """Steps of this epoch that compute what was computed before."""
         self.replayed_tokens = 0
         """Positions that this epoch computes again."""
         self._quarantined: list[int] = []
@@ -47,7 +47,8 @@ class Ledger:
         self.scheduler: Scheduler
         self.live: dict[TokenSequence, LiveRequest] = {}
         """Sequences that have not ended -> their requests, which are kept and not called."""
-        self._copier: PageCopier | None = None
+        self.copier: PageCopier | None = None
+        """What is to be copied to other workers, while a switch copies."""
         self._out_at_end: list[Plan] = []
         """Steps that were out when the last epoch ended, until another one begins."""
         self.costs = StepCosts()
@@ -130,29 +131,19 @@ class Ledger:
         return (shape.page_size, shape.steps_in_flight) == (before.page_size, before.steps_in_flight)
 
     def pages_for(self, share: int) -> list[int] | None:
-        """Ids of the pages to ask for where so many are to be had; None before anything was. Nothing is out."""
+        """Ids of the pages to ask for where a coming epoch has so many; None before anything was. What is out fits into
+        them already. The others are done without from here on; `stay` takes that back."""
         if self._shape is None:
             return None
         self.scheduler.fit(share)
-        return self.scheduler.pages.choose(share)
-
-    def keep_to(self, pages: Sequence[int]) -> None:
-        """Does without pages that a coming epoch will not have; `stay` takes that back."""
+        pages = self.scheduler.pages.choose(share)
         self.scheduler.pages.restrict(self.scheduler.pages.ids & set(pages))
+        return pages
 
     def stay(self) -> None:
         """The coming epoch does not come."""
         assert self._shape is not None
         self.scheduler.pages.restrict(self._shape.pages)
-
-    def begin_copying(self) -> PageCopier:
-        """What is to be copied to other workers from now on; steps that go out meanwhile are noted."""
-        self._copier = PageCopier(self.scheduler)
-        return self._copier
-
-    def end_copying(self) -> None:
-        """Nothing is copied any more."""
-        self._copier = None
 
     def move(self, shape: Shape, generations: Sequence[int], next_step: int, expecting: Iterable[int]) -> None:
         """An epoch begins whose stages hold all that is confirmed of every sequence; nothing is out. Those that are
@@ -198,13 +189,13 @@ class Ledger:
 
     def note_sent(self, plan: Plan) -> None:
         """A step went out."""
-        if self._copier is not None:
-            self._copier.note(plan)
+        if self.copier is not None:
+            self.copier.note(plan)
         if plan.replay is not None:
             first, last = plan.replay
             # Also where a stage was not lost: who opens a page wipes what it holds behind.
             self._filled[first : last + 1] = [0] * (last + 1 - first)
-            self._replays[plan.step] = last
+            self._replays.add(plan.step)
             self.replayed_tokens += sum(row.count for row in plan.rows)
 
     def expected_s(self, gateways: int) -> float | None:
@@ -220,10 +211,6 @@ class Ledger:
     def is_replay(self, step: int) -> bool:
         """Whether a step of this epoch computes what was computed before."""
         return step in self._replays
-
-    def last_stage(self, step: int) -> int:
-        """The stage behind which nothing of a step is left to do."""
-        return self._replays.get(step, len(self._now) - 1)
 
     def recovered(self) -> bool:
         """True once: when the stages that were lost hold everything again."""

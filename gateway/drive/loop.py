@@ -91,11 +91,9 @@ class BatchLoop:
 
     async def start(self, slot: SlotLease) -> None:
         """Opens a session on every stage, and goes on with the ledger. Raises the first stage's error."""
-        pages = self._ledger.pages_for(self.session.share)
-        if pages is not None:
-            # Before anybody else can have the others: a stage may give them up, and another one refuse the session.
-            self._ledger.keep_to(pages)
-        await self.open(slot, pages)
+        # Others are done without before anybody else can have them: a stage may give them up, and another one refuse
+        # the session.
+        await self.open(slot, self._ledger.pages_for(self.session.share))
         self._ledger.begin(self.session.shape, self.session.stages_kv)
         self._go()
 
@@ -271,14 +269,14 @@ class BatchLoop:
         self._observers.bubbles.add(stage, timing)
         if not ledger.is_replay(result.step):
             ledger.costs.add(stage, timing.tokens, (timing.compute_us - timing.draft_us) * 1e-6)
-        if result.step not in scheduler.out:
+        plan = scheduler.out.get(result.step)
+        if plan is None:
             return
         recorder.result(self.view, stage, result)
-        if stage != ledger.last_stage(result.step):
+        if stage != (plan.replay[1] if plan.replay is not None else len(self.view.stages) - 1):
             return
         self._deadline.heard(self._observers.clock())
         point("gateway.before_promise")
-        plan = scheduler.out[result.step]
         self._promise(plan, result)
         self._take_guesses(plan, result)
         recorder.delivered(self.view, result.step)

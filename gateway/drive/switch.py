@@ -70,7 +70,7 @@ class Switch:
         try:
             async with asyncio.timeout(timing.copy_s):
                 await self._make_ready(slot)
-                copier = ledger.begin_copying()
+                copier = ledger.copier = PageCopier(ledger.scheduler)
                 await self._copy(copier)
             self._old.pause()
             paused_at = time.monotonic()
@@ -90,7 +90,7 @@ class Switch:
             point("gateway.after_switch")
             self.paused_s = time.monotonic() - paused_at
         finally:
-            ledger.end_copying()
+            ledger.copier = None
             self._old.resume()
 
     async def finish(self) -> None:
@@ -108,9 +108,7 @@ class Switch:
         await self._until(lambda: not ledger.recovering)
         scheduler.fit(new.session.share)
         await self._until(lambda: scheduler.fits)
-        pages = scheduler.pages.choose(new.session.share)
-        ledger.keep_to(pages)
-        await new.open(slot, pages)
+        await new.open(slot, ledger.pages_for(new.session.share))
         if not ledger.fits(new.session.shape):
             raise Unavailable("the next workers have pages of another size")
         if new.probe():

@@ -39,7 +39,7 @@ def begin_new(kind: type[Call[Any]]) -> Begin:
         call = await kind.parse(api, data)
         if api.token_log is None or not call.body.stream:
             return call, None
-        call.number_events()
+        call.numbered = True
         # The gateway at which the stream is resumed must sample the same tokens.
         seeds = [request.sampling.seed for request in call.requests]
         return call, api.token_log.begin(LoggedCall(call.id, scope["path"], data.decode(), call.created, seeds))

@@ -63,7 +63,7 @@ class Call(ABC, Generic[B]):
         """Set when the requests are submitted."""
         self._counts: list[int] = []
         """Tokens of each choice so far."""
-        self._numbered = False
+        self.numbered = False
         """Whether the counts are told as the events' ids, so that the stream can be resumed."""
         options = body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
@@ -105,14 +105,10 @@ class Call(ABC, Generic[B]):
     def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         """The `logprobs` object of the next tokens of a choice."""
 
-    def number_events(self) -> None:
-        """Gives its events ids, so that its stream can be resumed."""
-        self._numbered = True
-
     def resume(self, call_id: str, created: int, seen: Sequence[int]) -> None:
         """Makes it the rest of an earlier call. `seen`: tokens of each choice that the client has."""
         self.id, self.created = call_id, created
-        self._counts, self._numbered = list(seen), True
+        self._counts, self.numbered = list(seen), True
 
     def whole(self, choices: Sequence[Delta]) -> dict[str, Any]:
         """The whole answer."""
@@ -183,7 +179,7 @@ class Call(ABC, Generic[B]):
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
 
     def _chunk(self, choice: str) -> str:
-        number = f"id: {','.join(map(str, self._counts))}\n" if self._numbered else ""
+        number = f"id: {','.join(map(str, self._counts))}\n" if self.numbered else ""
         if self._continuous_usage:
             return number + event(f'{self._head}{choice}],"usage":{dumps(self.usage())}}}')
         end = '],"usage":null}' if self._include_usage else "]}"
