@@ -20,7 +20,6 @@ from stagemesh.settings.gateway import GatewaySettings
 
 from ..session.reporter import Reporter
 from ..session.slot_lease import SlotLease
-from ..telemetry.metrics import Load
 from .ledger import Ledger, make_ledger
 from .live import LiveRequest
 from .loop import BatchLoop, Observers
@@ -87,14 +86,11 @@ class PipelineDriver:
         return self.ledger is not None and self.outage.open and not (self.wish.down or self.wish.draining)
 
     @property
-    def load(self) -> Load:
-        """Of its scheduler."""
+    def load(self) -> tuple[int, int]:
+        """Sequences that run, and those that wait."""
         if self.ledger is None:
-            return Load()
-        scheduler = self.ledger.scheduler
-        pages = scheduler.pages
-        used = 1 - pages.num_free / pages.num_pages
-        return Load(len(scheduler.running), len(scheduler.waiting), used, len(scheduler.out))
+            return 0, 0
+        return len(self.ledger.scheduler.running), len(self.ledger.scheduler.waiting)
 
     @property
     def requests(self) -> list[LiveRequest]:

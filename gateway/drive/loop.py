@@ -23,7 +23,6 @@ from ..session.messages import open_message, plan_message
 from ..session.probe import STEPS, probe_messages
 from ..session.session import Session
 from ..session.slot_lease import SlotLease
-from ..telemetry.bubbles import Bubbles
 from ..telemetry.metrics import Metrics
 from ..telemetry.trace import Recorder
 from ..timing import GatewayTiming
@@ -38,7 +37,6 @@ class Observers:
     """Who is told of what loops measure, and the clock."""
 
     metrics: Metrics
-    bubbles: Bubbles
     recorder: Recorder
     timing: GatewayTiming
     clock: Callable[[], float]
@@ -266,7 +264,7 @@ class BatchLoop:
             return
         # Stages but the last report now and then: the step may be over by now.
         timing = result.timing
-        self._observers.bubbles.add(stage, timing)
+        self._observers.metrics.bubbles.add(stage, timing)
         if not ledger.is_replay(result.step):
             ledger.costs.add(stage, timing.tokens, (timing.compute_us - timing.draft_us) * 1e-6)
         plan = scheduler.out.get(result.step)

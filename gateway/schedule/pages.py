@@ -74,6 +74,11 @@ class PageAllocator:
         """Pages that can be had: nobody holds them, empty or offered."""
         return max(0, self.budget - self.num_held)
 
+    @property
+    def usage(self) -> float:
+        """Share of the pages in use, 0 to 1."""
+        return 1 - self.num_free / self.num_pages
+
     def num_free_beside(self, shared: Sequence[int]) -> int:
         """Pages that nobody holds, other than `shared`."""
         return self.num_free - sum(not self._holders[page] for page in shared)
