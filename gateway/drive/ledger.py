@@ -21,7 +21,6 @@ from ..schedule.plan import Plan
 from ..schedule.recovery import Recovery, StageKv, lost_stages
 from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import Sequence as TokenSequence
-from ..schedule.sequence import State
 from ..schedule.speculation import NO_GUESSES, Guesser
 from ..schedule.suspects import note_deaths
 from .live import LiveRequest
@@ -159,10 +158,8 @@ class Ledger:
         self.scheduler, self._filled = self._make_scheduler(shape), []
         if before is None:
             return
-        for sequence in before.running:
-            sequence.forget_pages()
-            sequence.state = State.WAITING
         for sequence in [*before.running, *before.waiting]:
+            before.withdraw(sequence)
             self.scheduler.add(sequence)
 
     def end(self) -> None:

@@ -273,20 +273,18 @@ class BatchLoop:
         recorder.result(self.view, stage, result)
         if stage != (plan.replay[1] if plan.replay is not None else len(self.view.stages) - 1):
             return
-        self._deadline.heard(self._observers.clock())
         point("gateway.before_promise")
         self._promise(plan, result)
         self._take_guesses(plan, result)
         recorder.delivered(self.view, result.step)
         scheduler.step_done(result.step)
-        self._deadline.done(result.step)
+        self._deadline.done(result.step, self._observers.clock())
         self._note_done()
 
     def _note_probe(self, stage: int, step: int) -> None:
         if stage < len(self.view.stages) - 1:
             return
-        self._deadline.heard(self._observers.clock())
-        self._deadline.done(step)
+        self._deadline.done(step, self._observers.clock())
         if step == self._probe[-1] and self._probe_page is not None:
             self._ledger.release([self._probe_page])
             self._note_crossed()

@@ -59,7 +59,7 @@ class Call(ABC, Generic[B]):
         self.created = int(time.time())
         self.requests: list[GenerationRequest] = []
         """One for each prompt."""
-        self.generation: Generation | None = None
+        self.generation: Generation
         """Set when the requests are submitted."""
         self._counts: list[int] = []
         """Tokens of each choice so far."""
@@ -137,12 +137,11 @@ class Call(ABC, Generic[B]):
     def usage(self) -> dict[str, Any]:
         """The token counts so far. A prompt counts once, whatever the number of its choices."""
         prompt, completion = sum(len(request.prompt) for request in self.requests), sum(self._counts)
-        cached = self.generation.cached_tokens if self.generation is not None else 0
         return {
             "prompt_tokens": prompt,
             "total_tokens": prompt + completion,
             "completion_tokens": completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": self.generation.cached_tokens},
         }
 
     def prompt_ids(self, index: int) -> dict[str, Any]:
