@@ -200,10 +200,7 @@ class PipelineDriver:
                 self._around.reporter.left(self.pipeline_id)
             view = self.wish.driven
             if view is not None:
-                # What was switched to has been lost, of which the coordinator is about to hear.
-                behind = view.next.epoch == self.epochs.switched
-                wanted = not behind and not self._is_unwanted() and bool(self._around.slot.slot)
-                if wanted and self._is_due(view):
+                if not self._is_unwanted() and self._around.slot.slot and self._is_due(view):
                     return Event.WANTED
                 if view.HasField("next"):
                     # Nothing is driven here that would have to switch.
@@ -253,7 +250,7 @@ class PipelineDriver:
             view = self.wish.driven
             if view is not None and view.HasField("next"):
                 epoch = view.next.epoch
-                if epoch == self.epochs.switched:
+                if epoch <= self.epochs.driven:
                     self._around.reporter.moved(self.pipeline_id, epoch)  # It may not have heard.
                 elif epoch != self.epochs.stayed and self._around.slot.slot:
                     return Event.NEXT
@@ -281,8 +278,7 @@ class PipelineDriver:
             self._around.reporter.moved(*new.key, error=error.message)
             await new.close()
             return Event.STAYED if loop.lost is None else Event.LOST
-        self.loop = new
-        self.epochs.switched = self.epochs.driven = new.view.epoch
+        self.loop, self.epochs.driven = new, new.view.epoch
         # A token has crossed the next epoch: whatever was waited for is over.
         self.outage.recovered(*new.key, len(self.requests), 0)
         await switch.finish()
@@ -320,7 +316,8 @@ class PipelineDriver:
         if view.epoch == epochs.refused and now < epochs.retry_at:
             return False
         if view.epoch < epochs.driven:
-            # No epoch emits behind a later one. A coordinator that does not know of that forms one behind it.
+            # No epoch emits behind a later one. A coordinator that does not know of that forms one behind it. Or it is
+            # about to hear that what was switched to is lost.
             epochs.refuse(view.epoch, now, self._timing.again_s)
             self._around.reporter.moved(self.pipeline_id, epochs.driven)
             return False

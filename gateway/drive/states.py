@@ -73,9 +73,7 @@ class Epochs:
     """What is remembered of epochs."""
 
     driven: int = 0
-    """The highest that was driven: no earlier one emits behind it."""
-    switched: int | None = None
-    """The next epoch that was switched to."""
+    """The highest that was driven, opened or switched to: no earlier one emits behind it."""
     stayed: int | None = None
     """One that could not be switched to."""
     refused: int | None = None

@@ -43,9 +43,9 @@ STAGE_COLUMNS = (
 gateway took by its own clock."""
 
 
-@dataclass(slots=True)
+@dataclass
 class StepRecord:
-    """One step, from its plan to its tokens, in microseconds of the gateway's monotonic clock."""
+    """One step as /trace returns it, from its plan to its tokens, in microseconds of the gateway's monotonic clock."""
 
     pipeline_id: str
     epoch: int
@@ -70,15 +70,11 @@ class StepRecord:
         """Whether all stages have answered and the tokens were delivered."""
         return self.delivered_us > 0 and all(stage is not None for stage in self.stages)
 
-    def as_json(self) -> dict[str, Any]:
-        """The record as /trace returns it."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
 
 @dataclass(slots=True)
 class _Capture:
-    wanted: int
     done: deque[StepRecord]
+    """As long as it may become, when it is enough."""
     views: dict[tuple[str, int], types_pb2.PipelineView] = field(default_factory=dict)
     enough: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -148,7 +144,7 @@ class Recorder:
             return
         del self._open[record.pipeline_id, record.epoch, record.step]
         self._capture.done.append(record)
-        if len(self._capture.done) >= self._capture.wanted:
+        if len(self._capture.done) == self._capture.done.maxlen:
             self._capture.enough.set()
 
     # -- the route's side -------------------------------------------------------------------------------------------
@@ -166,7 +162,7 @@ class Recorder:
             )
         if self._capture is not None:
             raise QueueFull("another trace is being taken; try again when it is done", retry_after_s=wait_s)
-        capture = self._capture = _Capture(steps, deque(maxlen=steps))
+        capture = self._capture = _Capture(deque(maxlen=steps))
         try:
             async with asyncio.timeout(wait_s):
                 await capture.enough.wait()
@@ -210,5 +206,5 @@ def _answer(records: Sequence[StepRecord], views: dict[tuple[str, int], types_pb
             for (pipeline_id, epoch), view in views.items()
         ],
         "stage_columns": list(STAGE_COLUMNS),
-        "steps": [record.as_json() for record in records],
+        "steps": [vars(record) for record in records],
     }
