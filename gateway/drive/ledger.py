@@ -21,7 +21,7 @@ from ..schedule.plan import Plan
 from ..schedule.recovery import Recovery, StageKv, lost_stages
 from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import Sequence as TokenSequence
-from ..schedule.speculation import NO_GUESSES, Guesser
+from ..schedule.speculation import NO_GUESSES
 from ..schedule.suspects import note_deaths
 from .live import LiveRequest
 
@@ -223,22 +223,20 @@ def make_ledger(view: types_pb2.PipelineView, settings: GatewaySettings) -> Ledg
     """None yet, with a scheduler as the settings want it."""
 
     def make(shape: Shape) -> Scheduler:
+        guesser = NO_GUESSES
+        # The gateway's own settings come before the pipeline's draft model.
+        if settings.speculative_config is not None:
+            guesser = LookupGuesser(settings.speculative_config)
+        elif view.model.HasField("draft"):
+            guesser = DraftModelGuesser(view.model.draft.num_tokens, shape.steps_in_flight, ledger.guess_costs)
         return Scheduler(
             PageAllocator(len(shape.pages), shape.page_size),
             steps_in_flight=shape.steps_in_flight,
             max_num_seqs=view.limits.max_num_seqs,
             max_num_batched_tokens=view.limits.max_num_batched_tokens,
             prefix_caching=settings.enable_prefix_caching,
-            guesser=guesser(shape),
+            guesser=guesser,
         )
-
-    def guesser(shape: Shape) -> Guesser:
-        """The gateway's own settings come before the pipeline's draft model."""
-        if settings.speculative_config is not None:
-            return LookupGuesser(settings.speculative_config)
-        if view.model.HasField("draft"):
-            return DraftModelGuesser(view.model.draft.num_tokens, shape.steps_in_flight, ledger.guess_costs)
-        return NO_GUESSES
 
     ledger = Ledger(make)
     return ledger

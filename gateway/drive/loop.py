@@ -303,10 +303,9 @@ class BatchLoop:
         failed = set(result.failed_sequences)
         for ident in failed:
             scheduler.failed(by_ident[ident])
-        logprobs = _logprobs(result)
-        entries = zip(result.sequences, result.positions, result.tokens, strict=True)
-        for at, (ident, position, token) in enumerate(entries, start=1):
-            sequence, logprob = by_ident[ident], next(logprobs)
+        entries = zip(result.sequences, result.positions, result.tokens, _logprobs(result), strict=True)
+        for at, (ident, position, token, logprob) in enumerate(entries, start=1):
+            sequence = by_ident[ident]
             live = ledger.live.get(sequence)
             if live is None:
                 continue  # It ended while this step was out, or by an earlier token of it.

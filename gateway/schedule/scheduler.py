@@ -350,16 +350,12 @@ class Scheduler:
             if any(s.state is not State.RUNNING for s in self.running):
                 # Pages are on their way back with steps in flight; another victim would be one too many.
                 return False
-            victim = next((s for s in reversed(self.running) if s.state is State.RUNNING), None)
-            if victim is None:
-                return False
+            victim = self.running[-1]
             self.preempt(victim)
             if victim is sequence or victim.in_flight:
                 # Itself the youngest, or the pages come when the victim's steps are back.
                 return False
-        pages = self.pages.allocate(missing)
-        assert pages is not None
-        sequence.pages.extend(pages)
+        sequence.pages.extend(self.pages.allocate(missing) or ())
         return True
 
     def _prefilling(self, sequences: list[Sequence]) -> list[Sequence]:

@@ -116,12 +116,13 @@ class RunStream:
         try:
             with rpc.mapped():
                 async for response in responses:
-                    if response.WhichOneof("message") == "results":
+                    kind = response.WhichOneof("message")
+                    if kind == "results":
                         for result in response.results.results:
                             self._heard_by.on_result(self.stage.stage, result)
-                    elif response.WhichOneof("message") == "copied":
+                    elif kind == "copied":
                         self._heard_by.on_copied(response.copied)
-                    elif response.WhichOneof("message") == "ended":
+                    elif kind == "ended":
                         ended = response.ended
                         raise (RanksDied if ended.ranks_died else StageLost)(f"{self.who}: {ended.message}")
             raise StageLost(f"{self.who} closed the stream")
