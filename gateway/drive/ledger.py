@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from stagemesh.protos.v1 import types_pb2
+from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.settings.gateway import GatewaySettings
 
 from ..schedule.budget import StepCosts
@@ -18,7 +18,7 @@ from ..schedule.draft_model import DraftModelGuesser, GuessCosts
 from ..schedule.lookup import LookupGuesser
 from ..schedule.pages import PageAllocator, Shape
 from ..schedule.plan import Plan
-from ..schedule.recovery import Recovery, StageKv, lost_stages
+from ..schedule.recovery import Recovery, lost_stages
 from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import Sequence as TokenSequence
 from ..schedule.speculation import NO_GUESSES
@@ -85,18 +85,19 @@ class Ledger:
 
     # -- epochs -----------------------------------------------------------------------------------------------------
 
-    def begin(self, shape: Shape, stages: Sequence[StageKv]) -> None:
+    def begin(self, shape: Shape, stages: Sequence[stage_pb2.RunOpened]) -> None:
         """An epoch begins, at which the stages' pages hold what they say."""
+        generations = [opened.kv_generation for opened in stages]
         self._out_at_end = []
         if not self.fits(shape):
             self._start_over(shape)
         filled = [0 if stage in self._expecting else generation for stage, generation in enumerate(self._filled)]
-        runs = lost_stages(filled, stages)
-        self._enter(shape, [kv.generation for kv in stages])
+        runs = lost_stages(filled, generations)
+        self._enter(shape, generations)
         for first, last in runs:
             self._filled[first : last + 1] = [0] * (last + 1 - first)
         if runs:
-            self.scheduler.recovery = Recovery(runs, stages, shape.page_size)
+            self.scheduler.recovery = Recovery(runs, [opened.journal for opened in stages], shape.page_size)
 
     def _enter(self, shape: Shape, generations: Sequence[int]) -> None:
         """An epoch begins, at which all stages hold what is confirmed."""

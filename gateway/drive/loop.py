@@ -92,7 +92,7 @@ class BatchLoop:
         # Others are done without before anybody else can have them: a stage may give them up, and another one refuse
         # the session.
         await self.open(slot, self._ledger.pages_for(self.session.share))
-        self._ledger.begin(self.session.shape, self.session.stages_kv)
+        self._ledger.begin(self.session.shape, self.session.opened)
         self._go()
 
     async def open(self, slot: SlotLease, pages: Sequence[int] | None) -> None:
@@ -115,7 +115,7 @@ class BatchLoop:
 
     def take_over(self, expecting: Iterable[int]) -> None:
         """Goes on with the ledger, whose pages all stages hold, or are `expecting`. Nothing of it is out."""
-        generations = [kv.generation for kv in self.session.stages_kv]
+        generations = [opened.kv_generation for opened in self.session.opened]
         self._ledger.move(self.session.shape, generations, self._probe.stop, expecting)
         self._go()
 

@@ -14,7 +14,6 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from stagemesh.errors import InvalidRequest
-from stagemesh.gateway.api.token_log import StreamWriter
 
 from ..openai.call import Api, Call
 from .endpoint import Begin
@@ -23,7 +22,7 @@ from .endpoint import Begin
 def begin_resumed(kinds: Mapping[str, type[Call[Any]]]) -> Begin:
     """The rest of logged calls. `kinds`: by the path of their endpoint."""
 
-    async def begin(api: Api, scope: Scope, data: bytes) -> tuple[Call[Any], StreamWriter | None]:
+    async def begin(api: Api, scope: Scope, data: bytes) -> Call[Any]:
         assert api.token_log is not None
         logged, choices, log_file = api.token_log.resume(scope["path_params"]["id"])
         call = await kinds[logged.path].parse(api, logged.body.encode())
@@ -36,7 +35,8 @@ def begin_resumed(kinds: Mapping[str, type[Call[Any]]]) -> Begin:
             call.requests[p] = dataclasses.replace(request, log=tuple(told[own]), seen=tuple(seen[own]))
         call.resume(logged.id, logged.created, seen)
         log_file.continue_at(seen)
-        return call, log_file
+        call.log_file = log_file
+        return call
 
     return begin
 

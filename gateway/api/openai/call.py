@@ -13,7 +13,7 @@ from typing import Any, Generic, Self, TypeVar
 from stagemesh.gateway.api.build import build, served
 from stagemesh.gateway.api.params import parse
 from stagemesh.gateway.api.request import Delta, Engine, GenerationRequest, ServedModel, TokenLogprob
-from stagemesh.gateway.api.token_log import TokenLog
+from stagemesh.gateway.api.token_log import StreamWriter, TokenLog
 from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.settings.gateway import GatewaySettings
 
@@ -63,8 +63,8 @@ class Call(ABC, Generic[B]):
         """Set when the requests are submitted."""
         self._counts: list[int] = []
         """Tokens of each choice so far."""
-        self.numbered = False
-        """Whether the counts are told as the events' ids, so that the stream can be resumed."""
+        self.log_file: StreamWriter | None = None
+        """To which its stream is written. Then the counts are told as the events' ids, so that it can be resumed."""
         options = body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
         self._continuous_usage = self._include_usage and bool(options and options.continuous_usage_stats)
@@ -108,7 +108,7 @@ class Call(ABC, Generic[B]):
     def resume(self, call_id: str, created: int, seen: Sequence[int]) -> None:
         """Makes it the rest of an earlier call. `seen`: tokens of each choice that the client has."""
         self.id, self.created = call_id, created
-        self._counts, self.numbered = list(seen), True
+        self._counts = list(seen)
 
     def whole(self, choices: Sequence[Delta]) -> dict[str, Any]:
         """The whole answer."""
@@ -178,7 +178,7 @@ class Call(ABC, Generic[B]):
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
 
     def _chunk(self, choice: str) -> str:
-        number = f"id: {','.join(map(str, self._counts))}\n" if self.numbered else ""
+        number = f"id: {','.join(map(str, self._counts))}\n" if self.log_file is not None else ""
         if self._continuous_usage:
             return number + event(f'{self._head}{choice}],"usage":{dumps(self.usage())}}}')
         end = '],"usage":null}' if self._include_usage else "]}"

@@ -37,7 +37,7 @@ class BodyTooSlow(errors.InvalidRequest):
     reason = "BODY_TIMEOUT"
 
 
-STATUS = {BodyTooLarge: 413, BodyTooSlow: 408}
+STATUS: dict[type[errors.StagemeshError], int] = {BodyTooLarge: 413, BodyTooSlow: 408}
 
 
 def status_of(error: errors.StagemeshError) -> int:
