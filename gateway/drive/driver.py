@@ -7,7 +7,6 @@ Requests are in the ledger, which outlives epochs. While nothing is driven they 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -26,6 +25,7 @@ from .loop import BatchLoop, Observers
 from .outage import Outage
 from .states import TRANSITIONS, Epochs, Event, State, Wish
 from .switch import Switch, next_view
+from .waiting import until_set
 
 log = logging.getLogger(__name__)
 
@@ -301,10 +301,7 @@ class PipelineDriver:
 
     async def _until_changed(self) -> None:
         """Until something happened, or a while has passed: what waits for a time is looked at again then."""
-        self._changed.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._timing.retry_s):
-                await self._changed.wait()
+        await until_set(self._changed, self._timing.retry_s)
         self._around.on_change()
 
     def _is_unwanted(self) -> bool:

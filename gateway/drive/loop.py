@@ -7,7 +7,6 @@ requests are the ledger's, which goes from one epoch's loop to the next.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from ..telemetry.trace import Recorder
 from ..timing import GatewayTiming
 from .deadline import StepDeadline
 from .ledger import Ledger
+from .waiting import until_set
 
 log = logging.getLogger(__name__)
 
@@ -186,10 +186,7 @@ class BatchLoop:
             self._send_closed()
             if self._ledger.recovered():
                 log.info("%s epoch %d holds everything again", *self.key)
-            self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._observers.timing.look_s if self._deadline.watches else None):
-                    await self._wake.wait()
+            await until_set(self._wake, self._observers.timing.look_s if self._deadline.watches else None)
 
     def _check_deadline(self) -> None:
         out_s = self._deadline.out_s(self._observers.clock())

@@ -9,7 +9,6 @@ need not wait for them, as no worker runs a step before the pages that were anno
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -22,6 +21,7 @@ from ..session.slot_lease import SlotLease
 from ..timing import GatewayTiming
 from .ledger import Ledger
 from .loop import BatchLoop
+from .waiting import until_set
 
 OUT = 2
 """Messages of a copy that may be under way."""
@@ -97,7 +97,7 @@ class Switch:
         """Behind `run`: until all pages have come, so that the workers of the epoch before need not keep theirs. Where
         the next epoch is lost meanwhile, they are computed again."""
         while self._under_way() and self._new.lost is None:
-            await self._wait()
+            await until_set(self._progress, self._timing.look_s)
         if not self._under_way():
             self._ledger.arrived()
 
@@ -132,7 +132,7 @@ class Switch:
             self._check_lost()
             if not self._ledger.scheduler.out:
                 return
-            await self._wait()
+            await until_set(self._progress, self._timing.look_s)
 
     def _under_way(self) -> int:
         return sum(self._numbers.values()) - len(self._new.copied)
@@ -162,17 +162,10 @@ class Switch:
         # What is lost has nothing out, either.
         self._check_lost()
         while not reached():
-            await self._wait()
+            await until_set(self._progress, self._timing.look_s)
             self._check_lost()
 
     def _check_lost(self) -> None:
         for loop in (self._old, self._new):
             if loop.lost is not None:
                 raise StageLost(f"{loop.view.pipeline_id} epoch {loop.view.epoch}: {loop.lost.message}")
-
-    async def _wait(self) -> None:
-        """For something to come back, or a while."""
-        self._progress.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._timing.look_s):
-                await self._progress.wait()

@@ -68,8 +68,7 @@ class Detokenizer:
         text = self._flush() if self._held else ""
         if self._stops is None:
             return text
-        text, stopped_by = self._stops.push(text)
-        return text if stopped_by is not None else text + self._stops.finish()
+        return self._stops.push(text)[0] + self._stops.finish()
 
     def _text_with(self, token: int) -> str:
         """The characters that `token` completes."""
