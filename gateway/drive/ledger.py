@@ -87,23 +87,23 @@ class Ledger:
 
     def begin(self, shape: Shape, stages: Sequence[stage_pb2.RunOpened]) -> None:
         """An epoch begins, at which the stages' pages hold what they say."""
-        generations = [opened.kv_generation for opened in stages]
         self._out_at_end = []
         if not self.fits(shape):
             self._start_over(shape)
         filled = [0 if stage in self._expecting else generation for stage, generation in enumerate(self._filled)]
-        runs = lost_stages(filled, generations)
-        self._enter(shape, generations)
+        self._enter(shape, stages)
+        runs = lost_stages(filled, self._now)
         for first, last in runs:
             self._filled[first : last + 1] = [0] * (last + 1 - first)
         if runs:
             self.scheduler.recovery = Recovery(runs, [opened.journal for opened in stages], shape.page_size)
 
-    def _enter(self, shape: Shape, generations: Sequence[int]) -> None:
+    def _enter(self, shape: Shape, stages: Sequence[stage_pb2.RunOpened]) -> None:
         """An epoch begins, at which all stages hold what is confirmed."""
         self._shape = shape
         self.scheduler.pages.restrict(shape.pages)
-        self._now, self._filled = list(generations), list(generations)
+        self._now = [opened.kv_generation for opened in stages]
+        self._filled = list(self._now)
         self._expecting.clear()
         self._replays.clear()
         self.replayed_tokens = 0
@@ -145,11 +145,13 @@ class Ledger:
         assert self._shape is not None
         self.scheduler.pages.restrict(self._shape.pages)
 
-    def move(self, shape: Shape, generations: Sequence[int], next_step: int, expecting: Iterable[int]) -> None:
+    def move(
+        self, shape: Shape, stages: Sequence[stage_pb2.RunOpened], next_step: int, expecting: Iterable[int]
+    ) -> None:
         """An epoch begins whose stages hold all that is confirmed of every sequence; nothing is out. Those that are
         `expecting` some of it have it when `arrived` is called."""
         self.release(self._quarantined)
-        self._enter(shape, generations)
+        self._enter(shape, stages)
         self._expecting.update(expecting)
         self.scheduler.rewind(next_step)
 

@@ -115,8 +115,7 @@ class BatchLoop:
 
     def take_over(self, expecting: Iterable[int]) -> None:
         """Goes on with the ledger, whose pages all stages hold, or are `expecting`. Nothing of it is out."""
-        generations = [opened.kv_generation for opened in self.session.opened]
-        self._ledger.move(self.session.shape, generations, self._probe.stop, expecting)
+        self._ledger.move(self.session.shape, self.session.opened, self._probe.stop, expecting)
         self._go()
 
     def retire(self) -> None:

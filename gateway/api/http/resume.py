@@ -26,16 +26,16 @@ def begin_resumed(kinds: Mapping[str, type[Call[Any]]]) -> Begin:
         assert api.token_log is not None
         logged, choices, log_file = api.token_log.resume(scope["path_params"]["id"])
         call = await kinds[logged.path].parse(api, logged.body.encode())
-        n, count = call.requests[0].n, sum(request.n for request in call.requests)
-        told = [tuple(choices.get(index, ())) for index in range(count)]
+        n = call.requests[0].n
+        told = [tuple(choices.get(index, ())) for index in range(len(call.counts))]
         seen = _seen(Headers(scope=scope).get("last-event-id", ""), list(map(len, told)))
         for p, (request, seed) in enumerate(zip(call.requests, logged.seeds, strict=True)):
             request.sampling.seed = seed
             own = slice(p * n, (p + 1) * n)
             call.requests[p] = dataclasses.replace(request, log=tuple(told[own]), seen=tuple(seen[own]))
-        call.resume(logged.id, logged.created, seen)
+        call.id, call.created = logged.id, logged.created
+        call.counts, call.log_file = seen, log_file
         log_file.continue_at(seen)
-        call.log_file = log_file
         return call
 
     return begin
