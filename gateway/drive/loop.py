@@ -342,7 +342,8 @@ class BatchLoop:
             metrics.draft_tokens.inc(guessed)
             metrics.accepted_tokens.inc(accepted)
         scheduler.prefill_budget = ledger.costs.prefill_budget()
-        ledger.guess_costs.stages = ledger.costs.lines()
+        if self.view.model.HasField("draft"):
+            ledger.guess_costs.stages = ledger.costs.lines()
         self._wake.set()
         self._progress.set()
 

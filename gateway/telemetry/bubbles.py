@@ -13,20 +13,23 @@ from prometheus_client.registry import Collector
 
 from stagemesh.protos.v1 import types_pb2
 
+SPENT_ON = ("wait_input", "compute", "wait_send")
+
 
 class Bubbles(Collector):
     """A Prometheus collector of every stage's time, by what it was spent on."""
 
     def __init__(self) -> None:
         self._steps = defaultdict[int, int](int)
-        self._spent_us = defaultdict[tuple[int, str], int](int)
+        self._spent_us = defaultdict[int, list[int]](lambda: [0] * len(SPENT_ON))
 
     def add(self, stage: int, timing: types_pb2.StepTiming) -> None:
         """Adds one step of one stage."""
         self._steps[stage] += 1
-        self._spent_us[stage, "wait_input"] += timing.wait_input_us
-        self._spent_us[stage, "compute"] += timing.compute_us
-        self._spent_us[stage, "wait_send"] += timing.wait_send_us
+        spent_us = self._spent_us[stage]
+        spent_us[0] += timing.wait_input_us
+        spent_us[1] += timing.compute_us
+        spent_us[2] += timing.wait_send_us
 
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics."""
@@ -36,7 +39,7 @@ class Bubbles(Collector):
         )
         for stage, count in sorted(self._steps.items()):
             steps.add_metric([str(stage)], count)
-        for (stage, spent_on), spent_us in sorted(self._spent_us.items()):
-            seconds.add_metric([str(stage), spent_on], spent_us * 1e-6)
+            for spent_on, spent_us in zip(SPENT_ON, self._spent_us[stage], strict=True):
+                seconds.add_metric([str(stage), spent_on], spent_us * 1e-6)
         yield steps
         yield seconds
