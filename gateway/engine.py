@@ -1,4 +1,4 @@
-"""The gateway's engine: follows the coordinator, drivers every pipeline there is, and spreads requests over them.
+"""The gateway's engine: follows the coordinator, drives every pipeline there is, and spreads requests over them.
 
 It is ready only when a real token has crossed every stage of a pipeline at its current epoch.
 """

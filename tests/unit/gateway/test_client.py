@@ -40,6 +40,11 @@ def test_every_kind_of_prompt(make_served: Make) -> None:
     assert talk(served, lambda c: c.generate([{"role": "user", "content": "Hi"}], max_tokens=8)).text == "[user]Hi"
     chat = talk(served, lambda c: c.generate([{"role": "user", "content": "Hi"}]))
     assert chat.usage.prompt_tokens + chat.usage.completion_tokens == 256, "a chat may fill the context"
+    for role in ("developer", "system"):
+        talk(served, lambda c, role=role: c.generate([{"role": role, "content": "Hi"}], max_tokens=1))
+    assert served.engine.requests[-2].prompt == served.engine.requests[-1].prompt
+    with pytest.raises(errors.InvalidRequest, match=r"messages\[0\]\.role must be"):
+        talk(served, lambda c: c.generate([{"role": "tool", "content": "Hi"}]))
 
 
 def test_params_reach_the_engine(make_served: Make) -> None:
