@@ -1,4 +1,4 @@
-"""The gateway's engine: follows the coordinator, drivers every pipeline there is, and spreads requests over them.
+"""The gateway's engine: follows the coordinator, drives every pipeline there is, and spreads requests over them.
 
 It is ready only when a real token has crossed every stage of a pipeline at its current epoch.
 """
@@ -32,10 +32,10 @@ from .drive.driver import PipelineDriver, Surroundings
 from .drive.live import LiveRequest
 from .drive.loop import Observers
 from .drive.outage import KEPT
+from .schedule.scheduler import Scheduler
 from .session.reporter import Reporter
 from .session.slot_lease import SlotLease
-from .telemetry.bubbles import Bubbles
-from .telemetry.metrics import Load, Metrics
+from .telemetry.metrics import Metrics
 from .telemetry.trace import Recorder
 from .text.tokenizer import Tokenizer
 from .timing import GatewayTiming
@@ -67,13 +67,14 @@ class MeshEngine:
         self._group = asyncio.TaskGroup()
         self._following: asyncio.Task[None] | None = None
         self._events: deque[dict[str, Any]] = deque(maxlen=KEPT)
-        bubbles = Bubbles()
-        observers = Observers(metrics, bubbles, self.recorder, timing, time.monotonic)
+        observers = Observers(metrics, self.recorder, timing, time.monotonic)
         self._around = Surroundings(
             settings, self._slot, self._reporter, observers, self._events, self._load_model, self._place
         )
-        metrics.registry.register(bubbles)
-        metrics.watch(self._load)
+        metrics.running.set_function(lambda: sum(len(s.running) for s in self._schedulers))
+        metrics.waiting.set_function(lambda: sum(len(s.waiting) for s in self._schedulers))
+        metrics.kv_cache_usage.set_function(lambda: max((s.pages.usage for s in self._schedulers), default=0.0))
+        metrics.steps_in_flight.set_function(lambda: sum(len(s.out) for s in self._schedulers))
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -148,7 +149,7 @@ class MeshEngine:
     def _least_busy(self) -> PipelineDriver | None:
         """Where a request is likely to be served first, of the pipelines that serve."""
         ready = (driver for driver in self._drivers.values() if driver.ready)
-        return min(ready, key=lambda d: d.load.running + d.load.waiting, default=None)
+        return min(ready, key=lambda d: sum(d.load), default=None)
 
     def _on_end(self, live: LiveRequest) -> None:
         self._live.pop(live.request.request_id, None)
@@ -166,8 +167,7 @@ class MeshEngine:
     def describe(self) -> dict[str, object]:
         """The mesh as this gateway sees it, JSON-ready."""
         ready, reason = self.ready()
-        load = self._load()
-        pages = [d.ledger.scheduler.pages for d in self._drivers.values() if d.ledger is not None]
+        loads = {name: dict(zip(("running", "waiting"), d.load, strict=True)) for name, d in self._drivers.items()}
         seen: dict[str, Any] = MessageToDict(
             self.mesh, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
@@ -177,27 +177,20 @@ class MeshEngine:
             "gateway": {
                 "id": self.settings.gateway_id,
                 "coordinator": self.settings.coordinator,
-                "running": load.running,
-                "waiting": load.waiting,
-                "steps_in_flight": load.steps_in_flight,
-                "free_pages": sum(p.num_free for p in pages),
-                "total_pages": sum(p.num_pages for p in pages),
-                "pipelines": {
-                    name: {"running": d.load.running, "waiting": d.load.waiting} for name, d in self._drivers.items()
-                },
+                "running": sum(load["running"] for load in loads.values()),
+                "waiting": sum(load["waiting"] for load in loads.values()),
+                "steps_in_flight": sum(len(s.out) for s in self._schedulers),
+                "free_pages": sum(s.pages.num_free for s in self._schedulers),
+                "total_pages": sum(s.pages.num_pages for s in self._schedulers),
+                "pipelines": loads,
             },
             "events": list(self._events),
             **seen,
         }
 
-    def _load(self) -> Load:
-        loads = [driver.load for driver in self._drivers.values()]
-        return Load(
-            sum(load.running for load in loads),
-            sum(load.waiting for load in loads),
-            max((load.kv_cache_usage for load in loads), default=0.0),
-            sum(load.steps_in_flight for load in loads),
-        )
+    @property
+    def _schedulers(self) -> list[Scheduler]:
+        return [driver.ledger.scheduler for driver in self._drivers.values() if driver.ledger is not None]
 
     # -- the coordinator's side -------------------------------------------------------------------------------------
 
@@ -209,30 +202,25 @@ class MeshEngine:
         """Follows the coordinator; while it is away, what runs goes on."""
         channel = rpc.channel(self.settings.coordinator)
         stub = coordinator_pb2_grpc.CoordinatorStub(channel)
-        told = False
         try:
             while True:
                 self._watching = asyncio.create_task(self._watch_once(stub))
                 try:
                     await asyncio.wait((self._watching,))
-                finally:
-                    self._watching.cancel()
-                if self._watching.cancelled():
-                    continue  # A fresh slot is wanted.
-                e = self._watching.exception()
-                if e is None:
-                    told = False
-                elif not isinstance(e, StagemeshError):
-                    raise e
-                else:
-                    if not told:
-                        log.warning("no coordinator at %s: %s", self.settings.coordinator, e.message)
-                        told = True
+                    if self._watching.cancelled():
+                        continue  # A fresh slot is wanted.
+                    self._watching.result()
+                except StagemeshError as e:
                     away = f"the coordinator at {self.settings.coordinator} cannot be reached"
-                    self._reason = e.message if isinstance(e, ConfigError) else away
+                    reason = e.message if isinstance(e, ConfigError) else away
+                    if reason != self._reason:
+                        log.warning("no coordinator at %s: %s", self.settings.coordinator, e.message)
+                    self._reason = reason
                     for driver in self._drivers.values():
                         if driver.loop is None:
                             driver.reason = self._reason
+                finally:
+                    self._watching.cancel()
                 await asyncio.sleep(self._timing.retry_s)
         finally:
             await channel.close(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 
@@ -57,13 +58,12 @@ async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait([stopped, serving, following], return_when=asyncio.FIRST_COMPLETED)
     health.cancel()
-    failure = following.exception() if following.done() and not following.cancelled() else None
     await grpc_server.set_serving(False)
     await engine.stop(settings.drain_timeout)
     http.should_exit = True
     await asyncio.gather(serving, grpc_server.stop(timing.grpc_stop_s))
-    if failure is not None:
-        raise failure
+    with contextlib.suppress(asyncio.CancelledError):
+        following.result()  # Raises what ended it, if that was a bug.
     return 0
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
 from typing import Any
 
 from stagemesh.errors import InvalidRequest, NotFound, PromptTooLong, Unavailable
+from stagemesh.protos.v1.types_pb2 import SamplingParams
 
 from ..text.tokenizer import LONG_CHARS
 from .params import MAX_STOP_IDS, Params
-from .request import Engine, GenerationRequest, Sampling, ServedModel
+from .request import Engine, GenerationRequest, ServedModel
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default of max_tokens for a completion."""
 MAX_BIAS = 100
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
+"""vLLM's defaults that are not 0. A checkpoint's come before them."""
 
 
 def served(engine: Engine, name: str | None) -> ServedModel:
@@ -78,23 +80,23 @@ def build(
     """
     _check_prompt(prompt, model)
     max_tokens = _max_tokens(len(prompt), p, model, fill_context)
-    min_tokens, stop_ids = p.min_tokens or 0, p.stop_token_ids or []
-    _check("min_tokens", min_tokens, max_tokens, "max_tokens")
+    stop_ids = p.stop_token_ids or []
+    _check("min_tokens", p.min_tokens or 0, max_tokens, "max_tokens")
     if len(stop_ids) > MAX_STOP_IDS:
         raise InvalidRequest(
             f"stop_token_ids may hold at most {MAX_STOP_IDS} ids, not {len(stop_ids)}", param="stop_token_ids"
         )
     for token in stop_ids:
         _check("stop_token_ids", token, model.vocab_size - 1, "the last id of the vocabulary")
+    ends = frozenset(stop_ids) | (frozenset() if p.ignore_eos else _eos_ids(model))
     return GenerationRequest(
         request_id=request_id,
         prompt=tuple(prompt),
-        sampling=_sampling(p, model),
+        sampling=_sampling(p, model, ends),
         max_tokens=max_tokens,
         n=p.n or 1,
         stop=p.stop,
-        stop_token_ids=frozenset(stop_ids) | (frozenset() if p.ignore_eos else _eos_ids(model)),
-        min_tokens=min_tokens,
+        stop_token_ids=ends,
         include_stop_str_in_output=bool(p.include_stop_str_in_output),
         skip_special_tokens=p.skip_special_tokens is not False,
         deadline_s=min(p.timeout or timeout_s, timeout_s),
@@ -140,23 +142,29 @@ def _too_long(model: ServedModel, prompt: str, rest: str, remedy: str = "", para
     )
 
 
-def _sampling(p: Params, model: ServedModel) -> Sampling:
+def _sampling(p: Params, model: ServedModel, stop_ids: frozenset[int]) -> SamplingParams:
     for token, bias in p.logit_bias.items():
         _check("logit_bias", token, model.vocab_size - 1, "the last id of the vocabulary")
         if abs(bias) > MAX_BIAS:
             raise InvalidRequest(
                 f"logit_bias must be at least -{MAX_BIAS} and at most {MAX_BIAS}, not {bias:g}", param="logit_bias"
             )
-    given = {f.name: value for f in fields(Sampling) if (value := getattr(p, f.name, None)) is not None}
-    sampling = Sampling(**{**model.tokenizer.defaults, **given})
-    return replace(
-        sampling,
-        top_k=sampling.top_k if 0 <= sampling.top_k < model.vocab_size else 0,
+    # Of those that are declared: a key that nobody knows may have any name.
+    names = SamplingParams.DESCRIPTOR.fields_by_name.keys() & Params.model_fields.keys()
+    asked = {**DEFAULTS, **model.tokenizer.defaults, **p.model_dump(include=names, exclude_none=True)}
+    top_k = asked.get("top_k", 0)
+    asked |= {
+        "top_k": top_k if 0 <= top_k < model.vocab_size else 0,
         # A negative seed becomes the unsigned number with the same bits.
-        seed=secrets.randbits(32) if p.seed is None else p.seed % 2**64,
-        logprobs=p.num_logprobs is not None,
-        top_logprobs=min(p.num_logprobs or 0, model.vocab_size),
-        logit_bias=tuple(sorted(p.logit_bias.items())),
+        "seed": secrets.randbits(32) if p.seed is None else p.seed % 2**64,
+        "logprobs": p.num_logprobs is not None,
+        "top_logprobs": min(p.num_logprobs or 0, model.vocab_size),
+    }
+    return SamplingParams(
+        **asked,
+        suppressed_ids=sorted(stop_ids) if p.min_tokens else [],
+        bias_ids=sorted(p.logit_bias),
+        bias_values=[bias for _, bias in sorted(p.logit_bias.items())],
     )
 
 

@@ -12,11 +12,11 @@ from stagemesh.settings.gateway import GatewaySettings
 
 from .build import build, encode, render_chat, served
 from .http.middleware import check_key
+from .openai.protocol import ChatMessage, turns
 from .params import Params, parse
 from .request import Delta, Engine, GenerationRequest
 
 MAX_REQUEST_ID = 128
-ROLES = ("system", "user", "assistant")
 FINISH = {
     None: gateway_pb2.FINISH_REASON_UNSPECIFIED,
     "stop": gateway_pb2.FINISH_REASON_STOP,
@@ -97,14 +97,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         elif kind == "token_ids":
             prompt = tuple(request.token_ids.ids)
         elif kind == "chat":
-            for i, message in enumerate(request.chat.messages):
-                if message.role not in ROLES:
-                    raise errors.InvalidRequest(
-                        f"messages[{i}].role must be 'system', 'user' or 'assistant', not {message.role!r}",
-                        param=f"messages[{i}].role",
-                    )
-            turns = [{"role": m.role, "content": m.content} for m in request.chat.messages]
-            prompt = await render_chat(model, turns)
+            messages = (ChatMessage(role=m.role, content=m.content) for m in request.chat.messages)
+            prompt = await render_chat(model, turns(messages))
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
         if remaining_s is not None:
             if remaining_s <= 0:

@@ -17,25 +17,6 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """Sampling parameters, named as in `types.proto`. The defaults are vLLM's."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    logprobs: bool = False
-    """Whether the log-probability of each sampled token is wanted."""
-    top_logprobs: int = 0
-    """Number of likeliest tokens whose log-probabilities are wanted, too."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
 class TokenLogprob:
     """Log-probability of one sampled token, and of the likeliest tokens at its position in descending order."""
 
@@ -55,7 +36,8 @@ class GenerationRequest:
     request_id: str
     prompt: tuple[int, ...]
     """Token ids, at least one."""
-    sampling: Sampling
+    sampling: types_pb2.SamplingParams
+    """What the last stage's sampler is told."""
     max_tokens: int
     deadline_s: float
     """Seconds until the request ends with DeadlineExceeded."""
@@ -63,7 +45,6 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     """Token ids that end a choice: the checkpoint's EOS ids, unless they are ignored, and the client's."""
-    min_tokens: int = 0
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     log: tuple[tuple[Logged, ...], ...] = ()

@@ -26,13 +26,10 @@ class StepDeadline:
         """A step went out."""
         self._sent_at[step] = now
 
-    def heard(self, now: float) -> None:
+    def done(self, step: int, now: float) -> None:
         """A step came back from the last stage that runs it."""
-        self._heard_at = now
-
-    def done(self, step: int) -> None:
-        """A step is over."""
         del self._sent_at[step]
+        self._heard_at = now
 
     def out_s(self, now: float) -> float:
         """For how long nothing has come back, while steps are out. To be asked every `look_s`."""

@@ -7,7 +7,6 @@ Requests are in the ledger, which outlives epochs. While nothing is driven they 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -20,13 +19,13 @@ from stagemesh.settings.gateway import GatewaySettings
 
 from ..session.reporter import Reporter
 from ..session.slot_lease import SlotLease
-from ..telemetry.metrics import Load
 from .ledger import Ledger, make_ledger
 from .live import LiveRequest
 from .loop import BatchLoop, Observers
 from .outage import Outage
 from .states import TRANSITIONS, Epochs, Event, State, Wish
 from .switch import Switch, next_view
+from .waiting import until_set
 
 log = logging.getLogger(__name__)
 
@@ -87,14 +86,11 @@ class PipelineDriver:
         return self.ledger is not None and self.outage.open and not (self.wish.down or self.wish.draining)
 
     @property
-    def load(self) -> Load:
-        """Of its scheduler."""
+    def load(self) -> tuple[int, int]:
+        """Sequences that run, and those that wait."""
         if self.ledger is None:
-            return Load()
-        scheduler = self.ledger.scheduler
-        pages = scheduler.pages
-        used = 1 - pages.num_free / pages.num_pages
-        return Load(len(scheduler.running), len(scheduler.waiting), used, len(scheduler.out))
+            return 0, 0
+        return len(self.ledger.scheduler.running), len(self.ledger.scheduler.waiting)
 
     @property
     def requests(self) -> list[LiveRequest]:
@@ -204,14 +200,11 @@ class PipelineDriver:
                 self._around.reporter.left(self.pipeline_id)
             view = self.wish.driven
             if view is not None:
-                # What was switched to has been lost, of which the coordinator is about to hear.
-                behind = (view.pipeline_id, view.next.epoch) == self.epochs.switched
-                wanted = not behind and not self._is_unwanted() and bool(self._around.slot.slot)
-                if wanted and self._is_due(view):
+                if not self._is_unwanted() and self._around.slot.slot and self._is_due(view):
                     return Event.WANTED
                 if view.HasField("next"):
                     # Nothing is driven here that would have to switch.
-                    self._around.reporter.moved(view.pipeline_id, view.next.epoch)
+                    self._around.reporter.moved(self.pipeline_id, view.next.epoch)
             await self._until_changed()
 
     async def _open(self) -> Event:
@@ -220,7 +213,6 @@ class PipelineDriver:
         if view is None:
             return Event.REFUSED
         ledger = self.ledger or make_ledger(view, self._around.settings)
-        ledger.costs.only_for([(stage.layers.first, stage.layers.last) for stage in view.stages])
         loop = self._make_loop(view, ledger)
         try:
             await self._around.load_model(view)
@@ -257,10 +249,10 @@ class PipelineDriver:
                 return Event.UNWANTED
             view = self.wish.driven
             if view is not None and view.HasField("next"):
-                key = view.pipeline_id, view.next.epoch
-                if key == self.epochs.switched:
-                    self._around.reporter.moved(*key)  # It may not have heard.
-                elif key != self.epochs.stayed and self._around.slot.slot:
+                epoch = view.next.epoch
+                if epoch <= self.epochs.driven:
+                    self._around.reporter.moved(self.pipeline_id, epoch)  # It may not have heard.
+                elif epoch != self.epochs.stayed and self._around.slot.slot:
                     return Event.NEXT
             await self._until_changed()
         return Event.LOST
@@ -272,8 +264,7 @@ class PipelineDriver:
         assert ledger is not None
         if view is None or not view.HasField("next"):
             return Event.STAYED if loop.lost is None else Event.LOST
-        key, after = (view.pipeline_id, view.next.epoch), next_view(view)
-        new = self._make_loop(after, ledger)
+        new = self._make_loop(next_view(view), ledger)
         switch = Switch(loop, new, ledger, view.next.copies, self._progress, self._timing)
         try:
             await switch.run(self._around.slot)
@@ -282,18 +273,17 @@ class PipelineDriver:
             raise
         except Exception as e:
             error = e if isinstance(e, StagemeshError) else InternalError(f"{type(e).__name__}: {e}")
-            log.warning("%s is not driven at epoch %d: %s", *key, error.message, exc_info=error is not e)
-            self.epochs.stayed = key
-            self._around.reporter.moved(*key, error=error.message)
+            log.warning("%s is not driven at epoch %d: %s", *new.key, error.message, exc_info=error is not e)
+            self.epochs.stayed = new.view.epoch
+            self._around.reporter.moved(*new.key, error=error.message)
             await new.close()
             return Event.STAYED if loop.lost is None else Event.LOST
-        self.loop, self.epochs.switched, self.epochs.driven = new, key, after.epoch
-        ledger.costs.only_for([(stage.layers.first, stage.layers.last) for stage in after.stages])
+        self.loop, self.epochs.driven = new, new.view.epoch
         # A token has crossed the next epoch: whatever was waited for is over.
-        self.outage.recovered(*key, len(self.requests), 0)
+        self.outage.recovered(*new.key, len(self.requests), 0)
         await switch.finish()
-        self.outage.moved(*key, switch.paused_s, len(self.requests), switch.pages)
-        self._around.reporter.moved(*key)
+        self.outage.moved(*new.key, switch.paused_s, len(self.requests), switch.pages)
+        self._around.reporter.moved(*new.key)
         await loop.close()
         return Event.SWITCHED
 
@@ -311,10 +301,7 @@ class PipelineDriver:
 
     async def _until_changed(self) -> None:
         """Until something happened, or a while has passed: what waits for a time is looked at again then."""
-        self._changed.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._timing.retry_s):
-                await self._changed.wait()
+        await until_set(self._changed, self._timing.retry_s)
         self._around.on_change()
 
     def _is_unwanted(self) -> bool:
@@ -322,13 +309,14 @@ class PipelineDriver:
 
     def _is_due(self, view: types_pb2.PipelineView) -> bool:
         """Whether the epoch may be tried now."""
-        now, epochs, key = self._clock(), self.epochs, (view.pipeline_id, view.epoch)
-        if key == epochs.refused and now < epochs.retry_at:
+        now, epochs = self._clock(), self.epochs
+        if view.epoch == epochs.refused and now < epochs.retry_at:
             return False
         if view.epoch < epochs.driven:
-            # No epoch emits behind a later one. A coordinator that does not know of that forms one behind it.
-            epochs.refuse(key, now, self._timing.again_s)
-            self._around.reporter.moved(view.pipeline_id, epochs.driven)
+            # No epoch emits behind a later one. A coordinator that does not know of that forms one behind it. Or it is
+            # about to hear that what was switched to is lost.
+            epochs.refuse(view.epoch, now, self._timing.again_s)
+            self._around.reporter.moved(self.pipeline_id, epochs.driven)
             return False
         return True
 
@@ -340,7 +328,7 @@ class PipelineDriver:
         """Sessions could not be opened. A link, or the way to a worker, may be gone without the coordinator knowing: it
         hears of it when that lasts."""
         again_s = max(self._timing.again_s, error.retry_after_s or 0.0)
-        lasts_s = self.epochs.refuse(loop.key, self._clock(), again_s)
+        lasts_s = self.epochs.refuse(loop.view.epoch, self._clock(), again_s)
         self.reason = f"{self.pipeline_id} epoch {loop.view.epoch} cannot be driven yet: {error.message}"
         log.warning("%s", self.reason)
         unreachable = loop.session.unreachable
@@ -369,5 +357,4 @@ class PipelineDriver:
 
 def _is_at(loop: BatchLoop, view: types_pb2.PipelineView) -> bool:
     """Whether the loop drives the pipeline as published, or as it is about to be."""
-    following = view.next.epoch if view.HasField("next") else view.epoch
-    return loop.key[0] == view.pipeline_id and loop.key[1] in (view.epoch, following)
+    return loop.view.epoch in (view.epoch, view.next.epoch)

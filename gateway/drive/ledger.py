@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from stagemesh.protos.v1 import types_pb2
+from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.settings.gateway import GatewaySettings
 
 from ..schedule.budget import StepCosts
@@ -18,11 +18,10 @@ from ..schedule.draft_model import DraftModelGuesser, GuessCosts
 from ..schedule.lookup import LookupGuesser
 from ..schedule.pages import PageAllocator, Shape
 from ..schedule.plan import Plan
-from ..schedule.recovery import Recovery, StageKv, lost_stages
+from ..schedule.recovery import Recovery, lost_stages
 from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import Sequence as TokenSequence
-from ..schedule.sequence import State
-from ..schedule.speculation import NO_GUESSES, Guesser
+from ..schedule.speculation import NO_GUESSES
 from ..schedule.suspects import note_deaths
 from .live import LiveRequest
 
@@ -38,8 +37,8 @@ class Ledger:
         self._now: list[int] = []
         self._expecting: set[int] = set()
         """Stages to whose pages some are still on their way from others."""
-        self._replays: dict[int, int] = {}
-        """Step -> the last stage that computes it again, of this epoch."""
+        self._replays: set[int] = set()
+        """Steps of this epoch that compute what was computed before."""
         self.replayed_tokens = 0
         """Positions that this epoch computes again."""
         self._quarantined: list[int] = []
@@ -47,7 +46,8 @@ class Ledger:
         self.scheduler: Scheduler
         self.live: dict[TokenSequence, LiveRequest] = {}
         """Sequences that have not ended -> their requests, which are kept and not called."""
-        self._copier: PageCopier | None = None
+        self.copier: PageCopier | None = None
+        """What is to be copied to other workers, while a switch copies."""
         self._out_at_end: list[Plan] = []
         """Steps that were out when the last epoch ended, until another one begins."""
         self.costs = StepCosts()
@@ -85,24 +85,25 @@ class Ledger:
 
     # -- epochs -----------------------------------------------------------------------------------------------------
 
-    def begin(self, shape: Shape, stages: Sequence[StageKv]) -> None:
+    def begin(self, shape: Shape, stages: Sequence[stage_pb2.RunOpened]) -> None:
         """An epoch begins, at which the stages' pages hold what they say."""
         self._out_at_end = []
         if not self.fits(shape):
             self._start_over(shape)
         filled = [0 if stage in self._expecting else generation for stage, generation in enumerate(self._filled)]
-        runs = lost_stages(filled, stages)
-        self._enter(shape, [kv.generation for kv in stages])
+        self._enter(shape, stages)
+        runs = lost_stages(filled, self._now)
         for first, last in runs:
             self._filled[first : last + 1] = [0] * (last + 1 - first)
         if runs:
-            self.scheduler.recovery = Recovery(runs, stages, shape.page_size)
+            self.scheduler.recovery = Recovery(runs, [opened.journal for opened in stages], shape.page_size)
 
-    def _enter(self, shape: Shape, generations: Sequence[int]) -> None:
+    def _enter(self, shape: Shape, stages: Sequence[stage_pb2.RunOpened]) -> None:
         """An epoch begins, at which all stages hold what is confirmed."""
         self._shape = shape
         self.scheduler.pages.restrict(shape.pages)
-        self._now, self._filled = list(generations), list(generations)
+        self._now = [opened.kv_generation for opened in stages]
+        self._filled = list(self._now)
         self._expecting.clear()
         self._replays.clear()
         self.replayed_tokens = 0
@@ -130,35 +131,27 @@ class Ledger:
         return (shape.page_size, shape.steps_in_flight) == (before.page_size, before.steps_in_flight)
 
     def pages_for(self, share: int) -> list[int] | None:
-        """Ids of the pages to ask for where so many are to be had; None before anything was. Nothing is out."""
+        """Ids of the pages to ask for where a coming epoch has so many; None before anything was. What is out fits into
+        them already. The others are done without from here on; `stay` takes that back."""
         if self._shape is None:
             return None
         self.scheduler.fit(share)
-        return self.scheduler.pages.choose(share)
-
-    def keep_to(self, pages: Sequence[int]) -> None:
-        """Does without pages that a coming epoch will not have; `stay` takes that back."""
+        pages = self.scheduler.pages.choose(share)
         self.scheduler.pages.restrict(self.scheduler.pages.ids & set(pages))
+        return pages
 
     def stay(self) -> None:
         """The coming epoch does not come."""
         assert self._shape is not None
         self.scheduler.pages.restrict(self._shape.pages)
 
-    def begin_copying(self) -> PageCopier:
-        """What is to be copied to other workers from now on; steps that go out meanwhile are noted."""
-        self._copier = PageCopier(self.scheduler)
-        return self._copier
-
-    def end_copying(self) -> None:
-        """Nothing is copied any more."""
-        self._copier = None
-
-    def move(self, shape: Shape, generations: Sequence[int], next_step: int, expecting: Iterable[int]) -> None:
+    def move(
+        self, shape: Shape, stages: Sequence[stage_pb2.RunOpened], next_step: int, expecting: Iterable[int]
+    ) -> None:
         """An epoch begins whose stages hold all that is confirmed of every sequence; nothing is out. Those that are
         `expecting` some of it have it when `arrived` is called."""
         self.release(self._quarantined)
-        self._enter(shape, generations)
+        self._enter(shape, stages)
         self._expecting.update(expecting)
         self.scheduler.rewind(next_step)
 
@@ -168,10 +161,8 @@ class Ledger:
         self.scheduler, self._filled = self._make_scheduler(shape), []
         if before is None:
             return
-        for sequence in before.running:
-            sequence.forget_pages()
-            sequence.state = State.WAITING
         for sequence in [*before.running, *before.waiting]:
+            before.withdraw(sequence)
             self.scheduler.add(sequence)
 
     def end(self) -> None:
@@ -186,7 +177,7 @@ class Ledger:
         out, self._out_at_end = self._out_at_end, []
         culprits, given_up = note_deaths(out)
         for sequence in given_up:
-            self.scheduler.give_up_pages(sequence)
+            self.scheduler.preempt(sequence)
         return culprits
 
     # -- what is computed again -------------------------------------------------------------------------------------
@@ -198,13 +189,13 @@ class Ledger:
 
     def note_sent(self, plan: Plan) -> None:
         """A step went out."""
-        if self._copier is not None:
-            self._copier.note(plan)
+        if self.copier is not None:
+            self.copier.note(plan)
         if plan.replay is not None:
             first, last = plan.replay
             # Also where a stage was not lost: who opens a page wipes what it holds behind.
             self._filled[first : last + 1] = [0] * (last + 1 - first)
-            self._replays[plan.step] = last
+            self._replays.add(plan.step)
             self.replayed_tokens += sum(row.count for row in plan.rows)
 
     def expected_s(self, gateways: int) -> float | None:
@@ -221,10 +212,6 @@ class Ledger:
         """Whether a step of this epoch computes what was computed before."""
         return step in self._replays
 
-    def last_stage(self, step: int) -> int:
-        """The stage behind which nothing of a step is left to do."""
-        return self._replays.get(step, len(self._now) - 1)
-
     def recovered(self) -> bool:
         """True once: when the stages that were lost hold everything again."""
         if not self.recovering or self.scheduler.recovery is not None:
@@ -239,22 +226,20 @@ def make_ledger(view: types_pb2.PipelineView, settings: GatewaySettings) -> Ledg
     """None yet, with a scheduler as the settings want it."""
 
     def make(shape: Shape) -> Scheduler:
+        guesser = NO_GUESSES
+        # The gateway's own settings come before the pipeline's draft model.
+        if settings.speculative_config is not None:
+            guesser = LookupGuesser(settings.speculative_config)
+        elif view.model.HasField("draft"):
+            guesser = DraftModelGuesser(view.model.draft.num_tokens, shape.steps_in_flight, ledger.guess_costs)
         return Scheduler(
             PageAllocator(len(shape.pages), shape.page_size),
             steps_in_flight=shape.steps_in_flight,
             max_num_seqs=view.limits.max_num_seqs,
             max_num_batched_tokens=view.limits.max_num_batched_tokens,
             prefix_caching=settings.enable_prefix_caching,
-            guesser=guesser(shape),
+            guesser=guesser,
         )
-
-    def guesser(shape: Shape) -> Guesser:
-        """The gateway's own settings come before the pipeline's draft model."""
-        if settings.speculative_config is not None:
-            return LookupGuesser(settings.speculative_config)
-        if view.model.HasField("draft"):
-            return DraftModelGuesser(view.model.draft.num_tokens, shape.steps_in_flight, ledger.guess_costs)
-        return NO_GUESSES
 
     ledger = Ledger(make)
     return ledger

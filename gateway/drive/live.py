@@ -50,7 +50,7 @@ class LiveRequest:
                     request.stop,
                     request.skip_special_tokens,
                     request.include_stop_str_in_output,
-                    request.min_tokens,
+                    request.sampling.min_tokens,
                 ),
             )
             for number in range(request.n)
@@ -98,11 +98,11 @@ class LiveRequest:
         reason: FinishReason | None = None
         stopped_by: str | int | None = None
         text = ""
-        if token in request.stop_token_ids and len(log) >= max(1, request.min_tokens):
+        if token in request.stop_token_ids and len(log) >= max(1, request.sampling.min_tokens):
             reason, stopped_by = "stop", None if token in self._eos_ids else token
             text = choice.detokenizer.finish()
         else:
-            text, stop_string, _ = choice.detokenizer.push((token,))
+            text, stop_string = choice.detokenizer.push(token)
             if stop_string is not None:
                 reason, stopped_by = "stop", stop_string
             elif len(log) >= request.max_tokens:

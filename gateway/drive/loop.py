@@ -7,7 +7,6 @@ requests are the ledger's, which goes from one epoch's loop to the next.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,12 @@ from ..session.messages import open_message, plan_message
 from ..session.probe import STEPS, probe_messages
 from ..session.session import Session
 from ..session.slot_lease import SlotLease
-from ..telemetry.bubbles import Bubbles
 from ..telemetry.metrics import Metrics
 from ..telemetry.trace import Recorder
 from ..timing import GatewayTiming
 from .deadline import StepDeadline
 from .ledger import Ledger
+from .waiting import until_set
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ class Observers:
     """Who is told of what loops measure, and the clock."""
 
     metrics: Metrics
-    bubbles: Bubbles
     recorder: Recorder
     timing: GatewayTiming
     clock: Callable[[], float]
@@ -91,12 +89,10 @@ class BatchLoop:
 
     async def start(self, slot: SlotLease) -> None:
         """Opens a session on every stage, and goes on with the ledger. Raises the first stage's error."""
-        pages = self._ledger.pages_for(self.session.share)
-        if pages is not None:
-            # Before anybody else can have the others: a stage may give them up, and another one refuse the session.
-            self._ledger.keep_to(pages)
-        await self.open(slot, pages)
-        self._ledger.begin(self.session.shape, self.session.stages_kv)
+        # Others are done without before anybody else can have them: a stage may give them up, and another one refuse
+        # the session.
+        await self.open(slot, self._ledger.pages_for(self.session.share))
+        self._ledger.begin(self.session.shape, self.session.opened)
         self._go()
 
     async def open(self, slot: SlotLease, pages: Sequence[int] | None) -> None:
@@ -119,8 +115,7 @@ class BatchLoop:
 
     def take_over(self, expecting: Iterable[int]) -> None:
         """Goes on with the ledger, whose pages all stages hold, or are `expecting`. Nothing of it is out."""
-        generations = [kv.generation for kv in self.session.stages_kv]
-        self._ledger.move(self.session.shape, generations, self._probe.stop, expecting)
+        self._ledger.move(self.session.shape, self.session.opened, self._probe.stop, expecting)
         self._go()
 
     def retire(self) -> None:
@@ -171,6 +166,7 @@ class BatchLoop:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _go(self) -> None:
+        self._ledger.costs.only_for([(stage.layers.first, stage.layers.last) for stage in self.view.stages])
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -189,10 +185,7 @@ class BatchLoop:
             self._send_closed()
             if self._ledger.recovered():
                 log.info("%s epoch %d holds everything again", *self.key)
-            self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._observers.timing.look_s if self._deadline.watches else None):
-                    await self._wake.wait()
+            await until_set(self._wake, self._observers.timing.look_s if self._deadline.watches else None)
 
     def _check_deadline(self) -> None:
         out_s = self._deadline.out_s(self._observers.clock())
@@ -222,8 +215,7 @@ class BatchLoop:
         self._deadline.sent(plan.step, self._observers.clock())
         self.session.broadcast(stage_pb2.RunRequest(plan=message))
         self._ledger.note_sent(plan)
-        if recorder.active:
-            recorder.sent(self.view, plan, message.planned_us)
+        recorder.sent(self.view, plan, message.planned_us)
         if scheduler.preemptions:
             metrics.preemptions.inc(scheduler.preemptions)
             scheduler.preemptions = 0
@@ -268,31 +260,27 @@ class BatchLoop:
             return
         # Stages but the last report now and then: the step may be over by now.
         timing = result.timing
-        self._observers.bubbles.add(stage, timing)
+        self._observers.metrics.bubbles.add(stage, timing)
         if not ledger.is_replay(result.step):
             ledger.costs.add(stage, timing.tokens, (timing.compute_us - timing.draft_us) * 1e-6)
-        if result.step not in scheduler.out:
+        plan = scheduler.out.get(result.step)
+        if plan is None:
             return
-        if recorder.active:
-            recorder.result(self.view, stage, result)
-        if stage != ledger.last_stage(result.step):
+        recorder.result(self.view, stage, result)
+        if stage != (plan.replay[1] if plan.replay is not None else len(self.view.stages) - 1):
             return
-        self._deadline.heard(self._observers.clock())
         point("gateway.before_promise")
-        plan = scheduler.out[result.step]
         self._promise(plan, result)
         self._take_guesses(plan, result)
-        if recorder.active:
-            recorder.delivered(self.view, result.step)
+        recorder.delivered(self.view, result.step)
         scheduler.step_done(result.step)
-        self._deadline.done(result.step)
+        self._deadline.done(result.step, self._observers.clock())
         self._note_done()
 
     def _note_probe(self, stage: int, step: int) -> None:
         if stage < len(self.view.stages) - 1:
             return
-        self._deadline.heard(self._observers.clock())
-        self._deadline.done(step)
+        self._deadline.done(step, self._observers.clock())
         if step == self._probe[-1] and self._probe_page is not None:
             self._ledger.release([self._probe_page])
             self._note_crossed()
@@ -311,10 +299,9 @@ class BatchLoop:
         failed = set(result.failed_sequences)
         for ident in failed:
             scheduler.failed(by_ident[ident])
-        logprobs = _logprobs(result)
-        entries = zip(result.sequences, result.positions, result.tokens, strict=True)
-        for at, (ident, position, token) in enumerate(entries, start=1):
-            sequence, logprob = by_ident[ident], next(logprobs)
+        entries = zip(result.sequences, result.positions, result.tokens, _logprobs(result), strict=True)
+        for at, (ident, position, token, logprob) in enumerate(entries, start=1):
+            sequence = by_ident[ident]
             live = ledger.live.get(sequence)
             if live is None:
                 continue  # It ended while this step was out, or by an earlier token of it.
@@ -355,7 +342,8 @@ class BatchLoop:
             metrics.draft_tokens.inc(guessed)
             metrics.accepted_tokens.inc(accepted)
         scheduler.prefill_budget = ledger.costs.prefill_budget()
-        ledger.guess_costs.stages = ledger.costs.lines()
+        if self.view.model.HasField("draft"):
+            ledger.guess_costs.stages = ledger.costs.lines()
         self._wake.set()
         self._progress.set()
 

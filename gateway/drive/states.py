@@ -17,8 +17,6 @@ from enum import Enum, auto
 from stagemesh.protos.v1 import types_pb2
 
 DRIVEN = (types_pb2.PIPELINE_STATE_SERVING, types_pb2.PIPELINE_STATE_DRAINING)
-Key = tuple[str, int]
-"""Pipeline and epoch."""
 
 
 class State(Enum):
@@ -75,21 +73,19 @@ class Epochs:
     """What is remembered of epochs."""
 
     driven: int = 0
-    """The highest that was driven: no earlier one emits behind it."""
-    switched: Key | None = None
-    """The next epoch that was switched to."""
-    stayed: Key | None = None
+    """The highest that was driven, opened or switched to: no earlier one emits behind it."""
+    stayed: int | None = None
     """One that could not be switched to."""
-    refused: Key | None = None
+    refused: int | None = None
     """One whose sessions could not be opened, ..."""
     refused_since: float = 0.0
     retry_at: float = 0.0
     """... and when it is tried again."""
 
-    def refuse(self, key: Key, now: float, again_s: float) -> float:
+    def refuse(self, epoch: int, now: float, again_s: float) -> float:
         """Its sessions could not be opened; for how many seconds that is so by now."""
-        if self.refused != key:
-            self.refused, self.refused_since = key, now
+        if self.refused != epoch:
+            self.refused, self.refused_since = epoch, now
         self.retry_at = now + again_s
         return now - self.refused_since
 

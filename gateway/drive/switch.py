@@ -9,7 +9,6 @@ need not wait for them, as no worker runs a step before the pages that were anno
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -22,6 +21,7 @@ from ..session.slot_lease import SlotLease
 from ..timing import GatewayTiming
 from .ledger import Ledger
 from .loop import BatchLoop
+from .waiting import until_set
 
 OUT = 2
 """Messages of a copy that may be under way."""
@@ -70,7 +70,7 @@ class Switch:
         try:
             async with asyncio.timeout(timing.copy_s):
                 await self._make_ready(slot)
-                copier = ledger.begin_copying()
+                copier = ledger.copier = PageCopier(ledger.scheduler)
                 await self._copy(copier)
             self._old.pause()
             paused_at = time.monotonic()
@@ -90,14 +90,14 @@ class Switch:
             point("gateway.after_switch")
             self.paused_s = time.monotonic() - paused_at
         finally:
-            ledger.end_copying()
+            ledger.copier = None
             self._old.resume()
 
     async def finish(self) -> None:
         """Behind `run`: until all pages have come, so that the workers of the epoch before need not keep theirs. Where
         the next epoch is lost meanwhile, they are computed again."""
         while self._under_way() and self._new.lost is None:
-            await self._wait()
+            await until_set(self._progress, self._timing.look_s)
         if not self._under_way():
             self._ledger.arrived()
 
@@ -108,9 +108,7 @@ class Switch:
         await self._until(lambda: not ledger.recovering)
         scheduler.fit(new.session.share)
         await self._until(lambda: scheduler.fits)
-        pages = scheduler.pages.choose(new.session.share)
-        ledger.keep_to(pages)
-        await new.open(slot, pages)
+        await new.open(slot, ledger.pages_for(new.session.share))
         if not ledger.fits(new.session.shape):
             raise Unavailable("the next workers have pages of another size")
         if new.probe():
@@ -134,7 +132,7 @@ class Switch:
             self._check_lost()
             if not self._ledger.scheduler.out:
                 return
-            await self._wait()
+            await until_set(self._progress, self._timing.look_s)
 
     def _under_way(self) -> int:
         return sum(self._numbers.values()) - len(self._new.copied)
@@ -164,17 +162,10 @@ class Switch:
         # What is lost has nothing out, either.
         self._check_lost()
         while not reached():
-            await self._wait()
+            await until_set(self._progress, self._timing.look_s)
             self._check_lost()
 
     def _check_lost(self) -> None:
         for loop in (self._old, self._new):
             if loop.lost is not None:
                 raise StageLost(f"{loop.view.pipeline_id} epoch {loop.view.epoch}: {loop.lost.message}")
-
-    async def _wait(self) -> None:
-        """For something to come back, or a while."""
-        self._progress.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._timing.look_s):
-                await self._progress.wait()

@@ -12,6 +12,7 @@ Pure: no I/O, no clock. Costs a token: one entry in a dictionary, and a walk ove
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from stagemesh.settings.speculative import SpeculativeConfig
@@ -37,15 +38,11 @@ class LookupGuesser(Guesser):
     been guessed, verified or not. Waiting for others would cost more than a larger batch brings."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
-        self._config = config
-        self._lookups: dict[Sequence, PromptLookup] = {}
+        self._lookups = defaultdict[Sequence, PromptLookup](lambda: PromptLookup(config))
 
     def guess(self, sequence: Sequence) -> list[int]:
         """Tokens that may follow those known; none where guessing does not pay."""
-        lookup = self._lookups.get(sequence)
-        if lookup is None:
-            lookup = self._lookups[sequence] = PromptLookup(self._config)
-        return lookup.guess(sequence)
+        return self._lookups[sequence].guess(sequence)
 
     def waits(self, sequence: Sequence) -> bool:
         """Its next token can be guessed, and one behind it: better verified with that token than computed after it."""

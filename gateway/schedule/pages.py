@@ -10,7 +10,7 @@ Pure: no I/O, no clock. A page is given back only when no step that names it is 
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -52,8 +52,9 @@ class PageAllocator:
         self._empty = list(range(num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()
         """Offered pages that nobody holds, the one let go longest ago first."""
-        self._holders = [0] * num_pages
-        self._offers: list[_Offer | None] = [None] * num_pages
+        self._holders = defaultdict[int, int](int)
+        """How many sequences hold a page."""
+        self._offers: dict[int, _Offer] = {}
         self._found: dict[tuple[int, bytes], int] = {}
         self._nodes = itertools.count(ROOT + 1)
 
@@ -73,6 +74,11 @@ class PageAllocator:
     def num_free(self) -> int:
         """Pages that can be had: nobody holds them, empty or offered."""
         return max(0, self.budget - self.num_held)
+
+    @property
+    def usage(self) -> float:
+        """Share of the pages in use, 0 to 1."""
+        return 1 - self.num_free / self.num_pages
 
     def num_free_beside(self, shared: Sequence[int]) -> int:
         """Pages that nobody holds, other than `shared`."""
@@ -114,10 +120,10 @@ class PageAllocator:
             self._holders[page] -= 1
             if self._holders[page]:
                 continue
-            if self._offers[page] is None:
-                self._empty.append(page)
-            else:
+            if page in self._offers:
                 self._idle[page] = None
+            else:
+                self._empty.append(page)
 
     def choose(self, count: int) -> list[int]:
         """The ids of `count` pages, with all that are held, and of the others those that were of use last; beyond those
@@ -136,11 +142,7 @@ class PageAllocator:
             del self._idle[page]
             self._forget(page)
         self._empty = [page for page in self._empty if page in wanted]
-        new = sorted(wanted - self.ids, reverse=True)
-        more = max(wanted, default=-1) + 1 - len(self._holders)
-        self._holders.extend([0] * more)
-        self._offers.extend([None] * more)
-        self._empty[:0] = new
+        self._empty[:0] = sorted(wanted - self.ids, reverse=True)
         self.ids, self.budget = wanted, len(wanted)
 
     def in_use(self, page: int) -> bool:
@@ -167,9 +169,7 @@ class PageAllocator:
 
     def node_of(self, page: int) -> int:
         """The prefix that ends with an offered page."""
-        offer = self._offers[page]
-        assert offer is not None, f"page {page} is not offered"
-        return offer.node
+        return self._offers[page].node
 
     def offer(self, page: int, node: int, tokens: bytes) -> int:
         """Lets others find a held page that is full and written: `tokens` behind the prefix `node`.
@@ -197,6 +197,5 @@ class PageAllocator:
         self._idle.clear()
 
     def _forget(self, page: int) -> None:
-        offer, self._offers[page] = self._offers[page], None
-        if offer is not None:
+        if (offer := self._offers.pop(page, None)) is not None:
             del self._found[offer.key]

@@ -9,35 +9,20 @@ whoever writes its first position wipes the rest of it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from .plan import Row, Stages
 from .sequence import Sequence as TokenSequence
 from .sequence import State
 
 
-@dataclass(frozen=True)
-class StageKv:
-    """What a stage says of its pages when a session is opened."""
-
-    generation: int
-    """The same as before: they hold what was written."""
-    journal: bytes
-    """One bit a page: what it sent for the page's positions can be sent again."""
-
-    def covers(self, pages: Iterable[int]) -> bool:
-        """Whether the journal holds all of `pages`."""
-        return all(page >> 3 < len(self.journal) and self.journal[page >> 3] >> (page & 7) & 1 for page in pages)
-
-
-def lost_stages(filled: Sequence[int], now: Sequence[StageKv]) -> list[Stages]:
+def lost_stages(filled: Sequence[int], now: Sequence[int]) -> list[Stages]:
     """Runs of stages whose pages do not hold what the sequences computed. `filled`: the generations that did, in order;
-    another number of stages means other layers on each."""
+    `now`: those that there are. Another number of stages means other layers on each."""
     if len(filled) != len(now):
         return [(0, len(now) - 1)]
     runs: list[Stages] = []
-    for stage, kv in enumerate(now):
-        if kv.generation == filled[stage]:
+    for stage, generation in enumerate(now):
+        if generation == filled[stage]:
             continue
         if runs and runs[-1][1] == stage - 1:
             runs[-1] = runs[-1][0], stage
@@ -49,9 +34,10 @@ def lost_stages(filled: Sequence[int], now: Sequence[StageKv]) -> list[Stages]:
 class Recovery:
     """Hands out what is to be computed again, a step at a time, as long as the sequences want it."""
 
-    def __init__(self, runs: Sequence[Stages], stages: Sequence[StageKv], page_size: int) -> None:
+    def __init__(self, runs: Sequence[Stages], journals: Sequence[bytes], page_size: int) -> None:
+        """`journals`: of each stage, one bit a page: what it sent for the page's positions can be sent again."""
         self._runs = list(runs)
-        self._stages = list(stages)
+        self._journals = list(journals)
         self._size = page_size
         self._filled: set[int] = set()
         """Pages that the current run has, or will have when the steps before are done."""
@@ -107,16 +93,21 @@ class Recovery:
         """From the stage behind the nearest one that can send the positions again."""
         first, last = self._runs[0]
         pages = sequence.pages[start // self._size : -(-end // self._size)]
-        while first > 0 and not self._stages[first - 1].covers(pages):
+        while first > 0 and not _covers(self._journals[first - 1], pages):
             first -= 1
         return first, last
 
     def _forget_journals(self, stages: Stages) -> None:
         """Stages that were not lost and compute again write into their journals, and older entries may go."""
         for stage in range(stages[0], self._runs[0][0]):
-            self._stages[stage] = StageKv(self._stages[stage].generation, b"")
+            self._journals[stage] = b""
 
     def _note(self, sequence: TokenSequence, end: int) -> None:
         whole = -(-end // self._size) if end == sequence.computed else end // self._size
         self._filled.update(sequence.pages[:whole])
         self._reached[sequence] = end
+
+
+def _covers(journal: bytes, pages: Iterable[int]) -> bool:
+    """Whether the journal holds all of `pages`."""
+    return all(page >> 3 < len(journal) and journal[page >> 3] >> (page & 7) & 1 for page in pages)

@@ -137,8 +137,7 @@ class Scheduler:
             going_on = [s for s in self.running if s.state is State.RUNNING]
             if len({page for s in going_on for page in s.pages}) + others <= self.pages.budget:
                 return
-            if sequence in going_on:
-                self._preempt(sequence)
+            self.preempt(sequence)
 
     @property
     def fits(self) -> bool:
@@ -148,17 +147,15 @@ class Scheduler:
     def withdraw(self, sequence: Sequence) -> None:
         """It goes on elsewhere, from its log. Nothing of it may be out."""
         assert not sequence.in_flight
-        if sequence.state is State.WAITING:
-            self.waiting.remove(sequence)
-            return
-        self.speculation.guesser.forget(sequence)
+        self.finish(sequence)
         sequence.state = State.WAITING
-        self._release(sequence)
 
-    def give_up_pages(self, sequence: Sequence) -> None:
-        """Nothing of it is kept: it is computed anew, from its log. Nothing of it may be out."""
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes the pages of a sequence that runs, once no step names it: it is computed anew, from its log."""
         if sequence.state is State.RUNNING:
-            self._preempt(sequence)
+            sequence.state = State.PREEMPTED
+            self.preemptions += 1
+            self._settle(sequence)
 
     def append_token(self, sequence: Sequence, position: int, token: int) -> bool:
         """Enters a token into the log, if it is the next one of a sequence that still wants it."""
@@ -167,25 +164,17 @@ class Scheduler:
         sequence.log.append(token)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        sequence.state = State.PREEMPTED
-        self.preemptions += 1
-        self._settle(sequence)
-
     def _settle(self, sequence: Sequence) -> None:
         """Frees what a finished or preempted sequence holds, when no step that names it is out."""
         if sequence.state is State.RUNNING or sequence.in_flight or sequence not in self.running:
             return
-        self._release(sequence)
-        if sequence.state is State.PREEMPTED:
-            sequence.state = State.WAITING
-            self.waiting.appendleft(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         if sequence.opened:
             self.closed.append(CloseSequence(sequence=sequence.ident, after_step=sequence.last_step))
         self.pages.free(sequence.forget_pages())
+        if sequence.state is State.PREEMPTED:
+            sequence.state = State.WAITING
+            self.waiting.appendleft(sequence)
 
     # -- planning ---------------------------------------------------------------------------------------------------
 
@@ -230,7 +219,10 @@ class Scheduler:
         prefilling = self._prefilling(sequences)
         rows = self._decode_rows(sequences, beside_prompts=bool(prefilling))
         left = self.max_num_batched_tokens - sum(row.count for row in rows)
-        rows += self._prefill_rows(prefilling, min(self.prefill_budget, left))
+        # Decode rows may have taken the pages of some meanwhile.
+        prefilling = [s for s in prefilling if s.state is State.RUNNING]
+        counts = share_among([s.remaining_prefill for s in prefilling], min(self.prefill_budget, left))
+        rows += [self._row(s, count) for s, count in zip(prefilling, counts, strict=True) if count]
         return Plan(self._next_step, rows, alone=self._runs_alone(rows)) if rows else None
 
     def _next_replay(self) -> Plan | None:
@@ -298,7 +290,9 @@ class Scheduler:
         decoding = [s for s in sequences if s.state is State.RUNNING and (s.log or s.unsampled)]
         share = min(-(-len(decoding) // self.steps_in_flight), self.max_num_batched_tokens)
         apart = self.steps_in_flight if beside_prompts or not share else -(-len(decoding) // share)
-        drafts_left = self._draft_budget(share)
+        # With guessed tokens a step may cost as much again as one of no tokens. So one stream guesses freely, and where
+        # many run, and a token more is no longer cheap, nobody does.
+        drafts_left = max(0, min(int(self.prefill_budget / LONGER), self.max_num_batched_tokens) - share)
         self._guesses_a_row = drafts_left // max(1, share)
         ready = [s for s in decoding if s.decodes and s.unsampled < STEPS_AHEAD]
         if len(self.out) >= self.steps_in_flight and any(
@@ -333,13 +327,6 @@ class Scheduler:
                 self.speculation.guesser.told(row.sequence, [])
         return kept
 
-    def _draft_budget(self, share: int) -> int:
-        """Guessed tokens of one step of so many rows: with these, they may cost as much again as a step of no tokens.
-
-        So one stream guesses freely, and where many run, and a token more is no longer cheap, nobody does.
-        """
-        return max(0, min(int(self.prefill_budget / LONGER), self.max_num_batched_tokens) - share)
-
     def _draft(self, sequence: Sequence, at_most: int) -> list[int]:
         """What to guess behind the sequence's last token. Only pages that nobody is about to need are taken for it."""
         if sequence.unsampled or at_most <= 0:
@@ -363,16 +350,12 @@ class Scheduler:
             if any(s.state is not State.RUNNING for s in self.running):
                 # Pages are on their way back with steps in flight; another victim would be one too many.
                 return False
-            victim = next((s for s in reversed(self.running) if s.state is State.RUNNING), None)
-            if victim is None:
-                return False
-            self._preempt(victim)
+            victim = self.running[-1]
+            self.preempt(victim)
             if victim is sequence or victim.in_flight:
                 # Itself the youngest, or the pages come when the victim's steps are back.
                 return False
-        pages = self.pages.allocate(missing)
-        assert pages is not None
-        sequence.pages.extend(pages)
+        sequence.pages.extend(self.pages.allocate(missing) or ())
         return True
 
     def _prefilling(self, sequences: list[Sequence]) -> list[Sequence]:
@@ -383,12 +366,6 @@ class Scheduler:
             # In this order: one that stops following may have taken over all of its prompt.
             if s.state is State.RUNNING and not self.prefix.still_follows(s) and s.prefills
         ]
-
-    def _prefill_rows(self, prefilling: list[Sequence], budget: int) -> list[Row]:
-        # Decode rows may have taken the pages of some meanwhile.
-        prefilling = [s for s in prefilling if s.state is State.RUNNING]
-        counts = share_among([s.remaining_prefill for s in prefilling], budget)
-        return [self._row(s, count) for s, count in zip(prefilling, counts, strict=True) if count]
 
     def _row(self, sequence: Sequence, count: int, draft: Iterable[int] = ()) -> Row:
         start, draft = sequence.computed, list(draft)

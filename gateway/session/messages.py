@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Iterable
 
-from stagemesh.protos.v1 import stage_pb2, types_pb2
+from stagemesh.protos.v1 import stage_pb2
 
 from ..api.request import GenerationRequest
 from ..schedule.plan import Plan, Row
@@ -17,7 +17,7 @@ def open_message(sequence: Sequence, request: GenerationRequest) -> stage_pb2.Op
     """What the workers are told of a sequence that starts, or comes back after a preemption."""
     message = stage_pb2.OpenSequence(
         sequence=sequence.ident,
-        sampling=_sampling_message(request),
+        sampling=request.sampling,
         choice=sequence.choice,
         prompt_len=len(sequence.prompt),
         log=sequence.log,
@@ -34,18 +34,6 @@ def page_bits(pages: Iterable[int]) -> bytes:
         bits.extend(bytes(max(0, (page >> 3) + 1 - len(bits))))
         bits[page >> 3] |= 1 << (page & 7)
     return bytes(bits)
-
-
-def _sampling_message(request: GenerationRequest) -> types_pb2.SamplingParams:
-    same = dict(vars(request.sampling))
-    biases = same.pop("logit_bias")
-    return types_pb2.SamplingParams(
-        **same,
-        min_tokens=request.min_tokens,
-        suppressed_ids=sorted(request.stop_token_ids) if request.min_tokens else [],
-        bias_ids=[ident for ident, _ in biases],
-        bias_values=[value for _, value in biases],
-    )
 
 
 def plan_message(plan: Plan, epoch: int, *, alone: bool = True) -> stage_pb2.StepPlan:

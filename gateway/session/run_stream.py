@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import cast
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Protocol, cast
 
 import grpc
 
@@ -24,22 +24,26 @@ METHOD = "/stagemesh.v1.Stage/Run"
 OUTBOX_MESSAGES = 4096
 
 
+class SessionEvents(Protocol):
+    """Who hears what comes back."""
+
+    def on_result(self, stage: int, result: stage_pb2.StepResult) -> None:
+        """A stage is done with a step."""
+
+    def on_copied(self, copied: stage_pb2.PagesCopied) -> None:
+        """Pages of a copy have come to where they belong."""
+
+    def on_lost(self, error: StagemeshError) -> None:
+        """A stream ended."""
+
+
 class RunStream:
     """One stage of one pipeline, as this gateway drives it."""
 
-    def __init__(
-        self,
-        stage: types_pb2.StageView,
-        on_result: Callable[[int, stage_pb2.StepResult], None],
-        on_copied: Callable[[stage_pb2.PagesCopied], None],
-        on_lost: Callable[[StagemeshError], None],
-        timing: GatewayTiming,
-    ) -> None:
+    def __init__(self, stage: types_pb2.StageView, heard_by: SessionEvents, timing: GatewayTiming) -> None:
         self._timing = timing
         self.stage = stage
-        self._on_result = on_result
-        self._on_copied = on_copied
-        self._on_lost = on_lost
+        self._heard_by = heard_by
         self._channel = rpc.channel(stage.address)
         self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue(OUTBOX_MESSAGES)
         """None ends the stream: cancelling a call that is over would leave its sender waiting for ever."""
@@ -98,7 +102,7 @@ class RunStream:
         try:
             self._outbox.put_nowait(message)
         except asyncio.QueueFull:
-            self._on_lost(StageLost(f"{self.who} left {OUTBOX_MESSAGES} messages unread"))
+            self._heard_by.on_lost(StageLost(f"{self.who} left {OUTBOX_MESSAGES} messages unread"))
 
     async def _messages(self) -> AsyncIterator[bytes]:
         while (message := await self._outbox.get()) is not None:
@@ -112,23 +116,24 @@ class RunStream:
         try:
             with rpc.mapped():
                 async for response in responses:
-                    if response.WhichOneof("message") == "results":
+                    kind = response.WhichOneof("message")
+                    if kind == "results":
                         for result in response.results.results:
-                            self._on_result(self.stage.stage, result)
-                    elif response.WhichOneof("message") == "copied":
-                        self._on_copied(response.copied)
-                    elif response.WhichOneof("message") == "ended":
+                            self._heard_by.on_result(self.stage.stage, result)
+                    elif kind == "copied":
+                        self._heard_by.on_copied(response.copied)
+                    elif kind == "ended":
                         ended = response.ended
                         raise (RanksDied if ended.ranks_died else StageLost)(f"{self.who}: {ended.message}")
             raise StageLost(f"{self.who} closed the stream")
         except StagemeshError as e:
             # A new one: the traceback of `e` holds this frame, and with it the connection.
-            self._on_lost(
+            self._heard_by.on_lost(
                 type(e)(e.message) if isinstance(e, StageLost) else StageLost(f"{self.who} is gone: {e.message}")
             )
         except Exception as e:
             log.exception("a result of %s could not be taken", self.who)
-            self._on_lost(InternalError(f"{type(e).__name__}: {e}"))
+            self._heard_by.on_lost(InternalError(f"{type(e).__name__}: {e}"))
         finally:
             call.cancel()
             # The call and the generator of its responses hold each other, and the connection.

@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Protocol
 
-from stagemesh.errors import StagemeshError, Unavailable
+from stagemesh.errors import Unavailable
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from ..schedule.pages import Shape
-from ..schedule.recovery import StageKv
 from ..timing import GatewayTiming
-from .run_stream import RunStream
+from .run_stream import RunStream, SessionEvents
 from .slot_lease import SlotLease
-
-
-class SessionEvents(Protocol):
-    """Who hears what comes back."""
-
-    def on_result(self, stage: int, result: stage_pb2.StepResult) -> None:
-        """A stage is done with a step."""
-
-    def on_copied(self, copied: stage_pb2.PagesCopied) -> None:
-        """Pages of a copy have come to where they belong."""
-
-    def on_lost(self, error: StagemeshError) -> None:
-        """A stream ended."""
 
 
 class Session:
@@ -35,23 +20,22 @@ class Session:
     def __init__(self, view: types_pb2.PipelineView, heard_by: SessionEvents, timing: GatewayTiming) -> None:
         self.view = view
         self._timing = timing
-        self._streams = [
-            RunStream(stage, heard_by.on_result, heard_by.on_copied, heard_by.on_lost, timing) for stage in view.stages
-        ]
-        self._opened: list[stage_pb2.RunOpened] = []
+        self._streams = [RunStream(stage, heard_by, timing) for stage in view.stages]
+        self.opened: list[stage_pb2.RunOpened] = []
+        """What each stage said of its pages."""
         self._pages: tuple[int, ...] = ()
 
     async def open(self, slot: SlotLease, pages: Sequence[int] | None) -> None:
         """Opens a session on every stage, with these pages where some are named. Raises the first stage's error."""
         opening = [asyncio.create_task(stream.open(self.view, slot, pages)) for stream in self._streams]
         try:
-            self._opened = await asyncio.gather(*opening)
+            self.opened = await asyncio.gather(*opening)
         except Unavailable:
             if self.unreachable:
                 # Is it that worker, or is it this gateway?
                 await asyncio.wait(opening, timeout=self._timing.reach_s)
             raise
-        granted = min(opened.num_pages for opened in self._opened)
+        granted = min(opened.num_pages for opened in self.opened)
         self._pages = tuple(range(granted) if pages is None else pages)
         if granted < len(self._pages):
             raise Unavailable(f"{granted} KV pages are granted, and {len(self._pages)} were to be", retry_after_s=0.2)
@@ -69,17 +53,12 @@ class Session:
     @property
     def shape(self) -> Shape:
         """What the stages' sessions have in common."""
-        opened = self._opened
+        opened = self.opened
         return Shape(self._pages, opened[0].page_size, min(o.steps_in_flight for o in opened))
-
-    @property
-    def stages_kv(self) -> list[StageKv]:
-        """What each stage said of its pages."""
-        return [StageKv(opened.kv_generation, opened.journal) for opened in self._opened]
 
     def copy_pages(self, stage: int) -> int:
         """How many pages may go to a stage at once."""
-        return self._opened[stage].copy_pages
+        return self.opened[stage].copy_pages
 
     def tell(self, stage: int, message: stage_pb2.RunRequest) -> None:
         """A message to one stage."""

@@ -16,14 +16,11 @@ class SlotLease:
         """Of this process."""
         self.slot = 0
         """0: not known yet."""
-        self._on_renew = on_renew
-        self._new_instance()
-
-    def _new_instance(self) -> None:
         self.instance = secrets.randbits(63)
+        """Of the slot: another one at each renewal."""
+        self._on_renew = on_renew
 
     def renew(self) -> None:
         """Gives the slot up for a fresh one."""
-        self._new_instance()
-        self.slot = 0
+        self.slot, self.instance = 0, secrets.randbits(63)
         self._on_renew()

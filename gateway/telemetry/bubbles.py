@@ -7,37 +7,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from stagemesh.protos.v1 import types_pb2
 
-
-@dataclass
-class StageTime:
-    """Sums over the steps of one stage."""
-
-    steps: int = 0
-    wait_input_us: int = 0
-    compute_us: int = 0
-    wait_send_us: int = 0
+SPENT_ON = ("wait_input", "compute", "wait_send")
 
 
 class Bubbles(Collector):
     """A Prometheus collector of every stage's time, by what it was spent on."""
 
     def __init__(self) -> None:
-        self._stages: defaultdict[int, StageTime] = defaultdict(StageTime)
+        self._steps = defaultdict[int, int](int)
+        self._spent_us = defaultdict[int, list[int]](lambda: [0] * len(SPENT_ON))
 
     def add(self, stage: int, timing: types_pb2.StepTiming) -> None:
         """Adds one step of one stage."""
-        sums = self._stages[stage]
-        sums.steps += 1
-        sums.wait_input_us += timing.wait_input_us
-        sums.compute_us += timing.compute_us
-        sums.wait_send_us += timing.wait_send_us
+        self._steps[stage] += 1
+        spent_us = self._spent_us[stage]
+        spent_us[0] += timing.wait_input_us
+        spent_us[1] += timing.compute_us
+        spent_us[2] += timing.wait_send_us
 
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics."""
@@ -45,9 +37,9 @@ class Bubbles(Collector):
         seconds = CounterMetricFamily(
             "stagemesh_stage_seconds", "Seconds of a stage's steps, by what they went to.", labels=["stage", "spent_on"]
         )
-        for stage, sums in sorted(self._stages.items()):
-            steps.add_metric([str(stage)], sums.steps)
-            for spent_on in ("wait_input", "compute", "wait_send"):
-                seconds.add_metric([str(stage), spent_on], getattr(sums, f"{spent_on}_us") * 1e-6)
+        for stage, count in sorted(self._steps.items()):
+            steps.add_metric([str(stage)], count)
+            for spent_on, spent_us in zip(SPENT_ON, self._spent_us[stage], strict=True):
+                seconds.add_metric([str(stage), spent_on], spent_us * 1e-6)
         yield steps
         yield seconds

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from .bubbles import Bubbles
 
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -14,26 +13,17 @@ RECOVERY_S = (0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 40, 60, 120)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
-@dataclass(frozen=True)
-class Load:
-    """The present load of the gateway."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_cache_usage: float = 0.0
-    """Share of the KV pages in use, 0 to 1."""
-    steps_in_flight: int = 0
-
-
 class Metrics:
     """All metrics of one gateway, in a registry of their own. Use them from one thread."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._running = self._gauge("num_requests_running", "Requests that run.")
-        self._waiting = self._gauge("num_requests_waiting", "Requests that wait for admission.")
-        self._kv = self._gauge("kv_cache_usage_perc", "Share of the KV pages in use; 1 means all.")
-        self._in_flight = self._gauge("steps_in_flight", "Steps between their plan and their result.")
+        self.bubbles = Bubbles()
+        self.registry.register(self.bubbles)
+        self.running = self._gauge("num_requests_running", "Requests that run.")
+        self.waiting = self._gauge("num_requests_waiting", "Requests that wait for admission.")
+        self.kv_cache_usage = self._gauge("kv_cache_usage_perc", "Share of the KV pages in use; 1 means all.")
+        self.steps_in_flight = self._gauge("steps_in_flight", "Steps between their plan and their result.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that started.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.preemptions = self._counter("num_preemptions", "Sequences that gave their pages back and began again.")
@@ -70,10 +60,3 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"stagemesh_{name}", text, buckets=buckets, registry=self.registry)
-
-    def watch(self, read: Callable[[], Load]) -> None:
-        """Sets the function that is called at each scrape for the gauges' values."""
-        self._running.set_function(lambda: read().running)
-        self._waiting.set_function(lambda: read().waiting)
-        self._kv.set_function(lambda: read().kv_cache_usage)
-        self._in_flight.set_function(lambda: read().steps_in_flight)

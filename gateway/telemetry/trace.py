@@ -43,9 +43,9 @@ STAGE_COLUMNS = (
 gateway took by its own clock."""
 
 
-@dataclass(slots=True)
+@dataclass
 class StepRecord:
-    """One step, from its plan to its tokens, in microseconds of the gateway's monotonic clock."""
+    """One step as /trace returns it, from its plan to its tokens, in microseconds of the gateway's monotonic clock."""
 
     pipeline_id: str
     epoch: int
@@ -70,15 +70,11 @@ class StepRecord:
         """Whether all stages have answered and the tokens were delivered."""
         return self.delivered_us > 0 and all(stage is not None for stage in self.stages)
 
-    def as_json(self) -> dict[str, Any]:
-        """The record as /trace returns it."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
 
 @dataclass(slots=True)
 class _Capture:
-    wanted: int
     done: deque[StepRecord]
+    """As long as it may become, when it is enough."""
     views: dict[tuple[str, int], types_pb2.PipelineView] = field(default_factory=dict)
     enough: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -87,10 +83,13 @@ class Recorder:
     """Records steps of all pipelines while a capture runs. At most one capture runs at a time."""
 
     def __init__(self) -> None:
-        self.active = False
-        """Whether a capture runs. Checking this once a step is the whole cost otherwise."""
         self._capture: _Capture | None = None
         self._open: OrderedDict[tuple[str, int, int], StepRecord] = OrderedDict()
+
+    @property
+    def active(self) -> bool:
+        """Whether a capture runs."""
+        return self._capture is not None
 
     @property
     def open_steps(self) -> int:
@@ -101,7 +100,7 @@ class Recorder:
 
     def sent(self, view: types_pb2.PipelineView, plan: Plan, planned_us: int) -> None:
         """A plan was sent to all stages of `view`."""
-        if self._capture is None:
+        if self._capture is None:  # This check, of each step and result, is the whole cost then.
             return
         self._capture.views.setdefault((view.pipeline_id, view.epoch), view)
         self._open[view.pipeline_id, view.epoch, plan.step] = StepRecord(
@@ -123,8 +122,7 @@ class Recorder:
 
     def result(self, view: types_pb2.PipelineView, stage: int, result: stage_pb2.StepResult) -> None:
         """A stage's result came. Steps that were sent before the capture began are ignored."""
-        record = self._open.get((view.pipeline_id, view.epoch, result.step))
-        if record is None:
+        if self._capture is None or (record := self._open.get((view.pipeline_id, view.epoch, result.step))) is None:
             return
         received_us = now_us()
         record.stages[stage] = [
@@ -137,8 +135,7 @@ class Recorder:
 
     def delivered(self, view: types_pb2.PipelineView, step: int) -> None:
         """The tokens of a step were delivered to their requests."""
-        record = self._open.get((view.pipeline_id, view.epoch, step))
-        if record is not None:
+        if self._capture is not None and (record := self._open.get((view.pipeline_id, view.epoch, step))) is not None:
             record.delivered_us = now_us()
             self._close_if_whole(record)
 
@@ -147,7 +144,7 @@ class Recorder:
             return
         del self._open[record.pipeline_id, record.epoch, record.step]
         self._capture.done.append(record)
-        if len(self._capture.done) >= self._capture.wanted:
+        if len(self._capture.done) == self._capture.done.maxlen:
             self._capture.enough.set()
 
     # -- the route's side -------------------------------------------------------------------------------------------
@@ -165,8 +162,7 @@ class Recorder:
             )
         if self._capture is not None:
             raise QueueFull("another trace is being taken; try again when it is done", retry_after_s=wait_s)
-        capture = self._capture = _Capture(steps, deque(maxlen=steps))
-        self.active = True
+        capture = self._capture = _Capture(deque(maxlen=steps))
         try:
             async with asyncio.timeout(wait_s):
                 await capture.enough.wait()
@@ -177,7 +173,7 @@ class Recorder:
                     "`stagemesh bench trace --load 16x128x64` do it"
                 ) from None
         finally:
-            self.active, self._capture = False, None
+            self._capture = None
             self._open.clear()
         return _answer(capture.done, capture.views)
 
@@ -210,5 +206,5 @@ def _answer(records: Sequence[StepRecord], views: dict[tuple[str, int], types_pb
             for (pipeline_id, epoch), view in views.items()
         ],
         "stage_columns": list(STAGE_COLUMNS),
-        "steps": [record.as_json() for record in records],
+        "steps": [vars(record) for record in records],
     }

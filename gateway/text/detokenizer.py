@@ -25,7 +25,7 @@ MAX_HELD = 32
 
 
 class Detokenizer:
-    """The text of one choice. It does not depend on how tokens are distributed over calls of `push`."""
+    """The text of one choice."""
 
     def __init__(
         self,
@@ -54,34 +54,21 @@ class Detokenizer:
             for token in self._held:
                 self._stream.step(tokenizer.raw, token)
 
-    def push(self, tokens: Sequence[int]) -> tuple[str, str | None, int]:
-        """Adds `tokens`. Returns (new final text, the stop string that was found or None, number of tokens used).
-
-        Tokens after the one that completes a stop string are not used. Nothing may be pushed after a stop string.
-        """
-        ready: list[str] = []
-        for used, token in enumerate(tokens, 1):
-            self._count += 1
-            text = self._text_with(token)
-            if not text:
-                continue
-            if self._stops is None or self._count <= self._min_tokens:
-                ready.append(text)
-                continue
-            text, stopped_by = self._stops.push(text)
-            ready.append(text)
-            if stopped_by is not None:
-                self._held = []
-                return "".join(ready), stopped_by, used
-        return "".join(ready), None, len(tokens)
+    def push(self, token: int) -> tuple[str, str | None]:
+        """Adds `token`. Returns (new final text, the stop string that was found or None). Do not call it after a stop
+        string."""
+        self._count += 1
+        text = self._text_with(token)
+        if not text or self._stops is None or self._count <= self._min_tokens:
+            return text, None
+        return self._stops.push(text)
 
     def finish(self) -> str:
         """The text that was held back: the beginning of a stop string, an unfinished character as U+FFFD."""
         text = self._flush() if self._held else ""
         if self._stops is None:
             return text
-        text, stopped_by = self._stops.push(text)
-        return text if stopped_by is not None else text + self._stops.finish()
+        return self._stops.push(text)[0] + self._stops.finish()
 
     def _text_with(self, token: int) -> str:
         """The characters that `token` completes."""

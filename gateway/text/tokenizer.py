@@ -49,7 +49,7 @@ class Tokenizer:
             added = raw.get_added_tokens_decoder()
             self._added = {i: token.content for i, token in added.items()}
             self.special_ids = frozenset(i for i, token in added.items() if token.special)
-            kinds = _kinds(raw.decoder)
+            kinds = _kinds(json.loads(raw.decoder.__getstate__())) if raw.decoder is not None else set()
             self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
         self.token_bytes = functools.lru_cache(maxsize=65536)(self._token_bytes)
 
@@ -142,16 +142,9 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
-def _kinds(decoder: Any) -> set[str]:
-    """Names of the decoder's parts, such as {"Sequence", "ByteFallback", "Fuse"}."""
-    if decoder is None:
-        return set()
-    pending, kinds = [json.loads(decoder.__getstate__())], set()
-    while pending:
-        part = pending.pop()
-        kinds.add(str(part.get("type")))
-        pending.extend(part.get("decoders", ()))
-    return kinds
+def _kinds(decoder: Mapping[str, Any]) -> set[str]:
+    """Names of a decoder and its parts, such as {"Sequence", "ByteFallback", "Fuse"}."""
+    return {str(decoder.get("type"))}.union(*map(_kinds, decoder.get("decoders", ())))
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from stagemesh.errors import NotFound, StagemeshError
+from stagemesh.errors import InternalError, NotFound, StagemeshError
 from stagemesh.gateway.api.request import Engine, ServedModel
 from stagemesh.gateway.api.token_log import TokenLog
 from stagemesh.gateway.telemetry.metrics import Metrics
@@ -55,7 +55,7 @@ def build_app(
     ]
     if api.token_log is not None:
         routes.append(Route("/v1/streams/{id}", Endpoint(api, begin_resumed(CALLS)), methods=["GET"]))
-    handlers = {HTTPException: _http_error, StagemeshError: _error, ClientDisconnect: _gone, 500: _server_error}
+    handlers = {HTTPException: _http_error, StagemeshError: _error, ClientDisconnect: _gone, 500: _error}
     return RequestMiddleware(Starlette(routes=routes, exception_handlers=handlers), metrics, settings.api_key)
 
 
@@ -117,24 +117,20 @@ def _card(model: ServedModel) -> dict[str, object]:
 async def _http_error(request: Request, error: Exception) -> Response:
     """The error of an unknown path or method, in OpenAI's format."""
     assert isinstance(error, HTTPException)
-    message = str(error.detail)
-    if error.status_code == 404:
-        message = f"there is no {request.method} {request.url.path} here"
-    elif error.status_code == 405:
-        message = f"{request.url.path} does not take {request.method}"
+    message = {
+        404: f"there is no {request.method} {request.url.path} here",
+        405: f"{request.url.path} does not take {request.method}",
+    }.get(error.status_code, str(error.detail))
     return JSONResponse(shape(message, error.status_code, None, None), error.status_code, error.headers)
 
 
 async def _error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, StagemeshError)
-    return response_of(error)
+    """Ours as it is, any other as a bug: Starlette raises that again afterwards, so that it is logged."""
+    return response_of(
+        error if isinstance(error, StagemeshError) else InternalError(f"{type(error).__name__}: {error}")
+    )
 
 
 async def _gone(request: Request, error: Exception) -> Response:
     """Nobody reads it."""
     return Response(status_code=499)
-
-
-async def _server_error(request: Request, error: Exception) -> Response:
-    """The error of a bug, in OpenAI's format. Starlette raises it again afterwards, so that it is logged."""
-    return JSONResponse(shape(f"{type(error).__name__}: {error}", 500, None, "internal"), 500)

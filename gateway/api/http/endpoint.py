@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from stagemesh import errors
 from stagemesh.faults import point
-from stagemesh.gateway.api.token_log import LoggedCall, StreamWriter
+from stagemesh.gateway.api.token_log import LoggedCall
 
 from ..openai.call import Api, Call
 from ..openai.errors import BodyTooLarge, body_of, dumps, response_of
@@ -28,21 +28,21 @@ EVENT_STREAM = [
     # Otherwise nginx would buffer the events.
     (b"x-accel-buffering", b"no"),
 ]
-Begin = Callable[[Api, Scope, bytes], Awaitable[tuple[Call[Any], StreamWriter | None]]]
-"""Makes the call of a body, and the file to which its stream is written."""
+Begin = Callable[[Api, Scope, bytes], Awaitable[Call[Any]]]
+"""Makes the call of a body."""
 
 
 def begin_new(kind: type[Call[Any]]) -> Begin:
     """Calls of this kind, each with what the client asks for."""
 
-    async def begin(api: Api, scope: Scope, data: bytes) -> tuple[Call[Any], StreamWriter | None]:
+    async def begin(api: Api, scope: Scope, data: bytes) -> Call[Any]:
         call = await kind.parse(api, data)
-        if api.token_log is None or not call.body.stream:
-            return call, None
-        call.number_events()
-        # The gateway at which the stream is resumed must sample the same tokens.
-        seeds = [request.sampling.seed for request in call.requests]
-        return call, api.token_log.begin(LoggedCall(call.id, scope["path"], data.decode(), call.created, seeds))
+        if api.token_log is not None and call.body.stream:
+            # The gateway at which the stream is resumed must sample the same tokens.
+            seeds = [request.sampling.seed for request in call.requests]
+            logged = LoggedCall(call.id, scope["path"], data.decode(), call.created, seeds)
+            call.log_file = api.token_log.begin(logged)
+        return call
 
     return begin
 
@@ -76,7 +76,7 @@ class Endpoint:
 
     async def _answer(self, scope: Scope, data: bytes, writer: Writer) -> JSONResponse | None:
         """The whole answer, or None when it was streamed. Pieces are written to the log before they are sent."""
-        call, log_file = await self._begin(self._api, scope, data)
+        call = await self._begin(self._api, scope, data)
         try:
             generation = call.generation = Generation(self._api.engine, call.requests)
             try:
@@ -86,10 +86,10 @@ class Endpoint:
                     async for batch in batches:
                         # Not before the first batch: until then a failure can still have its own status.
                         await writer.start(EVENT_STREAM)
-                        if log_file is not None:
+                        if call.log_file is not None:
                             for index, delta in batch:
                                 point("gateway.before_log")
-                                log_file.add(index, delta)
+                                call.log_file.add(index, delta)
                                 point("gateway.after_log")
                         await writer.write(call.events(batch))
                 await writer.start(EVENT_STREAM)  # A client that resumes may have all of it already.
@@ -103,5 +103,5 @@ class Endpoint:
             log.exception("request %s failed", call.id)
             raise errors.InternalError(f"{type(e).__name__}: {e}") from e
         finally:
-            if log_file is not None:
-                log_file.close()
+            if call.log_file is not None:
+                call.log_file.close()

@@ -14,7 +14,6 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from stagemesh.errors import InvalidRequest
-from stagemesh.gateway.api.token_log import StreamWriter
 
 from ..openai.call import Api, Call
 from .endpoint import Begin
@@ -23,25 +22,21 @@ from .endpoint import Begin
 def begin_resumed(kinds: Mapping[str, type[Call[Any]]]) -> Begin:
     """The rest of logged calls. `kinds`: by the path of their endpoint."""
 
-    async def begin(api: Api, scope: Scope, data: bytes) -> tuple[Call[Any], StreamWriter | None]:
+    async def begin(api: Api, scope: Scope, data: bytes) -> Call[Any]:
         assert api.token_log is not None
         logged, choices, log_file = api.token_log.resume(scope["path_params"]["id"])
         call = await kinds[logged.path].parse(api, logged.body.encode())
-        n, count = call.requests[0].n, sum(request.n for request in call.requests)
-        told = [tuple(choices.get(index, ())) for index in range(count)]
+        n = call.requests[0].n
+        told = [tuple(choices.get(index, ())) for index in range(len(call.counts))]
         seen = _seen(Headers(scope=scope).get("last-event-id", ""), list(map(len, told)))
-        call.requests = [
-            dataclasses.replace(
-                request,
-                sampling=dataclasses.replace(request.sampling, seed=seed),
-                log=tuple(told[p * n : (p + 1) * n]),
-                seen=tuple(seen[p * n : (p + 1) * n]),
-            )
-            for p, (request, seed) in enumerate(zip(call.requests, logged.seeds, strict=True))
-        ]
-        call.resume(logged.id, logged.created, seen)
+        for p, (request, seed) in enumerate(zip(call.requests, logged.seeds, strict=True)):
+            request.sampling.seed = seed
+            own = slice(p * n, (p + 1) * n)
+            call.requests[p] = dataclasses.replace(request, log=tuple(told[own]), seen=tuple(seen[own]))
+        call.id, call.created = logged.id, logged.created
+        call.counts, call.log_file = seen, log_file
         log_file.continue_at(seen)
-        return call, log_file
+        return call
 
     return begin
 

@@ -13,7 +13,7 @@ from typing import Any, Generic, Self, TypeVar
 from stagemesh.gateway.api.build import build, served
 from stagemesh.gateway.api.params import parse
 from stagemesh.gateway.api.request import Delta, Engine, GenerationRequest, ServedModel, TokenLogprob
-from stagemesh.gateway.api.token_log import TokenLog
+from stagemesh.gateway.api.token_log import StreamWriter, TokenLog
 from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.settings.gateway import GatewaySettings
 
@@ -59,12 +59,12 @@ class Call(ABC, Generic[B]):
         self.created = int(time.time())
         self.requests: list[GenerationRequest] = []
         """One for each prompt."""
-        self.generation: Generation | None = None
+        self.generation: Generation
         """Set when the requests are submitted."""
-        self._counts: list[int] = []
-        """Tokens of each choice so far."""
-        self._numbered = False
-        """Whether the counts are told as the events' ids, so that the stream can be resumed."""
+        self.counts: list[int] = []
+        """Tokens of each choice so far, those among them that an earlier stream of it brought."""
+        self.log_file: StreamWriter | None = None
+        """To which its stream is written. Then the counts are told as the events' ids, so that it can be resumed."""
         options = body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
         self._continuous_usage = self._include_usage and bool(options and options.continuous_usage_stats)
@@ -82,7 +82,7 @@ class Call(ABC, Generic[B]):
             call.requests.append(
                 build(name, prompt, body, call.model, timeout_s=timeout_s, fill_context=cls.fill_context)
             )
-        call._counts = [0] * sum(request.n for request in call.requests)
+        call.counts = [0] * sum(request.n for request in call.requests)
         return call
 
     @abstractmethod
@@ -105,18 +105,9 @@ class Call(ABC, Generic[B]):
     def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         """The `logprobs` object of the next tokens of a choice."""
 
-    def number_events(self) -> None:
-        """Gives its events ids, so that its stream can be resumed."""
-        self._numbered = True
-
-    def resume(self, call_id: str, created: int, seen: Sequence[int]) -> None:
-        """Makes it the rest of an earlier call. `seen`: tokens of each choice that the client has."""
-        self.id, self.created = call_id, created
-        self._counts, self._numbered = list(seen), True
-
     def whole(self, choices: Sequence[Delta]) -> dict[str, Any]:
         """The whole answer."""
-        self._counts = [len(choice.tokens) for choice in choices]
+        self.counts = [len(choice.tokens) for choice in choices]
         return {
             **self._base(self.object_whole),
             "choices": [self._whole_choice(i, choice) for i, choice in enumerate(choices)],
@@ -127,9 +118,9 @@ class Call(ABC, Generic[B]):
         """The events of one batch of deltas."""
         lines: list[str] = []
         for index, delta in batch:
-            if not self._counts[index] and (opening := self.opening(index)) is not None:
+            if not self.counts[index] and (opening := self.opening(index)) is not None:
                 lines.append(self._chunk(dumps(opening)))
-            self._counts[index] += len(delta.tokens)
+            self.counts[index] += len(delta.tokens)
             lines.append(self._chunk(dumps(self._chunk_choice(index, delta))))
         return "".join(lines).encode()
 
@@ -140,13 +131,12 @@ class Call(ABC, Generic[B]):
 
     def usage(self) -> dict[str, Any]:
         """The token counts so far. A prompt counts once, whatever the number of its choices."""
-        prompt, completion = sum(len(request.prompt) for request in self.requests), sum(self._counts)
-        cached = self.generation.cached_tokens if self.generation is not None else 0
+        prompt, completion = sum(len(request.prompt) for request in self.requests), sum(self.counts)
         return {
             "prompt_tokens": prompt,
             "total_tokens": prompt + completion,
             "completion_tokens": completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": self.generation.cached_tokens},
         }
 
     def prompt_ids(self, index: int) -> dict[str, Any]:
@@ -183,7 +173,7 @@ class Call(ABC, Generic[B]):
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
 
     def _chunk(self, choice: str) -> str:
-        number = f"id: {','.join(map(str, self._counts))}\n" if self._numbered else ""
+        number = f"id: {','.join(map(str, self.counts))}\n" if self.log_file is not None else ""
         if self._continuous_usage:
             return number + event(f'{self._head}{choice}],"usage":{dumps(self.usage())}}}')
         end = '],"usage":null}' if self._include_usage else "]}"

@@ -10,7 +10,7 @@ from stagemesh.gateway.api.request import Delta, TokenLogprob
 
 from .call import Call
 from .logprobs import chat_logprobs
-from .protocol import ChatCompletionRequest
+from .protocol import ChatCompletionRequest, turns
 
 
 class ChatCall(Call[ChatCompletionRequest]):
@@ -26,7 +26,7 @@ class ChatCall(Call[ChatCompletionRequest]):
         """The conversation as the chat template writes it."""
         prompt = await render_chat(
             self.model,
-            self.body.turns(),
+            turns(self.body.messages),
             add_generation_prompt=self.body.add_generation_prompt is not False,
             add_special_tokens=bool(self.body.add_special_tokens),
             extra=self.body.chat_template_kwargs,

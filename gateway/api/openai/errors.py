@@ -26,22 +26,23 @@ CODES: dict[type[errors.StagemeshError], str] = {
 
 
 class BodyTooLarge(errors.InvalidRequest):
-    """The body exceeds --max-body-mib: 413."""
+    """The body exceeds --max-body-mib."""
 
     reason = "BODY_TOO_LARGE"
 
 
 class BodyTooSlow(errors.InvalidRequest):
-    """The body did not arrive in time: 408."""
+    """The body did not arrive in time."""
 
     reason = "BODY_TIMEOUT"
 
 
+STATUS: dict[type[errors.StagemeshError], int] = {BodyTooLarge: 413, BodyTooSlow: 408}
+
+
 def status_of(error: errors.StagemeshError) -> int:
     """The HTTP status of `error`."""
-    return (
-        413 if isinstance(error, BodyTooLarge) else 408 if isinstance(error, BodyTooSlow) else errors.http_status(error)
-    )
+    return STATUS.get(type(error)) or errors.http_status(error)
 
 
 def shape(message: str, status: int, param: str | None, code: str | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ so ignoring them would mislead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,17 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from stagemesh.errors import InvalidRequest
 from stagemesh.gateway.api.params import MAX_TOP_LOGPROBS, Params
 
+STRUCTURED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 REFUSED: dict[str, str] = {
     "tools": "tools are not supported",
     "functions": "functions are not supported",
     "suffix": "a suffix (fill in the middle) is not supported",
     "audio": "audio is not supported",
     "prediction": "predicted outputs are not supported",
-    "guided_json": "structured output is not supported",
-    "guided_regex": "structured output is not supported",
-    "guided_choice": "structured output is not supported",
-    "guided_grammar": "structured output is not supported",
-    "structured_outputs": "structured output is not supported",
+    **dict.fromkeys(STRUCTURED, "structured output is not supported"),
     "use_beam_search": "beam search is not supported",
     "prompt_logprobs": "log-probabilities of the prompt are not supported",
     "truncate_prompt_tokens": "truncating the prompt is not supported",
@@ -140,13 +137,14 @@ class ChatCompletionRequest(Common):
         """None: no log-probabilities. k: those of each sampled token and of the k likeliest."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def turns(self) -> list[dict[str, Any]]:
-        """The messages as a chat template takes them. Raises InvalidRequest for unsupported roles and parts."""
-        return [_turn(i, message) for i, message in enumerate(self.messages)]
-
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """The supported roles. `developer` is OpenAI's newer name of `system`; templates know the latter."""
+
+
+def turns(messages: Iterable[ChatMessage]) -> list[dict[str, Any]]:
+    """The messages as a chat template takes them. Raises InvalidRequest for unsupported roles and parts."""
+    return [_turn(i, message) for i, message in enumerate(messages)]
 
 
 def _turn(i: int, message: ChatMessage) -> dict[str, Any]:

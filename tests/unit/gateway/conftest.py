@@ -112,7 +112,7 @@ class EchoStream:
                 request.stop,
                 request.skip_special_tokens,
                 request.include_stop_str_in_output,
-                request.min_tokens,
+                request.sampling.min_tokens,
             )
             for _ in range(request.n)
         ]
@@ -152,11 +152,11 @@ class EchoStream:
                 (t, -float(rank + 1)) for rank, t in enumerate([token, 3, 4, 5][: request.sampling.top_logprobs])
             )
             delta.logprobs = [TokenLogprob(token, -1.0, top)]
-        if token in request.stop_token_ids and step >= request.min_tokens:
+        if token in request.stop_token_ids and step >= request.sampling.min_tokens:
             delta.text, delta.finish_reason = text.finish(), "stop"
             delta.stop_reason = None if token in self._engine.tokenizer.eos_ids else token
             return delta
-        delta.text, stopped_by, _ = text.push([token])
+        delta.text, stopped_by = text.push(token)
         if stopped_by is not None:
             delta.finish_reason, delta.stop_reason = "stop", stopped_by
         elif step + 1 == request.max_tokens:

@@ -40,6 +40,11 @@ def test_every_kind_of_prompt(make_served: Make) -> None:
     assert talk(served, lambda c: c.generate([{"role": "user", "content": "Hi"}], max_tokens=8)).text == "[user]Hi"
     chat = talk(served, lambda c: c.generate([{"role": "user", "content": "Hi"}]))
     assert chat.usage.prompt_tokens + chat.usage.completion_tokens == 256, "a chat may fill the context"
+    for role in ("developer", "system"):
+        talk(served, lambda c, role=role: c.generate([{"role": role, "content": "Hi"}], max_tokens=1))
+    assert served.engine.requests[-2].prompt == served.engine.requests[-1].prompt
+    with pytest.raises(errors.InvalidRequest, match=r"messages\[0\]\.role must be"):
+        talk(served, lambda c: c.generate([{"role": "tool", "content": "Hi"}]))
 
 
 def test_params_reach_the_engine(make_served: Make) -> None:
@@ -67,7 +72,7 @@ def test_params_reach_the_engine(make_served: Make) -> None:
     s = request.sampling
     assert (s.temperature, s.top_p, s.top_k, s.min_p, s.seed) == (0.0, 0.5, 7, 0.25, 2**64 - 1)
     assert (s.presence_penalty, s.frequency_penalty, s.repetition_penalty) == (-1.5, 2.0, 1.25)
-    assert (request.stop, request.stop_token_ids, request.min_tokens) == (("zz",), {9}, 2)
+    assert (request.stop, request.stop_token_ids, s.min_tokens) == (("zz",), {9}, 2)
     assert 1 < request.deadline_s <= 7.5
     talk(served, lambda c: c.generate("ab"))
     assert served.engine.requests[1].sampling.temperature == 0.5, "the default of generation_config.json"

@@ -33,12 +33,12 @@ def test_a_step_that_does_not_come_back() -> None:
 def test_one_that_comes_back_gives_the_others_their_time() -> None:
     now = 1000.0
     watched = deadline(now)
-    watched.sent(2, now)
-    for _ in range(20):
+    for step in range(2, 22):
+        watched.sent(step, now)
         now += TIMING.look_s
-        watched.heard(now)
+        watched.done(step, now)
         assert not is_late(watched, now)
-    watched.done(1), watched.done(2)
+    watched.done(1, now)
     assert (watched.watches, watched.out_s(now + TIMING.look_s)) == (False, 0.0)
 
 

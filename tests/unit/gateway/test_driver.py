@@ -95,7 +95,7 @@ class Mesh:
             recovery_deadline=deadline_s, enable_prefix_caching=True, speculative_config=None
         )
         self.metrics = MagicMock()
-        observers = Observers(self.metrics, MagicMock(), MagicMock(), TIMING, lambda: self.now)
+        observers = Observers(self.metrics, MagicMock(), TIMING, lambda: self.now)
 
         async def no_model(_: types_pb2.PipelineView) -> None:
             return None

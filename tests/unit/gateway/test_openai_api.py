@@ -180,7 +180,7 @@ def test_everything_that_may_be_asked_for_reaches_the_engine(make_served: Make) 
         "temperature": 0,
         "top_p": 0.5,
         "top_k": 7,
-        "min_p": 0.1,
+        "min_p": 0.125,
         "presence_penalty": -1.5,
         "frequency_penalty": 2,
         "repetition_penalty": 1.25,
@@ -194,14 +194,16 @@ def test_everything_that_may_be_asked_for_reaches_the_engine(make_served: Make) 
         "logprobs": 2,
         "user": "ignored",
         "no_such_key": {"ignored": True},
+        "suppressed_ids": ["ignored"],
     }
     assert post(served, URL, {"prompt": "ab", **asked}).status_code == 200
     request = served.engine.requests[0]
     s = request.sampling
-    assert (s.temperature, s.top_p, s.top_k, s.min_p) == (0.0, 0.5, 7, 0.1)
+    assert (s.temperature, s.top_p, s.top_k, s.min_p) == (0.0, 0.5, 7, 0.125)
     assert (s.presence_penalty, s.frequency_penalty, s.repetition_penalty) == (-1.5, 2.0, 1.25)
-    assert (s.seed, s.logit_bias, s.logprobs, s.top_logprobs) == (2**64 - 1, ((5, -100.0), (9, 1.5)), True, 2)
-    assert (request.n, request.min_tokens, request.max_tokens, request.deadline_s) == (3, 2, 4, 7.5)
+    assert (s.seed, s.logprobs, s.top_logprobs) == (2**64 - 1, True, 2)
+    assert (list(s.bias_ids), list(s.bias_values)) == ([5, 9], [-100.0, 1.5])
+    assert (request.n, s.min_tokens, request.max_tokens, request.deadline_s) == (3, 2, 4, 7.5)
     post(served, URL, {"prompt": "ab", "timeout": 1e9, "top_k": -1})
     assert served.engine.requests[1].deadline_s == 100
     assert served.engine.requests[1].sampling.top_k == 0

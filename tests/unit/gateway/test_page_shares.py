@@ -149,7 +149,7 @@ def test_pages_that_a_session_does_not_ask_for_are_given_up_before_it_is_opened(
     kept: list[frozenset[int]] = []
 
     async def start() -> None:
-        observers = Observers(MagicMock(), MagicMock(), MagicMock(), GatewayTiming(), lambda: 0.0)
+        observers = Observers(MagicMock(), MagicMock(), GatewayTiming(), lambda: 0.0)
         loop = BatchLoop(view, ledger, observers, asyncio.Event(), MagicMock(), MagicMock())
         starting = asyncio.create_task(loop.start(SlotLease("g", lambda: None)))
         await asyncio.sleep(0)  # Nobody listens there: what is given up is given up before that is known.

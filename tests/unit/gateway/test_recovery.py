@@ -10,9 +10,10 @@ from prefix_world import SIZE, come_back, draw, make
 from stagemesh.gateway.drive.ledger import Ledger
 from stagemesh.gateway.schedule.pages import Shape
 from stagemesh.gateway.schedule.plan import Plan
-from stagemesh.gateway.schedule.recovery import Recovery, StageKv, lost_stages
+from stagemesh.gateway.schedule.recovery import Recovery, lost_stages
 from stagemesh.gateway.schedule.scheduler import Scheduler
 from stagemesh.gateway.schedule.sequence import Sequence, State
+from stagemesh.protos.v1.stage_pb2 import RunOpened
 
 EVERYTHING = b"\xff" * 16
 
@@ -39,10 +40,6 @@ def taken(
     return steps
 
 
-def kept(*journals: bytes) -> list[StageKv]:
-    return [StageKv(1, journal) for journal in journals]
-
-
 @pytest.mark.parametrize(
     ("filled", "now", "lost"),
     [
@@ -58,18 +55,18 @@ def kept(*journals: bytes) -> list[StageKv]:
 def test_stages_that_are_not_what_they_were(
     filled: tuple[int, ...], now: tuple[int, ...], lost: list[tuple[int, int]]
 ) -> None:
-    assert lost_stages(filled, [StageKv(generation, b"") for generation in now]) == lost
+    assert lost_stages(filled, now) == lost
 
 
 def test_a_lost_stage_is_refilled_from_the_one_before_it_the_shortest_first() -> None:
     sequences = running(9, 5, 0)
-    recovery = Recovery([(1, 1)], kept(EVERYTHING, b"", b""), SIZE)
+    recovery = Recovery([(1, 1)], [EVERYTHING, b"", b""], SIZE)
     assert taken(recovery, sequences, 100) == [([(1, 0, 5), (0, 0, 9)], (1, 1))]
 
 
 def test_steps_are_bounded_and_a_sequence_goes_on_where_it_was_cut() -> None:
     sequences = running(11, 18)
-    recovery = Recovery([(1, 1)], kept(EVERYTHING, b""), SIZE)
+    recovery = Recovery([(1, 1)], [EVERYTHING, b""], SIZE)
     assert [parts for parts, _ in taken(recovery, sequences, 7)] == [
         [(0, 0, 7)], [(0, 7, 4), (1, 0, 3)], [(1, 3, 7)], [(1, 10, 7)], [(1, 17, 1)],
     ]  # fmt: skip
@@ -78,7 +75,7 @@ def test_steps_are_bounded_and_a_sequence_goes_on_where_it_was_cut() -> None:
 def test_shared_pages_are_filled_once() -> None:
     sequences = running(12, 14)
     sequences[1].pages[:2] = sequences[0].pages[:2]
-    recovery = Recovery([(0, 0)], kept(b"", b""), SIZE)
+    recovery = Recovery([(0, 0)], [b"", b""], SIZE)
     assert taken(recovery, sequences, 100) == [([(0, 0, 12), (1, 8, 6)], (0, 0))]
 
 
@@ -89,14 +86,14 @@ def test_where_the_journal_has_gaps_the_stage_before_is_asked_and_at_last_the_to
         sequences = running(8, 8, 8)
         for other in sequences:
             other.computed *= other is sequences[number]
-        steps = taken(Recovery([(2, 2)], kept(both, low, b""), SIZE), sequences, 100)
+        steps = taken(Recovery([(2, 2)], [both, low, b""], SIZE), sequences, 100)
         assert steps == [([(number, 0, 8)], stages)]
 
 
 def test_a_stage_that_computes_again_though_it_was_not_lost_promises_no_journal_any_more() -> None:
     sequences = running(8, 12)
     # Stage 1 has the second sequence's pages alone; the first is computed by stages 1 and 2 before.
-    steps = taken(Recovery([(2, 2)], kept(EVERYTHING, bytes([0, 0, 0b1110000]), b""), SIZE), sequences, 100)
+    steps = taken(Recovery([(2, 2)], [EVERYTHING, bytes([0, 0, 0b1110000]), b""], SIZE), sequences, 100)
     assert steps == [([(0, 0, 8)], (1, 2)), ([(1, 0, 12)], (1, 2))]
 
 
@@ -105,7 +102,7 @@ def test_one_that_was_cut_within_a_page_goes_on_before_a_shorter_one() -> None:
     sequences = running(4, 8, 32)
     journal = bytearray(EVERYTHING)
     journal[20 >> 3] &= ~(1 << (20 & 7))  # The first page of the second sequence: it is computed from further up.
-    recovery = Recovery([(1, 1)], kept(bytes(journal), b""), SIZE)
+    recovery = Recovery([(1, 1)], [bytes(journal), b""], SIZE)
     assert taken(recovery, sequences, 18) == [
         ([(0, 0, 4), (2, 0, 14)], (1, 1)),
         ([(2, 14, 18)], (1, 1)),
@@ -117,7 +114,7 @@ def test_pages_that_are_filled_are_not_opened_again() -> None:
     """One whose first page is its own, equal to another's, and that shares what is behind it."""
     first, second = running(16, 24)
     second.pages[1:4] = first.pages[1:4]
-    recovery = Recovery([(1, 1)], kept(EVERYTHING, b""), SIZE)
+    recovery = Recovery([(1, 1)], [EVERYTHING, b""], SIZE)
     assert taken(recovery, [first, second], 19) == [
         ([(0, 0, 16), (1, 0, 3)], (1, 1)),
         ([(1, 3, 1)], (1, 1)),
@@ -127,7 +124,7 @@ def test_pages_that_are_filled_are_not_opened_again() -> None:
 
 def test_two_losses_that_are_apart_are_refilled_one_after_the_other() -> None:
     sequences = running(8)
-    stages = kept(EVERYTHING, EVERYTHING, EVERYTHING, EVERYTHING)
+    stages = [EVERYTHING, EVERYTHING, EVERYTHING, EVERYTHING]
     assert taken(Recovery([(1, 1), (3, 3)], stages, SIZE), sequences, 5) == [
         ([(0, 0, 5)], (1, 1)), ([(0, 5, 3)], (1, 1)), ([(0, 0, 5)], (3, 3)), ([(0, 5, 3)], (3, 3)),
     ]  # fmt: skip
@@ -135,7 +132,7 @@ def test_two_losses_that_are_apart_are_refilled_one_after_the_other() -> None:
 
 def test_who_ended_is_not_computed_again() -> None:
     sequences = running(8, 9)
-    recovery = Recovery([(1, 1)], kept(EVERYTHING, b""), SIZE)
+    recovery = Recovery([(1, 1)], [EVERYTHING, b""], SIZE)
     sequences[1].state = State.FINISHED
     assert taken(recovery, sequences, 100) == [([(0, 0, 8)], (1, 1))]
 
@@ -153,7 +150,7 @@ def test_pages_of_one_that_ended_half_refilled_are_not_taken_over() -> None:
         scheduler.step_done(plan.step)
     assert first.offered == 10
     scheduler.rewind()
-    scheduler.recovery = Recovery([(0, 0)], kept(b""), SIZE)
+    scheduler.recovery = Recovery([(0, 0)], [b""], SIZE)
     plan = scheduler.next_plan()
     assert plan is not None
     assert (plan.replay, plan.rows[0].count) == ((0, 0), 16)
@@ -179,7 +176,7 @@ class Stages:
         self.slots[stage], self.journals[stage] = {}, {}
         self.generations[stage] = self.rng.getrandbits(60)
 
-    def told(self) -> list[StageKv]:
+    def told(self) -> list[RunOpened]:
         """What they say when sessions are opened. Of each journal, some pages have gone."""
         told = []
         for journal, generation in zip(self.journals, self.generations, strict=True):
@@ -187,7 +184,7 @@ class Stages:
             for page in journal:
                 if self.rng.random() < 0.8:
                     bits[page >> 3] |= 1 << (page & 7)
-            told.append(StageKv(generation, bytes(bits)))
+            told.append(RunOpened(kv_generation=generation, journal=bytes(bits)))
         return told
 
     def run(self, plan: Plan, stage: int, tokens: dict[Sequence, list[int]]) -> None:

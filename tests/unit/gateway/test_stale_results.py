@@ -18,7 +18,7 @@ def test_a_result_of_an_earlier_epoch() -> None:
 
     async def go() -> None:
         view = types_pb2.PipelineView(pipeline_id="pipeline-0", epoch=5, stages=[types_pb2.StageView()])
-        observers = Observers(metrics, MagicMock(), MagicMock(), GatewayTiming(), lambda: 0.0)
+        observers = Observers(metrics, MagicMock(), GatewayTiming(), lambda: 0.0)
         loop = BatchLoop(view, ledger, observers, asyncio.Event(), MagicMock(), MagicMock())
         loop.on_result(0, stage_pb2.StepResult(epoch=4, step=1, sequences=[1], positions=[7], tokens=[9]))
 

@@ -10,9 +10,9 @@ from prefix_world import SIZE, come_back, draw, make
 from stagemesh.gateway.drive.ledger import Ledger
 from stagemesh.gateway.schedule.pages import Shape
 from stagemesh.gateway.schedule.plan import Plan
-from stagemesh.gateway.schedule.recovery import StageKv
 from stagemesh.gateway.schedule.sequence import Sequence, State
 from stagemesh.gateway.schedule.suspects import DEATHS, REPLAY_DEATHS
+from stagemesh.protos.v1.stage_pb2 import RunOpened
 
 SHAPE = Shape(tuple(range(60)), SIZE, 2)
 
@@ -32,7 +32,10 @@ class Pipeline:
         self.begin()
 
     def begin(self) -> None:
-        self.ledger.begin(SHAPE, [StageKv(1, b"\xff" * 16), StageKv(self.generation, b"")])
+        self.ledger.begin(
+            SHAPE,
+            [RunOpened(kv_generation=1, journal=b"\xff" * 16), RunOpened(kv_generation=self.generation, journal=b"")],
+        )
 
     def plan(self) -> bool:
         """Sends the next step, if there is one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -184,10 +183,3 @@ def test_the_route(make_served: Callable[..., Any]) -> None:
                     await asyncio.sleep(0.01)
 
     asyncio.run(go())
-
-
-def test_the_record_says_all_it_has() -> None:
-    from stagemesh.gateway.telemetry.trace import StepRecord
-
-    record = StepRecord("p", 1, 2, 3, 4, [5], 6, 7, [None])
-    assert set(record.as_json()) == {f.name for f in dataclasses.fields(record)}
