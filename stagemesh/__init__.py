@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,11 +10,11 @@ if TYPE_CHECKING:
 __version__ = "0.3.0"
 __all__ = ["Client", "__version__"]
 
-_LAZY = {"Client": "stagemesh.client"}
-
 
 def __getattr__(name: str) -> Any:
-    """Imports public names on first use, so that a process does not pay for imports that it does not need."""
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    """Imports the client on first use, so that a process does not pay for imports that it does not need."""
+    if name == "Client":
+        from stagemesh.client import Client
+
+        return Client
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,6 @@ import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, cast
 
 from google.protobuf import json_format
@@ -26,6 +25,10 @@ from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or a conversation of `{"role": ..., "content": ...}`."""
 FinishReason: TypeAlias = Literal["stop", "length"]
+Usage: TypeAlias = gateway_pb2.Usage
+"""Token counts: `prompt_tokens`, and `completion_tokens` over all choices."""
+Model: TypeAlias = gateway_pb2.ModelCard
+"""A served model: `id`, `max_model_len`, and when it was first served, `created`."""
 
 _FINISH: dict[int, FinishReason] = {
     gateway_pb2.FINISH_REASON_STOP: "stop",
@@ -80,14 +83,6 @@ class StreamDelta:
     finish_reason: FinishReason | None
 
 
-@dataclass(frozen=True)
-class Usage:
-    """Token counts. `completion_tokens` is the sum over all choices."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
 @dataclass
 class Choice:
     """One whole choice."""
@@ -123,15 +118,6 @@ class Completion:
         return self.choices[0].finish_reason
 
 
-@dataclass(frozen=True)
-class Model:
-    """A served model."""
-
-    id: str
-    max_model_len: int
-    created: int
-
-
 class Client:
     """A connection to a gateway's gRPC port. Concurrent requests share it."""
 
@@ -145,9 +131,7 @@ class Client:
     async def __aenter__(self) -> Client:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -162,7 +146,7 @@ class Client:
         async with contextlib.aclosing(self._responses(request, params.get("timeout_s"))) as responses:
             async for response in responses:
                 if response.HasField("usage"):
-                    usage = Usage(response.usage.prompt_tokens, response.usage.completion_tokens)
+                    usage = response.usage
                     continue
                 delta = _delta(response)
                 choice = choices[delta.choice]
@@ -188,16 +172,15 @@ class Client:
         """The models that the gateway serves."""
         with rpc.mapped():
             told = await self._stub.ListModels(gateway_pb2.ListModelsRequest(), metadata=self._metadata)
-        return [Model(card.id, card.max_model_len, card.created) for card in told.models]
+        return list(told.models)
 
     async def mesh(self) -> dict[str, Any]:
         """The mesh as the gateway sees it: pipelines, their stages, workers, pages."""
         with rpc.mapped():
             told = await self._stub.DescribeMesh(gateway_pb2.GatewayDescribeMeshRequest(), metadata=self._metadata)
-        shown: dict[str, Any] = json_format.MessageToDict(
+        return json_format.MessageToDict(
             told, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
-        return shown
 
     async def _responses(
         self, request: gateway_pb2.GenerateRequest, timeout_s: float | None

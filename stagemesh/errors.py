@@ -31,11 +31,17 @@ from collections.abc import Iterator
 
 import grpc
 
+_BY_REASON: dict[str, type[StagemeshError]] = {}
+
 
 class StagemeshError(Exception):
     """Root of the tree. `reason` is a stable upper-case identifier (google.rpc.ErrorInfo.reason)."""
 
     reason = "INTERNAL"
+
+    def __init_subclass__(cls, reason: str | None = None) -> None:
+        if reason is not None:
+            cls.reason, _BY_REASON[reason] = reason, cls
 
     def __init__(self, message: str, *, retry_after_s: float | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -44,110 +50,76 @@ class StagemeshError(Exception):
         self.param = param
 
 
-class InvalidRequest(StagemeshError):
+class InvalidRequest(StagemeshError, reason="INVALID_REQUEST"):
     """The caller's input is wrong."""
 
-    reason = "INVALID_REQUEST"
 
-
-class PromptTooLong(InvalidRequest):
+class PromptTooLong(InvalidRequest, reason="CONTEXT_LENGTH_EXCEEDED"):
     """Prompt and requested output exceed the longest sequence the mesh was started for."""
 
-    reason = "CONTEXT_LENGTH_EXCEEDED"
 
-
-class NotFound(StagemeshError):
+class NotFound(StagemeshError, reason="NOT_FOUND"):
     """No such model, worker or request."""
 
-    reason = "NOT_FOUND"
 
-
-class Unauthenticated(StagemeshError):
+class Unauthenticated(StagemeshError, reason="UNAUTHENTICATED"):
     """Missing or wrong API key."""
 
-    reason = "UNAUTHENTICATED"
 
-
-class QueueFull(StagemeshError):
+class QueueFull(StagemeshError, reason="QUEUE_FULL"):
     """The admission queue is at its bound."""
 
-    reason = "QUEUE_FULL"
 
-
-class Unavailable(StagemeshError):
+class Unavailable(StagemeshError, reason="UNAVAILABLE"):
     """No pipeline can serve now."""
 
-    reason = "UNAVAILABLE"
 
-
-class StageLost(Unavailable):
+class StageLost(Unavailable, reason="STAGE_LOST"):
     """A stage went away while the request was running."""
-
-    reason = "STAGE_LOST"
 
 
 class RanksDied(StageLost):
     """The ranks of a stage died with steps under way, one of which may be the cause."""
 
 
-class DeadlineExceeded(StagemeshError):
+class DeadlineExceeded(StagemeshError, reason="DEADLINE_EXCEEDED"):
     """The request's own deadline passed."""
 
-    reason = "DEADLINE_EXCEEDED"
 
-
-class Cancelled(StagemeshError):
+class Cancelled(StagemeshError, reason="CANCELLED"):
     """The client went away or asked to stop."""
 
-    reason = "CANCELLED"
 
-
-class ConfigError(StagemeshError):
+class ConfigError(StagemeshError, reason="CONFIG"):
     """Settings, or the mesh they ask for, cannot be built."""
 
-    reason = "CONFIG"
 
-
-class CheckpointError(StagemeshError):
+class CheckpointError(StagemeshError, reason="CHECKPOINT"):
     """A checkpoint is damaged, incomplete or of another revision."""
 
-    reason = "CHECKPOINT"
 
-
-class UnsupportedModel(CheckpointError):
+class UnsupportedModel(CheckpointError, reason="UNSUPPORTED_MODEL"):
     """An architecture that cannot be split into stages."""
 
-    reason = "UNSUPPORTED_MODEL"
 
-
-class StaleEpoch(StagemeshError):
+class StaleEpoch(StagemeshError, reason="STALE_EPOCH"):
     """An order from an epoch that has passed."""
 
-    reason = "STALE_EPOCH"
 
-
-class TransportError(StagemeshError):
+class TransportError(StagemeshError, reason="TRANSPORT"):
     """A link or its peer failed."""
 
-    reason = "TRANSPORT"
 
-
-class NumericalError(StagemeshError):
+class NumericalError(StagemeshError, reason="NUMERICAL"):
     """NaN or infinity in one request's logits."""
 
-    reason = "NUMERICAL"
 
-
-class PoisonedRequest(StagemeshError):
+class PoisonedRequest(StagemeshError, reason="POISONED_REQUEST"):
     """The ranks of a stage died each time this request was computed, the last time while nothing else was."""
 
-    reason = "POISONED_REQUEST"
 
-
-class InternalError(StagemeshError):
+class InternalError(StagemeshError, reason="INTERNAL"):
     """A bug of ours."""
-
-    reason = "INTERNAL"
 
 
 STATUS: dict[type[StagemeshError], tuple[grpc.StatusCode, int]] = {
@@ -183,13 +155,7 @@ def _status(error: StagemeshError) -> tuple[grpc.StatusCode, int]:
 
 def by_reason(reason: str) -> type[StagemeshError]:
     """The class that a peer's `ErrorInfo.reason` names; `InternalError` when the reason is unknown."""
-    pending = StagemeshError.__subclasses__()
-    while pending:
-        cls = pending.pop()
-        if cls.reason == reason:
-            return cls
-        pending.extend(cls.__subclasses__())
-    return InternalError
+    return _BY_REASON.get(reason, InternalError)
 
 
 def by_status(status: grpc.StatusCode) -> type[StagemeshError]:

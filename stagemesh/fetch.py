@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import urllib.error
 import urllib.request
 from typing import Any
@@ -25,13 +27,18 @@ def fetch_json(url: str, timeout_s: float, *, api_key: str | None = None, post: 
             return json.load(response)
     except urllib.error.HTTPError as e:
         with e:
-            said = e.read().decode(errors="replace")
-        try:
-            said = json.loads(said)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            said = said[:300] or e.reason
+            said = error_message(e.read()) or e.reason
         if e.code == 404:
             said += " (is the gateway of an older release?)"
         raise (InvalidRequest if e.code == 400 else Unavailable)(f"{url} answers {e.code}: {said}") from e
     except (OSError, ValueError) as e:
         raise Unavailable(f"no gateway answers at {url}: {e}; name its address with --url") from e
+
+
+def error_message(body: bytes) -> str:
+    """The message of an error in OpenAI's format, at the end of an answer; else the end of that answer."""
+    text = body.decode(errors="replace")
+    found = re.search(r'\{"error":\s*\{"message":\s*("(?:[^"\\]|\\.)*")', text)
+    with contextlib.suppress(ValueError):  # What another server says may be no JSON.
+        return str(json.loads(found[1])) if found else text[-300:]
+    return text[-300:]

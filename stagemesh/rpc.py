@@ -154,23 +154,15 @@ def status_of(error: errors.StagemeshError) -> status_pb2.Status:
 
 def from_rpc_error(error: grpc.RpcError) -> errors.StagemeshError:
     """The error of ours that a failed call stands for; a peer that cannot be reached is `Unavailable`."""
-    code = error.code()
-    message = error.details() or code.name
     metadata: Any = error.trailing_metadata() or ()
-    for key, value in metadata:
-        if key == DETAILS:
-            status = status_pb2.Status.FromString(value)
-            cls: type[errors.StagemeshError] | None = None
-            retry_after_s = param = None
-            for detail in status.details:
-                info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-                if detail.Unpack(info):
-                    cls, param = errors.by_reason(info.reason), info.metadata.get("param")
-                elif detail.Unpack(retry):
-                    retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
-            if cls is not None:
-                return cls(status.message, retry_after_s=retry_after_s, param=param)
-    return errors.by_status(code)(message)
+    status = status_pb2.Status.FromString(dict(metadata).get(DETAILS, b""))
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    for detail in status.details:
+        _ = detail.Unpack(info) or detail.Unpack(retry)
+    if not info.reason:
+        return errors.by_status(error.code())(error.details() or error.code().name)
+    after_s = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
+    return errors.by_reason(info.reason)(status.message, retry_after_s=after_s, param=info.metadata.get("param"))
 
 
 @contextlib.contextmanager

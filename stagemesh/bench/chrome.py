@@ -16,8 +16,9 @@ from .records import Step, Trace
 Event = dict[str, Any]
 
 GATEWAY = 1
-PLANS, TOKENS = 1, 2
-ENGINE, WAITING = 1, 2
+PLANS, TOKENS, PLANS_SENT, RESULTS_SENT = 1, 2, 3, 4
+ENGINE, WAITING, READY = 1, 2, 3
+ACTIVATIONS = 1
 
 
 def stage_pid(stage: int) -> int:
@@ -59,15 +60,16 @@ def document(trace: Trace, told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(trace: Trace) -> Iterator[Event]:
-    yield from _named(GATEWAY, "gateway", {PLANS: "plans", TOKENS: "tokens"})
+    lanes = {PLANS: "plans", TOKENS: "tokens", PLANS_SENT: "plans to stage 0", RESULTS_SENT: "results to gateway"}
+    yield from _named(GATEWAY, "gateway", lanes)
     for info, clock in zip(trace.stages, trace.clocks, strict=True):
-        first, last = info.layers
+        name = f"stage {info.stage}: layers {info.layers[0]}-{info.layers[1] - 1}"
         how = "the gateway's clock" if clock.shared else f"clock known to {clock.uncertainty_us:.0f} us"
-        label = f"stage {info.stage}: layers {first}-{last - 1}, tp {info.tp_size}, {info.worker_id} ({how})"
-        yield from _named(stage_pid(info.stage), label, {ENGINE: "engine", WAITING: "plans that wait"})
+        lanes = {ENGINE: name, WAITING: "plans that wait", READY: "steps that are ready"}
+        yield from _named(stage_pid(info.stage), f"{name}, tp {info.tp_size}, {info.worker_id} ({how})", lanes)
         if info.stage < len(trace.stages) - 1:
-            route = f" ({info.route})" if info.route else ""
-            yield from _named(link_pid(info.stage), f"link {info.stage} to {info.stage + 1}{route}", {1: "activations"})
+            name, route = f"link {info.stage} to {info.stage + 1}", f" ({info.route})" if info.route else ""
+            yield from _named(link_pid(info.stage), name + route, {ACTIVATIONS: name})
 
 
 def _named(pid: int, name: str, threads: dict[int, str]) -> Iterator[Event]:
@@ -82,21 +84,22 @@ def _step(step: Step) -> Iterator[Event]:
 
     def spent(pid: int, tid: int, cat: str, word: str, begin: float, end: float, **args: float) -> Event:
         """What a thread did. `word`: what its box says, before the number of the step."""
-        told = {"rows": len(step.sequences), "tokens": step.tokens, "prefill_tokens": step.prefill_tokens}
+        told = {"rows": len(step.sequences), "sampled": len(step.sampled), "tokens": step.tokens}
+        told["prefill_tokens"] = step.prefill_tokens
         event = {"pid": pid, "tid": tid, "cat": cat, "name": f"{word} {step.step}", "ts": begin, "args": told | args}
         return event | {"ph": "X", "dur": round(max(0.0, end - begin), 3)}
 
-    def beside(pid: int, tid: int, cat: str, word: str, begin: float, end: float, **args: float) -> Iterator[Event]:
-        """What goes on beside others of its kind."""
-        event = spent(pid, tid, cat, word, begin, end, **args) | {"id": f"{pid}.{cat}.{step.step}"}
+    def beside(pid: int, tid: int, cat: str, word: str, begin: float, end: float) -> Iterator[Event]:
+        """What goes on beside others of its kind. The two events follow each other."""
+        event = spent(pid, tid, cat, word, begin, end) | {"id": f"{pid}.{cat}.{step.step}"}
         del event["dur"]
         yield event | {"ph": "b"}
         yield event | {"ph": "e", "ts": max(begin, end)}
 
-    sampled = len(step.sampled)
-    yield spent(GATEWAY, PLANS, "plan", "plan", step.planned_us, step.sent_us, sampled=sampled)
-    yield spent(GATEWAY, TOKENS, "tokens", "tokens", step.received_us, step.delivered_us, sampled=sampled)
-    yield from beside(GATEWAY, PLANS, "in flight", "step", step.planned_us, step.delivered_us, sampled=sampled)
+    yield spent(GATEWAY, PLANS, "plan", "plan", step.planned_us, step.sent_us)
+    yield spent(GATEWAY, TOKENS, "tokens", "tokens", step.received_us, step.delivered_us)
+    yield from beside(GATEWAY, PLANS, "in flight", "step", step.planned_us, step.delivered_us)
+    yield from beside(GATEWAY, PLANS_SENT, "plan sent", "plan", step.planned_us, step.stages[0].plan_arrived_us)
     arrow: Event = {"name": "step", "cat": "flow", "id": step.step}
     yield arrow | {"ph": "s", "pid": GATEWAY, "tid": PLANS, "ts": step.planned_us}
     for i, t in enumerate(step.stages):
@@ -104,13 +107,14 @@ def _step(step: Step) -> Iterator[Event]:
         waited = {"wait_input_us": t.wait_input_us, "wait_send_us": t.wait_send_us, "compute_cpu_us": t.compute_cpu_us}
         yield spent(pid, ENGINE, "compute", "step", t.began_us, t.output_us, **waited)
         yield arrow | {"ph": "t", "pid": pid, "tid": ENGINE, "ts": t.began_us}
+        yield from beside(pid, READY, "ready", "step", t.ready_us, t.began_us)
         if i < len(step.stages) - 1:
             yield spent(pid, ENGINE, "send", "send", t.output_us, t.handed_over_us)
             arrived_us = step.stages[i + 1].input_complete_us
-            yield from beside(link_pid(i), 1, "link", "step", t.output_us, arrived_us)
+            yield from beside(link_pid(i), ACTIVATIONS, "link", "step", t.output_us, arrived_us)
         if t.draft_us > 0:
             yield spent(pid, ENGINE, "draft", "guesses of", t.handed_over_us, t.ended_us)
         yield spent(pid, ENGINE, "report", "result", t.ended_us, t.result_sent_us)
-        ready_for_us = t.began_us - t.ready_us
-        yield from beside(pid, WAITING, "plan waits", "plan", t.plan_arrived_us, t.began_us, ready_for_us=ready_for_us)
+        yield from beside(pid, WAITING, "plan waits", "plan", t.plan_arrived_us, t.began_us)
+    yield from beside(GATEWAY, RESULTS_SENT, "result sent", "result", step.stages[-1].ended_us, step.delivered_us)
     yield arrow | {"ph": "f", "bp": "e", "pid": GATEWAY, "tid": TOKENS, "ts": step.received_us}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from stagemesh.errors import ConfigError, Unavailable
+from stagemesh.fetch import error_message
 
 READ_TIMEOUT_S = 120.0
 """A stream on which nothing comes for so long has failed."""
@@ -96,10 +97,4 @@ class Driver:
             finally:
                 writer.close()
         if not good or b"data: [DONE]" not in end:
-            raise Unavailable(f"a request of the load failed: {_said(end)}")
-
-
-def _said(body: bytes) -> str:
-    """The message of an error in OpenAI's format, found in the last bytes of an answer."""
-    found = re.search(rb'\{"error":\{"message":("(?:[^"\\]|\\.)*")', body)
-    return json.loads(found.group(1)) if found else (body[-300:].decode(errors="replace") or "no answer")
+            raise Unavailable(f"a request of the load failed: {error_message(end) or 'no answer'}")

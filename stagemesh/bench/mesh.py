@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import sys
 from collections.abc import AsyncIterator, Sequence
 
@@ -13,7 +12,6 @@ from stagemesh.errors import ConfigError
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 15.0
-ADDRESS = re.compile(rb"OpenAI API\s+(\S+)/v1")
 
 
 @contextlib.asynccontextmanager
@@ -29,14 +27,17 @@ async def temporary_mesh(flags: Sequence[str]) -> AsyncIterator[str]:
     )  # fmt: skip
     assert process.stdout is not None
     try:
+        # The banner is printed when the mesh is ready.
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                url = await _address(process.stdout)
+                banner = await process.stdout.readuntil(b"/v1\n")
         except TimeoutError:
             raise ConfigError(f"the mesh is not ready after {START_TIMEOUT_S:.0f} s") from None
-        if url is None:
-            raise ConfigError(f"the mesh did not start (exit status {await process.wait()}); its message is above")
-        yield url
+        except asyncio.IncompleteReadError:
+            raise ConfigError(
+                f"the mesh did not start (exit status {await process.wait()}); its message is above"
+            ) from None
+        yield banner.split()[-1].removesuffix(b"/v1").decode()
     finally:
         if process.returncode is None:
             process.terminate()
@@ -46,11 +47,3 @@ async def temporary_mesh(flags: Sequence[str]) -> AsyncIterator[str]:
         except TimeoutError:
             process.kill()
             await process.wait()
-
-
-async def _address(stdout: asyncio.StreamReader) -> str | None:
-    """The URL in the banner, the last thing that is printed, when the mesh is ready; None when it ended before."""
-    while line := await stdout.readline():
-        if found := ADDRESS.search(line):
-            return found[1].decode()
-    return None

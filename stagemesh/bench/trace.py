@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from pydantic_core import to_json
 
 from stagemesh.errors import ConfigError, Unavailable, ungrouped
 from stagemesh.fetch import fetch_json
@@ -109,18 +110,9 @@ async def _answered(driver: Driver, load: Load) -> None:
 
 
 def _write(out: Path, trace: Trace, summary: Summary, use: CpuUse | str, text: str) -> None:
-    told = {"summary": asdict(summary), "table": text.splitlines()}
+    told: dict[str, Any] = {"summary": summary, "table": text.splitlines()}
     if isinstance(use, CpuUse):
         told["cpu"] = asdict(use) | {"non_compute_share": use.non_compute_share}
-    document = _finite(chrome.document(trace, told))
-    (out / "trace.json").write_text(json.dumps(document, separators=(",", ":"), allow_nan=False))
+    # NaN is not JSON.
+    (out / "trace.json").write_bytes(to_json(chrome.document(trace, told), inf_nan_mode="null"))
     (out / "trace.svg").write_text(waterfall.draw(trace, summary))
-
-
-def _finite(value: Any) -> Any:
-    """Replaces NaN, which is not JSON, by null."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and value != value else value

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeAlias
 from xml.sax.saxutils import escape
 
+from . import chrome
 from .records import Step, Trace
 from .summary import STEP, Summary
 
@@ -16,60 +19,33 @@ WIDTH, LEFT, RIGHT, TOP = 1400, 190, 20, 74
 ROW, GAP = 16, 12
 MIN_BOX = 0.6
 
-PREFILL, DECODE, SEND, DRAFT, READY, LINK, PLAN, TOKENS = (
-    "#c2571a", "#2f6db3", "#1b1f24", "#a8326e", "#c9d3de", "#5b9a68", "#8a63b0", "#b8860b",
-)  # fmt: skip
-LEGEND = (
-    (DECODE, "computes (decode)"),
-    (PREFILL, "computes (prefill rows)"),
-    (SEND, "hands over"),
-    (DRAFT, "guesses (draft model)"),
-    (READY, "ready, engine busy"),
-    (LINK, "on the link"),
-    (PLAN, "plan on its way"),
-    (TOKENS, "result on its way"),
-)
+COMPUTES = "computes"
+STYLE = {
+    "compute": ("#2f6db3", COMPUTES),
+    "send": ("#1b1f24", "hands its output over"),
+    "draft": ("#a8326e", "guesses what follows"),
+    "ready": ("#c9d3de", "ready, engine busy"),
+    "link": ("#5b9a68", "activation on the link"),
+    "plan sent": ("#8a63b0", "plan on its way"),
+    "result sent": ("#b8860b", "result on its way"),
+}
+"""Category of the events that are drawn -> colour and words."""
+PREFILL = "#c2571a"
+LEGEND = (*STYLE.values(), (PREFILL, "computes prefill rows"))
 
-
-@dataclass(frozen=True)
-class Box:
-    """One rectangle of a lane."""
-
-    begin_us: float
-    end_us: float
-    colour: str
-    title: str
-
-
-class Lane:
-    """A labelled lane. Boxes that overlap go into rows below each other."""
-
-    def __init__(self, label: str, boxes: Iterable[Box]) -> None:
-        self.label = label
-        self.rows: list[list[Box]] = []
-        for box in sorted(boxes, key=lambda b: b.begin_us):
-            row = next((r for r in self.rows if r[-1].end_us <= box.begin_us), None)
-            if row is None:
-                self.rows.append([box])
-            else:
-                row.append(box)
-
-    @property
-    def height(self) -> int:
-        """In pixels."""
-        return max(1, len(self.rows)) * ROW
+Box: TypeAlias = tuple[float, float, chrome.Event]
+"""Begin and end in microseconds since the first plan, and what is shown."""
 
 
 def draw(trace: Trace, summary: Summary) -> str:
     """The picture as SVG text."""
     first = max(0, (len(trace.steps) - MAX_STEPS) // 2)
     steps = trace.steps[first : first + MAX_STEPS]
-    lanes = list(_lanes(trace, steps))
-    begin = min(step.planned_us for step in steps)
-    end = max(max(step.delivered_us, *(t.ended_us for t in step.stages)) for step in steps)
-    span = max(1.0, end - begin)
+    events = chrome.events(replace(trace, steps=steps))
+    lanes = _lanes(events)
+    span = max(end for rows in lanes.values() for row in rows for _, end, _ in row)
     scale = (WIDTH - LEFT - RIGHT) / span
-    height = TOP + sum(lane.height + GAP for lane in lanes) + 24
+    height = TOP + sum(len(rows) * ROW + GAP for rows in lanes.values()) + 24
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
         'font-family="sans-serif" font-size="12">',
@@ -82,18 +58,25 @@ def draw(trace: Trace, summary: Summary) -> str:
         out.append(f'<text x="{x + 17}" y="46">{escape(text)}</text>')
         x += 40 + 7 * len(text)
     out += _axis(span, scale, height)
+    labels = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     y = TOP
-    for lane in lanes:
-        out.append(f'<text x="12" y="{y + 12}">{escape(lane.label)}</text>')
-        out.append(f'<rect x="{LEFT}" y="{y}" width="{WIDTH - LEFT - RIGHT}" height="{lane.height}" fill="#f4f6f8"/>')
-        for i, row in enumerate(lane.rows):
-            for box in row:
-                width = max(MIN_BOX, (box.end_us - box.begin_us) * scale)
+    for lane, rows in lanes.items():
+        lane_height = len(rows) * ROW
+        out.append(f'<text x="12" y="{y + 12}">{escape(labels[lane])}</text>')
+        out.append(f'<rect x="{LEFT}" y="{y}" width="{WIDTH - LEFT - RIGHT}" height="{lane_height}" fill="#f4f6f8"/>')
+        for row in rows:
+            for begin, end, event in row:
+                args, (colour, what) = event["args"], STYLE[event["cat"]]
+                if what == COMPUTES and args["prefill_tokens"]:
+                    colour = PREFILL
                 out.append(
-                    f'<rect x="{LEFT + (box.begin_us - begin) * scale:.2f}" y="{y + i * ROW + 1}" width="{width:.2f}" '
-                    f'height="{ROW - 2}" fill="{box.colour}"><title>{escape(box.title)}</title></rect>'
+                    f'<rect x="{LEFT + begin * scale:.2f}" y="{y + 1}" height="{ROW - 2}" '
+                    f'width="{max(MIN_BOX, (end - begin) * scale):.2f}" fill="{colour}"><title>{event["name"]} {what}: '
+                    f"{(end - begin) / 1000:.2f} ms; {args['rows']} rows, {args['tokens']} tokens, "
+                    f"{args['prefill_tokens']} of them prefill</title></rect>"
                 )
-        y += lane.height + GAP
+            y += ROW
+        y += GAP
     return "\n".join([*out, "</svg>", ""])
 
 
@@ -103,42 +86,21 @@ def _title(trace: Trace, summary: Summary, steps: Sequence[Step]) -> str:
     return f"{trace.model}: {shown}; busy: {busy}; a step takes {summary.times[STEP].p50_ms:.1f} ms (median)"
 
 
-def _lanes(trace: Trace, steps: Sequence[Step]) -> Iterator[Lane]:
-    yield Lane(
-        "plans to stage 0",
-        (_box(s, s.planned_us, s.stages[0].plan_arrived_us, PLAN, "plan on its way") for s in steps),
-    )
-    for i, info in enumerate(trace.stages):
-        pairs = [(s, s.stages[i]) for s in steps]
-        if i:
-            sent = (
-                _box(s, s.stages[i - 1].output_us, t.input_complete_us, LINK, "activation on the link")
-                for s, t in pairs
-            )
-            yield Lane(f"link {i - 1} to {i}", sent)
-        boxes = [
-            _box(s, t.began_us, t.output_us, PREFILL if s.prefill_tokens else DECODE, "computes") for s, t in pairs
-        ]
-        if i < len(trace.stages) - 1:
-            boxes += [_box(s, t.output_us, t.handed_over_us, SEND, "hands its output over") for s, t in pairs]
-        boxes += [
-            _box(s, t.handed_over_us, t.ended_us, DRAFT, "guesses what follows") for s, t in pairs if t.draft_us > 0
-        ]
-        yield Lane(f"stage {i}: layers {info.layers[0]}-{info.layers[1] - 1}", boxes)
-        yield Lane("", (_box(s, t.ready_us, t.began_us, READY, "ready, engine busy") for s, t in pairs))
-    yield Lane(
-        "results to gateway",
-        (_box(s, s.stages[-1].ended_us, s.delivered_us, TOKENS, "result on its way") for s in steps),
-    )
-
-
-def _box(step: Step, begin: float, end: float, colour: str, what: str) -> Box:
-    end = max(begin, end)
-    title = (
-        f"step {step.step} {what}: {(end - begin) / 1000:.2f} ms; {len(step.sequences)} rows, "
-        f"{step.tokens} tokens, {step.prefill_tokens} of them prefill"
-    )
-    return Box(begin, end, colour, title)
+def _lanes(events: Sequence[chrome.Event]) -> dict[tuple[int, int], list[list[Box]]]:
+    """The boxes of each process and thread. Those that overlap go into rows below each other."""
+    lanes: dict[tuple[int, int], list[list[Box]]] = {}
+    boxes = [
+        (event["ts"], event["ts"] + event["dur"] if event["ph"] == "X" else after["ts"], event)
+        for event, after in itertools.pairwise(events)
+        if event["ph"] in ("X", "b") and event["cat"] in STYLE
+    ]
+    for begin, end, event in sorted(boxes, key=lambda box: box[0]):
+        rows = lanes.setdefault((event["pid"], event["tid"]), [])
+        row = next((row for row in rows if row[-1][1] <= begin), None)
+        if row is None:
+            rows.append(row := [])
+        row.append((begin, end, event))
+    return lanes
 
 
 def _axis(span_us: float, scale: float, height: int) -> list[str]:

@@ -13,7 +13,6 @@ from stagemesh.settings.base import Base
 from stagemesh.settings.coordinator import CoordinatorSettings
 from stagemesh.settings.gateway import GatewaySettings
 from stagemesh.settings.loading import load
-from stagemesh.settings.model import DEMO_MODEL
 from stagemesh.settings.serve import ServeSettings
 from stagemesh.settings.stage import StageSettings
 
@@ -39,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     for name, (cls, _, text) in SERVICES.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == "serve":
-            command.add_argument("model", nargs="?", default=str(DEMO_MODEL), help="checkpoint directory [the demo]")
+            command.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="checkpoint directory [the demo]")
             add_flags(command, cls, leave_out=("model",))
         else:
             command.add_argument("--ready-fd", type=int, default=None, help=argparse.SUPPRESS)
@@ -73,12 +72,8 @@ def reported(command: str, run: Callable[[], int]) -> int:
 
 def _run(namespace: argparse.Namespace) -> int:
     cls, module, _ = SERVICES[namespace.command]
-    values, more = given(namespace, cls), {}
-    if namespace.command != "serve":
-        more["ready_fd"] = namespace.ready_fd
-    elif namespace.config and values["model"] == str(DEMO_MODEL):
-        del values["model"]
-    status: int = import_module(module).run(load(cls, file=namespace.config, given=values), **more)
+    run, settings = import_module(module).run, load(cls, file=namespace.config, given=given(namespace, cls))
+    status: int = run(settings) if namespace.command == "serve" else run(settings, namespace.ready_fd)
     return status
 
 

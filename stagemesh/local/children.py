@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
+import socket
 import time
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from stagemesh.errors import ConfigError, Unavailable
 from stagemesh.processes.child import ChildProcess, how_it_ended
 from stagemesh.processes.cpu import Patience, answered
 from stagemesh.processes.launcher import Launcher
-from stagemesh.processes.messages import Kind, unpack
+from stagemesh.processes.messages import MAX_MESSAGE_BYTES, Kind, unpack
 from stagemesh.protos.v1 import processes_pb2
 from stagemesh.settings.base import Base
 
@@ -45,21 +45,18 @@ class Child:
 
     async def start(self) -> None:
         """Starts the process and waits for the ports it got. Raises ConfigError when it ends before it listens."""
-        read_fd, write_fd = os.pipe()
-        try:
-            self.process = await self._launch(write_fd)
-        except BaseException:
-            os.close(read_fd)
-            raise
-        finally:
-            os.close(write_fd)
-        self.started_at = time.monotonic()
-        total_s, look_s = self.timing.listen_s, self.timing.watch_s
-        patience = Patience(self.process.pid, total_s=total_s, idle_s=total_s, look_s=look_s)
-        try:
-            said = await answered(_read_all(read_fd), patience)
-        except TimeoutError:
-            raise ConfigError(f"the {self.label} does not listen after {total_s:.0f} s") from None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            ours.setblocking(False)
+            with theirs:
+                self.process = await self._launch(theirs.fileno())
+            self.started_at = time.monotonic()
+            total_s, look_s = self.timing.listen_s, self.timing.watch_s
+            patience = Patience(self.process.pid, total_s=total_s, idle_s=total_s, look_s=look_s)
+            try:
+                said = await answered(asyncio.get_running_loop().sock_recv(ours, MAX_MESSAGE_BYTES), patience)
+            except TimeoutError:
+                raise ConfigError(f"the {self.label} does not listen after {total_s:.0f} s") from None
         if not said:
             code = await self.wait(self.timing.end_s)
             raise ConfigError(f"the {self.label} did not start (exit status {code}); its message is above")
@@ -84,14 +81,14 @@ class Child:
         return self.process is not None and self.process.poll() is None
 
     async def restart(self) -> None:
-        """Restarts it after it died. The pause grows while it does not stay up."""
-        assert self.process is not None
-        how, timing = how_it_ended(self.process.returncode), self.timing
-        self.restarts = 0 if time.monotonic() - self.started_at > timing.stable_s else self.restarts + 1
-        delay_s = min(timing.restart_s * RESTART_GROWTH ** (self.restarts - 1), timing.restart_most_s)
-        delay_s = delay_s if self.restarts else 0.0
-        log.warning("the %s %s; starting it again%s", self.label, how, f" in {delay_s:.1f} s" if delay_s else "")
-        await asyncio.sleep(delay_s)
+        """Starts it, or starts it again after it died. The pause grows while it does not stay up."""
+        if self.process is not None:
+            how, timing = how_it_ended(self.process.returncode), self.timing
+            self.restarts = 0 if time.monotonic() - self.started_at > timing.stable_s else self.restarts + 1
+            delay_s = min(timing.restart_s * RESTART_GROWTH ** (self.restarts - 1), timing.restart_most_s)
+            delay_s = delay_s if self.restarts else 0.0
+            log.warning("the %s %s; starting it again%s", self.label, how, f" in {delay_s:.1f} s" if delay_s else "")
+            await asyncio.sleep(delay_s)
         try:
             await self.start()
         except ConfigError as e:  # The watch loop sees it dead.
@@ -114,15 +111,3 @@ class Child:
         if self.process is not None:
             self.process.kill_group()
             self.process.wait(self.timing.end_s)
-
-
-async def _read_all(fd: int) -> bytes:
-    """Reads a pipe until its writers have closed it."""
-    loop = asyncio.get_running_loop()
-    with os.fdopen(fd, "rb") as pipe:
-        reader = asyncio.StreamReader()
-        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
-        try:
-            return await reader.read()
-        finally:
-            transport.close()

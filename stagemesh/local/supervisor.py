@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -30,8 +29,6 @@ from .children import Child
 from .plan import LOOPBACK, coordinator_settings, gateway_settings, standby_settings, worker_settings
 from .progress import Progress, banner
 from .timing import ServeTiming
-
-log = logging.getLogger(__name__)
 
 WORKER_IMPORTS = "stagemesh.stage_worker.main:preload"
 
@@ -107,15 +104,7 @@ class _Supervisor:
             await self._until_ready()
             # Now that everything serves: before, they would take the place of a stage that registers a moment later.
             for settings in standby_settings(self.settings, address):
-                group.create_task(self._bring_up(self._worker(settings)))
-
-    async def _bring_up(self, child: Child) -> None:
-        """Starts a child without which everything goes on, and keeps it."""
-        try:
-            await child.start()
-        except ConfigError as e:
-            log.warning("%s", e.message)
-        await self._keep(child)
+                group.create_task(self._keep(self._worker(settings)))
 
     def _worker(self, settings: StageSettings) -> Child:
         return self._child("stage", f"worker {settings.worker_id}", settings, forked=self._forks)
@@ -132,7 +121,7 @@ class _Supervisor:
             await asyncio.sleep(self.timing.watch_s)
 
     async def _keep(self, child: Child) -> None:
-        """Restarts a child when it dies."""
+        """Starts a child that does not run yet, and whenever it dies."""
         while True:
             if not child.alive:
                 await child.restart()

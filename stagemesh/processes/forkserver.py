@@ -19,9 +19,9 @@ import time
 
 from stagemesh import process
 from stagemesh.errors import InternalError
-from stagemesh.protos.v1.processes_pb2 import Forked
+from stagemesh.protos.v1.processes_pb2 import Call, Forked
 
-from .messages import Kind, Received, pack_message, receive_call
+from .messages import Kind, pack_message, receive_call
 
 ADOPTED_LOOK_S, ADOPTED_S = 0.0005, 10.0
 """Interval and deadline of a forked process that waits for its new parent."""
@@ -40,59 +40,54 @@ def run(parent: socket.socket, parent_pid: int, title: str) -> int:
     # Ctrl-C in a terminal reaches the parent as well, and the parent decides when its children end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while (received := receive_call(parent)) is not None:
-        if received.kind is Kind.RUN:
+        kind, call, fds = received
+        if kind is Kind.RUN:
             parent.close()
-            return _call(received)
-        if received.kind is Kind.FORK:
-            _fork(parent, parent_pid, received)
+            return _run(call, fds)
+        if kind is Kind.FORK:
+            _fork(parent, parent_pid, call, fds)
         else:
             process.set_title(title)
-            if status := _call(received):
+            if status := _run(call, fds):
                 return status
             # Otherwise a garbage collection in a fork would write to, and so copy, every object imported here.
             gc.freeze()
-        for fd in received.fds:
+        for fd in fds:
             os.close(fd)
     return 0
 
 
-def _call(received: Received) -> int:
+def _run(call: Call, fds: list[int]) -> int:
     try:
-        function = pkgutil.resolve_name(received.call.function)
+        function = pkgutil.resolve_name(call.function)
     except (ImportError, AttributeError, ValueError) as e:
-        raise InternalError(f"there is no function {received.call.function!r} to run: {e}") from e
-    status: int = function(received.call.argument, received.fds)
+        raise InternalError(f"there is no function {call.function!r} to run: {e}") from e
+    status: int = function(call.argument, fds)
     return status
 
 
-def _fork(parent: socket.socket, parent_pid: int, received: Received) -> None:
+def _fork(parent: socket.socket, parent_pid: int, call: Call, fds: list[int]) -> None:
     """Forks twice: the process in between ends at once, so that the launcher's process adopts the second one."""
     between = os.fork()
     if between == 0:
-        process.run_and_exit(lambda: _between(parent, parent_pid, received))
+        own = os.getpid()
+        process.run_and_exit(lambda: 0 if os.fork() else _become(parent, parent_pid, own, call, fds))
     if os.waitpid(between, 0)[1]:
         raise InternalError("no process can be forked: see what was said above")
 
 
-def _between(parent: socket.socket, parent_pid: int, received: Received) -> int:
-    own = os.getpid()
-    if os.fork() == 0:
-        process.run_and_exit(lambda: _become(parent, parent_pid, own, received))
-    return 0
-
-
-def _become(parent: socket.socket, parent_pid: int, between: int, received: Received) -> int:
+def _become(parent: socket.socket, parent_pid: int, between: int, call: Call, fds: list[int]) -> int:
     deadline = time.monotonic() + ADOPTED_S
     while os.getppid() == between:
         if time.monotonic() > deadline:
             raise InternalError(f"process {between} has forked this one, and does not end")
         time.sleep(ADOPTED_LOOK_S)
     process.die_with_parent(parent_pid)
-    if received.call.own_group:
+    if call.own_group:
         os.setpgid(0, 0)
     with parent:
         parent.send(pack_message(Kind.FORKED, Forked(pid=os.getpid())))
-    return _call(received)
+    return _run(call, fds)
 
 
 if __name__ == "__main__":

@@ -45,40 +45,35 @@ class Decoder(Generic[K]):
 
     def __init__(self, kinds: type[K]) -> None:
         self._kinds = {int(kind): kind for kind in kinds}
-        self._chunks: list[bytes] = []
-        """Pieces of a frame that is not whole yet."""
-        self._missing = 0
-        """Bytes that must arrive before another look is worth it."""
+        self._rest = bytearray()
+        """What came of a frame that is not whole yet."""
 
     def feed(self, data: bytes) -> list[tuple[K, int, bytes]]:
         """(kind, id, payload) of each frame that is now whole. Raises InternalError for invalid bytes."""
-        if self._chunks:
-            self._chunks.append(data)
-            self._missing -= len(data)
-            if self._missing > 0:
-                return []
-            data = b"".join(self._chunks)
+        held: bytes | bytearray = data
+        if self._rest:
+            held = self._rest
+            held += data
         frames: list[tuple[K, int, bytes]] = []
-        at, end, wanted = 0, len(data), HEADER.size
-        while end - at >= HEADER.size:
-            magic, version, kind, ident, size = HEADER.unpack_from(data, at)
+        at = 0
+        while len(held) >= (begin := at + HEADER.size):
+            magic, version, kind, ident, size = HEADER.unpack_from(held, at)
             if magic != MAGIC or version != VERSION or kind not in self._kinds or size > MAX_PAYLOAD_BYTES:
                 raise InternalError(self._objection(magic, version, kind, size))
-            begin = at + HEADER.size
-            if end - begin < size:
-                wanted += size
+            if len(held) < begin + size:
                 break
             at = begin + size
-            frames.append((self._kinds[kind], ident, data[begin:at]))
-        self._chunks = [data[at:]] if at < end else []
-        self._missing = wanted - (end - at)
+            frames.append((self._kinds[kind], ident, bytes(held[begin:at])))
+        if held is data:
+            self._rest += data[at:]
+        else:
+            del self._rest[:at]
         return frames
 
     def close(self) -> None:
         """Marks the end of the stream. Raises InternalError when that is within a frame."""
-        if self._chunks:
-            had = sum(map(len, self._chunks))
-            raise InternalError(f"the other end closed within a frame, of which {had} bytes had come")
+        if self._rest:
+            raise InternalError(f"the other end closed within a frame, of which {len(self._rest)} bytes had come")
 
     def one(self, data: bytes) -> tuple[K, int, bytes]:
         """The frame in `data`. Raises InternalError unless it is exactly one."""

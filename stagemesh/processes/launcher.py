@@ -125,7 +125,11 @@ class Launcher:
             try:
                 send_call(server.socket, Kind.FORK, self._call(function, argument), fds)
                 answer = asyncio.get_running_loop().sock_recv(server.socket, MAX_MESSAGE_BYTES)
-                said = await answered(answer, self._patience(server.child))
+                timing = self._timing
+                patience = Patience(
+                    server.child.pid, total_s=timing.import_s, idle_s=timing.idle_s, look_s=timing.look_s
+                )
+                said = await answered(answer, patience)
             except TimeoutError:
                 self._end_server()
                 raise Unavailable(f"the {self._title} forked no child, and does not go on") from None
@@ -198,10 +202,6 @@ class Launcher:
             process.run_and_exit(lambda: forkserver.run(theirs, parent_pid, self._title))
         theirs.close()
         return ChildProcess(pid), ours
-
-    def _patience(self, child: ChildProcess) -> Patience:
-        timing = self._timing
-        return Patience(child.pid, total_s=timing.import_s, idle_s=timing.idle_s, look_s=timing.look_s)
 
     def _end_server(self) -> None:
         server, self._server = self._server, None

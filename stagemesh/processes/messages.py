@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 
 from google.protobuf.message import Message
@@ -37,15 +36,6 @@ class Kind(IntEnum):
     """A service listens."""
 
 
-@dataclass(frozen=True)
-class Received:
-    """A call, and its descriptors."""
-
-    kind: Kind
-    call: processes_pb2.Call
-    fds: list[int]
-
-
 def send_call(sock: socket.socket, kind: Kind, call: processes_pb2.Call, fds: Sequence[int] = ()) -> None:
     """Sends a call. Raises OSError when the other end is gone, InternalError for a call that is too large."""
     data = pack_message(kind, call)
@@ -57,15 +47,18 @@ def send_call(sock: socket.socket, kind: Kind, call: processes_pb2.Call, fds: Se
     socket.send_fds(sock, [data], list(fds))
 
 
-def receive_call(sock: socket.socket) -> Received | None:
-    """Waits for a call. None when the other end is gone. Raises InternalError for any other message."""
+def receive_call(sock: socket.socket) -> tuple[Kind, processes_pb2.Call, list[int]] | None:
+    """Waits for a call and its descriptors. None when the other end is gone.
+
+    Raises InternalError for any other message.
+    """
     data, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE_BYTES, MAX_FDS)
     if not data:
         return None
     kind, _, payload = Decoder(Kind).one(data)
     if kind not in (Kind.IMPORT, Kind.RUN, Kind.FORK):
         raise InternalError(f"{kind.name} came where a call was expected")
-    return Received(kind, parse(processes_pb2.Call, payload), fds)
+    return kind, parse(processes_pb2.Call, payload), fds
 
 
 def pack_message(kind: Kind, message: Message) -> bytes:

@@ -55,15 +55,11 @@ class SpeculativeConfig(Base):
         return {**values, **filled}
 
     @model_validator(mode="after")
-    def _fits_the_method(self) -> SpeculativeConfig:
+    def _agrees(self) -> SpeculativeConfig:
         if self.method == "draft_model" and not self.model:
             raise ValueError('method draft_model needs "model": the directory of the draft model')
         if self.method != "draft_model" and self.model:
             raise ValueError(f'"model" is for method draft_model, not {self.method}')
-        return self
-
-    @model_validator(mode="after")
-    def _bounds_agree(self) -> SpeculativeConfig:
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min {self.prompt_lookup_min} must not exceed prompt_lookup_max {self.prompt_lookup_max}"

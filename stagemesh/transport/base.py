@@ -155,12 +155,8 @@ def host_view(buffer: Buffer) -> memoryview:
     """The bytes of a contiguous buffer in host memory, without a copy."""
     if isinstance(buffer, bytes | bytearray | memoryview):
         return memoryview(buffer).cast("B")
-    return memoryview(tensor_array(buffer))
-
-
-def tensor_array(tensor: torch.Tensor) -> Any:
-    """A flat uint8 numpy view of a contiguous host tensor (bf16 has no buffer of its own)."""
-    return _flat(tensor).numpy()
+    array: Any = _flat(buffer).numpy()  # bf16 has no buffer of its own.
+    return memoryview(array)
 
 
 def cuda_bytes(buffer: Buffer) -> torch.Tensor:

@@ -20,7 +20,7 @@ Message = TypeVar("Message")
 class HostRequest:
     """A send or receive on host memory. `view` is dropped when it is done, so that the buffer lives until then."""
 
-    __slots__ = ("_land", "_on_cancel", "done", "error", "nbytes", "view")
+    __slots__ = ("_land", "done", "error", "nbytes", "on_cancel", "view")
 
     def __init__(self, view: memoryview, land: Callable[[], object] | None = None) -> None:
         """`land` is called when all bytes of a receive are in `view`."""
@@ -29,7 +29,8 @@ class HostRequest:
         self.done = False
         self.error: TransportError | None = None
         self._land = land
-        self._on_cancel: Callable[[HostRequest], None] | None = None
+        self.on_cancel: Callable[[HostRequest], None] | None = None
+        """What `cancel` calls."""
 
     def finish(self, error: TransportError | None = None) -> None:
         """Ends the request. Its buffer is free from here on."""
@@ -39,7 +40,7 @@ class HostRequest:
             self._land()
         self.error = error
         self.view = None
-        self._land = self._on_cancel = None
+        self._land = self.on_cancel = None
         self.done = True
 
     def take(self, tag: int, message: bytearray | memoryview) -> None:
@@ -50,14 +51,10 @@ class HostRequest:
             self.view[:] = message
             self.finish()
 
-    def on_cancel(self, hook: Callable[[HostRequest], None]) -> None:
-        """Sets what `cancel` calls."""
-        self._on_cancel = hook
-
     def cancel(self) -> None:
         """See `Request.cancel`."""
-        if not self.done and self._on_cancel is not None:
-            self._on_cancel(self)
+        if self.on_cancel is not None:
+            self.on_cancel(self)
 
 
 def cancelled() -> TransportError:
@@ -85,7 +82,7 @@ class Mailbox(Generic[Message]):
         message = _pop(self._unexpected, tag)
         if message is None:
             self._posted.setdefault(tag, deque()).append(request)
-            request.on_cancel(lambda r: self._unpost(tag, r))
+            request.on_cancel = lambda r: self._unpost(tag, r)
         return message
 
     def match(self, tag: int) -> HostRequest | None:

@@ -135,7 +135,7 @@ class Inbound:
         request = self._mailbox.match(self.tag)
         if request is not None and request.nbytes == self._length:
             self._request, self._view = request, request.view
-            request.on_cancel(self._cancel)
+            request.on_cancel = self._cancel
         elif request is not None:
             request.finish(wrong_size(self.tag, self._length, request.nbytes))
             self._skip(self._length)

@@ -7,7 +7,6 @@ import os
 import re
 import select
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from stagemesh.errors import TransportError
@@ -160,27 +159,13 @@ def endpoint_route(handle: int) -> str:
     return "+".join(sorted({"shared memory" if name in _SHARED_MEMORY else name for name in used}))
 
 
-_libraries: list[ctypes.CDLL] = []
-
-
-def _libucp() -> ctypes.CDLL:
-    """The libucp that ucxx loaded into this process."""
-    if not _libraries:
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            if "libucp" in line:
-                _libraries.append(ctypes.CDLL(line.split(maxsplit=5)[5]))
-                break
-        else:
-            raise TransportError("libucp is not loaded in this process")
-    return _libraries[0]
-
-
 def _describe(handle: int) -> str:
+    """UCX's text of an endpoint. The loader gives the libucp that ucxx has loaded into this process."""
     libc = ctypes.CDLL(None)
     libc.open_memstream.restype = ctypes.c_void_p
     text, size = ctypes.c_void_p(), ctypes.c_size_t()
     stream = ctypes.c_void_p(libc.open_memstream(ctypes.byref(text), ctypes.byref(size)))
-    _libucp().ucp_ep_print_info(ctypes.c_void_p(handle), stream)
+    ctypes.CDLL("libucp.so.0").ucp_ep_print_info(ctypes.c_void_p(handle), stream)
     libc.fclose(stream)
     try:
         return ctypes.string_at(text, size.value).decode(errors="replace")

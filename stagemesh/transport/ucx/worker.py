@@ -8,7 +8,7 @@ from typing import Any
 
 from stagemesh.errors import TransportError
 
-from ..base import Buffer, cuda_bytes, host_view, is_cuda, tensor_array
+from ..base import Buffer, cuda_bytes, host_view, is_cuda
 from ..mailbox import cancelled
 
 FULL_MASK = (1 << 64) - 1
@@ -216,15 +216,9 @@ class UcxWorker:
 
     def _array(self, buffer: Buffer, *, writable: bool) -> tuple[Any, int]:
         """ucxx's view of a contiguous buffer, and its size in bytes."""
-        if is_cuda(buffer):
-            array = self._array_of(cuda_bytes(buffer))
-            return array, int(array.nbytes)
-        if isinstance(buffer, bytes | bytearray | memoryview):
-            view = host_view(buffer)
-            if view.readonly:
-                if writable:
-                    raise TransportError("a receive needs a writable buffer, got a read-only one")
-                view = memoryview(bytearray(view))
-            return self._array_of(view), view.nbytes
-        array = self._array_of(tensor_array(buffer))
-        return array, int(array.nbytes)
+        view = cuda_bytes(buffer) if is_cuda(buffer) else host_view(buffer)
+        if isinstance(view, memoryview) and view.readonly:
+            if writable:
+                raise TransportError("a receive needs a writable buffer, got a read-only one")
+            view = memoryview(bytearray(view))
+        return self._array_of(view), view.nbytes
