@@ -21,7 +21,7 @@ from .planning.target import Target
 from .service.service import CoordinatorService
 from .service.slots import MAX_SLOT, Slots
 from .state.kubernetes_lease import ApiServer, Lease
-from .state.nonces import Nonces
+from .state.nonces import nonces
 from .state.store import Store, open_store
 from .timing import CoordinatorTiming
 from .world.world import World
@@ -123,7 +123,7 @@ def make_service(
     world = World(
         target,
         now=now,
-        nonce=Nonces().next,
+        nonce=nonces().__next__,
         timing=timing,
         record=store.load(target.terms),
         first_epoch=lease.first_epoch if lease is not None else 1,

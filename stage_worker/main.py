@@ -148,8 +148,7 @@ class _Worker:
                     raise StageLost(f"the ranks of {self.worker_id} died {failures} times soon after their start")
                 log.error("%s; starting the group anew", group.lost.result() if group.lost.done() else failure)
                 pause_s = min(self.timing.restart_s * 3 ** (failures - 1), self.timing.restart_most_s)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(stopped), pause_s if failures else 0)
+                await asyncio.wait((stopped,), timeout=pause_s if failures else 0)
         finally:
             stopped.cancel()
 

@@ -20,8 +20,8 @@
     ├── PoisonedRequest         the ranks of a stage died each time this request was computed
     └── InternalError           a bug of ours; the request fails, the mesh goes on
 
-One table (`STATUS`) maps the tree to gRPC and HTTP statuses. Errors of other libraries are mapped where they enter,
-with their cause kept.
+Each class states its reason and its gRPC and HTTP statuses. Errors of other libraries are mapped where they enter, with
+their cause kept.
 """
 
 from __future__ import annotations
@@ -29,17 +29,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import grpc
+from grpc import StatusCode as Code
 
 _BY_REASON: dict[str, type[StagemeshError]] = {}
 
 
 class StagemeshError(Exception):
-    """Root of the tree. `reason` is a stable upper-case identifier (google.rpc.ErrorInfo.reason)."""
+    """Root of the tree. `reason` is a stable upper-case identifier (google.rpc.ErrorInfo.reason). Clients get the
+    statuses; a class without its own takes those of its base."""
 
     reason = "INTERNAL"
+    grpc_status = Code.INTERNAL
+    http_status = 500
 
-    def __init_subclass__(cls, reason: str | None = None) -> None:
+    def __init_subclass__(cls, reason: str | None = None, **statuses: Code | int) -> None:
+        for name, status in statuses.items():
+            setattr(cls, name, status)
         if reason is not None:
             cls.reason, _BY_REASON[reason] = reason, cls
 
@@ -50,7 +55,7 @@ class StagemeshError(Exception):
         self.param = param
 
 
-class InvalidRequest(StagemeshError, reason="INVALID_REQUEST"):
+class InvalidRequest(StagemeshError, reason="INVALID_REQUEST", grpc_status=Code.INVALID_ARGUMENT, http_status=400):
     """The caller's input is wrong."""
 
 
@@ -58,19 +63,19 @@ class PromptTooLong(InvalidRequest, reason="CONTEXT_LENGTH_EXCEEDED"):
     """Prompt and requested output exceed the longest sequence the mesh was started for."""
 
 
-class NotFound(StagemeshError, reason="NOT_FOUND"):
+class NotFound(StagemeshError, reason="NOT_FOUND", grpc_status=Code.NOT_FOUND, http_status=404):
     """No such model, worker or request."""
 
 
-class Unauthenticated(StagemeshError, reason="UNAUTHENTICATED"):
+class Unauthenticated(StagemeshError, reason="UNAUTHENTICATED", grpc_status=Code.UNAUTHENTICATED, http_status=401):
     """Missing or wrong API key."""
 
 
-class QueueFull(StagemeshError, reason="QUEUE_FULL"):
+class QueueFull(StagemeshError, reason="QUEUE_FULL", grpc_status=Code.RESOURCE_EXHAUSTED, http_status=429):
     """The admission queue is at its bound."""
 
 
-class Unavailable(StagemeshError, reason="UNAVAILABLE"):
+class Unavailable(StagemeshError, reason="UNAVAILABLE", grpc_status=Code.UNAVAILABLE, http_status=503):
     """No pipeline can serve now."""
 
 
@@ -82,19 +87,19 @@ class RanksDied(StageLost):
     """The ranks of a stage died with steps under way, one of which may be the cause."""
 
 
-class DeadlineExceeded(StagemeshError, reason="DEADLINE_EXCEEDED"):
+class DeadlineExceeded(StagemeshError, reason="DEADLINE_EXCEEDED", grpc_status=Code.DEADLINE_EXCEEDED, http_status=504):
     """The request's own deadline passed."""
 
 
-class Cancelled(StagemeshError, reason="CANCELLED"):
+class Cancelled(StagemeshError, reason="CANCELLED", grpc_status=Code.CANCELLED, http_status=499):
     """The client went away or asked to stop."""
 
 
-class ConfigError(StagemeshError, reason="CONFIG"):
+class ConfigError(StagemeshError, reason="CONFIG", grpc_status=Code.FAILED_PRECONDITION, http_status=503):
     """Settings, or the mesh they ask for, cannot be built."""
 
 
-class CheckpointError(StagemeshError, reason="CHECKPOINT"):
+class CheckpointError(StagemeshError, reason="CHECKPOINT", grpc_status=Code.FAILED_PRECONDITION, http_status=503):
     """A checkpoint is damaged, incomplete or of another revision."""
 
 
@@ -102,11 +107,11 @@ class UnsupportedModel(CheckpointError, reason="UNSUPPORTED_MODEL"):
     """An architecture that cannot be split into stages."""
 
 
-class StaleEpoch(StagemeshError, reason="STALE_EPOCH"):
+class StaleEpoch(StagemeshError, reason="STALE_EPOCH", grpc_status=Code.ABORTED, http_status=503):
     """An order from an epoch that has passed."""
 
 
-class TransportError(StagemeshError, reason="TRANSPORT"):
+class TransportError(StagemeshError, reason="TRANSPORT", grpc_status=Code.UNAVAILABLE, http_status=503):
     """A link or its peer failed."""
 
 
@@ -122,47 +127,15 @@ class InternalError(StagemeshError, reason="INTERNAL"):
     """A bug of ours."""
 
 
-STATUS: dict[type[StagemeshError], tuple[grpc.StatusCode, int]] = {
-    InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, 400),
-    NotFound: (grpc.StatusCode.NOT_FOUND, 404),
-    Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, 401),
-    QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, 429),
-    Unavailable: (grpc.StatusCode.UNAVAILABLE, 503),
-    DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, 504),
-    Cancelled: (grpc.StatusCode.CANCELLED, 499),
-    ConfigError: (grpc.StatusCode.FAILED_PRECONDITION, 503),
-    CheckpointError: (grpc.StatusCode.FAILED_PRECONDITION, 503),
-    StaleEpoch: (grpc.StatusCode.ABORTED, 503),
-    TransportError: (grpc.StatusCode.UNAVAILABLE, 503),
-    StagemeshError: (grpc.StatusCode.INTERNAL, 500),
-}
-"""The statuses that clients get. An error that is not in the table takes those of its nearest ancestor."""
-
-
-def grpc_status(error: StagemeshError) -> grpc.StatusCode:
-    """The gRPC status of `error`."""
-    return _status(error)[0]
-
-
-def http_status(error: StagemeshError) -> int:
-    """The HTTP status of `error`."""
-    return _status(error)[1]
-
-
-def _status(error: StagemeshError) -> tuple[grpc.StatusCode, int]:
-    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
-
-
 def by_reason(reason: str) -> type[StagemeshError]:
     """The class that a peer's `ErrorInfo.reason` names; `InternalError` when the reason is unknown."""
     return _BY_REASON.get(reason, InternalError)
 
 
-def by_status(status: grpc.StatusCode) -> type[StagemeshError]:
+def by_status(status: Code) -> type[StagemeshError]:
     """The class that the status of a peer stands for which gives no reason; `InternalError` for most."""
-    return next(
-        (cls for cls, (code, _) in STATUS.items() if code is status and cls is not StagemeshError), InternalError
-    )
+    own = (cls for cls in _BY_REASON.values() if vars(cls).get("grpc_status") is status)
+    return next(own, InternalError)
 
 
 @contextlib.contextmanager

@@ -139,7 +139,7 @@ async def start_server(
 
 def status_of(error: errors.StagemeshError) -> status_pb2.Status:
     """`error` as google.rpc.Status with its details."""
-    code = errors.grpc_status(error)
+    code = error.grpc_status
     status = status_pb2.Status(code=code.value[0], message=error.message)
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
     if error.param:
@@ -189,7 +189,7 @@ async def _with_status(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIter
             log.exception("a handler failed", exc_info=error)
             error = errors.InternalError(f"{type(error).__name__}: {error}")
         details = ((DETAILS, status_of(error).SerializeToString()),)
-        await context.abort(errors.grpc_status(error), error.message, trailing_metadata=details)
+        await context.abort(error.grpc_status, error.message, trailing_metadata=details)
 
 
 Handler = Any  # grpc.RpcMethodHandler is generic in the stubs only

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..policy.drain import drain, reach
+from ..policy.drain import drain
 from ..policy.form import form
 from ..policy.plan import MeshPlan
-from ..policy.ranges import ranges, rebalance
+from ..policy.ranges import ranges
+from ..policy.reach import reach
+from ..policy.rebalance import rebalance
 from ..policy.replicas import count_pipelines, share
 from ..policy.standby import release, warm
 from ..policy.takeover import give_back, take_over

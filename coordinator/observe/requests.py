@@ -5,7 +5,7 @@ from __future__ import annotations
 from stagemesh.protocol import MOVES, spoken
 from stagemesh.protos.v1 import coordinator_pb2 as pb
 
-from ..policy.ranges import advice, advices
+from ..policy.rebalance import advice, advices
 from ..world.world import UNLIMITED, Gateway, World
 from .events import GatewayGone
 from .faults import fail

@@ -1,5 +1,4 @@
-"""Workers whose stages others are to take: those that drain, and those that a gateway does not reach though they renew
-their lease."""
+"""Workers that drain: others take their stages, then they may go."""
 
 from __future__ import annotations
 
@@ -28,25 +27,6 @@ def drain(world: World, plan: MeshPlan, now: float) -> None:
         else:
             shown = ", ".join(f"stage {stage.stage} leaves worker {stage.worker_id}" for stage in leaving)
             plan.goals[pipeline.pipeline_id] = replace(found, policy="drain", why=f"{shown}, which drains", must=True)
-
-
-def reach(world: World, plan: MeshPlan, now: float) -> None:
-    """Pipelines that serve, and of which a gateway said that it does not reach some workers.
-
-    Where nobody else can take their place nothing is changed for that gateway: others may reach them. One that reaches
-    no worker at all is itself cut off.
-    """
-    for pipeline, attempt in plan.unclaimed(world):
-        unreachable = pipeline.unreached[1]
-        cut_off = len(attempt.stages) > 1 and set(attempt.workers) <= set(unreachable)
-        if not unreachable or cut_off:
-            continue
-        try:
-            found = place(world, plan, pipeline, attempt.stages)
-        except CannotForm:
-            continue
-        if not any(holder.worker_id in unreachable for holder in found.holders):
-            plan.interrupts.add(pipeline.pipeline_id)
 
 
 def check_drain(world: World, worker_id: str) -> None:

@@ -26,7 +26,9 @@ def count_pipelines(world: World, plan: MeshPlan, now: float) -> None:
     plan.pipelines = names
     if world.had_pipelines and (world.restoring or world.settles(now)):
         return  # Whose workers are there is not known yet.
-    wanted = _num_wanted(world, now)
+    wanted = min(max(replicas_of(world, world.record.replicas)), _most_shares(world))
+    if world.without_moves(now):
+        wanted = min(wanted, max(1, len(world.kept)))
     leaving = [p.pipeline_id for p in world.pipelines.values() if p.leaving]
     names += leaving[: max(0, wanted - len(names))]
     numbers = (f"pipeline-{i}" for i in range(len(world.pipelines) + wanted))
@@ -37,11 +39,6 @@ def count_pipelines(world: World, plan: MeshPlan, now: float) -> None:
         leaves = _least_of_use(world, kept)
         kept.remove(leaves)
         names.remove(leaves.pipeline_id)
-
-
-def _num_wanted(world: World, now: float) -> int:
-    wanted = min(max(replicas_of(world, world.record.replicas)), _most_shares(world))
-    return min(wanted, max(1, len(world.kept))) if world.without_moves(now) else wanted
 
 
 def _most_shares(world: World) -> int:

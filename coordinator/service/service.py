@@ -21,7 +21,8 @@ from ..core import actions
 from ..core.mesh import handle
 from ..observe import events
 from ..policy.drain import check_drain
-from ..policy.ranges import advice, ranges_for
+from ..policy.ranges import ranges_for
+from ..policy.rebalance import advice
 from ..policy.replicas import check_scale
 from ..state.store import Store
 from ..world.world import World

@@ -81,7 +81,8 @@ class RunStream:
         self.send(stage_pb2.RunRequest(open=opening).SerializeToString())
         try:
             with rpc.mapped():
-                first = await asyncio.wait_for(anext(responses), self._timing.open_s)
+                async with asyncio.timeout(self._timing.open_s):
+                    first = await anext(responses)
         except Unavailable as e:
             # A worker that answers says when to come again.
             self.unreachable = e.retry_after_s is None

@@ -25,20 +25,8 @@ MAX_STEPS = 4096
 MAX_WAIT_S = 300.0
 MAX_OPEN = 256
 """Bound of the steps that are recorded without a result. Steps of a lost epoch never get one."""
-STAGE_COLUMNS = (
-    "plan_arrived_us",
-    "input_complete_us",
-    "began_us",
-    "output_us",
-    "ended_us",
-    "result_sent_us",
-    "result_received_us",
-    "wait_input_us",
-    "compute_us",
-    "wait_send_us",
-    "compute_cpu_us",
-    "draft_us",
-)
+TIMES = tuple(f.name for f in types_pb2.StepTiming.DESCRIPTOR.fields if f.name.endswith("_us"))
+STAGE_COLUMNS = (*TIMES, "result_received_us")
 """One stage's times in a record: fields of `StepTiming` as the stage told them, and `result_received_us`, which the
 gateway took by its own clock."""
 
@@ -125,9 +113,7 @@ class Recorder:
         if self._capture is None or (record := self._open.get((view.pipeline_id, view.epoch, result.step))) is None:
             return
         received_us = now_us()
-        record.stages[stage] = [
-            received_us if name == "result_received_us" else getattr(result.timing, name) for name in STAGE_COLUMNS
-        ]
+        record.stages[stage] = [*(getattr(result.timing, name) for name in TIMES), received_us]
         if stage == len(record.stages) - 1:
             record.received_us = received_us
             record.sampled = list(result.sequences)

@@ -95,7 +95,7 @@ class Watchdog:
         self._rests_s = self._rests_s + counted_s if rests else 0.0
         found = next(filter(None, (self._verdict(rank, passed_s) for rank in range(len(self._ranks)))), None)
         # The rank may have got a core and written while its process was being looked at.
-        return None if found is None or self._wrote(found.rank) else found
+        return None if found is None or self._memory.read(found.rank) != self._ranks[found.rank].beat else found
 
     def _look_at(self, watched: _Watched, beat: Beat, passed_s: float, counted_s: float) -> None:
         if beat != watched.beat:
@@ -124,9 +124,6 @@ class Watchdog:
         if self._rests_s > (timing.order_stuck_s if waits else timing.stuck_s) and not self._cuda:
             return Hang(rank, f"no rank runs ({watched.beat})")
         return None
-
-    def _wrote(self, rank: int) -> bool:
-        return self._memory.read(rank) != self._ranks[rank].beat
 
 
 def _busy(use: CpuUse, passed_s: float) -> bool:

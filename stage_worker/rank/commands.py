@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
@@ -133,23 +134,20 @@ class RankCommands:
             return None
         return _done(resources, request)
 
-    def _prepared(self, ident: int, request: stage_pb2.PrepareRequest, outcome: list[Shard] | BaseException) -> None:
+    def _prepared(self, ident: int, request: stage_pb2.PrepareRequest, loaded: Future[list[Shard]]) -> None:
         """The load has ended. Allocates the pages and answers."""
         self.engine.heartbeat.loads = False
         self.engine.heartbeat.load()
-        if not isinstance(outcome, BaseException):
-            try:
-                resources = self._memory.make(request, outcome)
-            except (StagemeshError, RuntimeError, MemoryError) as e:
-                outcome = e
-            else:
-                first, last = request.layers.first, request.layers.last - 1
-                if not self.engine.assignments:
-                    self._stands_by(first, last)
-                log.info("layers %d-%d are loaded, and wait for an assignment", first, last)
-                self.engine.control.send(Kind.REPLY, ident, _done(resources, request))
-                return
-        self._failed(Kind.PREPARE, ident, outcome)
+        try:
+            resources = self._memory.make(request, loaded.result())
+        except Exception as e:  # noqa: BLE001 - told to the agent
+            self._failed(Kind.PREPARE, ident, e)
+            return
+        first, last = request.layers.first, request.layers.last - 1
+        if not self.engine.assignments:
+            self._stands_by(first, last)
+        log.info("layers %d-%d are loaded, and wait for an assignment", first, last)
+        self.engine.control.send(Kind.REPLY, ident, _done(resources, request))
 
     def _stands_by(self, first: int, last: int) -> None:
         process.set_title(f"standby layers {first}-{last} rank {self.config.rank}")

@@ -18,6 +18,7 @@ from stagemesh.errors import StagemeshError, TransportError
 from stagemesh.protos.v1 import worker_pb2
 from stagemesh.transport.base import Transport
 from stagemesh.transport.select import open_transport
+from stagemesh.transport.timing import TransportTiming
 from stagemesh.transport.ucx.worker import load_ucxx
 
 from ..messages.control import READY_ID, Kind, failure_of
@@ -52,6 +53,7 @@ def open_transports(config: RankConfig) -> dict[str, Transport]:
                 advertise=settings.advertise_host,
                 device=config.device,
                 ucx_options={key: value for key, value in options.items() if value},
+                timing=TransportTiming().scaled(settings.time_scale),
             )
         except TransportError as e:
             if settings.transport != "auto":

@@ -322,9 +322,8 @@ class Session:
 
     def _drafted(self, ident: int, start: int) -> Drafted:
         sequence = self.sequences[ident]
-        if sequence.drafted is None:
-            # Pages of a prefix before it were filled by the sequence that computed them.
-            sequence.drafted = Drafted(done=start)
+        # Pages of a prefix before it were filled by the sequence that computed them.
+        sequence.drafted = sequence.drafted or Drafted(done=start)
         return sequence.drafted
 
     def _tensor(self, values: Iterable[int]) -> Tensor:

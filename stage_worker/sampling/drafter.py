@@ -88,43 +88,39 @@ class Drafter:
                 # Its last token was computed as a guess: once more, for its logits.
                 row.drafted.done -= 1
                 row.drafted.behind = [row.last_token]
-        starts = [row.drafted.done for row in rows]
-        tokens = [row.drafted.take_behind(self._room(row)) for row in rows]
-        active = [i for i in range(len(rows)) if tokens[i]]
-        asking = [i for i in active if rows[i].wanted and not rows[i].drafted.behind]
-        next_tokens = self._step(
-            [rows[i] for i in active],
-            [starts[i] for i in active],
-            [tokens[i] for i in active],
-            [i in asking for i in active],
-        )
-        while asking:
-            for i, token in zip(asking, next_tokens, strict=True):
-                guesses[i].append(token)
-            asking = [i for i in asking if len(guesses[i]) < rows[i].wanted and self._room(rows[i])]
-            starts = [rows[i].drafted.done + len(rows[i].drafted.guessed) for i in asking]
-            for i in asking:
-                rows[i].drafted.guessed.append(guesses[i][-1])
-            next_tokens = self._step(
-                [rows[i] for i in asking], starts, [[guesses[i][-1]] for i in asking], [True] * len(asking)
+        pending = []
+        for i, row in enumerate(rows):
+            start = row.drafted.done
+            if tokens := row.drafted.take_behind(self._room(row)):
+                pending.append((i, start, tokens))
+        while pending:
+            asking = [i for i, _, _ in pending if rows[i].wanted and not rows[i].drafted.behind]
+            likeliest_next = self._step(
+                [(rows[i].table, start, tokens) for i, start, tokens in pending], [i in asking for i, _, _ in pending]
             )
+            pending = []
+            for i, token in zip(asking, likeliest_next, strict=True):
+                drafted = rows[i].drafted
+                guesses[i].append(token)
+                if len(guesses[i]) < rows[i].wanted and self._room(rows[i]):
+                    pending.append((i, drafted.done + len(drafted.guessed), [token]))
+                    drafted.guessed.append(token)
         return guesses
 
     def _room(self, row: DraftRow) -> int:
         """Positions that the row's pages hold behind those computed."""
         return len(row.table) * self.pool.page_size - row.drafted.done - len(row.drafted.guessed)
 
-    def _step(self, rows: list[DraftRow], starts: list[int], tokens: list[list[int]], wanted: list[bool]) -> list[int]:
-        """Computes the rows; the likeliest token behind each that is wanted."""
-        if not rows:
-            return []
+    def _step(self, rows: Sequence[tuple[Sequence[int], int, list[int]]], wanted: list[bool]) -> list[int]:
+        """Computes rows of (page table, start, tokens); the likeliest token behind each that is wanted."""
+        tables, starts, tokens = zip(*rows, strict=True)
         counts = [len(entry) for entry in tokens]
         ends = torch.tensor(counts).cumsum(0) - 1
         flat = torch.tensor([token for entry in tokens for token in entry], dtype=torch.int64)
         batch = StepBatch(
-            starts=starts,
+            starts=list(starts),
             counts=counts,
-            tables=[row.table for row in rows],
+            tables=list(tables),
             page_size=self.pool.page_size,
             token_ids=flat.to(self.shard.device),
             logit_rows=ends[torch.tensor(wanted)].to(self.shard.device),

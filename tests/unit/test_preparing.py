@@ -34,7 +34,9 @@ def test_a_load_gives_way_where_its_rank_serves_nothing(more: int, serves: bool)
 
     def engine() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), own)
-        preparing = Preparing(cast(RankMemory, memory), lambda *told: None, lambda *done: outcomes.append(done[2]), 1.0)
+        preparing = Preparing(
+            cast(RankMemory, memory), lambda *told: None, lambda *done: outcomes.append(done[2].result()), 1.0
+        )
         preparing.start(1, stage_pb2.PrepareRequest(), serves=serves)
         deadline = time.monotonic() + DEADLINE_S
         while not outcomes and time.monotonic() < deadline:

@@ -25,24 +25,12 @@ CODES: dict[type[errors.StagemeshError], str] = {
 """`error.code` if OpenAI has a code of its own; otherwise it is the error's reason in lower case."""
 
 
-class BodyTooLarge(errors.InvalidRequest):
+class BodyTooLarge(errors.InvalidRequest, reason="BODY_TOO_LARGE", http_status=413):
     """The body exceeds --max-body-mib."""
 
-    reason = "BODY_TOO_LARGE"
 
-
-class BodyTooSlow(errors.InvalidRequest):
+class BodyTooSlow(errors.InvalidRequest, reason="BODY_TIMEOUT", http_status=408):
     """The body did not arrive in time."""
-
-    reason = "BODY_TIMEOUT"
-
-
-STATUS: dict[type[errors.StagemeshError], int] = {BodyTooLarge: 413, BodyTooSlow: 408}
-
-
-def status_of(error: errors.StagemeshError) -> int:
-    """The HTTP status of `error`."""
-    return STATUS.get(type(error)) or errors.http_status(error)
 
 
 def shape(message: str, status: int, param: str | None, code: str | None) -> dict[str, Any]:
@@ -56,12 +44,12 @@ def body_of(error: errors.StagemeshError) -> dict[str, Any]:
     code = CODES.get(type(error), error.reason.lower())
     if isinstance(error, errors.NotFound) and error.param == "model":
         code = "model_not_found"
-    return shape(error.message, status_of(error), error.param, code)
+    return shape(error.message, error.http_status, error.param, code)
 
 
 def response_of(error: errors.StagemeshError) -> JSONResponse:
     """The HTTP response for `error`."""
-    status = status_of(error)
+    status = error.http_status
     headers: dict[str, str] = {}
     if error.retry_after_s is not None or status in (429, 503):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s or 1.0)))

@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from stagemesh.errors import Unavailable
 from stagemesh.protos.v1 import stage_pb2
@@ -27,7 +28,7 @@ class Preparing:
         self,
         memory: RankMemory,
         tell: Callable[[int, int, int], None],
-        done: Callable[[int, stage_pb2.PrepareRequest, list[Shard] | BaseException], None],
+        done: Callable[[int, stage_pb2.PrepareRequest, Future[list[Shard]]], None],
         sign_s: float,
     ) -> None:
         """`sign_s`: how often `join` tells progress, in seconds."""
@@ -36,14 +37,14 @@ class Preparing:
         self._ident = 0
         self._request = stage_pb2.PrepareRequest()
         self._progress: tuple[int, int] | None = None
-        self._outcome: list[Shard] | BaseException | None = None
+        self._outcome = Future[list[Shard]]()
 
     def start(self, ident: int, request: stage_pb2.PrepareRequest, *, serves: bool) -> None:
         """Starts a load. `serves`: whether steps run meanwhile. Raises Unavailable while another load runs."""
         if self._thread is not None:
             raise Unavailable("another range is being loaded", retry_after_s=1)
         self._ident, self._request = ident, request
-        self._progress = self._outcome = None
+        self._progress, self._outcome = None, Future()
         self._thread = threading.Thread(target=self._load, args=(serves,), name="prepare", daemon=True)
         self._thread.start()
 
@@ -52,9 +53,9 @@ class Preparing:
             if not serves:
                 thread = threading.get_native_id()
                 os.setpriority(os.PRIO_PROCESS, thread, max(NICE, os.getpriority(os.PRIO_PROCESS, thread)))
-            self._outcome = self._memory.load(self._request, self._note)
+            self._outcome.set_result(self._memory.load(self._request, self._note))
         except BaseException as e:  # noqa: BLE001 - told by the engine's thread
-            self._outcome = e
+            self._outcome.set_exception(e)
 
     def _note(self, done: int, total: int) -> None:
         self._progress = done, total
@@ -70,9 +71,7 @@ class Preparing:
                 self._tell(self._ident, *progress)
             return progress is not None
         self._thread = None
-        assert self._outcome is not None
-        outcome, self._outcome = self._outcome, None
-        self._done(self._ident, self._request, outcome)
+        self._done(self._ident, self._request, self._outcome)
         return True
 
     def join(self) -> None:

@@ -184,7 +184,7 @@ class RankMemory:
     def _num_pages(self, limits: types_pb2.RunLimits, shards: list[Shard]) -> int:
         """Number of pages, for all gateways. Raises ConfigError when not one request of --max-model-len would fit."""
         shares = max(1, limits.gateways) * max(1, limits.pipelines)
-        page_bytes = _page_bytes(shards, limits.page_size)
+        page_bytes = sum(KvPool.page_bytes(s.kv_layers, limits.page_size, s.dtype) for s in shards)
         one_sequence = -(-limits.max_model_len // limits.page_size)
         budget = self._kv_budget_bytes()
         pages = limits.num_pages or min(one_sequence * limits.max_num_seqs * shares, budget // page_bytes)
@@ -226,7 +226,3 @@ class RankMemory:
 
 def _nonce() -> int:
     return secrets.randbits(63) | 1
-
-
-def _page_bytes(shards: list[Shard], page_size: int) -> int:
-    return sum(KvPool.page_bytes(s.kv_layers, page_size, s.dtype) for s in shards)

@@ -22,7 +22,6 @@ _ADDRESS = struct.Struct("<4sH16s")
 _PREAMBLE = struct.Struct("<4sB3x16s")
 _HEADER = struct.Struct("<4sB3xQQ")
 _REFUSAL = struct.Struct("<4s60s")
-PREAMBLE_BYTES = _PREAMBLE.size
 HEADER_BYTES = _HEADER.size
 REFUSAL_BYTES = _REFUSAL.size
 

@@ -15,7 +15,7 @@ from stagemesh.coordinator.observe import events
 from stagemesh.coordinator.planning.cost import CostModel
 from stagemesh.coordinator.planning.target import Target
 from stagemesh.coordinator.policy.replicas import check_scale
-from stagemesh.coordinator.state.nonces import Nonces
+from stagemesh.coordinator.state.nonces import nonces
 from stagemesh.coordinator.timing import CoordinatorTiming
 from stagemesh.coordinator.world.pipeline import Attempt, Pipeline, State
 from stagemesh.coordinator.world.record import Record
@@ -187,7 +187,7 @@ class Story:
 
     def __init__(self, goal: Target | None = None, record: Record | None = None) -> None:
         self.now = 100.0
-        self.world = World(goal or target(), now=self.now, nonce=Nonces(1).next, timing=TIMING, record=record)
+        self.world = World(goal or target(), now=self.now, nonce=nonces(1).__next__, timing=TIMING, record=record)
         self.actions: list[actions.Action] = []
         self.written = self.world.record.copy()
         """What another coordinator would find."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from stagemesh.coordinator.build import build
 from stagemesh.coordinator.service.slots import MAX_SLOT, Slots
-from stagemesh.coordinator.state.nonces import Nonces
+from stagemesh.coordinator.state.nonces import nonces
 from stagemesh.coordinator.state.store import Store
 from stagemesh.coordinator.values import Loaded, StagePlan, StoredPlan, pages_per_sequence
 from stagemesh.coordinator.world.record import Record
@@ -153,11 +154,10 @@ class TestSlots:
 
 
 def test_nonces_are_never_zero_and_never_one_twice() -> None:
-    nonces = Nonces(0)
-    seen = [nonces.next() for _ in range(100_000)]
+    seen = list(islice(nonces(0), 100_000))
     assert len(set(seen)) == len(seen)
     assert all(0 < n < 1 << 32 for n in seen)
-    assert Nonces(-0x9E3779B1 % 2**32).next() != 0
+    assert next(nonces(-0x9E3779B1 % 2**32)) != 0
 
 
 def settings(folder: Path, **changes: Any) -> CoordinatorSettings:
