@@ -167,7 +167,7 @@ class MeshEngine:
     def describe(self) -> dict[str, object]:
         """The mesh as this gateway sees it, JSON-ready."""
         ready, reason = self.ready()
-        loads = {name: dict(zip(("running", "waiting"), d.load, strict=True)) for name, d in self._drivers.items()}
+        loads = {n: {"running": d.load[0], "waiting": d.load[1], "ready": d.ready} for n, d in self._drivers.items()}
         seen: dict[str, Any] = MessageToDict(
             self.mesh, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )

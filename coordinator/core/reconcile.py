@@ -60,13 +60,11 @@ def _come_and_go(world: World, plan: MeshPlan, now: float) -> Iterator[Action]:
             world.log(f"{pipeline.pipeline_id} is left: there are fewer replicas")
             yield from moves.end(world, pipeline)
             world.publish()
-        if pipeline.leaving is not None and _is_left(world, pipeline, pipeline.leaving, now):
+        if (leaving := pipeline.leaving) is None:
+            continue
+        all_left = world.watching(now) <= leaving.gateways
+        if all_left or pipeline.state is not State.DRAINING or now > leaving.deadline:
             yield from _remove(world, pipeline)
-
-
-def _is_left(world: World, pipeline: Pipeline, leaving: Leaving, now: float) -> bool:
-    all_left = world.watching(now) <= leaving.gateways
-    return all_left or pipeline.state is not State.DRAINING or now > leaving.deadline
 
 
 def _remove(world: World, pipeline: Pipeline) -> Iterator[Action]:
@@ -91,7 +89,10 @@ def _pipeline(world: World, pipeline: Pipeline, plan: MeshPlan, now: float) -> I
     elif pipeline.leaving:
         return
     elif (serving := pipeline.serving) is not None:
-        _show_drain(world, pipeline, plan.drains.get(pipeline.pipeline_id, ""))
+        why = plan.drains.get(pipeline.pipeline_id, "")
+        if pipeline.drains != bool(why):
+            pipeline.drains, pipeline.reason = bool(why), why
+            world.publish()
         yield from moves.pursue(world, pipeline, serving, goal, now)
     elif goal is not None:
         yield from _form(world, pipeline, goal, now)
@@ -175,9 +176,3 @@ def _next_epoch(world: World, pipeline: Pipeline, keep: list[str], reason: str) 
     yield actions.Forget(pipeline.pipeline_id, pipeline.epoch)
     if pipeline.main is not None:
         yield from attempts.release(world, pipeline.main, reason, keep=keep)
-
-
-def _show_drain(world: World, pipeline: Pipeline, why: str) -> None:
-    if pipeline.drains != bool(why):
-        pipeline.drains, pipeline.reason = bool(why), why
-        world.publish()

@@ -91,9 +91,13 @@ class Store:
         """Writes down what changed: all of it, or nothing. Epochs never fall."""
         old, new = _rows(before, terms), _rows(after, terms)
         changed = [table for table in new if new[table] != old[table]]
-        kinds = dict.fromkeys({"epochs": "epoch", "plans": "plan"}.get(table, "order") for table in changed)
-        for kind in kinds:
-            point(f"coordinator.before_{kind}_write")
+        orders = set(changed) - {"epochs", "plans"}
+        if "epochs" in changed:
+            point("coordinator.before_epoch_write")
+        if "plans" in changed:
+            point("coordinator.before_plan_write")
+        if orders:
+            point("coordinator.before_order_write")
         with self._db:
             self._db.execute("BEGIN")
             for table in changed:
@@ -101,17 +105,20 @@ class Store:
                 if table != "epochs":
                     rises = ""
                     self._db.execute(f"DELETE FROM {table}")
-                if "order" in kinds:
+                if orders:
                     point("coordinator.within_order_write")
                 for row in new[table]:
                     self._db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))}) {rises}", row)
-        for kind in kinds:
-            point(f"coordinator.after_{kind}_write")
+        if "epochs" in changed:
+            point("coordinator.after_epoch_write")
+        if "plans" in changed:
+            point("coordinator.after_plan_write")
+        if orders:
+            point("coordinator.after_order_write")
 
     def slots(self) -> dict[int, tuple[str, int]]:
         """Slot -> (gateway, instance) that had it last."""
-        rows = self._db.execute("SELECT slot, gateway_id, instance FROM slots").fetchall()
-        return {slot: (gateway_id, int(instance)) for slot, gateway_id, instance in rows}
+        return {slot: (name, int(instance)) for slot, name, instance in self._db.execute("SELECT * FROM slots")}
 
     def save_slot(self, slot: int, gateway_id: str, instance: int) -> None:
         """Writes down who has a slot."""

@@ -68,7 +68,9 @@ class Recovery:
                 self._note(sequence, start + count)
             if stages is not None:
                 self._cut = rows[-1].sequence if not left else None
-                self._forget_journals(stages)
+                # Stages that were not lost and compute again write into their journals, and older entries may go.
+                for stage in range(stages[0], self._runs[0][0]):
+                    self._journals[stage] = b""
                 return rows, stages
             self._runs.pop(0)
             self._filled.clear()
@@ -96,11 +98,6 @@ class Recovery:
         while first > 0 and not _covers(self._journals[first - 1], pages):
             first -= 1
         return first, last
-
-    def _forget_journals(self, stages: Stages) -> None:
-        """Stages that were not lost and compute again write into their journals, and older entries may go."""
-        for stage in range(stages[0], self._runs[0][0]):
-            self._journals[stage] = b""
 
     def _note(self, sequence: TokenSequence, end: int) -> None:
         whole = -(-end // self._size) if end == sequence.computed else end // self._size

@@ -79,8 +79,7 @@ class Agent(stage_pb2_grpc.StageServicer):
     def on_frame(self, rank: int, kind: Kind, ident: int, payload: bytes) -> None:
         """Takes a frame of a rank that is no answer to a call."""
         if kind == Kind.RESULT:
-            session = self.sessions.get(ident)
-            if session is not None:
+            if (session := self.sessions.get(ident)) is not None:
                 session.put(payload)
         elif kind == Kind.SESSION_ENDED:
             session, error = self.sessions.get(ident), error_of(parse(worker_pb2.Failure, payload))
@@ -101,6 +100,8 @@ class Agent(stage_pb2_grpc.StageServicer):
             self.broken[said.pipeline_id, said.epoch] = said.reason
             self._end_sessions(said.pipeline_id, said.epoch, f"a link broke: {said.reason}", said.epoch)
             log.warning("link of %s broke: %s", said.pipeline_id, said.reason)
+        else:
+            log.error("rank %d sent %s, which is not for its agent", rank, kind.name)
 
     def ranks_lost(self, reason: str) -> None:
         """The rank group died, and everything that it held is gone."""

@@ -55,7 +55,7 @@ class Kind(enum.IntEnum):
     @property
     def is_call(self) -> bool:
         """Whether the agent waits for a REPLY or an ERROR of the same id."""
-        return self <= Kind.PREPARE
+        return self < Kind.RUN
 
 
 READY_ID = 0

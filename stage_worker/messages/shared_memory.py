@@ -28,8 +28,3 @@ def make_shared_memory(size: int) -> int:
 def make_store() -> int:
     """Makes an empty file for `torch.distributed.FileStore`. Returns its descriptor, to be handed to each rank."""
     return os.memfd_create("stagemesh-store", os.MFD_CLOEXEC)
-
-
-def path_of(fd: int) -> str:
-    """A path by which this process can open the file behind a descriptor again, with its own locks."""
-    return f"/proc/self/fd/{fd}"

@@ -24,7 +24,6 @@ from stagemesh.transport.ucx.worker import load_ucxx
 from ..messages.control import READY_ID, Kind, failure_of
 from ..messages.heartbeat import Heartbeats
 from ..messages.rank_config import RankConfig, RankDescriptors
-from ..messages.shared_memory import path_of
 from ..model.choose import import_for
 from ..model.parallel import TensorParallel
 from ..model.spec import ShardSpec
@@ -103,7 +102,8 @@ def run(argument: bytes, fds: list[int]) -> int:
     parallel = TensorParallel(
         config.rank,
         config.size,
-        store_path=path_of(descriptors.store),
+        # Opens the file behind the descriptor anew, with locks of its own.
+        store_path=f"/proc/self/fd/{descriptors.store}",
         exchange_fd=descriptors.exchange,
         device=str(device),
         timeout_s=timing.peers_s,

@@ -83,8 +83,13 @@ def spare(mesh: Mesh) -> int | None:
 
 def busy(mesh: Mesh) -> dict[str, int]:
     """Pipeline -> choices that it runs."""
-    told = mesh.get("/mesh")["gateway"]["pipelines"]
-    return {name: at["running"] for name, at in told.items()}
+    return {name: at["running"] for name, at in driven(mesh).items()}
+
+
+def driven(mesh: Mesh) -> dict[str, dict[str, Any]]:
+    """Pipeline -> what runs and waits on it, and whether it takes requests."""
+    told: dict[str, dict[str, Any]] = mesh.get("/mesh")["gateway"]["pipelines"]
+    return told
 
 
 def test_a_stage_gets_a_second_worker_and_loses_it_again(mesh: Mesh, expected: list[streams.Stream]) -> None:
@@ -94,6 +99,7 @@ def test_a_stage_gets_a_second_worker_and_loses_it_again(mesh: Mesh, expected: l
         assert "2 pipeline(s) serve" in scale(mesh, 1, 2)
         assert (len(holders(mesh, 0)), len(holders(mesh, 1))) == (1, 2)
         asyncio.run(until(lambda: mesh.get("/mesh")["gateway"]["total_pages"] == whole // 2 * 2, "both are driven"))
+        asyncio.run(until(lambda: all(at["ready"] for at in driven(mesh).values()), "a token has crossed both"))
         spread = streams.make(COUNT, TOKENS, SEED)
 
         async def both_run() -> None:
