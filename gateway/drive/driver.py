@@ -195,8 +195,10 @@ class PipelineDriver:
 
     async def _wait(self) -> Event:
         """Until there is an epoch to drive, and a slot to drive it with."""
+        told: object = ()  # The view after which the coordinator was told that this pipeline is left.
         while True:
-            if self.left:
+            if self.left and told is not self.wish.view:
+                told = self.wish.view
                 self._around.reporter.left(self.pipeline_id)
             view = self.wish.driven
             if view is not None:

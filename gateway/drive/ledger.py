@@ -88,6 +88,8 @@ class Ledger:
     def begin(self, shape: Shape, stages: Sequence[stage_pb2.RunOpened]) -> None:
         """An epoch begins, at which the stages' pages hold what they say."""
         self._out_at_end = []
+        if self._quarantined:
+            self.release(self._quarantined)
         if not self.fits(shape):
             self._start_over(shape)
         filled = [0 if stage in self._expecting else generation for stage, generation in enumerate(self._filled)]
@@ -113,14 +115,14 @@ class Ledger:
         self._expecting.clear()
 
     def quarantine_page(self) -> int | None:
-        """A page for a probe, if one is free. It is the probe's until it is released, or the epoch is over."""
+        """A page for a probe, if one is free. It is the probe's until it is released, or a later epoch begins."""
         pages = self.scheduler.pages.allocate(1)
         self._quarantined += pages or ()
         return pages[0] if pages is not None else None
 
     def release(self, pages: Sequence[int]) -> None:
         """Nothing is written to these pages of probes any more."""
-        self.scheduler.pages.free(pages)
+        self.scheduler.pages.free([page for page in pages if page in self._quarantined])
         self._quarantined = [page for page in self._quarantined if page not in pages]
 
     def fits(self, shape: Shape) -> bool:
@@ -168,7 +170,6 @@ class Ledger:
     def end(self) -> None:
         """The epoch is over: what is out will never come back."""
         self._out_at_end = list(self.scheduler.out.values())
-        self.release(self._quarantined)
         self.scheduler.rewind()
 
     def ranks_died(self) -> list[TokenSequence]:

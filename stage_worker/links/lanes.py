@@ -155,9 +155,10 @@ class ReceiveLane(_Lane):
     def __init__(
         self, transport: Transport, peer: Peer, identity: LinkIdentity, slot: int, device: torch.device
     ) -> None:
-        super().__init__(transport, peer, identity, slot, FIN)
         self._max_bytes, self._device = identity.max_bytes, device
+        # Before anything is posted: there may be no memory for them.
         self._free = [self._new_buffer() for _ in range(identity.credits)]
+        super().__init__(transport, peer, identity, slot, FIN)
         self._spares = 0
         self._posts: dict[int, _Post] = {}  # by step modulo SEQ_MODULUS
         self._waiting: deque[tuple[int, tuple[int, ...]]] = deque()  # step, shape

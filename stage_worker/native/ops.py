@@ -114,10 +114,10 @@ def library() -> ctypes.CDLL | None:
 
 
 def _check(code: int, *_call: object) -> None:
-    if code == 1:
-        raise InternalError("no memory for the step's workspace")
     if code == 2:
         raise TransportError("a rank of this tensor-parallel group is lost or late")
+    if code:
+        raise InternalError("no memory for the step's workspace")
 
 
 def has_tiles() -> bool:

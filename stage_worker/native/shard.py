@@ -121,7 +121,7 @@ class NativeShard:
             self._norm, self._head, self._packed_head = before._norm, before._head, before._packed_head
         elif self.is_last:
             self._norm = reader.read(NORM)
-            if a.tied and self._embedding is not None:
+            if a.tied and self._embedding is not None and self._embedding.dim() == 2:  # Not panels of another head.
                 head = self._embedding[slice(*self._spec.part(a.vocab))]
             else:
                 head = reader.read(EMBEDDING if a.tied else HEAD)

@@ -177,8 +177,6 @@ class Launcher:
     def stop(self) -> None:
         """Ends the forkserver. Children must have been ended before."""
         self._end_server()
-        if self._imports is not None:
-            adopt_orphans(False)
 
     # -- the forkserver ---------------------------------------------------------------------------------------------
 

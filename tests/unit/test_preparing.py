@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
+import weakref
 from typing import Any, cast
 
 import pytest
@@ -47,3 +49,21 @@ def test_a_load_gives_way_where_its_rank_serves_nothing(more: int, serves: bool)
     thread.join()
     assert outcomes == [[]]
     assert memory.nice == (own if serves else max(NICE, own))
+
+
+def test_a_shard_that_was_handed_over_is_not_kept() -> None:
+    """Its memory is for what is loaded next."""
+
+    class Loaded(Memory):
+        def load(self, request: stage_pb2.PrepareRequest, note: Any) -> list[Any]:
+            return [Memory()]
+
+    found: list[weakref.ref[Memory]] = []
+    rank_memory = cast(RankMemory, Loaded())
+    preparing = Preparing(
+        rank_memory, lambda *told: None, lambda *done: found.append(weakref.ref(done[2].result()[0])), 1.0
+    )
+    preparing.start(1, stage_pb2.PrepareRequest(), serves=True)
+    preparing.join()
+    gc.collect()
+    assert [shard() for shard in found] == [None]

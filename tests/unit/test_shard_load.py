@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_checkpoint, reference_greedy
 
 from stagemesh.errors import CheckpointError, ConfigError, UnsupportedModel
+from stagemesh.stage_worker.kv.pool import KvPool
+from stagemesh.stage_worker.model.batch import StepBatch
 from stagemesh.stage_worker.model.choose import Shard, load_shard
 from stagemesh.stage_worker.model.parallel import TensorParallel
 from stagemesh.stage_worker.model.spec import ShardSpec
@@ -102,6 +104,24 @@ def test_a_tied_embedding_is_on_both_ends_and_once_where_they_meet(tied: Path) -
     whole = load(tied, 0, 6)
     assert whole.tensor_bytes_read == 6 * LAYER_BYTES + NORM_BYTES + EMBEDDING_BYTES
     assert whole.weight_bytes < load(tied, 0, 3).weight_bytes + load(tied, 3, 6).weight_bytes
+
+
+def test_a_tied_model_is_held_whole_and_in_part_again_and_again(tied: Path) -> None:
+    """As a worker does that takes others' layers over, gives them back, and takes them over once more."""
+    spec = ShardSpec(str(tied), 0, 6, "float32")
+
+    def computed(shard: Shard) -> torch.Tensor:
+        shard.bind_kv(KvPool(shard.kv_layers, 2, spec.page_size, shard.dtype, shard.device))
+        last_row = torch.tensor([1]) if len(shard.kv_layers) == 6 else None
+        batch = StepBatch([0], [2], [[0]], spec.page_size, token_ids=torch.tensor([5, 6]), logit_rows=last_row)
+        shard.prepare(batch)
+        return shard.forward(batch).clone()
+
+    fresh = {last: computed(load(tied, 0, last)) for last in (3, 6)}
+    shard = None
+    for last in (3, 6, 3, 6, 3):
+        shard = load_shard(replace(spec, last=last), TensorParallel(), before=shard)
+        assert torch.equal(computed(shard), fresh[last])
 
 
 def test_a_base_model_checkpoint_serves_when_tied(tied: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConfigError when the port is in use or the address is not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        sock = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        sock = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
     except OSError as e:
         raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror}; choose another with --port") from e
     sock.setblocking(False)

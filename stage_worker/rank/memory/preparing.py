@@ -71,7 +71,8 @@ class Preparing:
                 self._tell(self._ident, *progress)
             return progress is not None
         self._thread = None
-        self._done(self._ident, self._request, self._outcome)
+        outcome, self._outcome = self._outcome, Future()  # Not kept: the shards are the receiver's.
+        self._done(self._ident, self._request, outcome)
         return True
 
     def join(self) -> None:

@@ -85,7 +85,7 @@ class Mesh:
         self.now = 1000.0
         self.loops: list[FakeLoop] = []
         self.reporter = MagicMock()
-        self.renewals = 0
+        self.renewals = self.looks = 0
         self.refusal = refusal
         self.grants = True
         """The coordinator gives a fresh slot at once."""
@@ -103,11 +103,14 @@ class Mesh:
         self.driver = PipelineDriver(
             NAME,
             Surroundings(
-                settings, self.slot, self.reporter, observers, deque(), no_model, lambda: None,
+                settings, self.slot, self.reporter, observers, deque(), no_model, self._looked,
                 cast(Callable[..., BatchLoop], self._make_loop),
             ),
         )  # fmt: skip
         self.running: asyncio.Task[None] | None = None
+
+    def _looked(self) -> None:
+        self.looks += 1
 
     def _renewed(self) -> None:
         self.renewals += 1
@@ -252,6 +255,13 @@ def test_it_is_left_when_nothing_of_it_is_under_way() -> None:
         mesh.driver.forget(live)
         await mesh.until(lambda: mesh.driver.left)
         assert mesh.driver.state is State.WAITING
+        await mesh.until(lambda: mesh.reporter.left.called)
+        # It looks again and again, and says so once after each word of the coordinator.
+        looks = mesh.looks
+        await mesh.until(lambda: mesh.looks > looks + 2)
+        mesh.reporter.left.assert_called_once_with(NAME)
+        mesh.driver.follow(view("DRAINING", leaving=True))
+        await mesh.until(lambda: mesh.reporter.left.call_count == 2)
         await mesh.end()
 
     asyncio.run(go())

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import uvloop
 
+from stagemesh.gateway.api.http.server import bind
 from stagemesh.gateway.timing import GatewayTiming
 
 Make = Callable[..., Any]
@@ -200,3 +201,10 @@ def test_connections_are_kept(make_served: Make) -> None:
             assert len(ports) == 1
 
     uvloop.run(go())
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_all_addresses_are_those_of_both_families() -> None:
+    with bind("::", 0) as listener:
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, listener.getsockname()[1]), timeout=5).close()

@@ -96,3 +96,31 @@ def test_pages_of_a_step_that_is_back_do_not_wait_for_the_others() -> None:
 def test_what_is_lost_while_its_last_steps_come_back_is_not_gone_on_from() -> None:
     with pytest.raises(StageLost, match="p epoch 1: a stream broke"):
         story("lost")
+
+
+def test_a_probes_page_is_freed_once_whatever_ends_first() -> None:
+    ledger = Ledger(lambda shape: make(pages=len(shape.pages)))
+    shape = Shape(tuple(range(4)), 4, 3)
+    ledger.begin(shape, [])
+    page = ledger.quarantine_page()
+    assert page is not None
+    ledger.end()
+    ledger.release([page])
+    ledger.release([page])
+    late = ledger.quarantine_page()
+    assert late is not None
+    assert ledger.scheduler.pages.num_free == 3
+    # Nobody told its end, as the epoch that it was for was given up: it is free when the next one begins.
+    ledger.begin(shape, [])
+    assert ledger.scheduler.pages.num_free == 4
+    ledger.release([late])
+    assert ledger.scheduler.pages.num_free == 4
+
+
+def test_a_page_of_a_probe_does_not_outlive_pages_of_another_size() -> None:
+    ledger = Ledger(lambda shape: make(pages=len(shape.pages)))
+    ledger.begin(Shape(tuple(range(4)), 4, 3), [])
+    assert ledger.quarantine_page() is not None
+    ledger.begin(Shape(tuple(range(8)), 8, 3), [])
+    assert ledger.scheduler.pages.num_free == 8
+    ledger.end()
