@@ -12,7 +12,7 @@ def fail(
     """Marks an attempt as failed, whether it served or was being made.
 
     `pause`: the next attempt waits, longer with each failure in a row. `blameless`: does not count as a failed move. A
-    move that gateways know of waits for their reports until `verdict_s`: some may have switched already.
+    move that gateways know of waits up to `verdict_s` for their reports: some may have switched already.
     """
     if attempt.beside:
         if not attempt.fault:

@@ -22,7 +22,7 @@ class Goal:
     takes_down: tuple[str, ...] = ()
     """Pipelines whose workers this goal takes."""
     drops_counts: str = ""
-    """Why this goal cannot use the wanted layer counts. Empty if it does."""
+    """Why this goal cannot use the wanted layer counts. Empty if it can."""
     final: bool = False
     """Without holders: True if waiting will not help."""
 

@@ -124,7 +124,6 @@ class GaveUp:
     """The policy that asked for the moves."""
     why: str
     until: float
-    """Clock time."""
 
 
 @dataclass
