@@ -104,7 +104,7 @@ class Switch:
             self._ledger.arrived()
 
     async def _make_ready(self, slot: SlotLease) -> None:
-        """Opens the next epoch's sessions, with pages that both epochs have, and sends a probe across it."""
+        """Opens the next epoch's sessions, whose pages include all held ones, and sends a probe across it."""
         ledger, scheduler, new = self._ledger, self._ledger.scheduler, self._new
         # Pages that are being refilled cannot be copied yet.
         await self._until(lambda: not ledger.recovering)
