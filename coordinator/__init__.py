@@ -1,5 +1,5 @@
-"""The coordinator: who holds which layers. It reconciles, as Kubernetes' controllers do.
+"""The coordinator: it decides which worker holds which layers. It reconciles, as Kubernetes' controllers do.
 
-`observe` lets events change the `world`, `policy` says what is wanted of it, `core` orders what leads there, `planning`
-does the arithmetic, `service` and `state` do the I/O.
+`observe` applies events to the `world`. `policy` decides how the mesh should be. `core` orders the changes that lead
+there. `planning` does the arithmetic. `service` and `state` do the I/O.
 """

@@ -1,4 +1,4 @@
-"""From settings and checkpoint to what is to be built, checked before anything starts."""
+"""Settings and checkpoint -> Target, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .values import pages_per_sequence
 
 DEFAULT_MAX_MODEL_LEN = 4096
 FEW_STAGES = 4
-"""Below so many, another batch of decode rows costs more (each streams the weights) than the bubble it would fill."""
+"""With fewer stages, one more batch of decode rows costs more than the bubble it fills: each streams the weights."""
 
 
 def build(settings: CoordinatorSettings) -> Target:
@@ -30,7 +30,7 @@ def build(settings: CoordinatorSettings) -> Target:
     model = model_ref(settings.model, settings, info, dtype)
     model.name = settings.name
     draft = _add_draft(settings, info, model, limits.max_model_len)
-    # As earlier releases wrote it: a coordinator that is upgraded takes its pipelines up again.
+    # The digest must equal that of earlier releases, so that an upgraded coordinator resumes its pipelines.
     bounds = tuple(getattr(limits, field.name) for field in limits.DESCRIPTOR.fields if field.name != "pipelines")
     terms = hashlib.sha256(model.SerializeToString(deterministic=True) + repr(bounds).encode())
     terms.update(repr((stages, settings.layer_partition, settings.transport)).encode())
@@ -47,7 +47,7 @@ def build(settings: CoordinatorSettings) -> Target:
 
 
 def model_ref(path: str, settings: CoordinatorSettings, info: CheckpointInfo, dtype: str) -> types_pb2.ModelRef:
-    """A checkpoint as workers are told of it, named after its folder."""
+    """The message that tells workers of a checkpoint. Its name is the folder's."""
     return types_pb2.ModelRef(
         name=os.path.basename(os.path.abspath(path)),
         path=os.path.abspath(path),
@@ -64,7 +64,7 @@ def model_ref(path: str, settings: CoordinatorSettings, info: CheckpointInfo, dt
 def _add_draft(
     settings: CoordinatorSettings, info: CheckpointInfo, model: types_pb2.ModelRef, max_model_len: int
 ) -> CheckpointInfo | None:
-    """Writes the draft model that the settings name into `model`, in whose dtype it computes; what its files hold."""
+    """Adds the draft model that the settings name to `model`, whose dtype it uses. Returns its checkpoint."""
     config = settings.speculative_config
     if config is None or config.model is None:
         return None
@@ -112,5 +112,5 @@ def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> types_pb2.Ru
 
 
 def default_steps_in_flight(stages: int) -> int:
-    """Batches that decode rows are spread over: one a stage, and in a longer pipeline one more to hide its hops."""
+    """Batches that decode rows are spread over: one per stage, and one more in a long pipeline to hide its hops."""
     return stages if stages < FEW_STAGES else stages + 1

@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 def run(settings: CoordinatorSettings, ready_fd: int | None = None) -> int:
     """Runs a coordinator until SIGTERM or SIGINT; returns the exit status.
 
-    When it listens, one JSON line {"port": N} goes to `ready_fd`, which is then closed. Raises ConfigError and
-    CheckpointError for what makes the mesh impossible from the start.
+    When it listens, it writes one JSON line {"port": N} to `ready_fd` and closes it. Raises ConfigError and
+    CheckpointError when no mesh can be built from the settings and the checkpoint.
     """
     process.set_title("coordinator")
     process.set_up_logging("coordinator")
@@ -42,7 +42,7 @@ def run(settings: CoordinatorSettings, ready_fd: int | None = None) -> int:
 
 
 async def _run(settings: CoordinatorSettings, target: Target, ready_fd: int | None) -> int:
-    """Serves once no other coordinator is the leader; the exit status."""
+    """Waits until no other coordinator is the leader, then serves. Returns the exit status."""
     timing = CoordinatorTiming().scaled(settings.time_scale)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -60,7 +60,7 @@ async def _run(settings: CoordinatorSettings, target: Target, ready_fd: int | No
 
 
 def make_lease(settings: CoordinatorSettings, timing: CoordinatorTiming) -> Lease | None:
-    """The Lease that the settings name. Raises ConfigError outside a pod."""
+    """The Lease that the settings name, if any. Raises ConfigError outside a pod."""
     if settings.kubernetes_lease is None:
         return None
     identity = settings.lease_identity or f"{socket.gethostname()}_{secrets.token_hex(4)}"
@@ -95,7 +95,7 @@ async def _serve(
     stopped = asyncio.create_task(stop.wait())
     kept = asyncio.create_task(lease.keep()) if lease is not None else None
     try:
-        # The clock ends only by an error, which must end the process: a coordinator without one sees nobody go.
+        # The clock task ends only with an error, which must end the process: without ticks no lease runs out.
         await asyncio.wait([clock, stopped, *([kept] if kept else [])], return_when=asyncio.FIRST_COMPLETED)
     finally:
         stopped.cancel()
@@ -118,7 +118,7 @@ async def _serve(
 def make_service(
     target: Target, store: Store, timing: CoordinatorTiming, lease: Lease | None = None
 ) -> CoordinatorService:
-    """The service with its core; to be made on a running loop. With a Lease, its epochs are of that one's term."""
+    """The service with its core. Needs a running loop. With a Lease, its epochs belong to the Lease's term."""
     now = time.monotonic()
     world = World(
         target,
@@ -129,7 +129,7 @@ def make_service(
         first_epoch=lease.first_epoch if lease is not None else 1,
     )
     stored = store.slots()
-    # Without a store, a random start keeps a restarted coordinator off the slots of gateways that still live.
+    # Without stored slots, a random start avoids the slots of gateways that outlived the coordinator before.
     first = max(stored, default=secrets.randbelow(MAX_SLOT)) % MAX_SLOT + 1
     slots = Slots(stored, now=now, quarantine_s=timing.slot_quarantine_s, first=first)
     return CoordinatorService(world, store, slots, is_leader=lambda: lease is None or lease.is_sure)

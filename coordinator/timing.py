@@ -1,4 +1,4 @@
-"""The coordinator's times, and how they depend on each other."""
+"""The coordinator's time-outs and intervals, and the relations between them."""
 
 from __future__ import annotations
 
@@ -10,88 +10,88 @@ from stagemesh.timing import Timing
 
 @dataclass(frozen=True)
 class CoordinatorTiming(Timing):
-    """Seconds."""
+    """All times are in seconds."""
 
     # Leases of workers.
     tick_s: float = 0.05
-    """Between two looks at the clock."""
+    """Interval between ticks."""
     renew_s: float = 0.15
-    """Workers renew their lease this often."""
+    """Interval at which workers renew their lease."""
     lease_s: float = 0.6
-    """A worker that does not renew for so long is lost, where neither its clock nor ours ran late."""
+    """A worker that does not renew for this long is lost, if neither its process nor this one runs late."""
     stall_s: float = 0.3
-    """A tick that comes so late means that this process was not run: it has heard no renewals meanwhile."""
+    """A longer gap between ticks means that this process was stopped, and heard no renewals meanwhile."""
     lateness_half_s: float = 5.0
-    """After so long half of an observed lateness still counts."""
+    """Half-life of an observed lateness."""
     lateness_most_s: float = 6.0
-    """No lease is longer by more than this for the sake of late clocks."""
+    """Lateness extends a lease by at most this much."""
     reconnect_s: float = 1.6
-    """After a restart: the longest that a worker takes to call again (its channel's back-off of 1 s and a fifth, and
-    its own pause)."""
+    """The longest that a worker takes to call again after this process restarts: its channel's back-off of 1.2 s, and
+    its own pause."""
 
     # Attempts.
     retry_min_s: float = 0.2
     retry_max_s: float = 2.0
     """Pause before the next attempt; it doubles with each failure in a row."""
     sound_s: float = 10.0
-    """A pipeline that served so long was sound: what breaks it is a new failure, not the last one again."""
+    """When a pipeline breaks after serving this long, its count of failures in a row starts again."""
     apart_s: float = 30.0
-    """So long two workers whose link failed are not made neighbours, and a worker that a gateway does not reach is not
-    chosen, where there are others."""
+    """How long to avoid two workers as neighbours whose link failed, and a worker that a gateway does not reach. They
+    are still chosen if there are no others."""
     refused_s: float = 60.0
-    """So long a worker is not asked again for what it could not do: files or memory may be back by then."""
+    """How long a worker is not asked again for what it could not do: files or memory may be back by then."""
     settled_s: float = 1.5
-    """So long a pipeline that was just formed is left alone by what can wait: what a lost stage had is computed again,
-    which needs all cores of one machine."""
+    """How long work that can wait stays off a pipeline that was just formed. Meanwhile the lost stage's pages are
+    computed again, which needs all cores of one machine."""
 
-    # Moves beside serving.
+    # Moves while a pipeline serves.
     move_s: float = 60.0
     """How long workers may take to link, and then how long gateways may take to switch."""
     gone_s: float = 2.0
-    """A gateway whose stream ended is waited for so long: it often starts over."""
+    """How long to wait for a gateway whose stream ended: it often connects again."""
     verdict_s: float = 3.0
     """How long gateways may take to say whether they switched, when a move fails late."""
 
     # Pipelines that come and go.
     missed_s: float = 30.0
-    """So long a lost worker still counts as a replica of its stage: it may come back."""
+    """How long a lost worker still counts as a replica of its stage: it may come back."""
     again_s: float = 60.0
-    """After moves that failed a pipeline is left as it is for so long, or until the membership changes."""
+    """How long a pipeline stays as it is after its moves failed, unless the membership changes."""
     leave_s: float = 90.0
     """How long gateways may take to leave a pipeline."""
 
     # Measured steps.
     fresh_s: float = 8.0
-    """An older report of step times says nothing of now."""
+    """Older reports of step times are ignored."""
     look_s: float = 5.0
-    """Between two looks at whether other ranges would be faster."""
+    """Interval between checks whether other ranges would be faster."""
     rest_s: float = 60.0
-    """Layers do not move by themselves again before so long."""
+    """Shortest time between two automatic moves of layers."""
     longer_rest_s: float = 600.0
-    """The same where the last move brought less than half of what is worth one, or failed."""
+    """Used instead of `rest_s` if the last move failed, or gained less than half of `GAIN`."""
 
     # Calls.
     assign_silence_s: float = 60.0
-    """Between two messages of an Assign: a worker reports progress several times a second while it loads."""
+    """Longest silence in an Assign: a worker reports progress several times a second while it loads."""
     offer_s: float = 5.0
     connect_s: float = 8.0
     activate_s: float = 5.0
     release_s: float = 2.0
     close_s: float = 0.5
-    """At shutdown: calls that were cancelled get this long to end."""
+    """How long cancelled calls may take to end at shutdown."""
     progress_s: float = 0.2
-    """Changes that are not urgent are told to gateways at most this often."""
+    """Shortest interval between messages to gateways when no change is urgent."""
     slot_quarantine_s: float = 60.0
-    """So long the slot of a gateway that is gone is given to nobody else."""
+    """How long the slot of a gateway that is gone is not given to another one."""
     stop_grace_s: float = 0.1
     """How long open calls may take to end when the coordinator stops."""
     leader_look_s: float = 0.1
-    """Between two tries to open a state that another coordinator has."""
+    """Interval between attempts to open a state folder that another coordinator has open."""
     api_call_s: float = 2.0
-    """One call of Kubernetes' API server."""
+    """Time-out of one call to Kubernetes' API server."""
 
     def relations(self) -> Iterator[tuple[bool, str]]:
-        """What must hold between them."""
+        """The relations that must hold."""
         yield self.tick_s < self.renew_s, "tick_s < renew_s"
         yield 3 * self.renew_s <= self.lease_s, "3 renew_s <= lease_s: one lost message costs no lease"
         yield self.tick_s < self.stall_s < self.lease_s, "tick_s < stall_s < lease_s"

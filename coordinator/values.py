@@ -1,7 +1,7 @@
-"""The values that the coordinator's core speaks of. All are frozen.
+"""The values of the coordinator's core. All are frozen.
 
-Messages of protos/v1 serve as values beside them: a worker's registration, limits, page copies, requests. The core
-reads them, and never changes one that it was given.
+The core also uses messages of protos/v1 as values: a worker's registration, limits, page copies, requests. It reads
+them, and never changes one that it was given.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ Range = tuple[int, int]
 
 
 def layer_range(layers: Range) -> types_pb2.LayerRange:
-    """A range as it travels."""
+    """Converts a range to its message."""
     return types_pb2.LayerRange(first=layers[0], last=layers[1])
 
 
 def span(layers: types_pb2.LayerRange) -> Range:
-    """A range that came over the wire."""
+    """Converts a message to a range."""
     return layers.first, layers.last
 
 
 def pages_per_sequence(limits: types_pb2.RunLimits) -> int:
-    """Pages of one sequence of the longest kind."""
+    """KV pages that a sequence of `max_model_len` tokens needs."""
     return -(-limits.max_model_len // limits.page_size)
 
 
@@ -43,31 +43,31 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Holder:
-    """A worker and the layers that it shall hold."""
+    """A worker and the layers that it will hold."""
 
     worker_id: str
     layers: Range
 
 
 Holders = tuple[Holder, ...]
-"""Who holds what in a pipeline, in stage order."""
+"""The worker and layers of each stage of a pipeline, in stage order."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker answered when its assignment was loaded."""
+    """A worker's answer when it has loaded its assignment."""
 
     num_pages: int
     weight_bytes: int = 0
     tensor_bytes_read: int = 0
     fingerprint: str = ""
     kv_layout: str = ""
-    """Pages can be copied between workers that say the same."""
+    """Pages can be copied between workers with equal `kv_layout`."""
 
 
 @dataclass(frozen=True)
 class StoredPlan:
-    """A pipeline that served when it was written down."""
+    """A serving pipeline as it is stored for a restart."""
 
     pipeline_id: str
     epoch: int
@@ -75,11 +75,11 @@ class StoredPlan:
     loaded: tuple[Loaded, ...]
     routes: tuple[str, ...]
     terms: str
-    """Digest of model and bounds. A plan for other terms is not taken up again after a restart."""
+    """Digest of model and limits. After a restart, a plan with other terms is not resumed."""
     shares: int = 1
-    """Pipelines between which the pages were split."""
+    """Number of pipelines that share each worker's pages."""
     next: StoredPlan | None = None
-    """The epoch that gateways have been told to switch to, while some may not have."""
+    """The epoch that gateways were told to switch to, while some may not have switched yet."""
 
 
 StageRequest = (
@@ -97,14 +97,14 @@ class Order:
     """A call of a worker's Stage service."""
 
     to: RegisterRequest
-    """The worker, as it introduced itself."""
+    """The registration of the worker that is called."""
     request: StageRequest
     offer: Order | None = None
-    """With a ConnectLinkRequest: the call of the link's receiver that comes first. Its answer completes the request."""
+    """With a ConnectLinkRequest: the call to the link's receiver, made first. Its answer completes the request."""
 
     @property
     def attempt(self) -> tuple[str, int] | None:
-        """Pipeline and epoch of the attempt that waits for its answer, if one does."""
+        """Pipeline and epoch of the attempt that waits for the answer. None if no attempt does."""
         request = self.request
         if isinstance(request, stage_pb2.PrepareRequest | stage_pb2.ReleaseRequest):
             return None
@@ -112,5 +112,5 @@ class Order:
 
     @property
     def what(self) -> str:
-        """Its name, for people."""
+        """Name of the order in logs and errors."""
         return "link" if self.offer is not None else type(self.request).__name__.removesuffix("Request").lower()

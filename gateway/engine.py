@@ -1,6 +1,6 @@
-"""The gateway's engine: follows the coordinator, drives every pipeline there is, and spreads requests over them.
+"""The gateway's engine: it follows the coordinator, drives every pipeline, and spreads requests over them.
 
-It is ready only when a real token has crossed every stage of a pipeline at its current epoch.
+It is ready only when a token has crossed every stage of a pipeline at its current epoch.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class MeshEngine:
         self._watching: asyncio.Task[None] | None = None
         self._reporter = Reporter(settings.coordinator, settings.gateway_id, timing)
         self._drivers: dict[str, PipelineDriver] = {}
-        """By pipeline."""
+        """Pipeline -> its driver."""
         self._reason = NO_COORDINATOR
-        """Why nothing is driven."""
+        """Text on why no pipeline is driven."""
         self._stopping = False
         self._live: dict[str, LiveRequest] = {}
         self._group = asyncio.TaskGroup()
@@ -76,10 +76,10 @@ class MeshEngine:
         metrics.kv_cache_usage.set_function(lambda: max((s.pages.usage for s in self._schedulers), default=0.0))
         metrics.steps_in_flight.set_function(lambda: sum(len(s.out) for s in self._schedulers))
 
-    # -- life -------------------------------------------------------------------------------------------------------
+    # -- start and stop ---------------------------------------------------------------------------------------------
 
     def start(self) -> asyncio.Task[None]:
-        """Starts following the coordinator. The task ends only by a bug, which is then its exception."""
+        """Starts following the coordinator. Only a bug ends the task, with an exception."""
         self._following = asyncio.create_task(self._follow())
         return self._following
 
@@ -90,7 +90,7 @@ class MeshEngine:
             group.create_task(self._report_steps())
 
     async def stop(self, drain_timeout_s: float) -> None:
-        """Takes nothing new, lets live requests finish for a while, then ends."""
+        """Takes no new requests, lets live ones finish for up to `drain_timeout_s`, then closes all drivers."""
         self._stopping = True
         deadline = time.monotonic() + drain_timeout_s
         while self._live and time.monotonic() < deadline:
@@ -104,10 +104,10 @@ class MeshEngine:
         for driver in drivers:
             await driver.close()
 
-    # -- the front ends' side ---------------------------------------------------------------------------------------
+    # -- calls of the APIs ------------------------------------------------------------------------------------------
 
     def ready(self) -> tuple[bool, str]:
-        """Whether a token has crossed every stage of a pipeline that serves; else why not."""
+        """Whether a token has crossed every stage of a pipeline that serves, and if not, why."""
         if self._stopping:
             return False, "the gateway is stopping"
         drivers = self._drivers.values()
@@ -117,8 +117,7 @@ class MeshEngine:
         return False, "; ".join(dict.fromkeys(reasons)) or self._reason
 
     def submit(self, request: GenerationRequest) -> LiveRequest:
-        """Accepts a request into a queue: from here on it ends exactly once. While a lost stage is being made good it
-        waits there.
+        """Queues a request, which then ends exactly once. While a lost stage is being replaced, it waits in the queue.
 
         Raises Unavailable, QueueFull or InvalidRequest.
         """
@@ -139,7 +138,7 @@ class MeshEngine:
             )
         live = LiveRequest(request, self.model.tokenizer, self.metrics, self._on_end)
         log.debug("request %s draws with seed %d", request.request_id, request.sampling.seed)
-        if not live.ended:  # Else all of it was promised before.
+        if not live.ended:  # A resumed stream may already have all of its tokens.
             late = DeadlineExceeded(f"request {request.request_id} took longer than {request.deadline_s:g} s")
             live.deadline = asyncio.get_running_loop().call_later(request.deadline_s, live.fail, late)
             self._live[request.request_id] = live
@@ -147,7 +146,7 @@ class MeshEngine:
         return live
 
     def _least_busy(self) -> PipelineDriver | None:
-        """Where a request is likely to be served first, of the pipelines that serve."""
+        """The serving pipeline with the fewest sequences."""
         ready = (driver for driver in self._drivers.values() if driver.ready)
         return min(ready, key=lambda d: sum(d.load), default=None)
 
@@ -157,7 +156,7 @@ class MeshEngine:
             driver.forget(live)
 
     def cancel(self, request_id: str) -> bool:
-        """Cancels by name; False when it is not running."""
+        """Cancels a request by its id. Returns False if it is not running."""
         live = self._live.get(request_id)
         if live is None:
             return False
@@ -165,7 +164,7 @@ class MeshEngine:
         return True
 
     def describe(self) -> dict[str, object]:
-        """The mesh as this gateway sees it, JSON-ready."""
+        """The mesh as this gateway sees it, as values for JSON."""
         ready, reason = self.ready()
         loads = {n: {"running": d.load[0], "waiting": d.load[1], "ready": d.ready} for n, d in self._drivers.items()}
         seen: dict[str, Any] = MessageToDict(
@@ -192,14 +191,14 @@ class MeshEngine:
     def _schedulers(self) -> list[Scheduler]:
         return [driver.ledger.scheduler for driver in self._drivers.values() if driver.ledger is not None]
 
-    # -- the coordinator's side -------------------------------------------------------------------------------------
+    # -- following the coordinator ----------------------------------------------------------------------------------
 
     def _watch_anew(self) -> None:
         if self._watching is not None:
             self._watching.cancel()
 
     async def _watch(self) -> None:
-        """Follows the coordinator; while it is away, what runs goes on."""
+        """Watches the mesh. While the coordinator is away, running requests go on."""
         channel = rpc.channel(self.settings.coordinator)
         stub = coordinator_pb2_grpc.CoordinatorStub(channel)
         try:
@@ -208,7 +207,7 @@ class MeshEngine:
                 try:
                     await asyncio.wait((self._watching,))
                     if self._watching.cancelled():
-                        continue  # A fresh slot is wanted.
+                        continue  # The watch starts again to get a new slot.
                     self._watching.result()
                 except StagemeshError as e:
                     away = f"the coordinator at {self.settings.coordinator} cannot be reached"
@@ -226,7 +225,7 @@ class MeshEngine:
             await channel.close(None)
 
     async def _watch_once(self, stub: coordinator_pb2_grpc.CoordinatorStub) -> None:
-        """One stream of the mesh, until the coordinator ends it. Raises its error, or Unavailable."""
+        """Follows one watch stream until the coordinator ends it. Raises its error, or Unavailable."""
         request = coordinator_pb2.WatchPipelinesRequest(
             gateway_id=self.settings.gateway_id,
             instance=self._slot.instance,
@@ -238,9 +237,9 @@ class MeshEngine:
                 self.take(response)
 
     def take(self, response: coordinator_pb2.WatchPipelinesResponse) -> None:
-        """The coordinator's word of the mesh."""
+        """Takes the mesh that the coordinator sent."""
         self._slot.slot, self._reason = response.slot, "no pipeline is formed yet"
-        # Not copied into the one before: a protobuf message never gives back what its fields have taken.
+        # Replaced and not copied into: a protobuf message never frees the memory of its fields.
         self.mesh = response.mesh
         here = {view.pipeline_id: view for view in response.pipelines}
         for name in here.keys() - self._drivers.keys():
@@ -250,7 +249,7 @@ class MeshEngine:
             driver.follow(here.get(name))
 
     def _place(self) -> None:
-        """What a pipeline gives up goes on at another one. One that is no more, and holds nothing, is forgotten."""
+        """Moves requests that a pipeline gives up to another one. Forgets removed pipelines that hold no requests."""
         for name, driver in list(self._drivers.items()):
             to = self._least_busy()
             if driver.gives_up and to is not None and to is not driver:
@@ -262,7 +261,7 @@ class MeshEngine:
                 driver.task.cancel()
 
     async def _report_steps(self) -> None:
-        """While requests run."""
+        """Reports step times to the coordinator while requests run."""
         while True:
             await asyncio.sleep(self._timing.steps_every_s)
             for driver in self._drivers.values():

@@ -26,7 +26,7 @@ SERVICE_NAME = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
 
 
 def run(settings: GatewaySettings, ready_fd: int | None = None) -> int:
-    """Runs one gateway until SIGTERM or SIGINT; returns the exit status. Raises ConfigError when it cannot listen."""
+    """Runs one gateway until SIGTERM or SIGINT. Returns the exit status. Raises ConfigError when it cannot listen."""
     process.set_title("gateway")
     process.set_up_logging("gateway")
     return uvloop.run(_run(settings, ready_fd))
@@ -63,7 +63,7 @@ async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
     http.should_exit = True
     await asyncio.gather(serving, grpc_server.stop(timing.grpc_stop_s))
     with contextlib.suppress(asyncio.CancelledError):
-        following.result()  # Raises what ended it, if that was a bug.
+        following.result()  # Raises the bug that ended it, if one did.
     return 0
 
 

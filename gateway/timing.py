@@ -1,4 +1,4 @@
-"""The gateway's times, and how they depend on each other."""
+"""The gateway's time-outs and intervals, and the relations between them."""
 
 from __future__ import annotations
 
@@ -10,63 +10,64 @@ from stagemesh.timing import Timing
 
 @dataclass(frozen=True)
 class GatewayTiming(Timing):
-    """What the gateway waits for, and how long. Times that an operator sets one by one are in its settings."""
+    """All times are in seconds. Times that an operator may set one by one are in the settings."""
 
-    # A pipeline is driven.
+    # Driving a pipeline.
     retry_s: float = 0.2
-    """Between two looks at what can be driven, and two tries to reach the coordinator."""
+    """Interval between checks of what can be driven, and between attempts to reach the coordinator."""
     again_s: float = 0.5
-    """Between two tries to open sessions of one epoch: each takes a slot, and there are 250 a minute."""
+    """Shortest pause between attempts to open one epoch's sessions: each takes a slot, and there are 250 a minute."""
     in_vain_s: float = 3.0
-    """So long sessions of an epoch that serves may fail to open before the coordinator hears of it."""
+    """How long sessions of a serving epoch may fail to open before the gateway reports it to the coordinator."""
     retry_after_s: float = 2.0
-    """When a client that was refused had better come again."""
+    """Retry-After of a refused request."""
     finish_s: float = 30.0
-    """So long a pipeline that drains may finish what it runs, before another one does."""
+    """How long a draining pipeline may finish its requests before they move to another one."""
     patience_s: float = 5.0
-    """So long a lost pipeline is waited for where another one serves: to go on there, all has to be computed again."""
+    """How long requests wait for a lost pipeline if another one serves: there they must be computed again."""
     open_s: float = 25.0
-    """What a worker may take to open a session."""
+    """How long a worker may take to open a session."""
     reach_s: float = 2.5
-    """How long an attempt to connect takes at most, and a little."""
+    """A little more than the longest attempt to connect."""
     last_words_s: float = 0.3
-    """So long workers of an epoch that was lost may still say why: that a rank died is known behind the broken link."""
+    """How long workers of a lost epoch may still say why: the death of a rank is known later than the broken link."""
     end_s: float = 0.2
-    """How long a worker that is told that a stream is over may take to end it."""
+    """How long a worker may take to end a stream that the gateway has ended."""
 
     # Steps.
     look_s: float = 0.2
-    """Between two looks for steps that do not come back."""
+    """Interval between checks for steps that do not come back."""
     step_timeout_s: float = 60.0
-    """A step that is out longer means a link or a worker that hangs with its sockets open."""
+    """Longest time without a result while steps are in flight: after it a link or a worker hangs with open sockets."""
     step_slack_s: float = 1.0
-    """Once steps were measured: so long beyond `STEP_MARGIN` times what all that are out should take."""
+    """Once steps are measured, the time without a result may exceed `STEP_MARGIN` times the expected one by this."""
     recovering_s: float = 20.0
-    """The same before a token has crossed, and while stages are refilled: what steps took says nothing then."""
+    """Longest time without a result before a token has crossed, and while stages are refilled: measurements do not
+    apply then."""
 
-    # A pipeline goes over to its next epoch.
+    # Switching to a next epoch.
     copy_s: float = 50.0
     """How long all copying of pages may take while steps go on."""
     pause_s: float = 5.0
-    """How long the steps that are out may take to come back when nothing more is planned."""
+    """How long steps in flight may take to come back after planning stops."""
 
-    # The coordinator is told.
+    # Reports to the coordinator.
     report_s: float = 5.0
-    """One report."""
+    """Time-out of one report."""
     away_s: float = 60.0
-    """So long a coordinator is waited for. What is said of an epoch that has passed by then changes nothing."""
+    """How long a report is repeated while the coordinator is away. A late report of a past epoch changes nothing."""
     steps_every_s: float = 2.0
-    """Between two reports of what steps take."""
+    """Interval between reports of step times."""
 
     # Clients' connections (api/http).
     body_s: float = 60.0
-    """Until a request's body must be there."""
+    """How long a request's body may take to arrive."""
     write_s: float = 60.0
-    """Until a reader must have taken what was written; then its connection is dropped."""
+    """How long a client may take to read what was written. After it, its connection is dropped."""
     linger_s: float = 10.0
-    """How long the rest of a body that is too large is taken and dropped, while the client reads the answer."""
+    """How long the rest of a body that is too large is read and dropped, while the client reads the answer."""
     linger_bytes: int = 256 << 20
-    """How much of it, at most."""
+    """Most bytes of such a body that are read and dropped."""
     keep_alive_s: float = 30.0
     """How long a connection without a request is kept."""
 
@@ -74,15 +75,15 @@ class GatewayTiming(Timing):
     stream_kept_s: float = 3600.0
     """How long a stream can be resumed after its last token."""
     stream_sweep_s: float = 60.0
-    """Between two looks for streams that are older."""
+    """Shortest interval between searches for older streams."""
 
     # The process (main.py).
     health_look_s: float = 0.1
-    """Between two looks at whether grpc.health.v1 must change."""
+    """Interval between updates of grpc.health.v1."""
     http_stop_s: float = 1.0
-    """What a stop gives HTTP connections when all requests have ended."""
+    """How long HTTP connections may take to end at a stop, when all requests have ended."""
     grpc_stop_s: float = 0.5
-    """What it gives gRPC calls."""
+    """How long gRPC calls may take to end at a stop."""
 
     def relations(self) -> Iterator[tuple[bool, str]]:
         yield 3 * self.look_s < self.step_slack_s, "3 look_s < step_slack_s: a late look blames nobody"

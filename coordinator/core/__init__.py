@@ -1,4 +1,4 @@
-"""From the world to what is wanted of it, and from there to orders: desired, reconcile, and how attempts go on.
+"""From the world to the desired mesh, and from there to orders: desired, reconcile, and the steps of attempts.
 
-Pure: no I/O, and the clock is an argument. What one policy wants belongs into `policy`.
+Pure: no I/O, and the clock is an argument. The rules of single policies belong in `policy`.
 """

@@ -1,4 +1,4 @@
-"""What the coordinator's core wants done, to be executed in order."""
+"""The actions that the coordinator's core returns. They are executed in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..world.record import Record
 
 @dataclass(frozen=True)
 class Save:
-    """Write down what changed of the record. It comes before every action that follows from the change."""
+    """Store what changed in the record. It comes before every action that follows from the change."""
 
     before: Record
     after: Record
@@ -18,7 +18,7 @@ class Save:
 
 @dataclass(frozen=True)
 class Forget:
-    """Cancel what still runs for `pipeline_id` at an epoch below `epoch`: nothing of it is of use."""
+    """Cancel calls that still run for `pipeline_id` at an epoch below `epoch`."""
 
     pipeline_id: str
     epoch: int
@@ -26,21 +26,21 @@ class Forget:
 
 @dataclass(frozen=True)
 class Disconnect:
-    """A worker is gone: its connection is of no use."""
+    """Close the connection to a worker that is gone."""
 
     address: str
 
 
 @dataclass(frozen=True)
 class Publish:
-    """Tell the watchers. What is not urgent may be told with a delay."""
+    """Send the mesh to the watchers. If it is not urgent, it may be delayed."""
 
     urgent: bool = True
 
 
 @dataclass(frozen=True)
 class Log:
-    """Say it in the log."""
+    """Write a line to the log."""
 
     message: str
     warning: bool = False

@@ -1,8 +1,7 @@
-"""How an attempt begins, goes on and ends: assign -> link -> activate, at one epoch.
+"""The steps of an attempt: assign -> link -> activate, at one epoch.
 
-The same functions serve a pipeline that is formed, one whose layers move beside serving, and one that gets another
-share of the pages. What was ordered is the attempt's phase; what was answered is in its fields. So whatever is called
-again orders nothing twice.
+The same functions form a pipeline, move its layers while it serves, and change its share of the pages. The attempt's
+phase says what was ordered, and its fields say what was answered. So calling a function again orders nothing twice.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from .actions import Action
 
 
 def new_epoch(world: World, pipeline: Pipeline) -> int:
-    """An epoch that the pipeline never had."""
+    """Takes a new epoch for the pipeline, higher than any before."""
     name = pipeline.pipeline_id
     epoch = max(world.record.epochs.get(name, 0) + 1, world.first_epoch)
     world.record.epochs[name] = epoch
@@ -41,7 +40,7 @@ def plan_stages(world: World, holders: Holders) -> tuple[StagePlan, ...]:
 
 
 def begin(world: World, attempt: Attempt) -> Iterator[Action]:
-    """Orders the workers to hold their layers."""
+    """Orders the workers to load their layers."""
     limits = RunLimits(pipelines=attempt.shares)
     limits.MergeFrom(world.settings.limits)
     for plan in attempt.stages:
@@ -116,9 +115,9 @@ def _link(
     (sender, stage), (receiver, to) = sends, receives
     failed = world.ucx_failure(sender, receiver)
     name, warning = transport(world.settings.transport, sender, receiver, ucx_failed=failed)
-    if warning and not tokens:  # Of the same two workers a warning was said already.
+    if warning and not tokens:  # The link for tokens would repeat the warning.
         world.log(warning, warning=True)
-    # Where tokens are sent there is one link: rank 0 tells the others.
+    # For tokens there is one link: rank 0 passes them to the other ranks.
     nonces = [world.nonce() for _ in range(1 if tokens else receiver.tp_size)]
     both: dict[str, Any] = {"key": attempt.key, "transport": name, "nonces": nonces, "tokens": tokens, "copy": copy}
     offer = stage_pb2.OfferLinkRequest(stage=to, sender_addresses=rank_addresses(sender, name), **both)
@@ -127,7 +126,7 @@ def _link(
 
 
 def page_copies(old: Sequence[StagePlan], new: Sequence[StagePlan], epoch: int) -> tuple[KvCopy, ...]:
-    """What has to go from worker to worker when the stages change; `epoch` is the old one's."""
+    """The KV pages that must go from worker to worker when the stages change. `epoch` is the old epoch."""
     found: list[KvCopy] = []
     for to in new:
         for source in old:
@@ -148,7 +147,7 @@ def page_copies(old: Sequence[StagePlan], new: Sequence[StagePlan], epoch: int) 
 def release(
     world: World, attempt: Attempt, reason: str, *, keep: Sequence[str] = (), alone: bool = False
 ) -> Iterator[Action]:
-    """Tells the attempt's workers outside `keep` that it ended; `alone`: that epoch, and none before it."""
+    """Tells the attempt's workers, except those in `keep`, that it ended. `alone`: releases no earlier epoch."""
     for plan in attempt.stages:
         if plan.worker_id not in keep and world.knows(plan.worker_id, plan.incarnation):
             request = stage_pb2.ReleaseRequest(key=attempt.key, reason=reason, alone=alone)

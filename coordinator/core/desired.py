@@ -1,4 +1,4 @@
-"""The mesh as it shall be: an ordered list of policies, asked one after the other. Pure."""
+"""The desired mesh: an ordered list of policies, called one after the other. Pure."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from ..policy.takeover import give_back, take_over
 from ..world.world import World
 
 Policy = Callable[[World, MeshPlan, float], None]
-"""Reads the world and the plan so far, and adds to the plan; the number is the clock time."""
+"""Reads the world and the plan so far, and adds to the plan. The number is the clock time."""
 
 POLICIES: tuple[Policy, ...] = (
-    # First, which pipelines there shall be: the others speak of each.
+    # The set of pipelines comes first: the other policies plan for each of them.
     count_pipelines,
-    # A pipeline that a gateway cannot drive is formed anew: nothing else can be done with it.
+    # A pipeline that a gateway cannot drive is formed again: no other policy helps it.
     reach,
-    # Before what changes pipelines beside serving: one of fewer stages can have neither other ranges nor replicas.
+    # Before the other moves: a pipeline with too few stages can have neither other ranges nor replicas.
     give_back,
-    # A worker that drains has somebody waiting for it, and may have a deadline.
+    # An operator waits for a worker that drains, perhaps with a deadline.
     drain,
-    # What was measured becomes a wish before wishes are looked at.
+    # Before `ranges`, which carries out what `rebalance` asks for.
     rebalance,
-    # What an operator asked for, in the order in which it costs less: ranges keep the workers, shares may not.
+    # An operator's requests, the cheaper one first: ranges keep the workers, shares may not.
     ranges,
     share,
-    # What does not serve is placed when it is known what those that serve need.
+    # Pipelines that do not serve are placed when the needs of serving ones are known.
     form,
-    # Only where nothing can be formed do the others take layers over.
+    # The other workers take over layers only if nothing can be formed.
     take_over,
-    # What can wait: a standby is freed, ...
+    # The rest can wait: a standby is freed, ...
     release,
-    # ... and who is left over loads copies. Last, so that nobody is taken whom another policy needs.
+    # ... and spare workers load copies. Last, so that no worker is taken that another policy needs.
     warm,
 )
 
 
 def desired(world: World, now: float) -> MeshPlan:
-    """What the policies want of the world as it is at clock time `now`."""
+    """The plan of all policies for the world at clock time `now`."""
     plan = MeshPlan()
     for policy in POLICIES:
         policy(world, plan, now)

@@ -1,7 +1,7 @@
-"""The coordinator's core: an event changes the world, policies say what is wanted, reconcile orders what leads there.
+"""The coordinator's core: an event changes the world, policies plan the mesh, and reconcile gives the orders for it.
 
-No I/O; the clock is an argument. Level-triggered: after a restart the same world leads to the same plan, and an event
-that was missed is made good by the next one.
+No I/O; the clock is an argument. The core is level-triggered: after a restart the same world leads to the same plan,
+and the next event makes up for one that was missed.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ OBSERVERS: dict[type[events.Event], Callable[[World, Any, float], None]] = {
     pb.RepartitionRequest: requests.repartition,
     pb.ScaleRequest: requests.scale,
 }
-"""What an event does to the world at a clock time, and no more than that."""
+"""Event -> the function that applies it to the world at a clock time."""
 PASSES = 64
-"""One event leads to so many passes at most; each changes something that the next may answer to."""
+"""Most passes after one event. Each pass may change something that the next one responds to."""
 
 
 def handle(world: World, event: events.Event, now: float) -> list[actions.Action]:
-    """Takes one event at clock time `now` (seconds, monotonic); returns what is to be done, in order."""
+    """Handles one event at clock time `now` (seconds, monotonic). Returns the actions to execute, in order."""
     before, version = world.record.copy(), world.version
     OBSERVERS[type(event)](world, event, now)
     if isinstance(event, events.Tick):
-        version = -1  # Policies answer to the clock, too.
+        version = -1  # Policies also respond to the clock.
     elif world.version == version and world.news is None:
         return []
     ordered: list[actions.Action] = []
@@ -56,7 +56,7 @@ def handle(world: World, event: events.Event, now: float) -> list[actions.Action
         ordered += reconcile(world, desired(world, now), now)
     for name, pipeline in world.pipelines.items():
         if (serving := pipeline.serving) is not None:
-            # What serves is what is written down, with the epoch that gateways were told to switch to.
+            # Store what serves, with the epoch that gateways were told to switch to.
             world.record.plans[name] = world.stored(serving, pipeline.beside)
     said = [actions.Log(message, warning) for message, warning in world.said]
     saved = [actions.Save(before, world.record.copy())] if world.record != before else []

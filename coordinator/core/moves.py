@@ -1,12 +1,12 @@
-"""Pipelines that change while they serve.
+"""Moves pipelines to a next epoch while they serve.
 
-A move makes the next epoch of a pipeline beside the one that serves: the workers load what they lack, links are made,
-among them those over which KV pages go from who holds a layer to who is going to hold it. Then gateways are told. Each
-copies its pages, switches between two steps and says so; when all have, the epoch before is over.
+A move makes the next epoch of a pipeline beside the one that serves. The workers load the missing layers. Links are
+made, also those that copy KV pages from a layer's present holder to its next one. Then gateways are told. Each gateway
+copies its pages, switches between two steps and reports it. When all have switched, the old epoch is over.
 
-Until gateways have been told, a move that fails is forgotten, and nothing has happened. From then on its failure is the
-pipeline's, which is made good like any other. It is also written down, so that a coordinator that is started again goes
-on with it: where a gateway has switched, the epoch before must not be driven any more.
+If a move fails before gateways are told, it is forgotten without effect. If it fails later, the pipeline fails and is
+formed again like any other. A move that gateways were told of is stored, so that a restarted coordinator continues it:
+once a gateway has switched, the old epoch must not be driven any more.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from . import attempt as attempts
 from .actions import Action
 
 TRIES = 2
-"""A move that failed so often in a row is not tried again."""
+"""Number of failures in a row after which a move is not tried again."""
 
 
 def load(world: World, worker: Worker, layers: Range, now: float) -> Iterator[Action]:
-    """Has a worker load layers beside whatever it does, if it does not have them or load something already."""
+    """Has a worker load layers while it goes on working, unless it has them or is loading others."""
     if worker.has(layers) or worker.preparing is not None or now < worker.prepare_after:
         return
     worker.preparing, worker.beside = layers, None
@@ -43,7 +43,7 @@ def load(world: World, worker: Worker, layers: Range, now: float) -> Iterator[Ac
 
 
 def pursue(world: World, pipeline: Pipeline, main: Attempt, goal: Goal | None, now: float) -> Iterator[Action]:
-    """A pipeline that serves as `main`: goes on with its move, or begins the one that its goal asks for."""
+    """Continues the move of a pipeline that serves as `main`, or begins the move that its goal asks for."""
     if pipeline.beside is not None:
         yield from _go_on(world, pipeline, main, pipeline.beside, now)
     elif goal is not None and goal.holders:
@@ -56,7 +56,7 @@ def _approach(world: World, pipeline: Pipeline, main: Attempt, goal: Goal, now: 
         holder
         for holder in goal.holders
         if not world.workers[holder.worker_id].has(holder.layers)
-        # One that cannot load beside what it holds loads when that is over.
+        # Without moves, a worker that holds a stage loads after that attempt is over.
         and (beside or main.stage_of(holder.worker_id) is None)
     ]
     for holder in lacking:
@@ -66,7 +66,7 @@ def _approach(world: World, pipeline: Pipeline, main: Attempt, goal: Goal, now: 
     if beside and pipeline.moves_failed < TRIES:
         yield from _begin(world, pipeline, main, goal, now)
     elif goal.must or not beside:
-        # Formed anew with the same holders: what its stages lack is computed again.
+        # Form the pipeline again with the same holders. Missing pages are computed again.
         pipeline.last_stages = attempts.plan_stages(world, goal.holders)
         fail(world, main, goal.why, now)
     else:
@@ -81,7 +81,7 @@ def _approach(world: World, pipeline: Pipeline, main: Attempt, goal: Goal, now: 
 
 
 def _know_moves(world: World, main: Attempt, goal: Goal, now: float) -> bool:
-    """Whether all whom a move takes speak a protocol that has moves: not in the midst of an upgrade to it."""
+    """Whether every worker and gateway of a move speaks a protocol with moves. Some do not during an upgrade to it."""
     names = {*main.workers, *(holder.worker_id for holder in goal.holders), *world.watching(now)}
     return names.isdisjoint(world.without_moves(now))
 
@@ -99,7 +99,7 @@ def _begin(world: World, pipeline: Pipeline, main: Attempt, goal: Goal, now: flo
         copies=attempts.page_copies(main.stages, stages, main.epoch),
         deadline=now + world.timing.move_s,
     )
-    world.log(f"{pipeline.pipeline_id} is to go to epoch {epoch}: {goal.why}")
+    world.log(f"{pipeline.pipeline_id} begins to move to epoch {epoch}: {goal.why}")
     yield from attempts.begin(world, pipeline.beside)
 
 
@@ -122,7 +122,7 @@ def _go_on(world: World, pipeline: Pipeline, main: Attempt, move: Attempt, now: 
 
 
 def _complete(world: World, pipeline: Pipeline, before: Attempt, move: Attempt, now: float) -> Iterator[Action]:
-    """The move's epoch is the pipeline's."""
+    """Makes the move the pipeline's main attempt, and releases the one before."""
     name, epoch = pipeline.pipeline_id, move.epoch
     move.beside, move.phase, move.deadline = False, Phase.ACTIVE, float("inf")
     pipeline.main, pipeline.beside, pipeline.epoch = move, None, epoch
@@ -134,18 +134,18 @@ def _complete(world: World, pipeline: Pipeline, before: Attempt, move: Attempt, 
     wanted, pipeline.steps.wanted = pipeline.steps.wanted, None
     if wanted is not None and wanted.ranges == move.ranges:
         pipeline.steps.moved(epoch, wanted, now)
-    world.log(f"{name} has gone to epoch {epoch}: {move.why}")
+    world.log(f"{name} has moved to epoch {epoch}: {move.why}")
     world.membership_changed()
     yield from attempts.release(world, before, f"{name} is at epoch {epoch} now")
 
 
 def _fail(world: World, pipeline: Pipeline, main: Attempt, move: Attempt, reason: str, now: float) -> Iterator[Action]:
-    """The move is not to be. Gateways that switched nevertheless lose the pipeline, and with them the others."""
+    """Ends a move that failed. If a gateway may have switched to it, the pipeline fails for all gateways."""
     yield from end(world, pipeline)
     pipeline.moves_failed += not move.blameless
     pipeline.why_moves_failed = reason
     pipeline.move_after = now + world.timing.retry_max_s
-    world.log(f"{pipeline.pipeline_id} has not gone to epoch {move.epoch}: {reason}", warning=True)
+    world.log(f"{pipeline.pipeline_id} has not moved to epoch {move.epoch}: {reason}", warning=True)
     told = move.phase is Phase.SWITCH
     if move.taken_up or (told and not world.watching(now) <= move.stayed):
         fail(world, main, reason, now)
@@ -153,7 +153,7 @@ def _fail(world: World, pipeline: Pipeline, main: Attempt, move: Attempt, reason
 
 
 def end(world: World, pipeline: Pipeline) -> Iterator[Action]:
-    """Forgets a move, and has its workers forget it."""
+    """Ends a pipeline's move, if it has one, and releases the move's workers."""
     move, pipeline.beside = pipeline.beside, None
     if move is not None:
         world.changed()

@@ -1,4 +1,4 @@
-"""From the world as it is to the mesh as it shall be: which attempts begin, go on and end, and the orders for that.
+"""Brings the world to the desired mesh: begins, continues and ends attempts, and gives the orders for that.
 
 DOWN --a place for every stage--> FORMING --every worker has activated--> SERVING --nobody takes a stage--> DRAINING
   ^                                 |  ^------------ a worker, link or order fails ------|-------------------|
@@ -23,7 +23,7 @@ from .restart import settle_reported
 
 
 def reconcile(world: World, plan: MeshPlan, now: float) -> Iterator[Action]:
-    """One pass. What it changes of the world raises `world.version`; then another pass may follow from it."""
+    """Makes one pass. If it changes the world, it raises `world.version`, and another pass follows."""
     yield from (actions.Disconnect(address) for address in world.departed)
     world.departed.clear()
     yield from settle_reported(world, now)
@@ -39,15 +39,15 @@ def reconcile(world: World, plan: MeshPlan, now: float) -> Iterator[Action]:
         yield from moves.load(world, world.workers[worker_id], layers, now)
 
 
-# -- how many there are -----------------------------------------------------------------------------------------------
+# -- the number of pipelines ------------------------------------------------------------------------------------------
 
 
 def _come_and_go(world: World, plan: MeshPlan, now: float) -> Iterator[Action]:
     for name in plan.pipelines:
         if name not in world.pipelines:
             epoch = world.record.epochs.setdefault(name, 0)
-            world.pipelines[name] = Pipeline(name, epoch, reason="it is to be formed")
-            world.log(f"{name} is to be made, over stages that it shares with others")
+            world.pipelines[name] = Pipeline(name, epoch, reason="it is not formed yet")
+            world.log(f"{name} is added; it shares stages with others")
             world.membership_changed()
     for pipeline in list(world.pipelines.values()):
         stays = pipeline.pipeline_id in plan.pipelines
@@ -57,7 +57,7 @@ def _come_and_go(world: World, plan: MeshPlan, now: float) -> Iterator[Action]:
         elif not stays and pipeline.leaving is None:
             pipeline.leaving = Leaving(now + world.timing.leave_s)
             pipeline.reason = "there are fewer replicas"
-            world.log(f"{pipeline.pipeline_id} is left: there are fewer replicas")
+            world.log(f"gateways leave {pipeline.pipeline_id}: there are fewer replicas")
             yield from moves.end(world, pipeline)
             world.publish()
         if (leaving := pipeline.leaving) is None:
@@ -70,10 +70,10 @@ def _come_and_go(world: World, plan: MeshPlan, now: float) -> Iterator[Action]:
 def _remove(world: World, pipeline: Pipeline) -> Iterator[Action]:
     name = pipeline.pipeline_id
     yield from moves.end(world, pipeline)
-    yield from _next_epoch(world, pipeline, keep=[], reason="the pipeline is no more")
+    yield from _next_epoch(world, pipeline, keep=[], reason="the pipeline is removed")
     del world.pipelines[name]
     world.record.plans.pop(name, None)
-    world.log(f"{name} is no more")
+    world.log(f"{name} is removed")
     world.membership_changed()
 
 
@@ -124,7 +124,7 @@ def _advance(world: World, pipeline: Pipeline, main: Attempt, now: float) -> Ite
 
 
 def _form(world: World, pipeline: Pipeline, goal: Goal, now: float) -> Iterator[Action]:
-    """Begins an attempt, or says why there can be none."""
+    """Begins an attempt, or takes the pipeline down if it has no holders."""
     if not goal.holders:
         yield from _down(world, pipeline, goal, now)
         return
@@ -171,7 +171,7 @@ def _down(world: World, pipeline: Pipeline, goal: Goal, now: float) -> Iterator[
 
 
 def _next_epoch(world: World, pipeline: Pipeline, keep: list[str], reason: str) -> Iterator[Action]:
-    """Raises the epoch, and releases members of the attempt before outside `keep`."""
+    """Raises the epoch, and releases the old attempt's workers except those in `keep`."""
     pipeline.epoch = attempts.new_epoch(world, pipeline)
     yield actions.Forget(pipeline.pipeline_id, pipeline.epoch)
     if pipeline.main is not None:

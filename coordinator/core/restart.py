@@ -1,5 +1,7 @@
-"""What a coordinator that has just started takes up: pipelines that its workers still serve, and moves of which
-gateways were told. Also what becomes of assignments that workers report and nobody knows."""
+"""After a restart: resumes pipelines that their workers still serve, and moves that gateways were told of.
+
+It also releases assignments that workers report and this coordinator does not know.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,10 @@ from .attempt import page_copies
 
 
 def settle_reported(world: World, now: float) -> Iterator[Action]:
-    """Adopts what workers report of stored pipelines, passes epochs that are not known here, and releases the rest."""
+    """Adopts stored pipelines that workers report, skips epochs that are unknown here, and releases the rest."""
     for worker in world.workers.values():
         for held in worker.info.held if worker.unsettled else ():
-            # Nobody may be given an epoch that somebody has seen.
+            # No new attempt may get an epoch that a worker has already seen.
             if held.epoch > world.record.epochs.get(held.pipeline_id, 0):
                 know_later_epoch(world, held.pipeline_id, held.epoch, f"worker {worker.worker_id}", now)
     for pipeline in world.pipelines.values():
@@ -34,13 +36,13 @@ def settle_reported(world: World, now: float) -> Iterator[Action]:
 
 
 def _release_stale(world: World, worker: Worker) -> Iterator[Action]:
-    """Releases assignments of epochs that are neither current nor waited for."""
+    """Releases a worker's assignments whose epochs are neither current nor may still be adopted."""
     worker.unsettled = False
     for held in worker.info.held:
         pipeline = world.pipelines.get(held.pipeline_id)
         attempt = world.attempt(held.pipeline_id, held.epoch)
         if pipeline is not None and pipeline.restored is not None:
-            worker.unsettled = True  # It is looked at when that is decided.
+            worker.unsettled = True  # Checked again once it is known whether the pipeline is adopted.
         elif attempt is None or attempt.stage_of(worker.worker_id) is None:
             reason = "its epoch has passed" if pipeline is not None else "no such pipeline"
             key = PipelineKey(pipeline_id=held.pipeline_id, epoch=held.epoch)
@@ -49,8 +51,7 @@ def _release_stale(world: World, worker: Worker) -> Iterator[Action]:
 
 
 def _try_to_adopt(world: World, pipeline: Pipeline, plan: StoredPlan, now: float) -> None:
-    """Takes a pipeline over as it is once every one of its workers reports it active, with the move that gateways were
-    told of."""
+    """Adopts a stored pipeline once all of its workers report it active, and its move if gateways were told of one."""
     adopted = [_adopted(plan)] + ([_adopted(plan.next)] if plan.next is not None else [])
     for attempt in adopted:
         for stage in attempt.stages:
@@ -68,7 +69,7 @@ def _try_to_adopt(world: World, pipeline: Pipeline, plan: StoredPlan, now: float
     pipeline.last_stages, pipeline.reason, pipeline.serving_since = main.stages, "", 0.0
     for move in following:
         move.beside, move.phase, move.taken_up = True, Phase.SWITCH, True
-        move.why, move.deadline = "that had begun", now + world.timing.move_s
+        move.why, move.deadline = "the move began before a restart", now + world.timing.move_s
         move.copies = page_copies(main.stages, move.stages, main.epoch)
         pipeline.beside = move
     for attempt in adopted:
@@ -79,7 +80,7 @@ def _try_to_adopt(world: World, pipeline: Pipeline, plan: StoredPlan, now: float
 
 
 def _adopted(plan: StoredPlan) -> Attempt:
-    """An attempt as it was written down."""
+    """The attempt that a stored plan describes."""
     return Attempt(
         plan.pipeline_id,
         plan.epoch,
@@ -95,5 +96,5 @@ def _adopted(plan: StoredPlan) -> Attempt:
 
 def _give_up(world: World, pipeline: Pipeline, plan: StoredPlan, why: str) -> None:
     pipeline.restored, pipeline.last_stages, pipeline.reason = None, plan.stages, why
-    world.log(f"{pipeline.pipeline_id} is formed anew: {why}")
+    world.log(f"{pipeline.pipeline_id} is formed again: {why}")
     world.membership_changed()

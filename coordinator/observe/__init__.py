@@ -1,4 +1,4 @@
-"""Events change the world: registrations, answers to orders, reports of gateways, operators' wishes, time.
+"""Applies events to the world: registrations, answers to orders, gateways' reports, operators' requests, time.
 
-Nothing in here decides what follows, and nothing is ordered.
+Nothing here decides what follows, and nothing gives orders.
 """

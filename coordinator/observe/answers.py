@@ -1,4 +1,4 @@
-"""What workers answered to orders, in the world. An answer to an epoch that has passed changes nothing."""
+"""Applies workers' answers to orders to the world. An answer for an epoch that has passed changes nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def answered(world: World, event: Answered, now: float) -> None:
 
 
 def _awaiting(world: World, order: Order) -> Attempt | None:
-    """The attempt that waits for the order's answer."""
+    """The attempt that waits for the order's answer, if there still is one."""
     attempt = world.attempt(*order.attempt) if order.attempt is not None else None
     return attempt if attempt is not None and attempt.is_being_made else None
 
@@ -106,11 +106,11 @@ def failed(world: World, event: Failed, now: float) -> None:
 
 
 def _refuse(world: World, attempt: Attempt, stage: int, reason: str, now: float) -> None:
-    """What failed would fail again: the worker is not asked for the same soon."""
+    """An order failed and would fail again, so the worker is not asked for the same for a while."""
     if attempt.shares > 1:
-        # A smaller share may be all that is wrong with it. If not, it is refused when it is asked for the whole.
+        # Perhaps only the share was too small. If not, the attempt with all pages fails, and that is a refusal.
         world.share_limit = attempt.shares - 1
-        world.given_up = f"{world.share_limit} pipeline(s), and no more: stage {stage}: {reason}"
+        world.given_up = f"{world.share_limit} pipeline(s) at most: stage {stage}: {reason}"
         world.log(world.given_up, warning=True)
     else:
         worker = world.worker_at(attempt, stage)
@@ -121,11 +121,11 @@ def _refuse(world: World, attempt: Attempt, stage: int, reason: str, now: float)
 
 
 def _prepared(world: World, order: Order, error: str, final: bool, now: float) -> None:
-    """A worker has loaded layers that it may have to hold later; or it could not, because of `error`."""
+    """A worker has loaded layers to hold later; or it could not, because of `error`."""
     assert isinstance(order.request, stage_pb2.PrepareRequest)
     name, layers = order.to.worker_id, span(order.request.layers)
     if not world.knows(name, order.to.incarnation) or world.workers[name].preparing != layers:
-        return  # It was given a stage meanwhile.
+        return  # It got a stage meanwhile.
     worker = world.workers[name]
     worker.preparing = None
     world.publish()

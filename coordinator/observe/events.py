@@ -1,7 +1,7 @@
-"""What the coordinator's core is told, in the order in which it happened.
+"""The events that the coordinator's core handles, in the order in which they happened.
 
-Requests of workers, gateways and operators are events as they came over the wire (protos/v1/coordinator.proto says what
-each means); the service has checked them.
+Requests of workers, gateways and operators are events too, as the messages of protos/v1/coordinator.proto, which says
+what each means. The service has checked them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class WorkerLost:
 
 @dataclass(frozen=True)
 class GatewayGone:
-    """A gateway no longer watches, or starts over."""
+    """A watch stream of a gateway ended."""
 
     gateway_id: str
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A worker answered an order, or says how far it is with one that takes long."""
+    """A worker answered an order, or reported its progress."""
 
     order: Order
     response: Message
@@ -53,4 +53,4 @@ class Failed:
 
 
 Event = Tick | WorkerLost | GatewayGone | Answered | Failed | Message
-"""A message is a request of coordinator.proto; core/mesh.py has all of them, with what each does to the world."""
+"""A message is a request of coordinator.proto. core/mesh.py lists them all, with their observers."""

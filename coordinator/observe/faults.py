@@ -1,4 +1,4 @@
-"""How attempts fail in the world. What follows from that is reconcile's business."""
+"""Marks attempts as failed. Reconcile decides what follows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..world.world import World
 def fail(
     world: World, attempt: Attempt, reason: str, now: float, *, pause: bool = False, blameless: bool = False
 ) -> None:
-    """An attempt is over, whether it served or was being made.
+    """Marks an attempt as failed, whether it served or was being made.
 
-    `pause`: the next one waits, longer with each failure in a row. `blameless`: it says nothing of the next try. Beside
-    one that serves, an attempt is not to be: where gateways know of it they may have switched, and will say so soon.
+    `pause`: the next attempt waits, longer with each failure in a row. `blameless`: does not count as a failed move. A
+    move that gateways know of waits up to `verdict_s` for their reports: some may have switched already.
     """
     if attempt.beside:
         if not attempt.fault:
@@ -28,7 +28,7 @@ def fail(
 
 
 def _backoff_s(world: World, pipeline: Pipeline, now: float) -> float:
-    """Counts a failure; how long to wait before the next attempt."""
+    """Counts a failure. Returns the seconds to wait before the next attempt."""
     timing = world.timing
     if pipeline.serving is not None and now - pipeline.serving_since > timing.sound_s:
         pipeline.failures = 0

@@ -1,4 +1,4 @@
-"""How workers come and go in the world: registrations, leases, losses, and beliefs that end."""
+"""Workers come and go: registrations, leases, losses, and beliefs that end."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .requests import look
 
 LOST_SHOWN = 64
 MAX_COUNTED = 4096
-"""Workers whose counts of refused stale orders are remembered."""
+"""Number of workers whose counts of refused stale orders are kept."""
 
 
 def register(world: World, info: pb.RegisterRequest, now: float) -> None:
-    """A worker introduced itself, for the first time or again. What it still holds is looked at by reconcile."""
+    """A worker registered, for the first time or again. Reconcile checks what it still holds."""
     name = info.worker_id
     known = world.workers.get(name)
     if known is not None and known.incarnation == info.incarnation:
@@ -42,14 +42,14 @@ def register(world: World, info: pb.RegisterRequest, now: float) -> None:
 
 
 def is_held(info: pb.RegisterRequest, attempt: Attempt, stage: int) -> bool:
-    """Whether a worker says that it holds a stage of an active attempt."""
+    """Whether a worker's registration says that it holds a stage of an active attempt."""
     plan = attempt.stages[stage]
     wanted = (attempt.pipeline_id, attempt.epoch, stage, plan.layers, plan.generation, True)
     return any((h.pipeline_id, h.epoch, h.stage, span(h.layers), h.generation, h.active) == wanted for h in info.held)
 
 
 def renew(world: World, renewal: pb.KeepAliveRequest, now: float) -> None:
-    """A keep-alive came. It may bring counts of refused orders, and a link that broke."""
+    """A keep-alive came. It may contain counts of refused orders, and report a broken link."""
     name = renewal.worker_id
     if not world.knows(name, renewal.incarnation):
         return
@@ -65,7 +65,7 @@ def renew(world: World, renewal: pb.KeepAliveRequest, now: float) -> None:
         stage = attempt.stage_of(name) if attempt is not None else None
         if attempt is not None and stage is not None and not attempt.fault:
             why = renewal.broken_reason or "no reason given"
-            # A neighbour's death breaks a link before its own stream breaks: wait for that, so that it is replaced.
+            # When a neighbour dies, the link breaks before the neighbour's stream does. Pause until that one is lost.
             fail(world, attempt, f"stage {stage}: a link broke: {why}", now, pause=True)
 
 
@@ -76,7 +76,7 @@ def worker_lost(world: World, event: WorkerLost, now: float) -> None:
 
 
 def _lose(world: World, worker_id: str, reason: str, now: float) -> None:
-    """A worker is gone, and with it every attempt that it is part of."""
+    """A worker is lost, and every attempt that it is part of fails."""
     worker = world.workers.pop(worker_id)
     world.lost[worker_id] = worker.info
     while len(world.lost) > LOST_SHOWN:
@@ -86,7 +86,7 @@ def _lose(world: World, worker_id: str, reason: str, now: float) -> None:
     beliefs = world.beliefs
     beliefs.ucx_failed = {ends: e for ends, e in beliefs.ucx_failed.items() if worker.incarnation not in ends}
     if worker.pool >= 0 and not world.drains(worker):
-        # It counts as a replica of its stage for a while, and its stage is its own when it comes back.
+        # It counts as a replica of its stage for a while, and gets its stage back when it returns.
         beliefs.missed[worker_id] = worker.pool, now + world.timing.missed_s
         if any(p.stage_of(worker_id) == worker.pool for p in world.pipelines.values()):
             known = world.workers.keys() | beliefs.missed.keys()
@@ -99,12 +99,12 @@ def _lose(world: World, worker_id: str, reason: str, now: float) -> None:
 
 
 def tick(world: World, event: Tick, now: float) -> None:
-    """Time passed: leases, refusals and beliefs end, and measured steps are looked at."""
+    """Time passed: ends leases, refusals and beliefs, and looks at the measured steps."""
     timing = world.timing
     passed_s, world.last_tick = now - world.last_tick, now
     _note_lateness(world, passed_s)
     if passed_s > timing.stall_s:
-        # This process was stopped, or the machine was suspended: nobody's renewals were heard.
+        # This process was stopped, or the machine was suspended: no worker's renewal was heard.
         for worker in world.workers.values():
             worker.renewed_at += passed_s
     for name in [name for name, worker in world.workers.items() if now >= _lease_ends(world, worker)]:
@@ -123,8 +123,10 @@ def tick(world: World, event: Tick, now: float) -> None:
 
 
 def _note_lateness(world: World, passed_s: float) -> None:
-    """How late ticks come of late says how late a renewal may be that nobody is to blame for: a host whose cores are
-    taken delays both. A machine that was suspended is not late."""
+    """Measures how late ticks have been recently. Renewals may be as late, because a busy host delays both.
+
+    A suspended machine does not count as late.
+    """
     timing = world.timing
     world.late_s *= 0.5 ** (passed_s / timing.lateness_half_s)
     if passed_s <= timing.lateness_most_s:

@@ -1,4 +1,4 @@
-"""What gateways report and operators ask for, in the world."""
+"""Applies gateways' reports and operators' requests to the world."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .faults import fail
 
 
 def gateway_came(world: World, request: pb.WatchPipelinesRequest, now: float) -> None:
-    """A gateway watches the mesh."""
+    """A gateway opened a watch stream."""
     gateway = world.gateways.setdefault(request.gateway_id, Gateway())
     gateway.streams += 1
     gateway.knows_moves = spoken(request.protocol) >= MOVES
@@ -22,7 +22,7 @@ def gateway_came(world: World, request: pb.WatchPipelinesRequest, now: float) ->
 
 
 def gateway_gone(world: World, event: GatewayGone, now: float) -> None:
-    """A stream of it ended."""
+    """A watch stream of a gateway ended."""
     gateway = world.gateways[event.gateway_id]
     gateway.streams -= 1
     gateway.gone_at = now
@@ -49,7 +49,7 @@ def gateway_moved(world: World, report: pb.ReportMovedRequest, now: float) -> No
 
 
 def know_later_epoch(world: World, pipeline_id: str, epoch: int, who: str, now: float) -> None:
-    """Somebody was at an epoch that is not known here, or not any more: a still later one is to be formed."""
+    """A worker or gateway has seen an epoch that is unknown here. The pipeline must be formed at a later one."""
     pipeline, epochs = world.pipelines.get(pipeline_id), world.record.epochs
     if epoch > epochs.get(pipeline_id, 0):
         epochs[pipeline_id] = epoch
@@ -61,7 +61,7 @@ def know_later_epoch(world: World, pipeline_id: str, epoch: int, who: str, now: 
 
 
 def steps_stuck(world: World, report: pb.ReportStuckRequest, now: float) -> None:
-    """A gateway's steps do not come back, or it does not reach some workers."""
+    """A gateway gets no results of its steps, or does not reach some workers."""
     attempt = world.attempt(report.pipeline_id, report.epoch)
     if attempt is None or attempt.fault or attempt.is_being_made:
         return
@@ -76,7 +76,7 @@ def steps_stuck(world: World, report: pb.ReportStuckRequest, now: float) -> None
 
 
 def gateway_left(world: World, report: pb.ReportLeftRequest, now: float) -> None:
-    """A gateway has nothing more to do with a pipeline that is to be no more."""
+    """A gateway has left a pipeline that is being removed."""
     pipeline = world.pipelines.get(report.pipeline_id)
     if pipeline is not None and pipeline.leaving is not None:
         pipeline.leaving.gateways.add(report.gateway_id)
@@ -84,7 +84,7 @@ def gateway_left(world: World, report: pb.ReportLeftRequest, now: float) -> None
 
 
 def steps_measured(world: World, report: pb.ReportStepsRequest, now: float) -> None:
-    """A gateway reports what a step takes on each stage."""
+    """A gateway reports the time of a step on each stage."""
     if (pipeline := world.pipelines.get(report.pipeline_id)) is not None:
         pipeline.steps.note(report.gateway_id, report.epoch, [us * 1e-6 for us in report.step_us], now)
 
@@ -93,7 +93,7 @@ def steps_measured(world: World, report: pb.ReportStepsRequest, now: float) -> N
 
 
 def drain(world: World, request: pb.DrainRequest, now: float) -> None:
-    """A worker is to hold nothing any more."""
+    """An operator drains a worker: it should hold no stage."""
     name = request.worker_id
     worker = world.workers.get(name)
     if worker is None:
@@ -108,23 +108,23 @@ def drain(world: World, request: pb.DrainRequest, now: float) -> None:
     world.log(f"worker {name} drains")
     _anew(world)
     for attempt, stage in world.stages_of(name):
-        # Where gateways switch already they had better arrive: from there the worker's layers go on to others.
+        # A move to which gateways already switch goes on. The next move takes the layers from the worker.
         if attempt.is_being_made:
             fail(world, attempt, f"stage {stage}: worker {name} drains", now, blameless=True)
 
 
 def undrain(world: World, request: pb.UndrainRequest, now: float) -> None:
-    """A drain is taken back: the worker may hold stages again."""
+    """An operator ends a drain: the worker may hold stages again."""
     name, record = request.worker_id, world.record
     if name in record.drains:
         record.drains = {other: life for other, life in record.drains.items() if other != name}
         record.forced = record.forced - {name}
-        world.log(f"worker {name} drains no more")
+        world.log(f"worker {name} no longer drains")
         _anew(world)
 
 
 def repartition(world: World, request: pb.RepartitionRequest, now: float) -> None:
-    """So many layers are wanted on each stage; that holds for what is formed from now on as well."""
+    """Sets the wanted layer counts. They also apply to pipelines that are formed later."""
     for pipeline in world.pipelines.values():
         pipeline.steps.wanted, pipeline.steps.ripe = advice(world, pipeline, now), None
     if world.wanted_ranges is None:
@@ -136,7 +136,7 @@ def repartition(world: World, request: pb.RepartitionRequest, now: float) -> Non
 
 
 def drop_counts(world: World, why: str, now: float) -> None:
-    """The layer counts that are wanted cannot be had: what was wanted before is wanted again."""
+    """The wanted layer counts failed: the counts before them are wanted again."""
     before = world.counts_before if world.counts_before != world.record.counts else None
     world.log(f"the ranges stay as they are: {why}", warning=True)
     world.record.counts, world.counts_before, world.given_up = before, None, why
@@ -149,12 +149,12 @@ def drop_counts(world: World, why: str, now: float) -> None:
 
 
 def scale(world: World, request: pb.ScaleRequest, now: float) -> None:
-    """An operator wants so many workers on a stage; 0: as many as were started for it."""
+    """An operator sets the number of a stage's replicas. 0: as many as workers were started for it."""
     wishes = {s: count for s, count in world.record.replicas.items() if s != request.stage}
     world.record.replicas = wishes | ({request.stage: request.replicas} if request.replicas else {})
     world.given_up, world.share_limit = "", UNLIMITED
-    replicas = request.replicas or "as many replicas as were started for it"
-    world.log(f"stage {request.stage} is to have {replicas}")
+    replicas = request.replicas or "as many as were started for it"
+    world.log(f"replicas wanted on stage {request.stage}: {replicas}")
     _anew(world)
 
 
@@ -165,11 +165,11 @@ def _anew(world: World) -> None:
     world.membership_changed()
 
 
-# -- what is looked at now and then ---------------------------------------------------------------------------------
+# -- regular checks -------------------------------------------------------------------------------------------------
 
 
 def look(world: World, now: float) -> None:
-    """Looks at the measured steps: whether layers should move by themselves, and what to tell people."""
+    """Looks at the measured steps every `look_s`: whether layers should move, and what to advise operators."""
     if now < world.looked_at + world.timing.look_s:
         return
     world.looked_at = now

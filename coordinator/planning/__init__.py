@@ -1,4 +1,4 @@
-"""Numbers in, layer ranges and placements out: cost model, partition, placement, transports, advice.
+"""Layer ranges and placements: cost model, partition, placement, transports, advice.
 
-Pure functions of values. Nothing in here knows the world, epochs or attempts.
+Pure functions of values. Nothing here knows the world, epochs or attempts.
 """

@@ -1,8 +1,8 @@
-"""Which layer ranges, or which other worker, would be faster. Pure.
+"""Advises which layer ranges, or which other worker, would be faster. Pure.
 
-The cost model knows what layers cost relative to each other, and what a device should take for them. What a stage
-really takes also depends on what else runs there. So each stage's measured step is set against its predicted one, and
-the ratio is taken for a property of its worker: other ranges are then predicted with it.
+The cost model knows the relative costs of layers, and how long a device should take for them. The real time of a stage
+also depends on what else runs on its machine. So the ratio of each stage's measured step to its predicted one counts as
+a property of its worker, and predictions for other ranges use it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .cost import CostModel, Kind, kinds
 from .partition import partition
 
 GAIN = 0.10
-"""So much faster the slowest stage has to become for a change to be worth it."""
+"""Share of the slowest stage's time that a change must save to be worth it."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Ranges, and what the slowest stage takes now and would take with them, in seconds."""
+    """Ranges, and the seconds that the slowest stage takes now (`now_s`) and would take with them (`then_s`)."""
 
     ranges: tuple[Range, ...]
     now_s: float
@@ -36,7 +36,7 @@ class Advice:
 
 
 def advise(cost: CostModel, workers: Sequence[Kind], ranges: Sequence[Range], seconds: Sequence[float]) -> Advice:
-    """The best ranges for workers of these kinds whose stages were measured to take `seconds` a step.
+    """The best ranges for workers of these kinds. `seconds`: measured time of a step on each stage.
 
     Raises ConfigError when nothing fits.
     """
@@ -54,18 +54,18 @@ def advise(cost: CostModel, workers: Sequence[Kind], ranges: Sequence[Range], se
 
 @dataclass(frozen=True)
 class Better:
-    """A worker that holds nothing and would do better than one that holds a stage."""
+    """A spare worker that would be faster than one that holds a stage."""
 
     spare: str
     member: str
     faster: float
-    """How many times as fast the slowest stage would be, by what the devices measured."""
+    """How many times as fast the slowest stage would be, by the devices' measured rates."""
 
 
 def better_worker(
     cost: CostModel, members: Sequence[RegisterRequest], ranges: Sequence[Range], spare: Sequence[RegisterRequest]
 ) -> Better | None:
-    """The best exchange of one worker, with ranges to suit; None where none is worth it."""
+    """The best exchange of one worker, with the ranges partitioned again. None if no exchange is worth it."""
     every = kinds([*members, *spare])
     of_members = every[: len(members)]
     now_s = max(cost.stage_seconds(kind, *r) for kind, r in zip(of_members, ranges, strict=True))

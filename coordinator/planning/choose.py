@@ -1,8 +1,8 @@
-"""From the registered workers to the stages of a pipeline: placement, then partition. Pure.
+"""Chooses workers and layers for the stages of a pipeline: placement, then partition. Pure.
 
-Pipelines may share stages. A stage with as many replicas as there are pipelines has a worker for each. A stage with
-fewer is shared: the workers with the fewest pipelines come first. All pipelines have the same layer ranges, so a worker
-holds one range for all.
+Pipelines may share stages. A stage with as many replicas as there are pipelines has one worker for each pipeline. A
+stage with fewer is shared: workers in the fewest pipelines come first. All pipelines have the same layer ranges, so a
+worker holds one range for all of them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .target import CannotForm, Target
 
 
 def choose(target: Target, candidates: Sequence[Candidate], previous: Sequence[StagePlan]) -> Holders:
-    """Who holds what, in stage order. `previous` stages keep their worker and layers where they can.
+    """The worker and layers of each stage. `previous` stages keep their worker and layers if possible.
 
     Raises CannotForm.
     """
     holders = {plan.stage: plan.worker_id for plan in previous}
-    # Stages of a pipeline with another number of them are not the same stages.
+    # With another number of stages, the previous stages are not the same stages.
     if len(previous) == target.num_stages:
         ranges = [plan.layers for plan in previous]
         candidates = [_where_needed(c, candidates, holders) for c in candidates]
@@ -38,9 +38,10 @@ def choose(target: Target, candidates: Sequence[Candidate], previous: Sequence[S
 def choose_in_order(
     target: Target, candidates: Sequence[Candidate], previous: Sequence[StagePlan], num_stages: int
 ) -> Holders:
-    """`num_stages` stages, whatever the candidates' pools, in the candidates' order as far as that can be had.
+    """`num_stages` stages on candidates of any pool, in the candidates' order if possible.
 
-    `previous` stages are kept where there are as many of them; else the ranges are cut anew. Raises CannotForm.
+    If there are as many `previous` stages, they keep their layers; otherwise the layers are partitioned again. Raises
+    CannotForm.
     """
     fewer = replace(target, num_stages=num_stages, layer_partition=None)
     anywhere = [replace(c, pool=-1) for c in candidates]
@@ -54,8 +55,10 @@ def _holders(placed: Placement, ranges: Sequence[Range]) -> Holders:
 
 
 def _where_needed(candidate: Candidate, all_: Sequence[Candidate], holders: Mapping[int, str]) -> Candidate:
-    """A worker that may hold any stage is bound to none where it holds another stage than its own, or where its own is
-    held by another worker that is there."""
+    """The candidate, unbound from its pool if it may hold any stage and its own stage is not free for it.
+
+    That is so if it holds another stage, or if another worker that is there holds its own stage.
+    """
     holder = holders.get(candidate.pool)
     elsewhere = any(name == candidate.worker_id and stage != candidate.pool for stage, name in holders.items())
     taken = holder not in (None, candidate.worker_id) and any(c.worker_id == holder for c in all_)
@@ -69,7 +72,7 @@ def choose_apart(
     apart: Collection[frozenset[str]],
     away: Collection[str] = (),
 ) -> Holders:
-    """`choose`, without workers that are `away` and without two in `apart` as neighbours, where that can be had.
+    """Like `choose`, but avoids workers in `away`, and pairs in `apart` as neighbours, if possible.
 
     Raises CannotForm.
     """
@@ -79,7 +82,7 @@ def choose_apart(
             return choose_apart(target, here, previous, apart)
     chosen = choose(target, candidates, previous)
     for pair in _neighbours(chosen) & set(apart):
-        # The receiver is replaced first: what refills a stage lies with its sender.
+        # Replace the receiver first: the sender has the journal that refills the receiver's stage.
         for name in [holder.worker_id for holder in reversed(chosen) if holder.worker_id in pair]:
             with contextlib.suppress(CannotForm):
                 other = choose(target, [c for c in candidates if c.worker_id != name], previous)
@@ -95,10 +98,10 @@ def _neighbours(chosen: Holders) -> set[frozenset[str]]:
 
 
 def shared_holders(others: Sequence[Sequence[StagePlan]], staying: Collection[tuple[str, int]]) -> dict[int, list[str]]:
-    """Stage -> workers that other pipelines have there, the one with the fewest pipelines first.
+    """Stage -> workers of other pipelines on it, those in the fewest pipelines first.
 
-    `others`: the stages of each other pipeline. `staying`: (worker, incarnation) of workers that do not drain; others
-    do not count.
+    `others`: the stages of each other pipeline. `staying`: (worker, incarnation) of the workers that count: those that
+    do not drain.
     """
     counts: dict[int, dict[str, int]] = {}
     for stages in others:
@@ -110,10 +113,10 @@ def shared_holders(others: Sequence[Sequence[StagePlan]], staying: Collection[tu
 
 
 def pinned(held: Mapping[int, Sequence[str]], replicas: Sequence[int], previous: Sequence[StagePlan]) -> dict[int, str]:
-    """Stage -> the worker that a pipeline has to share there; stages where it may have its own are left out.
+    """Stage -> the worker that a pipeline must share there. Stages where it may have its own worker are left out.
 
-    `held`: what the others have (see `shared_holders`). `replicas`: workers that each stage is to have. `previous`: the
-    pipeline's own stages, whose workers it keeps where they are shared.
+    `held`: the other pipelines' workers (see `shared_holders`). `replicas`: number of workers that each stage should
+    have. `previous`: the pipeline's own stages. It keeps their workers where these are shared.
     """
     own = {plan.stage: plan.worker_id for plan in previous}
     found: dict[int, str] = {}
@@ -130,8 +133,10 @@ def choose_beside(
     ranges: Sequence[Range],
     previous: Sequence[StagePlan],
 ) -> Holders:
-    """Who holds what beside pipelines that have the same `ranges`: `shared` workers, and `free` ones for the other
-    stages. Raises CannotForm."""
+    """The worker and layers of each stage of a pipeline that shares workers with others of the same `ranges`.
+
+    `shared`: stage -> the worker to share there. `free`: candidates for the other stages. Raises CannotForm.
+    """
     bound = {candidate.worker_id: stage for stage, candidate in shared.items()}
     both = [c for c in free if c.worker_id not in bound] + list(shared.values())
     candidates = [replace(c, pool=bound.get(c.worker_id, c.pool)) for c in both]
@@ -148,7 +153,7 @@ def choose_beside(
 
 
 def _anew(target: Target, candidates: Sequence[Candidate], holders: Mapping[int, str]) -> Holders:
-    """A fresh partition. A worker that refused what falls to it is left out for that stage, and it is tried again."""
+    """Places and partitions without previous layers. If a worker has refused its range, repeats without it there."""
     by_id = {c.worker_id: c for c in candidates}
     refused: set[tuple[str, int]] = set()
     while True:

@@ -1,7 +1,7 @@
-"""What a layer costs on a worker: seconds of a step, and bytes of memory with KV for the longest sequence.
+"""The cost of a layer on a worker: seconds of a step, and bytes of memory with KV for the longest sequence.
 
-The roofline of Williams et al. (2009): a part of a step takes the longer of streaming its weights and computing.
-A decode step is what is balanced: it is most of a model's life, and a prefill chunk divides the same way.
+The roofline model of Williams et al. (2009): a part of a step takes as long as the longer of streaming its weights and
+computing. Decode steps are balanced: most steps are decode steps, and a prefill chunk divides the same way.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from stagemesh.checkpoint import ELEMENT_BYTES, CheckpointInfo
 from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
 from stagemesh.protos.v1.types_pb2 import RunLimits
 
-# Assumed of a rank that measured nothing.
+# Assumed rates of a rank that measured nothing.
 NOMINAL_FLOPS_PER_S, NOMINAL_BYTES_PER_S = 2e11, 1e10
-# Rates this close are one kind: a measurement repeats no better, and a partition should not follow its noise.
+# Rates within this factor are one kind: measurements repeat no better, and a partition should not follow their noise.
 SAME_KIND = 1.25
 FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Workers that are equal as far as cost goes: one TP group of equal ranks."""
+    """Workers of equal cost. Each is one TP group of equal ranks."""
 
     tp_size: int
     memory_bytes: int
-    """Per rank; 0: unknown, everything fits."""
+    """Bytes per rank. 0: unknown, everything fits."""
     flops_per_s: float
     bytes_per_s: float
 
     @property
     def speed(self) -> float:
-        """Bytes of weights the group streams per second: what orders workers."""
+        """Bytes of weights that the group streams per second. Faster workers are placed first."""
         return self.tp_size * self.bytes_per_s
 
 
 def kinds(workers: Sequence[RegisterRequest]) -> list[Kind]:
-    """The kind of each worker: rates within `SAME_KIND` of the slowest of a group are taken as that slowest one's.
+    """The kind of each worker. Rates within `SAME_KIND` of the slowest in a group count as that slowest rate.
 
-    Workers on devices of one name are as fast as the fastest of them measured: what one measured beside the start of
-    the others says more about the start than about the device.
+    Workers on devices of one name count as fast as the fastest of them: a rate that a worker measured while others
+    started says more about the start than about the device.
     """
     devices = [worker.device for worker in workers]
     best: dict[tuple[str, str], tuple[float, float]] = {}
@@ -76,24 +76,24 @@ class CostModel:
     def __init__(
         self, info: CheckpointInfo, limits: RunLimits, dtype: str, draft: CheckpointInfo | None = None
     ) -> None:
-        """`draft`: a model of the same dtype that the last stage holds whole beside its layers.
+        """`draft`: a model of the same dtype that the last stage holds whole, in addition to its layers.
 
-        Its time is not counted: where many sequences run and balance matters, nobody guesses.
+        Its time is not counted: with many sequences, when balance matters, no tokens are drafted.
         """
         self.info = info
         self.draft = draft
         self.limits = limits
         self.element_bytes = ELEMENT_BYTES[dtype]
         self.rows = max(1, limits.max_num_seqs // max(1, limits.steps_in_flight))
-        """Tokens of a full decode step."""
+        """Tokens in a full decode step."""
         parts = [info.embedding, *info.layers, info.head]
         self._parameters = np.array([part.parameters for part in parts], dtype=np.float64)
         self._flops = np.array([part.flops_per_token for part in parts], dtype=np.float64)
 
     def seconds(self, kind: Kind) -> FloatArray:
-        """Seconds [L+1] of a decode step in the first 0, 1, ... L layers, with the end that lies before or behind them.
+        """Seconds [L+1] of a decode step in the first 0, 1, ... L layers, with the ends that go with them.
 
-        A stage of layers [first, last) takes the difference. Of the embedding only the rows' own vectors are read.
+        A stage of layers [first, last) takes the difference. A step reads only its rows' vectors of the embedding.
         """
         streaming = self._parameters * self.element_bytes / kind.bytes_per_s
         computing = self._flops * self.rows / kind.flops_per_s
@@ -107,14 +107,14 @@ class CostModel:
         return float(upto[last] - upto[first])
 
     def kv_bytes_per_token(self, kind: Kind) -> int:
-        """KV bytes of one token in one layer on one rank; fewer KV heads than ranks are replicated."""
+        """KV bytes of one token in one layer on one rank. Fewer KV heads than ranks are replicated."""
         per_head = -(-self.info.kv_elements_per_token // max(1, self.info.num_kv_heads))
         return -(-self.info.num_kv_heads // kind.tp_size) * per_head * self.element_bytes
 
     def memory(self, kind: Kind, max_model_len: int | None = None) -> FloatArray:
-        """Bytes [L+1] on one rank of the first 0, 1, ... L layers, with the end that lies before or behind them.
+        """Bytes [L+1] on one rank of the first 0, 1, ... L layers, with the ends that go with them.
 
-        Of each layer: its share of the weights, and KV pages of one longest sequence. The embedding is replicated. The
+        A layer has its share of the weights, and the KV pages of one longest sequence. The embedding is replicated. The
         last stage has norm and head, one step's logits in float32, and on rank 0 the draft model with its pages.
         """
         page = self.limits.page_size
@@ -130,7 +130,7 @@ class CostModel:
         return _up_to_layer(parts)
 
     def fixed_memory(self) -> float:
-        """Bytes every rank needs beside weights and KV: activation buffers of the steps in flight and of compute."""
+        """Bytes that a rank needs besides weights and KV: activation buffers of the steps in flight and of compute."""
         buffers = self.limits.steps_in_flight + 4
         return float(buffers * self.limits.max_num_batched_tokens * self.info.hidden_size * self.element_bytes)
 
@@ -140,7 +140,7 @@ class CostModel:
         return float(upto[last] - upto[first]) + self.fixed_memory()
 
     def fits(self, kind: Kind, first: int, last: int) -> bool:
-        """Whether layers [first, last) fit one rank; a worker that does not know its memory decides itself."""
+        """Whether layers [first, last) fit one rank. True if the worker's memory is unknown: it decides itself."""
         return not kind.memory_bytes or self.stage_memory(kind, first, last) <= kind.memory_bytes
 
 

@@ -1,9 +1,9 @@
-"""Cuts the layers into contiguous ranges, one a stage, so that the slowest stage is as fast as can be.
+"""Cuts the layers into contiguous ranges, one per stage, so that the slowest stage is as fast as possible.
 
 Dynamic programming over (stage, cut), as in PipeDream (Narayanan et al., 2019) without its replication: with best[s][j]
-the least possible slowest stage when the first s workers hold layers [0, j),
-best[s][j] = min over i < j of max(best[s-1][i], seconds of layers [i, j) on worker s), ranges that do not fit left out.
-A second pass of the same shape, bound by that optimum, minimises the sum of squares: the most even of the best cuts.
+the shortest possible time of the slowest stage when the first s workers hold layers [0, j),
+best[s][j] = min over i < j of max(best[s-1][i], seconds of layers [i, j) on worker s), without ranges that do not fit.
+A second pass of the same form, bounded by that optimum, minimises the sum of squares: the most even of the best cuts.
 Both run over all cuts of a stage at once: 400 layers on 400 stages take a fraction of a second.
 """
 
@@ -24,7 +24,7 @@ GIB = float(1 << 30)
 
 
 def check_counts(num_layers: int, num_stages: int, layer_partition: Sequence[int] | None) -> None:
-    """Raises ConfigError when `num_stages` stages, or the counts asked for, cannot cover the layers exactly once."""
+    """Raises ConfigError when `num_stages` stages, or the given counts, cannot cover the layers exactly once."""
     if num_stages > num_layers:
         raise ConfigError(
             f"--pipeline-parallel-size {num_stages} is above the model's {num_layers} layers: a stage needs at least "
@@ -55,7 +55,7 @@ def check_counts(num_layers: int, num_stages: int, layer_partition: Sequence[int
 
 
 def even_ranges(num_layers: int, num_stages: int) -> list[Range]:
-    """Ranges of equal layer counts, the longer ones first."""
+    """Ranges whose layer counts differ by at most one, the longer ones first."""
     base, extra = divmod(num_layers, num_stages)
     cuts = [0]
     for stage in range(num_stages):
@@ -66,7 +66,7 @@ def even_ranges(num_layers: int, num_stages: int) -> list[Range]:
 def partition(model: CostModel, workers: Sequence[Kind], layer_partition: Sequence[int] | None = None) -> list[Range]:
     """The range of each worker, in stage order.
 
-    Raises ConfigError with the numbers and the smallest change that would fit.
+    Raises ConfigError if they do not fit, with the numbers and the smallest change that would.
     """
     num_layers = model.info.num_layers
     check_counts(num_layers, len(workers), layer_partition)
@@ -94,10 +94,10 @@ def partition(model: CostModel, workers: Sequence[Kind], layer_partition: Sequen
 
 
 def _best_cuts(model: CostModel, workers: Sequence[Kind]) -> list[Range] | None:
-    """The most even of the cuts with the fastest slowest stage, or None when nothing fits."""
+    """The most even of the cuts whose slowest stage is fastest. None when nothing fits."""
     num_layers = model.info.num_layers
     tables: dict[Kind, FloatArray] = {}
-    """Seconds [L+1, L+1] of layers [i, j); infinite where j <= i, and where they do not fit."""
+    """Seconds [L+1, L+1] of layers [i, j). Infinite where j <= i, and where the layers do not fit."""
     for kind in set(workers):
         seconds, memory = model.seconds(kind), model.memory(kind)
         tables[kind] = seconds[None, :] - seconds[:, None]
@@ -130,7 +130,7 @@ def _best_cuts(model: CostModel, workers: Sequence[Kind]) -> list[Range] | None:
 
 
 def _smallest_change(model: CostModel, workers: Sequence[Kind]) -> str:
-    """What would make it fit: more stages of these workers, a shorter longest sequence, or fewer pages."""
+    """What would make the model fit: more stages, a smaller --max-model-len, or more memory."""
     options = []
     longest = _longest_that_fits(model, workers)
     if longest:
@@ -166,9 +166,9 @@ def _fits_greedily(model: CostModel, workers: Sequence[Kind], max_model_len: int
 
 
 def _longest_that_fits(model: CostModel, workers: Sequence[Kind]) -> int:
-    """The longest --max-model-len, in whole pages, at which the model fits; 0 if none."""
+    """The longest --max-model-len, in tokens of whole pages, at which the model fits. 0 if none does."""
     if model.limits.num_pages:
-        return 0  # pages were asked for by number
+        return 0  # The operator set the number of pages.
     page = model.limits.page_size
     counts = range(1, model.limits.max_model_len // page + 1)
     return page * bisect.bisect_left(counts, True, key=lambda n: not _fits_greedily(model, workers, n * page))

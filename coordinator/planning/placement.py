@@ -1,8 +1,8 @@
-"""Which worker takes which stage. What is left over is standby.
+"""Places workers on stages. Workers that are left over are standbys.
 
-A worker started for one stage (`--stage 1`) may hold that one only; the others may hold any. So the bound ones are
-placed first and the free ones fill the gaps, which covers as many stages as can be covered; among equals, the worker
-that already holds the range keeps it, for its weights need not be read again.
+A worker started for one stage (`--stage 1`) may hold only that stage; other workers may hold any. So bound workers are
+placed first and free ones fill the gaps, which covers as many stages as possible. Among equals, the worker that already
+holds the range keeps it: it need not read the weights again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Candidate:
     kept: Range | None = None
     """Layers whose weights it has loaded."""
     any_stage: bool = False
-    """It may hold another stage where its own has a worker."""
+    """Whether it may hold another stage if its own has a worker."""
     refusals: Mapping[tuple[int, Range], str] = field(default_factory=dict)
-    """(stage, layers) that it cannot hold, and why."""
+    """(stage, layers) that it cannot hold -> why."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Stage -> worker, the stages nobody can take, and the workers left over."""
+    """Stage -> worker, the stages that no worker can take, and the workers left over."""
 
     workers: Mapping[int, Candidate]
     missing: tuple[int, ...]
@@ -49,8 +49,8 @@ def place(
 ) -> Placement:
     """Places `candidates` on the stages.
 
-    `ranges`: the layer ranges, where they are known already. `holders`: stage -> worker that holds it now.
-    `refused`: further (worker, stage) pairs that failed for good. `by_memory` prefers roomy workers to fast ones.
+    `ranges`: the layer ranges, if they are known. `holders`: stage -> worker that holds it now. `refused`: further
+    (worker, stage) pairs to avoid. `by_memory` prefers workers with more memory to faster ones.
     """
     holders = holders or {}
     by_stage: dict[int, Candidate] = {}
@@ -68,7 +68,7 @@ def place(
         return not failed and (candidate.worker_id, stage) not in refused
 
     def take(stage: int, pool: int, wanted: str | None = None) -> None:
-        """Puts the best free worker of `pool` on `stage`: one that keeps its weights, else the first."""
+        """Puts a free worker of `pool` on `stage`: the best one that has the stage's weights, else the best one."""
         able = (c for c in free.get(pool, ()) if wanted in (None, c.worker_id) and may_take(c, stage))
         if (best := next(able, None)) is not None:
             if ranges is not None and best.kept != ranges[stage]:
@@ -76,7 +76,7 @@ def place(
             free[pool].remove(best)
             by_stage[stage] = best
 
-    for stage in sorted(holders.keys() & range(num_stages)):  # who holds a stage keeps it
+    for stage in sorted(holders.keys() & range(num_stages)):  # present holders keep their stage
         for pool in (stage, -1):
             if stage not in by_stage:
                 take(stage, pool, holders[stage])
@@ -84,7 +84,7 @@ def place(
         for stage in range(num_stages):
             if stage not in by_stage:
                 take(stage, stage if bound else -1)
-    for stage in range(num_stages):  # a free worker on a stage that a bound one could take moves to where it is needed
+    for stage in range(num_stages):  # if a bound worker can replace a free one, the free one moves to an empty stage
         if stage in by_stage:
             continue
         for other in [pool for pool, left in free.items() if left and pool in by_stage]:
@@ -101,6 +101,6 @@ def place(
 
 
 def _natural(name: str) -> tuple[object, ...]:
-    """Orders stage-10 after stage-9."""
+    """Sort key that puts stage-10 after stage-9."""
     digits = name[len(name.rstrip("0123456789")) :]
     return (name[: len(name) - len(digits)], int(digits or -1))

@@ -1,4 +1,4 @@
-"""What is to be built: the model with its costs, the number of stages, and the bounds of the pipelines."""
+"""The target: the model with its costs, the number of stages, and the limits of the pipelines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .cost import CostModel
 
 
 class CannotForm(Exception):
-    """No pipeline can be formed from the workers there are. The text says why and what would help."""
+    """No pipeline can be formed from the registered workers. The text says why and what would help."""
 
     def __init__(self, reason: str, *, final: bool = True) -> None:
         """`final`: waiting will not help; settings, model or workers must change."""
@@ -21,7 +21,7 @@ class CannotForm(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """What settings and checkpoint together ask for."""
+    """What the settings and the checkpoint ask for."""
 
     cost: CostModel
     num_stages: int
@@ -30,13 +30,13 @@ class Target:
     """Layers of each stage; None: the cost model decides."""
     transport: str = "auto"
     terms: str = ""
-    """Digest of model and bounds."""
+    """Digest of model and limits."""
     takeover_s: float = 15.0
-    """How long a lost stage waits for a worker before the other workers take its layers over."""
+    """How long a lost stage waits for a worker before the other workers take over its layers."""
     rebalance: bool = False
-    """Layers move by themselves when measured steps would be faster for it."""
+    """Whether layers move automatically when measured steps say that it would be faster."""
 
     @property
     def limits(self) -> RunLimits:
-        """Bounds that every worker of a pipeline allocates for."""
+        """Limits that every worker of a pipeline allocates for."""
         return self.cost.limits

@@ -1,4 +1,4 @@
-"""Which transport a link between two workers takes."""
+"""Chooses the transport of a link between two workers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .target import CannotForm
 
 
 def rank_addresses(worker: RegisterRequest, transport: str) -> Sequence[bytes]:
-    """One address per rank; none where the worker has not opened the transport."""
+    """One address per rank. Empty if the worker has not opened the transport."""
     return next((t.rank_addresses for t in worker.transports if t.name == transport), ())
 
 
 def transport(
     wanted: str, sender: RegisterRequest, receiver: RegisterRequest, *, ucx_failed: str = ""
 ) -> tuple[str, str]:
-    """The transport of a link, and a warning where it is not the best one.
+    """The transport of a link, and a warning if it is not the best one.
 
-    `wanted`: auto, ucx or tcp. `ucx_failed`: why UCX between these two did not work before. Raises CannotForm when they
-    have none in common.
+    `wanted`: auto, ucx or tcp. `ucx_failed`: why UCX between these two workers failed before, else empty. Raises
+    CannotForm when they have no transport in common.
     """
 
     def lacks(name: str) -> list[str]:

@@ -1,5 +1,5 @@
-"""What is wanted of the mesh: small policies, each a pure function from the world to wishes.
+"""The policies: small pure functions that decide how the mesh should be.
 
 A policy reads the world and the plan so far, and adds to the plan. It changes nothing else, orders nothing and waits
-for nothing. The list of policies, with their order and its reasons, is in core/desired.py.
+for nothing. core/desired.py lists the policies in order, with the reasons for that order.
 """

@@ -1,4 +1,4 @@
-"""Workers that drain: others take their stages, then they may go."""
+"""Moves stages away from workers that drain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .plan import MeshPlan
 
 
 def drain(world: World, plan: MeshPlan, now: float) -> None:
-    """Pipelines that serve and have a stage on a worker that drains. Where nobody takes it nothing new is begun."""
+    """Moves each stage of a serving pipeline that a draining worker holds.
+
+    If no worker can take it and the drain is forced, the pipeline takes no new requests.
+    """
     for pipeline, attempt in plan.unclaimed(world):
         leaving = [stage for stage in attempt.stages if world.drains(world.worker_at(attempt, stage.stage))]
         if not leaving:
@@ -30,7 +33,7 @@ def drain(world: World, plan: MeshPlan, now: float) -> None:
 
 
 def check_drain(world: World, worker_id: str) -> None:
-    """Raises ConfigError where nobody could take a stage that this worker holds."""
+    """Raises ConfigError if no other worker could take a stage that this one holds."""
     plan = MeshPlan([p.pipeline_id for p in world.kept])
     for pipeline in world.kept:
         stage = pipeline.stage_of(worker_id)
@@ -41,5 +44,5 @@ def check_drain(world: World, worker_id: str) -> None:
         except CannotForm as e:
             raise ConfigError(
                 f"nobody can take stage {stage} of {pipeline.pipeline_id} from worker {worker_id}: {e.reason}. Start a "
-                "standby first; or drain it with --force, and the pipeline takes nothing new until a worker comes"
+                "standby first; or drain it with --force, and the pipeline takes no new requests until a worker comes"
             ) from e

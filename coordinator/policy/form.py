@@ -1,4 +1,4 @@
-"""Who holds what in a pipeline that does not serve. `place` is also how other policies find a place for a stage."""
+"""Places the stages of a pipeline that does not serve. Other policies also use `place`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .replicas import replicas_of
 
 
 def form(world: World, plan: MeshPlan, now: float) -> None:
-    """Pipelines that do not serve and may try: after a pause, and when those that go first have what they need."""
+    """Sets a goal for each pipeline that does not serve, once its pause is over and no other pipeline must go first."""
     for pipeline in plan.kept(world):
         if not _is_due(world, pipeline, now):
             continue
@@ -35,9 +35,9 @@ def _is_due(world: World, pipeline: Pipeline, now: float) -> bool:
     if pipeline.main is not None and (not pipeline.main.fault or now < pipeline.retry_at):
         return False
     others = [p for p in world.pipelines.values() if p is not pipeline]
-    # First the others do with a smaller part of their workers' pages. One that waits to try again gets its part then.
+    # The others first reduce their share of the pages. One that waits for its next attempt gets its share then.
     owing = any(p.main and not p.main.fault and p.main.shares < world.num_shares for p in others)
-    # Pipelines from before a restart hold workers that nobody has told of yet.
+    # Pipelines from before a restart may hold workers that have not reported yet.
     return not owing and not any(p.restored for p in others)
 
 
@@ -48,11 +48,11 @@ def place(
     previous: Sequence[StagePlan],
     without: frozenset[str] = frozenset(),
 ) -> Goal:
-    """Who is to hold what in `pipeline`; `previous` stages keep their worker and layers where they can.
+    """The workers and layers for `pipeline`. `previous` stages keep their worker and layers if possible.
 
-    Workers that drain, are promised to others by the plan, or stand in `without` hold nothing. Where the layer counts
-    that are wanted cannot be had any more (they were wanted of workers with more memory, say), those of the settings
-    hold. Raises CannotForm.
+    Workers that drain, that the plan promises to other pipelines, or that are in `without`, get nothing. If the wanted
+    layer counts do not fit any more (the workers have less memory now, say), those of the settings apply. Raises
+    CannotForm.
     """
 
     def compute() -> Goal:
@@ -83,7 +83,7 @@ def _place(
     free = [w for w in staying if w.worker_id not in busy]
     if not any(others):
         return Goal("form", _whole(world, target, free, previous))
-    # A pipeline of fewer stages has none beside it, also where it is about to have all of them: that may fail.
+    # A pipeline with too few stages is the only one, even while it moves to all of them: that move may fail.
     if any(world.is_short(p) for p in world.pipelines.values() if p is not pipeline):
         raise CannotForm("it waits until the others have all their stages again", final=False)
     # Stages that have fewer replicas than there are pipelines are shared with the others.
@@ -96,20 +96,20 @@ def _place(
     except CannotForm:
         if taken or not _may_take_from_others(world, pipeline):
             raise
-    # Nothing serves: what another pipeline was to have beside this one is better used here.
+    # Nothing serves, so this pipeline takes the workers that were meant for others.
     names = tuple(name for name in world.pipelines if name != pipeline.pipeline_id)
     return Goal("form", _whole(world, target, staying, previous), takes_down=names)
 
 
 def _whole(world: World, target: Target, workers: Sequence[Worker], previous: Sequence[StagePlan]) -> Holders:
-    """All stages from `workers`, none of them shared."""
+    """All stages on `workers`, none shared with another pipeline."""
     beliefs = world.beliefs
     chosen = choose_apart(target, world.candidates(workers), previous, beliefs.apart.keys(), beliefs.away.keys())
     return _linked(world, chosen)
 
 
 def _linked(world: World, holders: Holders) -> Holders:
-    """The same, if every link between them has a transport. Raises CannotForm."""
+    """Returns `holders`. Raises CannotForm if a link between two of them has no transport."""
     members = [world.workers[holder.worker_id].info for holder in holders]
     for sender, receiver in zip(members, [*members[1:], *members[:1]], strict=True):
         if sender is not receiver:

@@ -1,4 +1,4 @@
-"""What the policies want, put together: the mesh as it shall be."""
+"""The plan that the policies fill: how the mesh should be."""
 
 from __future__ import annotations
 
@@ -12,56 +12,56 @@ from ..world.world import World
 
 @dataclass(frozen=True)
 class Goal:
-    """What one pipeline shall be; without holders, why it cannot be anything."""
+    """The workers and layers that one pipeline should have. Without holders, `why` says why there are none."""
 
     policy: str
     holders: Holders = ()
     why: str = ""
     must: bool = False
-    """Where it cannot be reached beside serving, the pipeline is formed anew; else it is left as it is."""
+    """If moves fail: True forms the pipeline again, which interrupts it; False leaves it as it is."""
     takes_down: tuple[str, ...] = ()
-    """Pipelines that give up their workers for it."""
+    """Pipelines whose workers this goal takes."""
     drops_counts: str = ""
-    """Why the layer counts that are wanted cannot be kept for it."""
+    """Why this goal cannot use the wanted layer counts. Empty if it can."""
     final: bool = False
-    """Without holders: waiting will not help."""
+    """Without holders: True if waiting will not help."""
 
 
 @dataclass
 class MeshPlan:
-    """Filled by the policies, in their order."""
+    """The plan of one pass. Policies fill it in their order."""
 
     pipelines: list[str] = field(default_factory=list)
-    """Pipelines that there shall be. Others leave."""
+    """Pipelines that should exist. All others leave."""
     goals: dict[str, Goal] = field(default_factory=dict)
-    """Pipeline -> what it shall be. A pipeline without a goal stays as it is, or waits."""
+    """Pipeline -> its goal. A pipeline without a goal stays as it is, or waits."""
     interrupts: set[str] = field(default_factory=set)
-    """Pipelines that are to be formed anew though they serve: a gateway does not reach their workers."""
+    """Pipelines to form again though they serve, because a gateway does not reach their workers."""
     drains: dict[str, str] = field(default_factory=dict)
-    """Pipelines that take nothing new, and why."""
+    """Pipeline that takes no new requests -> why."""
     loads: dict[str, Range] = field(default_factory=dict)
-    """Worker -> layers that it shall load, to hold them later."""
+    """Worker -> layers to load now and hold later."""
     counts: tuple[int, ...] | None = None
-    """Layers of each stage that shall be wanted from now on; None: as before."""
+    """New wanted layer counts per stage. None: no change."""
     drop_counts: str = ""
-    """Why the layer counts that are wanted cannot be had; empty where they can."""
+    """Why the wanted layer counts are dropped. Empty if they are not."""
 
     def kept(self, world: World) -> list[Pipeline]:
-        """Pipelines that are to stay."""
+        """Existing pipelines that stay."""
         return [p for p in world.kept if p.pipeline_id in self.pipelines]
 
     def unclaimed(self, world: World) -> Iterator[tuple[Pipeline, Attempt]]:
-        """Pipelines that are to stay and serve, and of which nothing else is wanted yet, each with what serves."""
+        """Serving pipelines that stay and that no policy has claimed yet, each with its serving attempt."""
         for pipeline in self.kept(world):
             name, attempt = pipeline.pipeline_id, pipeline.serving
             if attempt is not None and name not in self.goals and name not in self.drains:
                 yield pipeline, attempt
 
     def others(self, world: World, pipeline: Pipeline) -> list[Sequence[StagePlan]]:
-        """The stages of each of the other pipelines that are to stay, as they are going to be."""
+        """The stages of each other pipeline that stays, after its current move."""
         return [(p.beside or p).stages for p in self.kept(world) if p is not pipeline]
 
     def taken(self, pipeline_id: str) -> frozenset[str]:
-        """Workers that are promised to other pipelines by this plan."""
+        """Workers that this plan promises to other pipelines."""
         others = (goal for name, goal in self.goals.items() if name != pipeline_id)
         return frozenset(holder.worker_id for goal in others for holder in goal.holders)

@@ -1,4 +1,4 @@
-"""Other layer ranges that an operator, or `rebalance`, wants the stages to hold."""
+"""Moves stages to the layer ranges that an operator, or the policy `rebalance`, asked for."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from .plan import Goal, MeshPlan
 from .rebalance import advice
 
 LOADS = 3
-"""Ranges that failed to load so often, for reasons of the moment, are given up."""
+"""Ranges are given up after this many loads failed for temporary reasons."""
 
 
 def ranges(world: World, plan: MeshPlan, now: float) -> None:
-    """Pipelines of all stages that serve with other ranges than are wanted. What cannot be had is wanted no more."""
+    """Gives the wanted ranges to each pipeline that has all stages and serves with others.
+
+    Ranges that failed are dropped.
+    """
     wanted = world.wanted_ranges
     if wanted is None:
         return
@@ -34,9 +37,9 @@ def ranges(world: World, plan: MeshPlan, now: float) -> None:
 
 
 def ranges_for(world: World, counts: Sequence[int], now: float) -> tuple[Range, ...]:
-    """Ranges of so many layers; no counts: the best by measured steps, else by the cost model.
+    """Ranges with these layer counts. Without counts: the best by measured steps, else by the cost model.
 
-    Raises ConfigError when they do not fit the model or the workers, Unavailable when nothing serves.
+    Raises ConfigError when they do not fit the model or the workers, Unavailable when no pipeline serves.
     """
     whole = (p for p in world.pipelines.values() if len(p.stages) == world.settings.num_stages)
     pipeline = next((p for p in whole if p.state is State.SERVING), None)

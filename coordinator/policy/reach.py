@@ -1,4 +1,4 @@
-"""Workers that a gateway does not reach, though they renew their lease: others take their place, if there are any."""
+"""Replaces workers that a gateway does not reach, though they renew their lease."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .plan import MeshPlan
 
 
 def reach(world: World, plan: MeshPlan, now: float) -> None:
-    """Pipelines that serve, and of which a gateway said that it does not reach some workers.
+    """Interrupts a serving pipeline when a gateway does not reach some of its workers and others can replace them.
 
-    Where nobody else can take their place nothing is changed for that gateway: others may reach them. One that reaches
-    no worker at all is itself cut off.
+    If none can, nothing changes: other gateways may reach those workers. A gateway that reaches no worker at all is
+    itself cut off.
     """
     for pipeline, attempt in plan.unclaimed(world):
         unreachable = pipeline.unreached[1]

@@ -1,4 +1,4 @@
-"""What measured steps advise: other layer ranges, or a better worker. With `--rebalance auto` the ranges follow it."""
+"""Advice from measured steps: other layer ranges, or a better worker. `--rebalance auto` applies the ranges."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .plan import MeshPlan
 
 
 def rebalance(world: World, plan: MeshPlan, now: float) -> None:
-    """Layers move by themselves (`--rebalance auto`): what measured steps advise for some time becomes a wish,
-    where nothing else changes."""
+    """With `--rebalance auto`: asks for the ranges that measured steps have advised for some time, unless something
+    else is changing."""
     if not world.settings.rebalance or world.wanted_ranges is not None:
         return
     if any(p.beside for p in world.pipelines.values()):
@@ -27,7 +27,7 @@ def rebalance(world: World, plan: MeshPlan, now: float) -> None:
 
 
 def advice(world: World, pipeline: Pipeline, now: float) -> Advice | None:
-    """The ranges that would be best by what steps take now; None while that is not known."""
+    """The best ranges by the step times measured now. None if there are no fresh measurements."""
     attempt = pipeline.serving
     if attempt is None or pipeline.state is not State.SERVING or len(attempt.stages) != world.settings.num_stages:
         return None
@@ -41,7 +41,7 @@ def advice(world: World, pipeline: Pipeline, now: float) -> Advice | None:
 
 
 def advices(world: World, now: float) -> Iterator[str]:
-    """What would make the pipelines faster, for people."""
+    """Sentences for operators on what would make the pipelines faster."""
     for pipeline in world.pipelines.values():
         attempt = pipeline.serving
         if attempt is None or pipeline.state is not State.SERVING:

@@ -1,9 +1,9 @@
 """How many pipelines there are, and which workers they share.
 
-There are as many pipelines as the stage with the most replicas has workers. A stage's replicas are what an operator
-wants (`stagemesh scale`), else the workers that were started for it (`--stage`). With one more, another pipeline is
-made over the stages that have fewer: first the pipelines that serve do with a smaller part of their workers' pages,
-then it is formed. With one fewer, a pipeline finishes what it runs, or its gateways have another one do that.
+There are as many pipelines as the stage with the most replicas has workers. An operator sets the number of a stage's
+replicas (`stagemesh scale`); otherwise it is the number of workers started for it (`--stage`). One replica more adds a
+pipeline, which shares the stages that have fewer: first the serving pipelines reduce their share of the pages, then it
+is formed. One replica fewer removes a pipeline: its requests finish there, or its gateways move them to another one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .plan import Goal, MeshPlan
 
 
 def count_pipelines(world: World, plan: MeshPlan, now: float) -> None:
-    """Which pipelines there shall be."""
+    """Sets the pipelines that should exist."""
     names = [p.pipeline_id for p in world.kept]
     plan.pipelines = names
     if world.had_pipelines and (world.restoring or world.settles(now)):
-        return  # Whose workers are there is not known yet.
+        return  # It is not known yet which workers are there.
     wanted = min(max(replicas_of(world, world.record.replicas)), _most_shares(world))
     if world.without_moves(now):
         wanted = min(wanted, max(1, len(world.kept)))
@@ -42,14 +42,14 @@ def count_pipelines(world: World, plan: MeshPlan, now: float) -> None:
 
 
 def _most_shares(world: World) -> int:
-    """Pipelines for which the pages of every worker suffice of which that is known."""
+    """The largest number of pipelines for which every worker has enough pages, as far as page counts are known."""
     need = pages_per_sequence(world.settings.limits)
     known = [world.pages.get((w.worker_id, w.incarnation), UNLIMITED) for w in world.workers.values()]
     return max(1, min([pages // need for pages in known] + [world.share_limit]))
 
 
 def _least_of_use(world: World, pipelines: list[Pipeline]) -> Pipeline:
-    """The one that cannot serve, else the one whose worker drains, else the one that came last."""
+    """The pipeline to remove: one that does not serve, else one with a draining worker, else the newest."""
 
     def use(pipeline: Pipeline) -> tuple[bool, bool]:
         workers = [world.workers[plan.worker_id] for plan in pipeline.stages if plan.worker_id in world.workers]
@@ -59,15 +59,14 @@ def _least_of_use(world: World, pipelines: list[Pipeline]) -> Pipeline:
 
 
 def replicas_of(world: World, wishes: Mapping[int, int]) -> list[int]:
-    """Workers that each stage is to have at once. A lost one counts for a while: it may come back."""
+    """Number of workers that each stage should have. A lost worker counts for a while: it may come back."""
     bound = Counter(worker.pool for worker in world.staying)
     bound.update(stage for stage, _ in world.beliefs.missed.values())
     return [wishes.get(stage) or max(1, bound[stage]) for stage in range(world.settings.num_stages)]
 
 
 def share(world: World, plan: MeshPlan, now: float) -> None:
-    """Pipelines that serve on workers which they shall not share, or share with others than now; or with another part
-    of the pages."""
+    """Changes which workers a serving pipeline shares, or its share of their pages."""
     for pipeline, attempt in plan.unclaimed(world):
         if pipeline.gave_up is not None:
             continue
@@ -79,12 +78,12 @@ def share(world: World, plan: MeshPlan, now: float) -> None:
 
 
 def with_workers(attempt: Attempt, elsewhere: Mapping[int, str]) -> tuple[Holder, ...]:
-    """The attempt's holders, with other workers on the stages that `elsewhere` names."""
+    """The attempt's holders, but with the workers of `elsewhere` (stage -> worker) on its stages."""
     return tuple(Holder(elsewhere.get(plan.stage, plan.worker_id), plan.layers) for plan in attempt.stages)
 
 
 def _elsewhere(world: World, plan: MeshPlan, pipeline: Pipeline, attempt: Attempt) -> tuple[dict[int, str], str]:
-    """Stages that a pipeline is to have on other workers than it has, and why."""
+    """Stage -> the new worker that a pipeline should use there, and why."""
     if world.is_short(pipeline):
         return {}, ""
     lives = {(w.worker_id, w.incarnation) for w in world.staying}
@@ -104,12 +103,12 @@ def _elsewhere(world: World, plan: MeshPlan, pipeline: Pipeline, attempt: Attemp
                 return {stage.stage: best.worker_id}, "there are more replicas"
     one = dict(list(replaceable(world, pipeline, attempt).items())[:1])
     if one and any(p.main is None for p in plan.kept(world)):
-        return one, "a worker of no stage is needed elsewhere"
+        return one, "a worker that can hold any stage is needed elsewhere"
     return {}, ""
 
 
 def replaceable(world: World, pipeline: Pipeline, attempt: Attempt) -> dict[int, str]:
-    """Stages on workers that could hold others, where a spare worker is bound to the stage and can hold it."""
+    """Stage -> spare worker that is bound to it and can take it, where the present holder could hold other stages."""
     bound = {w.pool: w for w in world.spare() if w.pool >= 0}
     return {
         plan.stage: bound[plan.stage].worker_id
@@ -120,12 +119,15 @@ def replaceable(world: World, pipeline: Pipeline, attempt: Attempt) -> dict[int,
     }
 
 
-# -- an operator's question -----------------------------------------------------------------------------------------
+# -- checks of an operator's request --------------------------------------------------------------------------------
 
 
 def check_scale(world: World, stage: int, replicas: int, now: float) -> int:
-    """How many pipelines there would be. Raises ConfigError where workers or pages are too few, Unavailable where that
-    cannot be told before what is down serves again."""
+    """How many pipelines there would be.
+
+    Raises ConfigError when there are too few workers or pages, Unavailable while a pipeline is down or has too few
+    stages.
+    """
     stages = world.settings.num_stages
     if stage >= stages:
         raise ConfigError(f"there is no stage {stage}: the pipelines have stages 0 to {stages - 1}")
@@ -136,7 +138,7 @@ def check_scale(world: World, stage: int, replicas: int, now: float) -> int:
     if replicas > max(1, len(holding)) and down:
         raise Unavailable(f"{', '.join(down)} must have all stages again first", retry_after_s=1)
     spare = {w.worker_id for w in world.spare() if w.may_hold(stage)}
-    # Those could take their own stage from a worker that could then take this one.
+    # A spare worker could also take its own stage from a worker that could then take this one.
     serving = [(p, p.serving) for p in world.kept]
     spare |= {n for p, a in serving if a for s, n in replaceable(world, p, a).items() if s != stage}
     if replicas > len(holding) + len(spare):
@@ -157,7 +159,7 @@ def check_scale(world: World, stage: int, replicas: int, now: float) -> int:
 
 
 def _check_pages(world: World, pipelines: int) -> None:
-    """Raises ConfigError where a share of the pages would not hold one sequence."""
+    """Raises ConfigError if a worker's share of pages for each pipeline could not hold one sequence."""
     need, size = pages_per_sequence(world.settings.limits), world.settings.limits.page_size
     for attempt in (p.main for p in world.pipelines.values() if p.main is not None):
         for stage, loaded in attempt.loaded.items():

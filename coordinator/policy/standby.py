@@ -1,5 +1,4 @@
-"""Workers that hold no stage: they keep copies of stages' weights in memory, and are free for any stage again soon
-after they took one."""
+"""Standbys, the workers that hold no stage: which weights they load, and when a stage goes back to its own worker."""
 
 from __future__ import annotations
 
@@ -17,13 +16,15 @@ from .replicas import replaceable, with_workers
 
 
 def release(world: World, plan: MeshPlan, now: float) -> None:
-    """A stage goes back to the worker with which it was lost, where whoever is spare can take no other stage: else two
-    stages would change hands at the next loss."""
+    """Gives a stage back to the worker that held it and has returned, if no spare worker can take any stage.
+
+    Without a standby for any stage, the next loss would move two stages.
+    """
     for pipeline, attempt in plan.unclaimed(world):
         if pipeline.gave_up is not None:
             continue
         if elsewhere := _back(world, pipeline, attempt, now):
-            why = "a worker of no stage is to stand by for any"
+            why = "a worker that can hold any stage should stand by"
             plan.goals[pipeline.pipeline_id] = Goal("release", with_workers(attempt, elsewhere), why)
 
 
@@ -35,7 +36,7 @@ def _back(world: World, pipeline: Pipeline, attempt: Attempt, now: float) -> dic
         return {}
     for stage, name in replaceable(world, pipeline, attempt).items():
         holder, worker = world.worker_at(attempt, stage).info, world.workers[name].info
-        # Its pages have to be copied, or serving would stop for the sake of the next loss.
+        # The stage's pages must be copied: without a copy, serving would stop now to prepare for a later loss.
         alike = holder.tp_size == worker.tp_size and worker.protocol >= MOVES and not world.without_moves(now)
         if world.beliefs.lost_with.get(name) == stage and alike:
             return {stage: name}
@@ -43,14 +44,14 @@ def _back(world: World, pipeline: Pipeline, attempt: Attempt, now: float) -> dic
 
 
 def _is_settled(world: World, now: float) -> bool:
-    """Whether what was lost has been computed again."""
+    """Whether the pages of lost stages have had time to be computed again."""
     return now >= max(p.serving_since for p in world.pipelines.values()) + world.timing.settled_s
 
 
 def warm(world: World, plan: MeshPlan, now: float) -> None:
-    """Standbys load what they may have to take over, once everything serves and is settled."""
+    """Has standbys load the stages that they may have to take, once the pipelines serve and have settled."""
     states = {p.state for p in plan.kept(world)}
-    # A pipeline that is down for want of workers does not keep the others' standbys waiting.
+    # A pipeline that is down because workers are missing does not stop the others' standbys from loading.
     if State.SERVING not in states or states & {State.FORMING, State.DRAINING}:
         return
     if not _is_settled(world, now):
@@ -62,11 +63,11 @@ def warm(world: World, plan: MeshPlan, now: float) -> None:
 
 
 def copies(stages: Sequence[StagePlan], standbys: Sequence[Worker]) -> dict[str, Range]:
-    """Worker -> the layers that it shall have loaded.
+    """Worker -> the layers that it should have loaded.
 
-    Who has a stage's layers already keeps them. The others take the stage with the fewest copies, of those the one that
-    they were started for, else the one with the most layers, as far as their pool allows and they have not failed to
-    load it.
+    A standby that has a stage's layers keeps them. The others load the stage with the fewest copies. Among those they
+    prefer the stage that they were started for, then the one with the most layers. A standby loads no stage outside its
+    pool, and none that it failed to load.
     """
     wanted: dict[str, Range] = {}
     count: Counter[int] = Counter()

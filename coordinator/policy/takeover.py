@@ -1,7 +1,7 @@
-"""When a stage has no worker and none comes back, those that are left take its layers over, in fewer stages.
+"""When a stage's worker does not come back, the remaining workers hold all layers in fewer stages.
 
-They load what they lack, and every sequence is computed again: slower than with a standby, but requests go on. As soon
-as there are workers for all stages again, the pipeline moves to them while it serves.
+They load the missing layers, and every sequence is computed again. That is slower than with a standby, but requests go
+on. When there are workers for all stages again, the pipeline moves to them while it serves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .plan import Goal, MeshPlan
 
 
 def give_back(world: World, plan: MeshPlan, now: float) -> None:
-    """A pipeline of fewer stages gets all of them again."""
+    """Moves a pipeline with too few stages back to all of them."""
     for pipeline, _ in plan.unclaimed(world):
         if not world.is_short(pipeline):
             continue
@@ -31,18 +31,18 @@ def give_back(world: World, plan: MeshPlan, now: float) -> None:
 
 
 def take_over(world: World, plan: MeshPlan, now: float) -> None:
-    """A pipeline of which nothing can be formed, for long enough, goes on over who is left."""
+    """Forms a pipeline that has been down for long enough on the remaining workers."""
     for pipeline in plan.kept(world):
         goal = plan.goals.get(pipeline.pipeline_id)
         if goal is None or goal.holders or pipeline.restored or not _is_due(world, pipeline, now):
             continue
         if any(p is not pipeline and p.main is not None for p in world.pipelines.values()):
-            continue  # Requests go on at another one, or are about to.
+            continue  # Another pipeline runs the requests, or soon will.
         if any(other.holders for other in plan.goals.values()):
             continue
         holders = world.remember(("take over", pipeline.pipeline_id), partial(_fewer, world, pipeline))
         if holders:
-            why = f"it goes on with {len(holders)} stages: nobody took the others' place"
+            why = f"it goes on with {len(holders)} stages: no worker took the others' place"
             plan.goals[pipeline.pipeline_id] = Goal("take over", holders, why)
 
 
@@ -51,7 +51,7 @@ def _is_due(world: World, pipeline: Pipeline, now: float) -> bool:
     if not last:
         return False  # It never served: its workers are being started.
     if len(last) < world.settings.num_stages and all(plan.worker_id in world.workers for plan in last):
-        return True  # Its layers were taken over before, and who did that is there.
+        return True  # Its last attempt already had fewer stages, and their workers are there.
     return pipeline.main is None and now >= pipeline.down_since + world.settings.takeover_s
 
 
@@ -65,8 +65,10 @@ def _free(world: World, pipeline: Pipeline) -> list[Worker]:
 
 
 def _fewer(world: World, pipeline: Pipeline) -> Holders:
-    """As many stages as can be had, on workers of any pool, in the order in which they held layers; none, where nobody
-    can hold the model."""
+    """As many stages as possible, on workers of any pool, in the order in which they held layers.
+
+    Empty if the workers cannot hold the model.
+    """
     free = _free(world, pipeline)
     order = {plan.worker_id: plan.stage for plan in pipeline.last_stages}
     free.sort(key=lambda w: order.get(w.worker_id, w.pool))

@@ -1,4 +1,4 @@
 """The coordinator's I/O: its gRPC service, the orders to workers, views of the mesh, gateways' slots.
 
-Nothing is decided in here: events go into the core, and its actions come out.
+Nothing is decided here: events go into the core, and its actions come out.
 """

@@ -1,6 +1,6 @@
-"""Carries the core's orders out: calls the workers' Stage service with deadlines and posts what came of it.
+"""Executes the core's orders: calls the workers' Stage service with deadlines and posts the results as events.
 
-A call belongs to one epoch of one pipeline; `Forget` cancels those of epochs that have passed.
+A call belongs to one epoch of one pipeline. `Forget` cancels calls of epochs that have passed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class OrderRunner:
-    """Executes Order, Forget and Disconnect; answers come through `post`."""
+    """Executes Order, Forget and Disconnect. Passes answers to `post`."""
 
     def __init__(self, post: Callable[[Event], None], timing: CoordinatorTiming) -> None:
         self._post = post
@@ -43,7 +43,7 @@ class OrderRunner:
         self._calls: dict[asyncio.Task[None], tuple[str, int] | None] = {}
 
     def execute(self, action: Order | Forget | Disconnect) -> None:
-        """Starts an action; never waits."""
+        """Starts an action. Never waits."""
         match action:
             case Order():
                 self._spawn(self._carry_out(action), action.attempt)
@@ -86,7 +86,7 @@ class OrderRunner:
             self._post(Failed(order, f"{type(e).__name__}: {e}"))
 
     async def _call(self, order: Order) -> None:
-        """Posts each answer. Raises RpcError, TimeoutError, and ValueError for answers that cannot be."""
+        """Posts each answer. Raises RpcError, TimeoutError, and ValueError for an answer that breaks the protocol."""
         request = order.request
         if order.offer is not None and isinstance(request, stage_pb2.ConnectLinkRequest):
             request = await self._offered(order.offer, request)
@@ -108,7 +108,7 @@ class OrderRunner:
             call.cancel()
 
     async def _offered(self, offer: Order, connect: stage_pb2.ConnectLinkRequest) -> stage_pb2.ConnectLinkRequest:
-        """What the sender of a link is asked, with the addresses and secrets that the receiver offers."""
+        """Calls the receiver of a link, and adds the addresses and secrets that it offers to the sender's request."""
         answer = await self._method(offer)(offer.request, timeout=self._limits_s[type(offer.request)])
         if not len(answer.receiver_addresses) == len(answer.secrets) == len(connect.nonces):
             raise ValueError(
@@ -120,7 +120,7 @@ class OrderRunner:
         return whole
 
     def _method(self, order: Order) -> Any:
-        """The stub's method for the order's request."""
+        """The worker's RPC for the order's request."""
         address = order.to.address
         if address not in self._channels:
             self._channels[address] = rpc.channel(address)

@@ -1,4 +1,4 @@
-"""The Coordinator service over gRPC: hears workers, gateways and operators, runs the core, executes its actions."""
+"""The Coordinator service over gRPC: takes the requests, runs the core on them, and executes its actions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
-    """One coordinator. `run` must run beside the server."""
+    """The servicer. `run` must run as a task while the server runs."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         clock: Callable[[], float] = time.monotonic,
         is_leader: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Gives no order while it is not the leader."""
+        """`is_leader`: while it returns False, events are ignored and no orders are given."""
         self._world = world
         self._timing = world.timing
         self._store = store
@@ -61,8 +61,11 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         self._failed: Exception | None = None
 
     def post(self, event: events.Event) -> None:
-        """Runs the core on one event and executes what it orders, in order. Where that fails, such as a write on a
-        full disk, the core takes for done what is not: `run` ends, and with it the process."""
+        """Runs the core on one event and executes its actions in order.
+
+        If an action fails, such as a write on a full disk, the core's world is wrong: `run` raises the error, which
+        ends the process.
+        """
         if self._stopping or self._failed is not None or not self._is_leader():
             return
         try:
@@ -91,14 +94,14 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         self._changed = asyncio.Event()
 
     async def run(self) -> None:
-        """Lets time pass in the core, until cancelled. Raises what an order failed with, whoever gave it."""
+        """Posts ticks until cancelled. Raises the error of any `post` that failed."""
         while self._failed is None:
             self.post(events.Tick())
             await asyncio.sleep(self._timing.tick_s)
         raise self._failed
 
     async def stop(self) -> None:
-        """Ends orders and watches; workers and gateways go on by themselves."""
+        """Ends orders and watches. Workers and gateways go on by themselves."""
         self._stopping = True
         self._changed.set()
         await self._runner.close()
@@ -131,7 +134,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                     f"{request.tp_size} ranks",
                     param="transports",
                 )
-        # An older stream of this worker may still wait to be seen broken: that is no news then.
+        # An older stream of this worker may break later. That must not count as a loss.
         self._streams.pop(request.worker_id, None)
         self.post(request)
         lease_s, renew_s = self._timing.lease_s, self._timing.renew_s
@@ -140,7 +143,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
     async def KeepAlive(
         self, requests: AsyncIterator[pb.KeepAliveRequest], context: Context
     ) -> AsyncIterator[pb.KeepAliveResponse]:
-        """Renews leases; a stream that ends is a worker that is lost."""
+        """Renews leases. A worker whose stream ends is lost."""
         stream = object()
         worker_id, incarnation = "", 0
         try:
@@ -163,13 +166,13 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
     async def WatchPipelines(
         self, request: pb.WatchPipelinesRequest, context: Context
     ) -> AsyncIterator[pb.WatchPipelinesResponse]:
-        """The mesh at once, then at every change; progress alone at most five times a second."""
+        """Sends the mesh at once, then at every change. Changes that are not urgent wait up to `progress_s`."""
         if not request.gateway_id or not request.instance:
             raise InvalidRequest("WatchPipelines: gateway_id and instance must be set")
         if request.protocol:
             check_protocol(request.protocol, f"gateway {request.gateway_id}")
         if expired := self._slots.expire(self._clock()):
-            # A coordinator that is started again takes all that are written down for just gone.
+            # After a restart, all stored slots count as just gone.
             self._store.forget_slots(expired)
         slot = self._slots.acquire(request.gateway_id, request.instance, self._clock(), request.life)
         try:
@@ -178,7 +181,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             self.post(request)
             sent = -1
             while not self._stopping:
-                # A pipeline of before a restart may still serve: say nothing that would stop it until that is known.
+                # A pipeline from before a restart may still serve: send nothing that would stop it until that is known.
                 if sent != self._version and not self._world.restoring:
                     sent = self._version
                     mesh = mesh_view(self._world)
@@ -198,25 +201,25 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                     await self._changed.wait()
 
     async def DescribeMesh(self, request: pb.DescribeMeshRequest, context: Context) -> pb.DescribeMeshResponse:
-        """The mesh as it stands."""
+        """Returns the mesh as it is now."""
         if self._world.restoring:
             raise _just_started()
         return pb.DescribeMeshResponse(mesh=mesh_view(self._world))
 
     async def ReportStuck(self, request: pb.ReportStuckRequest, context: Context) -> pb.ReportStuckResponse:
-        """A gateway's steps do not come back, or it does not reach a worker."""
+        """A gateway gets no results of its steps, or does not reach a worker."""
         self.post(request)
         return pb.ReportStuckResponse()
 
     async def ReportMoved(self, request: pb.ReportMovedRequest, context: Context) -> pb.ReportMovedResponse:
         """A gateway has switched to the next epoch of a pipeline, or could not."""
-        # Nobody else knows yet.
+        # A test may stop the process here: the gateway has switched, and only this call knows.
         point("coordinator.moved")
         self.post(request)
         return pb.ReportMovedResponse()
 
     async def Repartition(self, request: pb.RepartitionRequest, context: Context) -> pb.RepartitionResponse:
-        """Other layer ranges."""
+        """An operator asks for other layer ranges."""
         now, pipelines = self._clock(), self._world.pipelines.values()
         ranges = ranges_for(self._world, list(request.counts), now)
         advised = next((a for p in pipelines if (a := advice(self._world, p, now)) is not None), None)
@@ -228,7 +231,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         return answer
 
     async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleResponse:
-        """More or fewer workers on a stage."""
+        """An operator asks for more or fewer workers on a stage."""
         now = self._clock()
         if self._world.settles(now):
             raise _just_started()
@@ -242,7 +245,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         return pb.ReportLeftResponse()
 
     async def ReportSteps(self, request: pb.ReportStepsRequest, context: Context) -> pb.ReportStepsResponse:
-        """What a pipeline's steps take."""
+        """A gateway reports the time of a pipeline's steps."""
         self.post(request)
         return pb.ReportStepsResponse()
 
@@ -256,7 +259,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         return pb.DrainResponse(pipeline_ids=pipelines)
 
     async def Undrain(self, request: pb.UndrainRequest, context: Context) -> pb.UndrainResponse:
-        """Takes a drain back."""
+        """Ends a drain."""
         if request.worker_id not in self._world.record.drains:
             self._check_known(request.worker_id)
             raise NotFound(f"worker {request.worker_id} does not drain")
@@ -264,7 +267,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         return pb.UndrainResponse()
 
     def _check_known(self, worker_id: str) -> None:
-        """Raises NotFound for a worker that is not registered, Unavailable where it may still come back."""
+        """Raises NotFound for a worker that is not registered, or Unavailable if it may still come back."""
         if worker_id in self._world.workers:
             return
         if self._world.settles(self._clock()):

@@ -1,7 +1,7 @@
-"""Slots 1..250 of gateway instances: a slot names a gateway's lanes on every link.
+"""Slots 1..250 of gateway instances: a slot identifies a gateway's lanes on every link.
 
-A slot whose gateway is out of sight is not given to another for a while: the old instance may still live, and its
-late frames must not be taken for the new one's.
+The slot of a gateway that is gone stays unused for a while: the old instance may still live, and its late frames must
+not be mistaken for the new one's.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class _Holder:
 
 
 class Slots:
-    """Hands out slots; pure, with the clock as an argument."""
+    """Assigns slots. Pure, with the clock as an argument."""
 
     def __init__(
         self, stored: Mapping[int, tuple[str, int]], *, now: float, quarantine_s: float, first: int = 1
     ) -> None:
-        """`stored`: slots of before a restart, taken as just gone. `quarantine_s`: how long a slot of a gateway that is
-        gone is given to nobody else. `first`: where the search for a free one starts."""
+        """`stored`: slots from before a restart, which count as just gone. `quarantine_s`: how long the slot of a
+        gateway that is gone is not given to another one. `first`: where the search for a free slot starts."""
         self._quarantine_s = quarantine_s
         self._holders = {slot: _Holder(name, instance, gone_at=now) for slot, (name, instance) in stored.items()}
         self._next = first
@@ -38,8 +38,8 @@ class Slots:
     def acquire(self, gateway_id: str, instance: int, now: float, life: int = 0) -> int:
         """The slot of this instance, the same each time it asks.
 
-        `life`: the gateway's process, where it says so. Raises ConfigError while another one of the same name has
-        streams open, QueueFull when all slots are taken.
+        `life`: a number of the gateway's process; 0 if it sends none. Raises ConfigError while another process of the
+        same name has streams open, QueueFull when all slots are taken.
         """
         named = {slot: holder for slot, holder in self._holders.items() if holder.gateway_id == gateway_id}
         if life and any(holder.streams and holder.life not in (0, life) for holder in named.values()):
@@ -65,7 +65,7 @@ class Slots:
         )
 
     def expire(self, now: float) -> list[int]:
-        """Forgets slots whose gateways have been out of sight for long enough, and says which."""
+        """Frees slots whose gateways have been gone for `quarantine_s`. Returns them."""
         gone = [
             slot
             for slot, holder in self._holders.items()

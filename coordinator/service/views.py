@@ -1,4 +1,4 @@
-"""Between the core's values and the messages on the wire."""
+"""Converts the core's values to the messages that gateways and operators get."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..world.world import World
 
 
 def pipeline_view(world: World, pipeline: Pipeline) -> types_pb2.PipelineView:
-    """One pipeline as gateways see it."""
+    """The view of one pipeline."""
     view = types_pb2.PipelineView(
         pipeline_id=pipeline.pipeline_id,
         epoch=pipeline.epoch,
@@ -57,7 +57,7 @@ def _stage_views(world: World, attempt: Attempt | None) -> Iterator[types_pb2.St
 
 
 def mesh_view(world: World) -> types_pb2.MeshView:
-    """The whole mesh."""
+    """The view of the whole mesh."""
     view = types_pb2.MeshView(pipelines=[pipeline_view(world, p) for p in world.pipelines.values()])
     view.wanted_counts.extend(last - first for first, last in world.wanted_ranges or ())
     view.given_up = world.given_up

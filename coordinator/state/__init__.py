@@ -1,1 +1,1 @@
-"""What outlives a coordinator, and which of several is the leader: the store, the Lease, fresh nonces."""
+"""State that outlives a coordinator, and the choice of the leader: the store, the Lease, nonces."""

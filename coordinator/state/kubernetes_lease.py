@@ -1,10 +1,11 @@
-"""Which coordinator is the leader on Kubernetes: the one that holds a Lease (coordination.k8s.io/v1).
+"""Leader election on Kubernetes: the leader holds a Lease (coordination.k8s.io/v1).
 
-Elected as client-go does it: a record that nobody has changed for its duration, by the clock of the one who looks, has
-expired (clocks of machines are not compared), and each write names the version that it replaces, so that of two that
-try one succeeds. Every taking raises the record's count of transitions. That count is a term, and each term has epochs
-of its own, above those of all terms before: no epoch comes back even where the volume that kept them is gone. Orders
-are given only while nobody else can have it (`is_sure`): one who was stopped gives none when he goes on.
+The election is that of client-go. A record that has not changed for its duration has expired. Each coordinator measures
+that by its own clock, so clocks of machines are not compared. Each write names the version that it replaces, so only
+one of two writers succeeds. Every new holder raises the record's count of transitions. That count is the term. Each
+term has its own epochs, above those of all earlier terms, so no epoch repeats even if the volume that stored them is
+lost. A coordinator gives orders only while no other can hold the Lease (`is_sure`): a process that was stopped for a
+while gives none when it continues.
 """
 
 from __future__ import annotations
@@ -31,27 +32,27 @@ EPOCHS_OF_A_TERM = 2**24
 
 
 class Conflict(Exception):
-    """Another one wrote first."""
+    """Another coordinator wrote the Lease first."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the Lease says."""
+    """Contents of the Lease."""
 
     holder: str
     term: int
     version: str
-    """Another one with every write."""
+    """Changes with every write."""
 
 
 class ApiServer:
-    """Kubernetes' API server as a pod reaches it: by its service account, whose token changes while the pod runs.
+    """Client of Kubernetes' API server in a pod. It uses the service account, whose token changes while the pod runs.
 
     Calls have a deadline. Raises ConfigError outside a pod.
     """
 
     def __init__(self, account: str, call_s: float) -> None:
-        """`account`: the folder with token, ca.crt and namespace. `call_s`: what one call may take."""
+        """`account`: the folder with token, ca.crt and namespace. `call_s`: time-out of one call."""
         self._call_s = call_s
         self._host = os.environ.get("KUBERNETES_SERVICE_HOST", "")
         self._port = int(os.environ.get("KUBERNETES_SERVICE_PORT") or 443)
@@ -65,7 +66,7 @@ class ApiServer:
             raise ConfigError("--kubernetes-lease works in a pod alone: KUBERNETES_SERVICE_HOST is not set")
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
-        """Status and body of the answer. Raises Unavailable."""
+        """Status and body of the answer. Raises Unavailable when the server cannot be reached."""
         try:
             async with asyncio.timeout(2 * self._call_s):
                 return await asyncio.to_thread(self._call, method, path, body)
@@ -88,12 +89,12 @@ class ApiServer:
 
 
 class Lease:
-    """The Lease `name`, which `identity` takes and keeps. `duration_s`: how long it stands without being renewed."""
+    """The Lease `name`, which `identity` takes and keeps. `duration_s`: how long it is valid without a renewal."""
 
     def __init__(self, api: ApiServer, name: str, identity: str, duration_s: float) -> None:
         self.name, self.identity = name, identity
         self.term = 0
-        """Since it was taken; 0: never."""
+        """The term since this coordinator took the Lease. 0: it never did."""
         self._api = api
         self._duration_s = duration_s
         self._pause_s = duration_s / 7.5
@@ -105,17 +106,19 @@ class Lease:
 
     @property
     def first_epoch(self) -> int:
-        """Of this term."""
+        """The lowest epoch of this term."""
         return self.term * EPOCHS_OF_A_TERM + 1
 
     @property
     def is_sure(self) -> bool:
-        """Whether nobody else can have it yet."""
+        """Whether this coordinator holds the Lease and no other can have taken it."""
         return time.monotonic() < self._sure_until
 
     async def take(self, stop: asyncio.Event) -> bool:
-        """Waits until it is free or expired; False when told to stop before. Raises ConfigError where the API server
-        would never let it."""
+        """Waits until the Lease is free or expired, and takes it. Returns False if `stop` is set before.
+
+        Raises ConfigError if the API server forbids it.
+        """
         told = ""
         seen: Record | None = None
         since = time.monotonic()
@@ -143,7 +146,7 @@ class Lease:
                     return False
 
     async def keep(self) -> str:
-        """Renews it; returns why it is lost, before another one may have it."""
+        """Renews the Lease until it is lost. Returns the reason before another coordinator may take it."""
         why = ""
         while (left := self._sure_until - time.monotonic()) > 0:
             await asyncio.sleep(min(self._pause_s, left))
@@ -161,18 +164,18 @@ class Lease:
         return f"Lease {self.name} could not be renewed for {self._give_up_s:g} s: {why}"
 
     async def give_up(self) -> None:
-        """Lets another one have it at once. Best effort: it expires by itself."""
+        """Frees the Lease for another coordinator. Best effort: otherwise it expires by itself."""
         try:
             await self._write_as("")
         except (StagemeshError, Conflict) as e:
             log.info("Lease %s expires by itself: %s", self.name, e)
 
     async def _write_as(self, holder: str) -> None:
-        """Raises Conflict where it is another's by now, Unavailable where that is not known."""
+        """Writes the Lease. Raises Conflict if another holds it by now, Unavailable if that is not known."""
         try:
             await self._put(self._body(holder, self.term), self._version)
         except Conflict:
-            # Or the answer to a write of ours was lost, or such a write is still under way.
+            # Perhaps the answer to a write of ours was lost, or that write is still under way.
             record = await self._read()
             if record is None or (record.holder, record.term) != (self.identity, self.term):
                 raise
@@ -234,5 +237,5 @@ class Lease:
 
 
 def _now() -> str:
-    """As Kubernetes' MicroTime has it."""
+    """The current time in the format of Kubernetes' MicroTime."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -1,4 +1,4 @@
-"""Generations and link nonces: 32 bits, never 0, never one twice in the life of a coordinator."""
+"""Generations and link nonces: 32 bits, never 0, and no number twice in the life of a coordinator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ STRIDE = 0x9E3779B1  # odd, so that the walk meets every 32-bit number once; far
 
 
 def nonces(start: int | None = None) -> Iterator[int]:
-    """A walk over all 32-bit numbers from a random start (another life is unlikely to meet the same ones soon)."""
+    """A walk over all 32-bit numbers from a random start, so that a restarted coordinator soon repeats none."""
     at = secrets.randbits(32) if start is None else start
     while True:
         at = (at + STRIDE) & 0xFFFFFFFF

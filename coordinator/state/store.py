@@ -1,8 +1,8 @@
-"""Where the record is written down, and gateways' slots: an SQLite file, or memory.
+"""Stores the record and gateways' slots in an SQLite file, or in memory.
 
-Write-ahead log with synchronous FULL: a commit that returned survives a crash of the machine, so an epoch that anyone
-heard of is never handed out again. Of the coordinators on one state folder the leader is the one that has the file
-open. The lock is the system's: it ends with the process, however that ends.
+It uses a write-ahead log with synchronous FULL: a commit that returned survives a crash of the machine, so no epoch
+that was used is ever used again. Of the coordinators on one state folder, the leader is the one that has the file open.
+The lock is the operating system's: it ends with the process, even if that crashes.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ PLAN = TypeAdapter(StoredPlan)
 
 
 class InUse(ConfigError):
-    """Another coordinator has the state."""
+    """Another coordinator has the state folder open."""
 
 
 class Store:
-    """Synchronous: a commit takes about a millisecond, and nothing may go on before it is done."""
+    """The store. It is synchronous: a commit takes about a millisecond, and nothing may go on before it is done."""
 
     def __init__(self, state_dir: str | None) -> None:
-        """Opens, or makes, `state_dir`/coordinator.sqlite; None keeps everything in memory.
+        """Opens or creates `state_dir`/coordinator.sqlite. None keeps everything in memory.
 
-        Raises InUse, and ConfigError for what does not pass.
+        Raises InUse when another coordinator has it open, ConfigError when it cannot be opened or has another format.
         """
         where = ":memory:"
         try:
@@ -75,7 +75,7 @@ class Store:
             ) from e
 
     def load(self, terms: str) -> Record:
-        """The record as it was written down. Layer counts are those that were wanted under the same `terms`."""
+        """The stored record. Its layer counts are those that were wanted under the same `terms`."""
         select = self._db.execute
         counts = select("SELECT counts FROM partitions WHERE terms = ?", (terms,)).fetchone()
         return Record(
@@ -88,7 +88,7 @@ class Store:
         )
 
     def save(self, before: Record, after: Record, terms: str) -> None:
-        """Writes down what changed: all of it, or nothing. Epochs never fall."""
+        """Stores what changed, in one transaction. Epochs never fall."""
         old, new = _rows(before, terms), _rows(after, terms)
         changed = [table for table in new if new[table] != old[table]]
         orders = set(changed) - {"epochs", "plans"}
@@ -121,24 +121,23 @@ class Store:
         return {slot: (name, int(instance)) for slot, name, instance in self._db.execute("SELECT * FROM slots")}
 
     def save_slot(self, slot: int, gateway_id: str, instance: int) -> None:
-        """Writes down who has a slot."""
+        """Stores which gateway has a slot."""
         point("coordinator.before_slot_write")
         self._db.execute("INSERT OR REPLACE INTO slots VALUES (?, ?, ?)", (slot, gateway_id, str(instance)))
         point("coordinator.after_slot_write")
 
     def forget_slots(self, slots: Iterable[int]) -> None:
-        """Any gateway may have them now."""
+        """Deletes stored slots, which other gateways may get from now on."""
         with self._db:
             self._db.execute("BEGIN")
             self._db.executemany("DELETE FROM slots WHERE slot = ?", [(slot,) for slot in slots])
 
     def close(self) -> None:
-        """Closes the file."""
         self._db.close()
 
 
 async def open_store(state_dir: str | None, look_s: float, stop: asyncio.Event) -> Store | None:
-    """The store, once no other coordinator has it; None when told to stop before. Looks every `look_s`.
+    """Opens the store once no other coordinator has it open. Tries every `look_s`. None if `stop` is set before.
 
     Raises ConfigError.
     """
@@ -157,7 +156,7 @@ async def open_store(state_dir: str | None, look_s: float, stop: asyncio.Event) 
 
 
 def _rows(record: Record, terms: str) -> dict[str, list[tuple[object, ...]]]:
-    """Table -> its rows. Numbers of 64 bits are text: SQLite's have a sign."""
+    """Table -> its rows. Unsigned 64-bit numbers are stored as text, as SQLite's integers are signed."""
     return {
         "epochs": [*record.epochs.items()],
         "plans": [(name, PLAN.dump_json(plan).decode()) for name, plan in record.plans.items()],

@@ -1,1 +1,1 @@
-"""All that the coordinator knows, as data with small queries. Nothing in here decides, and nothing does I/O."""
+"""All that the coordinator knows, as data with small queries. Nothing here decides, and nothing does I/O."""

@@ -4,7 +4,7 @@
     beside:  ASSIGN -> LINK -> ACTIVATE -> SWITCH -> main     its next epoch, while `main` serves
     either:  a fault (a worker, link or order failed) -> OVER
 
-Every attempt has an epoch of its own, higher than any before it. It is written down before anyone hears of it.
+Every attempt has its own epoch, higher than any before. The epoch is stored before any worker or gateway learns of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .step_times import StepTimes
 
 
 class State(Enum):
-    """Of a pipeline, as gateways see it."""
+    """State of a pipeline, as gateways see it."""
 
     DOWN = types_pb2.PIPELINE_STATE_DOWN
     FORMING = types_pb2.PIPELINE_STATE_FORMING
@@ -30,7 +30,7 @@ class State(Enum):
 
 
 class Phase(Enum):
-    """Of an attempt."""
+    """Phase of an attempt. The values are texts for operators."""
 
     ASSIGN = "loading weights"
     LINK = "setting up links"
@@ -42,136 +42,137 @@ class Phase(Enum):
 
 @dataclass
 class Attempt:
-    """One epoch of a pipeline, from the first order to its workers until it is over.
+    """One epoch of a pipeline, from the first order to its workers to its end.
 
-    Forming a pipeline, moving its layers beside serving, and changing its share of the pages are the same: assign the
-    stages, link them, activate them. What differs is data: `beside` says that the pipeline serves meanwhile, `copies`
-    which KV pages change hands.
+    Forming a pipeline, moving its layers while it serves, and changing its share of the pages all take the same steps:
+    assign the stages, link them, activate them. The difference is data: `beside` says whether the pipeline serves
+    meanwhile, and `copies` lists the KV pages that go to other workers.
     """
 
     pipeline_id: str
     epoch: int
     stages: tuple[StagePlan, ...]
     shares: int = 1
-    """Pipelines between which the workers' pages are split."""
+    """Number of pipelines that share each worker's pages."""
     beside: bool = False
     why: str = ""
     copies: tuple[types_pb2.KvCopy, ...] = ()
     phase: Phase = Phase.ASSIGN
     loaded: dict[int, Loaded] = field(default_factory=dict)
     routes: dict[int, str] = field(default_factory=dict)
-    """Stage -> what the link behind it is made of."""
+    """Stage -> route of the link to the next stage: what the transport runs over."""
     copied: set[int] = field(default_factory=set)
-    """Copies whose link stands."""
+    """Indexes of the copies whose link is up."""
     activated: set[int] = field(default_factory=set)
+    """Stages whose worker has activated."""
     fault: str = ""
-    """Why it is over, or is not to be."""
+    """Why it failed. Empty if it has not."""
     blameless: bool = False
-    """The fault says nothing of the next try: a worker was lost."""
+    """The fault does not count as a failed try, because a worker was lost."""
     deadline: float = math.inf
     switched: set[str] = field(default_factory=set)
     """Gateways that have switched to it."""
     stayed: set[str] = field(default_factory=set)
-    """Gateways that could not."""
+    """Gateways that could not switch to it."""
     taken_up: bool = False
-    """A coordinator before this one has told gateways of it: who has switched is not known."""
+    """An earlier coordinator told gateways of it, so it is not known which have switched."""
 
     @property
     def key(self) -> PipelineKey:
-        """Its name in requests."""
+        """Key of the attempt in requests."""
         return PipelineKey(pipeline_id=self.pipeline_id, epoch=self.epoch)
 
     @property
     def num_links(self) -> int:
-        """One behind every stage: the last sends its tokens to the first. None where one stage is both."""
+        """Number of links: one after every stage, as the last stage sends tokens to the first. 0 with one stage."""
         return len(self.stages) if len(self.stages) > 1 else 0
 
     @property
     def is_being_made(self) -> bool:
-        """Whether answers to orders are waited for."""
+        """Whether it waits for answers to its orders."""
         return not self.fault and self.phase in (Phase.ASSIGN, Phase.LINK, Phase.ACTIVATE)
 
     @property
     def workers(self) -> list[str]:
-        """Its workers, in stage order."""
+        """Its workers' ids, in stage order."""
         return [plan.worker_id for plan in self.stages]
 
     @property
     def ranges(self) -> tuple[Range, ...]:
-        """The layers of its stages."""
+        """The layers of its stages, in stage order."""
         return tuple(plan.layers for plan in self.stages)
 
     def stage_of(self, worker_id: str) -> int | None:
-        """The stage that a worker holds in it."""
+        """The stage that a worker holds in this attempt. None if it holds none."""
         return next((plan.stage for plan in self.stages if plan.worker_id == worker_id), None)
 
 
 @dataclass
 class Leaving:
-    """A pipeline is to be no more; its gateways finish what it runs, or let other pipelines do that."""
+    """A pipeline is being removed. Its gateways finish its requests, or move them to other pipelines."""
 
     deadline: float
     gateways: set[str] = field(default_factory=set)
-    """Those that have left."""
+    """Gateways that have left the pipeline."""
 
 
 @dataclass
 class GaveUp:
-    """Moves failed; the pipeline is left as it is until something changes."""
+    """Moves of a pipeline failed. It stays as it is until the time `until`, or until the membership changes."""
 
     policy: str
-    """The policy that had wanted them."""
+    """The policy that asked for the moves."""
     why: str
     until: float
 
 
 @dataclass
 class Pipeline:
-    """One pipeline over all its epochs."""
+    """One pipeline, over all its epochs."""
 
     pipeline_id: str
     epoch: int = 0
     main: Attempt | None = None
-    """The epoch that serves, is being formed, or was lost and is to be formed anew."""
+    """The epoch that serves, is being formed, or has failed and will be formed again."""
     beside: Attempt | None = None
     """The next epoch, while `main` serves."""
     reason: str = "no worker has registered yet"
-    """Why it does not serve, for people."""
+    """Text for operators on why it does not serve."""
     cannot: str = ""
-    """Why nothing can be formed, as the policies said it last."""
+    """The policies' last reason why it cannot be formed."""
     final: bool = False
     """It is down, and waiting will not help."""
     drains: bool = False
-    """It takes nothing new: a worker drains and nobody takes its place."""
+    """It takes no new requests, because a worker drains and no other can take its stage."""
     last_stages: tuple[StagePlan, ...] = ()
-    """The stages of the last attempt, for a like placement."""
+    """The stages of the last attempt. The next placement keeps them if possible."""
     restored: StoredPlan | None = None
     """A plan from before a restart whose workers may still be active."""
     leaving: Leaving | None = None
     serving_since: float = 0.0
     down_since: float = 0.0
     failures: int = 0
-    """In a row, for the pause before the next attempt."""
+    """Number of failures in a row. Each doubles the pause before the next attempt."""
     retry_at: float = 0.0
+    """Clock time before which no attempt begins."""
     moves_failed: int = 0
-    """In a row."""
+    """Number of moves that failed in a row."""
     why_moves_failed: str = ""
     move_after: float = 0.0
     """No move begins before this clock time."""
     gave_up: GaveUp | None = None
     unreached: tuple[str, tuple[str, ...]] = ("", ())
-    """What a gateway reported: why, and which of its workers it does not reach."""
+    """A gateway's last report: the reason, and the pipeline's workers that it does not reach."""
     steps: StepTimes = field(default_factory=StepTimes)
 
     @property
     def serving(self) -> Attempt | None:
-        """The epoch that serves."""
+        """The attempt that serves."""
         main = self.main
         return main if main is not None and main.phase is Phase.ACTIVE and not main.fault else None
 
     @property
     def state(self) -> State:
-        """As gateways see it."""
         if self.main is None:
             return State.DOWN
         if self.serving is None:
@@ -180,14 +181,14 @@ class Pipeline:
 
     @property
     def stages(self) -> tuple[StagePlan, ...]:
-        """Of the main attempt."""
+        """The stages of the main attempt."""
         return self.main.stages if self.main is not None else ()
 
     @property
     def attempts(self) -> list[Attempt]:
-        """Those there are: the main one first."""
+        """The existing attempts, the main one first."""
         return [attempt for attempt in (self.main, self.beside) if attempt is not None]
 
     def stage_of(self, worker_id: str) -> int | None:
-        """The stage that a worker holds in the main attempt."""
+        """The stage that a worker holds in the main attempt. None if it holds none."""
         return self.main.stage_of(worker_id) if self.main is not None else None

@@ -9,24 +9,23 @@ from ..values import StoredPlan
 
 @dataclass
 class Record:
-    """What a coordinator that is started again has to know. Whatever changes here is written down before anything that
-    follows from it is told to anybody."""
+    """What a coordinator must know after a restart. A change is stored before any action that follows from it."""
 
     epochs: dict[str, int] = field(default_factory=dict)
-    """Pipeline -> the highest epoch that it ever had. Also of pipelines that are no more."""
+    """Pipeline -> the highest epoch that it ever had. Removed pipelines stay in it."""
     plans: dict[str, StoredPlan] = field(default_factory=dict)
-    """Pipeline -> as it served last."""
+    """Pipeline -> its plan when it last served."""
     replicas: dict[int, int] = field(default_factory=dict)
-    """Stage -> workers that an operator wants on it at once."""
+    """Stage -> number of workers that an operator wants on it."""
     counts: tuple[int, ...] | None = None
-    """Layers of each stage that are wanted; None: what settings or the cost model say."""
+    """Wanted layer counts per stage. None: the settings or the cost model decide."""
     drains: dict[str, int] = field(default_factory=dict)
-    """Worker -> the incarnation of it that drains."""
+    """Draining worker -> the incarnation that drains."""
     forced: frozenset[str] = frozenset()
-    """Of those, workers that leave also where nobody takes their stages."""
+    """The draining workers that leave even if no other worker can take their stages."""
 
     def copy(self) -> Record:
-        """As it is now. The values are frozen."""
+        """A copy of the record as it is now. The values are frozen."""
         return Record(
             dict(self.epochs), dict(self.plans), dict(self.replicas), self.counts, dict(self.drains), self.forced
         )

@@ -12,37 +12,37 @@ class Worker:
 
     def __init__(self, info: RegisterRequest, now: float) -> None:
         self.info = info
-        """As it introduced itself."""
-        # Policies read these of every worker at every tick; a message is slow to read.
+        """Its registration."""
+        # Copied because policies read them for every worker at every tick, and a message is slow to read.
         self.worker_id, self.incarnation = info.worker_id, info.incarnation
         self.pool, self.any_stage = info.pool, info.any_stage
         self.renewed_at = now
-        """Clock time at which its lease was renewed last."""
+        """Clock time of the last renewal of its lease."""
         self.late_s = 0.0
-        """How late its own clock runs, as it says."""
+        """How late its process runs, in seconds, as it reports."""
         self.kept: Range | None = None
         """Layers whose weights it has loaded."""
         self.beside: Range | None = None
-        """Further layers that it has loaded, beside those that it holds."""
+        """Further layers that it has loaded, besides those that it holds."""
         self.preparing: Range | None = None
-        """Layers that it loads, to hold them later."""
+        """Layers that it is loading, to hold them later."""
         self.prepare_after = 0.0
         """Clock time before which it is not asked to load, because it just failed."""
         self.refusals: dict[tuple[int, Range], str] = {}
-        """(stage, layers) that this incarnation cannot hold, and why."""
+        """(stage, layers) that this incarnation cannot hold -> why."""
         self.refused_until = 0.0
         """Clock time at which the refusals are forgotten: files and memory may be there by then."""
         self.progress = 0, 0
-        """Bytes of its assignment that it has loaded, and all of them."""
+        """Loaded bytes and total bytes of its assignment."""
         self.unsettled = True
-        """What it reported to hold when it registered has not been looked at yet."""
+        """The assignments that it reported at registration have not been checked yet."""
 
     def may_hold(self, stage: int) -> bool:
         """Whether its pool lets it hold `stage`."""
         return self.any_stage or self.pool in (-1, stage)
 
     def can_take(self, plan: StagePlan) -> bool:
-        """Whether its pool lets it hold a stage, and it has not failed to load its layers."""
+        """Whether its pool lets it hold the stage, and it has not refused the stage's layers."""
         return self.may_hold(plan.stage) and (plan.stage, plan.layers) not in self.refusals
 
     def has(self, layers: Range) -> bool:
@@ -50,6 +50,6 @@ class Worker:
         return layers in (self.kept, self.beside)
 
     def refuse(self, stage: int, layers: Range, reason: str, until: float) -> None:
-        """It cannot hold a stage's layers, as far as is known."""
+        """Notes that it cannot hold a stage's layers, until clock time `until`."""
         self.refusals[stage, layers] = reason
         self.refused_until = until

@@ -1,6 +1,6 @@
-"""All that the coordinator knows, as data with small queries: workers, pipelines, gateways, wishes, beliefs.
+"""All that the coordinator knows, as data with small queries: workers, pipelines, gateways, the record, beliefs.
 
-Events change it (observe/), and so do attempts as they go on (core/reconcile.py). Policies only read it.
+Events change it (observe/), and so does the progress of attempts (core/reconcile.py). Policies only read it.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ class Gateway:
     streams: int = 0
     gone_at: float = 0.0
     knows_moves: bool = True
-    """It speaks a protocol in which pipelines move."""
+    """Whether its protocol version has moves."""
 
 
 @dataclass
 class Beliefs:
-    """What is believed for a while: each with the clock time at which it ends."""
+    """Beliefs that end: most with the clock time at which they do."""
 
     apart: dict[frozenset[str], float] = field(default_factory=dict)
-    """Pairs of workers whose link did not come up."""
+    """Pairs of workers whose link did not come up -> when that is forgotten."""
     away: dict[str, float] = field(default_factory=dict)
-    """Workers that a gateway does not reach."""
+    """Workers that a gateway does not reach -> when that is forgotten."""
     missed: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Lost workers -> (the stage that they were started for, until when they count as its replica)."""
+    """Lost worker -> (the stage that it was started for, until when it counts as a replica of it)."""
     ucx_failed: dict[frozenset[int], list[str]] = field(default_factory=dict)
-    """Incarnations of a link's two ends -> errors of UCX between them. Ends with either of them."""
+    """Incarnations of a link's two ends -> errors of UCX between them. Ends when either worker is lost."""
     lost_with: dict[str, int] = field(default_factory=dict)
-    """Workers that were lost as they held the stage that they were started for. Ends when it is given back."""
+    """Worker that was lost while it held the stage that it was started for -> that stage."""
 
     def expire(self, now: float) -> bool:
-        """Drops what has ended. Whether there was any."""
+        """Drops beliefs that have ended. Returns whether there were any."""
         before = len(self.apart) + len(self.away) + len(self.missed)
         self.apart = {pair: until for pair, until in self.apart.items() if until > now}
         self.away = {name: until for name, until in self.away.items() if until > now}
@@ -61,7 +61,7 @@ class Beliefs:
 
 
 class World:
-    """See the module."""
+    """All that the coordinator knows. See the module."""
 
     def __init__(
         self,
@@ -73,61 +73,61 @@ class World:
         record: Record | None = None,
         first_epoch: int = 1,
     ) -> None:
-        """`nonce`: fresh generations and link nonces. No epoch that is made here is below `first_epoch`."""
+        """`nonce`: makes generations and link nonces. No new epoch is below `first_epoch`."""
         self.settings = target
-        """As settings and checkpoint have it; see `target`."""
+        """The target of settings and checkpoint, without an operator's layer counts; see `target`."""
         self.timing = timing
         self.nonce = nonce
         self.record = record or Record()
         self.first_epoch = first_epoch
         self.workers: dict[str, Worker] = {}
         self.lost: dict[str, RegisterRequest] = {}
-        """Lost workers, to be shown."""
+        """Lost workers, for display."""
         self.gateways: dict[str, Gateway] = {}
         self.beliefs = Beliefs()
         self.late_s = 0.0
-        """How late this process's own clock has run of late."""
+        """How late this process has recently run, in seconds."""
         self.last_tick = now
         self.share_limit = UNLIMITED
-        """Pipelines that can share pages, as far as that was tried in vain."""
+        """The most pipelines that can share pages, after a larger number failed."""
         self.pages: dict[tuple[str, int], int] = {}
-        """Worker and incarnation -> KV pages of a gateway that it has for all pipelines together."""
+        """(worker, incarnation) -> its KV pages per gateway, for all pipelines together."""
         self.counts_before: tuple[int, ...] | None = None
-        """What was wanted before `record.counts`, for when that cannot be had."""
+        """The layer counts to return to if `record.counts` fail."""
         self.load_failures = 0
-        """How often a worker failed to load ranges that are wanted; one that would fail again counts as enough."""
+        """How often a worker failed to load wanted ranges. A final failure counts as enough to give up."""
         self.cannot_load = ""
-        """Why it failed last."""
+        """Why a worker last failed to load wanted ranges."""
         self.given_up = ""
-        """Why what an operator wanted last will not be."""
+        """Why an operator's last request was given up."""
         self.stale_refused: dict[str, dict[str, int]] = {}
-        """Worker -> kind of order -> how many stale ones it has refused since it started."""
+        """Worker -> kind of order -> number of stale orders that it has refused since it started."""
         self.advices: list[str] = []
-        """What would make the pipelines faster, for people."""
+        """Sentences for operators on what would make the pipelines faster."""
         self.looked_at = 0.0
-        """When the measured steps were looked at last."""
+        """Clock time of the last look at the measured steps."""
         self.departed: list[str] = []
-        """Addresses of workers that are gone, whose connections are to be closed."""
+        """Addresses of workers that are gone. Their connections will be closed."""
         self.said: list[tuple[str, bool]] = []
         """Lines for the log, each with whether it is a warning."""
         self.news: bool | None = None
-        """Whether watchers are to be told of something: at once (True), with a delay (False), or of nothing (None)."""
+        """Whether watchers must be told of a change: at once (True), with a delay (False), or not at all (None)."""
         self.version = 0
-        """Rises with every change that policies could answer to."""
+        """Rises with every change that policies could respond to."""
         self._memo: dict[object, object] = {}
         self._memo_version = -1
         stored = self.record.plans
         self.had_pipelines = bool(stored)
-        """There were pipelines before a restart."""
+        """Whether there were pipelines before a restart."""
         self.settled_at = now + timing.lease_s + timing.reconnect_s
-        """From then on workers of before a restart are not waited for."""
+        """Clock time until which to wait for workers from before a restart."""
         self.gateways_came_at = now + timing.gone_s if self.record.epochs else now
-        """When gateways that followed a coordinator before this one have come back: which they are is not known."""
+        """Clock time by which gateways of an earlier coordinator have come back. It is not known which there were."""
         self.pipelines = {
             name: Pipeline(name, self.record.epochs.get(name, 0)) for name in sorted(stored or ("pipeline-0",))
         }
         for name, plan in stored.items():
-            # A later epoch may have begun beside it. If it began instead, the workers will not hold this one.
+            # A later epoch may have begun beside this plan. If one replaced it, the workers will not report this plan.
             if plan.epoch <= self.pipelines[name].epoch and plan.terms == target.terms:
                 self.pipelines[name].restored = plan
                 self.pipelines[name].reason = "the coordinator restarted and waits for the workers to report"
@@ -136,13 +136,13 @@ class World:
 
     @property
     def target(self) -> Target:
-        """What is to be built, with the layer counts that are wanted now."""
+        """The target with the layer counts that are wanted now."""
         counts = self.record.counts
         return self.settings if counts is None else replace(self.settings, layer_partition=counts)
 
     @property
     def wanted_ranges(self) -> tuple[Range, ...] | None:
-        """The ranges that are wanted, while a pipeline of all stages serves with others."""
+        """The wanted ranges, while a pipeline with all stages serves with other ranges. Else None."""
         if self.record.counts is None:
             return None
         ranges = tuple(itertools.pairwise(itertools.accumulate(self.record.counts, initial=0)))
@@ -150,11 +150,11 @@ class World:
         return ranges if any(a.ranges != ranges for a in whole) else None
 
     def drains(self, worker: Worker) -> bool:
-        """Whether it is to hold nothing any more."""
+        """Whether the worker drains, so that it gets no stage."""
         return self.record.drains.get(worker.worker_id) == worker.incarnation
 
     def log(self, message: str, *, warning: bool = False) -> None:
-        """A line for the log."""
+        """Adds a line for the log."""
         self.said.append((message, warning))
 
     # -- time and restarts ------------------------------------------------------------------------------------------
@@ -165,27 +165,27 @@ class World:
         return any(pipeline.restored for pipeline in self.pipelines.values())
 
     def settles(self, now: float) -> bool:
-        """Whether this coordinator has started so recently that workers of before may still have to come back."""
+        """Whether workers from before a restart may still come back."""
         return now < self.settled_at
 
     def changed(self) -> None:
-        """Something changed to which policies could answer."""
+        """Notes a change that policies could respond to."""
         self.version += 1
 
     def publish(self, *, urgent: bool = True) -> None:
-        """Something changed of which watchers are to be told; to what is not urgent no policy answers."""
+        """Notes a change that watchers must be told of. Policies respond to it only if it is urgent."""
         self.news = bool(self.news) or urgent
         self.version += urgent
 
     def membership_changed(self) -> None:
-        """Who is there, or what serves, changed: what was given up may be tried again."""
+        """Notes that workers or serving pipelines changed. Moves that were given up may be tried again."""
         self.publish()
         for pipeline in self.pipelines.values():
             if pipeline.gave_up is not None and pipeline.gave_up.policy != "ranges":
                 pipeline.gave_up = None
 
     def remember(self, key: object, compute: Callable[[], T]) -> T:
-        """The result, or the CannotForm, of a pure computation on the world: done once for each version of it."""
+        """Caches a pure computation on the world, or the CannotForm that it raises, for one version of the world."""
         if self._memo_version != self.version:
             self._memo.clear()
             self._memo_version = self.version
@@ -202,12 +202,12 @@ class World:
     # -- workers ----------------------------------------------------------------------------------------------------
 
     def knows(self, worker_id: str, incarnation: int) -> bool:
-        """Whether this life of the worker is a member."""
+        """Whether this incarnation of the worker is registered."""
         worker = self.workers.get(worker_id)
         return worker is not None and worker.incarnation == incarnation
 
     def stages_of(self, worker_id: str) -> list[tuple[Attempt, int]]:
-        """The attempts that a worker is part of, each with its stage there."""
+        """The attempts that a worker is part of, each with the worker's stage in it."""
         attempts = (attempt for pipeline in self.pipelines.values() for attempt in pipeline.attempts)
         return [(a, plan.stage) for a in attempts for plan in a.stages if plan.worker_id == worker_id]
 
@@ -216,7 +216,7 @@ class World:
         return self.workers[attempt.stages[stage].worker_id]
 
     def members(self, attempt: Attempt) -> list[RegisterRequest]:
-        """Those that hold an attempt's stages, in order."""
+        """The registrations of an attempt's workers, in stage order."""
         return [self.worker_at(attempt, plan.stage).info for plan in attempt.stages]
 
     @property
@@ -225,17 +225,17 @@ class World:
         return [worker for worker in self.workers.values() if not self.drains(worker)]
 
     def used(self, beside: Pipeline | None = None) -> set[str]:
-        """Workers that pipelines use or are about to use; those of `beside` left out."""
+        """Workers that pipelines other than `beside` use or will use after their move."""
         others = (p for p in self.pipelines.values() if p is not beside)
         return {name for p in others for attempt in p.attempts for name in attempt.workers}
 
     def spare(self) -> list[Worker]:
-        """Workers that no pipeline uses, nor is going to."""
+        """Workers that do not drain and that no pipeline uses or will use."""
         used = self.used()
         return [w for w in self.staying if w.worker_id not in used]
 
     def candidates(self, workers: Iterable[Worker]) -> list[Candidate]:
-        """Workers as placement sees them."""
+        """The workers as candidates for placement."""
         listed = list(workers)
         return [
             Candidate(w.worker_id, w.pool, kind, w.kept, w.any_stage, dict(w.refusals))
@@ -243,30 +243,30 @@ class World:
         ]
 
     def ucx_failure(self, sender: RegisterRequest, receiver: RegisterRequest) -> str:
-        """Why UCX between two workers is not tried any more; empty when it is."""
+        """Why UCX between two workers is no longer tried. Empty if it still is."""
         failures = self.beliefs.ucx_failed.get(frozenset((sender.incarnation, receiver.incarnation)), [])
         return failures[-1] if len(failures) > 1 else ""
 
     # -- pipelines --------------------------------------------------------------------------------------------------
 
     def attempt(self, pipeline_id: str, epoch: int) -> Attempt | None:
-        """The attempt of this epoch."""
+        """The pipeline's attempt at this epoch, if there is one."""
         pipeline = self.pipelines.get(pipeline_id)
         attempts = pipeline.attempts if pipeline is not None else []
         return next((attempt for attempt in attempts if attempt.epoch == epoch), None)
 
     @property
     def kept(self) -> list[Pipeline]:
-        """Pipelines that are to stay."""
+        """Pipelines that are not leaving."""
         return [p for p in self.pipelines.values() if not p.leaving]
 
     def is_short(self, pipeline: Pipeline) -> bool:
-        """Whether it has fewer stages than there should be (policy/takeover.py)."""
+        """Whether the pipeline has fewer stages than it should (policy/takeover.py)."""
         return 0 < len(pipeline.stages) < self.settings.num_stages
 
     @property
     def num_shares(self) -> int:
-        """Pipelines between which pages are to be split. Beside one of fewer stages there is no other."""
+        """Number of pipelines that should share each worker's pages. One with too few stages shares with none."""
         short = any(self.is_short(p) for p in self.pipelines.values())
         return 1 if short else len(self.pipelines)
 
@@ -281,12 +281,12 @@ class World:
         return {n for n, g in self.gateways.items() if g.streams or now < g.gone_at + self.timing.gone_s}
 
     def without_moves(self, now: float) -> list[str]:
-        """Workers and gateways of a release in which pipelines neither move nor share stages."""
+        """Workers and gateways of an older release, in which pipelines neither move nor share stages."""
         workers = [w.worker_id for w in self.workers.values() if w.info.protocol < MOVES]
         return workers + sorted(n for n in self.watching(now) if not self.gateways[n].knows_moves)
 
     def stored(self, main: Attempt, move: Attempt | None) -> StoredPlan:
-        """A pipeline that serves as `main`, as it is written down."""
+        """What is stored of a pipeline that serves as `main`."""
         plan = self._stored(main)
         return replace(plan, next=self._stored(move)) if move is not None and move.phase is Phase.SWITCH else plan
 

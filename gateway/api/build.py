@@ -18,7 +18,7 @@ COMPLETION_MAX_TOKENS = 16
 """OpenAI's default of max_tokens for a completion."""
 MAX_BIAS = 100
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
-"""vLLM's defaults that are not 0. A checkpoint's come before them."""
+"""vLLM's defaults that are not 0. A checkpoint's defaults override them."""
 
 
 def served(engine: Engine, name: str | None) -> ServedModel:
@@ -32,9 +32,9 @@ def served(engine: Engine, name: str | None) -> ServedModel:
 
 
 async def encode(model: ServedModel, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-    """Token ids of `text`; an empty one has none, not even a special one.
+    """Token ids of `text`. An empty text has none, not even a special one.
 
-    Raises InvalidRequest, or PromptTooLong; a text that is far too long is not tokenized.
+    Raises InvalidRequest, or PromptTooLong. A text that is far too long is not tokenized.
     """
     tokenizer = model.tokenizer
     if not text:
@@ -72,7 +72,7 @@ async def render_chat(
 def build(
     request_id: str, prompt: Sequence[int], p: Params, model: ServedModel, *, timeout_s: float, fill_context: bool
 ) -> GenerationRequest:
-    """Checks the parameters, and builds the request. A seed is drawn where the client gave none.
+    """Checks the parameters, and builds the request. A seed is drawn if the client gave none.
 
     `timeout_s`: the longest that a request may take. `fill_context`: whether an output without max_tokens may fill the
     context (a chat), or has 16 tokens at most (a completion). Raises InvalidRequest, which names the field and its
@@ -149,7 +149,7 @@ def _sampling(p: Params, model: ServedModel, stop_ids: frozenset[int]) -> Sampli
             raise InvalidRequest(
                 f"logit_bias must be at least -{MAX_BIAS} and at most {MAX_BIAS}, not {bias:g}", param="logit_bias"
             )
-    # Of those that are declared: a key that nobody knows may have any name.
+    # Only declared fields: an unknown key may have any name.
     names = SamplingParams.DESCRIPTOR.fields_by_name.keys() & Params.model_fields.keys()
     asked = {**DEFAULTS, **model.tokenizer.defaults, **p.model_dump(include=names, exclude_none=True)}
     top_k = asked.get("top_k", 0)

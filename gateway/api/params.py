@@ -21,7 +21,7 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_IDS = 1024
 MAX_BIASES = 1024
 BOUNDS = {"gt": "more than", "ge": "at least", "le": "at most"}
-"""How a bound of a field is said."""
+"""Words for a field's bound in error messages."""
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than_equal")
 
 P = TypeVar("P", bound=BaseModel)
@@ -42,7 +42,7 @@ def _stops(told: Any) -> tuple[str, ...]:
 
 
 def _biases(told: Any) -> Any:
-    """JSON's keys are strings."""
+    """Converts the keys of `logit_bias`, which are strings in JSON, to token ids."""
     if not isinstance(told, dict):
         return {} if told is None else told
     if len(told) > MAX_BIASES:
@@ -54,7 +54,7 @@ def _biases(told: Any) -> Any:
 
 
 class Params(BaseModel):
-    """What clients of both protocols may ask for. None takes the checkpoint's default, then OpenAI's."""
+    """The parameters of both protocols. None means the checkpoint's default, then OpenAI's."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
@@ -79,7 +79,7 @@ class Params(BaseModel):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     timeout: Number | None = Field(None, gt=0)
-    """Seconds."""
+    """Seconds until the request ends with DeadlineExceeded. The server's own limit applies too."""
 
     @property
     def longest(self) -> tuple[str, int | None]:
@@ -88,7 +88,7 @@ class Params(BaseModel):
 
     @property
     def num_logprobs(self) -> int | None:
-        """`logprobs` as it is meant above."""
+        """The number of likeliest tokens as in `logprobs` above. None: no log-probabilities."""
         return self.logprobs
 
 

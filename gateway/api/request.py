@@ -37,7 +37,7 @@ class GenerationRequest:
     prompt: tuple[int, ...]
     """Token ids, at least one."""
     sampling: types_pb2.SamplingParams
-    """What the last stage's sampler is told."""
+    """Parameters for the last stage's sampler."""
     max_tokens: int
     deadline_s: float
     """Seconds until the request ends with DeadlineExceeded."""
@@ -64,7 +64,7 @@ class Delta:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    """The stop string or stop id that ended it; None for EOS."""
+    """The stop string or stop id that ended the choice. None for EOS."""
 
 
 class Stream(Protocol):
@@ -78,7 +78,7 @@ class Stream(Protocol):
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt that the prefix cache held; 0 until the request starts."""
+        """Number of prompt tokens that the prefix cache held. 0 until the request starts."""
 
     def __aiter__(self) -> AsyncIterator[list[Delta]]: ...
 
@@ -88,7 +88,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the APIs need of the served model."""
+    """Properties of the served model that the APIs need."""
 
     name: str
     max_model_len: int
@@ -98,11 +98,11 @@ class ServedModel:
 
 
 class Engine(Protocol):
-    """What the APIs need of the engine."""
+    """The engine's interface for the APIs."""
 
     @property
     def model(self) -> ServedModel | None:
-        """The served model; None until a pipeline was published."""
+        """The served model. None until a pipeline was published."""
 
     @property
     def mesh(self) -> types_pb2.MeshView:
@@ -112,10 +112,10 @@ class Engine(Protocol):
         """Queues a request. Raises QueueFull, Unavailable, or InvalidRequest."""
 
     def cancel(self, request_id: str) -> bool:
-        """Cancels a request by its id; False when it is not running."""
+        """Cancels a request by its id. Returns False if it is not running."""
 
     def ready(self) -> tuple[bool, str]:
-        """(whether a token has crossed every stage and a pipeline serves, why not)."""
+        """(whether a pipeline serves and a token has crossed all of its stages, else why not)."""
 
     def describe(self) -> dict[str, object]:
         """The JSON of /mesh: the JSON form of `mesh`, and `gateway` with this gateway's own figures."""

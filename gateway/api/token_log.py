@@ -31,7 +31,7 @@ NAME = re.compile(r"(?:chatcmpl|cmpl)-[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class LoggedCall:
-    """The request of a stream, as the first line has it."""
+    """The request of a stream, as stored in the first line."""
 
     id: str
     path: str
@@ -39,14 +39,14 @@ class LoggedCall:
     body: str
     created: int
     seeds: list[int]
-    """One for each prompt."""
+    """One seed for each prompt."""
 
 
 class TokenLog:
     """The files of one folder, which gateways may share."""
 
     def __init__(self, folder: str, timing: GatewayTiming) -> None:
-        """Raises ConfigError where the folder cannot be written."""
+        """Raises ConfigError if the folder cannot be written."""
         self._folder = Path(folder)
         self._timing = timing
         self._swept_at = 0.0
@@ -59,7 +59,7 @@ class TokenLog:
             raise ConfigError(f"--token-log {folder}: {e}: give a folder that this user can write") from e
 
     def begin(self, call: LoggedCall) -> StreamWriter:
-        """The file of a new call, which is made with its first piece."""
+        """A writer for a new call. It creates the file with the first piece."""
         self._sweep()
         return StreamWriter(self._path(call.id), _line(vars(call)))
 
@@ -78,7 +78,7 @@ class TokenLog:
         choices: dict[int, list[Logged]] = {}
         for choice, start, entries in lines[1:]:
             known = choices.setdefault(choice, [])
-            # Two gateways may have written the same positions: the tokens are the same. After a gap nothing is of use.
+            # Two gateways may have written the same positions, with the same tokens. Tokens after a gap are useless.
             if start <= len(known):
                 known += [_entry(raw) for raw in entries[len(known) - start :]]
         end = b"" if data.endswith(b"\n") else b"\n"
@@ -102,7 +102,7 @@ class StreamWriter:
     """Appends to the file of one call."""
 
     def __init__(self, path: Path, before: bytes) -> None:
-        """`before`: written in front of the first piece."""
+        """`before`: bytes to write before the first piece."""
         self._path, self._before = path, before
         self._fd: int | None = None
         self._lengths: dict[int, int] = {}
@@ -124,7 +124,6 @@ class StreamWriter:
         self._lengths = dict(enumerate(lengths))
 
     def close(self) -> None:
-        """Closes the file."""
         if self._fd is not None:
             os.close(self._fd)
 

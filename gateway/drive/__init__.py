@@ -1,5 +1,5 @@
-"""Drives pipelines: plans out, results in, from epoch to epoch.
+"""Drives pipelines from epoch to epoch: sends plans, and takes results.
 
-What was accepted lives in the ledger and outlives epochs; a session does I/O at one epoch; a driver decides which
-session there is. Clients' protocols are not known here.
+Accepted requests are in the ledger, which outlives epochs. A session does the I/O of one epoch. A driver decides which
+session there is. Nothing here knows clients' protocols.
 """

@@ -1,15 +1,15 @@
-"""Whether steps that are out come back in time. Pure; the clock is an argument."""
+"""Checks whether steps in flight come back in time. Pure; the clock is an argument."""
 
 from __future__ import annotations
 
 from ..timing import GatewayTiming
 
 STEP_MARGIN = 20.0
-"""Steps may take so many times what they were measured to take."""
+"""Steps may take this many times their expected time."""
 
 
 class StepDeadline:
-    """When steps went out, and when one came back last."""
+    """Notes when steps are sent and come back, and says for how long none has come back."""
 
     def __init__(self, timing: GatewayTiming) -> None:
         self._timing = timing
@@ -19,30 +19,32 @@ class StepDeadline:
 
     @property
     def watches(self) -> bool:
-        """Whether a step is out."""
+        """Whether a step is in flight."""
         return bool(self._sent_at)
 
     def sent(self, step: int, now: float) -> None:
-        """A step went out."""
+        """A step was sent."""
         self._sent_at[step] = now
 
     def done(self, step: int, now: float) -> None:
-        """A step came back from the last stage that runs it."""
+        """The last stage that runs a step has sent its result."""
         del self._sent_at[step]
         self._heard_at = now
 
     def out_s(self, now: float) -> float:
-        """For how long nothing has come back, while steps are out. To be asked every `look_s`."""
+        """Seconds since a step last came back, while steps are in flight. Call it every `look_s`."""
         late, self._looked_at = now - self._looked_at > 3 * self._timing.look_s, now
         if late:
-            # This process was not run: what has come meanwhile may not have been taken yet.
+            # This process was stopped for a while. Results may have arrived that it has not read yet.
             self._heard_at = now
         oldest = min(self._sent_at.values(), default=None)
         return 0.0 if oldest is None else now - max(oldest, self._heard_at)
 
     def most_s(self, expected_s: float | None, *, measured: bool) -> float:
-        """How long that may be. `expected_s`: what all that are out should take, where that is known; `measured`: what
-        steps took says something of these."""
+        """The limit of `out_s`.
+
+        `expected_s`: expected time of all steps in flight, if known. `measured`: whether measured step times apply now.
+        """
         timing = self._timing
         if not measured:
             return timing.recovering_s

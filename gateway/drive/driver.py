@@ -1,6 +1,6 @@
-"""One pipeline as a gateway drives it, over all its epochs: a state machine (states.py draws it).
+"""Drives one pipeline over all its epochs: a state machine (states.py draws it).
 
-Requests are in the ledger, which outlives epochs. While nothing is driven they wait there, as long as the outage lasts
+Requests are in the ledger, which outlives epochs. While no epoch is driven they wait there, as long as the outage lasts
 (outage.py).
 """
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What all pipelines of a gateway have in common."""
+    """What all drivers of a gateway share."""
 
     settings: GatewaySettings
     slot: SlotLease
@@ -41,24 +41,24 @@ class Surroundings:
     events: deque[dict[str, Any]]
     load_model: Callable[[types_pb2.PipelineView], Awaitable[None]]
     on_change: Callable[[], None]
-    """Something may have to go elsewhere."""
+    """Called when requests may have to move to another pipeline."""
     make_loop: Callable[..., BatchLoop] = BatchLoop
 
 
 class PipelineDriver:
-    """Drives one pipeline. `run` must run."""
+    """Drives one pipeline. `run` must run as a task."""
 
     def __init__(self, pipeline_id: str, around: Surroundings) -> None:
         self.pipeline_id = pipeline_id
         self.state = State.WAITING
         self.wish = Wish()
         self.reason = "no pipeline is formed yet"
-        """Why it is not ready."""
+        """Text on why it is not ready."""
         self.ledger: Ledger | None = None
-        """What was accepted, from the first loop on."""
+        """Accepted requests. None before the first loop."""
         self.loop: BatchLoop | None = None
         self.task: asyncio.Task[None]
-        """`run`."""
+        """The task of `run`."""
         self.epochs = Epochs()
         self._around = around
         self._timing, self._clock = around.observers.timing, around.observers.clock
@@ -67,44 +67,44 @@ class PipelineDriver:
         )
         self._changed = asyncio.Event()
         self._progress = asyncio.Event()
-        """Of its loops: something came back, or one is lost."""
+        """Set by its loops when something came back, or a loop is lost."""
         self._stopping = False
         self._closing: set[asyncio.Task[None]] = set()
-        """Ends of loops before."""
+        """Tasks that close earlier loops."""
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
     @property
     def ready(self) -> bool:
-        """Whether a token has crossed every stage of it, and it takes requests."""
+        """Whether a token has crossed every stage of the pipeline, and the pipeline takes requests."""
         loop = self.loop
         return not self.wish.draining and loop is not None and loop.lost is None and loop.crossed
 
     @property
     def recovering(self) -> bool:
-        """Whether it is being made good: requests may wait for that."""
+        """Whether the pipeline is recovering from a loss, so that requests may wait for it."""
         return self.ledger is not None and self.outage.open and not (self.wish.down or self.wish.draining)
 
     @property
     def load(self) -> tuple[int, int]:
-        """Sequences that run, and those that wait."""
+        """Number of running sequences, and number of waiting ones."""
         if self.ledger is None:
             return 0, 0
         return len(self.ledger.scheduler.running), len(self.ledger.scheduler.waiting)
 
     @property
     def requests(self) -> list[LiveRequest]:
-        """Those that were accepted and have not ended."""
+        """Accepted requests that have not ended."""
         return self.ledger.requests if self.ledger is not None else []
 
     def accept(self, live: LiveRequest) -> None:
-        """A request joins the queue."""
+        """Queues a request."""
         assert self.ledger is not None
         self.ledger.add(live)
         self._wake()
 
     def forget(self, live: LiveRequest) -> None:
-        """A request has ended."""
+        """Removes a request that has ended."""
         if self.ledger is not None:
             self.ledger.remove(live)
             self._wake()
@@ -115,13 +115,15 @@ class PipelineDriver:
 
     @property
     def gives_up(self) -> bool:
-        """Whether what it runs is to go on elsewhere: it is down or no more, not made good soon, or had its time to
-        finish."""
+        """Whether its requests should move to another pipeline.
+
+        They should if this one is down or removed, if its outage lasts, or if it drains and has had time to finish.
+        """
         finished = self.wish.draining and self._clock() > self.wish.drains_since + self._timing.finish_s
         return bool(self.requests) and (self.wish.down or finished or self.outage.lasted_s > self._timing.patience_s)
 
     def hand_out(self, to: str) -> list[LiveRequest]:
-        """All requests leave, to go on at the pipeline named `to`."""
+        """Gives up all requests, which go on at the pipeline named `to`. Returns them."""
         assert self.ledger is not None
         if self.loop is not None and self.loop.lost is None:
             self.loop.retire()
@@ -135,25 +137,25 @@ class PipelineDriver:
 
     @property
     def left(self) -> bool:
-        """Whether it is to be left, and nothing of it is held any more."""
+        """Whether the pipeline is leaving, and this gateway holds nothing of it any more."""
         return self.wish.leaving and self.state is State.WAITING and not self.requests
 
     def _give_up(self, cause: str) -> None:
-        """The outage has lasted too long."""
+        """Fails all requests, because the outage has lasted too long."""
         for live in self.requests:
             live.fail(StageLost(cause, retry_after_s=self._timing.retry_after_s))
 
     # -- the coordinator's side -------------------------------------------------------------------------------------
 
     def follow(self, view: types_pb2.PipelineView | None) -> None:
-        """The coordinator's word of it; None: it is no more."""
+        """Takes the coordinator's newest view of the pipeline. None: it was removed."""
         drained = self.wish.draining
         self.wish.view = view
         if self.wish.draining and not drained:
             self.wish.drains_since = self._clock()
         driven = self.wish.driven
         if view is None:
-            self.reason = f"{self.pipeline_id} is no more"
+            self.reason = f"{self.pipeline_id} was removed"
         elif driven is None or self.wish.draining:
             self.reason = view.reason or self.reason
         if self.loop is not None and (driven is None or not _is_at(self.loop, driven)):
@@ -162,7 +164,7 @@ class PipelineDriver:
         self._changed.set()
 
     async def run(self) -> None:
-        """Goes from state to state, until cancelled. Ends only by a bug, which is then its exception."""
+        """Goes from state to state until cancelled. Only a bug ends it, with an exception."""
         activities = {
             State.WAITING: self._wait,
             State.OPENING: self._open,
@@ -178,11 +180,11 @@ class PipelineDriver:
             self._around.on_change()
 
     def stop(self) -> None:
-        """What is lost from here on is lost by the gateway's own end."""
+        """Notes that the gateway stops, so that losses from now on count as no outage."""
         self._stopping = True
 
     async def close(self) -> None:
-        """Behind `stop` and the end of `run`: everything ends."""
+        """Fails all requests and closes all loops. Call it after `stop`, when `run` has ended."""
         self.outage.close()
         for live in self.requests:
             live.fail(StageLost("the gateway is stopping"))
@@ -194,7 +196,7 @@ class PipelineDriver:
     # -- the states -------------------------------------------------------------------------------------------------
 
     async def _wait(self) -> Event:
-        """Until there is an epoch to drive, and a slot to drive it with."""
+        """Waits until there is an epoch to drive, and a slot to drive it with."""
         told: object = ()  # The view after which the coordinator was told that this pipeline is left.
         while True:
             if self.left and told is not self.wish.view:
@@ -205,7 +207,7 @@ class PipelineDriver:
                 if not self._is_unwanted() and self._around.slot.slot and self._is_due(view):
                     return Event.WANTED
                 if view.HasField("next"):
-                    # Nothing is driven here that would have to switch.
+                    # This gateway drives no epoch of it, so it has nothing to switch.
                     self._around.reporter.moved(self.pipeline_id, view.next.epoch)
             await self._until_changed()
 
@@ -231,7 +233,7 @@ class PipelineDriver:
         return Event.OPENED
 
     async def _cross(self) -> Event:
-        """Until a token has crossed every stage: one of a request, or where there is none, a probe's."""
+        """Waits until a token has crossed every stage: a request's token, or a probe's if there are no requests."""
         loop = self.loop
         assert loop is not None
         while loop.lost is None and not loop.crossed:
@@ -243,7 +245,7 @@ class PipelineDriver:
         return Event.LOST if loop.lost is not None else Event.CROSSED
 
     async def _serve(self) -> Event:
-        """Until it is lost, is to switch, or is wanted no more."""
+        """Waits until the pipeline is lost, has a next epoch, or is no longer wanted."""
         loop = self.loop
         assert loop is not None
         while loop.lost is None:
@@ -253,14 +255,14 @@ class PipelineDriver:
             if view is not None and view.HasField("next"):
                 epoch = view.next.epoch
                 if epoch <= self.epochs.driven:
-                    self._around.reporter.moved(self.pipeline_id, epoch)  # It may not have heard.
+                    self._around.reporter.moved(self.pipeline_id, epoch)  # The first report may have been lost.
                 elif epoch != self.epochs.stayed and self._around.slot.slot:
                     return Event.NEXT
             await self._until_changed()
         return Event.LOST
 
     async def _switch(self) -> Event:
-        """Goes over to the pipeline's next epoch, and says so."""
+        """Switches to the pipeline's next epoch, and reports it."""
         loop, ledger, view = self.loop, self.ledger, self.wish.driven
         assert loop is not None
         assert ledger is not None
@@ -281,7 +283,7 @@ class PipelineDriver:
             await new.close()
             return Event.STAYED if loop.lost is None else Event.LOST
         self.loop, self.epochs.driven = new, new.view.epoch
-        # A token has crossed the next epoch: whatever was waited for is over.
+        # A token has crossed the next epoch, which ends any outage.
         self.outage.recovered(*new.key, len(self.requests), 0)
         await switch.finish()
         self.outage.moved(*new.key, switch.paused_s, len(self.requests), switch.pages)
@@ -290,7 +292,7 @@ class PipelineDriver:
         return Event.SWITCHED
 
     async def _end_loop(self) -> None:
-        """The loop is over. Its sessions end beside what comes next, for a worker that hangs takes its time."""
+        """Ends the loop. Its sessions close in the background, as that takes long if a worker hangs."""
         ended, self.loop = self.loop, None
         if ended is not None:
             await ended.stop()
@@ -299,10 +301,10 @@ class PipelineDriver:
             task.add_done_callback(self._closing.discard)
         self._around.slot.renew()
 
-    # -- parts of them ------------------------------------------------------------------------------------------------
+    # -- parts of the states ------------------------------------------------------------------------------------------
 
     async def _until_changed(self) -> None:
-        """Until something happened, or a while has passed: what waits for a time is looked at again then."""
+        """Waits until something changes, at most for `retry_s`, as some conditions depend on time."""
         await until_set(self._changed, self._timing.retry_s)
         self._around.on_change()
 
@@ -315,8 +317,8 @@ class PipelineDriver:
         if view.epoch == epochs.refused and now < epochs.retry_at:
             return False
         if view.epoch < epochs.driven:
-            # No epoch emits behind a later one. A coordinator that does not know of that forms one behind it. Or it is
-            # about to hear that what was switched to is lost.
+            # No earlier epoch may emit tokens after a later one. A coordinator that does not know of the later epoch
+            # learns of it here, and forms one after it. Or it will soon hear that the later epoch is lost.
             epochs.refuse(view.epoch, now, self._timing.again_s)
             self._around.reporter.moved(self.pipeline_id, epochs.driven)
             return False
@@ -327,8 +329,10 @@ class PipelineDriver:
         return around.make_loop(view, ledger, around.observers, self._progress, self._on_crossed, self._on_lost)
 
     def _refused(self, loop: BatchLoop, error: StagemeshError) -> None:
-        """Sessions could not be opened. A link, or the way to a worker, may be gone without the coordinator knowing: it
-        hears of it when that lasts."""
+        """Sessions could not be opened.
+
+        A link or the way to a worker may be broken without the coordinator's knowledge. If that lasts, it is reported.
+        """
         again_s = max(self._timing.again_s, error.retry_after_s or 0.0)
         lasts_s = self.epochs.refuse(loop.view.epoch, self._clock(), again_s)
         self.reason = f"{self.pipeline_id} epoch {loop.view.epoch} cannot be driven yet: {error.message}"
@@ -358,5 +362,5 @@ class PipelineDriver:
 
 
 def _is_at(loop: BatchLoop, view: types_pb2.PipelineView) -> bool:
-    """Whether the loop drives the pipeline as published, or as it is about to be."""
+    """Whether the loop drives the published epoch, or the next one."""
     return loop.view.epoch in (view.epoch, view.next.epoch)

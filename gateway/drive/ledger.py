@@ -1,8 +1,8 @@
-"""What one gateway has accepted on one pipeline: it outlives an epoch, and goes on at the next. Pure.
+"""The requests that one gateway has accepted on one pipeline. They outlive an epoch, and go on at the next. Pure.
 
-A sequence keeps its pages and what every stage has confirmed of it. A new epoch tells which stages still hold that; the
-others are refilled (schedule/recovery.py) before anything new is computed. Events come in, plans go out; nobody is
-called back.
+A sequence keeps its pages and the positions that every stage has confirmed. At a new epoch, each stage says whether its
+pages still hold them. The other stages are refilled (schedule/recovery.py) before anything new is computed. Events come
+in, and plans go out; there are no callbacks.
 """
 
 from __future__ import annotations
@@ -33,23 +33,24 @@ class Ledger:
         self._make_scheduler = make_scheduler
         self._shape: Shape | None = None
         self._filled: list[int] = []
-        """Generations of the stages' pages that hold what is confirmed of the sequences; 0: being refilled."""
+        """For each stage, the generation of pages that hold all confirmed positions. 0: they are being refilled."""
         self._now: list[int] = []
+        """For each stage, the generation of its pages at this epoch."""
         self._expecting: set[int] = set()
-        """Stages to whose pages some are still on their way from others."""
+        """Stages to which pages are still being copied."""
         self._replays: set[int] = set()
-        """Steps of this epoch that compute what was computed before."""
+        """Steps of this epoch that compute positions again."""
         self.replayed_tokens = 0
-        """Positions that this epoch computes again."""
+        """Number of positions that this epoch computes again."""
         self._quarantined: list[int] = []
         """Pages of no sequence, which probes may write until this epoch is over."""
         self.scheduler: Scheduler
         self.live: dict[TokenSequence, LiveRequest] = {}
-        """Sequences that have not ended -> their requests, which are kept and not called."""
+        """Sequence that has not ended -> its request. The ledger stores requests and does not call them."""
         self.copier: PageCopier | None = None
-        """What is to be copied to other workers, while a switch copies."""
+        """Pages to copy to other workers, while a switch copies."""
         self._out_at_end: list[Plan] = []
-        """Steps that were out when the last epoch ended, until another one begins."""
+        """Steps that were in flight when the last epoch ended. Empty from the next epoch on."""
         self.costs = StepCosts()
         self.guess_costs = GuessCosts()
 
@@ -63,30 +64,30 @@ class Ledger:
                 self.scheduler.add(choice.sequence)
 
     def remove(self, live: LiveRequest) -> None:
-        """The request ended: its sequences leave, their pages follow when no step names them."""
+        """Removes the sequences of a request that ended. Their pages are freed when no step names them."""
         for choice in live.choices:
             self.finish(choice.sequence)
 
     def finish(self, sequence: TokenSequence) -> None:
-        """One choice ended."""
+        """Removes a choice that ended."""
         if self.live.pop(sequence, None) is not None:
             self.scheduler.finish(sequence)
 
     def withdraw(self, live: LiveRequest) -> None:
-        """The request goes on elsewhere. Nothing may be out."""
+        """Removes a request that goes on at another pipeline. No step may be in flight."""
         for choice in live.choices:
             if self.live.pop(choice.sequence, None) is not None:
                 self.scheduler.withdraw(choice.sequence)
 
     @property
     def requests(self) -> list[LiveRequest]:
-        """Those that have not ended, in the order in which they came."""
+        """Requests that have not ended, in the order of their arrival."""
         return list(dict.fromkeys(self.live.values()))
 
     # -- epochs -----------------------------------------------------------------------------------------------------
 
     def begin(self, shape: Shape, stages: Sequence[stage_pb2.RunOpened]) -> None:
-        """An epoch begins, at which the stages' pages hold what they say."""
+        """Begins an epoch. `stages`: what each stage said of its pages."""
         self._out_at_end = []
         if self._quarantined:
             self.release(self._quarantined)
@@ -101,7 +102,7 @@ class Ledger:
             self.scheduler.recovery = Recovery(runs, [opened.journal for opened in stages], shape.page_size)
 
     def _enter(self, shape: Shape, stages: Sequence[stage_pb2.RunOpened]) -> None:
-        """An epoch begins, at which all stages hold what is confirmed."""
+        """Begins an epoch at which all stages hold all confirmed positions."""
         self._shape = shape
         self.scheduler.pages.restrict(shape.pages)
         self._now = [opened.kv_generation for opened in stages]
@@ -111,30 +112,32 @@ class Ledger:
         self.replayed_tokens = 0
 
     def arrived(self) -> None:
-        """All pages that were on their way have come."""
+        """All copied pages have arrived."""
         self._expecting.clear()
 
     def quarantine_page(self) -> int | None:
-        """A page for a probe, if one is free. It is the probe's until it is released, or a later epoch begins."""
+        """A page for a probe, if one is free. The probe has it until it is released, or a later epoch begins."""
         pages = self.scheduler.pages.allocate(1)
         self._quarantined += pages or ()
         return pages[0] if pages is not None else None
 
     def release(self, pages: Sequence[int]) -> None:
-        """Nothing is written to these pages of probes any more."""
+        """Frees pages of probes, which are not written any more. Those that are free already stay as they are."""
         self.scheduler.pages.free([page for page in pages if page in self._quarantined])
         self._quarantined = [page for page in self._quarantined if page not in pages]
 
     def fits(self, shape: Shape) -> bool:
-        """Whether what runs can go on with such pages."""
+        """Whether running sequences can go on with pages of this shape."""
         before = self._shape
         if before is None:
             return False
         return (shape.page_size, shape.steps_in_flight) == (before.page_size, before.steps_in_flight)
 
     def pages_for(self, share: int) -> list[int] | None:
-        """Ids of the pages to ask for where a coming epoch has so many; None before anything was. What is out fits into
-        them already. The others are done without from here on; `stay` takes that back."""
+        """Ids of the `share` pages to ask for at the next epoch. None before the first epoch.
+
+        From now on only pages among these are used, of those that there are now. `stay` takes that back.
+        """
         if self._shape is None:
             return None
         self.scheduler.fit(share)
@@ -143,22 +146,24 @@ class Ledger:
         return pages
 
     def stay(self) -> None:
-        """The coming epoch does not come."""
+        """Takes `pages_for` back: the next epoch does not begin."""
         assert self._shape is not None
         self.scheduler.pages.restrict(self._shape.pages)
 
     def move(
         self, shape: Shape, stages: Sequence[stage_pb2.RunOpened], next_step: int, expecting: Iterable[int]
     ) -> None:
-        """An epoch begins whose stages hold all that is confirmed of every sequence; nothing is out. Those that are
-        `expecting` some of it have it when `arrived` is called."""
+        """Begins an epoch whose stages hold all confirmed positions. No step may be in flight.
+
+        `expecting`: stages that hold them only when `arrived` is called.
+        """
         self.release(self._quarantined)
         self._enter(shape, stages)
         self._expecting.update(expecting)
         self.scheduler.rewind(next_step)
 
     def _start_over(self, shape: Shape) -> None:
-        """Other pages than before: every sequence is computed anew, in the order in which they came."""
+        """The pages have another shape: every sequence is computed again, in the order of arrival."""
         before = self.scheduler if self._shape is not None else None
         self.scheduler, self._filled = self._make_scheduler(shape), []
         if before is None:
@@ -168,20 +173,22 @@ class Ledger:
             self.scheduler.add(sequence)
 
     def end(self) -> None:
-        """The epoch is over: what is out will never come back."""
+        """Ends the epoch: steps in flight will never come back."""
         self._out_at_end = list(self.scheduler.out.values())
         self.scheduler.rewind()
 
     def ranks_died(self) -> list[TokenSequence]:
-        """Ranks died at the epoch that is over, as is heard before another one begins. Returns the sequences that ended
-        them, if that is known by now."""
+        """Ranks died at the epoch that is over. Returns the sequences that caused it, if they are known by now.
+
+        Call it before the next epoch begins.
+        """
         out, self._out_at_end = self._out_at_end, []
         culprits, given_up = note_deaths(out)
         for sequence in given_up:
             self.scheduler.preempt(sequence)
         return culprits
 
-    # -- what is computed again -------------------------------------------------------------------------------------
+    # -- recovery ---------------------------------------------------------------------------------------------------
 
     @property
     def recovering(self) -> bool:
@@ -189,18 +196,18 @@ class Ledger:
         return self._filled != self._now
 
     def note_sent(self, plan: Plan) -> None:
-        """A step went out."""
+        """A step was sent."""
         if self.copier is not None:
             self.copier.note(plan)
         if plan.replay is not None:
             first, last = plan.replay
-            # Also where a stage was not lost: who opens a page wipes what it holds behind.
+            # This includes stages that were not lost: writing the first position of a page wipes the rest of it.
             self._filled[first : last + 1] = [0] * (last + 1 - first)
             self._replays.add(plan.step)
             self.replayed_tokens += sum(row.count for row in plan.rows)
 
     def expected_s(self, gateways: int) -> float | None:
-        """What all steps that are out take, one stage after the other; None while that is not known."""
+        """Expected seconds of all steps in flight, summed over the stages. None if that is not known yet."""
         total_s = 0.0
         for plan in self.scheduler.out.values():
             step_s = self.costs.expected_s(sum(row.count for row in plan.rows))
@@ -210,11 +217,11 @@ class Ledger:
         return gateways * total_s
 
     def is_replay(self, step: int) -> bool:
-        """Whether a step of this epoch computes what was computed before."""
+        """Whether a step of this epoch computes positions again."""
         return step in self._replays
 
     def recovered(self) -> bool:
-        """True once: when the stages that were lost hold everything again."""
+        """True once: when the lost stages hold all confirmed positions again."""
         if not self.recovering or self.scheduler.recovery is not None:
             return False
         if any(plan.replay is not None for plan in self.scheduler.out.values()):
@@ -224,11 +231,11 @@ class Ledger:
 
 
 def make_ledger(view: types_pb2.PipelineView, settings: GatewaySettings) -> Ledger:
-    """None yet, with a scheduler as the settings want it."""
+    """An empty ledger whose scheduler follows the settings."""
 
     def make(shape: Shape) -> Scheduler:
         guesser = NO_GUESSES
-        # The gateway's own settings come before the pipeline's draft model.
+        # The gateway's own settings override the pipeline's draft model.
         if settings.speculative_config is not None:
             guesser = LookupGuesser(settings.speculative_config)
         elif view.model.HasField("draft"):

@@ -1,6 +1,6 @@
-"""A request while it runs: its choices' token logs on one side, the client's stream of deltas on the other.
+"""A running request: it turns tokens of its choices into the client's stream of deltas.
 
-Deltas that the reader has not taken yet are merged, so a slow reader costs memory for its tokens and nothing more.
+Deltas that the reader has not taken yet are merged, so a slow reader costs only the memory of its tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Choice:
 
 
 class LiveRequest:
-    """One accepted request: it ends exactly once, finished or with a typed error. Implements `request.Stream`."""
+    """One accepted request. It ends exactly once, finished or with an error. Implements `request.Stream`."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class LiveRequest:
         self._take_up()
 
     def _take_up(self) -> None:
-        """Enters what was promised before, and forgets of it what the client has."""
+        """Enters the tokens of an earlier stream of this request, without sending again what the client has."""
         for number, logged in enumerate(self.request.log):
             for at, (token, logprob) in enumerate(logged):
                 if at == self.request.seen[number]:
@@ -81,14 +81,14 @@ class LiveRequest:
     # -- from the batch loop ----------------------------------------------------------------------------------------
 
     def started(self) -> None:
-        """A first plan names one of its sequences."""
+        """A plan names one of its sequences for the first time."""
         if not self._started:
             self._started = True
             self._metrics.queue_s.observe(time.monotonic() - self._arrived_at)
             self._metrics.prompt_tokens.inc(len(self.request.prompt))
 
     def on_token(self, number: int, token: int, logprob: TokenLogprob | None) -> bool:
-        """A token entered the log of choice `number`; True when that ends the choice."""
+        """A token entered the log of choice `number`. Returns whether that ends the choice."""
         self._measure(self.choices[number])
         return self._enter(number, token, logprob)
 
@@ -134,7 +134,7 @@ class LiveRequest:
         choice.last_token_at = now
 
     def fail(self, error: StagemeshError) -> None:
-        """Ends the request with an error; what the reader has not taken yet it still gets first."""
+        """Ends the request with an error. The reader first gets the deltas that it has not taken yet."""
         if not self.ended:
             self.error = error
             self._end("abort" if isinstance(error, Cancelled) else "error")
@@ -151,17 +151,17 @@ class LiveRequest:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt that the prefix cache held when the first choice started; 0 until then."""
+        """Number of prompt tokens that the prefix cache held when the first choice started. 0 until then."""
         return self.choices[0].sequence.cached_tokens or 0
 
     # -- to the client ----------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Ends the request from the client's side."""
+        """Cancels the request for the client."""
         self.fail(Cancelled(f"request {self.request.request_id} was cancelled"))
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        """Yields what is new, merged per choice, until the request has ended. Raises its error."""
+        """Yields new deltas, merged per choice, until the request has ended. Raises its error."""
         while True:
             await self._wake.wait()
             self._wake.clear()

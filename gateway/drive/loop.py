@@ -1,7 +1,7 @@
-"""The gateway's hot loop: plan, send, take results. One pipeline at one epoch; a new epoch gets a new loop.
+"""The gateway's hot loop: plan, send, take results. Each loop drives one pipeline at one epoch.
 
-The scheduler decides; this file turns its plans into messages, and results into tokens of requests. Scheduler and
-requests are the ledger's, which goes from one epoch's loop to the next.
+The scheduler decides. This file turns its plans into messages, and results into tokens of requests. The ledger has the
+scheduler and the requests, and passes from one epoch's loop to the next.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Observers:
-    """Who is told of what loops measure, and the clock."""
+    """What loops report measurements to, with their time-outs and their clock."""
 
     metrics: Metrics
     recorder: Recorder
@@ -54,28 +54,29 @@ class BatchLoop:
         on_crossed: Callable[[BatchLoop], None],
         on_lost: Callable[[BatchLoop, StagemeshError], None],
     ) -> None:
-        """`progress`: set when something came back, or the loop is lost. `on_crossed`: a token has crossed every stage,
-        told once. `on_lost`: this epoch cannot be driven any more."""
+        """`progress`: set when something came back, or the loop is lost. `on_crossed`: called once, when a token has
+        crossed every stage. `on_lost`: called when this epoch cannot be driven any more."""
         self.view = view
         self.session = Session(view, self, observers.timing)
         self.crossed = False
-        """A token has crossed every stage."""
+        """Whether a token has crossed every stage."""
         self.stuck = False
-        """Lost because steps do not come back, which nobody but this side sees."""
+        """Whether the loop is lost because steps do not come back. Only the gateway notices that."""
         self.lost: StagemeshError | None = None
+        """Why the loop is lost. None if it is not."""
         self.copied: set[tuple[int, int]] = set()
-        """Pages that have come from other workers: (copy, number)."""
+        """(index of the copy, number of the message) of page copies that have arrived."""
         self._ledger = ledger
         self._observers = observers
         self._progress = progress
         self._on_crossed = on_crossed
         self._on_lost = on_lost
         self._shares = max(1, view.limits.gateways) * max(1, view.limits.pipelines)
-        """How many may have steps on the same workers."""
+        """Number of gateways and pipelines that may have steps on the same workers."""
         self._deadline = StepDeadline(observers.timing)
         self._paused = False
         self._probe = range(1, 1)
-        """Steps of the token that crosses all stages for nobody; none: there was none."""
+        """Step numbers of the probe. Empty if there was no probe."""
         self._probe_page: int | None = None
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -85,24 +86,24 @@ class BatchLoop:
         """Pipeline and epoch."""
         return self.view.pipeline_id, self.view.epoch
 
-    # -- its life ---------------------------------------------------------------------------------------------------
+    # -- start and end ----------------------------------------------------------------------------------------------
 
     async def start(self, slot: SlotLease) -> None:
         """Opens a session on every stage, and goes on with the ledger. Raises the first stage's error."""
-        # Others are done without before anybody else can have them: a stage may give them up, and another one refuse
-        # the session.
+        # `pages_for` gives up other pages before the sessions open: one stage may give them to another gateway although
+        # another stage refuses the session.
         await self.open(slot, self._ledger.pages_for(self.session.share))
         self._ledger.begin(self.session.shape, self.session.opened)
         self._go()
 
     async def open(self, slot: SlotLease, pages: Sequence[int] | None) -> None:
-        """Opens the session. Raises the first stage's error, or what the loop was lost by meanwhile."""
+        """Opens the session. Raises the first stage's error, or the error by which the loop was lost meanwhile."""
         await self.session.open(slot, pages)
         if self.lost is not None:
             raise self.lost
 
     def probe(self) -> bool:
-        """Sends a token across all stages, on a page that is nobody's; False where no page is free. Once is enough."""
+        """Sends a token across all stages, once, on a page of no sequence. Returns False if no page is free."""
         if not self._probe and (page := self._ledger.quarantine_page()) is not None:
             first = 1 if self._task is None else self._ledger.scheduler.reserve_steps(STEPS)
             self._probe, self._probe_page = range(first, first + STEPS), page
@@ -114,21 +115,21 @@ class BatchLoop:
         return bool(self._probe)
 
     def take_over(self, expecting: Iterable[int]) -> None:
-        """Goes on with the ledger, whose pages all stages hold, or are `expecting`. Nothing of it is out."""
+        """Goes on with the ledger, whose pages all stages hold or are `expecting`. No step of it may be in flight."""
         self._ledger.move(self.session.shape, self.session.opened, self._probe.stop, expecting)
         self._go()
 
     def retire(self) -> None:
-        """Another loop has taken the ledger over; this one is only to be closed."""
-        self.lost = StageLost(f"{self.view.pipeline_id} has gone to another epoch")
+        """Stops the loop, because another loop has taken over the ledger. Only `close` may follow."""
+        self.lost = StageLost(f"{self.view.pipeline_id} has moved to another epoch")
         self._wake.set()
 
     def wake(self) -> None:
-        """There is something new in the ledger."""
+        """Makes the loop look for new work in the ledger."""
         self._wake.set()
 
     def pause(self) -> None:
-        """Plans nothing more, until `resume`; what is out comes back."""
+        """Plans no steps until `resume`. Steps in flight come back."""
         self._paused = True
 
     def resume(self) -> None:
@@ -137,7 +138,7 @@ class BatchLoop:
         self._wake.set()
 
     def fail(self, error: StagemeshError) -> None:
-        """The pipeline is lost at this epoch. Requests wait for the next one; a bug of ours ends them at once."""
+        """The pipeline is lost at this epoch. Requests wait for the next epoch. An InternalError ends them at once."""
         if self.lost is not None:
             return
         self.lost = error
@@ -151,13 +152,13 @@ class BatchLoop:
         self._on_lost(self, error)
 
     async def stop(self) -> None:
-        """Plans nothing any more: the ledger is another loop's."""
+        """Stops planning for good, so that another loop may use the ledger."""
         self.fail(StageLost("the gateway is stopping"))
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def close(self, *, last_words: bool = False) -> None:
-        """Ends the sessions on all stages. `last_words`: a worker may still say why this epoch was lost."""
+        """Ends the sessions on all stages. `last_words`: first waits for workers to say why this epoch was lost."""
         await self.stop()
         if last_words:
             await self.session.hear_out()
@@ -184,7 +185,7 @@ class BatchLoop:
                 self._send(plan)
             self._send_closed()
             if self._ledger.recovered():
-                log.info("%s epoch %d holds everything again", *self.key)
+                log.info("%s epoch %d: all stages are refilled", *self.key)
             await until_set(self._wake, self._observers.timing.look_s if self._deadline.watches else None)
 
     def _check_deadline(self) -> None:
@@ -198,9 +199,9 @@ class BatchLoop:
             self.fail(StageLost(f"no step of {self.view.pipeline_id} came back within {most_s:.1f} s"))
 
     def _send(self, plan: Plan) -> None:
-        """One plan to every worker, behind the sequences it needs them to forget and to know."""
+        """Sends a plan to every worker, after the sequences that they must forget and open for it."""
         scheduler, metrics, recorder = self._ledger.scheduler, self._observers.metrics, self._observers.recorder
-        # Its pages are taken, and no worker has heard of it.
+        # Here the plan has its pages, and no worker knows of it.
         point("gateway.after_plan")
         self._send_closed()
         for sequence in plan.opened:
@@ -226,20 +227,20 @@ class BatchLoop:
         for entry in closed:
             self.session.broadcast(stage_pb2.RunRequest(close_sequence=entry))
 
-    # -- what comes back (session.SessionEvents) ----------------------------------------------------------------------
+    # -- events of the session (SessionEvents) ------------------------------------------------------------------------
 
     def on_copied(self, copied: stage_pb2.PagesCopied) -> None:
-        """Pages have come from another worker."""
+        """Copied pages have arrived at a worker."""
         self.copied.add((copied.index, copied.number))
         self._progress.set()
 
     def on_lost(self, error: StagemeshError) -> None:
-        """A stream ended. That ranks died may be heard behind what follows from it, such as a broken link."""
+        """A stream ended. The news that ranks died may come after its consequences, such as a broken link."""
         self.fail(error)
         if self._task is not None and isinstance(error, RanksDied):
             culprits = self._ledger.ranks_died()
             if suspects := [s.ident for s in self._ledger.live if s.alone]:
-                log.warning("%s epoch %d: sequences %s may end ranks and are tried alone", *self.key, suspects)
+                log.warning("%s epoch %d: sequences %s may make ranks die and run alone", *self.key, suspects)
             for sequence in culprits:
                 if (live := self._ledger.live.get(sequence)) is not None:
                     name = live.request.request_id
@@ -250,7 +251,7 @@ class BatchLoop:
                     )
 
     def on_result(self, stage: int, result: stage_pb2.StepResult) -> None:
-        """A stage is done with a step; the last one's result brings tokens and ends the step."""
+        """A stage is done with a step. The last stage's result has the tokens and ends the step."""
         ledger, scheduler, recorder = self._ledger, self._ledger.scheduler, self._observers.recorder
         if result.epoch != self.view.epoch or self.lost is not None:
             self._observers.metrics.stale_results.inc()
@@ -258,7 +259,7 @@ class BatchLoop:
         if result.step in self._probe:
             self._note_probe(stage, result.step)
             return
-        # Stages but the last report now and then: the step may be over by now.
+        # The other stages report from time to time, so the step may be over by now.
         timing = result.timing
         self._observers.metrics.bubbles.add(stage, timing)
         if not ledger.is_replay(result.step):
@@ -293,7 +294,7 @@ class BatchLoop:
         self._progress.set()
 
     def _promise(self, plan: Plan, result: stage_pb2.StepResult) -> None:
-        """The step's tokens enter the logs, and requests hear of them."""
+        """Appends the step's tokens to the sequences' logs, and passes them to the requests."""
         ledger, scheduler = self._ledger, self._ledger.scheduler
         by_ident = {row.sequence.ident: row.sequence for row in plan.rows}
         failed = set(result.failed_sequences)
@@ -304,8 +305,8 @@ class BatchLoop:
             sequence = by_ident[ident]
             live = ledger.live.get(sequence)
             if live is None:
-                continue  # It ended while this step was out, or by an earlier token of it.
-            # Of a draft row, the tokens before the last one are good.
+                continue  # It ended while this step was in flight, or by an earlier token of this step.
+            # In a draft row that failed, only the last token is bad.
             if ident in failed and ident not in result.sequences[at : at + 1]:
                 live.fail(
                     NumericalError(f"the logits of request {live.request.request_id} are not finite at {position}")
@@ -318,7 +319,7 @@ class BatchLoop:
             self._note_crossed()
 
     def _take_guesses(self, plan: Plan, result: stage_pb2.StepResult) -> None:
-        """What the draft model guessed behind the drawn tokens, and what it took."""
+        """Takes the draft model's guesses after the sampled tokens, and the time that they took."""
         asked = [row for row in plan.rows if row.guesses]
         if not asked:
             return
@@ -327,13 +328,13 @@ class BatchLoop:
             if row.sequence.state is not State.FINISHED:
                 self._ledger.scheduler.speculation.guesser.told(row.sequence, list(result.guesses[at : at + count]))
             at += count
-        # Only those that guessed a step ago as well have next to nothing to catch up with.
+        # Only rows that also got guesses a step ago have almost nothing to catch up with, so only they are measured.
         most = max(result.guess_counts)
         if most and all(row.draft for row in asked):
             self._ledger.guess_costs.add(most, result.timing.draft_us * 1e-6)
 
     def _note_done(self) -> None:
-        """A step is over: budgets follow what steps were measured to cost, and the loop plans on."""
+        """A step is over: updates budgets by measured costs, and lets the loop plan on."""
         ledger, scheduler = self._ledger, self._ledger.scheduler
         drafts, guessed, accepted = scheduler.speculation.take_counts()
         if drafts:
@@ -349,7 +350,7 @@ class BatchLoop:
 
 
 def _logprobs(result: stage_pb2.StepResult) -> Iterator[TokenLogprob | None]:
-    """One entry a token, None where the step reported none."""
+    """One entry per token. None if the step reported no log-probabilities."""
     at = 0
     for row, token in enumerate(result.tokens):
         if not result.logprobs:

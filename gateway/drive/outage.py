@@ -1,6 +1,6 @@
-"""From the loss of a pipeline to the first token behind it: how long requests wait, when they are given up.
+"""An outage lasts from the loss of a pipeline to the next token. Requests wait, and fail if it lasts too long.
 
-Events are kept for `/mesh`, the newest at the end, and counted for Prometheus.
+Events are kept for `/mesh`, the newest last, and counted for Prometheus.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ..telemetry.metrics import Metrics
 log = logging.getLogger(__name__)
 
 KEPT = 64
-"""Events, of all pipelines."""
+"""Number of events that are kept, over all pipelines."""
 SENTENCES = {
     "lost": "%(pipeline_id)s epoch %(epoch)d is lost, %(requests)d requests wait: %(cause)s",
     "recovered": "%(pipeline_id)s epoch %(epoch)d goes on after %(duration_ms)d ms: %(requests)d requests, "
     "%(replayed_tokens)d tokens computed again",
-    "moved": "%(pipeline_id)s has gone to epoch %(epoch)d: no step was planned for %(duration_ms)d ms, %(requests)d "
+    "moved": "%(pipeline_id)s has moved to epoch %(epoch)d: no step was planned for %(duration_ms)d ms, %(requests)d "
     "requests, %(pages_copied)d pages copied",
     "handed_over": "%(requests)d requests of %(pipeline_id)s go on at %(to)s",
 }
-"""Events in the log."""
+"""Event -> its sentence in the log."""
 
 
 class Outage:
-    """At most one is open. `give_up(cause)` is called when it has lasted `deadline_s`, and it is over then."""
+    """The outage of one pipeline, open or not. After `deadline_s` it ends, and `give_up(cause)` is called."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class Outage:
 
     @property
     def lasted_s(self) -> float:
-        """How long they have waited; 0 while none is open."""
+        """Seconds since the outage began. 0 if none is open."""
         return 0.0 if self._since is None else self._clock() - self._since
 
     def lost(self, pipeline_id: str, epoch: int, cause: str, requests: int) -> None:
-        """A pipeline is lost; one that is lost again before it was made good keeps its beginning and its deadline."""
+        """The pipeline is lost. If it is lost again before it recovers, the beginning and the deadline stay."""
         self._note("lost", pipeline_id, epoch, cause=cause, requests=requests)
         self._metrics.losses.inc()
         if self._since is None:
@@ -80,19 +80,19 @@ class Outage:
         self._metrics.replayed_tokens.inc(replayed_tokens)
 
     def moved(self, pipeline_id: str, epoch: int, paused_s: float, requests: int, pages: int) -> None:
-        """A pipeline has switched to its next epoch as it was wanted; no step was planned for `paused_s`."""
+        """The pipeline has switched to its next epoch. No step was planned for `paused_s`."""
         self._note(
             "moved", pipeline_id, epoch, duration_ms=round(paused_s * 1000), requests=requests, pages_copied=pages
         )
         self._metrics.move_s.observe(paused_s)
 
     def handed_over(self, pipeline_id: str, to: str, requests: int) -> None:
-        """What one pipeline ran goes on at another one."""
+        """Requests of one pipeline go on at another one."""
         self.close()
         self._note("handed_over", pipeline_id, 0, to=to, requests=requests)
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """Ends the outage, if one is open."""
         self._since = None
         if self._timer is not None:
             self._timer.cancel()

@@ -1,12 +1,11 @@
-"""The states of a driver, what leads from one to another, and what is remembered beside them.
+"""The states of a driver, its transitions, and what it remembers.
 
     WAITING ---wanted--> OPENING --opened--> CROSSING --crossed--> SERVING <--switched, stayed-- SWITCHING
        ^ ^                  |                   |                   |  |                          ^  |
        | `-----refused------´                   |                   |  `----------next------------´  |
        `-----------------------lost, not wanted any more (from each of these)-----------------------´
 
-What the coordinator says of the pipeline is no state but a wish: it decides which epoch is wanted, and whether requests
-are taken.
+The coordinator's view of the pipeline is not a state. It decides which epoch is wanted, and whether requests are taken.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ DRIVEN = (types_pb2.PIPELINE_STATE_SERVING, types_pb2.PIPELINE_STATE_DRAINING)
 
 
 class State(Enum):
-    """Of a driver."""
+    """What a driver is doing."""
 
     WAITING = auto()
-    """Nothing is driven."""
+    """It drives no epoch."""
     OPENING = auto()
-    """Sessions are being opened on every stage."""
+    """It opens sessions on every stage."""
     CROSSING = auto()
-    """They are open, and no token has crossed all stages yet."""
+    """The sessions are open, and no token has crossed all stages yet."""
     SERVING = auto()
     SWITCHING = auto()
-    """It serves, and the next epoch is made ready beside that."""
+    """It serves, and prepares the next epoch."""
 
 
 class Event(Enum):
-    """What leads from one state to another."""
+    """Why a driver changes its state."""
 
     WANTED = auto()
     """There is an epoch to drive."""
@@ -44,12 +43,12 @@ class Event(Enum):
     CROSSED = auto()
     LOST = auto()
     UNWANTED = auto()
-    """It drains, and nothing runs on it."""
+    """The pipeline drains, and no request runs on it."""
     NEXT = auto()
     """The coordinator has published an epoch to switch to."""
     SWITCHED = auto()
     STAYED = auto()
-    """It could not switch, and goes on as before."""
+    """The switch failed, and the driver goes on as before."""
 
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
@@ -70,20 +69,21 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 
 @dataclass
 class Epochs:
-    """What is remembered of epochs."""
+    """What a driver remembers of epochs."""
 
     driven: int = 0
-    """The highest that was driven, opened or switched to: no earlier one emits behind it."""
+    """The highest epoch that was opened or switched to. No earlier epoch may emit tokens after it."""
     stayed: int | None = None
-    """One that could not be switched to."""
+    """The last epoch to which the switch failed."""
     refused: int | None = None
-    """One whose sessions could not be opened, ..."""
+    """The last epoch whose sessions could not be opened."""
     refused_since: float = 0.0
+    """Clock time of the first failure to open it."""
     retry_at: float = 0.0
-    """... and when it is tried again."""
+    """Clock time of the next attempt to open it."""
 
     def refuse(self, epoch: int, now: float, again_s: float) -> float:
-        """Its sessions could not be opened; for how many seconds that is so by now."""
+        """Notes that sessions of an epoch could not be opened. Returns the seconds since the first failure."""
         if self.refused != epoch:
             self.refused, self.refused_since = epoch, now
         self.retry_at = now + again_s
@@ -92,29 +92,29 @@ class Epochs:
 
 @dataclass
 class Wish:
-    """What the coordinator says of the pipeline."""
+    """What the coordinator wants of the pipeline."""
 
     view: types_pb2.PipelineView | None = field(default_factory=types_pb2.PipelineView)
-    """None: it is no more."""
+    """The coordinator's newest view. None: the pipeline was removed."""
     drains_since: float = 0.0
     """Clock time at which it began to drain."""
 
     @property
     def down(self) -> bool:
-        """There is nothing to make it of."""
+        """Whether the pipeline is down or was removed."""
         return self.view is None or self.view.state == types_pb2.PIPELINE_STATE_DOWN
 
     @property
     def draining(self) -> bool:
-        """It takes nothing new."""
+        """Whether the pipeline takes no new requests."""
         return self.view is not None and self.view.state == types_pb2.PIPELINE_STATE_DRAINING
 
     @property
     def leaving(self) -> bool:
-        """It is no more, or is to be no more."""
+        """Whether the pipeline is being removed, or was."""
         return self.view is None or self.view.leaving
 
     @property
     def driven(self) -> types_pb2.PipelineView | None:
-        """The pipeline, where it can be driven."""
+        """The view, if the pipeline can be driven."""
         return self.view if self.view is not None and self.view.state in DRIVEN else None

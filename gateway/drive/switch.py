@@ -1,9 +1,9 @@
-"""A pipeline goes from one epoch to the next while its requests run.
+"""Switches a pipeline from one epoch to the next while its requests run.
 
-The next epoch's stages stand already. Their sessions are opened beside those that serve, a token crosses them, and the
-pages of layers that change hands are copied while steps go on. When only those pages are left that are written all the
-time, nothing more is planned, what is out comes back, its pages are copied as it does, and the next loop goes on: it
-need not wait for them, as no worker runs a step before the pages that were announced before it are there.
+The next epoch's stages are active already. Their sessions are opened while the old ones serve, and a token crosses
+them. Pages of layers that go to other workers are copied while steps go on. When only pages remain that steps write all
+the time, planning stops. Steps in flight come back, and their pages are copied as they do. Then the next loop goes on.
+It need not wait for the pages: no worker runs a step before the pages that were announced before it have arrived.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .loop import BatchLoop
 from .waiting import until_set
 
 OUT = 2
-"""Messages of a copy that may be under way."""
+"""Most messages of a copy that may be in flight."""
 FEW = 8
-"""Pages that are not worth another round while steps go on."""
+"""So few pages are not worth another round while steps go on."""
 
 
 def next_view(view: types_pb2.PipelineView) -> types_pb2.PipelineView:
-    """The pipeline as it will be."""
+    """The view of the pipeline at its next epoch."""
     after = types_pb2.PipelineView()
     after.CopyFrom(view)
     after.ClearField("next")
@@ -42,7 +42,7 @@ def next_view(view: types_pb2.PipelineView) -> types_pb2.PipelineView:
 
 
 class Switch:
-    """From `old` to `new`. Until that is done, `old` goes on whatever happens."""
+    """A switch from `old` to `new`. If it fails, `old` goes on."""
 
     def __init__(
         self,
@@ -55,16 +55,16 @@ class Switch:
     ) -> None:
         """`progress`: set by both loops when something came back."""
         self.paused_s = 0.0
-        """From the last step's plan to the first one of the next epoch."""
+        """Seconds in which no step was planned."""
         self.pages = 0
-        """Copied, counted once for each copy's link."""
+        """Number of copied pages. A page counts once for each copy."""
         self._old, self._new, self._ledger, self._copies = old, new, ledger, copies
         self._progress, self._timing = progress, timing
         self._numbers = {copy.index: 0 for copy in copies}
         self._slot = 0
 
     async def run(self, slot: SlotLease) -> None:
-        """Switches. Raises what ended either side, or Unavailable for pages that do not fit or do not come."""
+        """Switches. Raises StageLost if either side is lost, Unavailable if pages do not fit or do not arrive."""
         timing, ledger = self._timing, self._ledger
         self._slot = slot.slot
         try:
@@ -94,17 +94,19 @@ class Switch:
             self._old.resume()
 
     async def finish(self) -> None:
-        """Behind `run`: until all pages have come, so that the workers of the epoch before need not keep theirs. Where
-        the next epoch is lost meanwhile, they are computed again."""
+        """Waits after `run` until all pages have arrived, so that the old epoch's workers may free theirs.
+
+        If the next epoch is lost meanwhile, missing pages are computed again.
+        """
         while self._under_way() and self._new.lost is None:
             await until_set(self._progress, self._timing.look_s)
         if not self._under_way():
             self._ledger.arrived()
 
     async def _make_ready(self, slot: SlotLease) -> None:
-        """Opens the next epoch's sessions, on pages that it has as well, and has a token cross it."""
+        """Opens the next epoch's sessions, whose pages include all held ones, and sends a probe across it."""
         ledger, scheduler, new = self._ledger, self._ledger.scheduler, self._new
-        # What is being refilled is not there to be copied.
+        # Pages that are being refilled cannot be copied yet.
         await self._until(lambda: not ledger.recovering)
         scheduler.fit(new.session.share)
         await self._until(lambda: scheduler.fits)
@@ -115,7 +117,7 @@ class Switch:
             await self._until(lambda: new.crossed)
 
     async def _copy(self, copier: PageCopier) -> None:
-        """Rounds of pages, until few are left that no step writes."""
+        """Copies pages in rounds, until only few remain that no step writes."""
         at_once = max([2 * FEW, *(self._new.session.copy_pages(copy.to_stage) for copy in self._copies)])
         while self._copies:
             pages = copier.next(at_once)
@@ -126,7 +128,7 @@ class Switch:
         await self._until(lambda: not self._under_way())
 
     async def _drain(self, copier: PageCopier) -> None:
-        """Until no step is out. Pages of rows that are back are under way while the others' steps run."""
+        """Waits until no step is in flight. Pages of steps that are back are copied while the others run."""
         while True:
             self._send(copier.next())
             self._check_lost()
@@ -138,7 +140,7 @@ class Switch:
         return sum(self._numbers.values()) - len(self._new.copied)
 
     def _send(self, pages: Sequence[int]) -> None:
-        """Tells both ends of every copy."""
+        """Tells both ends of every copy to copy these pages."""
         for copy in self._copies:
             most = self._new.session.copy_pages(copy.to_stage)
             if not most:
@@ -159,7 +161,7 @@ class Switch:
         self.pages += len(pages) * len(self._copies)
 
     async def _until(self, reached: Callable[[], bool]) -> None:
-        # What is lost has nothing out, either.
+        # A lost loop has no steps in flight either, so check for that first.
         self._check_lost()
         while not reached():
             await until_set(self._progress, self._timing.look_s)

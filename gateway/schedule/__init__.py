@@ -1,4 +1,4 @@
-"""Which rows go into the next step, over which pages. Pure: no I/O, no clock; events in, plans out.
+"""Decides which rows go into the next step, and which pages they use. Pure: no I/O, no clock; events in, plans out.
 
-Whatever sends, waits or logs belongs into `drive`.
+Code that sends, waits or logs belongs in `drive`.
 """

@@ -1,8 +1,8 @@
-"""How many prompt tokens go into a step: so many that it lasts a few times as long as a step of decode rows alone.
+"""The number of prompt tokens in a step: it may take a few times as long as a step with decode rows only.
 
-A pipeline is as fast as its steps are alike: behind a step ten times as long every other stage waits, and so does every
-stream. What a step costs is measured: compute time on each stage, fitted as a + b * tokens by least squares that forget
-(dynamic chunk sizes from measured costs are also SGLang's, for its pipelines). Pure: no I/O, no clock.
+A pipeline is fast when its steps take equally long: after a step ten times as long, every other stage and every stream
+waits. The cost of a step is measured: its compute time on each stage, fitted as a + b * tokens by least squares with
+decaying weights. SGLang also sets the chunk sizes of its pipelines by measured costs. Pure: no I/O, no clock.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LONGER = 3.0
-"""By how many times the cost of a step of no prompt tokens a step may grow for the sake of prompts."""
+"""Prompt tokens may add this many times the cost of a step without tokens."""
 FORGET = 0.99
-"""Weight of everything seen before, for each step."""
+"""Factor by which each new step reduces the weight of earlier ones."""
 ENOUGH = 8.0
-"""Weight of steps seen that a fit takes."""
+"""Weight of steps that a fit needs."""
 OUTLIER = 4.0
-"""A step that took so many times what was expected was held up by something else; so much of it counts."""
+"""A step counts with at most this many times its expected time: something else held it up."""
 BEFORE = 256
+"""Budget in tokens before costs are known."""
 SMALLEST = 16
-"""Tokens: before anything is known; and in any case, in this multiple."""
+"""Smallest budget in tokens. Budgets are multiples of it."""
 
 
 @dataclass
@@ -44,7 +45,7 @@ class _Fit:
         self.tokens_seconds = self.tokens_seconds * FORGET + tokens * seconds
 
     def line(self) -> tuple[float, float] | None:
-        """(seconds of a step without tokens, seconds a token); None while it is not known, or makes no sense."""
+        """(seconds of a step without tokens, seconds per token). None while there is no sensible fit."""
         spread = self.weight * self.tokens_squared - self.tokens**2
         if self.weight < ENOUGH or spread < 1e-6 * self.tokens_squared * self.weight:
             return None
@@ -54,7 +55,7 @@ class _Fit:
 
 
 class StepCosts:
-    """What steps cost on each stage, and the budget that follows."""
+    """The measured costs of steps on each stage, and the budget that follows."""
 
     def __init__(self) -> None:
         self._stages: dict[int, _Fit] = {}
@@ -62,31 +63,31 @@ class StepCosts:
         self._budget = BEFORE
 
     def add(self, stage: int, tokens: int, seconds: float) -> None:
-        """A step of so many tokens computed for so long on a stage."""
+        """Adds a step: a stage computed `tokens` tokens in `seconds`."""
         self._stages.setdefault(stage, _Fit()).add(tokens, seconds)
 
     def lines(self) -> list[tuple[float, float]]:
-        """(seconds of a step without tokens, seconds a token) of each stage seen.
+        """(seconds of a step without tokens, seconds per token) of each stage that was measured.
 
-        A stage whose steps were all alike so far is taken for one where a token costs nothing.
+        If all steps of a stage had the same size so far, a token counts as free.
         """
         return [fit.line() or (fit.seconds / fit.weight, 0.0) for _, fit in sorted(self._stages.items())]
 
     def typical_s(self) -> list[float] | None:
-        """Seconds of a step of the size that steps have, on each stage; None while few were seen."""
+        """Mean seconds of a step on each stage. None while too few steps were measured."""
         fits = [fit for _, fit in sorted(self._stages.items())]
         if not fits or any(fit.weight < ENOUGH for fit in fits):
             return None
         return [fit.seconds / fit.weight for fit in fits]
 
     def only_for(self, layers: Sequence[tuple[int, int]]) -> None:
-        """The stages hold these layers: what is known of others is of no use."""
+        """Sets the layers of the stages. Measurements of other layers are dropped."""
         if self._layers != list(layers):
             self._stages.clear()
         self._layers = list(layers)
 
     def expected_s(self, tokens: int) -> float | None:
-        """Seconds of a step of so many tokens, one stage after the other; None while nothing like it was seen."""
+        """Expected seconds of a step, summed over the stages. None while no step of that size was measured."""
         total_s = 0.0
         for fit in self._stages.values():
             line = fit.line()
@@ -99,7 +100,7 @@ class StepCosts:
         return total_s if self._stages else None
 
     def prefill_budget(self) -> int:
-        """Prompt tokens of one step, by the stage that would be slowed most."""
+        """Number of prompt tokens in one step. The stage that they would slow most decides."""
         lines = [line for fit in self._stages.values() if (line := fit.line()) is not None]
         if lines:
             tokens = min(LONGER * base / slope for base, slope in lines)
@@ -108,8 +109,11 @@ class StepCosts:
 
 
 def share_among(prompts: Sequence[int], budget: int) -> list[int]:
-    """Prompt tokens of one step, of prompts with so many left, the oldest first: it gets all it can, but for half of
-    the `budget` where others have less left; of those the shortest comes first."""
+    """Splits a step's `budget` of prompt tokens among prompts. Returns the tokens of each.
+
+    `prompts`: tokens that each has left, the oldest first. The oldest gets all it can use, but only half of the budget
+    if others have less left. Of those, the shortest comes first.
+    """
     counts = [0] * len(prompts)
     shorter = sorted((i for i, left in enumerate(prompts) if left < prompts[0]), key=prompts.__getitem__)
     most = {0: -(-budget // 2)} if shorter else {}

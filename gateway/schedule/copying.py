@@ -1,8 +1,8 @@
-"""Which pages are still to be copied to the workers that are going to hold them. Pure.
+"""Decides which pages must still be copied to the next epoch's workers. Pure.
 
-What lies in pages changes while they are copied: a page that a step writes is copied again. Pages that are being
-written wait, so that in the end those are left that steps write all the time: they follow when nothing more is planned,
-as their steps come back.
+Pages change while they are copied: a page that a step writes is copied again. Pages that are being written wait. In the
+end only pages remain that steps write all the time. They are copied when planning has stopped, as their steps come
+back.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from .scheduler import Scheduler
 
 
 class PageCopier:
-    """Pages of one scheduler."""
+    """Tracks which pages of one scheduler are not copied yet."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         pages = scheduler.pages
         self._size = pages.page_size
         self._dirty = set(pages.idle)
-        """Pages that hold what was not copied."""
+        """Pages whose content is not copied yet."""
         for sequence in scheduler.running:
             self._dirty.update(sequence.pages[: pages.pages_for(sequence.computed)])
 
     def note(self, plan: Plan) -> None:
-        """A step goes out."""
+        """A step is sent."""
         self._dirty |= self._written(plan)
 
     def next(self, at_most: int | None = None) -> list[int]:
-        """Pages that no step writes now; they are taken as copied."""
+        """Pages to copy now, which no step is writing. They count as copied from here on."""
         busy: set[int] = set()
         for plan in self._scheduler.out.values():
             busy |= self._written(plan)
@@ -37,7 +37,7 @@ class PageCopier:
         return found
 
     def _written(self, plan: Plan) -> set[int]:
-        """Pages that a step writes, with those of guesses that the last stage is asked for."""
+        """Pages that a step writes, with those for guesses of the last stage."""
         written: set[int] = set()
         for row in plan.rows:
             end = row.start + row.count + row.guesses

@@ -1,12 +1,13 @@
 """Guessing the next tokens of a sequence from its own past: prompt lookup (Saxena 2023), as vLLM's method "ngram".
 
-The longest run of last tokens that stood before in prompt or output is found, the latest place of it, and what followed
-there is the guess. A place that touches the end repeats itself, as a copy in LZ77 does: after "ab ab" comes "ab ab".
+It finds the longest run of last tokens that also occurs earlier in prompt or output, and takes its latest place. The
+tokens that followed there are the guess. A place that reaches the end repeats itself, as a copy in LZ77 does: after
+"ab ab" comes "ab ab".
 
-Whether guessing pays is measured on the side, at no cost to anybody: for every token that comes, what would have been
-guessed is compared with it, apart for each length of run. A guess goes on as long as it is likely enough to hold.
+Whether guessing pays is measured without computing anything: each new token is compared with what would have been
+guessed, separately for each length of run. A guess grows as long as it is likely enough to be right.
 
-Pure: no I/O, no clock. Costs a token: one entry in a dictionary, and a walk over at most `PLACES` earlier places.
+Pure: no I/O, no clock. Each token costs one entry in a dictionary, and a walk over at most `PLACES` earlier places.
 """
 
 from __future__ import annotations
@@ -21,35 +22,38 @@ from .sequence import Sequence
 from .speculation import Guesser
 
 PLACES = 32
-"""Earlier places of the shortest run that are looked at, the latest first."""
+"""Most earlier places of the shortest run to look at, the latest first."""
 INDEXED_AT_ONCE = 2048
-"""Tokens that one call takes into the index, so that a long prompt does not hold up a step."""
+"""Most tokens that one call adds to the index, so that a long prompt does not delay a step."""
 LIKELY = 0.3
-"""A guess goes on while the chance that all of it holds is more than this: a token that fails was computed in vain."""
+"""A guess grows while the chance that all of it is right is more than this: a wrong token is computed for nothing."""
 AT_FIRST = 0.7
-"""Chance that a guessed token holds, before anything is known."""
+"""Assumed chance that a guessed token is right, before anything is measured."""
 WEIGHT = 0.15
-"""What the newest comparison counts against all before it."""
+"""Weight of the newest comparison in the mean."""
 _TOKEN_BYTES = 4
 
 
 class LookupGuesser(Guesser):
-    """An index for each sequence. Nobody needs to be asked, and every token that comes is compared with what would have
-    been guessed, verified or not. Waiting for others would cost more than a larger batch brings."""
+    """An index for each sequence. No stage is asked for guesses.
+
+    Every new token is compared with what would have been guessed, whether that was verified or not. Sequences do not
+    wait for each other: that would cost more than a larger batch gains.
+    """
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self._lookups = defaultdict[Sequence, PromptLookup](lambda: PromptLookup(config))
 
     def guess(self, sequence: Sequence) -> list[int]:
-        """Tokens that may follow those known; none where guessing does not pay."""
+        """Tokens that may follow the known ones. Empty if guessing does not pay."""
         return self._lookups[sequence].guess(sequence)
 
     def waits(self, sequence: Sequence) -> bool:
-        """Its next token can be guessed, and one behind it: better verified with that token than computed after it."""
+        """Whether its next token and one more can be guessed: it is better to verify that one with the next token."""
         return len(self.guess(sequence)) > 1
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence ended."""
+        """Forgets a sequence that has ended."""
         self._lookups.pop(sequence, None)
 
 
@@ -61,19 +65,19 @@ class PromptLookup:
     _tokens: array[int] = field(default_factory=lambda: array("I"))
     """Prompt and log, as far as they are in the index."""
     _last: dict[bytes, int] = field(default_factory=dict)
-    """The shortest runs -> where the latest one ends, before the last token."""
+    """Run of the shortest length -> position where it last ended, before the last token."""
     _before: array[int] = field(default_factory=lambda: array("i"))
-    """For every position: where the run that ends there ended before that; -1: nowhere."""
+    """For each position, where the run that ends there ended before. -1: nowhere."""
     _chances: list[float] = field(default_factory=list)
-    """Of a guessed token to hold, by the length of the run it follows."""
+    """Chance that a guessed token is right, by the length of the run that it follows."""
     _found: tuple[int, int] | None = None
-    """(length of the run, where its continuation begins) behind the last token."""
+    """(length of the longest run that ends at the last token, where its continuation begins)."""
 
     def __post_init__(self) -> None:
         self._chances = [AT_FIRST] * (self.config.prompt_lookup_max + 1)
 
     def guess(self, sequence: Sequence) -> list[int]:
-        """Tokens that may follow what is known; none where they are not likely to hold."""
+        """Tokens that may follow the known ones. Empty if they are not likely enough to be right."""
         if not self._catch_up(sequence) or self._found is None:
             return []
         run, at = self._found
@@ -85,7 +89,7 @@ class PromptLookup:
         return out
 
     def _catch_up(self, sequence: Sequence) -> bool:
-        """Takes new tokens into the index; False while some are left for another time."""
+        """Adds new tokens to the index. Returns False if some are left for the next call."""
         done = len(self._tokens)
         new = sequence.tokens(done, min(sequence.length - done, INDEXED_AT_ONCE))
         scored = max(0, len(sequence.prompt) - done)
@@ -102,7 +106,7 @@ class PromptLookup:
         return len(self._tokens) == sequence.length
 
     def _index(self, tokens: list[int]) -> None:
-        """Appends tokens; the runs that ended at the old last token and behind it can be found from here on."""
+        """Appends tokens. Runs that end at the old last token or later can be found from here on."""
         size, old = self.config.prompt_lookup_min, len(self._tokens)
         self._tokens.extend(tokens)
         first = max(old - 1, size - 1)
@@ -116,7 +120,7 @@ class PromptLookup:
             last[run] = end
 
     def _find(self) -> tuple[int, int] | None:
-        """The longest run of last tokens that stood before; of several places the latest."""
+        """The longest run of last tokens that occurs earlier, at its latest place."""
         tokens, size, most = self._tokens, self.config.prompt_lookup_min, self.config.prompt_lookup_max
         if len(tokens) <= size:
             return None

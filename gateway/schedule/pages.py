@@ -1,10 +1,11 @@
-"""Which KV pages are whose: the gateway hands out ids, the same id for the same tokens on every worker of a pipeline.
+"""Allocates KV pages: the gateway assigns ids. An id means the same tokens on every worker of a pipeline.
 
-A full page can be offered to others: it is then found by the page before it and its own tokens, so pages form a tree
-whose paths are prefixes (SGLang's radix tree, Zheng et al. 2024, a page an edge). An offered page that nobody holds
-stays, free but filled, until its memory is needed; the one let go longest ago goes first.
+A full page can be offered to other sequences. It is then found by the page before it and its own tokens. So pages form
+a tree whose paths are prefixes: SGLang's radix tree (Zheng et al. 2024), with a page as an edge. An offered page that
+no sequence holds is idle: free, but filled until its memory is needed. The page that was released first is reused
+first.
 
-Pure: no I/O, no clock. A page is given back only when no step that names it is out; the scheduler sees to that.
+Pure: no I/O, no clock. A page is freed only when no step in flight names it; the scheduler ensures that.
 """
 
 from __future__ import annotations
@@ -20,40 +21,42 @@ ROOT = 0
 
 @dataclass(frozen=True)
 class Shape:
-    """What the stages of an epoch lend to a gateway."""
+    """The pages and steps that the stages of an epoch grant to a gateway."""
 
     pages: tuple[int, ...]
-    """Their ids."""
+    """Ids of the pages."""
     page_size: int
-    """Tokens of one page."""
+    """Tokens per page."""
     steps_in_flight: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """A page in the tree. Tokens themselves are the key, so no two prefixes are ever taken for each other."""
+    """A page in the tree. Its key has the tokens themselves, not a hash, so prefixes are never confused."""
 
     node: int
-    """Never used twice: what hangs below a page that was withdrawn or evicted can not be found again."""
+    """Number of the node. It is never used twice, so pages below a withdrawn or evicted page are never found again."""
     key: tuple[int, bytes]
-    """The node before, and the page's tokens."""
+    """(number of the node before, the page's tokens)."""
 
 
 class PageAllocator:
-    """Ids 0 .. num_pages-1 at first. Empty pages go first (a stack keeps the hot ones hot), then offered ones nobody
-    holds."""
+    """Allocates page ids, 0 .. num_pages-1 at first.
+
+    Empty pages are used first, from a stack, which keeps recently used ones in caches. Then idle ones are used.
+    """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.ids = frozenset(range(num_pages))
-        """The pages there are."""
+        """Ids of all pages."""
         self.page_size = page_size
         self.budget = num_pages
-        """Of them may be held at once."""
+        """Number of pages that may be held at once."""
         self._empty = list(range(num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()
-        """Offered pages that nobody holds, the one let go longest ago first."""
+        """Offered pages that no sequence holds, the one that was released first at the front."""
         self._holders = defaultdict[int, int](int)
-        """How many sequences hold a page."""
+        """Page -> number of sequences that hold it."""
         self._offers: dict[int, _Offer] = {}
         self._found: dict[tuple[int, bytes], int] = {}
         self._nodes = itertools.count(ROOT + 1)
@@ -62,17 +65,16 @@ class PageAllocator:
 
     @property
     def num_pages(self) -> int:
-        """Of all."""
         return len(self.ids)
 
     @property
     def num_held(self) -> int:
-        """Pages that somebody holds."""
+        """Number of pages that sequences hold."""
         return len(self.ids) - len(self._empty) - len(self._idle)
 
     @property
     def num_free(self) -> int:
-        """Pages that can be had: nobody holds them, empty or offered."""
+        """Number of pages that can be allocated: empty or idle ones, within the budget."""
         return max(0, self.budget - self.num_held)
 
     @property
@@ -81,19 +83,19 @@ class PageAllocator:
         return 1 - self.num_free / self.num_pages
 
     def num_free_beside(self, shared: Sequence[int]) -> int:
-        """Pages that nobody holds, other than `shared`."""
+        """Number of free pages, without `shared`."""
         return self.num_free - sum(not self._holders[page] for page in shared)
 
     def holders(self, page: int) -> int:
-        """How many sequences hold a page."""
+        """Number of sequences that hold a page."""
         return self._holders[page]
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that `tokens` positions need."""
+        """Number of pages that `tokens` positions need."""
         return -(-tokens // self.page_size)
 
     def allocate(self, count: int, shared: Sequence[int] = ()) -> list[int] | None:
-        """`count` fresh pages, or None when there are not that many; `shared` are held with them, or not at all."""
+        """Allocates `count` pages, and holds `shared` too. Does neither and returns None if too few are free."""
         if count > self.num_free_beside(shared):
             return None
         for page in shared:
@@ -112,8 +114,10 @@ class PageAllocator:
         return taken
 
     def free(self, pages: Sequence[int]) -> None:
-        """One holder lets go of `pages`, given in the order of positions: the last are evicted before the first, since
-        nobody can use a page without those before it."""
+        """One holder releases `pages`, given in the order of positions.
+
+        Later pages are evicted before earlier ones, since a page is useless without those before it.
+        """
         for page in reversed(pages):
             if not self._holders[page]:
                 raise AssertionError(f"page {page} was freed twice")
@@ -126,8 +130,7 @@ class PageAllocator:
                 self._empty.append(page)
 
     def choose(self, count: int) -> list[int]:
-        """The ids of `count` pages, with all that are held, and of the others those that were of use last; beyond those
-        there are, new ones. To be given to `restrict`."""
+        """The ids of `count` pages for `restrict`: all held ones, then those used last, then new ids."""
         if count < self.num_held:
             raise AssertionError(f"{self.num_held} pages are held, more than {count}")
         free = [*reversed(self._idle), *reversed(self._empty)]
@@ -136,7 +139,7 @@ class PageAllocator:
         return sorted([*chosen, *itertools.islice(new, max(0, count - len(chosen)))])
 
     def restrict(self, ids: Iterable[int]) -> None:
-        """From now on these are the pages there are, held ones among them. What lies in the others is gone."""
+        """Sets the ids of all pages. They must include the held ones. The content of dropped pages is lost."""
         wanted = frozenset(ids)
         for page in [page for page in self._idle if page not in wanted]:
             del self._idle[page]
@@ -146,18 +149,18 @@ class PageAllocator:
         self.ids, self.budget = wanted, len(wanted)
 
     def in_use(self, page: int) -> bool:
-        """Whether somebody holds it, or can find what lies in it."""
+        """Whether a sequence holds the page, or its content can be found."""
         return self._holders[page] > 0 or page in self._idle
 
     @property
     def idle(self) -> list[int]:
-        """Pages that nobody holds, with something in them that can be found."""
+        """Offered pages that no sequence holds."""
         return list(self._idle)
 
     # -- sharing ----------------------------------------------------------------------------------------------------
 
     def find(self, node: int, tokens: Iterable[bytes]) -> list[int]:
-        """Offered pages that continue the prefix `node` with `tokens`, a page's worth each, as far as they go."""
+        """Offered pages that continue the prefix `node`, as far as there are any. `tokens`: those of one page each."""
         found: list[int] = []
         for content in tokens:
             page = self._found.get((node, content))
@@ -172,9 +175,9 @@ class PageAllocator:
         return self._offers[page].node
 
     def offer(self, page: int, node: int, tokens: bytes) -> int:
-        """Lets others find a held page that is full and written: `tokens` behind the prefix `node`.
+        """Lets others find a held page that is full and written: `tokens` after the prefix `node`.
 
-        Returns the prefix that it ends. Where an equal page is offered already, that one stays the one to be found.
+        Returns the node of the prefix with this page. If an equal page is offered already, that one stays in the tree.
         """
         key = (node, tokens)
         if (found := self._found.get(key)) is not None:
@@ -185,12 +188,12 @@ class PageAllocator:
         return offer.node
 
     def withdraw(self, pages: Sequence[int]) -> None:
-        """Held pages are not to be found any more, nor what was computed behind them."""
+        """Removes held pages from the tree. They cannot be found any more, nor pages after them."""
         for page in pages:
             self._forget(page)
 
     def empty_idle(self) -> None:
-        """What lies in pages that nobody holds is gone."""
+        """Drops the content of all idle pages."""
         for page in self._idle:
             self._forget(page)
         self._empty.extend(self._idle)

@@ -1,4 +1,4 @@
-"""What the scheduler plans: steps, and the rows that they are made of."""
+"""The scheduler's plans: steps and their rows."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class Row:
     count: int
     new_pages: list[int]
     samples: bool
-    """Whether the row ends at the last token there is, so that the next one is drawn."""
+    """Whether the row ends at the sequence's last token, so that the next one is sampled."""
     result_of: int = 0
-    """The step whose result the row's token is; 0: it is known."""
+    """The step whose result is the row's token. 0: the token is known."""
     draft: list[int] = field(default_factory=list)
-    """Guesses for all tokens of the row but the first."""
+    """Guesses for all tokens of the row except the first."""
     guesses: int = 0
-    """How many tokens the last stage shall guess behind what the row draws."""
+    """Most tokens that the last stage should guess after those that the row samples."""
 
 
 @dataclass
 class Plan:
-    """One step: its rows, and the sequences that the workers must know of before it, or can forget."""
+    """One step: its rows, and the sequences that it opens."""
 
     step: int
     rows: list[Row]
     opened: list[Sequence] = field(default_factory=list)
     alone: bool = False
-    """No other step computes while this one does."""
+    """Whether no other step computes at the same time."""
     replay: Stages | None = None
-    """The rows were computed before, and these stages alone compute them again."""
+    """Set if the rows were computed before: the stages that compute them again."""

@@ -1,11 +1,11 @@
-"""Prefix caching: what a sequence takes over from others instead of computing it, and what it offers to them.
+"""Prefix caching: the pages that a sequence takes from others instead of computing them, and those that it offers.
 
-A page is offered when the step that wrote its last position is confirmed by the last stage, never when it is merely
-planned: what others find is there on every stage. Pages that are shared are full, so nobody writes into them.
+A page is offered when the last stage has confirmed the step that wrote its last position, never when it is only
+planned. So a page that is found is filled on every stage. Shared pages are full, so no sequence writes into them.
 
-A sequence that could take over most of its prompt from one that computes it right now waits for it, instead of
-computing the same beside it: choices of one request, or a burst of requests behind one system prompt. It holds its
-place and its pages meanwhile. Whoever is followed follows nobody at that time, so nobody waits in a ring.
+If another sequence is computing most of a sequence's prompt, the sequence waits for it instead of computing the same.
+Choices of one request do so, and bursts of requests with one system prompt. It keeps its place and its pages meanwhile.
+A sequence that is followed does not follow another one at that time, so there are no rings.
 
 Pure: no I/O, no clock.
 """
@@ -19,14 +19,14 @@ from .sequence import Sequence, State
 
 
 class PrefixCache:
-    """Sequences on one side, the allocator's tree of pages on the other."""
+    """Finds, takes and offers pages of sequences in the allocator's tree."""
 
     def __init__(self, pages: PageAllocator, enabled: bool = True) -> None:
         self.pages = pages
         self.enabled = enabled
 
     def find(self, sequence: Sequence) -> list[int]:
-        """Offered pages behind those it shares already. One token at least is left to compute: it gives the logits."""
+        """Offered pages after those that it shares already. At least one token is left to compute, for the logits."""
         if not self.enabled or sequence.failed:
             return []
         size = self.pages.page_size
@@ -34,14 +34,14 @@ class PrefixCache:
         return self.pages.find(sequence.node, (sequence.page_tokens(i, size) for i in known))
 
     def take(self, sequence: Sequence, found: list[int]) -> None:
-        """`found` are its own from here on; prefill starts behind them."""
+        """Gives the pages `found` to a sequence, whose prefill starts after them."""
         if found:
             sequence.offered += len(found)
             sequence.node = self.pages.node_of(found[-1])
             sequence.computed = sequence.confirmed = sequence.taken_over = sequence.offered * self.pages.page_size
 
     def confirm(self, sequence: Sequence, computed: int) -> None:
-        """The last stage has run its positions up to `computed`: the pages that are full by now are offered."""
+        """Offers the pages that are full, as the last stage has run the positions up to `computed`."""
         if not self.enabled or sequence.failed:
             return
         size = self.pages.page_size
@@ -50,9 +50,9 @@ class PrefixCache:
             sequence.offered += 1
 
     def fail(self, sequence: Sequence, running: Iterable[Sequence]) -> None:
-        """It computed something that is not a number: who knows in which page. None of its pages is offered.
+        """The sequence has computed a value that is not finite, in an unknown page. None of its pages is offered.
 
-        Those that share some go on, but what they compute behind them is nothing to offer or take over either.
+        Sequences that share some of its pages go on, but they neither offer nor take pages any more.
         """
         sequence.failed = True
         self.pages.withdraw(sequence.pages)
@@ -63,7 +63,7 @@ class PrefixCache:
     # -- waiting for a prefix that is being computed ----------------------------------------------------------------
 
     def follow(self, sequence: Sequence, running: Iterable[Sequence]) -> None:
-        """Lets a sequence that was just admitted wait for one that computes more than half of what it has to."""
+        """Lets a newly admitted sequence wait for another one that computes more than half of its prefill."""
         if not self.enabled:
             return
         size = self.pages.page_size
@@ -86,7 +86,7 @@ class PrefixCache:
                 return
 
     def still_follows(self, sequence: Sequence) -> bool:
-        """Whether it waits on; when it does not any more, it has taken over what is there."""
+        """Whether the sequence still waits for another one. When it stops, it takes the pages that are there."""
         other = sequence.follows
         if other is None:
             return False

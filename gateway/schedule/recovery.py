@@ -1,9 +1,9 @@
-"""What has to be computed again at a new epoch: the KV of stages that have none of what the sequences had. Pure.
+"""Plans what must be computed again at a new epoch: the KV of stages that lost it. Pure.
 
-A stage that kept its pages goes on with them. One that is new is refilled: the stage before it sends what its journal
-holds, and the lost layers alone are computed. Where that journal has gaps the next one up is asked, and in front of the
-first stage are the tokens themselves. A page that several sequences share is filled once, and by one of them alone:
-whoever writes its first position wipes the rest of it.
+A stage that kept its pages goes on with them. A new one is refilled: the stage before it sends what its journal holds,
+and only the lost layers are computed. If that journal has gaps, the stage before that one is used, and so on; the first
+stage has the tokens themselves. A page that several sequences share is filled once, and by only one of them: writing
+its first position wipes the rest of it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from .sequence import State
 
 
 def lost_stages(filled: Sequence[int], now: Sequence[int]) -> list[Stages]:
-    """Runs of stages whose pages do not hold what the sequences computed. `filled`: the generations that did, in order;
-    `now`: those that there are. Another number of stages means other layers on each."""
+    """Runs of stages whose pages do not hold what the sequences computed.
+
+    `filled`: for each stage, the generation of pages that held it. `now`: the present generation. With another number
+    of stages, each has other layers, so all are lost.
+    """
     if len(filled) != len(now):
         return [(0, len(now) - 1)]
     runs: list[Stages] = []
@@ -32,23 +35,25 @@ def lost_stages(filled: Sequence[int], now: Sequence[int]) -> list[Stages]:
 
 
 class Recovery:
-    """Hands out what is to be computed again, a step at a time, as long as the sequences want it."""
+    """Plans the steps that compute lost positions again."""
 
     def __init__(self, runs: Sequence[Stages], journals: Sequence[bytes], page_size: int) -> None:
-        """`journals`: of each stage, one bit a page: what it sent for the page's positions can be sent again."""
+        """`journals`: for each stage, one bit per page: whether it can send again what it sent for the page."""
         self._runs = list(runs)
         self._journals = list(journals)
         self._size = page_size
         self._filled: set[int] = set()
-        """Pages that the current run has, or will have when the steps before are done."""
+        """Pages that are filled on the current run of stages, or will be when earlier steps are done."""
         self._reached: dict[TokenSequence, int] = {}
-        """Positions done of sequences that did not fit into a step as a whole."""
+        """Sequence that did not fit into one step -> number of its positions that are done."""
         self._cut: TokenSequence | None = None
-        """The one that is in the midst of a page: it goes on before anybody else who has that page."""
+        """The sequence that stopped within a page. It goes first, before others that share the page."""
 
     def next(self, sequences: Iterable[TokenSequence], max_tokens: int) -> tuple[list[Row], Stages] | None:
-        """The next step's rows, new pages apart, and the stages that compute them; None when nothing is left. The
-        shortest go first."""
+        """The next step's rows, without their new pages, and the stages that compute them. None when nothing is left.
+
+        The shortest sequences go first.
+        """
         running = (s for s in sequences if s.state is State.RUNNING)
         ordered = sorted(running, key=lambda s: (s is not self._cut, s.computed))
         while self._runs:
@@ -85,14 +90,14 @@ class Recovery:
         return max(page * self._size, self._reached.get(sequence, 0))
 
     def _end(self, sequence: TokenSequence, start: int) -> int:
-        """Where the next page begins that is filled already, or all is computed."""
+        """The position where the next filled page begins, or where the computed positions end."""
         page = start // self._size
         while page * self._size < sequence.computed and sequence.pages[page] not in self._filled:
             page += 1
         return min(page * self._size, sequence.computed)
 
     def _source(self, sequence: TokenSequence, start: int, end: int) -> Stages:
-        """From the stage behind the nearest one that can send the positions again."""
+        """The stages that compute the positions. The first follows the nearest stage that can send them again."""
         first, last = self._runs[0]
         pages = sequence.pages[start // self._size : -(-end // self._size)]
         while first > 0 and not _covers(self._journals[first - 1], pages):

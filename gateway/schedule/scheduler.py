@@ -1,15 +1,17 @@
-"""Which rows go into the next step. Pure: no I/O, no clock; events in, plans out.
+"""Decides which rows go into the next step. Pure: no I/O, no clock; events in, plans out.
 
-Continuous batching over a pipeline: decode rows are spread over `steps_in_flight` steps, so that these stay equal: at
-most ceil(live / steps in flight) a step. The next step of the same rows is planned while the one before is out: its
-tokens are "the result of step N", which the last stage sends to the first itself, so a stage never waits for this side.
+This is continuous batching over a pipeline. Decode rows are spread over `steps_in_flight` steps of equal size: at most
+ceil(decoding sequences / steps in flight) per step. The next step of the same rows is planned while the one before is
+in flight: its tokens are "the result of step N", which the last stage sends directly to the first. So no stage waits
+for the gateway.
 
-Prefill goes in chunks beside the decode rows under a token budget (budget.py), so that steps last alike whatever they
-hold; the chunks of one prompt follow each other without waiting for results (Sarathi-Serve, Agrawal et al. 2024). The
-prompt that has waited longest goes first, but for half of the budget if others have less left.
+Prefill goes in chunks with the decode rows, under a token budget (budget.py), so that steps take equally long. Chunks
+of one prompt follow each other without waiting for results (Sarathi-Serve, Agrawal et al. 2024). The prompt that has
+waited longest goes first, but gets only half of the budget if others have less left.
 
 With speculation, a sequence whose next tokens can be guessed goes as a draft row: its last known token and the guess,
-verified in one step. Nothing else of it is out meanwhile, because where it goes on is only known when the row is back.
+verified in one step. No other step of it is in flight meanwhile, as its next position is known only when the row is
+back.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ from .speculation import NO_GUESSES, Guesser, Speculation
 from .suspects import note_back
 
 STEPS_AHEAD = 2
-"""Steps of one sequence that may be out: one runs, the next waits for its token."""
+"""Steps of one sequence that may be in flight: one runs, and the next waits for its token."""
 
 
 class Scheduler:
-    """Sequences that wait, run and end on one pipeline, over its epochs."""
+    """Schedules the sequences of one pipeline, over its epochs."""
 
     def __init__(
         self,
@@ -50,31 +52,31 @@ class Scheduler:
         self.speculation = Speculation(guesser)
         self.steps_in_flight = steps_in_flight
         self.prefill_budget = max_num_batched_tokens
-        """Prompt tokens of one step; the caller fits it to what steps cost."""
+        """Number of prompt tokens in one step. The caller adapts it to the measured costs of steps."""
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        """In the order of admission: the last is the youngest, preempted first."""
+        """Sequences in the order of admission. The last is the youngest, which is preempted first."""
         self.out: dict[int, Plan] = {}  # steps in flight
         self.closed: list[CloseSequence] = []
-        """What the workers have not yet been told to forget; the caller takes it."""
+        """Messages that close sequences on the workers. The caller takes and sends them."""
         self.recovery: Recovery | None = None
-        """What stages have to compute again before anything else; set behind `rewind`."""
-        self.preemptions = 0  # since the caller set it back
+        """Plans what stages must compute again before anything else. Set it after `rewind`."""
+        self.preemptions = 0  # since the caller reset it
         self._next_step = 1
         self._turn = 0  # steps planned, over all epochs
         self._guesses_a_row = 0
-        """Tokens that the last stage may be asked to guess behind each row of the step that is planned."""
+        """Most tokens that the last stage may be asked to guess for each row of the step that is being planned."""
 
     # -- events -----------------------------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence joins the queue. It must fit: prompt + max_tokens within the pages there are."""
+        """Queues a sequence. Its prompt + max_tokens must fit into the pages."""
         self.waiting.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """A sequence ended, or its client went away; its pages are freed once no step names it."""
+        """Ends a sequence. Its pages are freed once no step in flight names it."""
         if sequence.state is State.FINISHED:
             return
         if sequence.state is State.WAITING:
@@ -84,15 +86,15 @@ class Scheduler:
         self._settle(sequence)
 
     def step_done(self, step: int) -> Plan:
-        """Every stage has run the step. Tokens are entered by `append_token` before this."""
+        """Every stage has run the step. Call `append_token` for its tokens before this."""
         plan = self.out.pop(step)
         for row in plan.rows:
             row.sequence.in_flight -= 1
             if row.samples:
                 row.sequence.unsampled -= 1
             if row.draft:
-                # What was computed behind a guess that did not hold is dead: it goes on where the drawn tokens end. The
-                # newest token of the log is never computed yet, drawn as guessed or not.
+                # Positions after a wrong guess are void: the sequence goes on where the sampled tokens end. The newest
+                # token of the log is not computed yet, whether it was guessed or not.
                 self.speculation.verified(row.sequence, row.start + 1, row.draft)
                 row.sequence.computed = row.sequence.length - 1
             done = min(row.start + row.count, row.sequence.computed)
@@ -104,13 +106,13 @@ class Scheduler:
         return plan
 
     def failed(self, sequence: Sequence) -> None:
-        """What a sequence computed is not finite; its end is told by `finish`. To be called before `step_done`."""
+        """A sequence has computed values that are not finite. Call it before `step_done`, and then `finish`."""
         self.prefix.fail(sequence, self.running)
 
     def rewind(self, next_step: int = 1) -> None:
-        """The steps that are out will never come back: every sequence goes on behind what is confirmed of it.
+        """Drops the steps in flight, which will never come back. Every sequence goes on after its confirmed positions.
 
-        Steps are numbered anew, from `next_step` on, and the workers know nothing of any sequence.
+        New steps are numbered from `next_step` on. The workers know no sequence any more.
         """
         self.out.clear()
         self.closed.clear()
@@ -124,13 +126,15 @@ class Scheduler:
             self._settle(sequence)
 
     def reserve_steps(self, count: int) -> int:
-        """The numbers of so many steps are somebody else's; returns the first."""
+        """Reserves `count` step numbers for the caller. Returns the first."""
         self._next_step += count
         return self._next_step - count
 
     def fit(self, num_pages: int) -> None:
-        """From now on at most so many pages are held: the youngest sequences are preempted until the others do with
-        them. See `fits`."""
+        """Limits the number of held pages. The youngest sequences are preempted until the others need no more.
+
+        `fits` says when that has come true.
+        """
         self.pages.budget = min(num_pages, self.pages.num_pages)
         others = self.pages.num_held - len({page for sequence in self.running for page in sequence.pages})
         for sequence in reversed(self.running[:]):
@@ -141,31 +145,31 @@ class Scheduler:
 
     @property
     def fits(self) -> bool:
-        """Whether no more pages are held than may be: steps that were out are back."""
+        """Whether the held pages are within the limit of `fit`. Preempted ones are freed when their steps are back."""
         return self.pages.num_held <= self.pages.budget
 
     def withdraw(self, sequence: Sequence) -> None:
-        """It goes on elsewhere, from its log. Nothing of it may be out."""
+        """Removes a sequence, which goes on elsewhere from its log. No step of it may be in flight."""
         assert not sequence.in_flight
         self.finish(sequence)
         sequence.state = State.WAITING
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes the pages of a sequence that runs, once no step names it: it is computed anew, from its log."""
+        """Takes the pages of a running sequence, once no step names it. It is computed again, from its log."""
         if sequence.state is State.RUNNING:
             sequence.state = State.PREEMPTED
             self.preemptions += 1
             self._settle(sequence)
 
     def append_token(self, sequence: Sequence, position: int, token: int) -> bool:
-        """Enters a token into the log, if it is the next one of a sequence that still wants it."""
+        """Appends a token to the log, if it is the next one of a sequence that goes on. Returns whether it was."""
         if sequence.state not in (State.RUNNING, State.PREEMPTED) or position != sequence.length:
             return False
         sequence.log.append(token)
         return True
 
     def _settle(self, sequence: Sequence) -> None:
-        """Frees what a finished or preempted sequence holds, when no step that names it is out."""
+        """Frees the pages of a finished or preempted sequence, when no step in flight names it."""
         if sequence.state is State.RUNNING or sequence.in_flight or sequence not in self.running:
             return
         self.running.remove(sequence)
@@ -179,7 +183,7 @@ class Scheduler:
     # -- planning ---------------------------------------------------------------------------------------------------
 
     def next_plan(self) -> Plan | None:
-        """The next step, or None: the pipeline is full, or nothing can run before something comes back."""
+        """The next step. None if the pipeline is full, or if nothing can run before a step comes back."""
         if len(self.out) >= STEPS_AHEAD * self.steps_in_flight:
             return None
         plan = self._next_replay() or self._next_run()
@@ -208,18 +212,18 @@ class Scheduler:
         if not suspects:
             return self._plan_for(self.running)
         if self.out:
-            return None  # What is out comes back first.
+            return None  # The steps in flight must come back first.
         for suspect in suspects:
             if (plan := self._plan_for([suspect])) is not None:
                 return plan
         return self._plan_for([s for s in self.running if not s.alone])
 
     def _plan_for(self, sequences: list[Sequence]) -> Plan | None:
-        """A step of some of these."""
+        """A step with rows of some of these sequences."""
         prefilling = self._prefilling(sequences)
         rows = self._decode_rows(sequences, beside_prompts=bool(prefilling))
         left = self.max_num_batched_tokens - sum(row.count for row in rows)
-        # Decode rows may have taken the pages of some meanwhile.
+        # Decode rows may have preempted some of them.
         prefilling = [s for s in prefilling if s.state is State.RUNNING]
         counts = share_among([s.remaining_prefill for s in prefilling], min(self.prefill_budget, left))
         rows += [self._row(s, count) for s, count in zip(prefilling, counts, strict=True) if count]
@@ -230,7 +234,7 @@ class Scheduler:
             return None
         found = self.recovery.next(self.running, self.max_num_batched_tokens)
         if found is None:
-            # Pages that nobody holds have not been filled, nor those of sequences that ended meanwhile.
+            # Idle pages were not refilled, nor were pages of sequences that have ended meanwhile.
             for sequence in self.running:
                 if sequence.state is State.FINISHED:
                     self.pages.withdraw(sequence.pages)
@@ -240,18 +244,18 @@ class Scheduler:
         rows, stages = found
         for row in rows:
             row.new_pages = self._new_pages(row.sequence, row.start + row.count)
-        # Nothing else can go on before it: a single stage that is refilled has its neighbours' cores.
+        # No other step runs during recovery, so a single stage that is refilled may use its neighbours' cores.
         return Plan(self._next_step, rows, alone=stages[0] == stages[1], replay=stages)
 
     def _new_pages(self, sequence: Sequence, end: int) -> list[int]:
-        """Those of the positions before `end` that the workers have not been told of; now they are."""
+        """Pages of positions before `end` that the workers do not know of yet. They count as sent from here on."""
         last_page = self.pages.pages_for(end)
         new_pages = sequence.pages[sequence.pages_sent : last_page]
         sequence.pages_sent = max(sequence.pages_sent, last_page)
         return new_pages
 
     def _runs_alone(self, rows: list[Row]) -> bool:
-        """Whether nothing is out but what the step waits for, and nothing will be planned beside it by itself."""
+        """Whether only the step whose token this one needs is in flight, and no other sequence runs."""
         row = rows[0]
         if len(rows) > 1 or len(self.running) > 1 or not row.samples:
             return False
@@ -259,9 +263,11 @@ class Scheduler:
         return not self.out or (row.result_of > 0 and all(other.sequence is row.sequence for other in out))
 
     def _admit(self) -> None:
-        """Admits from the queue, oldest first, while pages for all known tokens and one more are free, and beyond
-        them one for each that runs: else what is admitted now would be preempted in a moment. Pages that hold a prefix
-        of it already are taken over; such as somebody runs with need not be free."""
+        """Admits sequences from the queue, oldest first, while enough pages are free.
+
+        A sequence needs pages for all its known tokens and one more. One page for each running sequence must also stay
+        free, or the new one would soon be preempted. Pages that already hold a prefix of it are shared.
+        """
         while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             if self.pages.num_free <= len(self.running):
@@ -281,27 +287,26 @@ class Scheduler:
             self.running.append(sequence)
 
     def _decode_rows(self, sequences: list[Sequence], *, beside_prompts: bool) -> list[Row]:
-        """Sequences whose next token can be computed, in equal shares a step.
+        """Rows of sequences whose next token can be computed, in equal shares per step.
 
-        One whose token is still out is not named again before every other share has had its turn, or, when there are
-        prompts to compute meanwhile, as many steps as can run at once: the first stage would wait for the token, and
-        with it all that was planned behind.
+        A sequence whose token is still in flight must wait until every other share has had its turn. If there are also
+        prompts to compute, it waits for `steps_in_flight` steps. Otherwise the first stage would wait for the token,
+        and all later steps with it.
         """
         decoding = [s for s in sequences if s.state is State.RUNNING and (s.log or s.unsampled)]
         share = min(-(-len(decoding) // self.steps_in_flight), self.max_num_batched_tokens)
         apart = self.steps_in_flight if beside_prompts or not share else -(-len(decoding) // share)
-        # With guessed tokens a step may cost as much again as one of no tokens. So one stream guesses freely, and where
-        # many run, and a token more is no longer cheap, nobody does.
+        # Guessed tokens may add the cost of one step without tokens. So a single stream guesses freely. When many run,
+        # one more token is not cheap, and no sequence guesses.
         drafts_left = max(0, min(int(self.prefill_budget / LONGER), self.max_num_batched_tokens) - share)
         self._guesses_a_row = drafts_left // max(1, share)
         ready = [s for s in decoding if s.decodes and s.unsampled < STEPS_AHEAD]
         if len(self.out) >= self.steps_in_flight and any(
             s.unsampled and self.speculation.guesser.gathers(s) for s in decoding
         ):
-            # Nothing is gained by being ahead: those that come back meet the others, and go on as one batch.
+            # Planning ahead gains nothing here. Rows that come back wait for the others, and go on as one batch.
             return []
-        # The one whose last step is longest ago goes first, also behind an epoch's end, so that none waits a round more
-        # than another.
+        # The sequence whose last step is longest ago goes first, also after an epoch's end, so that all wait equally.
         ready.sort(key=lambda s: s.turn)
         rows: list[Row] = []
         for sequence in ready:
@@ -317,53 +322,56 @@ class Scheduler:
             draft = self._draft(sequence, drafts_left)
             drafts_left -= len(draft)
             rows.append(self._row(sequence, 1, draft))
-        # A later row's page may have come from an earlier one's sequence.
+        # A later row may have preempted the sequence of an earlier one.
         kept = []
         for row in rows:
             if row.sequence.state is State.RUNNING:
                 kept.append(row)
             elif row.guesses:
-                # It was asked, and nobody will answer.
+                # Its guesses will never come.
                 self.speculation.guesser.told(row.sequence, [])
         return kept
 
     def _draft(self, sequence: Sequence, at_most: int) -> list[int]:
-        """What to guess behind the sequence's last token. Only pages that nobody is about to need are taken for it."""
+        """Guesses after the sequence's last token. It uses only pages that no other sequence will soon need."""
         if sequence.unsampled or at_most <= 0:
             return []
         draft = self.speculation.guess(sequence)[:at_most]
         return draft[: self._reserve(sequence, sequence.length + len(draft)) - sequence.length]
 
     def _reserve(self, sequence: Sequence, positions: int) -> int:
-        """Pages for so many positions, if nobody is about to need them; how many positions there are pages for."""
+        """Allocates pages for `positions`, if no other sequence will soon need them. Returns the positions that fit."""
         missing = self.pages.pages_for(positions) - len(sequence.pages)
         if missing > 0 and self.pages.num_free >= missing + len(self.running):
             sequence.pages.extend(self.pages.allocate(missing) or ())
         return len(sequence.pages) * self.pages.page_size
 
     def _grow(self, sequence: Sequence) -> bool:
-        """A page for the next position, if it needs one; preempts the youngest when none is free."""
+        """Allocates a page for the next position if needed. Preempts the youngest sequence if none is free.
+
+        Returns whether the sequence has the page.
+        """
         missing = self.pages.pages_for(sequence.computed + 1) - len(sequence.pages)
         if missing <= 0:
             return True
         while self.pages.num_free < missing:
             if any(s.state is not State.RUNNING for s in self.running):
-                # Pages are on their way back with steps in flight; another victim would be one too many.
+                # Pages will be free when steps in flight are back, so no further sequence is preempted.
                 return False
             victim = self.running[-1]
             self.preempt(victim)
             if victim is sequence or victim.in_flight:
-                # Itself the youngest, or the pages come when the victim's steps are back.
+                # It is the youngest itself, or the pages are free only when the victim's steps are back.
                 return False
         sequence.pages.extend(self.pages.allocate(missing) or ())
         return True
 
     def _prefilling(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Sequences with prompt tokens to compute, the one that has waited longest first."""
+        """Sequences with prompt tokens to compute, the oldest first."""
         return [
             s
             for s in sequences
-            # In this order: one that stops following may have taken over all of its prompt.
+            # The order matters: a sequence that stops following may have taken pages of all its prompt.
             if s.state is State.RUNNING and not self.prefix.still_follows(s) and s.prefills
         ]
 

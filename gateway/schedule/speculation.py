@@ -1,4 +1,4 @@
-"""Guessed tokens of all sequences of a scheduler: who guesses, what is verified, and how it turned out. Pure."""
+"""Guessed tokens of all sequences of a scheduler: their source, their verification, and counts. Pure."""
 
 from __future__ import annotations
 
@@ -6,58 +6,60 @@ from .sequence import Sequence, State
 
 
 class Guesser:
-    """Where guesses come from: a sequence's own past (lookup.py), or a model on the last stage (draft_model.py). This
-    one guesses nothing."""
+    """The source of guesses. This one guesses nothing.
+
+    Others guess from a sequence's own past (lookup.py), or by a model on the last stage (draft_model.py).
+    """
 
     def guess(self, sequence: Sequence) -> list[int]:
-        """Tokens that may follow those known; none where guessing does not pay."""
+        """Tokens that may follow the known ones. Empty if guessing does not pay."""
         return []
 
     def waits(self, sequence: Sequence) -> bool:
-        """Whether a sequence whose next token is out had better wait for it, as a guess will follow."""
+        """Whether a sequence whose next token is in flight should wait for it, because guesses will come with it."""
         return False
 
     def gathers(self, sequence: Sequence) -> bool:
-        """Whether others had better wait with it, to go on as one batch."""
+        """Whether other sequences should wait for this one, so that all go on as one batch."""
         return False
 
     def ask(self, sequence: Sequence, streams: int) -> int:
-        """How many tokens the last stage shall guess behind the one that is planned, among so many streams."""
+        """Number of tokens that the last stage should guess after the planned one. `streams`: running sequences."""
         return 0
 
     def told(self, sequence: Sequence, guesses: list[int]) -> None:
-        """The last stage's guesses behind the tokens known, as it was asked."""
+        """Takes the last stage's guesses for the tokens after the known ones."""
 
     def verified(self, sequence: Sequence, guessed: int, held: int) -> None:
-        """Of so many guessed tokens, the first so many were drawn."""
+        """The first `held` of `guessed` guessed tokens were right."""
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence ended, or what was asked for it will never be answered."""
+        """Forgets a sequence: it has ended, or its guesses will never come."""
 
 
 NO_GUESSES = Guesser()
 
 
 class Speculation:
-    """Guesses for all sequences, bounded by what they want; counts."""
+    """Guesses for all sequences, within their max_tokens, and counts."""
 
     def __init__(self, guesser: Guesser) -> None:
         self.guesser = guesser
         self._drafts = self._draft_tokens = self._accepted_tokens = 0
 
     def guess(self, sequence: Sequence) -> list[int]:
-        """Tokens that may follow those known, and are wanted; none where guessing does not pay."""
-        # The token behind the last guessed one is drawn as well.
+        """Tokens that may follow the known ones, within max_tokens. Empty if guessing does not pay."""
+        # The token after the last guessed one is sampled as well.
         return self.guesser.guess(sequence)[: max(0, sequence.max_tokens - len(sequence.log) - 1)]
 
     def ask(self, sequence: Sequence, streams: int, at_most: int) -> int:
-        """Tokens that the last stage shall guess behind the one that a row draws; 0: not to be asked."""
-        # One more token is drawn behind the row's, whatever is guessed.
+        """Number of tokens that the last stage should guess after the one that a row samples. 0: do not ask."""
+        # One more token is sampled after the row's, whatever is guessed.
         at_most = min(at_most, sequence.max_tokens - len(sequence.log) - sequence.unsampled - 2)
         return min(self.guesser.ask(sequence, streams), at_most) if at_most > 0 else 0
 
     def verified(self, sequence: Sequence, position: int, draft: list[int]) -> None:
-        """Tokens guessed from `position` on are back; what was drawn is in the log."""
+        """Counts the right tokens of a draft that began at `position`. The sampled tokens are in the log by now."""
         drawn = sequence.tokens(position, len(draft))
         held = 0
         while held < len(drawn) and drawn[held] == draft[held]:
@@ -65,12 +67,12 @@ class Speculation:
         self._drafts += 1
         self._draft_tokens += len(draft)
         self._accepted_tokens += held
-        # One that ended is forgotten already, and tokens behind its end say nothing.
+        # A sequence that has ended is already forgotten, and tokens after its end say nothing.
         if sequence.state is not State.FINISHED:
             self.guesser.verified(sequence, len(draft), held)
 
     def take_counts(self) -> tuple[int, int, int]:
-        """Draft rows that are back, tokens guessed in them, and those that were drawn, since the last call."""
+        """Since the last call: number of draft rows that are back, of guessed tokens in them, and of right ones."""
         counts = self._drafts, self._draft_tokens, self._accepted_tokens
         self._drafts = self._draft_tokens = self._accepted_tokens = 0
         return counts

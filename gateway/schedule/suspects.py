@@ -1,12 +1,11 @@
-"""Which sequence ends ranks: found by what was out when ranks died, and by trying those alone. Pure.
+"""Finds the sequence that makes ranks die: by the steps in flight at each death, and by running suspects alone. Pure.
 
-A request can make a rank die each time that it is computed: by a shape that a kernel cannot take, or by a bug of ours.
-Recovery would compute it again with all others, and so end everybody's stream. So a sequence that was out at two deaths
-in a row is tried alone. If ranks die once more with it alone, it is what ends them. A step of it that comes back clears
-it.
+A request can make a rank die each time that it is computed: by a shape that a kernel cannot take, or by a bug. Recovery
+would compute it again with all others, and so end all streams. So a sequence that was in flight at two deaths in a row
+runs alone. If ranks die once more, it is the cause. A step of it that comes back clears it.
 
-What is merely computed again while a stage is refilled rarely kills: deaths with that count only from the third on.
-Then the sequence's pages are given up, so that nobody has to refill them, and it is computed anew, alone.
+Sequences that are only computed again to refill a stage rarely make ranks die. For them only the third death counts.
+Then the sequence's pages are given up, so that they need no refill, and it is computed again from the start, alone.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from .plan import Plan
 from .sequence import Sequence, State
 
 DEATHS = 2
-"""Deaths in a row after which a sequence is tried alone,"""
+"""Number of deaths in a row after which a sequence runs alone."""
 REPLAY_DEATHS = 3
-"""and after which it is not even refilled beside others."""
+"""Number of deaths in a row after which a sequence that is being refilled gives its pages up and runs alone."""
 
 
 def note_deaths(out: Iterable[Plan]) -> tuple[list[Sequence], list[Sequence]]:
-    """Ranks died with these plans out. Returns (those that ended them, those whose pages are to be given up)."""
+    """Ranks died with these plans in flight. Returns (sequences that caused it, sequences that must give up pages)."""
     plans = list(out)
     concerned = {row.sequence: plan for plan in plans for row in plan.rows}
     named = [s for s in concerned if s.state is not State.FINISHED]
@@ -42,7 +41,7 @@ def note_deaths(out: Iterable[Plan]) -> tuple[list[Sequence], list[Sequence]]:
 
 
 def note_back(plan: Plan) -> None:
-    """Every stage has run a step: none of its sequences has ended ranks."""
+    """Every stage has run a step, so none of its sequences made ranks die."""
     if plan.replay is None:
         for row in plan.rows:
             row.sequence.steps_back += 1

@@ -1,4 +1,4 @@
-"""What the gateway says to other services: run streams to the workers of one epoch, reports to the coordinator.
+"""The gateway's calls to other services: run streams to the workers of one epoch, and reports to the coordinator.
 
-I/O alone. What to run, and what an end of a stream means, is decided in `drive`.
+Only I/O. `drive` decides what to run, and what the end of a stream means.
 """

@@ -1,4 +1,4 @@
-"""What workers are told of sequences and steps, in the wire's words."""
+"""Builds the messages that tell workers of sequences and steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..schedule.sequence import Sequence
 
 
 def open_message(sequence: Sequence, request: GenerationRequest) -> stage_pb2.OpenSequence:
-    """What the workers are told of a sequence that starts, or comes back after a preemption."""
+    """The message that opens a sequence, when it starts or comes back after a preemption."""
     message = stage_pb2.OpenSequence(
         sequence=sequence.ident,
         sampling=request.sampling,
@@ -28,7 +28,7 @@ def open_message(sequence: Sequence, request: GenerationRequest) -> stage_pb2.Op
 
 
 def page_bits(pages: Iterable[int]) -> bytes:
-    """One bit a page, the lowest first."""
+    """A bit set of page ids: one bit per page, the lowest first."""
     bits = bytearray()
     for page in pages:
         bits.extend(bytes(max(0, (page >> 3) + 1 - len(bits))))
@@ -37,7 +37,7 @@ def page_bits(pages: Iterable[int]) -> bytes:
 
 
 def plan_message(plan: Plan, epoch: int, *, alone: bool = True) -> stage_pb2.StepPlan:
-    """A plan in packed arrays: one message a step, no message a row. `alone`: no other gateway plans steps."""
+    """The message of a plan, with its rows in packed arrays. `alone`: no other gateway or pipeline plans steps."""
     rows = plan.rows
     return stage_pb2.StepPlan(
         step=plan.step,
@@ -63,7 +63,7 @@ def plan_message(plan: Plan, epoch: int, *, alone: bool = True) -> stage_pb2.Ste
 
 
 def _tokens(row: Row) -> list[int]:
-    """The row's tokens; 0 stands for one that is still to be sampled."""
+    """The row's tokens. 0 stands for a token that is not sampled yet."""
     if row.result_of:
         return [0]
     return row.sequence.tokens(row.start, row.count - len(row.draft)) + row.draft

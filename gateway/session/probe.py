@@ -1,6 +1,6 @@
-"""A token across all stages of an epoch that serves nobody yet: a prompt and one decode step behind it.
+"""A probe of an epoch that serves no request yet: a prompt and one decode step across all stages.
 
-It shows that every link and stage works before anybody depends on it, and has each worker make what it makes at its
+It shows that every link and stage works before a request depends on it. It also makes each worker do the work of a
 first step.
 """
 
@@ -19,7 +19,7 @@ PROMPT = (0, 0, 0)
 
 
 def probe_messages(page: int, first: int, epoch: int) -> Iterator[stage_pb2.RunRequest]:
-    """What every stage is told of these steps, the number of which begin with `first`. `page` is nobody's."""
+    """The messages of a probe for every stage. `first`: number of its first step. `page`: a page of no sequence."""
     sequence, count = Sequence(PROMPT, 0, STEPS), len(PROMPT)
     opened = stage_pb2.OpenSequence(
         sequence=sequence.ident, sampling=types_pb2.SamplingParams(top_p=1.0), prompt_len=count

@@ -1,4 +1,4 @@
-"""The gateway's end of one worker's Run stream: plans out, serialized once for all stages; results in."""
+"""The gateway's end of one worker's Run stream. It sends plans, serialized once for all stages, and takes results."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ OUTBOX_MESSAGES = 4096
 
 
 class SessionEvents(Protocol):
-    """Who hears what comes back."""
+    """Callbacks for what comes back."""
 
     def on_result(self, stage: int, result: stage_pb2.StepResult) -> None:
         """A stage is done with a step."""
 
     def on_copied(self, copied: stage_pb2.PagesCopied) -> None:
-        """Pages of a copy have come to where they belong."""
+        """Pages of a copy have arrived at their worker."""
 
     def on_lost(self, error: StagemeshError) -> None:
         """A stream ended."""
 
 
 class RunStream:
-    """One stage of one pipeline, as this gateway drives it."""
+    """The stream to one stage of one pipeline."""
 
     def __init__(self, stage: types_pb2.StageView, heard_by: SessionEvents, timing: GatewayTiming) -> None:
         self._timing = timing
@@ -46,21 +46,22 @@ class RunStream:
         self._heard_by = heard_by
         self._channel = rpc.channel(stage.address)
         self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue(OUTBOX_MESSAGES)
-        """None ends the stream: cancelling a call that is over would leave its sender waiting for ever."""
+        """Messages to send. None ends the stream: cancelling a call that is over would leave its sender waiting for
+        ever."""
         self.reader: asyncio.Task[None] | None = None
-        """Ends when the stream has ended."""
+        """Reads responses. It ends when the stream has ended."""
         self.unreachable = False
-        """Nobody answered when the session was to be opened."""
+        """Whether the worker did not answer when the session was opened."""
 
     @property
     def who(self) -> str:
-        """For messages to people."""
+        """Name of the stage and its worker in error messages."""
         return f"stage {self.stage.stage} ({self.stage.worker_id})"
 
     async def open(
         self, view: types_pb2.PipelineView, slot: SlotLease, pages: Sequence[int] | None
     ) -> stage_pb2.RunOpened:
-        """Opens the session of a pipeline's epoch, with these pages where some are named.
+        """Opens the session of a pipeline's epoch. `pages`: ids to ask for; None: as many as allowed.
 
         Raises the worker's error, Unavailable when it cannot be reached, or StageLost.
         """
@@ -84,7 +85,7 @@ class RunStream:
                 async with asyncio.timeout(self._timing.open_s):
                     first = await anext(responses)
         except Unavailable as e:
-            # A worker that answers says when to come again.
+            # A worker that answers says when to try again.
             self.unreachable = e.retry_after_s is None
             raise
         except StopAsyncIteration as e:
@@ -99,7 +100,7 @@ class RunStream:
         return opened
 
     def send(self, message: bytes) -> None:
-        """Queues a message. A worker that stopped reading is lost: the queue is bounded."""
+        """Queues a message. The queue is bounded: a worker that does not read counts as lost."""
         try:
             self._outbox.put_nowait(message)
         except asyncio.QueueFull:
@@ -128,26 +129,25 @@ class RunStream:
                         raise (RanksDied if ended.ranks_died else StageLost)(f"{self.who}: {ended.message}")
             raise StageLost(f"{self.who} closed the stream")
         except StagemeshError as e:
-            # A new one: the traceback of `e` holds this frame, and with it the connection.
+            # A new error is made, because the traceback of `e` keeps this frame alive, and with it the connection.
             self._heard_by.on_lost(
                 type(e)(e.message) if isinstance(e, StageLost) else StageLost(f"{self.who} is gone: {e.message}")
             )
         except Exception as e:
-            log.exception("a result of %s could not be taken", self.who)
+            log.exception("handling a result of %s failed", self.who)
             self._heard_by.on_lost(InternalError(f"{type(e).__name__}: {e}"))
         finally:
             call.cancel()
-            # The call and the generator of its responses hold each other, and the connection.
+            # The call and the generator of its responses reference each other, and keep the connection alive.
             await responses.aclose()
 
     async def close(self) -> None:
-        """Ends the stream; the worker gives the pages back. What was not sent yet is not sent."""
+        """Ends the stream, and drops messages that were not sent. The worker then frees the session's pages."""
         while not self._outbox.empty():
             self._outbox.get_nowait()
         self._outbox.put_nowait(None)
         if self.reader is not None:
-            # A call that ends by itself gives its connection back; one that is cancelled keeps it until garbage is
-            # collected.
+            # A call that ends by itself frees its connection. A cancelled one keeps it until garbage collection.
             await asyncio.wait([self.reader], timeout=self._timing.end_s)
             self.reader.cancel()
             await asyncio.gather(self.reader, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The slot that the coordinator leases to this process of a gateway: it names the gateway's lanes on every link."""
+"""The slot that the coordinator leases to this gateway process. It identifies the gateway's lanes on every link."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 
 class SlotLease:
-    """Renewed when frames that nobody waits for may be under way on the lanes of the old slot."""
+    """The slot. It is exchanged for a new one when late frames may still travel on the lanes of the old one."""
 
     def __init__(self, gateway_id: str, on_renew: Callable[[], None]) -> None:
-        """`on_renew`: a fresh slot is to be asked for."""
+        """`on_renew`: called to ask the coordinator for a new slot."""
         self.gateway_id = gateway_id
         self.life = secrets.randbits(63) | 1
-        """Of this process."""
+        """Random number of this process."""
         self.slot = 0
-        """0: not known yet."""
+        """The slot. 0: not known yet."""
         self.instance = secrets.randbits(63)
-        """Of the slot: another one at each renewal."""
+        """Random number that identifies the slot, another one at each renewal."""
         self._on_renew = on_renew
 
     def renew(self) -> None:
-        """Gives the slot up for a fresh one."""
+        """Gives the slot up, and asks for a new one."""
         self.slot, self.instance = 0, secrets.randbits(63)
         self._on_renew()

@@ -1,4 +1,4 @@
-"""What operators can measure: metrics, stage times, records of steps.
+"""Measurements for operators: metrics, stage times, records of steps.
 
 Nothing here takes part in decisions.
 """

@@ -1,6 +1,6 @@
-"""Sums up what each stage spent its time on, from the timings in step results. This shows the pipeline's bubbles.
+"""Sums up how each stage spent its time, from the timings in step results. This shows the pipeline's bubbles.
 
-Sums of our own and not Prometheus counters: a counter's lock costs more than all of this, for every result.
+It uses plain sums instead of Prometheus counters, because a counter's lock would cost more than the rest per result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SPENT_ON = ("wait_input", "compute", "wait_send")
 
 
 class Bubbles(Collector):
-    """A Prometheus collector of every stage's time, by what it was spent on."""
+    """A Prometheus collector of the time that each stage spent on each activity."""
 
     def __init__(self) -> None:
         self._steps = defaultdict[int, int](int)

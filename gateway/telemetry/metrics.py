@@ -26,14 +26,14 @@ class Metrics:
         self.steps_in_flight = self._gauge("steps_in_flight", "Steps between their plan and their result.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that started.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
-        self.preemptions = self._counter("num_preemptions", "Sequences that gave their pages back and began again.")
+        self.preemptions = self._counter("num_preemptions", "Sequences that gave up their pages, to be computed again.")
         self.prefix_queries = self._counter(
             "prefix_cache_queries", "Tokens of sequences that started or came back, looked up in the prefix cache."
         )
-        self.prefix_hits = self._counter("prefix_cache_hits", "Those that were found there and not computed again.")
+        self.prefix_hits = self._counter("prefix_cache_hits", "Tokens of these that were found there.")
         self.drafts = self._counter("spec_decode_num_drafts", "Rows of guessed tokens that were verified.")
-        self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens guessed in them.")
-        self.accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Those that were what was drawn.")
+        self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens guessed in these rows.")
+        self.accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Guessed tokens that were right.")
         self.losses = self._counter("pipeline_losses", "Pipelines that were lost while requests ran.")
         self.replayed_tokens = self._counter(
             "replayed_tokens", "Positions computed again on stages that were replaced."
@@ -41,7 +41,7 @@ class Metrics:
         self.recovery_s = self._histogram("recovery_seconds", "Seconds from a loss to the next token.", RECOVERY_S)
         self.stale_results = self._counter("stale_results", "Results of steps of an epoch that has passed, dropped.")
         self.move_s = self._histogram("move_seconds", "Seconds without a new step when a pipeline moved.", ITL_S)
-        self.success = self._counter("request_success", "Requests that ended, by why.", "finished_reason")
+        self.success = self._counter("request_success", "Requests that ended, by reason.", "finished_reason")
         self.http = self._counter(
             "http_requests", "HTTP requests answered, by route and status.", "method", "handler", "status"
         )

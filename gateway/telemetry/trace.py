@@ -27,8 +27,8 @@ MAX_OPEN = 256
 """Bound of the steps that are recorded without a result. Steps of a lost epoch never get one."""
 TIMES = tuple(f.name for f in types_pb2.StepTiming.DESCRIPTOR.fields if f.name.endswith("_us"))
 STAGE_COLUMNS = (*TIMES, "result_received_us")
-"""One stage's times in a record: fields of `StepTiming` as the stage told them, and `result_received_us`, which the
-gateway took by its own clock."""
+"""One stage's times in a record: fields of `StepTiming` as the stage reported them, and `result_received_us` by the
+gateway's clock."""
 
 
 @dataclass
@@ -45,11 +45,11 @@ class StepRecord:
     tokens: int
     prefill_tokens: int
     stages: list[list[int] | None]
-    """`STAGE_COLUMNS` of each stage, None until its result is here."""
+    """`STAGE_COLUMNS` of each stage. None until its result has arrived."""
     sampled: list[int] = field(default_factory=list)
     """The sequences that got a token, once for each token."""
     received_us: int = 0
-    """When the last stage's result came."""
+    """When the last stage's result arrived."""
     delivered_us: int = 0
     """When its tokens were delivered to their requests."""
 
@@ -62,7 +62,7 @@ class StepRecord:
 @dataclass(slots=True)
 class _Capture:
     done: deque[StepRecord]
-    """As long as it may become, when it is enough."""
+    """Finished records. Its maximal length is the number of wanted steps."""
     views: dict[tuple[str, int], types_pb2.PipelineView] = field(default_factory=dict)
     enough: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -88,7 +88,7 @@ class Recorder:
 
     def sent(self, view: types_pb2.PipelineView, plan: Plan, planned_us: int) -> None:
         """A plan was sent to all stages of `view`."""
-        if self._capture is None:  # This check, of each step and result, is the whole cost then.
+        if self._capture is None:  # Without a capture, this check is the whole cost.
             return
         self._capture.views.setdefault((view.pipeline_id, view.epoch), view)
         self._open[view.pipeline_id, view.epoch, plan.step] = StepRecord(
@@ -99,7 +99,7 @@ class Recorder:
             sent_us=now_us(),
             sequences=[row.sequence.ident for row in plan.rows],
             tokens=sum(row.count for row in plan.rows),
-            # A decode row computes the newest token alone, and its sequence has sampled others before.
+            # A decode row computes only the newest token, and its sequence has sampled others before.
             prefill_tokens=sum(
                 row.count for row in plan.rows if (row.count > 1 and not row.draft) or not row.sequence.log
             ),

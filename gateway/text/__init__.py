@@ -1,4 +1,4 @@
 """Text and tokens: tokenizer, chat template, detokenizer, stop strings, and the checkpoint's sampling defaults.
 
-Pipelines and sockets are not known here.
+Nothing here knows pipelines or sockets.
 """

@@ -20,7 +20,7 @@ from .defaults import read_json
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks the assistant's words for training. Here its body is rendered as it is."""
+    """The tag `{% generation %}`, which marks the assistant's words for training. Its body is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance's set
 

@@ -21,7 +21,7 @@ CONTEXT = 8
 """Number of prompt tokens that are decoded before the output. Four hold any character; some decoders look further
 back."""
 MAX_HELD = 32
-"""After so many tokens without a whole character, their bytes are given up. No character has more than four bytes."""
+"""Most tokens to hold without a whole character before their bytes are given up. A character has at most four bytes."""
 
 
 class Detokenizer:

@@ -29,7 +29,7 @@ class Tokenizer:
     threads."""
 
     def __init__(self, folder: Path) -> None:
-        """Of the checkpoint in `folder`. Raises CheckpointError when a file of it is damaged."""
+        """Reads the tokenizer of the checkpoint in `folder`. Raises CheckpointError when a file of it is damaged."""
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a directory: --model must name a checkpoint's directory")
         named = _special_tokens(folder)
@@ -92,7 +92,7 @@ class Tokenizer:
         return (skip_special_tokens and token in self.special_ids) or self.raw.id_to_token(token) is None
 
     def token_text(self, token: int) -> str:
-        """`token` alone as text; one that holds part of a character as OpenAI writes it: `bytes:\\xe2\\x82`."""
+        """`token` alone as text. One that holds part of a character is written as OpenAI does: `bytes:\\xe2\\x82`."""
         data = self.token_bytes(token)
         try:
             return data.decode("utf-8")

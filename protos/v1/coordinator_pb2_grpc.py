@@ -102,14 +102,14 @@ class CoordinatorServicer(object):
     """
 
     def Register(self, request, context):
-        """A worker joins. Errors: FAILED_PRECONDITION for a protocol this coordinator does not speak.
+        """Registers a worker. Errors: FAILED_PRECONDITION for a protocol that this coordinator does not speak.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def KeepAlive(self, request_iterator, context):
-        """Renews a worker's lease and carries its state; ends when either side goes.
+        """Renews a worker's lease and carries its state. Ends when either side is gone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,52 +123,52 @@ class CoordinatorServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DescribeMesh(self, request, context):
-        """The mesh as it stands.
+        """Returns the mesh as it is now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportStuck(self, request, context):
-        """A gateway whose steps do not come back, though every stream of its sessions is whole: links are made anew, at a new
-        epoch. Nothing happens when the pipeline is at another epoch by now.
+        """A gateway reports that its steps do not come back, though every stream of its sessions is open. The coordinator
+        makes new links at a new epoch. Nothing happens if the pipeline is at another epoch by now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportMoved(self, request, context):
-        """A gateway drives the next epoch of a pipeline that is being moved, or could not get there.
+        """A gateway reports that it has switched to the next epoch of a pipeline that moves, or could not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportSteps(self, request, context):
-        """What a pipeline's steps take; said every few seconds while there are any.
+        """A gateway reports the time of a pipeline's steps, every few seconds while steps run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Repartition(self, request, context):
-        """Gives the stages of every pipeline other layer ranges, while requests go on. Errors: FAILED_PRECONDITION for ranges that
-        do not fit.
+        """Gives the stages of every pipeline other layer ranges while requests go on. Errors: FAILED_PRECONDITION for ranges
+        that do not fit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Scale(self, request, context):
-        """Changes how many workers serve a stage at once: with each further one, one more pipeline runs over the stages that
-        have fewer. Errors: FAILED_PRECONDITION when workers lack.
+        """Changes the number of workers of a stage. Each further one adds a pipeline, which shares stages that have fewer.
+        Errors: FAILED_PRECONDITION when there are too few workers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportLeft(self, request, context):
-        """A gateway has left a pipeline that is to be no more.
+        """A gateway reports that it has left a pipeline that is being removed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -176,14 +176,14 @@ class CoordinatorServicer(object):
 
     def Drain(self, request, context):
         """Takes a worker out of service: its layers move to another worker while requests go on. Errors: FAILED_PRECONDITION
-        where nobody can take them, unless it is forced.
+        if no other worker can take them, unless it is forced.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Undrain(self, request, context):
-        """Takes a drain back: the worker may hold stages again. Errors: NOT_FOUND for a worker that does not drain.
+        """Ends a drain: the worker may hold stages again. Errors: NOT_FOUND for a worker that does not drain.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

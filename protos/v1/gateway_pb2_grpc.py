@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GatewayStub(object):
-    """Serves requests of clients; the same engine as the OpenAI HTTP API.
+    """Serves requests of clients with the same engine as the OpenAI HTTP API.
     """
 
     def __init__(self, channel):
@@ -58,11 +58,12 @@ class GatewayStub(object):
 
 
 class GatewayServicer(object):
-    """Serves requests of clients; the same engine as the OpenAI HTTP API.
+    """Serves requests of clients with the same engine as the OpenAI HTTP API.
     """
 
     def Generate(self, request, context):
-        """Generates; streams deltas. Errors: INVALID_ARGUMENT, NOT_FOUND (model), RESOURCE_EXHAUSTED (queue full), UNAVAILABLE, DEADLINE_EXCEEDED.
+        """Generates, and streams deltas. Errors: INVALID_ARGUMENT, NOT_FOUND (model), RESOURCE_EXHAUSTED (queue full),
+        UNAVAILABLE, DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,14 +77,14 @@ class GatewayServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the models served.
+        """Lists the served models.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DescribeMesh(self, request, context):
-        """The mesh as this gateway sees it.
+        """Returns the mesh as this gateway sees it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,7 +122,7 @@ def add_GatewayServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Gateway(object):
-    """Serves requests of clients; the same engine as the OpenAI HTTP API.
+    """Serves requests of clients with the same engine as the OpenAI HTTP API.
     """
 
     @staticmethod

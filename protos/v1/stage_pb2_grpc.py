@@ -77,15 +77,16 @@ class StageServicer(object):
     """
 
     def Assign(self, request, context):
-        """Loads a layer range; streams progress, ends with `done`. Errors: FAILED_PRECONDITION (checkpoint, support, memory), ABORTED (stale epoch).
+        """Loads a layer range. Streams progress and ends with `done`. Errors: FAILED_PRECONDITION (checkpoint, support,
+        memory), ABORTED (stale epoch).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Prepare(self, request, context):
-        """Loads a layer range while everything goes on, so that an Assign of it takes no time. A worker that holds an assignment
-        shares with it the layers that both have. Streams progress, ends with `done`. Errors: as Assign.
+        """Loads a layer range while the worker goes on serving, so that a later Assign of it takes no time. Layers that an
+        assignment of the worker has too are shared with it. Streams progress and ends with `done`. Errors: as Assign.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,7 +100,7 @@ class StageServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ConnectLink(self, request, context):
-        """Makes the sending end and shakes hands with the receiver over the link itself.
+        """Makes the sending end of a link, and shakes hands with the receiver over the link itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,14 +114,14 @@ class StageServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Run(self, request_iterator, context):
-        """A gateway's session: plans in, results out.
+        """A gateway's session: takes plans and returns results.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Stops an assignment, closes its links; weights are kept for a later Assign of the same range.
+        """Ends an assignment and closes its links. The worker keeps the weights for a later Assign of the same range.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

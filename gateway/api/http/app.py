@@ -125,12 +125,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _error(request: Request, error: Exception) -> Response:
-    """Ours as it is, any other as a bug: Starlette raises that again afterwards, so that it is logged."""
+    """A StagemeshError gets its own response, any other error an InternalError's; Starlette then raises it again."""
     return response_of(
         error if isinstance(error, StagemeshError) else InternalError(f"{type(error).__name__}: {error}")
     )
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    """Nobody reads it."""
+    """The response after the client has gone. No one reads it."""
     return Response(status_code=499)

@@ -17,7 +17,7 @@ from ...timing import GatewayTiming
 from ..openai.errors import BodyTooLarge, BodyTooSlow
 
 ABORT = "stagemesh.abort"
-"""Key of the scope under which a function drops the connection, with what is in its buffer."""
+"""Key of the ASGI scope for a function that drops the connection with its unsent bytes."""
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ class Writer:
 
 
 def abort_of(send: Send) -> Any:
-    """The function that drops the connection behind `send` at once; it does nothing if the server has none.
+    """The function that drops the connection of `send` at once. It does nothing if the server has none.
 
     ASGI has no call for this, and a close waits until the client has read the buffer, which it may never do. uvicorn's
     `send` is a method of an object that holds the transport.

@@ -29,11 +29,11 @@ EVENT_STREAM = [
     (b"x-accel-buffering", b"no"),
 ]
 Begin = Callable[[Api, Scope, bytes], Awaitable[Call[Any]]]
-"""Makes the call of a body."""
+"""Makes a call from a request's body."""
 
 
 def begin_new(kind: type[Call[Any]]) -> Begin:
-    """Calls of this kind, each with what the client asks for."""
+    """Makes new calls of this kind from the bodies of requests."""
 
     async def begin(api: Api, scope: Scope, data: bytes) -> Call[Any]:
         call = await kind.parse(api, data)
@@ -48,7 +48,7 @@ def begin_new(kind: type[Call[Any]]) -> Begin:
 
 
 class Endpoint:
-    """The ASGI application of one endpoint."""
+    """The ASGI application of one generating endpoint."""
 
     def __init__(self, api: Api, begin: Begin) -> None:
         self._api = api

@@ -33,7 +33,7 @@ def check_key(authorization: bytes, api_key: str) -> None:
 
 
 class RequestMiddleware:
-    """Around the whole application: no other layer has wrapped `send` yet."""
+    """The outermost middleware: it gets the server's own `send`, which no other layer has wrapped yet."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None) -> None:
         self._app = app

@@ -1,7 +1,7 @@
 """GET /v1/streams/{id}: the rest of a stream that broke, at any gateway that shares the token log.
 
-The id is that of the answer's chunks. `Last-Event-ID` names the last event that the client has, as an EventSource sends
-it by itself. Tokens in the log are sent as they are; the others are sampled as they would have been.
+The id is that of the answer's chunks. `Last-Event-ID` is the id of the last event that the client has; an EventSource
+sends it automatically. Tokens in the log are sent as they are; the others are sampled as they would have been.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .endpoint import Begin
 
 
 def begin_resumed(kinds: Mapping[str, type[Call[Any]]]) -> Begin:
-    """The rest of logged calls. `kinds`: by the path of their endpoint."""
+    """Makes calls that send the rest of logged ones. `kinds`: path of the endpoint -> its kind of call."""
 
     async def begin(api: Api, scope: Scope, data: bytes) -> Call[Any]:
         assert api.token_log is not None
@@ -42,7 +42,7 @@ def begin_resumed(kinds: Mapping[str, type[Call[Any]]]) -> Begin:
 
 
 def _seen(last: str, lengths: list[int]) -> list[int]:
-    """Tokens of each choice that the client has, from `Last-Event-ID`. Raises InvalidRequest for another stream's."""
+    """Number of each choice's tokens that the client has, by `Last-Event-ID`. Raises InvalidRequest for a wrong id."""
     if not last:
         return [0] * len(lengths)
     parts = last.split(",")

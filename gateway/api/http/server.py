@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn on a socket that is bound before."""
+"""The HTTP server: uvicorn on a socket that is already bound."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ BACKLOG = 1024
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: the gateway stops its parts in an order of its own. `should_exit` ends
-    it."""
+    """uvicorn without its signal handlers, since the gateway stops its parts in its own order.
+
+    Set `should_exit` to end it.
+    """
 
     def __init__(self, app: ASGIApp, timing: GatewayTiming) -> None:
         config = uvicorn.Config(

@@ -30,7 +30,7 @@ def trace(recorder: Recorder) -> Callable[[Request], Awaitable[JSONResponse]]:
         if steps != int(steps):
             raise errors.InvalidRequest(f"steps is {steps:g}; it must be a whole number", param="steps")
         records = await while_connected(request.receive, recorder.capture(int(steps), wait_s))
-        # Thousands of records take a while to encode, and plans must not wait for that.
+        # Encoding thousands of records takes a while, and plans must not wait for it.
         return await asyncio.to_thread(JSONResponse, records)
 
     return take

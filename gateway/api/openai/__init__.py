@@ -1,4 +1,4 @@
 """OpenAI's API: request bodies, answers, events and errors in its JSON formats.
 
-Sockets are not known here: `api/http` reads and writes.
+Nothing here knows sockets: `api/http` reads and writes.
 """

@@ -28,7 +28,7 @@ B = TypeVar("B", bound=Common)
 
 @dataclass(frozen=True)
 class Api:
-    """What all endpoints share."""
+    """The objects that all endpoints share."""
 
     engine: Engine
     settings: GatewaySettings
@@ -43,7 +43,7 @@ def event(payload: str) -> str:
 
 
 class Call(ABC, Generic[B]):
-    """One call. Subclasses write the choices of their endpoint."""
+    """One call. Subclasses write choices in the format of their endpoint."""
 
     body_type: type[B]
     object_whole: str
@@ -58,13 +58,13 @@ class Call(ABC, Generic[B]):
         self.id = f"{self.id_prefix}{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.requests: list[GenerationRequest] = []
-        """One for each prompt."""
+        """One request for each prompt."""
         self.generation: Generation
         """Set when the requests are submitted."""
         self.counts: list[int] = []
-        """Tokens of each choice so far, those among them that an earlier stream of it brought."""
+        """Number of tokens of each choice so far, with those of an earlier stream of this call."""
         self.log_file: StreamWriter | None = None
-        """To which its stream is written. Then the counts are told as the events' ids, so that it can be resumed."""
+        """Writer of the call's token log, if there is one. Then events have the counts as ids, for a resumed stream."""
         options = body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
         self._continuous_usage = self._include_usage and bool(options and options.continuous_usage_stats)
@@ -95,11 +95,11 @@ class Call(ABC, Generic[B]):
 
     @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
-        """A choice of the chunk before the first delta, if there is one."""
+        """The choice in a chunk before the first delta, if there is such a chunk."""
 
     @abstractmethod
     def piece(self, index: int, text: str) -> dict[str, Any]:
-        """A choice of a streamed chunk: everything but what comes with tokens and the end."""
+        """The choice in a streamed chunk, without log-probabilities, token ids and the reason of its end."""
 
     @abstractmethod
     def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Call(ABC, Generic[B]):
 
     @functools.cached_property
     def _head(self) -> str:
-        """What all chunks begin with."""
+        """The beginning of every chunk."""
         return dumps(self._base(self.object_chunk))[:-1] + ',"choices":['
 
     def _whole_choice(self, index: int, choice: Delta) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class CompletionCall(Call[CompletionRequest]):
         ]
 
     def content(self, index: int, text: str) -> dict[str, Any]:
-        """The text behind the echoed prompt, and the prompt's ids."""
+        """The text after the echoed prompt, and the prompt's ids."""
         return {"text": self._echo(index) + text, **self.prompt_ids(index)}
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -56,7 +56,7 @@ class CompletionCall(Call[CompletionRequest]):
         return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
     def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """The object in a completion's format, whose offsets continue."""
+        """The object in a completion's format. Its offsets continue from piece to piece."""
         if index not in self._logprobs:
             skip = self.requests[0].skip_special_tokens
             self._logprobs[index] = CompletionLogprobs(self.model.tokenizer, skip)

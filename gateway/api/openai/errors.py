@@ -17,7 +17,7 @@ TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-"""`error.type` by status; else it is invalid_request_error below 500, and server_error from there on."""
+"""Status -> `error.type`. Other statuses have invalid_request_error below 500, and server_error from 500 on."""
 CODES: dict[type[errors.StagemeshError], str] = {
     errors.Unauthenticated: "invalid_api_key",
     errors.QueueFull: "rate_limit_exceeded",

@@ -43,7 +43,7 @@ class StreamOptions(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """`response_format`, of which only text is supported."""
+    """`response_format`. Only text is supported."""
 
     model_config = ConfigDict(strict=True)
 
