@@ -103,7 +103,8 @@ class TorchDecode:
     ) -> Tensor:
         """Returns [B, N, Dv] for `query` [B, N, D] over pages [P, K, S, D].
 
-        Results of padding rows are finite, but mean nothing. It gathers all M pages of every row. It serves for checks, and if no kernel runs.
+        Results of padding rows are finite, but mean nothing. It gathers all M pages of every row. It serves for checks,
+        and if no kernel runs.
         """
         index = tables.now()
         batch, groups = query.shape[0], kind.heads // kind.kv_heads

@@ -1,9 +1,9 @@
 // Causal attention over pages, for decode rows and prompt chunks alike.
 //
 // Pages have the layout of right-hand sides (simd.h): keys of one head and page as [d / group][positions][group],
-// values as [positions / group][d][group]. So scores and the weighted sum of values are the same product that linears use. A
-// query's softmax is over its whole context in one pass, and every sum runs over positions in order. So the result of a
-// query depends only on its own context, not on the chunks of its prompt or on other rows.
+// values as [positions / group][d][group]. So scores and the weighted sum of values are the same product that linears
+// use. A query's softmax is over its whole context in one pass, and every sum runs over positions in order. So the
+// result of a query depends only on its own context, not on the chunks of its prompt or on other rows.
 #pragma once
 
 #include <cmath>

@@ -1,8 +1,8 @@
 // bf16 linears by AMX tiles, if the processor has them: its vector unit has a tenth of their speed.
 //
 // Packed weights (gemm.h) already have the layout of a tile's right-hand side: 16 groups of 16 outputs, 128 bytes
-// apart. Few and many rows all use tiles, because a tile sums in another order than vector instructions. That order over k is
-// always the same, so a row's result does not depend on other rows.
+// apart. Few and many rows all use tiles, because a tile sums in another order than vector instructions. That order
+// over k is always the same, so a row's result does not depend on other rows.
 #pragma once
 
 #include <cpuid.h>
