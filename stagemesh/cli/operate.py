@@ -18,7 +18,7 @@ from .status import fetch_mesh
 CALL_TIMEOUT_S = 10.0
 LOOK_S, RETRY_S = 0.05, 0.2
 AWAY_S = 5.0
-"""How long a coordinator that does not answer is asked again."""
+"""Time for which calls to a coordinator that does not answer are repeated."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -83,7 +83,7 @@ def _call(method: Any, request: Any, timeout_s: float = AWAY_S) -> Any:
 
 
 def _wait(stub: Any, timeout_s: float, left: Callable[[Any], str]) -> float:
-    """Waits until `left` says that nothing is left to do; returns the seconds that took. Raises DeadlineExceeded."""
+    """Waits until `left` returns an empty text. Returns the seconds that this took. Raises DeadlineExceeded."""
     began = time.monotonic()
     while what := left(_call(stub.DescribeMesh, coordinator_pb2.DescribeMeshRequest(), timeout_s).mesh):
         if time.monotonic() - began > timeout_s:
@@ -98,7 +98,7 @@ def _drain(namespace: argparse.Namespace, stub: Any) -> None:
 
     def left(mesh: Any) -> str:
         if any(w.worker_id == worker and w.state not in ("draining", "lost") for w in mesh.workers):
-            # A coordinator that was started again has forgotten.
+            # A restarted coordinator has forgotten the drain.
             _call(stub.Drain, request)
             return f"{worker} is asked to drain"
         stages = [(p, s) for p in mesh.pipelines for s in p.stages if s.worker_id == worker]
@@ -153,7 +153,7 @@ def _scale(namespace: argparse.Namespace, stub: Any) -> None:
         settled = [p for p in serving if p.limits.pipelines == wanted]
         if len(settled) == len(mesh.pipelines) == wanted:
             return ""
-        others = [f"{p.pipeline_id}: {p.reason or 'pages are split anew'}" for p in mesh.pipelines if p not in settled]
+        others = [f"{p.pipeline_id}: {p.reason or 'pages are being split'}" for p in mesh.pipelines if p not in settled]
         return f"{len(settled)} of {wanted} pipelines serve: {'; '.join(others)}"
 
     took_s = _wait(stub, namespace.timeout, left)
