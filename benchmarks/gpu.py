@@ -182,7 +182,7 @@ def run_stages(case: Case) -> dict[str, float]:
                 enforce_eager=case.device == "cpu" or case.system.endswith("eager"),
             )
             shards.append(load_shard(spec, TensorParallel()))
-            print(f"{case.shape}: layers {first}-{last - 1} are there", file=sys.stderr)
+            print(f"{case.shape}: layers {first}-{last - 1} are loaded", file=sys.stderr)
     for shard in shards:
         shard.bind_kv(KvPool(shard.kv_layers, pages, PAGE_SIZE, shard.dtype, shard.device))
     found = {f"decode {rows}": 1e3 * decode_s(shards, case, rows) for rows in ROWS}
@@ -297,7 +297,7 @@ def table_of(result: dict[str, Any]) -> str:
     """Returns the result as Markdown."""
     lines = [
         f"{result['device_name']}, {result['date']}; copy {result['rates']['bytes_s'] / 1e9:.0f} GB/s, "
-        f"bf16 product {result['rates']['flop_s'] / 1e12:.1f} TFLOP/s. Decode behind {result['context']} positions; "
+        f"bf16 product {result['rates']['flop_s'] / 1e12:.1f} TFLOP/s. Decode after {result['context']} positions; "
         f"prefill of {result['prompt']} tokens. Milliseconds a step, and the bound's share of them.",
         "",
         "| shape | step | bound | " + " | ".join(SYSTEMS) + " |",

@@ -70,7 +70,7 @@ def measure(model: Path, repeats: int) -> dict[str, Any]:
 def main() -> int:
     """Measures and writes `results/journal-share.*`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", help="default: the 100 M model, made anew")
+    parser.add_argument("model", type=Path, nargs="?", help="default: a new 100 M model")
     parser.add_argument("--repeats", type=int, default=200)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -140,7 +140,7 @@ def _write(stem: Path, rows: list[dict[str, Any]], told: dict[str, Any]) -> None
         f"{OUTPUT} tokens an answer, greedy; the draft model is the model's first {DRAFT_LAYERS} layers with its "
         f"embedding and head, up to {GUESSES} guesses at a time.",
         "",
-        "| layers behind, scaled | streams | tokens/s without | with | ratio | guessed of drawn | accepted of these |",
+        "| later layers, scaled | streams | tokens/s without | with | ratio | guessed of drawn | accepted of these |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:

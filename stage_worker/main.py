@@ -162,7 +162,7 @@ class _Worker:
         try:
             await membership.drain()
         except StagemeshError as e:
-            log.warning("the coordinator cannot be told of the drain: %s", e.message)
+            log.warning("the drain request failed: %s", e.message)
             return
         clock = asyncio.get_running_loop().time
         asked_at = left_at = clock()

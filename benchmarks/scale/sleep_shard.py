@@ -91,7 +91,7 @@ class SleepShard:
         wake_at = time.monotonic() + self.sleep_s + self.row_s * sum(batch.counts)
         hidden = batch.hidden if not self.is_first else self._embed(batch)
         if hidden is None:
-            raise InternalError("a stage behind the first needs hidden states")
+            raise InternalError("a stage after the first needs hidden states")
         # A link's buffer is released when the step is over, so the output is a copy.
         output = self._logits(hidden, batch) if self.is_last else hidden.clone()
         self._sleep_until(wake_at)

@@ -116,7 +116,7 @@ class Membership:
         while True:
             await asyncio.sleep(pause_s)
             log.warning(
-                "this worker is not registered after %.0f s: the coordinator at %s %s. It is tried again and again. "
+                "this worker is not registered after %.0f s: the coordinator at %s %s. The worker keeps trying. "
                 "See that it runs, that --coordinator names it, and that this machine may connect to it",
                 clock() - began,
                 self._settings.coordinator,

@@ -96,7 +96,7 @@ class PagedAttention:
 
     def _choose(self, kind: LayerKind, device: torch.device) -> DecodeKernel:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise InternalError("a decode kernel was to be chosen while a graph is captured: run the step once before")
+            raise InternalError("a decode kernel cannot be chosen during a graph capture: run the step once before")
         if self._kernels is None:
             self._kernels = make_kernels(self._wanted, device)
         for kernel in self._kernels:
@@ -122,7 +122,7 @@ class PagedAttention:
                 raise
             except RuntimeError as e:
                 self._flash = False
-                log.warning("prompts do not go through PyTorch's flash attention here: %s", e)
+                log.warning("prompts do not use PyTorch's flash attention here: %s", e)
         return attend_prefill(query, k_pages, v_pages, view, kind, self._scores_bytes)
 
 

@@ -70,7 +70,7 @@ class FlashinferDecode:
         wrappers = self._wrappers.setdefault(tables, {})
         if kind not in wrappers:
             if torch.cuda.is_current_stream_capturing():
-                raise InternalError("flashinfer was to plan a kind of layer while a graph is captured")
+                raise InternalError("flashinfer cannot plan a new kind of layer during the capture of a graph")
             wrappers[kind] = self._make(tables, kind)
             _plan(wrappers[kind], tables, kind)
         out: Tensor = wrappers[kind].run(query, (k_pages, v_pages))

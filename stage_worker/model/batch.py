@@ -37,9 +37,7 @@ class StepBatch:
         """Returns the stage's input: token ids on the first one, else hidden states. Raises InternalError if absent."""
         given = self.token_ids if first_stage else self.hidden
         if given is None:
-            needed = (
-                "the first stage needs token ids" if first_stage else "a stage behind the first needs hidden states"
-            )
+            needed = "the first stage needs token ids" if first_stage else "a stage after the first needs hidden states"
             raise InternalError(needed)
         return given
 

@@ -33,7 +33,7 @@ class TPGroup:
             TransportError: not all ranks joined within `timeout_s`.
         """
         if not 0 <= rank < size:
-            raise ConfigError(f"rank {rank} is none of a tensor-parallel group of {size}")
+            raise ConfigError(f"rank {rank} is not in a tensor-parallel group of {size}")
         self.rank = rank
         self.size = size
         self.device = torch.device(device)

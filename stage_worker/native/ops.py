@@ -129,7 +129,7 @@ def loaded() -> ctypes.CDLL:
     """Returns the kernels. Raises InternalError if there are none."""
     lib = library()
     if lib is None:
-        raise InternalError("the compiled kernels are not to be had here")
+        raise InternalError("the compiled kernels are not available here")
     return lib
 
 

@@ -146,7 +146,7 @@ class RankCommands:
         first, last = request.layers.first, request.layers.last - 1
         if not self.engine.assignments:
             self._stands_by(first, last)
-        log.info("layers %d-%d are loaded, and wait for an assignment", first, last)
+        log.info("layers %d-%d are loaded for a later assignment", first, last)
         self.engine.control.send(Kind.REPLY, ident, _done(resources, request))
 
     def _stands_by(self, first: int, last: int) -> None:

@@ -50,7 +50,7 @@ class _Handshake:
         """Returns the response. Raises the error of a link that failed."""
         for sender in self.senders:
             if not sender.up:
-                raise sender.error or TransportError(f"the {self.what} was closed before it stood")
+                raise sender.error or TransportError(f"the {self.what} was closed before it was ready")
         route = ", ".join(sorted({sender.route for sender in self.senders}))
         if route:
             log.info("%s goes over %s: %s", self.what, self.transport, route)

@@ -59,7 +59,7 @@ def open_transports(config: RankConfig) -> dict[str, Transport]:
         except TransportError as e:
             if settings.transport != "auto":
                 raise
-            log.warning("links will be made over TCP: UCX is not to be had here: %s", e.message)
+            log.warning("links will use TCP, because UCX is not available: %s", e.message)
     return opened
 
 

@@ -37,9 +37,9 @@ class StepRow:
 def check_guesses(plan: stage_pb2.StepPlan) -> None:
     """Raises InvalidRequest for too many guesses, or for guesses after a row that draws nothing."""
     if len(plan.guess_rows) != len(plan.guess_counts) or any(not 0 < n <= MOST_GUESSES for n in plan.guess_counts):
-        raise InvalidRequest(f"step {plan.step} asks for other than 1 to {MOST_GUESSES} guesses behind a row")
+        raise InvalidRequest(f"step {plan.step} must ask for 1 to {MOST_GUESSES} guesses after a row")
     if not set(plan.guess_rows) <= set(plan.sample_rows):
-        raise InvalidRequest(f"step {plan.step} asks for guesses behind a row that draws nothing")
+        raise InvalidRequest(f"step {plan.step} asks for guesses after a row that draws nothing")
 
 
 def step_rows(

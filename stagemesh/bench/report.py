@@ -23,7 +23,7 @@ def table(trace: Trace, summary: Summary, cpu: CpuUse | str) -> str:
         _clocks(trace),
     ]
     if trace.left_out:
-        lines.append(f"{trace.left_out} steps of another epoch are left out: the pipeline changed meanwhile")
+        lines.append(f"{trace.left_out} steps of another epoch are left out: the pipeline changed during the trace")
     lines += ["", *_stages(summary), "", *_gateway(summary), "", *_cpu(cpu), "", *_goals(summary, cpu)]
     return "\n".join(lines)
 

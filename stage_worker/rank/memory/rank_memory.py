@@ -97,7 +97,7 @@ class RankMemory:
             (resources for resources in self._in_use() if self._fits(resources, limits)), None
         )
         if before is not None and not self._fits(before, limits):
-            raise ConfigError("the worker serves with other bounds: they cannot change beside that")
+            raise ConfigError("the worker serves with other bounds, which cannot change while it serves")
         if before is None:
             pages = self._num_pages(limits, shards)
             pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)

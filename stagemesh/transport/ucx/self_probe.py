@@ -48,7 +48,7 @@ class SelfProbe:
             self._endpoint = self._sender.endpoint(receiver.address)
         except TransportError as e:
             self._sender = None
-            log.warning("whether this process still hears through shared memory cannot be asked: %s", e)
+            log.warning("whether messages arrive through shared memory cannot be checked: %s", e)
 
     def ask(self) -> None:
         """Sends a message, for which `progress` then waits.
