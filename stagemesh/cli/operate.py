@@ -27,27 +27,27 @@ def add_parsers(commands: Any) -> None:
         "drain",
         help="take a worker out of service; its layers move to another one that can hold them",
         description="Takes a worker out of service. Its layers move to a standby or another worker of its pool, with "
-        "what they hold of running requests, while these go on. Refused where nobody can take them.",
+        "their data of running requests, while these go on. Refused if no worker can take them.",
     )
     drain.add_argument(
-        "--force", action="store_true", help="also where nobody can: what runs is finished, and nothing new is taken"
+        "--force", action="store_true", help="also if no worker can: running requests finish, and no new ones start"
     )
-    undrain = commands.add_parser("undrain", help="take a drain back: the worker may hold stages again")
+    undrain = commands.add_parser("undrain", help="cancel a drain: the worker may hold stages again")
     for command in (drain, undrain):
         command.add_argument("worker", metavar="WORKER", help="its name, as `stagemesh status` shows it")
     repartition = commands.add_parser(
         "repartition",
         help="give the stages other layers while requests go on",
-        description="Gives the stages other layers. Those that change hands move, with what they hold of running "
+        description="Gives the stages other layers. Layers that change workers move with their data of running "
         "requests, while these go on.",
     )
     repartition.add_argument("counts", metavar="COUNTS", help="layers of each stage, such as 5,7; or auto")
     scale = commands.add_parser(
         "scale",
         help="have more or fewer workers serve a stage at once",
-        description="Has so many workers serve a stage at once. With each further one, one more pipeline runs over the "
-        "stages that have fewer, and requests are spread over all pipelines. With one fewer, a pipeline finishes what "
-        "it runs, or what is left of it after a while goes on at another one.",
+        description="Sets the number of workers that serve a stage at once. With each further worker, one more pipeline "
+        "runs over the stages that have fewer, and requests are distributed over all pipelines. With one fewer, a "
+        "pipeline finishes its requests. Those left after a while continue in another pipeline.",
     )
     scale.add_argument("stage", metavar="STAGE", type=int, help="the stage, from 0")
     scale.add_argument(
