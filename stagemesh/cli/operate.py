@@ -45,7 +45,7 @@ def add_parsers(commands: Any) -> None:
     scale = commands.add_parser(
         "scale",
         help="have more or fewer workers serve a stage at once",
-        description="Sets the number of workers that serve a stage at once. With each further worker, one more pipeline "
+        description="Sets the number of workers that serve a stage at once. With each further one, one more pipeline "
         "runs over the stages that have fewer, and requests are distributed over all pipelines. With one fewer, a "
         "pipeline finishes its requests. Those left after a while continue in another pipeline.",
     )
