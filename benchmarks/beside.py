@@ -2,10 +2,9 @@
 
     python -m benchmarks.beside OTHER [--rounds 5] [--model MODEL]
 
-OTHER is the root of a checkout with an environment of its own (`make install` there). Each round measures both, and
-which comes first changes: the time until the first token, tokens a second with 16 requests at once and with one, and
-the longest pause of a stream when a rank is killed, a worker is drained, and layers move. The ratio is that of the
-medians.
+OTHER is the root of a checkout with its own environment (`make install` there). Each round measures both, in changing
+order. It measures the time until the first token, tokens per second with 16 concurrent requests and with one, and the
+longest pause of a stream when a rank is killed, a worker is drained, and layers move. The ratio is of the medians.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from stagemesh import Client
 
 PROMPT, OUTPUT = 128, 64
 LOADS = {"16 at once": (16, 64), "1 at once": (1, 8)}
-"""Requests at once, and in all."""
+"""(concurrent requests, total requests)."""
 PAUSES = {"rank": "a rank is killed", "drain": "a worker is drained", "repartition": "layers move"}
 TIMES, STREAMS, TOKENS = 6, 8, 256
 FIGURES = {"start": "s", **dict.fromkeys(LOADS, "tok/s"), **dict.fromkeys(PAUSES.values(), "ms")}
@@ -41,7 +40,7 @@ MORE_IS_BETTER = set(LOADS)
 
 
 def throughput(python: str, model: Path, folder: Path) -> dict[str, float]:
-    """Start (s) and rates (tokens/s) of a new server, after a warm-up."""
+    """Measures start (s) and rates (tokens/s) of a new server, after a warm-up."""
     spec = stagemesh_spec(Layout(2, 1))
     spec = replace(spec, command=[python, *spec.command[1:]])
     with running(spec, model, folder) as server:
@@ -53,7 +52,7 @@ def throughput(python: str, model: Path, folder: Path) -> dict[str, float]:
 
 
 def pauses(python: str, model: Path, folder: Path, kind: str) -> float:
-    """The median over disturbances of the longest pause of any stream, in milliseconds."""
+    """Measures the longest pause of any stream at each disturbance. Returns the median in milliseconds."""
     with serving(model, folder, 1, folder / f"{kind}.log", python=python) as mesh:
         seen = mesh.wait_whole()
         mesh.first_layers = seen["pipelines"][0]["stages"][0]["layers"]["last"]
@@ -69,7 +68,7 @@ def pauses(python: str, model: Path, folder: Path, kind: str) -> float:
 
 
 def measured(root: Path, model: Path) -> dict[str, float]:
-    """All figures of one checkout."""
+    """Measures all figures of one checkout."""
     python = str(root / ".venv" / "bin" / "python")
     with tempfile.TemporaryDirectory(prefix="stagemesh-beside-") as folder:
         found = throughput(python, model, Path(folder))
@@ -79,7 +78,7 @@ def measured(root: Path, model: Path) -> dict[str, float]:
 
 
 def table(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> list[str]:
-    """Markdown."""
+    """Returns the figures as a Markdown table."""
     lines = ["| what | this checkout, each round | the other one | ratio of the medians |", "| --- | --- | --- | --- |"]
     for name, unit in FIGURES.items():
         digits = 2 if unit == "s" else 0

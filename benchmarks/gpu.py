@@ -3,10 +3,10 @@
     python -m benchmarks.gpu          # 1 B and 8 B, one stage and two, decode of 1 and 64 rows, 8 K of prompt
     python -m benchmarks.gpu --shapes tiny --device cpu --context 64 --steps 4 --prompt 128     # does it run at all
 
-Weights are random (`--load-format dummy`). Every case runs in a process of its own, so that no case inherits memory or
+Weights are random (`--load-format dummy`). Every case runs in a separate process, so that it inherits no memory or
 fused functions. Two stages are called in turn in one process, which shows the cost of the split without links. A bound
-is the larger of two times: the bytes that a step must read, at the measured bandwidth of a copy, and its operations, at
-the measured rate of a matrix product.
+is the larger of two times: for the bytes that a step must read, at the measured bandwidth of a copy, and for its
+operations, at the measured rate of a matrix product.
 """
 
 from __future__ import annotations
@@ -71,26 +71,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""Shapes of Llama 3.2 1B and Llama 3.1 8B, and a tiny one to try this script."""
+"""Shapes of Llama 3.2 1B and Llama 3.1 8B, and a tiny shape to try this script."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures."""
+    """One case, which one process measures."""
 
     shape: str
     system: str
     device: str
     context: int
-    """Positions before the first decoded token."""
+    """Number of positions before the first decoded token."""
     steps: int
     prompt: int
-    """Tokens of the prefill."""
+    """Number of tokens of the prefill."""
     seed: int
 
 
 def config_of(shape: str, positions: int) -> LlamaConfig:
-    """The shape's configuration, for sequences of up to `positions`."""
+    """Returns the shape's configuration, for sequences of up to `positions`."""
     return LlamaConfig(**SHAPES[shape], max_position_embeddings=positions, dtype="bfloat16", rms_norm_eps=1e-5)
 
 
@@ -102,13 +102,13 @@ class Rates:
     """The measured rates of the device."""
 
     bytes_s: float
-    """Read and written by a copy."""
+    """Bytes per second that a copy reads and writes."""
     flop_s: float
-    """Of a bf16 matrix product."""
+    """FLOP per second of a bf16 matrix product."""
 
 
 def measure_rates(device: str) -> Rates:
-    """The best of several copies and matrix products, large enough to fill the device."""
+    """Measures the best of several copies and matrix products, large enough to fill the device."""
     big = device != "cpu"
     source = torch.empty((2 << 30) if big else (64 << 20), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -120,7 +120,7 @@ def measure_rates(device: str) -> Rates:
 
 
 def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds until the device has done `work`."""
+    """Returns the seconds until the device has done `work`."""
     wait(device)
     began = time.perf_counter()
     work()
@@ -135,7 +135,7 @@ def wait(device: str) -> None:
 
 
 def bound_s(shape: str, rates: Rates, rows: int, tokens: int, context: int) -> float:
-    """The least that a step can take: `rows` sequences of `tokens` new positions each, behind `context`."""
+    """Returns the least seconds of a step with `rows` sequences of `tokens` new positions each, after `context`."""
     s = SHAPES[shape]
     hidden, heads, head_dim, layers = s["hidden_size"], s["num_attention_heads"], s["head_dim"], s["num_hidden_layers"]
     kv_dim = s["num_key_value_heads"] * head_dim
@@ -152,7 +152,7 @@ def bound_s(shape: str, rates: Rates, rows: int, tokens: int, context: int) -> f
 
 
 def run_case(case: Case) -> dict[str, float]:
-    """Milliseconds by "decode 1", "decode 64", "prefill"; and the rates."""
+    """Returns milliseconds of "decode 1", "decode 64" and "prefill", or the rates."""
     torch.manual_seed(case.seed)
     if case.system == "rates":
         return asdict(measure_rates(case.device))
@@ -160,7 +160,7 @@ def run_case(case: Case) -> dict[str, float]:
 
 
 def run_stages(case: Case) -> dict[str, float]:
-    """Through our own shards."""
+    """Measures stagemesh's shards."""
     positions = max(case.context + 2 * case.steps + 1, case.prompt)
     pages = max(ROWS[-1] * -(-(case.context + 2 * case.steps) // PAGE_SIZE), -(-case.prompt // PAGE_SIZE))
     layers = SHAPES[case.shape]["num_hidden_layers"]
@@ -178,11 +178,11 @@ def run_stages(case: Case) -> dict[str, float]:
                 load_format="dummy",
                 seed=case.seed,
                 page_size=PAGE_SIZE,
-                # On a CPU the compiled kernels would stand in for what this measures.
+                # On a CPU, the compiled kernels would replace the code that this measures.
                 enforce_eager=case.device == "cpu" or case.system.endswith("eager"),
             )
             shards.append(load_shard(spec, TensorParallel()))
-            print(f"{case.shape}: layers {first}-{last - 1} are there", file=sys.stderr)
+            print(f"{case.shape}: layers {first}-{last - 1} are loaded", file=sys.stderr)
     for shard in shards:
         shard.bind_kv(KvPool(shard.kv_layers, pages, PAGE_SIZE, shard.dtype, shard.device))
     found = {f"decode {rows}": 1e3 * decode_s(shards, case, rows) for rows in ROWS}
@@ -199,7 +199,7 @@ def run_stages(case: Case) -> dict[str, float]:
 
 
 def decode_s(shards: list[Shard], case: Case, rows: int) -> float:
-    """Seconds a step: as many steps as asked, each over the tokens of the one before, without waiting in between."""
+    """Returns seconds per step. Each step uses the tokens of the previous one, without waiting in between."""
     each = -(-(case.context + 2 * case.steps) // PAGE_SIZE)
     tables = [list(range(row * each, (row + 1) * each)) for row in range(rows)]
     wanted = torch.arange(rows, device=case.device)
@@ -210,7 +210,7 @@ def decode_s(shards: list[Shard], case: Case, rows: int) -> float:
         for at in range(start, start + case.steps):
             tokens = run_step(shards, [at] * rows, [1] * rows, tables, tokens, wanted).argmax(-1)
 
-    steps(case.context)  # Compiles, captures.
+    steps(case.context)  # This compiles and captures.
     return timed(lambda: steps(case.context + case.steps), case.device) / case.steps
 
 
@@ -222,7 +222,7 @@ def run_step(
     tokens: torch.Tensor,
     wanted: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits [R, V] of one step through all stages."""
+    """Returns logits [R, V] of one step through all stages."""
     out: torch.Tensor | None = None
     for shard in shards:
         batch = StepBatch(starts, counts, tables, PAGE_SIZE, token_ids=tokens, hidden=out, logit_rows=wanted)
@@ -240,14 +240,14 @@ class Clock(LogitsProcessor):  # type: ignore[misc]
         self.seconds: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Leaves the scores as they are."""
+        """Returns the scores unchanged."""
         wait(self._device)
         self.seconds.append(time.perf_counter())
         return scores
 
 
 def run_transformers(case: Case) -> dict[str, float]:
-    """`generate` with a static cache; on a GPU transformers compiles its decode step."""
+    """Measures `generate` with a static cache. On a GPU, transformers compiles its decode step."""
     config = config_of(case.shape, max(case.context + case.steps, case.prompt) + 8)
     with torch.device(case.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -283,7 +283,7 @@ def run_transformers(case: Case) -> dict[str, float]:
 
 
 def run_apart(case: Case) -> dict[str, float] | str:
-    """What a process of its own measures, or the last of what it said when it failed."""
+    """Runs a case in a separate process. Returns its figures, or the end of its error."""
     command = [sys.executable, str(Path(__file__).resolve()), "--case", json.dumps(asdict(case))]
     try:
         ran = subprocess.run(command, stdout=subprocess.PIPE, timeout=CASE_TIMEOUT_S, text=True, check=True)
@@ -294,10 +294,10 @@ def run_apart(case: Case) -> dict[str, float] | str:
 
 
 def table_of(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """Returns the result as Markdown."""
     lines = [
         f"{result['device_name']}, {result['date']}; copy {result['rates']['bytes_s'] / 1e9:.0f} GB/s, "
-        f"bf16 product {result['rates']['flop_s'] / 1e12:.1f} TFLOP/s. Decode behind {result['context']} positions; "
+        f"bf16 product {result['rates']['flop_s'] / 1e12:.1f} TFLOP/s. Decode after {result['context']} positions; "
         f"prefill of {result['prompt']} tokens. Milliseconds a step, and the bound's share of them.",
         "",
         "| shape | step | bound | " + " | ".join(SYSTEMS) + " |",
@@ -319,7 +319,7 @@ def table_of(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measures, prints the table, writes it and the JSON; 1 when a case failed."""
+    """Measures, prints the table, writes it and the JSON. Returns 1 if a case failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--shapes", default="1b,8b", help=f"some of {', '.join(SHAPES)}")
@@ -380,7 +380,7 @@ def main() -> int:
             failed |= isinstance(found, str)
             print(f"{shape}, {system}: {found}", flush=True)
             result["systems"][shape][system] = found
-            # After each: what was measured outlives what breaks later.
+            # Results are written after each case, so that a later failure does not lose them.
             (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             (out / "gpu.md").write_text(table_of(result), encoding="utf-8")
     print(table_of(result))

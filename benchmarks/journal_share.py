@@ -2,8 +2,9 @@
 
     python -m benchmarks.journal_share [MODEL]
 
-Half of the model's layers compute a step, then the journal stores its output, as in a rank: between two steps, when the
-caches hold the step's weights. The throughput of whole meshes (`pairs --what journal`) varies by more than that costs.
+Half of the model's layers compute a step, then the journal stores its output. As in a rank, this is between two steps,
+when the caches hold the step's weights. The throughput of whole meshes (`pairs --what journal`) varies by more than
+this cost.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ PAGE_SIZE = 16
 CONTEXT = 160
 STEPS = {"decode of 8 rows": (8, 1), "decode of 16 rows": (16, 1), "48 tokens of a prompt": (1, 48),
          "512 tokens of a prompt": (1, 512)}  # fmt: skip
-"""(rows, tokens of each)"""
+"""Name -> (rows, tokens per row)."""
 
 
 def measure(model: Path, repeats: int) -> dict[str, Any]:
-    """Milliseconds of a step, milliseconds of storing its output, and the share of the latter in both."""
+    """Measures milliseconds of a step, milliseconds of storing its output, and the latter's share of both."""
     torch.set_num_threads(1)
     layers = model_facts(model)["layers"]
     spec = ShardSpec(str(model), 0, layers // 2, "bfloat16", "cpu", page_size=PAGE_SIZE, threads=1)
@@ -69,7 +70,7 @@ def measure(model: Path, repeats: int) -> dict[str, Any]:
 def main() -> int:
     """Measures and writes `results/journal-share.*`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", help="default: the 100 M model, made anew")
+    parser.add_argument("model", type=Path, nargs="?", help="default: a new 100 M model")
     parser.add_argument("--repeats", type=int, default=200)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

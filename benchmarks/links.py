@@ -2,8 +2,8 @@
 
     python -m benchmarks.links [--rounds 1000] [--repeats 3] [--json FILE]
 
-Each transport is measured several times in turn, and the run with the lowest median is reported, because other work on
-the machine only makes a run slower. `--real-time` (needs root) keeps such work off the two cores.
+Each transport is measured several times in turn. The run with the lowest median is reported, because other work on the
+machine only makes a run slower. `--real-time` (needs root) keeps such work off the two cores.
 
 Each side drives its transport as a rank does: it spins for 50 microseconds, then arms and sleeps. The figures include
 all work of a link: post, credit, release.
@@ -29,18 +29,18 @@ import torch
 from stagemesh.stage_worker.links.link import LinkIdentity, LinkReceiver, LinkSender
 from stagemesh.transport import Transport, open_transport
 
-HIDDEN = 512  # 1 KiB a row in bf16
+HIDDEN = 512  # 1 KiB per row in bf16.
 SIZES_KIB = {1: 1, 16: 16, 96: 96, 1024: 1024}
 SPIN_S = 50e-6
 TIMEOUT_S = 60.0
 UCX_OVER_TCP = {"TLS": "tcp", "NET_DEVICES": "lo"}
 WARM_UP = 100
 CARRIED = HIDDEN, torch.bfloat16, 2, max(SIZES_KIB.values())
-"""Row, credits and most rows of both links."""
+"""Hidden size, dtype, credits and largest number of rows of both links."""
 
 
 class Side:
-    """A transport with a link each way, driven as an engine drives it."""
+    """A transport with one link in each direction, driven as an engine drives it."""
 
     def __init__(self, kind: str) -> None:
         options = UCX_OVER_TCP if kind == "ucx-tcp" else None
@@ -87,13 +87,13 @@ class Side:
 
 
 def steps(rounds: int) -> list[tuple[int, int]]:
-    """(step, rows) of the whole run. Both sides compute the same list."""
+    """Returns (step, rows) of the whole run. Both sides compute the same list."""
     plan = [rows for rows in SIZES_KIB.values() for _ in range(WARM_UP + rounds)]
     return list(enumerate(plan))
 
 
 def child(kind: str, rounds: int, real_time: bool) -> None:
-    """The other process: sends every frame back."""
+    """Runs the other process, which sends every frame back."""
     torch.set_num_threads(1)
     side = Side(kind)
     print(side.transport.address().hex(), flush=True)
@@ -108,13 +108,13 @@ def child(kind: str, rounds: int, real_time: bool) -> None:
         side.take(step)
         side.send(step, replies[rows])
         if i + 1 < len(plan):
-            side.receiver.post(0, *_announce(plan[i + 1]))  # the plan of the next step is known by now
-    side.drive(lambda: side.sender.unconsumed(0) == 0 or side.sender.error is not None)  # the last reply was taken
+            side.receiver.post(0, *_announce(plan[i + 1]))  # The plan of the next step is known now.
+    side.drive(lambda: side.sender.unconsumed(0) == 0 or side.sender.error is not None)  # The last reply was taken.
     side.close()
 
 
 def settle(core: int, real_time: bool) -> None:
-    """One core for each side: two that spin on one core measure the scheduler."""
+    """Pins this side to its own core: two sides that spin on one core would measure the scheduler."""
     cores = sorted(os.sched_getaffinity(0))
     if core < len(cores):
         os.sched_setaffinity(0, {cores[core]})
@@ -127,7 +127,7 @@ def _announce(step: tuple[int, int]) -> tuple[int, tuple[int, int]]:
 
 
 def measure(kind: str, rounds: int, real_time: bool) -> dict[str, Any]:
-    """Round trips over one kind of transport."""
+    """Measures round trips over one kind of transport."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), "--child", kind, "--rounds", str(rounds)]
         + ["--real-time"] * real_time,
@@ -173,7 +173,7 @@ def measure(kind: str, rounds: int, real_time: bool) -> dict[str, Any]:
 
 
 def best(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The lowest median of each size."""
+    """Returns the run with the lowest median for each size."""
     sizes = runs[0]["round_trip"]
     trips = {size: min((run["round_trip"][size] for run in runs), key=lambda trip: trip["p50_us"]) for size in sizes}
     return runs[0] | {"round_trip": trips}

@@ -1,8 +1,8 @@
-"""Measures what a setting costs: tokens a second with it and without it, in alternating pairs.
+"""Measures the cost of a setting: tokens per second with it and without it, in alternating pairs.
 
     python -m benchmarks.pairs [MODEL] [--what journal] [--pairs 10]
 
-The load is streams of 128 tokens in and 64 out over two stages. The interval is that of the mean ratio (t, 95 %).
+The load is streams of 128 tokens in and 64 out over two stages. The interval is of the mean ratio (t, 95 %).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31,
 
 @dataclass(frozen=True)
 class Pair:
-    """What is compared, and under which load."""
+    """A comparison and its load."""
 
     about: str
     with_it: tuple[str, ...]
@@ -46,7 +46,7 @@ PAIRS = {
 
 
 def rate(model: Path, pair: Pair, options: tuple[str, ...], logs: Path) -> float:
-    """Tokens a second of a new server, after a warm-up."""
+    """Measures tokens per second of a new server, after a warm-up."""
     with running(stagemesh_spec(Layout(2, 1), *options), model, logs) as server:
         asyncio.run(tokens_a_second(server.base_url, pair.streams, pair.streams, PROMPT, OUTPUT))
         return asyncio.run(tokens_a_second(server.base_url, pair.streams, pair.requests, PROMPT, OUTPUT))
@@ -63,7 +63,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="stagemesh-pairs-") as folder:
         model = given.model or default_model(Path(folder))
         for number in range(given.pairs):
-            # Each is first every other time.
+            # The order alternates.
             order = (pair.with_it, pair.without) if number % 2 else (pair.without, pair.with_it)
             found = {options: rate(model, pair, options, Path(folder)) for options in order}
             rates.append((found[pair.with_it], found[pair.without]))

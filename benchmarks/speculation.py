@@ -1,8 +1,8 @@
-"""Measures what a draft model brings: tokens a second with it and without it.
+"""Measures the gain of a draft model: tokens per second with it and without it.
 
     python -m benchmarks.speculation [MODEL] [--streams 1,4,16] [--repeats 2]
 
-Models with random weights do not predict each other. So the draft model is made of the model's own first layers,
+Models with random weights do not predict each other. So the draft model consists of the model's own first layers,
 embedding and head, and the other layers are scaled down in a copy of the model. The scale decides how often the two
 agree. The acceptance is measured and reported, so that a figure can be compared with other models of the same
 acceptance.
@@ -31,14 +31,14 @@ from benchmarks.common.servers import Layout, running, stagemesh_spec
 
 DRAFT_LAYERS = 1
 SCALES = (0.02, 0.1, 0.3)
-"""Scales of the layers that the draft model lacks. The smaller, the more often the two models agree."""
+"""Scales of the layers that the draft model lacks. With a smaller scale the two models agree more often."""
 OUTPUT, PROMPT = 192, 32
 GUESSES = 4
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def make_pair(model: Path, out: Path, scale: float) -> tuple[Path, Path]:
-    """(target, draft): a copy whose layers behind the first add `scale` times as much, and those first ones alone."""
+    """Makes (target, draft): a copy whose later layers add `scale` times as much, and a model of the first layers."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     tensors = load_file(model / "model.safetensors")
     target, draft = {}, {}
@@ -61,19 +61,19 @@ def make_pair(model: Path, out: Path, scale: float) -> tuple[Path, Path]:
 
 
 def metric(url: str, name: str) -> float:
-    """A counter of the gateway."""
+    """Reads a counter of the gateway."""
     with urllib.request.urlopen(url + "/metrics", timeout=10) as response:
         lines = response.read().decode().splitlines()
     return float(next(line.split()[-1] for line in lines if line.startswith(f"stagemesh_{name}_total ")))
 
 
 def rate_of(url: str, streams: int) -> float:
-    """Output tokens a second of two requests a stream, one after the other."""
+    """Measures output tokens per second of two successive requests per stream."""
     return asyncio.run(tokens_a_second(url, streams, 2 * streams, PROMPT, OUTPUT))
 
 
 def measure(target: Path, config: dict[str, Any] | None, streams: list[int], logs: Path) -> dict[int, dict[str, float]]:
-    """By number of streams: tokens a second, guessed tokens per sampled token, share of accepted guesses."""
+    """Measures, by number of streams, tokens per second, guesses per sampled token, and share of accepted guesses."""
     found = {}
     more = ["--speculative-config", json.dumps(config)] if config else []
     with running(stagemesh_spec(Layout(2, 1), *more), target, logs) as server:
@@ -140,7 +140,7 @@ def _write(stem: Path, rows: list[dict[str, Any]], told: dict[str, Any]) -> None
         f"{OUTPUT} tokens an answer, greedy; the draft model is the model's first {DRAFT_LAYERS} layers with its "
         f"embedding and head, up to {GUESSES} guesses at a time.",
         "",
-        "| layers behind, scaled | streams | tokens/s without | with | ratio | guessed of drawn | accepted of these |",
+        "| later layers, scaled | streams | tokens/s without | with | ratio | guessed of drawn | accepted of these |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:

@@ -20,7 +20,7 @@ from benchmarks.common.results import RESULTS
 
 @dataclass
 class Module:
-    """One file of tests."""
+    """Results of one file of tests."""
 
     passed: int = 0
     skipped: int = 0
@@ -30,7 +30,7 @@ class Module:
 
 
 def modules(cases: Iterable[ET.Element]) -> dict[str, Module]:
-    """junit's cases, by file."""
+    """Groups junit's cases by file."""
     found: dict[str, Module] = {}
     for case in cases:
         name, seconds = case.get("name", ""), float(case.get("time", "0"))
@@ -53,7 +53,7 @@ def _file(classname: str) -> str:
 
 
 def table(found: dict[str, Module]) -> list[str]:
-    """Markdown."""
+    """Returns a Markdown table."""
     lines = ["| tests | passed | failed | skipped | s | the longest, s |", "| --- | --- | --- | --- | --- | --- |"]
     for file, m in sorted(found.items()):
         seconds, name = m.longest
@@ -64,7 +64,7 @@ def table(found: dict[str, Module]) -> list[str]:
 
 
 def main() -> int:
-    """Writes the file."""
+    """Writes the file of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the file under results")
     parser.add_argument("junit", type=Path)

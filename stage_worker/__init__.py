@@ -1,4 +1,4 @@
 """A stage worker: an agent process that speaks gRPC, and a rank process for each tensor-parallel rank that computes.
 
-`agent` and `rank` know nothing of each other but the words in `messages`. The other folders are the rank's.
+`agent` and `rank` share only the definitions in `messages`. The other folders belong to the rank.
 """

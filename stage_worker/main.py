@@ -30,19 +30,19 @@ log = logging.getLogger(__name__)
 
 RANK = "stagemesh.stage_worker.rank.process:run"
 RANK_IMPORTS = "stagemesh.stage_worker.rank.process:preload"
-"""Named, not imported: the agent imports nothing of the ranks."""
+"""Entry points by name: the agent does not import the modules of the ranks."""
 MOST_RESTARTS = 5
-"""Restarts in a row of a group that dies soon after each start."""
+"""Limit of restarts in a row for a group that dies soon after each start."""
 
 
 def run(settings: StageSettings, ready_fd: int | None = None) -> int:
-    """Runs one worker until SIGTERM or SIGINT; returns the exit status. Raises ConfigError when it cannot start."""
+    """Runs one worker until SIGTERM or SIGINT. Returns the exit status. Raises ConfigError if it cannot start."""
     role = f"stage {settings.stage}" if settings.stage is not None else "standby"
     process.set_title(role)
     process.set_up_logging(role)
     configs = RankConfig.of_worker(role, settings, device_kind(settings.device))
     launcher = rank_launcher(configs, LaunchTiming().scaled(settings.time_scale))
-    # Now, while this process has one thread and no descriptors that a fork should not keep.
+    # The launcher starts now, while this process has one thread and no descriptors that a fork should not keep.
     imported = RANK.partition(":")[0] in sys.modules
     launcher.begin(fork_here=imported, close=[ready_fd] if ready_fd is not None else [])
     process.prefer()
@@ -51,18 +51,20 @@ def run(settings: StageSettings, ready_fd: int | None = None) -> int:
 
 
 def rank_launcher(configs: list[RankConfig], timing: LaunchTiming) -> Launcher:
-    """Makes the launcher of a worker's ranks. On a CUDA device each rank is a new interpreter: a library may initialize
-    CUDA when it is imported, and a fork of such a process cannot use CUDA."""
+    """Makes the launcher of a worker's ranks. On a CUDA device, each rank is a new interpreter.
+
+    A library may initialize CUDA when it is imported, and a fork of such a process cannot use CUDA.
+    """
     forks = configs[0].device == "cpu" and sys.platform == "linux"
     imports = Call(function=RANK_IMPORTS, argument=configs[0].pack()) if forks else None
     threads = configs[0].settings.threads
-    # torch reads it once, when it is imported.
+    # torch reads OMP_NUM_THREADS once, when it is imported.
     env = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     return Launcher(configs[0].label, timing, imports=imports, env=env)
 
 
 def preload(argument: bytes, fds: list[int]) -> int:
-    """Imports what workers and their ranks need, in the process from which workers will be forked.
+    """Imports the modules of workers and their ranks in the process from which workers will be forked.
 
     `argument`: settings of one such worker, as JSON. Returns an exit status.
     """
@@ -77,7 +79,7 @@ def preload(argument: bytes, fds: list[int]) -> int:
 
 
 class _Worker:
-    """One worker from start to end. Its agent stays, its rank group may be replaced."""
+    """One worker from start to end. It has one agent. Its rank group may be replaced."""
 
     def __init__(
         self, settings: StageSettings, configs: list[RankConfig], launcher: Launcher, timing: StageTiming
@@ -116,7 +118,7 @@ class _Worker:
         return 0
 
     async def _serve(self, agent: Agent, membership: Membership, server: rpc.Server) -> None:
-        """Keeps a rank group running and registered until told to stop. Replaces a group that is lost."""
+        """Keeps a rank group running and registered until `stop` is set. Replaces a group that is lost."""
         stopped = asyncio.create_task(self.stop.wait())
         failures = 0
         try:
@@ -146,21 +148,21 @@ class _Worker:
                 failures = 0 if asyncio.get_running_loop().time() - up_at > self.timing.stable_s else failures + 1
                 if failures > MOST_RESTARTS:
                     raise StageLost(f"the ranks of {self.worker_id} died {failures} times soon after their start")
-                log.error("%s; starting the group anew", group.lost.result() if group.lost.done() else failure)
+                log.error("%s; starting the group again", group.lost.result() if group.lost.done() else failure)
                 pause_s = min(self.timing.restart_s * 3 ** (failures - 1), self.timing.restart_most_s)
                 await asyncio.wait((stopped,), timeout=pause_s if failures else 0)
         finally:
             stopped.cancel()
 
     async def _drain(self, agent: Agent, membership: Membership) -> None:
-        """On SIGTERM: takes nothing new, and lets gateways finish their requests, within --drain-timeout."""
+        """Takes no new work, and lets gateways finish their requests within --drain-timeout. Runs on SIGTERM."""
         if not any(stage.active for stage in agent.assigned.values()) or self.settings.drain_timeout == 0:
             return
         log.info("draining for at most %.0f s", self.settings.drain_timeout)
         try:
             await membership.drain()
         except StagemeshError as e:
-            log.warning("the coordinator cannot be told of the drain: %s", e.message)
+            log.warning("the drain request failed: %s", e.message)
             return
         clock = asyncio.get_running_loop().time
         asked_at = left_at = clock()

@@ -1,4 +1,4 @@
-"""All times of a stage worker. The agent makes one object at its start, each rank another, scaled by `--time-scale`."""
+"""All times of a stage worker. The agent and each rank make one object at their start, scaled by `--time-scale`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from stagemesh.timing import Timing
 
 @dataclass(frozen=True)
 class StageTiming(Timing):
-    """Seconds. Those of the agent first, then those of a rank."""
+    """Times in seconds. The agent's come first, then the ranks'."""
 
     # -- the group of ranks ------------------------------------------------------------------------------------------
     ready_s: float = 120.0
-    """Until a rank is ready. Time in which it had no core does not count."""
+    """Time until a rank must be ready. Time in which it had no core does not count."""
     stop_s: float = 2.0
-    """Until ranks have ended that were told to."""
+    """Time until ranks that were told to end must have ended."""
     restart_s: float = 0.1
-    """Pause before a group is restarted that died soon after its start. It triples each time, up to the next."""
+    """Pause before a group that died soon after its start is restarted. It triples up to `restart_most_s`."""
     restart_most_s: float = 5.0
     stable_s: float = 5.0
-    """A group that was ready for so long before it died is restarted at once."""
+    """A group that was ready for this long before it died is restarted at once."""
     call_s: float = 20.0
     """Deadline of an order to the ranks that loads nothing."""
     assign_s: float = 1800.0
@@ -33,22 +33,22 @@ class StageTiming(Timing):
     look_s: float = 0.1
     """Interval at which the watchdog looks at the ranks."""
     alive_s: float = 0.4
-    """Interval within which an idle rank writes a heartbeat."""
+    """Longest interval between heartbeats of an idle rank."""
     stuck_s: float = 0.6
-    """Beyond `alive_s`: a rank that is stopped for so long hangs, and so does a group of which no rank runs for so
-    long. Tools that look into a process stop it for less."""
+    """Time beyond `alive_s` after which a stopped rank hangs. A group hangs if none of its ranks runs for this long.
+    Tools that inspect a process stop it for less."""
     order_stuck_s: float = 15.0
-    """The same within an order, or before the ranks are ready: a file system or a name service may be slow."""
+    """`stuck_s` during an order, or before the ranks are ready: a file system or a name service may be slow."""
     order_sign_s: float = 120.0
-    """Interval within which an order writes a heartbeat: it may import modules, or read a large tensor."""
+    """Longest interval between heartbeats during an order: it may import modules, or read a large tensor."""
     first_step_s: float = 30.0
-    """For a stretch of a step smaller than any before: much is initialized at its first use."""
+    """Longest time between heartbeats in a step that is smaller than any before: much is initialized at first use."""
     cuda_step_s: float = 5.0
-    """Added on a CUDA device, where a decode step of a new size is captured first."""
+    """Time added on a CUDA device, where the first decode step of each size is captured."""
     beside_load_s: float = 2.0
-    """Added while weights are loaded beside steps."""
+    """Time added while weights are loaded beside steps."""
     late_s: float = 3.0
-    """Added for a rank that is late but runs."""
+    """Time added for a rank that is late but runs."""
 
     # -- the coordinator ---------------------------------------------------------------------------------------------
     coordinator_call_s: float = 5.0
@@ -56,18 +56,18 @@ class StageTiming(Timing):
     register_again_s: float = 0.3
     """Pause between two tries to register."""
     silence_s: float = 2.0
-    """Until a worker that is not registered warns. The interval doubles each time, up to `silence_most_s`."""
+    """Time until an unregistered worker logs a warning. The interval doubles each time, up to `silence_most_s`."""
     silence_most_s: float = 60.0
     lateness_half_life_s: float = 2.0
-    """In which the measured lateness of this worker halves."""
+    """Time in which the measured lateness of this worker halves."""
     stream_end_s: float = 1.0
-    """Until a stream has ended that was cancelled."""
+    """Longest wait for the end of a cancelled stream."""
     released_s: float = 1.0
-    """Until the coordinator has released a worker whose gateways have left it."""
+    """Time for the coordinator to release a worker that its gateways have left."""
     drain_again_s: float = 1.0
-    """Interval of repeated drain requests: a coordinator may have restarted without its state."""
+    """Interval of repeated drain requests: the coordinator may have restarted without its state."""
     drain_look_s: float = 0.05
-    """Interval at which the end of a drain is checked."""
+    """Interval of checks whether a drain has ended."""
 
     # -- a rank ------------------------------------------------------------------------------------------------------
     spin_s: float = 50e-6
@@ -79,22 +79,22 @@ class StageTiming(Timing):
     pages_look_s: float = 0.001
     """Longest sleep while a thread writes pages that arrived."""
     link_s: float = 4.0
-    """Deadline of a link's handshake."""
+    """Deadline of a link handshake."""
     order_s: float = 30.0
-    """Until the inputs for an order of rank 0 are here."""
+    """Deadline for the inputs of an order from rank 0."""
     peers_s: float = 60.0
-    """Wait for the other ranks of a group, in a sum or at their first meeting."""
+    """Longest wait for the other ranks of a group, in a sum or when the group is formed."""
     write_s: float = 30.0
-    """Until the reader of a rank's control socket reads."""
+    """Longest wait until the reader of a rank's control socket reads."""
     results_s: float = 0.05
-    """Longest wait of a step's timings for others."""
+    """Longest time that a step's timings wait for those of other steps."""
     progress_s: float = 0.05
-    """Interval of a rank's messages about a load."""
+    """Interval of a rank's progress messages about a load."""
     load_sign_s: float = 1.0
-    """Interval of progress while an order waits for a load."""
+    """Interval of progress reports while an order waits for a load."""
 
     def relations(self) -> Iterator[tuple[bool, str]]:
-        """See `Timing`."""
+        """Yields the relations between these times; see `Timing`."""
         yield self.restart_s < self.restart_most_s, "restart_s < restart_most_s"
         yield self.idle_s < self.alive_s, "idle_s < alive_s: an idle rank writes in time"
         yield self.look_s < self.alive_s / 2, "look_s < alive_s / 2"

@@ -1,7 +1,7 @@
-"""Reads what a checkpoint says about itself, without torch: config.json and the headers of its safetensors files.
+"""Reads a checkpoint's description, without torch: config.json and the headers of its safetensors files.
 
 `inspect` counts parameters and FLOPs of each decoder layer, of the embedding and of the head, for the cost model.
-`fingerprint` tells one revision of a checkpoint from another. Both read headers, and of the weights only a few blocks.
+`fingerprint` tells one revision of a checkpoint from another. Both read headers, and only a few blocks of the weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SAMPLE_BYTES, SAMPLES_PER_FILE = 4096, 64
 TIED_BY_DEFAULT = ("gemma", "gpt2", "cohere", "starcoder", "opt", "bloom", "falcon", "gpt_bigcode")
 # Families whose MLP has no gate.
 UNGATED = ("gpt", "opt", "bloom", "phi", "falcon", "starcoder")
-# Towers and heads of a checkpoint that are not the decoder served.
+# Towers and heads of a checkpoint that are not part of the served decoder.
 FOREIGN = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal|mm_projector|mtp)")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings|embed_positions)\b")
@@ -41,12 +41,12 @@ class Part:
 
     parameters: int = 0
     flops_per_token: float = 0.0
-    """Twice the parameters that take part in a matrix product for one token; of experts, only those it is routed to."""
+    """Twice the number of parameters that are multiplied for one token. Only the experts that a token uses count."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What is known of a checkpoint before any weight is loaded."""
+    """The properties of a checkpoint that are known before weights are loaded."""
 
     hidden_size: int
     vocab_size: int
@@ -55,9 +55,9 @@ class CheckpointInfo:
     max_position_embeddings: int
     num_kv_heads: int
     kv_elements_per_token: int
-    """Elements of K and V together of one token in one layer, over all KV heads."""
+    """Number of K and V elements of one token in one layer, over all KV heads."""
     tied: bool
-    """Input embedding and output head are one tensor. The first and the last stage then both hold and count it."""
+    """Whether input embedding and output head are one tensor. If so, first and last stage both hold and count it."""
     layers: tuple[Part, ...]
     embedding: Part
     head: Part
@@ -70,13 +70,13 @@ class CheckpointInfo:
 
     @property
     def total_parameters(self) -> int:
-        """Parameters of the whole model, a tied embedding once."""
+        """Number of parameters of the whole model. A tied embedding counts once."""
         parts = sum(part.parameters for part in (*self.layers, self.embedding, self.head))
         return parts - (self.vocab_size * self.hidden_size if self.tied else 0)
 
 
 def read_config(model_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """config.json of a checkpoint. Raises CheckpointError when the folder or the file is missing or broken."""
+    """Reads config.json of a checkpoint. Raises CheckpointError if the folder or the file is missing or broken."""
     folder = Path(model_dir)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory; give the folder that holds the checkpoint's config.json")
@@ -87,15 +87,15 @@ def read_config(model_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The decoder's part of a configuration. A multimodal checkpoint has it under `text_config`."""
+    """Returns the decoder's part of a configuration. A multimodal checkpoint has it under `text_config`."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) and nested else config
 
 
 def weight_files(model_dir: str | os.PathLike[str]) -> list[Path]:
-    """The safetensors files of a checkpoint, in name order.
+    """Returns the safetensors files of a checkpoint, in name order.
 
-    Raises CheckpointError when there are none, or when the index names one that is missing.
+    Raises CheckpointError if there are none, or if the index names a file that is missing.
     """
     folder = Path(model_dir)
     if (folder / SINGLE).is_file():
@@ -124,7 +124,7 @@ def weight_files(model_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> CheckpointInfo:
-    """What the checkpoint in `model_dir` holds. With load_format "dummy" only config.json is read.
+    """Describes the checkpoint in `model_dir`. With load_format "dummy" it only reads config.json.
 
     Raises CheckpointError (file, what is wrong, what to do) and UnsupportedModel.
     """
@@ -144,10 +144,10 @@ def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> Che
 
 
 def fingerprint(model_dir: str | os.PathLike[str], load_format: str = "auto") -> str:
-    """SHA-256 (hex) that tells one revision of a checkpoint from another. It is the same on every machine.
+    """Returns a SHA-256 (hex) that identifies a revision of a checkpoint. It is the same on every machine.
 
-    The hash covers config.json, tokenizer.json, the index, and of each weight file its header, its size and up to 64
-    blocks of 4 KiB, each from the middle of a tensor. With dummy weights it covers config.json alone.
+    The hash covers config.json, tokenizer.json and the index. For each weight file it covers the header, the size and
+    up to 64 blocks of 4 KiB, each from the middle of a tensor. With dummy weights it covers only config.json.
     """
     folder = Path(model_dir)
     read_config(folder)
@@ -186,7 +186,7 @@ def _read_json(path: Path, advice: str) -> Any:
 
 
 class _Config:
-    """The numbers of a configuration, whatever name the model's family gives them."""
+    """The numbers of a configuration. Their names differ between model families."""
 
     def __init__(self, config: Mapping[str, Any], path: Path) -> None:
         self.text = text = text_config(config)
@@ -233,9 +233,9 @@ class _Config:
         return default
 
     def info(self, parts: Sequence[Part], dtype: str, *, tied: bool) -> CheckpointInfo:
-        """With the parts that were found: layers, then embedding, then head."""
+        """Makes the description. `parts` are the layers, then the embedding, then the head."""
         kv_elements = 2 * self.kv_heads * self.head_dim
-        if self.text.get("kv_lora_rank"):  # Latent attention keeps K and V expanded, of different widths.
+        if self.text.get("kv_lora_rank"):  # Latent attention stores K and V expanded, with different widths.
             rope, nope = self.number("qk_rope_head_dim", default=0), self.number("qk_nope_head_dim", default=0)
             kv_elements = self.heads * (rope + nope + self.number("v_head_dim", default=self.head_dim))
         return CheckpointInfo(
@@ -253,7 +253,7 @@ class _Config:
 
 
 def _estimated(config: _Config) -> list[Part]:
-    """Parts by formula: q, k, v, o, and a gated MLP (a plain one for GPT-NeoX and GPT-2) or experts."""
+    """Estimates the parts by formula: q, k, v, o, and a gated MLP (plain for GPT-NeoX and GPT-2) or experts."""
     h, experts = config.hidden, config.experts
     attention = h * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
     gated = config.model_type == "phi3" or not config.model_type.startswith(UNGATED)
@@ -266,7 +266,7 @@ def _estimated(config: _Config) -> list[Part]:
 
 
 def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[list[Part], bool]:
-    """Parts by the tensors in the headers, and whether there is a head among these."""
+    """Counts the parts from the tensors in the headers. Returns them, and whether there is a head tensor."""
     embedding, head = config.num_layers, config.num_layers + 1
     parameters, flops = Counter[int](), Counter[int]()
     table, has_head = 0, False

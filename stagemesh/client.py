@@ -6,7 +6,7 @@
         async for delta in client.stream([{"role": "user", "content": "Hello"}]):
             print(delta.text, end="")
 
-Every failure is an error of `stagemesh.errors`, the same as the gateway raised.
+Every failure is an error of `stagemesh.errors`, of the class that the gateway raised.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FINISH: dict[int, FinishReason] = {
 
 
 class Params(TypedDict, total=False):
-    """Parameters of a request. One that is left out takes the checkpoint's default, then OpenAI's."""
+    """Parameters of a request. A missing one takes the checkpoint's default, or else OpenAI's."""
 
     model: str
     max_tokens: int
@@ -55,11 +55,11 @@ class Params(TypedDict, total=False):
     ignore_eos: bool
     min_tokens: int
     logprobs: int
-    """Number of likeliest tokens whose log-probabilities are returned, beside each token's own."""
+    """Number of likeliest tokens whose log-probabilities are returned, besides each token's own."""
     timeout_s: float
     """Seconds until the request ends with DeadlineExceeded."""
     request_id: str
-    """Name for `cancel`; by default the client library chooses one."""
+    """Name of the request for `cancel`. By default the client library chooses one."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class StreamDelta:
 
 @dataclass
 class Choice:
-    """One whole choice."""
+    """The complete output of one choice."""
 
     index: int
     text: str = ""
@@ -96,7 +96,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer. `text`, `token_ids` and `finish_reason` are those of the first choice."""
+    """A complete answer. `text`, `token_ids` and `finish_reason` are those of the first choice."""
 
     request_id: str
     choices: list[Choice]
@@ -135,11 +135,11 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; requests that still run are cancelled."""
+        """Closes the connection. Requests that still run are cancelled."""
         await self._channel.close(None)
 
     async def generate(self, prompt: Prompt, **params: Unpack[Params]) -> Completion:
-        """The whole answer to `prompt`. Cancelling the awaiting task cancels the request."""
+        """Returns the complete answer to `prompt`. Cancelling the awaiting task cancels the request."""
         request = _request(prompt, params)
         choices = [Choice(i) for i in range(max(1, request.n))]
         usage = Usage()
@@ -157,25 +157,25 @@ class Client:
         return Completion(request.request_id, choices, usage)
 
     async def stream(self, prompt: Prompt, **params: Unpack[Params]) -> AsyncGenerator[StreamDelta, None]:
-        """The answer to `prompt` as it comes. Closing the generator (`aclose`) cancels the request."""
+        """Yields the answer to `prompt` as it comes. Closing the generator (`aclose`) cancels the request."""
         async with contextlib.aclosing(self._responses(_request(prompt, params), params.get("timeout_s"))) as responses:
             async for response in responses:
                 if not response.HasField("usage"):
                     yield _delta(response)
 
     async def cancel(self, request_id: str) -> None:
-        """Ends a running request. Raises NotFound when it is not running."""
+        """Ends a running request. Raises NotFound if it is not running."""
         with rpc.mapped():
             await self._stub.Cancel(gateway_pb2.CancelRequest(request_id=request_id), metadata=self._metadata)
 
     async def models(self) -> list[Model]:
-        """The models that the gateway serves."""
+        """Returns the models that the gateway serves."""
         with rpc.mapped():
             told = await self._stub.ListModels(gateway_pb2.ListModelsRequest(), metadata=self._metadata)
         return list(told.models)
 
     async def mesh(self) -> dict[str, Any]:
-        """The mesh as the gateway sees it: pipelines, their stages, workers, pages."""
+        """Describes the mesh as the gateway sees it: pipelines, their stages, workers, pages."""
         with rpc.mapped():
             told = await self._stub.DescribeMesh(gateway_pb2.GatewayDescribeMeshRequest(), metadata=self._metadata)
         return json_format.MessageToDict(
@@ -196,7 +196,7 @@ class Client:
 
 
 def _request(prompt: Prompt, params: Params) -> gateway_pb2.GenerateRequest:
-    """`prompt` and `params` as a message. Raises InvalidRequest for values that no message can hold."""
+    """Converts `prompt` and `params` to a message. Raises InvalidRequest for values that do not fit a message."""
     known: dict[str, Any] = dict(params)
     timeout_s = known.pop("timeout_s", None)
     stop = known.pop("stop", ())

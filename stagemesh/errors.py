@@ -20,8 +20,8 @@
     ├── PoisonedRequest         the ranks of a stage died each time this request was computed
     └── InternalError           a bug of ours; the request fails, the mesh goes on
 
-Each class states its reason and its gRPC and HTTP statuses. Errors of other libraries are mapped where they enter, with
-their cause kept.
+Each class states its reason and its gRPC and HTTP statuses. Errors of other libraries are converted where they enter,
+and keep their cause.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ _BY_REASON: dict[str, type[StagemeshError]] = {}
 
 
 class StagemeshError(Exception):
-    """Root of the tree. `reason` is a stable upper-case identifier (google.rpc.ErrorInfo.reason). Clients get the
-    statuses; a class without its own takes those of its base."""
+    """Root of the tree. `reason` is a stable upper-case identifier (google.rpc.ErrorInfo.reason).
+
+    Clients get the statuses. A class without its own statuses takes those of its base.
+    """
 
     reason = "INTERNAL"
     grpc_status = Code.INTERNAL
@@ -128,19 +130,19 @@ class InternalError(StagemeshError, reason="INTERNAL"):
 
 
 def by_reason(reason: str) -> type[StagemeshError]:
-    """The class that a peer's `ErrorInfo.reason` names; `InternalError` when the reason is unknown."""
+    """Returns the class of a peer's `ErrorInfo.reason`, or `InternalError` if the reason is unknown."""
     return _BY_REASON.get(reason, InternalError)
 
 
 def by_status(status: Code) -> type[StagemeshError]:
-    """The class that the status of a peer stands for which gives no reason; `InternalError` for most."""
+    """Returns the class for the status of a peer that gives no reason. This is `InternalError` for most statuses."""
     own = (cls for cls in _BY_REASON.values() if vars(cls).get("grpc_status") is status)
     return next(own, InternalError)
 
 
 @contextlib.contextmanager
 def ungrouped() -> Iterator[None]:
-    """Where errors of ours come out of task groups: the first one is raised alone, in place of the group."""
+    """A context that raises the first of our errors in a task group's exception group, in place of the group."""
     try:
         yield
     except* StagemeshError as group:

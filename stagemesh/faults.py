@@ -29,7 +29,7 @@ def point(name: str) -> None:
 
 
 def poison(tokens: Iterable[int]) -> None:
-    """A place where a rank dies each time that it is to compute the token that the file `rank.poison` names."""
+    """Kills this rank if `tokens` contains the token that the file `rank.poison` names."""
     if FOLDER is not None:
         path = Path(FOLDER, "rank.poison")
         if path.exists() and int(path.read_text()) in tokens:

@@ -1,4 +1,4 @@
-"""Asks a gateway's HTTP port: for commands that are no OpenAI client."""
+"""Requests to a gateway's HTTP port, for commands that are not OpenAI clients."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from stagemesh.errors import InvalidRequest, Unavailable
 
 
 def fetch_json(url: str, timeout_s: float, *, api_key: str | None = None, post: bool = False) -> Any:
-    """The JSON answer to a GET, or to a POST without a body.
+    """Returns the JSON answer to a GET, or to a POST without a body.
 
     Raises:
-        Unavailable: nobody answers, or what the server says in place of an answer.
-        InvalidRequest: what the server says about this request.
+        Unavailable: nothing answers, or the server answers with an error.
+        InvalidRequest: the server refuses this request with status 400.
     """
     # The key is sent as UTF-8. urllib encodes headers as Latin-1, so each byte becomes one character here.
     headers = {"Authorization": f"Bearer {api_key}".encode().decode("latin-1")} if api_key else {}
@@ -36,9 +36,9 @@ def fetch_json(url: str, timeout_s: float, *, api_key: str | None = None, post: 
 
 
 def error_message(body: bytes) -> str:
-    """The message of an error in OpenAI's format, at the end of an answer; else the end of that answer."""
+    """Returns the message of an error in OpenAI's format at the end of an answer, else the end of the answer."""
     text = body.decode(errors="replace")
     found = re.search(r'\{"error":\s*\{"message":\s*("(?:[^"\\]|\\.)*")', text)
-    with contextlib.suppress(ValueError):  # What another server says may be no JSON.
+    with contextlib.suppress(ValueError):  # Another server's answer may not be JSON.
         return str(json.loads(found[1])) if found else text[-300:]
     return text[-300:]

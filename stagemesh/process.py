@@ -1,4 +1,4 @@
-"""What every process of the mesh does at its start: a title, a parent that it does not outlive, a log."""
+"""The common start of every process of the mesh: title, end with the parent, priority, log."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def set_title(title: str) -> None:
 
 
 def die_with_parent(parent_pid: int, sig: signal.Signals = signal.SIGKILL) -> None:
-    """Has the kernel send `sig` when the parent dies, so that no orphan is left; exits if it is gone already."""
+    """Makes the kernel send `sig` when the parent dies, so that no orphan remains. Exits if the parent is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
     if os.getppid() != parent_pid:
@@ -37,13 +37,13 @@ def die_with_parent(parent_pid: int, sig: signal.Signals = signal.SIGKILL) -> No
 
 
 def prefer() -> None:
-    """Raises the priority of this process, if allowed: for processes that keep leases."""
+    """Raises the priority of this process, if allowed. Processes that keep leases call it."""
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, PREFERRED_NICE)
 
 
 def boot_id() -> str:
-    """Tells hosts apart: processes with the same one share a monotonic clock. Empty where the system has none."""
+    """Returns an id of this host's boot. Processes with the same id share a monotonic clock. Empty if there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -51,7 +51,7 @@ def boot_id() -> str:
 
 
 def set_up_logging(role: str) -> None:
-    """One line a record on stderr, with the role in front."""
+    """Logs one line per record to stderr, with the role before the logger's name."""
     logging.basicConfig(
         level=os.environ.get("STAGEMESH_LOG_LEVEL", "INFO").upper(),
         format=f"%(asctime)s.%(msecs)03d %(levelname).1s {role} %(name)s: %(message)s",

@@ -34,20 +34,20 @@ class RpcTiming(Timing):
     """Times of every channel and server."""
 
     keepalive_s: float = 2.0
-    """A connection that is idle for so long is pinged, so that a peer that vanished without closing its socket is
-    noticed before a request hangs."""
+    """A connection that is idle for this long is pinged. So a peer that vanished without closing its socket is noticed
+    before a request hangs."""
     keepalive_timeout_s: float = 2.0
-    """Until a ping must be answered."""
+    """Time within which a ping must be answered."""
     ping_interval_s: float = 1.0
     """The least time between two pings. A server drops peers that ping faster."""
     reconnect_first_s: float = 0.1
     """Pause after the first failed attempt to connect. A restarted peer should be found within a second."""
     reconnect_most_s: float = 1.0
-    """The longest pause after later ones."""
+    """The longest pause after later failed attempts."""
     connect_s: float = 2.0
-    """The least time that an attempt to connect may take: on a busy machine a handshake is slow."""
+    """The least time that an attempt to connect may take: a handshake is slow on a busy machine."""
     answer_s: float = 2.0
-    """How much longer than its request's deadline a client waits: the gateway's error says more than the channel's."""
+    """Time that a client waits after its request's deadline: the gateway's error says more than the channel's."""
 
     def relations(self) -> Iterator[tuple[bool, str]]:
         yield self.ping_interval_s <= self.keepalive_s, "ping_interval_s <= keepalive_s: the other side takes the pings"
@@ -55,7 +55,7 @@ class RpcTiming(Timing):
 
 
 def options(timing: RpcTiming) -> list[tuple[str, Any]]:
-    """gRPC's options for a channel or a server."""
+    """Returns gRPC's options for a channel or a server."""
 
     def ms(seconds: float) -> int:
         return int(seconds * 1000)
@@ -81,12 +81,12 @@ def options(timing: RpcTiming) -> list[tuple[str, Any]]:
 
 
 def channel(address: str, timing: RpcTiming = RpcTiming()) -> grpc.aio.Channel:
-    """An unencrypted channel to `address` (host:port)."""
+    """Makes an unencrypted channel to `address` (host:port)."""
     return grpc.aio.insecure_channel(address, options=options(timing))
 
 
 class Server:
-    """A started gRPC server with health and reflection; `set_serving` drives `grpc.health.v1`."""
+    """A started gRPC server with health and reflection. `set_serving` sets `grpc.health.v1`."""
 
     def __init__(self, server: grpc.aio.Server, port: int, health_servicer: Any, names: Sequence[str]) -> None:
         self._server = server
@@ -116,7 +116,7 @@ async def start_server(
 ) -> Server:
     """Starts a server on host:port (0: the system chooses) with the servicers that `add` adds.
 
-    `names` are the full names of those services. Raises ConfigError when the port cannot be bound.
+    `names` are the full names of those services. Raises ConfigError if the port cannot be bound.
     """
     server = grpc.aio.server(options=options(timing), interceptors=[ErrorInterceptor()])
     add(server)
@@ -138,7 +138,7 @@ async def start_server(
 
 
 def status_of(error: errors.StagemeshError) -> status_pb2.Status:
-    """`error` as google.rpc.Status with its details."""
+    """Converts `error` to a google.rpc.Status with details."""
     code = error.grpc_status
     status = status_pb2.Status(code=code.value[0], message=error.message)
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
@@ -153,7 +153,7 @@ def status_of(error: errors.StagemeshError) -> status_pb2.Status:
 
 
 def from_rpc_error(error: grpc.RpcError) -> errors.StagemeshError:
-    """The error of ours that a failed call stands for; a peer that cannot be reached is `Unavailable`."""
+    """Converts a failed call to our error. A peer that cannot be reached is `Unavailable`."""
     metadata: Any = error.trailing_metadata() or ()
     status = status_pb2.Status.FromString(dict(metadata).get(DETAILS, b""))
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
@@ -167,7 +167,7 @@ def from_rpc_error(error: grpc.RpcError) -> errors.StagemeshError:
 
 @contextlib.contextmanager
 def mapped() -> Iterator[None]:
-    """A context in which a failed call raises the error of `stagemesh.errors` that it stands for."""
+    """A context in which a failed call raises its error of `stagemesh.errors`."""
     try:
         yield
     except grpc.RpcError as e:
@@ -176,13 +176,13 @@ def mapped() -> Iterator[None]:
 
 @contextlib.asynccontextmanager
 async def _with_status(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-    """Where a handler runs: what it raises is told to the caller as a status with details."""
+    """A context for a handler. Its errors are sent to the caller as a status with details."""
     try:
         yield
     except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise
     except grpc.aio.BaseError:
-        return  # The server was stopped, or the peer went away: nobody can receive a status.
+        return  # The server was stopped, or the peer went away, so nobody can receive a status.
     except Exception as e:
         error = e
         if not isinstance(error, errors.StagemeshError):

@@ -1,4 +1,4 @@
-"""Reads and checks the header of a safetensors file, without torch: which tensors it holds, and where.
+"""Reads and checks the header of a safetensors file, without torch: its tensors, and their places.
 
 The format: https://github.com/huggingface/safetensors#format (8 bytes of header length, a JSON header, then the data).
 """
@@ -22,10 +22,10 @@ AGAIN = "the download is incomplete or damaged: fetch the file again"
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies in its file."""
+    """Type, shape and place of a tensor in its file."""
 
     dtype: str
-    """The format's name of it, such as BF16."""
+    """Element type by its name in the format, such as BF16."""
     shape: tuple[int, ...]
     offset: int
     """Byte in the file where its data starts."""
@@ -38,7 +38,7 @@ class StoredTensor:
 
 
 def read_raw_header(path: Path) -> bytes:
-    """The JSON of the header, as it lies in the file. Raises CheckpointError where it is cut or cannot be read."""
+    """Reads the header's JSON, unparsed. Raises CheckpointError if the file is cut or cannot be read."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -51,9 +51,9 @@ def read_raw_header(path: Path) -> bytes:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file by name.
+    """Reads the tensors of one file, by name.
 
-    Raises CheckpointError when the header is cut or broken, or when data would end past the end of the file.
+    Raises CheckpointError if the header is cut or broken, or if data would end past the end of the file.
     """
     raw = read_raw_header(path)
     try:

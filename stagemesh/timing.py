@@ -1,4 +1,4 @@
-"""Base of the frozen values that hold a service's times. Tests and operators scale such a value as a whole."""
+"""Base of the frozen objects that hold a service's times. Tests and operators scale such an object as a whole."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from stagemesh.errors import ConfigError
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one service. Fields that end in `_s` are seconds; `scaled` leaves other fields alone.
+    """Times of one service. Fields that end in `_s` are seconds. `scaled` does not change other fields.
 
-    A subclass states in `relations` what must hold between its times. Raises ConfigError when a relation does not hold.
+    A subclass states in `relations` what must hold between its times. Raises ConfigError if a relation does not hold.
     """
 
     def __post_init__(self) -> None:
@@ -26,6 +26,6 @@ class Timing:
         yield from ()
 
     def scaled(self, factor: float) -> Self:
-        """The same with every time multiplied by `factor`: above 1 for slow machines, below 1 for fast tests."""
+        """Returns a copy with every time multiplied by `factor`: above 1 for slow machines, below 1 for fast tests."""
         times = {f.name: getattr(self, f.name) * factor for f in fields(self) if f.name.endswith("_s")}
         return replace(self, **times)

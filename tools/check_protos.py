@@ -1,6 +1,6 @@
-"""buf lint over the protos: `python tools/check_protos.py`. The rules are in buf.yaml.
+"""Runs buf lint over the protos: `python tools/check_protos.py`. The rules are in buf.yaml.
 
-The folder is mapped to another package name, so buf gets a scratch tree in which files lie where their imports say.
+The folder has another package name when installed, so buf gets a scratch tree with files at their import paths.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> int:
-    """Runs buf; returns its exit status."""
+    """Runs buf. Returns its exit status."""
     buf = Path(sys.executable).parent / "buf"
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "stagemesh/protos/v1"

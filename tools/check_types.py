@@ -1,7 +1,7 @@
-"""mypy --strict over the packages as they are installed: `python tools/check_types.py`.
+"""Runs mypy --strict over the packages as they are installed: `python tools/check_types.py`.
 
-The folders are mapped to other package names (pyproject's package-dir), which mypy does not read: it gets a scratch
-tree of symlinks that looks like the installed packages.
+The folders have other package names when installed (pyproject's package-dir), which mypy does not read. So mypy gets a
+scratch tree of symlinks that looks like the installed packages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SERVICES = ("protos", "coordinator", "stage_worker", "gateway")
 
 
 def link_tree(scratch: Path) -> None:
-    """`scratch`/stagemesh with every module where its import name says."""
+    """Makes `scratch`/stagemesh, with every module at its import path."""
     package = scratch / "stagemesh"
     package.mkdir()
     for entry in (ROOT / "stagemesh").iterdir():
@@ -28,7 +28,7 @@ def link_tree(scratch: Path) -> None:
 
 
 def main() -> int:
-    """Runs mypy; returns its exit status."""
+    """Runs mypy. Returns its exit status."""
     with tempfile.TemporaryDirectory() as scratch:
         link_tree(Path(scratch))
         command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml")]

@@ -1,10 +1,10 @@
-"""Write a Llama checkpoint of seeded random weights with a working tokenizer, in Hugging Face's format.
+"""Writes a Llama checkpoint of seeded random weights with a working tokenizer, in Hugging Face's format.
 
     python tools/make_model.py --preset 100m --out DIR [--dtype bfloat16] [--shards N] [--seed S]
 
 Benchmarks and tests need a checkpoint that transformers, vLLM and stagemesh can load, without a download. The same
-arguments and torch build give the same bytes. Linear weights are drawn from N(0, 1/fan_in), so that each layer keeps
-the scale of its input at any width, and the greedy choice depends on the whole context.
+arguments and the same torch build give the same bytes. Linear weights are drawn from N(0, 1/fan_in), so that each layer
+keeps the scale of its input at any width, and the greedy choice depends on the whole context.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 BOS, EOS, TURN_START, TURN_END = "<|begin|>", "<|end|>", "<|turn|>", "<|done|>"
 SPECIAL_TOKENS = (BOS, EOS, TURN_START, TURN_END)
-"""Take the ids 0, 1, 2, 3. A turn of a chat ends with TURN_END, which is a second end-of-sequence token."""
+"""Special tokens with the ids 0, 1, 2, 3. A turn of a chat ends with TURN_END, a second end-of-sequence token."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
 )
 
 EMBEDDING_STD = 0.1
-"""Small compared with what a layer adds, so that attention and MLP decide the output, not the token's embedding."""
+"""It is small compared with a layer's output, so that attention and MLP decide the output, not the embedding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LlamaShape:
 
     @property
     def head_dim(self) -> int:
-        """D."""
+        """Head size D."""
         return self.hidden_size // self.num_attention_heads
 
 
@@ -86,10 +86,10 @@ def make_checkpoint(
     shards: int = 1,
     **overrides: Any,
 ) -> Path:
-    """Write the checkpoint of `preset`, with the fields of `LlamaShape` named in `overrides` replaced, into `out`.
+    """Writes the checkpoint of `preset` into `out`. `overrides` replace fields of `LlamaShape`.
 
-    With `shards` > 1 the tensors are spread over that many files beside a `model.safetensors.index.json`.
-    Returns `out`. Raises ValueError for a preset, a field, a dtype or a number that cannot be.
+    With `shards` > 1 the tensors are divided among that many files, with a `model.safetensors.index.json`.
+    Returns `out`. Raises ValueError for an invalid preset, field, dtype or number.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: one of {', '.join(PRESETS)}")
@@ -129,7 +129,7 @@ def _write_config(shape: LlamaShape, dtype: str, folder: Path) -> None:
 
 
 def _write_tokenizer(shape: LlamaShape, seed: int, folder: Path) -> None:
-    """A byte-level BPE trained to exactly `vocab_size` entries: any text goes in and comes back unchanged."""
+    """Trains a byte-level BPE with exactly `vocab_size` entries. It decodes any encoded text unchanged."""
     smallest = 256 + len(SPECIAL_TOKENS)
     if shape.vocab_size < smallest:
         raise ValueError(f"vocab_size {shape.vocab_size} is below {smallest}: 256 bytes and the special tokens")
@@ -159,7 +159,7 @@ def _write_tokenizer(shape: LlamaShape, seed: int, folder: Path) -> None:
 
 
 def _text(seed: int, words: int) -> Iterator[str]:
-    """Lines of `words` distinct made-up words, each a few times: enough repeated pairs for as many merges."""
+    """Yields lines of `words` distinct invented words, each a few times: enough repeated pairs for as many merges."""
     draw = random.Random(seed)
     onsets, vowels, codas = [*"bcdfghjklmnprstvwz", "st", "tr"], "aeiou", ["", "", "n", "r", "s", "l"]
     lexicon: dict[str, None] = {}
@@ -175,7 +175,7 @@ def _text(seed: int, words: int) -> Iterator[str]:
 
 
 def _tensors(shape: LlamaShape, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
-    """All tensors by checkpoint name, in the order of the layers."""
+    """Makes all tensors by checkpoint name, in the order of the layers."""
     generator = torch.Generator().manual_seed(seed)
     hidden, mlp, vocab = shape.hidden_size, shape.intermediate_size, shape.vocab_size
     kv_size = shape.num_key_value_heads * shape.head_dim
@@ -217,7 +217,7 @@ def _write_weights(shape: LlamaShape, dtype: torch.dtype, seed: int, shards: int
     files: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
     written_bytes, shard = 0, 0
     for index, (name, tensor) in enumerate(tensors.items()):
-        # On to the next file at its share of the bytes, and in time for each file left to get a tensor.
+        # The next file begins at its share of the bytes, or earlier so that each remaining file gets a tensor.
         share_reached = written_bytes * shards >= total_bytes * (shard + 1)
         if files[shard] and shard + 1 < shards and (share_reached or len(tensors) - index < shards - shard):
             shard += 1
@@ -237,7 +237,7 @@ def _dump(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def main() -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="Write a Llama checkpoint of seeded random weights.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--preset", choices=list(PRESETS), default="100m")

@@ -53,7 +53,7 @@ whole (DeepSeek), every rank keeps all KV heads; GPT-OSS cuts its head alone.
 
 
 def main() -> int:
-    """Try all, write both files; 1 if some architecture gave wrong tokens or failed."""
+    """Tries all architectures and writes both files. Returns 1 if one gave wrong tokens or failed."""
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)

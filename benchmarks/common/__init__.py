@@ -1,4 +1,4 @@
 """Code that several benchmarks use: facts of the machine, servers and clients, CPU time of processes, files of results.
 
-Benchmarks do not belong here, and nothing that only one of them needs.
+Benchmarks do not belong here, nor code that only one of them needs.
 """

@@ -1,4 +1,4 @@
-"""The one error of benchmarks."""
+"""The error of benchmarks."""
 
 from __future__ import annotations
 

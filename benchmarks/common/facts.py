@@ -18,7 +18,7 @@ WATCHED_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16"
 
 
 def machine() -> dict[str, Any]:
-    """Cores, CPU, instruction sets that decide matrix speed, and memory."""
+    """Describes cores, CPU, instruction sets that decide matrix speed, and memory."""
     cpu, flags = platform.processor() or platform.machine(), set[str]()
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition(":")
@@ -37,7 +37,7 @@ def machine() -> dict[str, Any]:
 
 
 def model_facts(model: Path) -> dict[str, Any]:
-    """The model's sizes from its config, and its number of parameters from the tensors' headers."""
+    """Reads the model's sizes from its config, and its number of parameters from the tensors' headers."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     return {
         "parameters": sum(_parameters(file) for file in sorted(model.glob("*.safetensors"))),
@@ -57,12 +57,12 @@ def _parameters(file: Path) -> int:
 
 
 def today() -> str:
-    """The date of the run."""
+    """Returns the date of the run."""
     return datetime.datetime.now(tz=datetime.UTC).date().isoformat()
 
 
 def own_versions() -> dict[str, str]:
-    """Versions of this interpreter's packages, and the commit."""
+    """Returns the versions of this interpreter's packages, and the commit."""
     found = {"python": sys.version.split()[0]}
     for package in ("stagemesh", "torch", "transformers", "grpcio", "ucxx-cu12"):
         try:
@@ -76,7 +76,7 @@ def own_versions() -> dict[str, str]:
 
 
 def default_model(folder: Path, preset: str = "100m") -> Path:
-    """Makes the seeded model of `preset` below `folder`."""
+    """Makes the seeded model of `preset` in `folder`. Returns its folder."""
     model = folder / "model"
     script = ROOT / "tools" / "make_model.py"
     subprocess.run([sys.executable, str(script), "--preset", preset, "--out", str(model)], check=True, timeout=300)

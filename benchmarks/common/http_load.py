@@ -1,7 +1,7 @@
-"""A cheap load generator: keeps N completions running, each over an HTTP/1.1 connection of its own.
+"""A cheap load generator: keeps N completions running, each over its own HTTP/1.1 connection.
 
-It writes requests by hand to asyncio's streams. A general HTTP client would use more CPU than the gateway, and it
-shares the cores with the server.
+It writes requests directly to asyncio's streams. It shares the cores with the server, and a general HTTP client would
+use more CPU than the gateway.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LIMIT_BYTES = 1 << 22
 
 @dataclass
 class HttpLoad:
-    """`at_once` clients, each with one request after the other, until `requests` have been started."""
+    """`at_once` clients. Each sends one request after another until `requests` have been started."""
 
     port: int
     at_once: int
@@ -29,10 +29,10 @@ class HttpLoad:
     requests: int | None = None
     seed: int = 0
     ended_at: list[float] = field(default_factory=list)
-    """When each request ended well, `time.monotonic()`."""
+    """End of each successful request, by `time.monotonic()`."""
     took_s: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    """The server's answer to each request that failed."""
+    """The server's answer to each failed request."""
     _begun: int = 0
 
     async def __aenter__(self) -> HttpLoad:
@@ -49,7 +49,7 @@ class HttpLoad:
         await asyncio.gather(*self._tasks)
 
     def check(self) -> None:
-        """Raises the error of a client, and RuntimeError when requests failed."""
+        """Raises the error of a client, or RuntimeError if requests failed."""
         for task in self._tasks:
             if task.done():
                 task.result()
@@ -92,7 +92,7 @@ class HttpLoad:
 
 
 async def tokens_a_second(url: str, at_once: int, requests: int, prompt_len: int, output_len: int) -> float:
-    """Output tokens a second of so many requests. Raises RuntimeError when one failed."""
+    """Measures output tokens per second of `requests` requests. Raises RuntimeError if one failed."""
     client = HttpLoad(int(url.rpartition(":")[2]), at_once, output_len, prompt_len, requests=requests)
     began = time.monotonic()
     async with client:
@@ -102,7 +102,7 @@ async def tokens_a_second(url: str, at_once: int, requests: int, prompt_len: int
 
 
 async def _chunks(reader: asyncio.StreamReader) -> bytes:
-    """Reads a chunked body to its end; returns its last bytes."""
+    """Reads a chunked body to its end. Returns its last bytes."""
     last = b""
     while size := int(await reader.readuntil(b"\r\n"), 16):
         last = await reader.readexactly(size + 2)

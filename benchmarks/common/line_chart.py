@@ -1,4 +1,4 @@
-"""Line charts side by side as SVG, written by hand: a logarithmic x axis, measured lines solid, ideal ones dashed."""
+"""Draws line charts side by side as SVG. The x axis is logarithmic, measured lines are solid, ideal ones dashed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Line = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: lines of (x, y) by name; `ideal` lines take the colour of the one of the same name."""
+    """One chart: lines of (x, y) by name. An `ideal` line has the colour of the line of the same name."""
 
     title: str
     x_title: str
     lines: Mapping[str, Line]
     ideal: Mapping[str, Line] = field(default_factory=dict)
     y_max: float | None = None
-    """Default: the largest y."""
+    """Upper end of the y axis; default: the largest y."""
 
 
 def draw(panels: Sequence[Panel]) -> str:
-    """The whole picture."""
+    """Returns the whole picture as SVG."""
     body = "\n".join(part for at, panel in enumerate(panels) for part in _panel(panel, at * WIDTH + MARGIN))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * len(panels)}" height="{HEIGHT}"'
     style = "text { fill: #222222 } path { fill: none }"
@@ -63,7 +63,7 @@ def _panel(panel: Panel, left: int) -> list[str]:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
+    """Rounds up to 1, 2 or 5 times a power of ten."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))

@@ -1,7 +1,7 @@
-"""Measures a mesh's CPU time and memory by role. Roles are in the titles of the mesh's processes.
+"""Measures a mesh's CPU time and memory by role. The titles of the mesh's processes contain their roles.
 
-`Probe` samples a running mesh a few times a second. All it reads are sums (CPU seconds of each process, and the stages'
-times in `/metrics`), so the values between two samples are interpolated.
+`Probe` samples a running mesh a few times per second. All values are sums (CPU seconds of each process, and the stages'
+times in `/metrics`), so values between two samples are interpolated.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 def role_of(title: str) -> str:
-    """`gateway`, `coordinator`, `supervisor`, `forkserver`, `agent of stage 0`, `forkserver of stage 0`, `rank 0 of
-    stage 0`; `other` for what is none."""
+    """Returns `gateway`, `coordinator`, `supervisor`, `forkserver`, `agent of stage 0`, `forkserver of stage 0`,
+    `rank 0 of stage 0`, or `other`."""
     stage = STAGE.match(title)
     if stage is not None:
         rank = re.search(r"rank (\d+)", stage[2])
@@ -40,7 +40,7 @@ def role_of(title: str) -> str:
 
 
 def processes(pid: int) -> list[tuple[str, psutil.Process]]:
-    """(role, process) of `pid` and all below it."""
+    """Returns (role, process) of `pid` and all its descendants."""
     found = []
     root = psutil.Process(pid)
     for process in [root, *root.children(recursive=True)]:
@@ -50,7 +50,7 @@ def processes(pid: int) -> list[tuple[str, psutil.Process]]:
 
 
 def cpu_seconds(members: list[tuple[str, psutil.Process]]) -> dict[str, float]:
-    """CPU seconds used so far, by role; a process that is gone no longer counts."""
+    """Returns the CPU seconds used so far, by role. Ended processes do not count."""
     spent: dict[str, float] = {}
     for role, process in members:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -60,7 +60,7 @@ def cpu_seconds(members: list[tuple[str, psutil.Process]]) -> dict[str, float]:
 
 
 def pss_mib(process: psutil.Process) -> float:
-    """Proportional set size: shared pages count for their share."""
+    """Returns the proportional set size: a shared page counts with its share."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -69,7 +69,7 @@ def pss_mib(process: psutil.Process) -> float:
 
 
 def memory_mib(members: list[tuple[str, psutil.Process]]) -> dict[str, float]:
-    """PSS by role."""
+    """Returns the PSS by role."""
     held: dict[str, float] = {}
     for role, process in members:
         held[role] = held.get(role, 0.0) + pss_mib(process)
@@ -77,14 +77,14 @@ def memory_mib(members: list[tuple[str, psutil.Process]]) -> dict[str, float]:
 
 
 def scrape(base_url: str) -> str:
-    """The gateway's metrics."""
+    """Reads the gateway's metrics."""
     with urllib.request.urlopen(base_url + "/metrics", timeout=SCRAPE_TIMEOUT_S) as response:
         text: str = response.read().decode()
         return text
 
 
 def sums_of(metrics: str) -> dict[str, float]:
-    """`tokens`, `running`, `steps N`, and for each stage and use of its time `stage N WHAT` in seconds."""
+    """Returns `tokens`, `running`, `steps N`, and, for each stage and use of its time, `stage N WHAT` in seconds."""
     sums: dict[str, float] = {}
     for line in metrics.splitlines():
         name, _, value = line.rpartition(" ")
@@ -102,7 +102,7 @@ def sums_of(metrics: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Sample:
-    """What was seen at one moment."""
+    """The values at one moment."""
 
     at: float
     cpu_s: dict[str, float]
@@ -111,7 +111,7 @@ class Sample:
 
 @dataclass
 class Probe:
-    """Samples the mesh below process `pid` while the block runs. A sample that fails is left out."""
+    """Samples the mesh of process `pid` and its descendants while the block runs. Skips a sample that fails."""
 
     pid: int
     base_url: str
@@ -137,7 +137,7 @@ class Probe:
                 return
 
     def spent(self, duration_s: float) -> Spent | None:
-        """Sums over the last `duration_s` before the last token; None when no token came."""
+        """Returns the sums over the last `duration_s` before the last token, or None if no token came."""
         changed = [i for i in range(1, len(self.samples)) if self._tokens(i) > self._tokens(i - 1)]
         if not changed:
             return None
@@ -152,7 +152,7 @@ class Probe:
         return self.samples[index].sums.get("tokens", 0.0)
 
     def _at(self, at: float) -> Sample:
-        """The interpolated sample at time `at`."""
+        """Returns the interpolated sample at time `at`."""
         after = next((i for i, sample in enumerate(self.samples) if sample.at >= at), len(self.samples) - 1)
         b, a = self.samples[after], self.samples[max(0, after - 1)]
         share = (at - a.at) / (b.at - a.at) if b.at > a.at else 1.0
@@ -182,20 +182,20 @@ class Spent:
 
     @property
     def busiest(self) -> float:
-        """Share of the period that the busiest stage computed."""
+        """Share of the period in which the busiest stage computed."""
         return max((stage.get("compute", 0.0) for stage in self.stages.values()), default=0.0) / self.seconds
 
     @property
     def outside_ranks(self) -> float:
-        """Share of the CPU seconds that other processes than ranks used."""
+        """Share of the CPU seconds that processes other than ranks used."""
         total = sum(self.cpu_s.values())
         ranks = sum(spent for role, spent in self.cpu_s.items() if role.startswith("rank "))
         return 1.0 - ranks / total if total else 0.0
 
     def not_compute(self) -> float:
-        """Share of the CPU seconds outside the ranks' steps. It holds if each rank computes on one thread.
+        """Returns the share of CPU seconds outside the ranks' steps. It is valid if each rank computes on one thread.
 
-        A step is counted with the CPU time that its rank had; for the rest of the step another process had the core.
+        A step counts with the CPU time of its rank. During the rest of the step, another process had the core.
         """
         total = sum(self.cpu_s.values())
         compute = 0.0

@@ -13,13 +13,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def origin(command: str) -> dict[str, Any]:
-    """The origin of a result. `command` is what follows `python -m benchmarks.` on the command line."""
+    """Returns the origin of a result. `command` follows `python -m benchmarks.` on the command line."""
     versions = own_versions()
     return {"date": today(), "machine": machine(), "versions": versions, "command": f"python -m benchmarks.{command}"}
 
 
 def save(stem: Path, whole: Mapping[str, Any], lines: Sequence[str]) -> None:
-    """Writes `stem`.json and `stem`.md, and shows the page."""
+    """Writes `stem`.json and `stem`.md, and prints the page."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_name(stem.name + ".json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     page = "\n".join(lines) + "\n"
@@ -28,7 +28,7 @@ def save(stem: Path, whole: Mapping[str, Any], lines: Sequence[str]) -> None:
 
 
 def machine_line(found: Mapping[str, Any]) -> str:
-    """The machine, as an item of a Markdown list."""
+    """Returns the machine as an item of a Markdown list."""
     return (
         f"- Machine: {found['cores']} cores, {found['cpu']}, {found['memory_gib']:.0f} GiB; "
         f"of its instructions: {', '.join(found['cpu_flags']) or 'none of those looked for'}."

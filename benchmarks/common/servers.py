@@ -1,7 +1,7 @@
 """Starts and ends servers under test, and waits until they are ready.
 
-A server is a process group on 127.0.0.1 with a free port and a log file of its own. It counts as started when it has
-answered the first token of a completion. Health pages would not do: each system means something else by them.
+A server is a process group on 127.0.0.1 with a free port and its own log file. It counts as started when it has
+answered the first token of a completion. Health pages would not do: their meaning differs between systems.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ MAX_NUM_SEQS = 32
 
 @dataclass(frozen=True)
 class Layout:
-    """How the model is split: `pp` stages of `tp` ranks each."""
+    """The split of the model: `pp` stages of `tp` ranks each."""
 
     pp: int
     tp: int
 
     @property
     def ranks(self) -> int:
-        """Processes that compute."""
+        """Number of processes that compute."""
         return self.pp * self.tp
 
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """What to start: `command` without model and port, and `environment` on top of the caller's."""
+    """A server to start: `command` without model and port, and `environment`, which is added to the caller's."""
 
     system: System
     shown_command: str
@@ -65,19 +65,19 @@ class ServerSpec:
     environment: dict[str, str]
     health_path: str
     model: Path | None = None
-    """A file of its own, where the system does not read the checkpoint's folder."""
+    """A separate model file, if the system does not read the checkpoint's folder."""
     helpers: list[list[str]] = field(default_factory=list)
-    """Processes that must listen before it starts, each to be given `--port`."""
+    """Commands of processes that must listen before the server starts. Each gets `--port`."""
     helpers_option: str = ""
     """Option that names the helpers' addresses."""
 
     def arguments(self, model: Path, port: int, helper_ports: Sequence[int]) -> list[str]:
-        """The whole command line."""
+        """Returns the whole command line."""
         named = [self.helpers_option, ",".join(f"127.0.0.1:{p}" for p in helper_ports)] if helper_ports else []
         return [*self.command, str(self.model or model), *self.options, *named, "--port", str(port)]
 
     def shown(self) -> str:
-        """The command lines for a reader: names instead of this machine's paths and ports."""
+        """Returns the command lines for a reader, with names instead of this machine's paths and ports."""
         variables = " ".join(f"{name}='{value}'" for name, value in self.environment.items())
         helpers = [" ".join([*_bare(helper), "--port", f"PORT{i}"]) + " &" for i, helper in enumerate(self.helpers)]
         named = [self.helpers_option, ",".join(f"127.0.0.1:PORT{i}" for i in range(len(self.helpers)))]
@@ -91,13 +91,13 @@ def _bare(command: list[str]) -> list[str]:
 
 
 def options_of(layout: Layout) -> list[str]:
-    """Options of stagemesh and vLLM, in the flags that they share."""
+    """Returns the options of stagemesh and vLLM, with the flags that they share."""
     options = ["-pp", str(layout.pp), "-tp", str(layout.tp), "--host=127.0.0.1", "--dtype=bfloat16"]
     return [*options, f"--max-model-len={MAX_MODEL_LEN}", f"--max-num-seqs={MAX_NUM_SEQS}"]
 
 
 def stagemesh_spec(layout: Layout, *more: str) -> ServerSpec:
-    """`stagemesh serve` with this layout, and more options."""
+    """Returns `stagemesh serve` with this layout, and more options."""
     command = [sys.executable, "-m", "stagemesh.cli.main", "serve"]
     return ServerSpec("stagemesh", "stagemesh serve MODEL", command, [*options_of(layout), *more], {}, "/readyz")
 
@@ -115,9 +115,9 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running(spec: ServerSpec, model: Path, logs: Path) -> Iterator[RunningServer]:
-    """Start `spec` on `model`; yield it after its first token; end every process of it on the way out.
+    """Starts `spec` on `model`, yields it after its first token, and ends all its processes after the block.
 
-    Raises BenchmarkError, with the end of the server's log, when it dies or is not ready in time.
+    Prints the end of the server's log on an error. Raises BenchmarkError if it dies or is not ready in time.
     """
     port = _free_port()
     log = logs / f"{spec.system}-{port}.log"
@@ -135,7 +135,7 @@ def running(spec: ServerSpec, model: Path, logs: Path) -> Iterator[RunningServer
                 env={**os.environ, **spec.environment},
                 start_new_session=True,
             )
-            processes.insert(0, process)  # what was started last is ended first
+            processes.insert(0, process)  # The process that was started last is ended first.
             return process
 
         try:
@@ -158,7 +158,7 @@ def running(spec: ServerSpec, model: Path, logs: Path) -> Iterator[RunningServer
 
 
 def _until_listening(process: subprocess.Popen[bytes], name: str, port: int, deadline: float) -> None:
-    """Wait until something accepts on `port`."""
+    """Waits until a process accepts connections on `port`."""
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
             return
@@ -168,7 +168,7 @@ def _until_listening(process: subprocess.Popen[bytes], name: str, port: int, dea
 
 
 def _first_token(spec: ServerSpec, port: int, process: subprocess.Popen[bytes], deadline: float) -> str:
-    """Wait until the server is healthy, then have it generate one token. Returns the name it serves the model by."""
+    """Waits until the server is healthy, then makes it generate one token. Returns its name of the model."""
     while _get(port, spec.health_path) is None:
         if time.monotonic() > deadline:
             raise BenchmarkError(f"{spec.system} was not ready within {START_DEADLINE_S:.0f} s")
@@ -191,7 +191,7 @@ def _get(port: int, path: str) -> bytes | None:
 
 
 def _request(port: int, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> bytes | None:
-    """The body of a 200, None for anything else or no answer."""
+    """Returns the body of an answer with status 200, or None."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:
         payload = None if body is None else json.dumps(body)
@@ -206,16 +206,16 @@ def _request(port: int, method: str, path: str, body: dict[str, Any] | None, tim
 
 
 def adopt_orphans() -> None:
-    """Make processes that a server leaves behind children of this one, so that `end` finds them in any session."""
+    """Makes a server's orphans children of this process, so that `end` finds them in any session."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise BenchmarkError(f"prctl(PR_SET_CHILD_SUBREAPER): {os.strerror(ctypes.get_errno())}")
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """SIGTERM to each, in order; SIGKILL to what is left after the deadline. Returns when nothing is left.
+    """Sends SIGTERM to each, in order, and SIGKILL to those left after the deadline. Returns when none is left.
 
-    Says so when something had to be killed: a server should end its own processes.
+    Prints the processes that it had to kill: a server should end its own processes.
     """
     family = {member for process in processes for member in _family(process.pid)}
     for process in processes:
@@ -223,7 +223,7 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=STOP_DEADLINE_S)
-    # What a server left behind was adopted by this process; what it started late shows up only now.
+    # This process adopted a server's orphans. Processes that were started late are visible only now.
     family |= set(psutil.Process().children(recursive=True))
     left = [member for member in family if member.is_running()]
     alive = [member for member in left if not _is_zombie(member)]
@@ -238,7 +238,7 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _is_zombie(process: psutil.Process) -> bool:
-    """Whether it has ended, and only its parent has not asked for its status yet."""
+    """Whether the process has ended and only its parent has not reaped it yet."""
     try:
         return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -266,12 +266,12 @@ def _vllm_segments() -> set[Path]:
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log."""
+    """Returns the last lines of a log."""
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:])
 
 
 def _free_port() -> int:
-    """A port that the OS says is free now. The server binds it itself, so another process could take it first."""
+    """Returns a port that is free now. The server binds it later, so another process could take it first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Compares stagemesh with vLLM and llama.cpp: `python -m benchmarks.peers`. README.md says how to set these up.
+"""Compares stagemesh with vLLM and llama.cpp: `python -m benchmarks.peers`. README.md says how to set them up.
 
-How the other systems are installed and started belongs here.
+This folder has all code that installs and starts the other systems.
 """

@@ -3,8 +3,8 @@
     python -m benchmarks.peers --setup DIR              # once: vLLM's own environment
     python -m benchmarks.peers [MODEL] [--rows table]   # writes benchmarks/results/vllm-ROWS.{json,md}
 
-A row is a layout, a load and a number of concurrent requests: `pp2` is two stages with 16 requests at once, `tp2` one
-stage of two ranks, `pp2@1` one request at a time, `pp2:long-prompts` another load (workloads.py). The systems take
+A row is a layout, a load and a number of concurrent requests. `pp2` is two stages with 16 concurrent requests, `tp2`
+one stage of two ranks, `pp2@1` one request at a time, `pp2:long-prompts` another load (workloads.py). The systems take
 turns (A B A B), because the speed of a machine drifts. A server is started once for all rows of its layout. Run it on
 an idle machine, with the interpreter in which stagemesh is installed.
 """
@@ -39,7 +39,7 @@ CLIENT_DEADLINE_S = 900.0
 
 
 def measure(server: RunningServer, model: Path, row: Row, venv: Path, folder: Path) -> dict[str, Any]:
-    """Run the client once. Returns its result file. Raises BenchmarkError, with its log, when it fails."""
+    """Runs the client once. Returns its result file's content. Raises BenchmarkError, with its log, if it fails."""
     result = folder / f"{server.log.stem}-{row.file_name}.json"
     log = result.with_suffix(".client.log")
     vllm = str(venv / "bin" / "vllm")
@@ -66,7 +66,7 @@ def measure(server: RunningServer, model: Path, row: Row, venv: Path, folder: Pa
 def measure_own(
     server: RunningServer, model: Path, row: Row, venv: Path, folder: Path, pss_start_mib: dict[str, float]
 ) -> tuple[dict[str, Any], OwnCosts | None]:
-    """`measure`, with CPU time and memory of stagemesh's processes."""
+    """Runs `measure`, with CPU time and memory of stagemesh's processes."""
     with Probe(server.process.pid, server.base_url) as probe:
         measured = measure(server, model, row, venv, folder)
     spent = probe.spent(measured["duration"])
@@ -80,7 +80,7 @@ def measure_own(
 def to_run(
     measured: dict[str, Any], row: Row, system: System, repeat: int, start_s: float, load: float, own: OwnCosts | None
 ) -> report.Run:
-    """The client's figures by our names."""
+    """Converts the client's figures to our names."""
     return report.Run(
         row=row.name,
         system=system,
@@ -105,7 +105,7 @@ def to_run(
 def compare(
     model: Path, rows: Sequence[Row], systems: Sequence[System], repeats: int, peers: Peers, folder: Path
 ) -> tuple[list[report.Run], list[str]]:
-    """All runs and the commands of a comparison, server by server in turn."""
+    """Runs a comparison, server by server in turn. Returns all runs and the commands."""
     runs: list[report.Run] = []
     commands: list[str] = []
     for layout in dict.fromkeys(row.layout for row in rows):
@@ -167,7 +167,7 @@ def _arguments(argv: Iterable[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    """The command line. 0: written and no request failed; 1: some failed; 2: no comparison could be made."""
+    """Runs the command line. Returns 0 if no request failed, 1 if some failed, 2 if no comparison could be made."""
     arguments = _arguments(argv)
     try:
         if arguments.setup is not None:
@@ -189,7 +189,7 @@ def _compare_and_write(arguments: argparse.Namespace) -> int:
     name = "table" if arguments.rows == "table" else "-".join(row.file_name for row in rows)
     out: Path = arguments.out or RESULTS / f"vllm-{name}"
     adopt_orphans()
-    # A terminated benchmark ends its servers on the way out, as an interrupted one does.
+    # A terminated benchmark ends its servers, as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="stagemesh-bench-") as scratch:
         folder = Path(scratch)

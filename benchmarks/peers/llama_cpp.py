@@ -1,9 +1,9 @@
-"""The other peer: llama.cpp, whose RPC servers hold a part of the layers each.
+"""The other peer: llama.cpp. Each of its RPC servers holds a part of the layers.
 
     python -m benchmarks.peers.llama_cpp DIR    # once: half an hour of one core, 1 GB
 
-Its source comes with the source distribution of `llama-cpp-python` on PyPI. Built are `llama-server` and
-`ggml-rpc-server`, for this machine's processor.
+Its source is in the source distribution of `llama-cpp-python` on PyPI. The set-up builds `llama-server` and
+`ggml-rpc-server` for this machine's processor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CMAKE_OPTIONS = (
     *("-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_OPENSSL=OFF"),
     *("-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_BUILD_MTMD=OFF"),
 )
-"""Neither a web page nor TLS is wanted: the set-up needs no network beyond PyPI."""
+"""CMake options without a web page and TLS, so that the set-up needs no network except PyPI."""
 TARGETS = ("llama-server", "ggml-rpc-server")
 
 
@@ -32,11 +32,11 @@ class LlamaCpp:
 
     folder: Path
     gguf: Path | None = None
-    """The model, converted."""
+    """The converted model."""
 
     @property
     def source(self) -> Path:
-        """llama.cpp's own tree."""
+        """The folder of llama.cpp's source."""
         found = sorted(self.folder.glob("llama_cpp_python-*/vendor/llama.cpp"))
         if not found:
             raise BenchmarkError(
@@ -46,12 +46,12 @@ class LlamaCpp:
 
     @property
     def server(self) -> Path:
-        """The HTTP server."""
+        """The program of the HTTP server."""
         return self.folder / "build" / "bin" / "llama-server"
 
     @property
     def rpc_server(self) -> Path:
-        """Holds a part of the layers for a server."""
+        """The program that holds a part of the layers for a server."""
         return self.folder / "build" / "bin" / "ggml-rpc-server"
 
     def check(self) -> None:
@@ -61,7 +61,7 @@ class LlamaCpp:
                 raise BenchmarkError(f"no {program}: run `python -m benchmarks.peers.llama_cpp {self.folder}`")
 
     def version(self) -> str:
-        """What it says of itself, and the package it came in."""
+        """Returns its version, and the version of its package."""
         said = subprocess.run([self.server, "--version"], capture_output=True, text=True, timeout=30, check=False)
         lines = [line for line in (said.stderr + said.stdout).splitlines() if line.startswith("version")]
         package = self.source.parents[1].name.replace("_", "-")
@@ -79,7 +79,7 @@ class LlamaCpp:
 
 
 def set_up(folder: Path, jobs: int = 1) -> None:
-    """Fetch, unpack, build. What is there is kept."""
+    """Downloads, unpacks and builds llama.cpp. Skips a download that exists."""
     folder.mkdir(parents=True, exist_ok=True)
     llama = LlamaCpp(folder)
     if not list(folder.glob("llama_cpp_python-*/vendor/llama.cpp")):

@@ -20,23 +20,23 @@ class OwnCosts:
     """Costs of one client run. Shares are between 0 and 1, times in seconds, memory in MiB."""
 
     period_s: float
-    """From the first request measured to the last token, after warming up."""
+    """Time from the first measured request to the last token, after the warm-up."""
     cpu_s: dict[str, float]
-    """By role."""
+    """CPU seconds by role."""
     cpu_outside_ranks: float
     cpu_not_compute: float | None
-    """Share of the CPU seconds that are not a rank's step; None where ranks have several threads each."""
+    """Share of the CPU seconds outside ranks' steps; None if ranks have several threads each."""
     stage_s: dict[int, dict[str, float]]
-    """Of each stage: what the period went to."""
+    """Seconds of each stage, by use."""
     busiest_stage: float
-    """Share of the period that the busiest stage computed."""
+    """Share of the period in which the busiest stage computed."""
     pss_start_mib: dict[str, float]
-    """By role, after the first token of the server's life."""
+    """PSS by role, after the server's first token."""
     pss_end_mib: dict[str, float]
     weights_mib: dict[str, float]
-    """Of each rank."""
+    """Weights of each rank."""
     kv_mib: dict[str, float]
-    """Of each rank, allocated; resident as far as pages were touched."""
+    """Allocated KV pages of each rank. Only touched pages are resident."""
 
 
 def own_costs(
@@ -45,7 +45,7 @@ def own_costs(
     memory: tuple[dict[str, float], dict[str, float]],
     held: tuple[dict[str, float], dict[str, float]],
 ) -> OwnCosts:
-    """`memory`: PSS at start and end; `held`: weights and KV of the ranks."""
+    """Makes the costs of a run. `memory`: PSS at start and end. `held`: weights and KV of the ranks."""
     return OwnCosts(
         period_s=spent.seconds,
         cpu_s=spent.cpu_s,
@@ -61,7 +61,7 @@ def own_costs(
 
 
 def weights_and_kv_mib(base_url: str, model: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """MiB of weights and of KV of each rank, from `/mesh` and the model's config."""
+    """Returns MiB of weights and of KV of each rank, from `/mesh` and the model's config."""
     with urllib.request.urlopen(base_url + "/mesh", timeout=10) as response:
         pipeline: dict[str, Any] = json.load(response)["pipelines"][0]
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def weights_and_kv_mib(base_url: str, model: Path) -> tuple[dict[str, float], di
 
 
 def markdown(runs: Sequence[tuple[str, OwnCosts]]) -> list[str]:
-    """Two tables of (row, costs): medians over the repeats."""
+    """Returns two tables for (row, costs), with medians over the repeats."""
     if not runs:
         return []
     by_row: dict[str, list[OwnCosts]] = {}
@@ -127,7 +127,7 @@ def _memory(by_row: Mapping[str, Sequence[OwnCosts]]) -> list[str]:
 
 
 def _waits(costs: OwnCosts) -> float:
-    """Share of the period in which the busiest stage waited."""
+    """Returns the share of the period in which the busiest stage waited."""
     busiest = max(costs.stage_s.values(), key=lambda stage: stage.get("compute", 0.0), default={})
     return (busiest.get("wait_input", 0.0) + busiest.get("wait_send", 0.0)) / costs.period_s
 

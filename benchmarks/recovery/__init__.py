@@ -1,1 +1,1 @@
-"""What clients see when parts of a mesh are killed, stopped or drained: `python -m benchmarks.recovery MODEL`."""
+"""Measures what clients see when parts of a mesh are killed or drained: `python -m benchmarks.recovery MODEL`."""

@@ -3,14 +3,14 @@
     python -m benchmarks.recovery MODEL [--what rank,agent,hang,coordinator,gateway,drain,repartition,scale,nothing]
                                    [--times 50] [--streams 20] [--tokens 256] [--standbys 1] [--burners 0]
 
-Streams run all the time. Each sends one of a fixed set of requests again and again, and its tokens are compared with
-those of an undisturbed run. A disturbance is made when every stream has started and a standby has loaded its weights.
-For each kind, the table shows failed requests, wrong tokens, the time until the gateway knew of the loss (`lost`), the
-time from there to the next token (`recovered`), and the longest pause of any stream. In the row `nothing`, nothing is
-done for a second at a time; a loss that is reported then is a false alarm. So it is in the rows of the coordinator, of
-moved layers and of `scale`, which gives a stage a second worker, waits until both pipelines run requests, and takes it
-away again. Burners are processes that compute besides. Clients speak gRPC. If the gateway is killed they speak HTTP,
-and resume their streams at the next gateway.
+Streams run all the time. Each repeats one of a fixed set of requests, and its tokens are compared with those of an
+undisturbed run. A disturbance is made when every stream has started and a standby has loaded its weights. For each
+kind, the table shows failed requests, wrong tokens, the time until the gateway knew of the loss (`lost`), the time from
+then to the next token (`recovered`), and the longest pause of any stream. In the row `nothing`, nothing is done for a
+second. A loss that is reported then is a false alarm, and also in the rows of the coordinator, of moved layers and of
+`scale`. `scale` gives a stage a second worker, waits until both pipelines run requests, and removes the worker. Burners
+are processes that compute beside the mesh. Clients use gRPC. If the gateway is killed, they use HTTP, and resume their
+streams at the next gateway.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from .mesh import BACK_S, HARMLESS, KINDS, PLANNED, Mesh, bring_back, disturb, s
 from .streams import SEED, ResumingStream, make_streams
 
 SPEED_S = 4.0
-"""How long the undisturbed speed is measured, before and after."""
+"""Seconds for which the undisturbed speed is measured, before and after."""
 
 
 async def tokens_a_second(mesh: Mesh, streams: Sequence[ResumingStream]) -> float:
-    """Undisturbed speed of all streams together."""
+    """Measures the undisturbed speed of all streams together."""
     await asyncio.to_thread(mesh.wait_whole)
     before, began = sum(s.tokens for s in streams), time.monotonic()
     await asyncio.sleep(SPEED_S)
@@ -52,8 +52,8 @@ async def tokens_a_second(mesh: Mesh, streams: Sequence[ResumingStream]) -> floa
 async def measure(
     mesh: Mesh, kind: str, times: int, streams: list[ResumingStream]
 ) -> tuple[list[dict[str, float]], list[float], list[float]]:
-    """Disturbs `times` times; seconds of each, every stream's longest pause of each, and tokens a second before and
-    after."""
+    """Makes `times` disturbances. Returns the figures of each, the longest pause of each stream in each, and tokens per
+    second before and after."""
     rng, stop, figures, pauses = random.Random(SEED), asyncio.Event(), [], list[float]()
     async with Client(mesh.grpc_address) as client:
         # Only streams over HTTP can be resumed at another gateway.
@@ -65,7 +65,7 @@ async def measure(
             before = [s.tokens for s in streams]
             while any(s.tokens <= at for s, at in zip(streams, before, strict=True)):
                 await asyncio.sleep(0.05)
-            # So that disturbances fall on different moments of a step.
+            # With this pause, disturbances happen at different moments of a step.
             await asyncio.sleep(rng.random() * 0.2)
             for stream in streams:
                 stream.pause_s = 0.0
@@ -81,7 +81,7 @@ async def measure(
 
 
 async def after(mesh: Mesh, kind: str, streams: Sequence[ResumingStream], began_at: float) -> dict[str, float]:
-    """Waits until every stream has gone on."""
+    """Waits until every stream continues. Returns the figures of the disturbance."""
     told: dict[str, float] = {}
     deadline = time.monotonic() + BACK_S
     while kind not in ("coordinator", "gateway", "scale", "nothing"):
@@ -108,7 +108,7 @@ async def after(mesh: Mesh, kind: str, streams: Sequence[ResumingStream], began_
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """p50, p99 (the worst of fewer than 100) and the worst."""
+    """Returns p50, p99 (the maximum of fewer than 100 values) and the maximum."""
     ordered = sorted(values)
     pick = [ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.99)]
     return {"p50": round(pick[0], 3), "p99": round(pick[1], 3), "max": round(ordered[-1], 3)}
@@ -164,7 +164,7 @@ def burning(count: int) -> Iterator[None]:
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    """Markdown."""
+    """Returns the results as a Markdown table."""
     lines = [
         "| what | times | requests | failed | wrong tokens | known, s: p50 / p99 | next token after, s "
         "| no step planned, s | pause of a stream, s | longest of all streams, s | tokens computed again, p50 "
@@ -212,7 +212,7 @@ def main() -> int:
 
 
 def write_files(given: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Writes JSON and Markdown. Rows in the file that were measured on this machine are kept."""
+    """Writes JSON and Markdown. Keeps rows of the file that were measured on this machine."""
     command = (
         f"python -m benchmarks.recovery MODEL --what {given.what} --times {given.times} --streams {given.streams} "
         f"--tokens {given.tokens} --standbys {given.standbys} --burners {given.burners} --name {given.name}"

@@ -32,7 +32,7 @@ HARMLESS = ("coordinator", "repartition", "scale", "nothing")
 
 @dataclass
 class Mesh:
-    """A `stagemesh serve` of two stages, maybe with a standby."""
+    """A `stagemesh serve` with two stages, and maybe standbys."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -40,10 +40,10 @@ class Mesh:
     url: str
     grpc_address: str
     first_layers: int = 0
-    """Layers of stage 0 at the start."""
+    """Number of layers of stage 0 at the start."""
 
     def get(self) -> dict[str, Any]:
-        """/mesh."""
+        """Reads /mesh."""
         with urllib.request.urlopen(f"{self.url}/mesh", timeout=10) as response:
             seen: dict[str, Any] = json.load(response)
             return seen
@@ -68,7 +68,7 @@ class Mesh:
             time.sleep(0.05)
 
     def wait_both_run(self) -> None:
-        """Until two pipelines have requests."""
+        """Waits until two pipelines have requests."""
         deadline = time.monotonic() + BACK_S
         while len(told := self.get()["gateway"]["pipelines"]) < 2 or not all(p["running"] for p in told.values()):
             if time.monotonic() > deadline:
@@ -81,7 +81,7 @@ class Mesh:
         return sum(" is lost" in line or " hangs: " in line for line in lines)
 
     def named(self, title: str) -> list[psutil.Process]:
-        """Processes by their titles."""
+        """Returns the processes with `title` in their titles."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
@@ -100,7 +100,7 @@ def serving(model: Path, folder: Path, standbys: int, log: Path, *, python: str 
                "--token-log", str(folder / "streams")]  # fmt: skip
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
-        # In the session of its client, as in one terminal: between sessions Linux shares cores alike (sched_autogroup).
+        # It runs in its client's session: Linux divides cores equally between sessions (sched_autogroup).
         process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, process_group=0)
     try:
         deadline = time.monotonic() + READY_S
@@ -123,7 +123,7 @@ def serving(model: Path, folder: Path, standbys: int, log: Path, *, python: str 
 
 
 def disturb(mesh: Mesh, kind: str, rng: random.Random) -> float:
-    """Makes one disturbance; returns when it began."""
+    """Makes one disturbance. Returns the time when it began."""
     stage = rng.randrange(2)
     began_at = time.time()
     if kind == "nothing":
@@ -132,7 +132,7 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> float:
     if kind == "repartition":
         layers = [s["layers"] for s in mesh.get()["pipelines"][0]["stages"]]
         total, here = layers[-1]["last"], layers[0]["last"]
-        # To and fro, so that the first and the last speed are measured with the same layers.
+        # Layers move back and forth, so that the first and the last speed are measured with the same layers.
         others = [count for count in range(total // 4, total - total // 4 + 1) if count != mesh.first_layers]
         there = rng.choice(others) if here == mesh.first_layers else mesh.first_layers
         operate(mesh, "repartition", f"{there},{total - there}")
@@ -154,7 +154,7 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> float:
         return began_at
     (rank,) = mesh.named(f"stage {stage} layers")
     if not mesh.standbys:
-        # As above.
+        # As above, a growing restart delay must not be measured.
         time.sleep(max(0.0, rank.create_time() + STABLE_S - time.time()))
     began_at = time.time()
     if kind == "rank":
@@ -172,7 +172,7 @@ def disturb(mesh: Mesh, kind: str, rng: random.Random) -> float:
 
 
 def operate(mesh: Mesh, *words: str) -> None:
-    """Runs an operator's command within this process: the start of another one would be measured, too."""
+    """Runs an operator's command in this process: the start of another process would be measured, too."""
     with redirect_stdout(io.StringIO()):
         if cli.main([*words, "--url", mesh.url, "--timeout", "60"]):
             raise BenchmarkError(f"{words} failed")

@@ -1,4 +1,4 @@
-"""Clients whose streams run again and again, and are compared with an undisturbed run."""
+"""Clients that repeat their streams, and compare them with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Stream:
     wrong: int = 0
     last_at: float = 0.0
     pause_s: float = 0.0
-    """Longest pause since it was reset."""
+    """Longest pause since the last reset."""
 
     async def run(self, client: Client, stop: asyncio.Event | None) -> None:
-        """Asks over gRPC: once, for what is expected, or again and again until `stop`."""
+        """Sends the request over gRPC: once, for the expected tokens, or repeatedly until `stop`."""
         while stop is None or not stop.is_set():
             got: list[int] = []
             self.last_at = 0.0
@@ -51,7 +51,7 @@ class Stream:
             self.finish(got)
 
     def note(self, got: list[int], tokens: list[int]) -> None:
-        """A message with these tokens has come."""
+        """Records a message with these tokens."""
         now = time.monotonic()
         if self.last_at:
             self.pause_s = max(self.pause_s, now - self.last_at)
@@ -60,12 +60,12 @@ class Stream:
         self.tokens += len(tokens)
 
     def finish(self, got: list[int]) -> None:
-        """An answer is complete."""
+        """Records a complete answer."""
         self.finished += 1
         self.wrong += got != self.expected
 
     async def fail(self, why: str) -> None:
-        """An answer ended in an error. The client tries again a moment later."""
+        """Records an answer that ended in an error. The client tries again a moment later."""
         self.failed.append(why)
         await asyncio.sleep(0.1)
 
@@ -75,10 +75,10 @@ class ResumingStream(Stream):
     """Sends the request over HTTP, and resumes the stream after its last event when the connection breaks."""
 
     asked_again: int = 0
-    """Number of requests without any answer when the connection broke."""
+    """Number of requests that had no answer when the connection broke."""
 
     async def run_http(self, url: str, stop: asyncio.Event) -> None:
-        """Again and again until `stop`."""
+        """Sends the request over HTTP repeatedly until `stop`."""
         body = {"model": None, "prompt": self.prompt, "stream": True, "ignore_eos": True, "return_token_ids": True}
         async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(ANSWER_S)) as client:
             models = (await client.get("/v1/models")).json()
@@ -128,7 +128,7 @@ class ResumingStream(Stream):
 
 
 def make_streams(count: int, tokens: int) -> list[ResumingStream]:
-    """Greedy and seeded requests of 64 to 128 tokens in and so many out."""
+    """Makes greedy and seeded requests with 64 to 128 tokens in and `tokens` out."""
     rng = random.Random(SEED)
     return [
         ResumingStream(

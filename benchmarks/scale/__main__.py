@@ -6,9 +6,9 @@
     python -m benchmarks.scale partition
 
 `grid`: efficiency of the pipeline by concurrent requests and stages, and CPU time of gateway and coordinator per step,
-token and worker. `many`: many short requests, which must end as fast as they began, in the same memory. `replicas`: a
-second worker for the slowest stage while requests run. `partition`: the time that the coordinator needs to place 400
-layers on 1,000 workers of five kinds.
+token and worker. `many`: many short requests, which must be as fast at the end as at the start, in the same memory.
+`replicas`: a second worker for the slowest stage while requests run. `partition`: the time that the coordinator needs
+to place 400 layers on 1,000 workers of five kinds.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _arguments(argv: Iterable[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    """The command line. 0: the goals are met; 1: they are not; 2: nothing could be measured."""
+    """Runs the command line. Returns 0 if the goals are met, 1 if not, 2 if nothing could be measured."""
     arguments = _arguments(argv)
     told = origin("scale " + " ".join(sys.argv[1:] if argv is None else list(argv)))
     try:

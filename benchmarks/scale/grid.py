@@ -19,44 +19,43 @@ POLL_S = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One measurement: P stages, n requests at once, in steady state. Seconds of CPU are of the window."""
+    """One measurement of P stages with n concurrent requests, in steady state. CPU seconds are those of the window."""
 
     stages: int
     step_ms: float
     at_once: int
     steps_in_flight: int
-    """How many the mesh allows."""
+    """Number of concurrent steps that the mesh allows."""
     stream: bool
     window_s: float
     tok_s: float
     steps_s: float
     busiest: float
-    """Share of the window that the busiest stage was in a step."""
+    """Share of the window in which the busiest stage was in a step."""
     cpu_s: dict[str, float]
     cpu_share: float
-    """Share of all cores that mesh and client use. Near 1 the machine is the bound, not the mesh."""
+    """Share of all cores that mesh and client use. Near 1, the machine is the bound, not the mesh."""
     idle_cpu: dict[str, float]
-    """CPU seconds a second by role, of the same mesh without requests."""
+    """CPU seconds per second by role, of the same mesh without requests."""
     load_before: float
 
     @property
     def efficiency(self) -> float:
-        """Steps a second divided by those of an ideal pipeline, which runs a step in the time of a sleep when it is
-        full."""
+        """Steps per second divided by those of an ideal pipeline, which when full runs one step in a sleep's time."""
         return self.steps_s * self.step_ms / 1e3 / self.ideal_busy
 
     @property
     def rows(self) -> float:
-        """Rows a step, on average."""
+        """Mean number of rows per step."""
         return self.tok_s / self.steps_s
 
     @property
     def ideal_busy(self) -> float:
-        """What share of the time a stage would compute in an ideal pipeline."""
+        """Share of the time in which a stage of an ideal pipeline would compute."""
         return min(1.0, self.at_once / self.stages)
 
     def busy_cpu_s(self, role: str) -> float:
-        """CPU seconds of the roles whose name begins so, minus their idle use."""
+        """Returns the CPU seconds of roles whose name begins with `role`, minus their idle use."""
         return sum(
             max(0.0, seconds - self.idle_cpu.get(name, 0.0) * self.window_s)
             for name, seconds in self.cpu_s.items()
@@ -101,7 +100,7 @@ async def measure(mesh: SleepMesh, at_once: int, window_s: float, stream: bool, 
 
 
 async def idle(seconds: float) -> dict[str, float]:
-    """CPU seconds a second of each role, while no request runs."""
+    """Measures CPU seconds per second of each role, while no request runs."""
     members = processes(os.getpid())
     before = cpu_seconds(members)
     await asyncio.sleep(seconds)
@@ -113,7 +112,7 @@ async def _sums(mesh: SleepMesh) -> dict[str, float]:
 
 
 async def _until_running(mesh: SleepMesh, load: HttpLoad, at_once: int) -> None:
-    """Until every request runs and has had two tokens on average."""
+    """Waits until every request runs and has had two tokens on average."""
     start = (await _sums(mesh))["tokens"]
     async with asyncio.timeout(RAMP_DEADLINE_S):
         while True:
@@ -126,14 +125,14 @@ async def _until_running(mesh: SleepMesh, load: HttpLoad, at_once: int) -> None:
 
 
 async def _until_idle(mesh: SleepMesh) -> None:
-    """Until the requests whose client went away have ended."""
+    """Waits until the requests whose clients went away have ended."""
     async with asyncio.timeout(RAMP_DEADLINE_S):
         while (await _sums(mesh))["running"]:
             await asyncio.sleep(POLL_S)
 
 
 async def grid(arguments: argparse.Namespace, folder: Path) -> list[Point]:
-    """Every combination, one mesh for each number of stages and length of a step."""
+    """Measures every combination, with one mesh for each number of stages and length of a step."""
     points: list[Point] = []
     for step_ms in arguments.step_ms:
         for stages in arguments.stages:

@@ -21,14 +21,14 @@ from .mesh import PROMPT_LEN, Shape, running
 PARTS = 10
 SAMPLE_S = 0.5
 SLOWEST_END = 0.95
-"""Least ratio of the last part's requests a second to the median part's."""
+"""Least ratio of the last part's requests per second to the median part's."""
 MOST_GROWTH_MIB = 4.0
-"""Most growth of the gateway's resident memory after the second part. The first part fills caches."""
+"""Largest growth of the gateway's resident memory after the second part. The first part fills caches."""
 STAGES = 2
 
 
 async def run(arguments: argparse.Namespace, folder: Path, told: Mapping[str, Any]) -> int:
-    """Measures and writes; 1 when it ended slower than it began, larger, or with a failed request."""
+    """Measures and writes. Returns 1 if the end was too slow, if memory grew too much, or if a request failed."""
     shape = Shape(STAGES, arguments.step_ms / 1e3, max_num_seqs=arguments.at_once, max_model_len=256)
     rss: list[tuple[float, dict[str, float]]] = []
     async with running(shape, folder) as mesh:
@@ -77,7 +77,7 @@ async def run(arguments: argparse.Namespace, folder: Path, told: Mapping[str, An
 
 
 def split(load: HttpLoad, rss: list[tuple[float, dict[str, float]]], began: float) -> list[dict[str, Any]]:
-    """Tenths by number of requests: rate, latency, and memory at the end of each."""
+    """Divides the requests into tenths. Returns rate, latency, and memory at the end of each."""
     size = max(1, len(load.ended_at) // PARTS)
     parts: list[dict[str, Any]] = []
     for part in range(PARTS):

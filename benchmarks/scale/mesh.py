@@ -1,4 +1,4 @@
-"""A mesh whose stages sleep instead of computing. Its processes are those that serve models."""
+"""A mesh whose stages sleep instead of computing. Its processes are the same that serve models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROMPT_LEN = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """What is started."""
+    """The properties of a mesh to start."""
 
     stages: int
     step_s: float
@@ -41,9 +41,9 @@ class Shape:
     max_num_seqs: int = 512
     max_model_len: int = 4096
     steps_in_flight: int | None = None
-    """Default: the coordinator's."""
+    """Number of concurrent steps; default: the coordinator's."""
     row_s: tuple[float, ...] = ()
-    """Seconds that each row of a step takes more, by stage."""
+    """Additional seconds for each row of a step, by stage."""
 
 
 @dataclass
@@ -57,22 +57,22 @@ class SleepMesh:
     add: Callable[[int], Awaitable[None]]
     """Starts one more worker for a stage."""
     steps_in_flight: int = 0
-    """How many the coordinator allows."""
+    """Number of concurrent steps that the coordinator allows."""
 
     @property
     def base_url(self) -> str:
-        """Of the gateway."""
+        """URL of the gateway."""
         return f"http://{LOOPBACK}:{self.port}"
 
     def check(self) -> None:
-        """Raises BenchmarkError when a process of it has ended."""
+        """Raises BenchmarkError if one of its processes has ended."""
         dead = [child.label for child in self.children if not child.alive]
         if dead:
             raise BenchmarkError(f"ended during the benchmark: {', '.join(dead)}; the log says why")
 
 
 def write_model(folder: Path, shape: Shape) -> Path:
-    """A checkpoint folder without weights: one layer a stage, all asleep for `step_s` a step."""
+    """Writes a checkpoint folder without weights: one layer per stage, which sleeps for `step_s` per step."""
     model = folder / "model"
     if not (model / "tokenizer.json").exists():
         default_model(folder, "tiny")
@@ -98,7 +98,7 @@ def write_model(folder: Path, shape: Shape) -> Path:
 
 @contextlib.asynccontextmanager
 async def running(shape: Shape, folder: Path) -> AsyncIterator[SleepMesh]:
-    """The mesh of `shape`, ready; its log is `folder`/log. Raises BenchmarkError, with the log's end, otherwise."""
+    """Yields the mesh of `shape` when it is ready. Its log is `folder`/log. Raises BenchmarkError if it fails."""
     model = str(write_model(folder, shape))
     settings = ServeSettings(
         model=model,
@@ -126,7 +126,7 @@ async def running(shape: Shape, folder: Path) -> AsyncIterator[SleepMesh]:
             coordinator = child("coordinator", "coordinator", coordinator_settings(settings, str(folder)))
             await coordinator.start()
             address = f"{LOOPBACK}:{coordinator.ports['port']}"
-            # Told the folder, a rank knows before its assignment that it needs no modelling code.
+            # With the folder, a rank knows before its assignment that it needs no modelling code.
             told = {"model": model, "threads": 1}
             workers = [
                 child("stage", str(worker.worker_id), worker.model_copy(update=told))
@@ -160,7 +160,7 @@ async def running(shape: Shape, folder: Path) -> AsyncIterator[SleepMesh]:
 
 @contextlib.contextmanager
 def _stderr_to(fd: int) -> Iterator[None]:
-    """Children inherit this process's stderr: their log goes to a file meanwhile."""
+    """Redirects this process's stderr, which children inherit, to a file during the block."""
     kept = os.dup(2)
     os.dup2(fd, 2)
     try:

@@ -1,4 +1,4 @@
-"""Measures how long the coordinator needs to place 400 layers on 1,000 workers of five kinds."""
+"""Measures the time that the coordinator needs to place 400 layers on 1,000 workers of five kinds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 
 def target(stages: int) -> Target:
-    """A model of equal layers and a heavier head."""
+    """Makes a model of equal layers and a heavier head."""
     limits = RunLimits(
         max_model_len=4096, max_num_seqs=32, max_num_batched_tokens=512, page_size=16, steps_in_flight=stages + 1
     )
@@ -40,7 +40,7 @@ def target(stages: int) -> Target:
 
 
 def workers(stages: int) -> list[Candidate]:
-    """Of five kinds, faster and roomier each; together they can hold the model."""
+    """Makes workers of five kinds with increasing speed and memory. Together they can hold the model."""
     room = (LAYERS // stages + 3) * 40 * MIB
     infos = [
         RegisterRequest(
@@ -56,7 +56,7 @@ def workers(stages: int) -> list[Candidate]:
 
 
 def run(out: Path, told: Mapping[str, Any]) -> int:
-    """Measures and writes; 1 when a case is above the goal, with where its time went."""
+    """Measures and writes. Returns 1 if a case is above the goal, and prints its profile."""
     cases = []
     for stages in STAGES:
         asked, mesh = target(stages), workers(stages)

@@ -1,7 +1,7 @@
-"""Adds a worker to the slowest stage while requests run, and measures how much faster the mesh becomes.
+"""Adds a worker to the slowest stage while requests run, and measures the gain in speed.
 
-The slowest stage takes 60 % of a step's time. A step's time grows with its rows, as it does when arithmetic is the
-bound and not the reading of weights. Otherwise a second worker would not help.
+The slowest stage takes 60 % of a step's time. A step's time grows with its rows, as if arithmetic were the bound and
+not the reading of weights. Otherwise a second worker would not help.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from stagemesh.cli import main as cli
 from .mesh import PROMPT_LEN, Shape, SleepMesh, running
 
 SHARES = (0.4, 0.6)
-"""Of a step's time, by stage."""
+"""Share of a step's time, by stage."""
 DOUBLED = 1
 GOAL = 1.3
 CHANGE_S = 60.0
 SETTLE_S = 3.0
-"""Pause after a change: running requests stay in their pipeline, and only new ones are spread."""
+"""Pause after a change: running requests stay in their pipeline, and only new ones are distributed."""
 
 
 async def run(arguments: argparse.Namespace, folder: Path, told: Mapping[str, Any]) -> int:
-    """Measures and writes; 1 when it is not `GOAL` times as fast, or a request failed."""
+    """Measures and writes. Returns 1 if it is not `GOAL` times as fast, or if a request failed."""
     row_s = arguments.row_ms / 1e3
     shape = Shape(
         len(SHARES), 0.5e-3, max_num_seqs=arguments.at_once, max_model_len=256,
@@ -99,7 +99,7 @@ async def _measure(mesh: SleepMesh, pipelines: int, window_s: float) -> dict[str
 
 
 async def _change(mesh: SleepMesh, pipelines: int, change: Any) -> float:
-    """Has it done, and waits until so many pipelines serve; seconds that took."""
+    """Makes a change, and waits until `pipelines` pipelines serve. Returns the seconds that this took."""
     began = time.monotonic()
     await change
     while True:

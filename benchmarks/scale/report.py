@@ -1,4 +1,4 @@
-"""What `scale grid` leaves behind: JSON, a page of tables, and pictures of efficiency and cost."""
+"""Writes the results of `scale grid`: JSON, a page of tables, and pictures of efficiency and cost."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from benchmarks.common.results import machine_line, save
 from .grid import Point
 
 GOALS = {20.0: 0.95, 3.0: 0.85}
-"""Least efficiency by milliseconds of a step, up to `GOAL_STAGES` stages."""
+"""Milliseconds of a step -> least efficiency, up to `GOAL_STAGES` stages."""
 GOAL_STAGES = 16
 
 
 def write_grid(stem: Path, points: Sequence[Point], told: Mapping[str, Any]) -> int:
-    """Writes all three files; 1 when a point that a goal speaks of is below it."""
+    """Writes all files. Returns 1 if a point with a goal is below it."""
     below = [p for p in points if p.stages <= GOAL_STAGES and p.efficiency < GOALS.get(p.step_ms, 0.0)]
     lines = [
         "# How a mesh grows",
@@ -57,7 +57,7 @@ def _efficiency(point: Point) -> str:
 
 
 def _table(points: Sequence[Point], show: Any) -> list[str]:
-    """Rows: stages; columns: requests at once."""
+    """Returns a table with stages as rows and concurrent requests as columns."""
     columns = list(dict.fromkeys(p.at_once for p in points))
     found = {(p.stages, p.at_once): p for p in points}
     lines = ["| stages | " + " | ".join(f"{n} at once" for n in columns) + " |", "| --- |" + " --- |" * len(columns)]
@@ -68,7 +68,7 @@ def _table(points: Sequence[Point], show: Any) -> list[str]:
 
 
 def _costs(points: Sequence[Point]) -> list[str]:
-    """CPU of the services, per what drives it."""
+    """Returns tables of the services' CPU time per step, token and worker."""
     lines = [
         "CPU in microseconds over what the process uses idle: the gateway's a step and a token, an agent's and a "
         "rank's a step (the rank's holds its waking up in the sleep).",
@@ -101,7 +101,7 @@ def _costs(points: Sequence[Point]) -> list[str]:
 
 
 def efficiency_chart(points: Sequence[Point]) -> str:
-    """Busy share of a stage by requests at once, a panel each length of a step, a line each number of stages."""
+    """Draws a stage's busy share by concurrent requests: a panel per step length, a line per number of stages."""
     panels = []
     for step_ms in dict.fromkeys(p.step_ms for p in points):
         own = [p for p in points if p.step_ms == step_ms]
@@ -113,7 +113,7 @@ def efficiency_chart(points: Sequence[Point]) -> str:
 
 
 def cost_chart(points: Sequence[Point]) -> str:
-    """The gateway's CPU a step and a token, by requests at once; the coordinator's a worker, by workers."""
+    """Draws the gateway's CPU per step and token by concurrent requests, and the coordinator's per worker."""
     panels = []
     for step_ms in dict.fromkeys(p.step_ms for p in points):
         own = [p for p in points if p.step_ms == step_ms]

@@ -1,16 +1,16 @@
-"""A stage whose compute is a sleep of a stated length, for measuring everything around compute.
+"""A stage that sleeps for a given time instead of computing, to measure everything around compute.
 
-A plugin of ranks (`STAGEMESH_PLUGINS=sleep_shard`, stage_worker/model/choose.py), for folders whose config.json is of
-its model type, with the seconds a step takes (`step_seconds`) and, where it has them, those that each row of a step
-takes more on each layer (`row_seconds`); there are no weights, so the coordinator is given `--load-format dummy`. All
-the rest is real: plans, pages, links, sampling. While such a stage sleeps the processor is free for others, as with
-an accelerator, and the transports are driven between slices, as between layers. It imports neither transformers nor
-any kernel: dozens of stages fit a small machine.
+It is a plugin of ranks (`STAGEMESH_PLUGINS=sleep_shard`, stage_worker/model/choose.py), for folders whose config.json
+has its model type. The config has the seconds of a step (`step_seconds`), and optionally the additional seconds of each
+row of a step for each layer (`row_seconds`). There are no weights, so the coordinator needs `--load-format dummy`. All
+the rest is real: plans, pages, links, sampling. While such a stage sleeps, the processor is free for others, as with an
+accelerator. The transports are driven between slices, as between layers. It imports neither transformers nor any
+kernel, so dozens of stages fit on a small machine.
 
-The tokens can be foretold: the activation's first column carries the token through all stages, and the last stage
-answers with the one after it, so an activation that went astray shows in the text.
+The tokens are predictable: the activation's first column carries the token through all stages, and the last stage
+answers with the next one. So a lost or swapped activation is visible in the text.
 
-Shapes: T tokens in the step, R rows whose logits are wanted, H hidden, V vocabulary.
+Shapes: T tokens in the step, R rows that need logits, H hidden size, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from stagemesh.stage_worker.model.spec import ShardSpec
 
 MODEL_TYPE = "stagemesh_sleep"
 SLICES = 4
-"""At most so many slices a step, none shorter than `SHORTEST_SLICE_S`: each wakes the process for 70 us of CPU, which a
-real stage's compute would hide and a sleeping one's neighbours on the same cores would wait for."""
+"""Largest number of slices per step. No slice is shorter than `SHORTEST_SLICE_S`, because each wakes the process for
+70 us of CPU. A real stage's compute would hide that. Here, neighbours on the same cores would wait for it."""
 SHORTEST_SLICE_S = 2.5e-3
 FIRST_TOKEN, TOKENS = 4, 94
-"""Tokens count up through this range and begin again; a byte-level vocabulary has the printable ASCII there."""
+"""Tokens count up through this range and begin again. A byte-level vocabulary has the printable ASCII there."""
 PR_SET_TIMERSLACK = 29
 
 _DTYPES = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def next_token(token: int) -> int:
-    """What the model answers after `token`."""
+    """Returns the model's answer to `token`."""
     return FIRST_TOKEN + (token - FIRST_TOKEN + 1) % TOKENS
 
 
 class SleepShard:
-    """Stands where a `ModelShard` stands, for the layers [first, last) of a model that sleeps."""
+    """A shard of the layers [first, last) of a model that sleeps, in place of a `ModelShard`."""
 
     on_layer: Callable[[], None] | None = None
-    """Called between slices of the sleep: the caller can drive its transport."""
+    """Callback between slices of the sleep, in which the caller can drive its transports."""
     kv_layout = "nothing"
-    """See `Shard`."""
+    """Name of the layout within a page; see `Shard`."""
 
     def __init__(self, spec: ShardSpec) -> None:
-        """Raises ConfigError where config.json lacks a number, or for more than one rank a stage."""
+        """Raises ConfigError if config.json lacks a number, or for more than one rank per stage."""
         if spec.tp_size > 1:
             raise ConfigError(f"a stage that sleeps has one rank, not {spec.tp_size}: use -tp 1")
         config = json.loads((Path(spec.model_dir) / "config.json").read_bytes())
@@ -80,25 +80,25 @@ class SleepShard:
         _wake_on_time()
 
     def bind_kv(self, pool: KvPool) -> None:
-        """Pages are handed out and never written."""
+        """Does nothing: pages are allocated and never written."""
 
     def prepare(self, batch: StepBatch) -> None:
-        """Lays the rows out: a real stage pays for that, too."""
+        """Lays out the rows, because a real stage has that cost, too."""
         batch.prepared = lay_out(batch)
 
     def forward(self, batch: StepBatch) -> Tensor:
-        """Sleeps; hidden states [T, H], or on the last stage logits [R, V] in fp32."""
+        """Sleeps. Returns hidden states [T, H], or logits [R, V] in fp32 on the last stage."""
         wake_at = time.monotonic() + self.sleep_s + self.row_s * sum(batch.counts)
         hidden = batch.hidden if not self.is_first else self._embed(batch)
         if hidden is None:
-            raise InternalError("a stage behind the first needs hidden states")
-        # A link's buffer is given back when the step is over: what is sent on is memory of its own.
+            raise InternalError("a stage after the first needs hidden states")
+        # A link's buffer is released when the step is over, so the output is a copy.
         output = self._logits(hidden, batch) if self.is_last else hidden.clone()
         self._sleep_until(wake_at)
         return output
 
     def _sleep_until(self, wake_at: float) -> None:
-        """Sleeps to an absolute time, so that the slices' own costs do not add up."""
+        """Sleeps until an absolute time, so that the slices' own costs do not add up."""
         slice_s = max(SHORTEST_SLICE_S, self.sleep_s / SLICES)
         while (left_s := wake_at - time.monotonic()) > slice_s:
             time.sleep(slice_s)
@@ -123,7 +123,7 @@ class SleepShard:
 
 
 def _wake_on_time() -> None:
-    """Takes 50 us of slack off this thread's timers: they would be a sixtieth of a step of 3 ms."""
+    """Removes 50 us of slack from this thread's timers. They would be a sixtieth of a step of 3 ms."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
 

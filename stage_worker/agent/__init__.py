@@ -1,4 +1,4 @@
 """The agent process: the Stage service, the lease, gateways' streams, and the group of rank processes.
 
-It computes nothing, imports neither torch nor anything of `rank`, and passes plans and results on unparsed.
+It computes nothing. It imports neither torch nor anything from `rank`. It forwards plans and results unparsed.
 """

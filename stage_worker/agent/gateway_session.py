@@ -1,4 +1,4 @@
-"""One gateway's Run stream at an agent, with a bounded queue of what the gateway has not read yet."""
+"""One gateway's Run stream at an agent, with a bounded queue of messages that the gateway has not read yet."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class GatewaySession:
     ident: int
     open: stage_pb2.RunOpen
     group: RankGroup
-    """The ranks that have the session open. Ranks that replace them later do not know it."""
+    """The ranks that have the session open. Ranks that replace them later do not know this session."""
     outbox: asyncio.Queue[bytes | StagemeshError] = field(default_factory=lambda: asyncio.Queue(OUTBOX_FRAMES))
     _copied: dict[bytes, set[int]] = field(default_factory=dict)
-    """Copied pages -> ranks on which they have arrived. An entry goes when all ranks have them."""
+    """Copied pages -> ranks on which they have arrived. An entry is removed when all ranks have the pages."""
 
     async def responses(self) -> AsyncIterator[bytes]:
-        """Messages for the gateway. The last one says why the stream ends."""
+        """Yields messages for the gateway. The last one says why the stream ends."""
         while not isinstance(item := await self.outbox.get(), StagemeshError):
             yield item
         ended = stage_pb2.RunEnded(reason=item.reason, message=item.message, ranks_died=isinstance(item, RanksDied))
         yield stage_pb2.RunResponse(ended=ended).SerializeToString()
 
     def copied_on(self, rank: int, pages: bytes) -> None:
-        """Pages have arrived on one rank. The gateway is told when all ranks have them."""
+        """Records that pages have arrived on one rank. Tells the gateway when all ranks have them."""
         ranks = self._copied.setdefault(pages, set())
         ranks.add(rank)
         if len(ranks) == self.group.size:
@@ -43,7 +43,7 @@ class GatewaySession:
             self.put(stage_pb2.RunResponse(copied=parse(stage_pb2.PagesCopied, pages)).SerializeToString())
 
     def put(self, item: bytes | StagemeshError) -> None:
-        """Queues a frame. Where the queue is full, the gateway does not read: its stream ends with StageLost."""
+        """Queues a frame. If the queue is full, the gateway does not read, and its stream ends with StageLost."""
         try:
             self.outbox.put_nowait(item)
         except asyncio.QueueFull:

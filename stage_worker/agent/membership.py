@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Membership:
-    """Keeps this worker registered while its rank group lives. Reconnects when the coordinator was away."""
+    """Keeps this worker registered while its rank group lives. Reconnects after the coordinator was away."""
 
     def __init__(
         self, settings: StageSettings, agent: Agent, worker_id: str, address: str, timing: StageTiming
@@ -39,14 +39,14 @@ class Membership:
         self._stub = coordinator_pb2_grpc.CoordinatorStub(self._channel)
         self._task: asyncio.Task[None] | None = None
         self._carried: deque[tuple[str, int] | None] = deque()
-        """For each renewal without an answer: the broken link that it reported, if any."""
+        """The broken link that each unanswered renewal reported, or None."""
         self._protocol = PROTOCOL
-        """Version to speak; the coordinator may be of the previous release."""
+        """Protocol version to use. The coordinator may run the previous release."""
         self._why = ""
-        """The last error, for the warning."""
+        """Message of the last error, for the warning."""
 
     def register(self, group: RankGroup, incarnation: int) -> None:
-        """Starts to register this rank group, and to renew its lease, in the background."""
+        """Starts a background task that registers this rank group and renews its lease."""
         self._task = asyncio.create_task(self._keep(group, incarnation))
 
     async def leave(self) -> None:
@@ -57,7 +57,7 @@ class Membership:
             self._task = None
 
     async def drain(self) -> None:
-        """Asks the coordinator to take this worker out of service. Raises its error, or Unavailable."""
+        """Asks the coordinator to take this worker out of service. Raises the coordinator's error, or Unavailable."""
         with rpc.mapped():
             request = coordinator_pb2.DrainRequest(worker_id=self._worker_id, force=True)
             await self._stub.Drain(request, timeout=self._timing.coordinator_call_s)
@@ -110,13 +110,13 @@ class Membership:
             warning.cancel()
 
     async def _warn_of_silence(self) -> None:
-        """Logs a warning while this worker is not registered: soon, then at growing intervals."""
+        """Logs a warning while this worker is not registered, at growing intervals."""
         clock, pause_s = asyncio.get_running_loop().time, self._timing.silence_s
         began = clock()
         while True:
             await asyncio.sleep(pause_s)
             log.warning(
-                "this worker is not registered after %.0f s: the coordinator at %s %s. It is tried again and again. "
+                "this worker is not registered after %.0f s: the coordinator at %s %s. The worker keeps trying. "
                 "See that it runs, that --coordinator names it, and that this machine may connect to it",
                 clock() - began,
                 self._settings.coordinator,
@@ -138,7 +138,7 @@ class Membership:
                     self._agent.broken.pop(heard, None)
         finally:
             call.cancel()
-            # Wait for its end, so that no two streams send renewals at once.
+            # Wait until the call has ended, so that no two streams send renewals at once.
             await asyncio.wait([asyncio.ensure_future(call.code())], timeout=self._timing.stream_end_s)
 
     async def _renewals(self, incarnation: int, every_s: float) -> AsyncIterator[coordinator_pb2.KeepAliveRequest]:

@@ -33,7 +33,7 @@ END_LOOK_S = 0.01
 READ_BYTES = 1 << 18
 
 _idents = itertools.count(READY_ID + 1)
-"""Unique over all groups of this worker: a late frame of a lost group must not match a session of the next one."""
+"""Ids are unique over all groups of this worker: a late frame of a lost group must not match a later session."""
 
 OnFrame = Callable[[int, Kind, int, bytes], None]
 M = TypeVar("M", bound=Message)
@@ -50,11 +50,11 @@ class RankGroup:
         launcher: Launcher,
         timing: StageTiming,
     ) -> None:
-        """`function`: entry point of a rank, as for `Launcher.start`."""
+        """`function` is the entry point of a rank, as for `Launcher.start`."""
         self.processes: list[ChildProcess] = []
         """The ranks started so far, in rank order."""
         self.ready: list[worker_pb2.RankReady] = []
-        """What each rank said when it was up."""
+        """The READY message of each rank."""
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Set to the reason when the group is lost."""
         self._configs = configs
@@ -75,7 +75,7 @@ class RankGroup:
 
     @property
     def up(self) -> bool:
-        """Whether every rank has been ready once. The group may be lost since."""
+        """Whether every rank has been ready once. The group may have been lost since then."""
         return len(self.ready) == self.size
 
     async def start(self) -> None:
@@ -83,7 +83,7 @@ class RankGroup:
 
         Raises:
             ConfigError: a rank refuses its settings, or is not ready in time.
-            StageLost: a process died; another try may work.
+            StageLost: a process died. Another try may work.
         """
         controls = [socket.socketpair() for _ in range(self.size)]
         orders = [socket.socketpair() for _ in range(self.size - 1)]
@@ -119,7 +119,7 @@ class RankGroup:
             raise ConfigError(f"rank {rank} of {self._label} is not up after {total_s:.0f} s") from e
 
     async def _watch(self, memory: Heartbeats) -> None:
-        """Kills a rank that hangs; the group is then lost as if the rank had died."""
+        """Kills a rank that hangs. The group is then lost as if the rank had died."""
         meters = [CpuMeter(process.pid) for process in self.processes]
         watchdog = Watchdog(memory, meters, self._timing, cuda=self._configs[0].device == "cuda")
         while not self.lost.done():
@@ -156,8 +156,10 @@ class RankGroup:
                 self._calls.pop((rank, ident), None)
 
     def _expect(self, rank: int, ident: int) -> asyncio.Future[bytes]:
-        """A future for a rank's reply. Its error counts as retrieved even if nobody awaits it: the caller may have been
-        cancelled, or raise another rank's error."""
+        """Makes a future for a rank's reply. Its error counts as retrieved even if nobody awaits the future.
+
+        The caller may have been cancelled, or may raise another rank's error.
+        """
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._calls[rank, ident] = future
@@ -168,7 +170,7 @@ class RankGroup:
         return next(_idents)
 
     async def run(self, session: int, message: bytes) -> None:
-        """Passes a gateway's message to all ranks. Waits while they are slow to read."""
+        """Sends a gateway's message to all ranks. Waits while they are slow to read."""
         frame = pack(Kind.RUN, session, message)
         for rank in range(self.size):
             self._write(rank, frame)
@@ -179,7 +181,7 @@ class RankGroup:
                 raise StageLost(f"rank {rank} of {self._label} is gone") from e
 
     def _write(self, rank: int, frame: bytes) -> None:
-        """Raises StageLost when the rank is gone, even before its end was noticed."""
+        """Raises StageLost when the rank is gone, even before the group has noticed."""
         if self.lost.done():
             raise StageLost(self.lost.result())
         if self._writers[rank].is_closing():
@@ -232,7 +234,7 @@ class RankGroup:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
-        """Tells the ranks to end, kills those that do not, and reaps all of them."""
+        """Tells the ranks to end, kills those that do not end in time, and reaps all of them."""
         for rank in range(len(self._writers)):
             with contextlib.suppress(ConnectionError, StageLost):
                 self._write(rank, pack(Kind.SHUTDOWN, 0))

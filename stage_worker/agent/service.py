@@ -1,7 +1,7 @@
 """The Stage service of a worker. It runs in the agent process, so that compute in the ranks never delays a lease.
 
-The agent keeps what the coordinator assigned and which gateways have sessions; the ranks do the work. Plans and results
-pass through as bytes, unparsed.
+The agent keeps the coordinator's assignments and the gateways' sessions. The ranks do the work. The agent forwards
+plans and results as bytes, unparsed.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ class Agent(stage_pb2_grpc.StageServicer):
         self.worker_id = worker_id
         self.ranks: RankGroup | None = None
         self.assigned: dict[tuple[str, int], AssignedStage] = {}
-        """By (pipeline, epoch). While a pipeline moves, it is here at two epochs."""
+        """Assignments by (pipeline, epoch). While a pipeline moves, it has one at each of two epochs."""
         self.epochs: dict[str, int] = {}
-        """Pipeline -> highest epoch seen. Orders of older epochs are refused."""
+        """Pipeline -> highest epoch seen. The agent refuses orders of older epochs."""
         self.sessions: dict[int, GatewaySession] = {}
         self.stale_refused: Counter[str] = Counter()
         self.broken: dict[tuple[str, int], str] = {}
-        """(pipeline, epoch) -> why a link broke here. Renewals of the lease report it to the coordinator."""
+        """(pipeline, epoch) -> why a link of this worker broke. Renewals of the lease report it to the coordinator."""
         self._closing: set[asyncio.Task[None]] = set()
         self.progress: dict[int, dict[int, stage_pb2.AssignResponse]] = {}
-        """Call -> rank -> how much of a load is done."""
+        """Call -> rank -> the latest progress of a load."""
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
-        """Adds the Stage service to a server. Run takes and gives raw bytes: plans and results are not parsed here."""
+        """Adds the Stage service to a server. Run handles raw bytes: the agent does not parse plans and results."""
         stage_pb2_grpc.add_StageServicer_to_server(self, server)
         run = grpc.stream_stream_rpc_method_handler(self.Run)
         server.add_registered_method_handlers(SERVICE_NAME, {"Run": run})  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ class Agent(stage_pb2_grpc.StageServicer):
     # -- ranks ------------------------------------------------------------------------------------------------------
 
     def on_frame(self, rank: int, kind: Kind, ident: int, payload: bytes) -> None:
-        """Takes a frame of a rank that is no answer to a call."""
+        """Handles a frame from a rank that is not the answer to a call."""
         if kind == Kind.RESULT:
             if (session := self.sessions.get(ident)) is not None:
                 session.put(payload)
@@ -104,13 +104,13 @@ class Agent(stage_pb2_grpc.StageServicer):
             log.error("rank %d sent %s, which is not for its agent", rank, kind.name)
 
     def ranks_lost(self, reason: str) -> None:
-        """The rank group died, and everything that it held is gone."""
+        """Drops all assignments and ends all sessions, because the rank group died."""
         self.assigned.clear()
         for session in self.sessions.values():
             session.put(RanksDied(f"{self.worker_id}: {reason}"))
 
     def _end_sessions(self, pipeline_id: str, epoch: int, reason: str, since: int = 0) -> None:
-        """Ends the streams of sessions of epochs `since` to `epoch`. The end of a stream closes its session."""
+        """Ends the streams of sessions at epochs `since` to `epoch`. The end of a stream closes its session."""
         for session in self.sessions.values():
             if session.open.key.pipeline_id == pipeline_id and since <= session.open.key.epoch <= epoch:
                 session.put(StageLost(reason))
@@ -123,7 +123,7 @@ class Agent(stage_pb2_grpc.StageServicer):
     # -- assignments ------------------------------------------------------------------------------------------------
 
     async def Assign(self, request: stage_pb2.AssignRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
-        """Stage.Assign."""
+        """Handles Stage.Assign."""
         point("agent.assign")
         self._fence(request.key, "assignment")
         self._group()
@@ -137,7 +137,7 @@ class Agent(stage_pb2_grpc.StageServicer):
                     assigned.done = response.done
                 yield response
         except BaseException:
-            # The coordinator cancels the call once it has `done`. That is no failure.
+            # The coordinator cancels the call once it has received `done`. That is not a failure.
             if assigned.done is None and self.assigned.get(key) is assigned:
                 del self.assigned[key]
             raise
@@ -149,7 +149,7 @@ class Agent(stage_pb2_grpc.StageServicer):
         self._end_sessions(key.pipeline_id, until, reason, since)
 
     async def Prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> AsyncIterator[stage_pb2.AssignResponse]:
-        """Stage.Prepare."""
+        """Handles Stage.Prepare."""
         point("agent.prepare")
         async for response in self._load(Kind.PREPARE, request):
             yield response
@@ -157,17 +157,17 @@ class Agent(stage_pb2_grpc.StageServicer):
     async def _load(
         self, kind: Kind, request: stage_pb2.AssignRequest | stage_pb2.PrepareRequest
     ) -> AsyncIterator[stage_pb2.AssignResponse]:
-        """Has the ranks load layers. Yields progress, and at the end what all ranks hold together."""
+        """Orders the ranks to load layers. Yields progress, and at the end the combined answer of all ranks."""
         group = self._group()
         if self.settings.model is not None:
             request.model.path = self.settings.model
         theirs, model = request.model.fingerprint, Path(request.model.path)
-        # Computed here, not taken from the coordinator: directories of the same name may differ.
+        # The fingerprint is computed here: the coordinator's directory of the same name may differ.
         request.model.fingerprint = await asyncio.to_thread(checkpoint.fingerprint, model, request.model.load_format)
         if theirs and theirs != request.model.fingerprint:
             log.warning("checkpoint %s has fingerprint %s here, %s there", model, request.model.fingerprint, theirs)
         if isinstance(request, stage_pb2.PrepareRequest):
-            # Decided now: an assignment may have come since the coordinator asked.
+            # This is decided now: an assignment may have arrived since the coordinator asked.
             request.beside = bool(self.assigned)
         ident = group.take_id()
         progress = self.progress[ident] = {}
@@ -183,7 +183,7 @@ class Agent(stage_pb2_grpc.StageServicer):
                     )
             ranks = call.result()
         finally:
-            # The coordinator may have gone while the ranks load.
+            # The coordinator may disconnect while the ranks load.
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
             del self.progress[ident]
@@ -193,7 +193,7 @@ class Agent(stage_pb2_grpc.StageServicer):
         yield stage_pb2.AssignResponse(done=done)
 
     async def OfferLink(self, request: stage_pb2.OfferLinkRequest, context: Any) -> stage_pb2.OfferLinkResponse:
-        """Stage.OfferLink."""
+        """Handles Stage.OfferLink."""
         self._fence(request.key, "link")
         ranks = 1 if request.tokens else self._group().size
         if len(request.nonces) != ranks:
@@ -205,13 +205,13 @@ class Agent(stage_pb2_grpc.StageServicer):
         )
 
     async def ConnectLink(self, request: stage_pb2.ConnectLinkRequest, context: Any) -> stage_pb2.ConnectLinkResponse:
-        """Stage.ConnectLink."""
+        """Handles Stage.ConnectLink."""
         self._fence(request.key, "link")
         routes = {reply.route for reply in await self._call(Kind.CONNECT_LINK, request, stage_pb2.ConnectLinkResponse)}
         return stage_pb2.ConnectLinkResponse(route=", ".join(sorted(routes - {""})))
 
     async def Activate(self, request: stage_pb2.ActivateRequest, context: Any) -> stage_pb2.ActivateResponse:
-        """Stage.Activate."""
+        """Handles Stage.Activate."""
         self._fence(request.key, "activation")
         await self._call(Kind.ACTIVATE, request, stage_pb2.ActivateResponse)
         assigned = self.assigned.get(_key(request.key))
@@ -221,12 +221,12 @@ class Agent(stage_pb2_grpc.StageServicer):
         return stage_pb2.ActivateResponse()
 
     async def Release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseResponse:
-        """Stage.Release."""
+        """Handles Stage.Release."""
         point("agent.release")
         key = request.key
         since = key.epoch if request.alone else 0
         self._drop(key, key.epoch, request.reason or "the pipeline is being changed", since)
-        # Ranks may still hold an assignment whose call was cancelled meanwhile.
+        # Ranks may still hold an assignment whose call was cancelled.
         await self._call(Kind.RELEASE, request, stage_pb2.ReleaseResponse)
         return stage_pb2.ReleaseResponse()
 
@@ -245,7 +245,7 @@ class Agent(stage_pb2_grpc.StageServicer):
     # -- sessions ---------------------------------------------------------------------------------------------------
 
     async def Run(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        """Stage.Run, on raw bytes: only the first message is parsed here."""
+        """Handles Stage.Run on raw bytes: the agent parses only the first message."""
         first = await anext(requests, None)
         if first is None:
             return
@@ -254,7 +254,7 @@ class Agent(stage_pb2_grpc.StageServicer):
             raise InvalidRequest("the first message of Run must be `open`")
         session, opened = await self._open(message.open)
         pump = asyncio.create_task(self._pump(session, requests))
-        # Not in a `finally`: gRPC never resumes a handler that it cancels within a write.
+        # A `finally` would not do: gRPC never resumes a handler that it cancels during a write.
         context.add_done_callback(lambda _: self._close_soon(session, pump))
         yield stage_pb2.RunResponse(opened=opened).SerializeToString()
         async for response in session.responses():
@@ -272,7 +272,7 @@ class Agent(stage_pb2_grpc.StageServicer):
             raise Unavailable(f"{request.key.pipeline_id} is not active here yet; try again", retry_after_s=0.2)
         if assigned.request.stage != request.stage:
             raise NotFound(f"{self.worker_id} holds stage {assigned.request.stage}, not {request.stage}")
-        # A restarted gateway takes over its own pages at once. Steps of its previous process never run.
+        # A restarted gateway takes over its own pages at once. Steps that its previous process planned never run.
         for old in [s for s in self.sessions.values() if s.open.gateway_id == request.gateway_id]:
             if old.open.key == request.key or old.open.life != request.life:
                 await self.close_session(old)
@@ -284,7 +284,7 @@ class Agent(stage_pb2_grpc.StageServicer):
                 session.ident, Kind.OPEN_SESSION, request, stage_pb2.RunOpened, self.timing.call_s
             )
         except BaseException:
-            # A rank may have opened it, or may still do so. The close is queued behind that.
+            # A rank may have opened the session, or may still open it. The close is queued after that.
             self._close_soon(session, None)
             raise
         return session, _together(opened)
@@ -331,7 +331,7 @@ class Agent(stage_pb2_grpc.StageServicer):
     # -- registration -----------------------------------------------------------------------------------------------
 
     def held_assignments(self) -> list[coordinator_pb2.HeldAssignment]:
-        """What this worker holds, for a coordinator that may have lost its state."""
+        """The assignments that this worker holds, for a coordinator that may have lost its state."""
         return [
             coordinator_pb2.HeldAssignment(
                 pipeline_id=assigned.request.key.pipeline_id,
@@ -352,7 +352,7 @@ def _key(key: stage_pb2.PipelineKey) -> tuple[str, int]:
 
 
 def _together(ranks: list[stage_pb2.RunOpened]) -> stage_pb2.RunOpened:
-    """Combines what the ranks say of a session. A page counts as in the journal if all ranks have it."""
+    """Combines the ranks' answers about a session. A page counts as in the journal if all ranks have it."""
     opened = ranks[0]
     opened.copy_pages = min(r.copy_pages for r in ranks)
     opened.kv_generation = functools.reduce(operator.xor, (r.kv_generation for r in ranks))

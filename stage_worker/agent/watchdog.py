@@ -1,10 +1,10 @@
-"""Decides which rank hangs: one that does not write a heartbeat within the time that it announced itself.
+"""Decides which rank hangs: a rank that writes no heartbeat within the time that it announced itself.
 
-Delays of the host do not count: neither time in which a rank of the group was runnable without a core, nor time in
-which this process did not run (docs/adr/0014).
+Delays of the host do not count. Such delays are time in which a rank of the group was runnable without a core, and time
+in which this process did not run (docs/adr/0014).
 
-A step that was never measured may take long, and so may an order. Two rules find a hang within those as well: a stopped
-rank hangs, and on a CPU a group hangs of which no rank runs, since a rank only waits for ranks that run.
+A step that was never measured may take long, and so may an order. Two rules find a hang during those as well. A stopped
+rank hangs. On a CPU, a group hangs if none of its ranks runs, because a rank only waits for ranks that run.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..messages.heartbeat import Activity, Beat, Heartbeats
 from ..timing import StageTiming
 
 AT_REST = 0.05
-"""Share of the time below which a process counts as idle: threads of libraries wake now and then."""
+"""Share of CPU time below which a process counts as idle: threads of libraries wake up sometimes."""
 
 
 class Meter(Protocol):
-    """What `CpuMeter` offers."""
+    """The interface of `CpuMeter` that the watchdog uses."""
 
     def read(self, passed_s: float) -> CpuUse:
         """See `CpuMeter.read`."""
@@ -40,7 +40,7 @@ class Hang:
 
 @dataclass
 class _Watched:
-    """A rank since its last heartbeat."""
+    """Measurements of one rank since its last heartbeat."""
 
     meter: Meter
     beat: Beat
@@ -48,20 +48,20 @@ class _Watched:
     starved_s: float = 0.0
     """Part of `silent_s` in which a rank of the group was runnable without a core."""
     stopped_s: float = 0.0
-    """Part of `silent_s` at the end in which it was stopped."""
+    """The last part of `silent_s`, during which the rank was stopped."""
     use: CpuUse = field(default_factory=CpuUse)
-    """What its process did since the previous look; measured once it is silent for a while."""
+    """CPU use of its process since the previous look. It is measured once the rank has been silent for a while."""
     metered: bool = False
     """Whether `meter` was read since the last heartbeat."""
 
     @property
     def late_s(self) -> float:
-        """Seconds beyond the announced time."""
+        """Seconds by which the rank exceeds the announced time."""
         return self.silent_s - self.starved_s - self.beat.allowed_s
 
 
 class Watchdog:
-    """Watches one group of ranks. `look` is called every `look_s`."""
+    """Watches one group of ranks. The caller calls `look` every `look_s`."""
 
     def __init__(
         self,
@@ -76,13 +76,13 @@ class Watchdog:
         self._ranks = [_Watched(meter, memory.read(rank)) for rank, meter in enumerate(meters)]
         self._looked_at = clock()
         self._rests_s = 0.0
-        """Seconds since any rank wrote or ran."""
+        """Seconds during which no rank has written or run."""
 
     def look(self) -> Hang | None:
-        """Looks at all ranks. Returns one that hangs, or None."""
+        """Looks at all ranks. Returns a rank that hangs, or None."""
         now = self._clock()
         passed_s, self._looked_at = now - self._looked_at, now
-        # A late look counts as one look: the rest is this process's own delay, or the machine was asleep.
+        # A late look counts as one interval: the rest is this process's own delay, or the machine was asleep.
         counted_s = passed_s if passed_s <= 2 * self._timing.look_s else self._timing.look_s
         for rank, watched in enumerate(self._ranks):
             self._look_at(watched, self._memory.read(rank), passed_s, counted_s)
@@ -94,7 +94,7 @@ class Watchdog:
         )
         self._rests_s = self._rests_s + counted_s if rests else 0.0
         found = next(filter(None, (self._verdict(rank, passed_s) for rank in range(len(self._ranks)))), None)
-        # The rank may have got a core and written while its process was being looked at.
+        # The rank may have got a core and written a heartbeat while its process was measured.
         return None if found is None or self._memory.read(found.rank) != self._ranks[found.rank].beat else found
 
     def _look_at(self, watched: _Watched, beat: Beat, passed_s: float, counted_s: float) -> None:
@@ -106,7 +106,7 @@ class Watchdog:
         if watched.silent_s < self._timing.alive_s / 2:
             return
         use, metered, watched.metered = watched.meter.read(passed_s), watched.metered, True
-        # The first reading covers a longer time. It only sets the baseline.
+        # The first reading covers a longer time. It only sets the baseline for the next one.
         watched.use = use if metered else CpuUse(ended=use.ended)
         watched.stopped_s = watched.stopped_s + counted_s if watched.use.stopped else 0.0
 

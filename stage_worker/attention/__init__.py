@@ -1,1 +1,1 @@
-"""Attention over KV pages for the plain shard: what is known of a step beforehand, and the ways to compute it."""
+"""Attention over KV pages for the plain shard: metadata prepared before a step, and the kernels that compute it."""

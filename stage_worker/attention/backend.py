@@ -1,7 +1,9 @@
-"""The attention of a shard: the plain functions, and on a CUDA device kernels over page tables for captured decode
-steps and PyTorch's flash attention for prompts. Metadata is made on the host and copied once a step.
+"""The attention of a shard.
 
-A kernel serves a kind of layer only after it gave what the plain functions give, on this device.
+It uses the plain functions. On a CUDA device it also uses kernels over page tables for captured decode steps, and
+PyTorch's flash attention for prompts. Metadata is made on the host and copied once per step.
+
+A kernel serves a kind of layer only after its output on this device agreed with the plain functions.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from .triton_decode import TritonDecode
 log = logging.getLogger(__name__)
 
 KERNELS = ("flashinfer", "triton", "torch")
-"""In the order in which they are tried."""
+"""Names of the decode kernels, in the order in which they are tried."""
 
 
 class PagedAttention:
@@ -39,11 +41,12 @@ class PagedAttention:
         kernels: Sequence[str | DecodeKernel] = KERNELS,
         scores_bytes: int = SCORES_BYTES,
     ) -> None:
-        """`kernels`: which to try for captured steps, by name or made; the plain functions serve where none can be had.
+        """Raises ConfigError for a device other than cpu and cuda.
 
-        `scores_bytes`: bound on the scores of one block of a prompt's queries.
-
-        Raises ConfigError for a device other than cpu and cuda.
+        Args:
+            kernels: decode kernels to try for captured steps, by name or as objects. If none can be used, the plain
+                functions serve.
+            scores_bytes: largest size of the scores of one block of a prompt's queries.
         """
         kind = torch.device(device).type
         if kind not in ("cpu", "cuda"):
@@ -64,9 +67,9 @@ class PagedAttention:
         metadata: AttentionMetadata | DecodeTables,
         kind: AttentionKind,
     ) -> Tensor:
-        """[T, N, Dv] from `query` [T, N, D], `key` [T, K, D], `value` [T, K, Dv] and the layer's pages [P, K, S, D].
+        """Returns [T, N, Dv] for `query` [T, N, D], `key` [T, K, D], `value` [T, K, Dv] and pages [P, K, S, D].
 
-        `metadata`: the rows of a step that runs as it is, or the tables of one that is captured.
+        `metadata`: the rows of an eager step, or the tables of a captured one.
         """
         if isinstance(metadata, DecodeTables):
             layer = _layer_kind(query, k_pages, v_pages, kind)
@@ -76,7 +79,7 @@ class PagedAttention:
         write_pages(key, value, k_pages, v_pages, metadata)
         prompts = metadata.prefill_views(kind.sliding_window)
         if not prompts:
-            # Two batched matrix products: on a CPU bf16 `scaled_dot_product_attention` took twice as long.
+            # This is two batched matrix products: bf16 `scaled_dot_product_attention` took twice as long on a CPU.
             return attend_decode(query, k_pages, v_pages, metadata, kind)
         out = torch.empty(*query.shape[:2], v_pages.shape[-1], dtype=query.dtype, device=query.device)
         if metadata.decode_views(kind.sliding_window):
@@ -87,13 +90,13 @@ class PagedAttention:
         return out
 
     def plan(self, tables: DecodeTables) -> None:
-        """To be called before a captured step is launched over rows just loaded into `tables`."""
+        """Plans the kernels for new rows in `tables`. Call it before a captured step is launched over them."""
         for kernel in self._kernels or ():
             kernel.plan(tables)
 
     def _choose(self, kind: LayerKind, device: torch.device) -> DecodeKernel:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise InternalError("a decode kernel was to be chosen while a graph is captured: run the step once before")
+            raise InternalError("a decode kernel cannot be chosen during a graph capture: run the step once before")
         if self._kernels is None:
             self._kernels = make_kernels(self._wanted, device)
         for kernel in self._kernels:
@@ -110,7 +113,7 @@ class PagedAttention:
     def _prefill(
         self, query: Tensor, k_pages: Tensor, v_pages: Tensor, view: PrefillView, kind: AttentionKind
     ) -> Tensor:
-        """Flash attention where it knows the layer, else the plain function's blocks of scores."""
+        """Computes a prompt by flash attention if it supports the layer, else by the plain function."""
         if self._flash and query.is_cuda and flash_knows(query, v_pages, view, kind):
             try:
                 with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -119,7 +122,7 @@ class PagedAttention:
                 raise
             except RuntimeError as e:
                 self._flash = False
-                log.warning("prompts do not go through PyTorch's flash attention here: %s", e)
+                log.warning("prompts do not use PyTorch's flash attention here: %s", e)
         return attend_prefill(query, k_pages, v_pages, view, kind, self._scores_bytes)
 
 
@@ -140,7 +143,7 @@ def _layer_kind(query: Tensor, k_pages: Tensor, v_pages: Tensor, kind: Attention
 
 
 def make_kernels(wanted: Sequence[str | DecodeKernel], device: torch.device) -> list[DecodeKernel]:
-    """Those that can be had here, and at the end the plain functions. Raises ConfigError for a name that is none."""
+    """Returns the wanted kernels that work here, then the plain functions. Raises ConfigError for an unknown name."""
     plain = TorchDecode()
     made: list[DecodeKernel] = []
     for entry in wanted:
@@ -164,7 +167,7 @@ def _writer(device: torch.device) -> DecodeKernel:
 
 
 def flash_knows(query: Tensor, v_pages: Tensor, view: PrefillView, kind: AttentionKind) -> bool:
-    """Whether flash attention computes such a layer: 16 bits, one head size, nothing but causal."""
+    """Whether flash attention supports such a layer: 16 bits, one head size, plain causal attention."""
     if query.dtype not in (torch.bfloat16, torch.float16) or kind.softcap is not None or kind.sinks is not None:
         return False
     if kind.sliding_window is not None and kind.sliding_window < view.first_position + view.context_len:
@@ -173,7 +176,7 @@ def flash_knows(query: Tensor, v_pages: Tensor, view: PrefillView, kind: Attenti
 
 
 def attend_prefill_sdpa(query: Tensor, k_pages: Tensor, v_pages: Tensor, view: PrefillView, scaling: float) -> Tensor:
-    """[C, N, Dv] for the last C positions [C, N, D] of a row that sees all before them."""
+    """Returns [C, N, Dv] for the last C positions [C, N, D] of a row that sees all earlier positions."""
     count, heads, head_dim = query.shape
     kv_heads, length = k_pages.shape[1], view.context_len
     rows = view.pages.of_heads(kv_heads)

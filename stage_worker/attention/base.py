@@ -1,4 +1,4 @@
-"""Attention over pages: what is known of a step before its activation arrives, and what sets a layer apart.
+"""Metadata of attention over pages: what is known of a step before its activation arrives, and layer properties.
 
 Shapes: T tokens in the step, B rows, N query heads, K KV heads, G = N / K, D head size, P pages, S page size,
 L context.
@@ -16,15 +16,15 @@ from stagemesh.errors import InternalError
 
 
 class PageRows:
-    """Page ids, as rows of a layer's pages seen as [P * K, S, D]: one gather then brings keys head by head."""
+    """Page ids, and their rows in a layer's pages viewed as [P * K, S, D]: one gather returns keys head by head."""
 
     def __init__(self, pages: Tensor) -> None:
         self.pages = pages
-        """[..., M] int64"""
+        """Page ids [..., M], int64."""
         self._rows: dict[int, Tensor] = {}
 
     def of_heads(self, kv_heads: int) -> Tensor:
-        """[... * K * M] int64 for a layer of K KV heads: all pages of the first head, then of the second, ..."""
+        """Returns [... * K * M] int64 for a layer of K KV heads: all pages of the first head, then of the next, ..."""
         rows = self._rows.get(kv_heads)
         if rows is None:
             heads = torch.arange(kv_heads, device=self.pages.device)
@@ -34,24 +34,24 @@ class PageRows:
 
 @dataclass(frozen=True)
 class BatchSlots:
-    """How many context slots, padding included, a batch of decode rows gathers."""
+    """Limits on the context slots, padding included, that a batch of decode rows gathers."""
 
     few: int = 8192
-    """Up to so many, padding costs less than another batch."""
+    """Up to this many, padding costs less than another batch."""
     most: int = 65536
-    """At most, unless a single row has more."""
+    """Largest number, unless a single row has more."""
 
 
 @dataclass(frozen=True)
 class DecodeView:
-    """Rows of one token, as one padded batch."""
+    """Rows of one token each, as one padded batch."""
 
     rows: Tensor | None
-    """[B] int64: which of the step's decode rows; None: all of them, in order."""
+    """Indices [B] int64 into the step's decode rows; None for all of them, in order."""
     pages: PageRows
-    """[B, M]; short rows are padded with their own first page."""
+    """Page ids [B, M]. Short rows are padded with their own first page."""
     invalid: Tensor
-    """[B, 1, 1, L] bool: context slots that a row must not see; L = M * S."""
+    """[B, 1, 1, L] bool: the context slots that a row must not see; L = M * S."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,21 @@ class PrefillView:
     """One row of several tokens."""
 
     tokens: slice
-    """Where they are in the step."""
+    """Position of the tokens in the step."""
     pages: PageRows
-    """[M]: the pages its queries can see."""
+    """Page ids [M] that the queries can see."""
     first_position: int
     """Position of slot 0 of those pages."""
     context_len: int
-    """Slots in use, counted from `first_position`; the last of them is the last token's."""
+    """Number of slots in use from `first_position` on. The last one is the last token's."""
 
 
 class AttentionMetadata:
-    """Everything index-like of one step, made once for all layers.
+    """All indices of one step, made once for all layers.
 
-    Rows are packed one after the other in the order given. Rows of one token (decode) are attended as one batch,
-    longer ones (prefill) one by one. Which pages matter depends on a layer's sliding window: the views are made once
-    for each window, by `prepare` ahead of time or at first use.
+    Rows are packed one after the other in the given order. Rows of one token (decode) are attended as one batch, longer
+    ones (prefill) one by one. Which pages matter depends on a layer's sliding window. The views are made once for each
+    window, by `prepare` ahead of time or at first use.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class AttentionMetadata:
         device: torch.device | str,
         batch_slots: BatchSlots = BatchSlots(),
     ) -> None:
-        """B rows: row i brings `counts[i]` tokens from position `starts[i]`, its pages in order.
+        """Makes the metadata of B rows: row i has `counts[i]` tokens from position `starts[i]`.
 
-        `tables[i]` holds at least the pages of positions 0 .. starts[i] + counts[i] - 1.
+        `tables[i]` has its pages in order, at least those of positions 0 .. starts[i] + counts[i] - 1.
 
         Raises:
             InternalError: a row is empty or its table is too short.
@@ -97,7 +97,7 @@ class AttentionMetadata:
         self._page_size, self._device, self._batch_slots = page_size, device, batch_slots
         self._decode_rows: list[int] = []
         self._prefill_rows: list[tuple[int, int]] = []
-        """(row, its first token)"""
+        """(row, index of its first token in the step)."""
         positions: list[int] = []
         slots: list[int] = []
         opened: list[int] = []
@@ -119,14 +119,14 @@ class AttentionMetadata:
             if start <= last_page * page_size and end % page_size:
                 opened.append(table[last_page])
         self.positions = torch.tensor(positions, device=device)
-        """[T] int64"""
+        """Position of each token in its sequence, [T] int64."""
         self._slot_mapping = torch.tensor(slots, device=device)
-        """[T] int64: page * page_size + offset"""
+        """Slot of each token, [T] int64: page * page_size + offset."""
         self.opened_pages = torch.tensor(opened, device=device) if opened else None
-        """Pages that this step opens and leaves partly unwritten: their rest is zeroed."""
+        """Pages that this step begins and does not fill. Their rest is zeroed."""
         first = decode_tokens[0] if decode_tokens else 0
         self.decode_tokens: Tensor | slice = slice(first, first + len(decode_tokens))
-        """Where the decode rows' tokens are in the step."""
+        """Positions of the decode rows' tokens in the step."""
         if decode_tokens != list(range(first, first + len(decode_tokens))):
             self.decode_tokens = torch.tensor(decode_tokens, device=device)
         self._decode_views: dict[int | None, list[DecodeView]] = {}
@@ -134,7 +134,7 @@ class AttentionMetadata:
         self._slots: dict[int, Tensor] = {}
 
     def prepare(self, kinds: Iterable[tuple[int | None, int]]) -> None:
-        """Make what layers of these (sliding window, KV heads) need now, while the step's input is still under way."""
+        """Makes the indices for layers of these (sliding window, KV heads), before the step's input has arrived."""
         for window, kv_heads in kinds:
             self.slots(kv_heads)
             views: list[DecodeView | PrefillView] = [*self.decode_views(window), *self.prefill_views(window)]
@@ -142,7 +142,7 @@ class AttentionMetadata:
                 view.pages.of_heads(kv_heads)
 
     def slots(self, kv_heads: int) -> Tensor:
-        """[T * K] int64: where each token's heads go in a layer's pages seen as [P * K * S, D]."""
+        """Returns [T * K] int64: where each token's heads go in a layer's pages viewed as [P * K * S, D]."""
         slots = self._slots.get(kv_heads)
         if slots is None:
             pages, offsets = self._slot_mapping // self._page_size, self._slot_mapping % self._page_size
@@ -152,14 +152,14 @@ class AttentionMetadata:
         return slots
 
     def decode_views(self, window: int | None) -> list[DecodeView]:
-        """The one-token rows, in batches of like length, for layers that see `window` positions (None: all)."""
+        """Returns the one-token rows, in batches of similar length, for layers that see `window` positions or all."""
         views = self._decode_views.get(window)
         if views is None:
             views = self._decode_views[window] = self._make_decode_views(window) if self._decode_rows else []
         return views
 
     def prefill_views(self, window: int | None) -> list[PrefillView]:
-        """The longer rows, in order, for layers that see `window` positions (None: all)."""
+        """Returns the longer rows, in order, for layers that see `window` positions (None: all)."""
         views = self._prefill_views.get(window)
         if views is None:
             made = [self._make_prefill_view(row, token, window) for row, token in self._prefill_rows]
@@ -179,7 +179,7 @@ class AttentionMetadata:
     def _make_decode_view(
         self, seen: list[tuple[int, int]], pages: list[list[int]], group: list[int], everyone: bool
     ) -> DecodeView:
-        """`seen`: the lowest and the last position that each row sees."""
+        """Makes one view of the rows in `group`. `seen`: the first and the last position that each row sees."""
         width = max(len(pages[row]) for row in group)
         padded = torch.tensor([pages[row] + pages[row][:1] * (width - len(pages[row])) for row in group])
         lowest, last = torch.tensor([seen[row] for row in group]).T.unsqueeze(-1)
@@ -198,9 +198,9 @@ class AttentionMetadata:
 
 
 def _alike(slots: list[int], bounds: BatchSlots) -> list[list[int]]:
-    """Rows, by index, in groups that waste no more than half on padding, or little; `slots` is each row's context.
+    """Groups rows, by index, so that padding is at most half of a group, or small. `slots` is each row's context.
 
-    Rows stay in order when one group holds them all.
+    Rows stay in order if one group holds them all.
     """
     if max(slots) * len(slots) <= max(bounds.few, min(bounds.most, 2 * sum(slots))):
         return [list(range(len(slots)))]
@@ -218,12 +218,12 @@ def _alike(slots: list[int], bounds: BatchSlots) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """What sets a layer's attention apart. Every query sees its own past only."""
+    """The properties of a layer's attention. Every query sees only its own past."""
 
     scaling: float
     sliding_window: int | None = None
-    """Positions that a query sees, itself included; None: all."""
+    """Number of positions that a query sees, its own included; None for all."""
     softcap: float | None = None
-    """Scores are squashed to it by tanh."""
+    """Bound to which tanh squashes the scores."""
     sinks: Tensor | None = None
     """[N] extra logits that take probability and give nothing (GPT-OSS)."""

@@ -1,6 +1,6 @@
-"""Decode attention over `DecodeTables`: what a kernel must offer, and the same in plain torch to check it by.
+"""Decode attention over `DecodeTables`: the interface of a kernel, and a plain torch version as its reference.
 
-Shapes: B rows, padding included, M pages a row at most, N query heads, K KV heads, D head size, P pages, S page size.
+Shapes: B rows, padding included, at most M pages per row, N query heads, K KV heads, D head size, P pages, S page size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .tables import DecodeTables, pack_rows
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What a decode kernel must know of a layer before it runs."""
+    """The properties of a layer that a decode kernel must know before it runs."""
 
     heads: int
     kv_heads: int
@@ -27,23 +27,23 @@ class LayerKind:
     dtype: torch.dtype
     scaling: float
     window: int | None
-    """Positions a query sees, itself included; None: all."""
+    """Number of positions that a query sees, its own included; None for all."""
     softcap: float | None
     has_sinks: bool
 
 
 class DecodeKernel(Protocol):
-    """One way to write and attend rows of `DecodeTables`, padding included, without a word from the host."""
+    """A kernel that writes and attends rows of `DecodeTables`, padding included, without the host."""
 
     name: str
     failures: tuple[type[Exception], ...]
-    """What it raises where it cannot be compiled or launched."""
+    """Exceptions that it raises if it cannot be compiled or launched."""
 
     def refuses(self, kind: LayerKind) -> str | None:
-        """Why it cannot serve layers of this kind; None: it can."""
+        """Returns why it cannot serve layers of this kind, or None if it can."""
 
     def plan(self, tables: DecodeTables) -> None:
-        """What it needs to do on the host before a captured step over other rows is launched again."""
+        """Does its work on the host before a captured step is launched over new rows."""
 
     def write(self, key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables) -> None:
         """See `TorchDecode.write`."""
@@ -62,22 +62,22 @@ class DecodeKernel(Protocol):
 
 
 class TorchDecode:
-    """In plain torch: right for every kind of layer, and slow."""
+    """The kernel in plain torch: correct for every kind of layer, and slow."""
 
     name = "torch"
     failures: tuple[type[Exception], ...] = (RuntimeError,)
 
     def refuses(self, kind: LayerKind) -> str | None:
-        """Nothing."""
+        """Returns None: it serves every kind of layer."""
         return None
 
     def plan(self, tables: DecodeTables) -> None:
-        """Nothing: all is read on the device."""
+        """Does nothing: all data is read on the device."""
 
     def write(self, key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables) -> None:
-        """Put each row's `key` [K, D] and `value` [K, Dv] into its page, and zero what is left of a page just opened.
+        """Writes each row's `key` [K, D] and `value` [K, Dv] into its page. Zeroes the rest of a page just begun.
 
-        Padding rows do what row 0 does: written twice, its page holds the same. A slot of their own would cost a page.
+        Padding rows repeat the write of row 0, which changes nothing. Slots of their own would cost a page.
         """
         index = tables.now()
         size = tables.page_size
@@ -101,9 +101,10 @@ class TorchDecode:
         kind: LayerKind,
         sinks: Tensor | None,
     ) -> Tensor:
-        """[B, N, Dv] for `query` [B, N, D] over pages [P, K, S, D]. What padding rows get means nothing, but is finite.
+        """Returns [B, N, Dv] for `query` [B, N, D] over pages [P, K, S, D].
 
-        Gathers all M pages of every row: for checks, and where no kernel runs.
+        Results of padding rows are finite, but mean nothing. It gathers all M pages of every row. It serves for checks,
+        and if no kernel runs.
         """
         index = tables.now()
         batch, groups = query.shape[0], kind.heads // kind.kv_heads
@@ -112,7 +113,7 @@ class TorchDecode:
         invalid = slots >= length
         if kind.window is not None:
             invalid |= slots < length - kind.window
-        # Places of the table that no row uses name page 0: what is there is another's, and may be NaN.
+        # Unused entries of the table name page 0. Its content belongs to another row and may be NaN.
         keys = k_pages.index_select(0, index.pages.flatten()).view(batch, tables.width, *k_pages.shape[1:])
         values = v_pages.index_select(0, index.pages.flatten()).view(batch, tables.width, *v_pages.shape[1:])
         keys = keys.transpose(1, 2).flatten(2, 3)  # [B, K, L, D]
@@ -125,9 +126,9 @@ class TorchDecode:
 
 
 def difference(kernel: DecodeKernel, kind: LayerKind, device: torch.device) -> str | None:
-    """What sets a kernel apart from plain torch on a small step with padding; None: nothing that matters.
+    """Returns how a kernel differs from plain torch on a small step with padding, or None if they agree.
 
-    Waits for the device; not to be called while a graph is captured.
+    Waits for the device. It must not be called while a graph is captured.
     """
     size = kind.page_size
     starts = [0, size, 3 * size - 1, 299]
@@ -160,5 +161,5 @@ def difference(kernel: DecodeKernel, kind: LayerKind, device: torch.device) -> s
     if not (torch.equal(own_k, k_pages) and torch.equal(own_v, v_pages)):
         return "it writes other pages than the plain functions do"
     allowed = 1e-3 if kind.dtype == torch.float32 else 4e-2
-    # Not `error > allowed`: NaN must fail too.
+    # `error > allowed` would let NaN pass.
     return None if error <= allowed else f"its output differs by {error:.3g} where {allowed:.3g} is allowed"

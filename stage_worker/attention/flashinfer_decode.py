@@ -1,7 +1,8 @@
-"""Decode attention by flashinfer, on the pages as they are: [P, K, S, D] is what it calls HND.
+"""Decode attention by flashinfer. Its layout HND is that of the pages: [P, K, S, D].
 
-flashinfer spreads the work of a step over the device by a plan that it makes on the host, per number of rows and kind
-of layer; buffers stay in place, so a captured step reads the next plan when it is launched again.
+flashinfer makes a plan on the host that distributes the work of a step over the device. It needs one plan for each
+number of rows and kind of layer. Its buffers stay in place, so a captured step reads the next plan when it is launched
+again.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from .tables import DecodeTables
 
 WORKSPACE_BYTES = 128 << 20
 TENSOR_CORE_GROUPS = 4
-"""From so many query heads a KV head on, matrix units are faster than reading each key for every head."""
+"""Number of query heads per KV head from which matrix units are faster than reading each key for every head."""
 
 
 class FlashinferDecode:
-    """A decode kernel for heads of 64, 128 or 256 without sinks. Writes pages through another kernel."""
+    """A decode kernel for head sizes 64, 128 and 256 without sinks. It writes pages through another kernel."""
 
     name = "flashinfer"
     failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, NotImplementedError, OSError)
 
     def __init__(self, device: torch.device, writer: DecodeKernel) -> None:
-        """Raises ConfigError when flashinfer is not installed, or there is no CUDA device."""
+        """Raises ConfigError if flashinfer is not installed, or if there is no CUDA device."""
         if device.type != "cuda":
             raise ConfigError(f"flashinfer needs a CUDA device, not {device}")
         try:
@@ -42,7 +43,7 @@ class FlashinferDecode:
         self._wrappers: WeakKeyDictionary[DecodeTables, dict[LayerKind, Any]] = WeakKeyDictionary()
 
     def refuses(self, kind: LayerKind) -> str | None:
-        """Why it cannot serve layers of this kind; None: it can."""
+        """Returns why it cannot serve layers of this kind, or None if it can."""
         if kind.has_sinks:
             return "it knows no attention sinks"
         if kind.k_dim != kind.v_dim or kind.k_dim not in (64, 128, 256):
@@ -52,7 +53,7 @@ class FlashinferDecode:
         return None
 
     def plan(self, tables: DecodeTables) -> None:
-        """Spreads the rows now in `tables` over the device, for every kind of layer that was run over them before."""
+        """Plans the rows now in `tables`, for every kind of layer that has run over these tables."""
         for kind, wrapper in self._wrappers.get(tables, {}).items():
             _plan(wrapper, tables, kind)
 
@@ -69,7 +70,7 @@ class FlashinferDecode:
         wrappers = self._wrappers.setdefault(tables, {})
         if kind not in wrappers:
             if torch.cuda.is_current_stream_capturing():
-                raise InternalError("flashinfer was to plan a kind of layer while a graph is captured")
+                raise InternalError("flashinfer cannot plan a new kind of layer during the capture of a graph")
             wrappers[kind] = self._make(tables, kind)
             _plan(wrappers[kind], tables, kind)
         out: Tensor = wrappers[kind].run(query, (k_pages, v_pages))
@@ -93,9 +94,9 @@ class FlashinferDecode:
 
 
 def plan_arrays(tables: DecodeTables) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows as flashinfer wants them: [B + 1] where each row's pages begin, all pages, [B] positions in the last page.
+    """Returns flashinfer's arrays: [B + 1] where each row's pages begin, all pages, [B] positions in the last page.
 
-    Int32 on the host. Padding rows have one position of page 0: flashinfer knows no empty rows.
+    They are int32 on the host. Padding rows have one position of page 0: flashinfer does not support empty rows.
     """
     lengths = tables.host[:, 0].clamp_min(1)
     used = (lengths + tables.page_size - 1) // tables.page_size
@@ -111,7 +112,7 @@ def _plan(wrapper: Any, tables: DecodeTables, kind: LayerKind) -> None:
     begins, pages, last = plan_arrays(tables)
     wrapper.plan(
         begins,
-        # From host memory flashinfer would copy these with the host waiting.
+        # flashinfer would copy these from host memory while the host waits.
         pages.to(tables.packed.device, non_blocking=True),
         last,
         kind.heads,

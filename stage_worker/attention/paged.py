@@ -1,7 +1,7 @@
-"""Paged attention in plain torch: what serves where no kernel does.
+"""Paged attention in plain torch, for steps that no kernel serves.
 
-Softmax is in fp32. Rows of one token are two batched matrix products over gathered pages; longer rows go one at a
-time, their queries in blocks, so that scores stay within a bound of memory however long the context is.
+Softmax is in fp32. Rows of one token are two batched matrix products over gathered pages. Longer rows are computed one
+by one, their queries in blocks. So the scores' memory is bounded for every context length.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor
 from .base import AttentionKind, AttentionMetadata, DecodeView, PrefillView
 
 SCORES_BYTES = 64 << 20
-"""Bound on the fp32 scores of one block of queries."""
+"""Largest size of the fp32 scores of one block of queries."""
 
 
 def write_pages(key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, metadata: AttentionMetadata) -> None:
-    """Put `key` [T, K, D] and `value` [T, K, Dv] into their slots; zero what is left of pages just opened."""
+    """Writes `key` [T, K, D] and `value` [T, K, Dv] into their slots. Zeroes the rest of pages just begun."""
     if metadata.opened_pages is not None:
         k_pages.index_fill_(0, metadata.opened_pages, 0)
         v_pages.index_fill_(0, metadata.opened_pages, 0)
@@ -26,9 +26,9 @@ def write_pages(key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, me
 
 
 def probabilities(scores: Tensor, invalid: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Softmax over the last dimension in fp32; `invalid` positions get 0, `sinks` (broadcastable) take their share.
+    """Computes softmax over the last dimension in fp32. `invalid` positions get 0.
 
-    May write into `scores`.
+    `sinks` (broadcastable) take a share of the probability. The function may write into `scores`.
     """
     if softcap is not None:
         scores = torch.tanh(scores.float() / softcap) * softcap
@@ -46,7 +46,7 @@ def attend_decode(
     metadata: AttentionMetadata,
     kind: AttentionKind,
 ) -> Tensor:
-    """[B, N, Dv] for `query` [B, N, D]: one token a row."""
+    """Returns [B, N, Dv] for `query` [B, N, D], with one token per row."""
     views = metadata.decode_views(kind.sliding_window)
     if views[0].rows is None:
         return _attend_batch(query, k_pages, v_pages, views[0], kind)
@@ -57,7 +57,7 @@ def attend_decode(
 
 
 def _attend_batch(query: Tensor, k_pages: Tensor, v_pages: Tensor, view: DecodeView, kind: AttentionKind) -> Tensor:
-    """[B, N, Dv]: all rows of a view at once."""
+    """Returns [B, N, Dv] for all rows of a view at once."""
     batch, heads, head_dim = query.shape
     kv_heads = k_pages.shape[1]
     groups = heads // kv_heads
@@ -80,7 +80,7 @@ def attend_prefill(
     kind: AttentionKind,
     scores_bytes: int = SCORES_BYTES,
 ) -> Tensor:
-    """[C, N, Dv] for the C queries [C, N, D] of one row; scores of a block of them take at most `scores_bytes`."""
+    """Returns [C, N, Dv] for C queries [C, N, D] of one row. Scores of a block take at most `scores_bytes`."""
     count, heads, head_dim = query.shape
     kv_heads, length = k_pages.shape[1], view.context_len
     groups = heads // kv_heads

@@ -1,4 +1,4 @@
-"""Decode attention by Triton kernels of our own, and rotary embedding in one kernel."""
+"""Decode attention by our own Triton kernels, and rotary embedding in one kernel."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .decode import LayerKind
 from .tables import DecodeTables
 
 BLOCK_BYTES = 128
-"""Context slots that a program takes at once, times the bytes of a number: 64 of bf16."""
+"""Context slots that a program takes at once, times the bytes of a number: 64 slots of bf16."""
 PROGRAMS_PER_PROCESSOR = 2
-"""Programs that each multiprocessor should get, before a row's context is split no further."""
+"""Number of programs per multiprocessor from which a row's context is not split further."""
 PROCESSORS_WITHOUT_DEVICE = 16
 
 
 def load_kernels() -> Any:
-    """The module of kernels.
+    """Imports the module of kernels.
 
     Raises:
         ConfigError: Triton is not installed.
@@ -38,7 +38,7 @@ class TritonDecode:
     name = "triton"
 
     def __init__(self, device: torch.device) -> None:
-        """Raises ConfigError when Triton is not installed."""
+        """Raises ConfigError if Triton is not installed."""
         self._kernels = load_kernels()
         self.failures: tuple[type[Exception], ...] = (RuntimeError, self._kernels.TritonError)
         self._processors = PROCESSORS_WITHOUT_DEVICE
@@ -46,16 +46,16 @@ class TritonDecode:
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def refuses(self, kind: LayerKind) -> str | None:
-        """Why it cannot serve layers of this kind; None: it can."""
+        """Returns why it cannot serve layers of this kind, or None if it can."""
         if max(kind.k_dim, kind.v_dim) > 256:
             return f"heads of {max(kind.k_dim, kind.v_dim)} are too large, 256 is the most"
         return None
 
     def plan(self, tables: DecodeTables) -> None:
-        """Nothing: all is read on the device."""
+        """Does nothing: all data is read on the device."""
 
     def write(self, key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables) -> None:
-        """See `TorchDecode.write`; padding rows write nothing."""
+        """See `TorchDecode.write`. Padding rows write nothing."""
         key, value = _dense_heads(key), _dense_heads(value)
         rows, kv_heads, k_dim = key.shape
         page, v_dim = k_pages.shape[2], v_pages.shape[3]
@@ -99,7 +99,7 @@ class TritonDecode:
         return out
 
     def splits(self, tables: DecodeTables, kind: LayerKind) -> int:
-        """Into how many pieces a row's context goes: a power of two, by the most that these tables can hold."""
+        """Returns the number of pieces of a row's context: a power of two, from the largest context of these tables."""
         slots = tables.width * tables.page_size
         slots = slots if kind.window is None else min(slots, kind.window)
         wanted = PROGRAMS_PER_PROCESSOR * self._processors // (tables.rows * kind.kv_heads)
@@ -108,9 +108,9 @@ class TritonDecode:
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`query` [1, N, T, D] and `key` [1, K, T, D] rotated by `cos` and `sin` [1, T, D], the halves of a head as pairs.
+    """Rotates `query` [1, N, T, D] and `key` [1, K, T, D] by `cos` and `sin` [1, T, D]; a head's halves form pairs.
 
-    In fp32, rounded once.
+    It computes in fp32 and rounds once.
     """
     kernels = load_kernels()
     _, heads, tokens, dim = query.shape
@@ -129,10 +129,10 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 def _dense_heads(tensor: Tensor) -> Tensor:
-    """Kernels step through a head's numbers one by one."""
+    """Returns the tensor with contiguous heads, as the kernels need it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _power(number: int) -> int:
-    """The smallest power of two that is not below."""
+    """Returns the smallest power of two that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()

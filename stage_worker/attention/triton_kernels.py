@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 """Triton kernels for decode over pages [P, K, S, D]: cache write, split attention, and the sum of its splits.
 
-A split is a piece of one row's context: with few rows, one program a row and head would leave most of the device idle
-(the idea is Flash-Decoding's). The number of splits is fixed at launch, their size follows from the row's length, which
-is read on the device. Imported only where Triton is; the host's side is `triton_decode.py`.
+A split is a piece of one row's context. With few rows, one program per row and head would leave most of the device
+idle (the idea is from Flash-Decoding). The number of splits is fixed at launch. Their size depends on the row's length,
+which is read on the device. This module needs Triton; the host's side is `triton_decode.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def write_kernel(
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_PAGE: tl.constexpr,
 ):  # fmt: skip
-    """One row and KV head: its key and value to their slot; the rest of a page just opened becomes zero."""
+    """Writes key and value of one row and KV head to their slot. Zeroes the rest of a page just begun."""
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(packed + row * packed_stride)
     if length > 0:
@@ -52,7 +52,7 @@ def attend_kernel(
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One row, KV head and split: the attention of the head's G queries over the split's slots, not yet normalised."""
+    """Attends the G queries of one row and KV head over the slots of one split, without normalisation."""
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(packed + row * packed_stride)
     low = length * 0
@@ -105,7 +105,7 @@ def merge_kernel(
     part_out, part_top, part_sum, sinks, out,
     HEADS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """One row and query head: the splits, weighted by their share of the whole softmax."""
+    """Sums the splits of one row and query head, weighted by their share of the whole softmax."""
     row, head = tl.program_id(0), tl.program_id(1)
     split, v_at = tl.arange(0, SPLITS), tl.arange(0, BLOCK_V)
     part = (row * HEADS + head) * SPLITS + split
@@ -114,7 +114,7 @@ def merge_kernel(
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32)
         top = tl.maximum(top, sink)
-    # A padding row has seen nothing: without this its weights would be NaN.
+    # A padding row sees no slot. Without this, its weights would be NaN.
     top = tl.where(top == float("-inf"), 0.0, top)
     share = tl.exp(tops - top)
     total = tl.sum(share * tl.load(part_sum + part), 0)
@@ -130,7 +130,7 @@ def rope_kernel(
     query, key, cos, sin, q_out, k_out, tokens, q_token, q_head, k_token, k_head, cos_token,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token and head (query heads, then KV heads): its two halves rotated; outputs are [heads, T, D]."""
+    """Rotates the two halves of one token and head (query heads, then KV heads). Outputs are [heads, T, D]."""
     token, head = tl.program_id(0), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     half = DIM // 2

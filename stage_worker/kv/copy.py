@@ -1,10 +1,10 @@
-"""KV pages on their way from the worker that holds a layer to the one that is going to hold it.
+"""Copies KV pages from the worker that holds a layer to the worker that will hold it.
 
-The gateway says which pages go when, to both ends: the sender reads them between two steps and sends them as one frame,
-the receiver knows what will come and has its receive posted, as with a step. Pages that are written meanwhile are sent
-again. Frames are paced by the link's credits, and by the gateway, which waits for what is out.
+The gateway tells both ends which pages to copy, and when. The sender reads them between two steps and sends them as one
+frame. The receiver posts its receive in advance, as for a step. Pages that are written during the copy are sent again.
+The link's credits pace the frames, and so does the gateway, which waits for the frames that are under way.
 
-Shapes: N pages of a frame; for each layer K of all pages, then V; then the draft model's layers, where there is one.
+Shapes: N pages of a frame; for each layer K of all pages, then V; then the draft model's layers, if there is one.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .landing import land
 from .pool import KvPool
 
 FRAME_BYTES = 1 << 20
-"""Most bytes of a frame, unless a single page is larger."""
+"""Largest size of a frame, unless a single page is larger."""
 
 
 class PageFrames:
     """Pages of some layers as frames: uint8 [N x page_bytes]."""
 
     def __init__(self, parts: Sequence[tuple[KvPool, Sequence[int]]]) -> None:
-        """`parts`: pools, and the layers to take of each."""
+        """`parts`: pools, each with the layers to copy."""
         self._tensors = [
             _words(tensor.view(pool.num_pages, -1).view(torch.uint8))
             for pool, layers in parts
@@ -44,11 +44,11 @@ class PageFrames:
 
     @property
     def most_pages(self) -> int:
-        """Most pages of one frame."""
+        """Largest number of pages in one frame."""
         return max(1, FRAME_BYTES // self.page_bytes)
 
     def read(self, pages: Sequence[int]) -> torch.Tensor:
-        """Makes a frame of the content of `pages`."""
+        """Returns the content of `pages` as a frame."""
         index, at = self._index(pages), 0
         frame = torch.empty(len(pages) * self.page_bytes, dtype=torch.uint8, device=self.device)
         for tensor in self._tensors:
@@ -71,7 +71,7 @@ class PageFrames:
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """Bytes [P, N] as 8-byte words, if they fill a row: torch copies single bytes seven times slower."""
+    """Views bytes [P, N] as 8-byte words if N is a multiple of 8: torch copies single bytes seven times slower."""
     return tensor.view(torch.int64) if tensor.shape[1] % 8 == 0 else tensor
 
 
@@ -82,11 +82,13 @@ class PageSender:
         self.link = link
         self._frames = frames
         self._waiting: dict[int, deque[tuple[int, list[int]]]] = {}
-        """Slot -> frames that wait for a credit, separately for each gateway."""
+        """Slot -> frames of that gateway that wait for a credit."""
 
     def send(self, slot: int, number: int, pages: list[int]) -> None:
-        """Sends the content of `pages`, now or when there is a credit. When the link is over nothing is sent: the
-        receiving end reports it, and this end goes on serving."""
+        """Sends the content of `pages` as soon as there is a credit. Sends nothing when the link is over.
+
+        The receiving end reports the loss, and this end goes on serving.
+        """
         with contextlib.suppress(TransportError):
             if slot not in self._waiting:
                 self.link.open_lane(slot)
@@ -95,7 +97,7 @@ class PageSender:
             self.progress()
 
     def progress(self) -> None:
-        """Drives the link; sends what has a credit."""
+        """Drives the link. Sends the frames for which there are credits."""
         self.link.progress()
         with contextlib.suppress(TransportError):
             for slot, frames in self._waiting.items():
@@ -112,9 +114,9 @@ class PageReceiver:
         self.link = link
         self.frames = frames
         self._coming: dict[int, deque[tuple[int, list[int]]]] = {}
-        """Slot -> announced frames, in order: number and pages."""
+        """Slot -> announced frames (number and pages), in order."""
         self._landing: dict[int, Future[None]] = {}
-        """Slot -> the write of its next frame, once that has arrived."""
+        """Slot -> the write of its next frame, once that frame has arrived."""
 
     def expect(self, slot: int, number: int, pages: list[int]) -> None:
         """Announces a frame and posts its receive. Raises InvalidRequest for more pages than a frame may hold."""
@@ -124,7 +126,7 @@ class PageReceiver:
         self._coming.setdefault(slot, deque()).append((number, pages))
 
     def take(self, slot: int) -> int | None:
-        """The number of the next frame of a session, once it is written into its pages; None before."""
+        """Returns the number of a session's next frame once it is written into its pages; None before."""
         coming = self._coming.get(slot)
         if not coming:
             return None
@@ -138,7 +140,7 @@ class PageReceiver:
             return None
         if not landing.done():
             return None
-        landing.result()  # Raises what the write raised: the rank ends.
+        landing.result()  # Raises the error of the write, if any. That ends the rank.
         del self._landing[slot]
         coming.popleft()
         self.link.release(slot, number)

@@ -1,7 +1,7 @@
-"""Writes pages that arrived into the KV cache, on a thread of low priority beside the engine's.
+"""Writes pages that arrived into the KV cache, on a low-priority thread beside the engine's thread.
 
-The first write to memory makes the system allocate it, which can take a tenth of a second for one frame. The engine of
-a stage that serves must not wait for that.
+The system allocates memory at the first write, which can take a tenth of a second for one frame. The engine of a stage
+that serves must not wait for that.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def _give_way() -> None:
 
 
 _thread = ThreadPoolExecutor(1, "landing", initializer=_give_way)
-"""Its thread starts with the first job. Credits of the links bound the number of jobs."""
+"""The executor. Its thread starts with the first job. The credits of the links bound the number of jobs."""
 
 
 def land(job: Callable[[], None]) -> Future[None]:
-    """Queues a job."""
+    """Queues a job for the thread."""
     return _thread.submit(job)

@@ -1,4 +1,4 @@
-"""Large memory on a CPU, straight from the system: zeroed, and taken when it is first touched."""
+"""Large CPU buffers that come directly from the system: zeroed, and allocated at the first access."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A zeroed tensor in huge pages where the system gives them (fewer address translations), freed with its last view.
+    """Makes a zeroed tensor, in huge pages if the system has them (fewer address translations).
 
-    Nothing is written, so an idle one costs nothing. Raises OSError when there is no memory.
+    The memory is freed with the tensor's last view. Nothing is written, so an unused tensor costs nothing.
+    Raises OSError when there is no memory.
     """
     count = math.prod(shape)
     memory = mmap.mmap(-1, max(1, count) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a hint: kernels without huge pages refuse it
+        with contextlib.suppress(OSError):  # This is a hint. Kernels without huge pages refuse it.
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)

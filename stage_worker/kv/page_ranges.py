@@ -1,8 +1,8 @@
-"""Which gateway holds which of a worker's pages, on which pipeline. Pure.
+"""Records which gateway holds which of a worker's pages. Pure.
 
-A holder names its pages by ids of its own. They stay its own after the session ended, with what was written into them,
-until another holder needs them: so a gateway that comes back at a later epoch goes on where it was. One that moves to a
-later epoch has them open at both for a while; where it is to have fewer then, it says which it keeps.
+A holder names its pages by its own ids. After its session has ended, it keeps the pages and their content until another
+holder needs them. So a gateway that returns at a later epoch continues where it was. A gateway that moves to a later
+epoch has sessions at both epochs for a while. If it gets fewer pages at the later one, it says which it keeps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from stagemesh.errors import InvalidRequest, Unavailable
 
 _NONE = -1
-"""Stands for no journal: none has this number."""
+"""The value for "no journal": no journal has this number."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Grant:
     """Pages granted to a session."""
 
     pages: tuple[int, ...]
-    """Page by the holder's id; -1 for ids without a page."""
+    """Pages, indexed by the holder's ids; -1 for ids without a page."""
     generation: int
-    """Changes when another holder may have written into the pages."""
+    """A number that changes when another holder may have written into the pages."""
     fresh: tuple[int, ...]
-    """Of the pages those that the holder has not written with this journal ever since: its entries are of others, or of
-    what the pages held before."""
+    """Pages that the holder did not have before with this journal. Their journal entries belong to other holders, or to
+    earlier content of the pages."""
 
     @property
     def count(self) -> int:
@@ -38,33 +38,39 @@ class Grant:
 class _Holder:
     generation: int
     pages: dict[int, int] = field(default_factory=dict)
-    """Id -> page."""
+    """The holder's id of a page -> page."""
     life: int = 0
-    """Identity of its process."""
+    """Identity of the holder's process."""
     open: dict[int, frozenset[int]] = field(default_factory=dict)
     """Epoch -> ids granted to the session at that epoch."""
     journal: int = _NONE
-    """Number of the journal beside which it wrote last."""
+    """Number of the journal that its last session used."""
 
 
 class PageRanges:
-    """`num_pages` pages; `nonce` makes a generation that was never given before, and is not 0."""
+    """The allocation of `num_pages` pages. `nonce` returns a generation that was never used before and is not 0."""
 
     def __init__(self, num_pages: int, nonce: Callable[[], int]) -> None:
         self.num_pages = num_pages
         self._nonce = nonce
         self._free = list(range(num_pages - 1, -1, -1))
         self._holders: dict[str, _Holder] = {}
-        """Name -> holder, in the order of their sessions' starts."""
+        """Name -> holder, in the order in which their last sessions started."""
 
     def open(
         self, name: str, epoch: int, count: int, ids: Iterable[int] = (), journal: int = 0, life: int = 0
     ) -> Grant:
-        """The pages with these ids, at most `count`; without ids, with the lowest. They are the holder's own as far as
-        it has them, else free ones, else those of holders that have gone. `journal`: the number of the one that is
-        written beside them. `life`: of the holder's process; what another one of its name has written is not its own.
+        """Grants the pages with these ids, at most `count`. Without ids, grants the lowest `count` ids.
 
-        Raises InvalidRequest for more than `count`, Unavailable (retry) where pages are still held by others.
+        The holder gets its own pages for the ids that it has, then free pages, then pages of holders without a session.
+
+        Args:
+            journal: number of the journal that the session writes.
+            life: identity of the holder's process. Pages that another process of this name wrote count as lost.
+
+        Raises:
+            InvalidRequest: more than `count` ids.
+            Unavailable: others still hold the pages; the caller may retry.
         """
         wanted = frozenset(ids) or frozenset(range(count))
         if len(wanted) > count:
@@ -110,7 +116,7 @@ class PageRanges:
             self._free.append(holder.pages.pop(ident))
 
     def _reclaim(self, count: int) -> None:
-        """Frees so many pages, if holders without a session have them; of the one gone longest first."""
+        """Frees pages of holders without a session, the oldest holder first, until `count` pages are free."""
         for name in [name for name, holder in self._holders.items() if not holder.open]:
             if len(self._free) >= count:
                 return

@@ -1,8 +1,8 @@
-"""The paged KV cache of one worker: per own layer a K and a V tensor of pages.
+"""The paged KV cache of one worker: a K and a V tensor of pages for each layer that it holds.
 
-Shapes: P pages, S positions a page, K KV heads on this rank, D head size. A page id names the same P-index in every
-layer; the slot of a token is `page * page_size + offset`. Within a page, a head's positions lie together, so that one
-gather brings a sequence's keys head by head, ready for a matrix product.
+Shapes: P pages, S positions per page, K KV heads on this rank, D head size. A page id is the same P-index in every
+layer; the slot of a token is `page * page_size + offset`. Within a page, a head's positions are contiguous, so that one
+gather returns a sequence's keys head by head, ready for a matrix product.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .memory import zeros
 
 @dataclass(frozen=True)
 class KvLayerSpec:
-    """What one decoder layer keeps of one token, on this rank."""
+    """What one decoder layer stores for one token on this rank."""
 
     layer_idx: int
     """Global index of the layer (the same on every stage)."""
@@ -27,7 +27,7 @@ class KvLayerSpec:
     k_head_dim: int
     v_head_dim: int
     sliding_window: int | None = None
-    """Positions a query of this layer sees, itself included; None: all."""
+    """Number of positions that a query of this layer sees, its own included; None for all."""
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of K and V of one token."""
@@ -35,9 +35,9 @@ class KvLayerSpec:
 
 
 class KvPool:
-    """Pages for all of a worker's layers, allocated once. What lies within a page in which order is the shard's affair.
+    """Pages for all of a worker's layers, allocated once. The shard decides the layout within a page.
 
-    Memory comes zeroed, and attention zeroes the rest of a page when it opens one, so a slot that no token of its
+    The memory starts zeroed, and attention zeroes the rest of a page when it begins one. So a slot that no token of its
     sequence has written never holds NaN.
     """
 
@@ -50,9 +50,9 @@ class KvPool:
         device: torch.device | str,
         beside: Sequence[KvPool] = (),
     ) -> None:
-        """`beside`: pools of as many equal pages, whose layers are these where they have them.
+        """`beside`: pools with the same number and size of pages. Layers that they have are shared with this pool.
 
-        Raises ConfigError for no page, or none of a position.
+        Raises ConfigError if `num_pages` or `page_size` is less than 1.
         """
         if num_pages < 1 or page_size < 1:
             raise ConfigError(f"a KV pool needs at least one page of one position, not {num_pages} of {page_size}")
@@ -79,7 +79,7 @@ class KvPool:
 
     @staticmethod
     def page_bytes(layers: Sequence[KvLayerSpec], page_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one page costs over `layers`."""
+        """Bytes of one page over `layers`."""
         return page_size * sum(layer.bytes_per_token(dtype) for layer in layers)
 
     @property
@@ -101,6 +101,6 @@ class KvPool:
         return self._v[layer_idx]
 
     def zero(self) -> None:
-        """Forget everything. Tests use it to prove that their checks depend on the cache."""
+        """Zeroes all pages. Tests use this to prove that their checks depend on the cache."""
         for tensor in (*self._k.values(), *self._v.values()):
             tensor.zero_()

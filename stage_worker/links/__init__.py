@@ -1,4 +1,4 @@
-"""Activation links between two ranks, over any transport: the handshake, lanes with credits, their words on the wire.
+"""Activation links between two ranks, over any transport: the handshake, lanes with credits, the wire format.
 
-What the bytes mean is the assignment's business.
+The assignment decides what the bytes mean.
 """

@@ -1,9 +1,9 @@
 """One gateway session's share of a link: credits on the sending side, buffers on the receiving side.
 
-A lane is opened on both sides with the same number of credits. The sender spends one for each frame; the receiver gives
-it back when the frame's buffer is free again, as a running total, so that one credit message makes up for those before.
-A lane ends with a FIN that says how many frames there were. Only when the receiver has accounted for each of them
-(used, dropped, or landed in a cancelled buffer) is the slot free: so no late frame is taken for one of the next lane.
+Both sides open a lane with the same number of credits. The sender spends one for each frame. The receiver returns it
+when the frame's buffer is free again. Credits are sent as a running total, so one message replaces those before it.
+A lane ends with a FIN, which says how many frames were sent. The slot is free only when the receiver has accounted for
+each frame (used, dropped, or written into a cancelled buffer). So no late frame is taken for one of the next lane.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from .wire import (
 )
 
 MAX_WAITING = 4096
-"""Receives announced but without a buffer yet, for each lane."""
+"""Limit, for each lane, of announced receives that have no buffer yet."""
 
 
 class _Lane:
-    """What both sides have in common: the other one's count, and messages under way."""
+    """The common part of both sides: the other side's count, and sends under way."""
 
     def __init__(self, transport: Transport, peer: Peer, identity: LinkIdentity, slot: int, word: int) -> None:
-        """`word`: that brings the other side's count (wire.py)."""
+        """`word`: the control word that carries the other side's count (wire.py)."""
         self._transport, self._peer, self._identity, self._slot = transport, peer, identity, slot
-        self._sends: list[tuple[Request, object]] = []  # with the buffer each one reads
+        self._sends: list[tuple[Request, object]] = []  # Requests, each with the buffer that it reads.
         self._count_tag = tag_of(identity.nonce, slot, word)
         self._count_buffer = bytearray(COUNT_BYTES)
         self._count = transport.recv(self._count_tag, self._count_buffer)
@@ -49,11 +49,11 @@ class _Lane:
 
     @property
     def idle(self) -> bool:
-        """Nothing reads or writes a buffer of this lane any more."""
+        """Whether nothing reads or writes a buffer of this lane any more."""
         return not self._sends and self._count.done
 
     def abandon(self) -> None:
-        """The link is over: no more counts will come."""
+        """Ends the lane with its link: no more counts will come."""
         self.closing = self._abandoned = True
         self._count.cancel()
 
@@ -75,12 +75,12 @@ class SendLane(_Lane):
 
     @property
     def unconsumed(self) -> int:
-        """Frames sent whose credit has not come back."""
+        """Number of frames sent whose credit has not come back."""
         return self._sent - self._returned
 
     @property
     def can_send(self) -> bool:
-        """A credit is there. From the first False on, the wait for one is timed."""
+        """Whether there is a credit. The first False starts the measurement of the wait for one."""
         if self.closing:
             return False
         if self.unconsumed < self._identity.credits:
@@ -90,7 +90,7 @@ class SendLane(_Lane):
         return False
 
     def send(self, step: int, tensor: torch.Tensor) -> None:
-        """Send the activation of a step; `tensor` is kept until the transport is done with it."""
+        """Sends the activation of a step. Keeps `tensor` until the transport is done with it."""
         credits = self._identity.credits
         if self.closing or self.unconsumed >= credits:
             raise TransportError(f"lane {self._slot} has no credit: {self.unconsumed} of {credits} are out")
@@ -98,18 +98,18 @@ class SendLane(_Lane):
         self._sent += 1
 
     def take_wait_send_s(self) -> float:
-        """Seconds spent without a credit since the last call."""
+        """Returns the seconds spent without a credit since the last call."""
         waited, self._wait_send_s = self._wait_send_s, 0.0
         return waited
 
     def close(self) -> None:
-        """Say how many frames there were. The lane is `drained` when the receiver has accounted for all of them."""
+        """Tells the receiver how many frames were sent. The lane is `drained` when it has accounted for all of them."""
         if not self.closing:
             self.closing = True
             self._send_count(FIN, self._sent)
 
     def progress(self) -> bool:
-        """Take credits, let finished buffers go.
+        """Takes credits that have come back. Releases buffers of finished sends.
 
         Raises:
             TransportError: a send failed.
@@ -144,9 +144,9 @@ class SendLane(_Lane):
 @dataclass(slots=True)
 class _Post:
     request: Request
-    buffer: torch.Tensor  # uint8, one of the lane's
-    tensor: torch.Tensor  # the part of it that the step fills, in its own shape
-    completed_at: float = 0.0  # when it was first seen to be all there; 0 before
+    buffer: torch.Tensor  # Buffer of the lane, uint8.
+    tensor: torch.Tensor  # View of the part that the step fills, in the step's shape.
+    completed_at: float = 0.0  # Time when it was first seen to be complete; 0 before.
 
 
 class ReceiveLane(_Lane):
@@ -160,14 +160,14 @@ class ReceiveLane(_Lane):
         self._free = [self._new_buffer() for _ in range(identity.credits)]
         super().__init__(transport, peer, identity, slot, FIN)
         self._spares = 0
-        self._posts: dict[int, _Post] = {}  # by step modulo SEQ_MODULUS
-        self._waiting: deque[tuple[int, tuple[int, ...]]] = deque()  # step, shape
+        self._posts: dict[int, _Post] = {}  # Keyed by step modulo SEQ_MODULUS.
+        self._waiting: deque[tuple[int, tuple[int, ...]]] = deque()  # Entries: step, shape.
         self._released = 0
-        self._accounted = 0  # frames dropped or landed in cancelled buffers, once the lane is closing
+        self._accounted = 0  # Frames dropped or written into cancelled buffers since the lane closes.
         self._quarantine: list[tuple[Request, object]] = []
 
     def post(self, step: int, shape: tuple[int, ...]) -> None:
-        """Announce the frame of a step; its receive is posted now, or when a buffer is free."""
+        """Announces the frame of a step. Posts its receive now, or when a buffer is free."""
         nbytes = math.prod(shape) * self._identity.dtype.itemsize
         if nbytes > self._max_bytes:
             raise TransportError(
@@ -185,7 +185,7 @@ class ReceiveLane(_Lane):
             self._waiting.append((step, shape))
 
     def ready(self, step: int) -> torch.Tensor | None:
-        """The activation of a posted step when it is all there. It is the lane's until `release`.
+        """Returns the activation of a posted step if it is complete, else None. The lane owns it until `release`.
 
         Raises:
             TransportError: its receive failed.
@@ -198,33 +198,36 @@ class ReceiveLane(_Lane):
         return post.tensor
 
     def note_completed(self) -> None:
-        """Writes down when receives were first seen to be complete, for traces."""
+        """Records when receives were first seen to be complete, for traces."""
         for post in self._posts.values():
             if not post.completed_at and post.request.done:
                 post.completed_at = time.monotonic()
 
     def completed_at(self, step: int) -> float:
-        """When the activation of a step was first seen to be all there; 0 when it is not yet."""
+        """Time when the activation of a step was first seen to be complete; 0 if it is not complete."""
         self.note_completed()
         post = self._posts.get(step % SEQ_MODULUS)
         return 0.0 if post is None else post.completed_at
 
     def release(self, step: int) -> None:
-        """The activation was used up: its buffer takes the next frame, the sender gets its credit."""
+        """Frees the buffer of a used activation for the next frame. Returns the credit to the sender."""
         post = self._posts.pop(step % SEQ_MODULUS, None)
         if post is None or not post.request.done:
             raise TransportError(f"step {step} is not there to be released on lane {self._slot}")
         self._released += 1
         self._send_count(CREDIT, self._released)
         if self._spares > 0:
-            self._spares -= 1  # one buffer more than credits was lent: let it go
+            self._spares -= 1  # More buffers than credits exist: free this one.
         elif self._waiting:
             self._start(*self._waiting.popleft(), post.buffer)
         else:
             self._free.append(post.buffer)
 
     def close(self) -> None:
-        """Cancel what is posted. Buffers are kept until nothing writes them; `drained` when no frame is missing."""
+        """Cancels posted receives. Keeps their buffers until nothing writes them.
+
+        The lane is `drained` when no frame is missing.
+        """
         if self.closing:
             return
         self.closing = True
@@ -236,7 +239,7 @@ class ReceiveLane(_Lane):
         self._free.clear()
 
     def abandon(self) -> None:
-        """The link is over: no FIN will come."""
+        """Ends the lane with its link: no FIN will come."""
         self.close()
         super().abandon()
 
@@ -247,11 +250,11 @@ class ReceiveLane(_Lane):
 
     @property
     def quarantined(self) -> int:
-        """Buffers of cancelled receives that may still be written."""
+        """Number of buffers of cancelled receives that may still be written."""
         return len(self._quarantine)
 
     def progress(self) -> bool:
-        """Lend a spare buffer to a frame that came out of turn; account for the frames of a closing lane."""
+        """Lends a spare buffer to a frame that came out of order. Accounts for the frames of a closing lane."""
         happened = False
         self.note_completed()
         if self._sends:
@@ -263,8 +266,11 @@ class ReceiveLane(_Lane):
         return happened
 
     def _lend(self) -> bool:
-        """A sender that runs steps in another order than they were posted must not wait for buffers that wait for it.
-        Frames that have come are no more than the credits, so neither are the spares."""
+        """Gives spare buffers to frames that have come and have none. Returns whether it did.
+
+        Without them, a sender that runs steps in another order than they were posted could deadlock with the receiver.
+        At most as many frames as credits can have come, so that is also the limit of spare buffers.
+        """
         lent = False
         for waiting in list(self._waiting):
             tag = data_tag(self._identity.nonce, self._slot, waiting[0])
@@ -284,7 +290,7 @@ class ReceiveLane(_Lane):
                 self._accounted += 1
         self._quarantine = still
         if self._abandoned:
-            return  # What comes now is dropped with all that the link brings.
+            return  # The transport drops all further frames of the link.
         self._accounted += self._transport.discard(tag_of(self._identity.nonce, self._slot, 0), LANE_MASK)
         if not self._count.done or self._count.error is not None:
             return

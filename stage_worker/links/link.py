@@ -1,9 +1,9 @@
 """A link: a directed stream of activations between two ranks, over any transport.
 
-The receiver makes nonce and secret, gRPC carries them and both addresses; the sender says hello on the link itself, the
-receiver checks epoch, secret and row shape, and answers. Then lanes are opened, one for each gateway session, with
-credits. Neither end blocks or owns a thread: the engine calls `transport.progress()`, then `progress()` of its links. A
-peer that dies shows as `error`; one that hangs does not: step deadlines see that.
+The receiver makes the nonce and the secret. gRPC carries them and both addresses. The sender says hello on the link
+itself. The receiver checks epoch, secret and row shape, and answers. Then each gateway session opens a lane with
+credits. Neither end blocks or owns a thread: the engine calls `transport.progress()`, then `progress()` of its links.
+`error` shows a peer that died. It does not show a peer that hangs: step deadlines find that.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ from .wire import (
 __all__ = ["LinkIdentity", "LinkReceiver", "LinkSender", "LinkState", "sending_rank"]
 
 DOUBT = 0.25
-"""Of the time for a handshake: what is not answered by then may be an end that hears nobody."""
+"""Share of the handshake's time-out after which the link doubts its own transport: it may receive nothing."""
 
 LinkState = Literal["connecting", "ready", "failed", "closed"]
 
 
 def sending_rank(rank: int, senders: int, receivers: int) -> int:
-    """Which of `senders` ranks the receiving rank `rank` of `receivers` reads the (replicated) activation from."""
+    """Returns the sending rank from which receiving rank `rank` reads the activation, which all senders hold.
+
+    Raises TransportError for a rank that does not exist.
+    """
     if not 0 <= rank < receivers or senders < 1:
         raise TransportError(f"no rank {rank} among {receivers} receivers of {senders} senders")
     return rank * senders // receivers
@@ -51,12 +54,12 @@ Lane = TypeVar("Lane", SendLane, ReceiveLane)
 
 
 class _Link(ABC, Generic[Lane]):
-    """What both ends have in common: a peer, a state, a deadline, lanes."""
+    """The common part of both ends: a peer, a state, a deadline, lanes."""
 
     def __init__(
         self, transport: Transport, address: bytes, identity: LinkIdentity, timeout_s: float, word: int, nbytes: int
     ) -> None:
-        """`word`: what the other side says in the handshake (wire.py), in a message of `nbytes`."""
+        """`word`: the other side's message in the handshake (wire.py), of `nbytes` bytes."""
         self._transport, self._identity = transport, identity
         self._peer: Peer = transport.connect(address, timeout_s=timeout_s)
         self._timeout_s = timeout_s
@@ -72,46 +75,45 @@ class _Link(ABC, Generic[Lane]):
 
     @abstractmethod
     def _take_word(self, word: bytes) -> None:
-        """Goes on with the handshake. Raises what is to end the link."""
+        """Continues the handshake. Raises the error that ends the link, if any."""
 
     @abstractmethod
     def _make_lane(self, slot: int) -> Lane: ...
 
     @property
     def heard(self) -> bool:
-        """Whether the other side's word of the handshake has come; `progress` takes it."""
+        """Whether the other side's handshake message has come. `progress` handles it."""
         return self._word.done
 
     @property
     def identity(self) -> LinkIdentity:
-        """What both ends agreed on."""
+        """The parameters on which both ends agreed."""
         return self._identity
 
     @property
     def up(self) -> bool:
-        """The hello was sent and welcomed: activations may flow. Lanes can be opened before."""
+        """Whether the hello was accepted, so that activations may flow. Lanes may be opened before."""
         return self.state == "ready"
 
     @property
     def route(self) -> str:
-        """See `Peer.route`."""
+        """The route of the connection; see `Peer.route`."""
         return self._peer.route
 
     def lane_closed(self, slot: int) -> bool:
-        """The slot is free."""
+        """Whether the slot is free."""
         return slot not in self._lanes
 
     def progress(self, now: float | None = None) -> bool:
-        """Handshake, credits, finished sends, buffers for early frames; True when something happened. A failure is
-        found in `error`.
+        """Advances the handshake and the lanes. Returns whether anything happened. Sets `error` on a failure.
 
         Args:
-            now: `time.monotonic()`, where the caller has it at hand.
+            now: `time.monotonic()`, if the caller already has it.
         """
         happened = False
         try:
             if self.state == "connecting" and self.heard:
-                # Before the deadline is looked at: what came within a long step has been seen by nobody yet.
+                # The message is handled before the deadline is checked: it may have come during a long step.
                 happened = True
                 if self._word.error is not None:
                     raise self._word.error
@@ -128,7 +130,7 @@ class _Link(ABC, Generic[Lane]):
         return happened
 
     def open_lane(self, slot: int) -> None:
-        """Start a lane; the other end opens it, too. Its buffers are allocated here and never again.
+        """Starts a lane and allocates its buffers. The other end must open it, too.
 
         Raises:
             TransportError: the slot is taken or out of range, or the link is over.
@@ -142,8 +144,10 @@ class _Link(ABC, Generic[Lane]):
         self._lanes[slot] = self._make_lane(slot)
 
     def close_lane(self, slot: int) -> None:
-        """End a lane: what it posted is cancelled, its buffers are kept until nothing uses them, late frames dropped.
-        Its slot may be opened again once `lane_closed`, which takes the other end's `close_lane`, too."""
+        """Ends a lane: cancels its receives, keeps its buffers until nothing uses them, drops late frames.
+
+        The slot may be opened again once `lane_closed`. That needs `close_lane` on the other end, too.
+        """
         lane = self._lanes.get(slot)
         if lane is None or self.over:
             return
@@ -154,18 +158,17 @@ class _Link(ABC, Generic[Lane]):
 
     @property
     def over(self) -> bool:
-        """It has failed or was closed."""
+        """Whether the link has failed or was closed."""
         return self.state in ("failed", "closed")
 
     @property
     def drained(self) -> bool:
-        """The link is over, and nothing reads or writes a buffer of it any more."""
+        """Whether the link is over and nothing reads or writes its buffers any more."""
         handshake = self._word.done and all(said.done for said, _ in self._said)
         return self.over and handshake and all(lane.idle for lane in self._lanes.values())
 
     def close(self) -> None:
-        """End the link at once. Go on with `progress()` until it is `drained`: only then are tensors and buffers
-        free."""
+        """Ends the link at once. Call `progress()` until it is `drained`: only then are its buffers free."""
         self._end("closed")
 
     def _fail(self, error: StagemeshError) -> None:
@@ -183,7 +186,7 @@ class _Link(ABC, Generic[Lane]):
         self._peer.close()
 
     def _let_go(self) -> None:
-        """Nothing of the other side is waited for any more."""
+        """Stops waiting for messages of the other side."""
         self._word.cancel()
 
     def _say(self, word: int, message: bytes) -> None:
@@ -196,7 +199,7 @@ class _Link(ABC, Generic[Lane]):
         return tag_of(self._identity.nonce, CONTROL_SLOT, seq)
 
     def _check(self, now: float | None) -> None:
-        """Raises TransportError when the peer is gone, or silent beyond the deadline of the handshake."""
+        """Raises TransportError when the peer is gone, or silent past the deadline of the handshake."""
         if self._peer.error is not None:
             raise self._peer.error
         if self.state != "connecting":
@@ -213,10 +216,10 @@ class LinkSender(_Link[SendLane]):
     """The sending end.
 
     Args:
-        transport: this rank's, driven by the caller.
-        peer_address: of the receiver's transport.
-        identity: nonce, epoch, secret and row shape that the receiver made known over gRPC.
-        timeout_s: until the hello must be answered.
+        transport: this rank's transport, driven by the caller.
+        peer_address: address of the receiver's transport.
+        identity: nonce, epoch, secret and row shape, which the receiver told over gRPC.
+        timeout_s: time within which the hello must be answered.
 
     Raises:
         TransportError: the address is not one of this transport.
@@ -235,12 +238,12 @@ class LinkSender(_Link[SendLane]):
         return SendLane(self._transport, self._peer, self._identity, slot)
 
     def can_send(self, slot: int) -> bool:
-        """The link is ready and the lane has a credit. The time from a False to the credit is counted as wait-send."""
+        """Whether the link is ready and the lane has a credit. Time from a False to the credit counts as wait-send."""
         return self.state == "ready" and self._lanes[slot].can_send
 
     def send(self, slot: int, step: int, tensor: torch.Tensor) -> None:
-        """Send the activation of a step: a contiguous [T, H] tensor, which must not change until it is sent, and is
-        kept alive until then.
+        """Sends the activation of a step: a contiguous [T, H] tensor. It must not change until it is sent, and is kept
+        alive until then.
 
         Raises:
             TransportError: the link is not ready, has failed, or the lane has no credit.
@@ -255,11 +258,11 @@ class LinkSender(_Link[SendLane]):
             raise
 
     def unconsumed(self, slot: int) -> int:
-        """Frames sent on a lane whose credit has not come back."""
+        """Number of frames sent on a lane whose credit has not come back."""
         return self._lanes[slot].unconsumed
 
     def take_wait_send_s(self, slot: int) -> float:
-        """Seconds that a lane spent without a credit since the last call."""
+        """Returns the seconds that a lane spent without a credit since the last call."""
         return self._lanes[slot].take_wait_send_s()
 
     def _take_word(self, word: bytes) -> None:
@@ -273,11 +276,11 @@ class LinkReceiver(_Link[ReceiveLane]):
     """The receiving end.
 
     Args:
-        transport: this rank's, driven by the caller.
-        sender_address: of the sender's transport, for credits.
-        identity: made by this side (`os.urandom` for nonce and secret), made known over gRPC.
-        device: where the lanes' buffers live.
-        timeout_s: until a right hello must have come.
+        transport: this rank's transport, driven by the caller.
+        sender_address: address of the sender's transport, for credits.
+        identity: parameters made by this side (nonce and secret are random), told to the sender over gRPC.
+        device: device of the lanes' buffers.
+        timeout_s: time within which a valid hello must come.
 
     Raises:
         TransportError: the address is not one of this transport.
@@ -301,18 +304,20 @@ class LinkReceiver(_Link[ReceiveLane]):
         return ReceiveLane(self._transport, self._peer, self._identity, slot, self._device)
 
     def post(self, slot: int, step: int, shape: Sequence[int]) -> None:
-        """Announce what a step will bring, as soon as its plan is known.
+        """Announces the activation of a step, as soon as its plan is known.
 
         Raises:
-            TransportError: larger than the lane's buffers, posted before, or the link is over.
+            TransportError: the activation is too large for the buffers, it was posted before, or the link is over.
         """
         if self.over:
             raise self.error or TransportError("the link is closed")
         self._lanes[slot].post(step, tuple(shape))
 
     def ready(self, slot: int, step: int) -> torch.Tensor | None:
-        """The activation of a posted step [T, H] when it is all there and the link is ready; the lane's own memory,
-        until `release`. A receive that failed fails the link."""
+        """Returns the activation [T, H] of a posted step if it is complete and the link is ready, else None.
+
+        It is the lane's own memory, valid until `release`. A failed receive fails the link.
+        """
         if self.state != "ready":
             return None
         try:
@@ -322,16 +327,16 @@ class LinkReceiver(_Link[ReceiveLane]):
             return None
 
     def note_completed(self) -> None:
-        """Writes down which activations have come by now: called between layers, `progress()` does it else."""
+        """Records which activations have come. The engine calls it between layers; `progress()` does the same."""
         for lane in self._lanes.values():
             lane.note_completed()
 
     def completed_at(self, slot: int, step: int) -> float:
-        """When the activation of a step was first seen to be all there (`time.monotonic()`); 0 when it is not yet."""
+        """Time (`time.monotonic()`) when a step's activation was first seen to be complete; 0 if it is not complete."""
         return self._lanes[slot].completed_at(step)
 
     def release(self, slot: int, step: int) -> None:
-        """The activation is used up (on CUDA: the kernels that read it were launched on the current stream)."""
+        """Frees a used activation. On CUDA, the kernels that read it must have been launched on the current stream."""
         if self.state != "ready":
             return
         try:
@@ -342,7 +347,7 @@ class LinkReceiver(_Link[ReceiveLane]):
             self._fail(error)
 
     def quarantined(self) -> int:
-        """Buffers of closed lanes that may still be written."""
+        """Number of buffers of closed lanes that may still be written."""
         return sum(lane.quarantined for lane in self._lanes.values())
 
     def _take_word(self, word: bytes) -> None:
@@ -351,7 +356,7 @@ class LinkReceiver(_Link[ReceiveLane]):
         if objection is None:
             self.state = "ready"
             return
-        # A stale address can reach a worker that took another's place: go on waiting for the right sender.
+        # A stale address can reach a worker that replaced another one. Go on waiting for the right sender.
         self.refused_count += 1
         self.refusal = objection
         self._word = self._transport.recv(self._word_tag, self._word_buffer)

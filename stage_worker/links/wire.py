@@ -1,11 +1,11 @@
-"""What a link says beside activations: tags, the hello and its answer, credits and the end of a lane.
+"""Wire format of a link's messages other than activations: tags, hello, its answer, credits, end of a lane.
 
 Tag, 64 bits: nonce (32) | slot (8) | seq (24). `seq` is the step modulo SEQ_MODULUS, or one of four words above it:
 
-    CREDIT     receiver -> sender   how many frames of the lane were released so far; or that the lane is drained
-    FIN        sender -> receiver   how many frames were sent on the lane, and that it ends
-    HELLO      sender -> receiver   who knocks: epoch, secret, dtype, hidden size      (slot CONTROL_SLOT)
-    HELLO_ACK  receiver -> sender   welcome, or why not                                (slot CONTROL_SLOT)
+    CREDIT     receiver -> sender   how many frames of the lane were released so far, or that the lane is drained
+    FIN        sender -> receiver   how many frames were sent on the lane, which ends
+    HELLO      sender -> receiver   the sender's epoch, secret, dtype, hidden size     (slot CONTROL_SLOT)
+    HELLO_ACK  receiver -> sender   accepted, or the reason for the refusal            (slot CONTROL_SLOT)
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ def data_tag(nonce: int, slot: int, step: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LinkIdentity:
-    """What both ends of a link must agree on: exchanged over gRPC, then proved by the hello."""
+    """Parameters on which both ends of a link must agree. They are exchanged over gRPC, then checked by the hello."""
 
     nonce: int
-    """32 bits, fresh for every link ever made."""
+    """A fresh 32-bit number for every link."""
     epoch: int
-    """Of the pipeline at the time the link was made."""
+    """Epoch of the pipeline for which the link was made."""
     secret: bytes
-    """16 random bytes made by the receiver."""
+    """16 random bytes from the receiver."""
     hidden_size: int
     dtype: torch.dtype
     credits: int
-    """Frames of one lane that may be sent and not released. Not in the hello."""
+    """Number of frames of one lane that may be sent and not yet released. It is not in the hello."""
     max_rows: int
-    """Most rows of a frame. Not in the hello."""
+    """Largest number of rows in a frame. It is not in the hello."""
 
     @property
     def max_bytes(self) -> int:
-        """Most bytes of a frame."""
+        """Largest size of a frame."""
         return self.max_rows * self.hidden_size * self.dtype.itemsize
 
     def __post_init__(self) -> None:
@@ -76,12 +76,12 @@ class LinkIdentity:
             )
 
     def hello(self) -> bytes:
-        """The first message of the sender."""
+        """Packs the sender's first message."""
         code = _DTYPE_CODES[self.dtype]
         return _HELLO.pack(b"SMHI", PROTOCOL_VERSION, code, self.nonce, self.hidden_size, self.epoch, self.secret)
 
     def objection(self, hello: bytes) -> StagemeshError | None:
-        """Why a hello does not fit; None when it does."""
+        """Returns why a hello does not fit, or None if it fits."""
         if len(hello) != HELLO_BYTES or not hello.startswith(b"SMHI"):
             return TransportError(f"{len(hello)} bytes came that are no hello of {HELLO_BYTES}")
         _, version, code, nonce, hidden_size, epoch, secret = _HELLO.unpack(hello)
@@ -98,7 +98,7 @@ class LinkIdentity:
 
 
 def pack_ack(objection: StagemeshError | None) -> bytes:
-    """The answer to a hello."""
+    """Packs the answer to a hello."""
     stale = isinstance(objection, StaleEpoch)
     verdict = 0 if objection is None else 2 if stale else 1
     reason = objection.message.encode()[:116] if objection is not None else b""
@@ -106,7 +106,7 @@ def pack_ack(objection: StagemeshError | None) -> bytes:
 
 
 def unpack_ack(data: bytes) -> StagemeshError | None:
-    """The receiver's objection; None when it welcomed the hello."""
+    """Returns the receiver's objection, or None if it accepted the hello."""
     if len(data) != ACK_BYTES or not data.startswith(b"SMOK"):
         return TransportError(f"the receiver answered with {len(data)} bytes that are no answer to a hello")
     _, version, verdict, reason = _ACK.unpack(data)
@@ -119,11 +119,11 @@ def unpack_ack(data: bytes) -> StagemeshError | None:
 
 
 def pack_count(count: int, *, last: bool = False) -> bytes:
-    """A credit or a FIN: a cumulative number of frames, and whether the lane is drained."""
+    """Packs a credit or a FIN: a cumulative number of frames, and whether the lane is drained."""
     return _COUNT.pack(count, last)
 
 
 def unpack_count(data: bytes) -> tuple[int, bool]:
-    """(cumulative number of frames, lane drained)."""
+    """Returns (cumulative number of frames, whether the lane is drained)."""
     count, last = _COUNT.unpack(data)
     return count, bool(last)

@@ -1,4 +1,4 @@
-"""What the agent and its ranks exchange: frames, the start configuration, memory that they share.
+"""The definitions that the agent and its ranks share: frames, the start configuration, shared memory.
 
-Nothing in here acts; both sides import it.
+Both sides import these modules. They start nothing.
 """

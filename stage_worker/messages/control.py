@@ -1,7 +1,7 @@
 """Kinds of frames between an agent and its ranks, and between rank 0 and the other ranks, and their payloads.
 
-Payloads are protobuf messages. RUN and RESULT are a gateway's own (`RunRequest`, `RunResponse`), which an agent passes
-on unparsed, in both directions.
+Payloads are protobuf messages. RUN and RESULT carry a gateway's messages (`RunRequest`, `RunResponse`), which the agent
+forwards unparsed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from stagemesh.protos.v1 import worker_pb2
 
 
 class Kind(enum.IntEnum):
-    """Kind of a frame. The id of the frame names a call (ASSIGN to PREPARE, and their answers) or a session (RUN,
+    """Kind of a frame. The id of the frame is a call's (ASSIGN to PREPARE, and their answers) or a session's (RUN,
     RESULT, SESSION_ENDED, PAGES_COPIED, ORDER_STEP)."""
 
-    # agent -> rank: stage.proto's requests of the same names, but for OPEN_SESSION (RunOpen) and CLOSE_SESSION
+    # agent -> rank: stage.proto's requests of the same names, except OPEN_SESSION (RunOpen) and CLOSE_SESSION
     ASSIGN = 1
     OFFER_LINK = 2
     CONNECT_LINK = 3
@@ -30,27 +30,27 @@ class Kind(enum.IntEnum):
     """No payload."""
     # rank -> agent
     READY = 20
-    """RankReady"""
+    """Payload: RankReady."""
     PROGRESS = 21
-    """AssignResponse, under the call's id"""
+    """Payload: AssignResponse, under the call's id."""
     REPLY = 22
-    """The call's response."""
+    """Payload: the call's response."""
     ERROR = 23
-    """Failure, in place of a reply, or of READY"""
+    """Payload: Failure. Sent in place of a reply, or of READY."""
     RESULT = 24
     SESSION_ENDED = 25
-    """Failure"""
+    """Payload: Failure."""
     LINK_BROKEN = 26
-    """LinkBroken"""
+    """Payload: LinkBroken."""
     PAGES_COPIED = 27
-    """PagesCopied"""
+    """Payload: PagesCopied."""
     LATE_FRAMES = 28
-    """LateFrames"""
+    """Payload: LateFrames."""
     # rank 0 -> other ranks
     ORDER_STEP = 40
-    """StepOrder"""
+    """Payload: StepOrder."""
     ORDER_CALL = 41
-    """Carry out the agent's call of this id next; no payload."""
+    """An order to carry out the agent's call of this id next. No payload."""
 
     @property
     def is_call(self) -> bool:
@@ -59,16 +59,16 @@ class Kind(enum.IntEnum):
 
 
 READY_ID = 0
-"""Id of READY, or of the ERROR in its place."""
+"""Id of READY, or of an ERROR in its place."""
 
 
 def failure_of(error: BaseException) -> worker_pb2.Failure:
-    """An error as a message. Unknown exceptions become InternalError."""
+    """Converts an error to a message. Unknown exceptions become InternalError."""
     known = error if isinstance(error, StagemeshError) else InternalError(f"{type(error).__name__}: {error}")
     return worker_pb2.Failure(reason=known.reason, message=known.message, retry_after_s=known.retry_after_s)
 
 
 def error_of(failure: worker_pb2.Failure) -> StagemeshError:
-    """The error of a message from `failure_of`."""
+    """Converts a message from `failure_of` back to an error."""
     retry_after_s = failure.retry_after_s if failure.HasField("retry_after_s") else None
     return by_reason(failure.reason)(failure.message, retry_after_s=retry_after_s)

@@ -1,7 +1,7 @@
-"""Heartbeats: shared memory in which each rank writes what it is doing, and when it will write again at the latest.
+"""Heartbeats: shared memory in which each rank writes what it is doing, and its deadline for the next heartbeat.
 
 A process that hangs keeps its sockets open, so only a deadline finds it. The rank knows best how long its work may
-take, so it sets the deadline itself. Its agent watches it (agent/watchdog.py).
+take, so it sets the deadline itself. The agent checks the deadlines (agent/watchdog.py).
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from .control import Kind
 
 MAGIC, VERSION = b"SMHB", 1
 HEADER = struct.Struct("<4sHH")
-"""Magic, version, number of ranks."""
+"""Layout of the header: magic, version, number of ranks."""
 SLOT = struct.Struct("<IIdd")
-"""One rank's heartbeat: activity, detail, time of writing, seconds until the next. Only that rank writes it. A reader
-may see it half written; the watchdog needs several equal readings before it acts."""
+"""Layout of one rank's heartbeat: activity, detail, time of writing, seconds until the next. Only that rank writes it.
+A reader may see it half written, so the watchdog needs several equal readings before it acts."""
 
 
 class Activity(IntEnum):
     """What a rank is doing."""
 
     STARTING = 0
-    """It is not ready yet."""
+    """The rank is not ready yet."""
     IDLE = 1
-    """It polls for plans, inputs, credits and orders."""
+    """The rank polls for plans, inputs, credits and orders."""
     STEP = 2
-    """It computes a step. Detail: number of tokens."""
+    """The rank computes a step. Detail: number of tokens."""
     ORDER = 3
-    """It carries out an order of the agent. Detail: the `Kind`."""
+    """The rank carries out an order of the agent. Detail: the `Kind`."""
     LOAD = 4
-    """It loads weights that an order asked for."""
+    """The rank loads weights for an order."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """A heartbeat."""
+    """One heartbeat of a rank."""
 
     activity: Activity
     detail: int
     at: float
-    """Time of writing: `time.monotonic()`, which all processes of a machine share."""
+    """Time of writing by `time.monotonic()`, which all processes of a machine share."""
     allowed_s: float
     """Seconds within which the rank will write again."""
 
@@ -59,7 +59,7 @@ class Beat:
 
 
 def make_heartbeats(size: int) -> int:
-    """Makes the memory for `size` ranks that are starting. Returns its descriptor, to be handed to each of them."""
+    """Makes the memory for `size` ranks that are starting. Returns its descriptor, which each rank inherits."""
     fd = os.memfd_create("stagemesh-heartbeats", os.MFD_CLOEXEC)
     starting = SLOT.pack(Activity.STARTING, 0, 0.0, float("inf"))
     os.write(fd, HEADER.pack(MAGIC, VERSION, size) + size * starting)
@@ -67,7 +67,7 @@ def make_heartbeats(size: int) -> int:
 
 
 class Heartbeats:
-    """The memory, mapped. Takes over the descriptor; raises InternalError for memory of another kind or size."""
+    """The mapped memory. It owns the descriptor. Raises InternalError for memory of another kind or size."""
 
     def __init__(self, fd: int, size: int) -> None:
         with os.fdopen(fd, "rb") as file:
@@ -80,11 +80,11 @@ class Heartbeats:
             raise InternalError(f"these are no heartbeats of version {VERSION} and {size} ranks: {found}")
 
     def write(self, rank: int, beat: Beat) -> None:
-        """Called by the rank."""
+        """Writes a heartbeat. The rank calls this."""
         at = HEADER.size + rank * SLOT.size
         SLOT.pack_into(self._memory, at, beat.activity, beat.detail, beat.at, beat.allowed_s)
 
     def read(self, rank: int) -> Beat:
-        """Called by the agent."""
+        """Returns the last heartbeat of a rank. The agent calls this."""
         activity, detail, at, allowed_s = SLOT.unpack_from(self._memory, HEADER.size + rank * SLOT.size)
         return Beat(Activity(activity), detail, at, allowed_s)

@@ -1,4 +1,4 @@
-"""What an agent tells a rank process at its start, and the descriptors that it hands over."""
+"""The configuration that a rank process gets from its agent at its start, and the descriptors that it inherits."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class RankConfig(Base):
     """Identity of a rank, and the settings of its worker."""
 
     label: str
-    """Role in titles and logs, such as `stage 1`."""
+    """Role in process titles and logs, such as `stage 1`."""
     rank: int
     device: Literal["cpu", "cuda"]
     settings: StageSettings
     cpus: tuple[int, ...] = ()
-    """Cores to run on; empty: any."""
+    """Cores to run on; empty for any."""
     idle_cpus: tuple[int, ...] = ()
-    """Cores of other ranks, used by steps while nothing else computes."""
+    """Cores of other ranks. Steps use them while nothing else computes there."""
 
     @staticmethod
     def of_worker(label: str, settings: StageSettings, device: Literal["cpu", "cuda"]) -> list[RankConfig]:
-        """The configs of all ranks of a worker. Raises ConfigError for an invalid list of cores."""
+        """Makes the configs of all ranks of a worker. Raises ConfigError for an invalid list of cores."""
         return [
             RankConfig(
                 label=label,
@@ -53,16 +53,16 @@ class RankConfig(Base):
 
     @property
     def compute_threads(self) -> int:
-        """Compute threads: as set, else one for each core that this rank may use."""
+        """Number of compute threads: the setting, or else one for each core that this rank may use."""
         return self.settings.threads or len(self.cpus) or len(os.sched_getaffinity(0))
 
     def pack(self) -> bytes:
-        """Serializes for `unpack` in the rank."""
+        """Serializes the config for `unpack` in the rank."""
         return self.model_dump_json().encode()
 
     @staticmethod
     def unpack(data: bytes) -> RankConfig:
-        """The inverse of `pack`. Raises InternalError for other bytes."""
+        """Parses the bytes of `pack`. Raises InternalError for other bytes."""
         try:
             config = RankConfig.model_validate_json(data)
         except ValidationError as e:
@@ -74,7 +74,7 @@ class RankConfig(Base):
 
 @dataclass(frozen=True)
 class RankDescriptors:
-    """File descriptors that a rank inherits. Their numbers differ between agent and rank."""
+    """File descriptors that a rank inherits. Their numbers in the agent and in the rank differ."""
 
     control: int
     """Socket to the agent."""
@@ -83,18 +83,18 @@ class RankDescriptors:
     exchange: int
     """Shared memory for sums over the ranks of a group on a CPU (native/exchange.py)."""
     store: int
-    """File through which the ranks of a group meet (torch.distributed.FileStore)."""
+    """File through which the ranks of a group find each other (torch.distributed.FileStore)."""
     orders: tuple[int, ...] = ()
-    """On rank 0 a socket to each other rank, on others one to rank 0."""
+    """Sockets for orders: on rank 0 one to each other rank, on the others one to rank 0."""
 
     @property
     def in_order(self) -> list[int]:
-        """As a list, for `of` in the rank."""
+        """The descriptors as a list, for `of` in the rank."""
         return [self.control, self.heartbeats, self.exchange, self.store, *self.orders]
 
     @staticmethod
     def of(config: RankConfig, fds: list[int]) -> RankDescriptors:
-        """From a list made by `in_order`. Raises InternalError for a wrong number of descriptors."""
+        """Makes the descriptors from a list of `in_order`. Raises InternalError for a wrong number of descriptors."""
         expected = 4 + (config.size - 1 if config.rank == 0 else 1)
         if len(fds) != expected:
             raise InternalError(
@@ -105,7 +105,7 @@ class RankDescriptors:
 
 
 def _cpus(cpu_list: str | None, rank: int) -> tuple[int, ...]:
-    """Cores of one rank from vLLM's notation: `0-3|4-7` pins rank 0 to 0..3 and rank 1 to 4..7."""
+    """Parses the cores of one rank from vLLM's notation: `0-3|4-7` pins rank 0 to 0..3 and rank 1 to 4..7."""
     if not cpu_list:
         return ()
     groups = cpu_list.split("|")

@@ -1,4 +1,4 @@
-"""The model as a rank holds it: which shard is made, of which files, over which ranks.
+"""A rank's part of the model: the choice of a shard, its files, and tensor parallelism over ranks.
 
-`plain` is transformers' own modules; compiled kernels are in `native`. Neither knows of links, gateways or epochs.
+`plain` uses transformers' own modules; compiled kernels are in `native`. Neither uses links, gateways or epochs.
 """

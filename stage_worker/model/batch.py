@@ -14,43 +14,41 @@ from stagemesh.errors import InternalError
 
 @dataclass
 class StepBatch:
-    """T tokens of B rows, row after row, in one packed batch: row i brings `counts[i]` tokens from `starts[i]`.
+    """T tokens of B rows, row after row, in one packed batch: row i has `counts[i]` tokens from position `starts[i]`.
 
-    `token_ids` [T] int64 on the first stage; `hidden` [T, H] on the others; `logit_rows` [R] int64: which of the T
-    tokens get logits on the last stage (none of them in the middle of a prompt).
+    The first stage has `token_ids` [T] int64, the others `hidden` [T, H]. `logit_rows` [R] int64: the indices of the
+    tokens that get logits on the last stage (no token in the middle of a prompt).
     """
 
     starts: Sequence[int]
     counts: Sequence[int]
     tables: Sequence[Sequence[int]]
-    """Pages of each row's sequence, in the order of positions; at least those up to its last token."""
+    """Pages of each row's sequence in the order of positions, at least up to the row's last token."""
     page_size: int
     token_ids: Tensor | None = None
     hidden: Tensor | None = None
     logit_rows: Tensor | None = None
     alone: bool = False
-    """Nothing else computes meanwhile: a shard may use its neighbours' cores."""
+    """Whether nothing else computes during this step, so that a shard may use its neighbours' cores."""
     prepared: object | None = None
-    """What the shard's `prepare` made of the rows; the shard's own business."""
+    """Result of the shard's `prepare`. Only the shard reads it."""
 
     def input_of(self, first_stage: bool) -> Tensor:
-        """What the stage computes from: token ids on the first one, else hidden states. Raises InternalError."""
+        """Returns the stage's input: token ids on the first one, else hidden states. Raises InternalError if absent."""
         given = self.token_ids if first_stage else self.hidden
         if given is None:
-            needed = (
-                "the first stage needs token ids" if first_stage else "a stage behind the first needs hidden states"
-            )
+            needed = "the first stage needs token ids" if first_stage else "a stage after the first needs hidden states"
             raise InternalError(needed)
         return given
 
     def wanted_rows(self) -> Tensor:
-        """Whose logits the last stage gives. Raises InternalError."""
+        """Returns `logit_rows`. Raises InternalError if they are missing."""
         if self.logit_rows is None:
             raise InternalError("the last stage needs to know whose logits are wanted")
         return self.logit_rows
 
     def one_by_one(self) -> Iterator[StepBatch]:
-        """Every token as a step of its own, in order."""
+        """Yields every token as a separate step, in order."""
         at = 0
         for start, count, table in zip(self.starts, self.counts, self.tables, strict=True):
             for position in range(start, start + count):
@@ -67,7 +65,7 @@ class StepBatch:
 
 
 def lay_out(batch: StepBatch) -> tuple[array[int], array[int], array[int], array[int]]:
-    """Starts, counts, where each row's pages begin, and all rows' pages: int32 arrays, as kernels want them.
+    """Returns int32 arrays for kernels: starts, counts, where each row's pages begin, and all rows' pages.
 
     Raises:
         InternalError: a row is empty, or has too few pages.

@@ -1,7 +1,7 @@
-"""Reading single tensors, or slices of them, from a folder of safetensors files.
+"""Reads single tensors, or slices of them, from a folder of safetensors files.
 
-Our own reader rather than `safetensors.safe_open`: that one maps the file, so a file cut short under way kills the
-process, and a mapped view tells no progress. Here every read is a `pread` into memory of our own, counted and checked.
+This reader replaces `safetensors.safe_open`, which maps the file. Truncation of a mapped file kills the process, and a
+mapped view reports no progress. Here every read is a `pread` into our own memory, counted and checked.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ _READ_BYTES = 32 << 20
 
 
 class Checkpoint:
-    """A folder with `model.safetensors`, or an index and its files. Headers are read when a tensor of theirs is."""
+    """A folder with `model.safetensors`, or an index and its files. A file's header is read with its first tensor."""
 
     def __init__(self, model_dir: str | Path) -> None:
         self.model_dir = Path(model_dir)
         self.tensor_bytes_read = 0
-        """Bytes of tensor data asked for so far."""
+        """Bytes of tensor data read so far, without the parts of rows that were not requested."""
         self._headers: dict[Path, dict[str, StoredTensor]] = {}
         self._files = self._find_files()
 
     @property
     def names(self) -> list[str]:
-        """Every tensor name that the checkpoint claims to hold."""
+        """Names of all tensors that the checkpoint lists."""
         return list(self._files)
 
     def info(self, name: str) -> StoredTensor:
-        """Dtype, shape and place of one tensor.
+        """Returns dtype, shape and place of one tensor.
 
         Raises:
-            CheckpointError: its file is missing or damaged, or the index lies.
+            CheckpointError: its file is missing or damaged, or the index is wrong.
         """
         path = self._files[name]
         header = self._header(path)
@@ -65,7 +65,7 @@ class Checkpoint:
         return header[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of one tensor. Raises CheckpointError for one that torch does not have."""
+        """Returns the dtype of one tensor. Raises CheckpointError for a dtype that torch does not have."""
         stored = self.info(name).dtype
         if stored not in _DTYPES:
             raise CheckpointError(
@@ -74,14 +74,14 @@ class Checkpoint:
         return _DTYPES[stored]
 
     def lacking(self, missing: Sequence[str]) -> CheckpointError:
-        """What to raise when these tensors are not there."""
+        """Returns the error to raise if these tensors are missing."""
         return CheckpointError(
             f"{self.model_dir} lacks {len(missing)} tensor(s) of this stage, the first is {missing[0]!r}: "
             "download the checkpoint again, or check that config.json belongs to it"
         )
 
     def check_shape(self, name: str, expected: Sequence[int], found: Sequence[int] | None = None) -> None:
-        """Raises CheckpointError when a tensor (or what it was converted to, `found`) is not as config.json says."""
+        """Raises CheckpointError if a tensor's shape (or `found`, its shape after conversion) is not `expected`."""
         found = self.info(name).shape if found is None else found
         if tuple(found) != tuple(expected):
             raise CheckpointError(
@@ -90,11 +90,11 @@ class Checkpoint:
             )
 
     def place(self, name: str) -> tuple[str, int]:
-        """Sorting by this reads files in order, front to back."""
+        """Returns a sort key by which files are read in order, front to back."""
         return str(self._files[name]), self.info(name).offset
 
     def read(self, name: str, cut: Cut = WHOLE) -> torch.Tensor:
-        """One tensor, or a part of it, in memory of its own.
+        """Reads one tensor, or a part of it, into new memory.
 
         Raises:
             CheckpointError: the file ends early or cannot be read.
@@ -130,7 +130,7 @@ class Checkpoint:
         return out
 
     def _read_columns(self, fd: int, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """A slice along an inner dimension: whole rows are read block by block, the slice is kept (and counted)."""
+        """Reads a slice along an inner dimension. Whole rows are read block by block; the slice is kept and counted."""
         info = self.info(name)
         out = torch.empty(Cut(dim, ((start, stop),)).shape(info.shape), dtype=self.dtype(name))
         rows = info.shape[0]

@@ -1,4 +1,4 @@
-"""The contract of a shard, and the choice of its kind. A kind is imported only where it is used."""
+"""The interface of a shard, and the choice of its kind. A kind is imported only if it is used."""
 
 from __future__ import annotations
 
@@ -23,47 +23,48 @@ from .spec import ShardSpec
 log = logging.getLogger(__name__)
 
 PLUGINS = "STAGEMESH_PLUGINS"
-"""Names modules, separated by commas, which a rank imports so that they can `register_shard` (after vLLM's plugins)."""
+"""Environment variable with names of modules, separated by commas. A rank imports them, so that they can call
+`register_shard` (after vLLM's plugins)."""
 
 
 class Shard(Protocol):
     """Layers [first, last) of one model on one rank."""
 
     on_layer: Callable[[], None] | None
-    """Called between layers: the caller drives its transports."""
+    """Callback between layers, in which the caller drives its transports."""
 
     hidden_size: int
-    """H, the width of what crosses a boundary."""
+    """Hidden size H, the width of activations between stages."""
     vocab_size: int
-    """V."""
+    """Vocabulary size V."""
     dtype: torch.dtype
-    """Of activations and KV."""
+    """Element type of activations and KV pages."""
     device: torch.device
-    """Where it computes."""
+    """Device on which the shard computes."""
     weight_bytes: int
-    """Of weights in memory."""
+    """Bytes of weights in memory."""
     tensor_bytes_read: int
-    """Of weights read from the checkpoint."""
+    """Bytes of weights read from the checkpoint."""
     kv_layers: list[KvLayerSpec]
-    """What each own layer keeps of a token."""
+    """KV data of one token, for each layer of the shard."""
     kv_layout: str
-    """Names the order of what lies in a page: the same for shards that read each other's."""
+    """Name of the layout within a page. Shards that exchange pages must have the same."""
 
     def bind_kv(self, pool: KvPool) -> None:
-        """Use these pages from now on."""
+        """Makes the shard use these pages from now on."""
 
     def prepare(self, batch: StepBatch) -> None:
-        """Make what the layers need of a step before its activation is there."""
+        """Prepares what the layers need for a step, before its activation arrives."""
 
     def forward(self, batch: StepBatch) -> Tensor:
-        """One step: hidden states [T, H], or on the last stage logits [R, V] in fp32."""
+        """Computes one step. Returns hidden states [T, H], or logits [R, V] in fp32 on the last stage."""
 
 
 _registered: dict[str, Callable[[ShardSpec], Shard]] = {}
 
 
 def register_shard(model_type: str, make: Callable[[ShardSpec], Shard]) -> None:
-    """Has `make` serve checkpoints whose config.json is of this model type."""
+    """Makes `make` serve checkpoints whose config.json has this model type."""
     _registered[model_type] = make
 
 
@@ -73,7 +74,7 @@ def _registered_for(model_dir: str) -> Callable[[ShardSpec], Shard] | None:
     try:
         config = json.loads((Path(model_dir) / "config.json").read_bytes())
     except (OSError, ValueError):
-        return None  # Whoever loads it says what is wrong with it.
+        return None  # The loader reports what is wrong.
     return _registered.get(str(config.get("model_type"))) if isinstance(config, dict) else None
 
 
@@ -83,12 +84,12 @@ def load_shard(
     on_progress: Callable[[int, int], None] | None = None,
     before: Shard | None = None,
 ) -> Shard:
-    """Build the shard that `spec` describes and fill it; `on_progress(done, total)` counts bytes of weights.
+    """Builds the shard that `spec` describes and loads its weights. `on_progress(done, total)` counts their bytes.
 
-    `before`: another range of the same model, if there is one in memory; the compiled kernels share its layers.
+    It uses compiled kernels if they support the model, else transformers' own modules. With `tp_size` above one, every
+    rank calls this with its own rank and its `parallel` of the same group.
 
-    Compiled kernels where they know the model, else transformers' own modules. With `tp_size` above one, every rank
-    calls this with its own rank and its place in the same group.
+    `before`: another range of the same model in memory, if there is one. The compiled kernels share its layers.
 
     Raises:
         UnsupportedModel: the architecture cannot be split, or not this way.
@@ -128,7 +129,7 @@ def load_shard(
 
 
 def native_architecture(spec: ShardSpec) -> Architecture:
-    """The model as the compiled kernels know it. Raises NotNative with the reason why they cannot serve it."""
+    """Describes the model for the compiled kernels. Raises NotNative with the reason if they cannot serve it."""
     if spec.enforce_eager:
         raise NotNative("--enforce-eager")
     if spec.device != "cpu":
@@ -144,7 +145,7 @@ def native_architecture(spec: ShardSpec) -> Architecture:
 
 
 def import_for(spec: ShardSpec) -> None:
-    """Imports what `load_shard` will need of slow things, where the model is known before an assignment."""
+    """Imports the slow modules of `load_shard`, if the model is known before an assignment."""
     for name in filter(None, os.environ.get(PLUGINS, "").split(",")):
         importlib.import_module(name)
     if not spec.model_dir or _registered_for(spec.model_dir) is not None:

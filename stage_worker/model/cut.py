@@ -1,4 +1,4 @@
-"""Which part of a tensor a tensor-parallel rank holds."""
+"""The part of a tensor that a tensor-parallel rank holds."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from dataclasses import dataclass
 import torch
 
 Range = tuple[int, int]
-"""Half-open."""
+"""A half-open range."""
 
 
 def even_range(size: int, parts: int, index: int) -> Range:
-    """The `index`-th of `parts` consecutive ranges of `size`, equal but for one: how everything is cut over ranks."""
+    """Returns the `index`-th of `parts` consecutive ranges of `size`. Their lengths differ by at most one."""
     return size * index // parts, size * (index + 1) // parts
 
 
 @dataclass(frozen=True)
 class Cut:
-    """`ranges` along `dim`, one after the other, in ascending order; `dim` None: the whole tensor."""
+    """The concatenation of `ranges` along `dim`, in ascending order. `dim` None is the whole tensor."""
 
     dim: int | None = None
     ranges: tuple[Range, ...] = ()
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rank's part of the whole tensor, in memory of its own where it is a part."""
+        """Returns the rank's part of the whole tensor. A true part is a copy."""
         if self.dim is None:
             return tensor
         return torch.cat([tensor.narrow(self.dim, start, stop - start) for start, stop in self.ranges], self.dim)
 
     def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the rank's part."""
+        """Returns the shape of the rank's part."""
         shape = list(whole)
         if self.dim is not None:
             shape[self.dim] = sum(stop - start for start, stop in self.ranges)

@@ -1,4 +1,4 @@
-"""Seeded random weights for `--load-format dummy`: a mesh can be tried and timed without a checkpoint's tensors."""
+"""Seeded random weights for `--load-format dummy`, to try and time a mesh without a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def dummy_tensor(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """The fp32 weight of parameter `name`: it depends on (seed, name, shape) alone, so on no split of the model.
+    """Makes the fp32 weight of parameter `name`. It depends only on (seed, name, shape), not on the split of the model.
 
-    Matrices are normal with variance 1 / fan-in, which keeps activations and logits near one; norm weights are one,
-    everything else of one dimension is small.
+    Matrices are normal with variance 1 / fan-in, which keeps activations and logits near one. Norm weights are one.
+    Other vectors are small.
     """
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))

@@ -1,4 +1,4 @@
-"""A rank's place among the ranks of its worker, and how they meet: made when a shard first needs it."""
+"""A rank's place among the ranks of its worker, and their connection, made when a shard first needs it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class TensorParallel:
-    """Rank `rank` of `size`.
+    """Rank `rank` of `size`, and its means to exchange data with the others.
 
-    torch.distributed (through a file at `store_path`) for shards of transformers' modules, shared memory
-    (`exchange_fd`) for those of compiled kernels. All ranks load alike, so they ask for the same at the same point.
-    A rank that leaves the others waiting for `timeout_s` is lost: their step raises TransportError.
+    Shards of transformers' modules use torch.distributed (through a file at `store_path`). Shards of compiled kernels
+    use shared memory (`exchange_fd`). All ranks load in the same way, so they make the same one at the same point.
+    If a rank makes the others wait for `timeout_s`, it is lost, and their step raises TransportError.
     """
 
     rank: int = 0
@@ -32,7 +32,7 @@ class TensorParallel:
     _exchange: Exchange | None = field(default=None, init=False)
 
     def group(self) -> TPGroup:
-        """The group over torch.distributed. Raises TransportError when the ranks do not all come."""
+        """Returns the group over torch.distributed. Raises TransportError if not all ranks join."""
         if self._group is None:
             if self.store_path is None:
                 raise ConfigError(f"{self.size} ranks need a file to meet through")
@@ -42,7 +42,7 @@ class TensorParallel:
         return self._group
 
     def exchange(self) -> Exchange:
-        """The place in shared memory."""
+        """Returns the rank's part in the shared memory."""
         if self._exchange is None:
             if self.exchange_fd is None:
                 raise ConfigError(f"{self.size} ranks need shared memory to meet in")
@@ -52,6 +52,6 @@ class TensorParallel:
         return self._exchange
 
     def close(self) -> None:
-        """Leaves the group; does not wait for the others."""
+        """Leaves the group without waiting for the others."""
         if self._group is not None:
             self._group.close()

@@ -1,4 +1,4 @@
-"""What a worker is asked to hold."""
+"""The description of a shard that a worker should hold."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ class ShardSpec:
     model_dir: str
     """Folder with config.json and the safetensors files."""
     first: int
-    """First decoder layer; 0 also embeds."""
+    """First decoder layer. A shard with layer 0 also holds the embedding."""
     last: int
-    """One past the last decoder layer; the model's layer count also takes norm and head."""
+    """One past the last decoder layer. A shard with the model's last layer also holds norm and head."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: the dtype that the checkpoint's config names."""
+    """Dtype of weights and activations; auto is the dtype in the checkpoint's config."""
     device: str = "cpu"
-    """cpu, cuda or cuda:N."""
+    """Device: cpu, cuda or cuda:N."""
     tp_rank: int = 0
     tp_size: int = 1
     load_format: Literal["auto", "dummy"] = "auto"
-    """dummy: seeded random weights, no tensor read; the same weights however the model is split."""
+    """Source of the weights; dummy is seeded random weights, which do not depend on the split of the model."""
     seed: int = 0
     """Seed of the dummy weights."""
     page_size: int = 16
-    """Positions of a KV page that the shard will be given."""
+    """Number of positions in a KV page."""
     threads: int = 1
-    """That compute, where the shard has threads of its own."""
+    """Number of compute threads, for shards that have their own threads."""
     idle_cores: tuple[int, ...] = ()
-    """Cores of others, a thread on each of them for steps beside which nothing else computes (`StepBatch.alone`)."""
+    """Cores of other ranks. Each gets a thread for steps during which nothing else computes (`StepBatch.alone`)."""
     deterministic: bool = False
-    """A token's result shall have the same bits whatever else is in its step."""
+    """Whether a token's result has the same bits whatever else is in its step."""
     enforce_eager: bool = False
-    """Serve through transformers' modules, without compiled kernels."""
+    """Whether to use transformers' modules instead of compiled kernels."""
 
     def part(self, size: int) -> Range:
-        """This rank's range of `size` things."""
+        """Returns this rank's range of `size` items."""
         return even_range(size, self.tp_size, self.tp_rank)

@@ -1,4 +1,4 @@
-"""The tensor-parallel group of one worker: torch.distributed (gloo on CPU, NCCL on CUDA), met through a file."""
+"""The tensor-parallel group of one worker: torch.distributed (gloo on CPU, NCCL on CUDA), formed through a file."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from .cut import even_range
 class TPGroup:
     """The ranks that hold one stage together, and the few collectives that a shard needs.
 
-    Ranks find each other through a file that the worker names, so no port is guessed; a collective that a lost rank
-    leaves hanging fails after `timeout_s`. One group a process.
+    Ranks find each other through a file of the worker, so no port is needed. A process has one group.
 
-    Every collective raises `TransportError` when a rank is lost or late.
+    Every collective raises `TransportError` if a rank is lost or takes longer than `timeout_s`.
     """
 
     def __init__(
         self, store_path: str | Path, rank: int, size: int, device: str = "cpu", timeout_s: float = 60
     ) -> None:
-        """Meet the other ranks.
+        """Joins the group and waits for the other ranks.
 
         Raises:
             ConfigError: `rank` is not in the group.
-            TransportError: they did not all come within `timeout_s`.
+            TransportError: not all ranks joined within `timeout_s`.
         """
         if not 0 <= rank < size:
-            raise ConfigError(f"rank {rank} is none of a tensor-parallel group of {size}")
+            raise ConfigError(f"rank {rank} is not in a tensor-parallel group of {size}")
         self.rank = rank
         self.size = size
         self.device = torch.device(device)
@@ -50,36 +49,36 @@ class TPGroup:
             )
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, in place."""
+        """Sums over ranks, in place."""
         tensor = tensor.contiguous()
         with self._lost():
             dist.all_reduce(tensor)
         return tensor
 
     def all_gather_last_dim(self, tensor: torch.Tensor, total: int) -> torch.Tensor:
-        """Every rank's `even_range` of `total`, put together along the last dimension."""
+        """Concatenates every rank's `even_range` of `total` along the last dimension."""
         parts = self._room(tensor, total)
         with self._lost():
             dist.all_gather(parts, self._padded(tensor, total))
         return self._join(parts, total)
 
     def gather_last_dim_to_first(self, tensor: torch.Tensor, total: int) -> torch.Tensor:
-        """The same on rank 0; the other ranks get their own part back."""
+        """Does the same on rank 0. The other ranks get their own part back."""
         parts = self._room(tensor, total) if self.rank == 0 else None
         with self._lost():
             dist.gather(self._padded(tensor, total), parts, dst=0)
         return tensor if parts is None else self._join(parts, total)
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Waits for every rank."""
         with self._lost():
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the group; does not wait for the others.
+        """Leaves the group without waiting for the others.
 
-        gloo's threads can abort a process (SIGABRT) that runs C++ destructors after this, when a peer's connection
-        closes at that moment: a rank's process should end by `os._exit`, as multiprocessing's children do.
+        Afterwards a rank's process should end by `os._exit`, as multiprocessing's children do. If it runs C++
+        destructors while a peer's connection closes, gloo's threads can abort it (SIGABRT).
         """
         if dist.is_initialized():
             dist.destroy_process_group()

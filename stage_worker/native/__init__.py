@@ -1,1 +1,1 @@
-"""The compiled CPU path: kernels in C++, and the shard that runs on them. It imports no transformers."""
+"""The compiled CPU path: kernels in C++, and the shard that uses them. It does not import transformers."""

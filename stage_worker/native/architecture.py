@@ -1,7 +1,7 @@
-"""Which models the compiled kernels can run, read from config.json alone: pre-norm decoders with gated SiLU MLPs.
+"""Decides from config.json alone whether the compiled kernels can run a model: pre-norm decoders with gated SiLU MLPs.
 
-Everything is taken from what the file says; where it leaves something to a default of its class, the plain shard, which
-asks the class, serves the model.
+All values come from the file. If it leaves a value to a default of its class, the plain shard serves the model, because
+that one uses the class.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 import torch
 
 _BIASED_QKV = {"llama": "attention_bias", "mistral": None, "qwen2": True, "qwen3": "attention_bias"}
-"""model type -> whether queries, keys and values have a bias: always, never (None), or as this key says."""
+"""Model type -> whether queries, keys and values have a bias: always (True), never (None), or as this key says."""
 _NORMED_HEADS = frozenset({"qwen3"})
 _WINDOWED = frozenset({"mistral"})
-"""Where `sliding_window` alone means every layer."""
+"""Model types whose `sliding_window` alone applies to every layer."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class NotNative(Exception):
-    """Why the kernels cannot run a model."""
+    """The reason why the kernels cannot run a model."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the kernels need to know of a model; counts are the whole model's."""
+    """The properties of a model that the kernels need. Counts are the whole model's."""
 
     num_layers: int
     hidden: int
@@ -44,17 +44,17 @@ class Architecture:
     qkv_bias: bool
     o_bias: bool
     head_norms: bool
-    """Whether queries and keys are normed head by head."""
+    """Whether queries and keys are normalised head by head."""
     windows: tuple[int | None, ...]
-    """Of each layer: positions a query sees; None: all."""
+    """Number of positions that a query sees in each layer; None for all."""
     inverse_frequencies: torch.Tensor
-    """[D / 2] fp32: the angle of a position step, of each pair."""
+    """[D / 2] fp32: the angle per position of each pair."""
     dtype: torch.dtype | None
-    """What the checkpoint's config names."""
+    """Dtype in the checkpoint's config, or None."""
 
 
 def read_architecture(model_dir: str | Path) -> Architecture:
-    """The model in this folder. Raises NotNative with the reason why the plain shard must serve it."""
+    """Reads the model in this folder. Raises NotNative with the reason why the plain shard must serve it."""
     try:
         raw: dict[str, Any] = json.loads((Path(model_dir) / "config.json").read_bytes())
         kind = raw["model_type"]
@@ -112,7 +112,7 @@ def _windows(kind: str, raw: Mapping[str, Any], layers: int) -> tuple[int | None
 
 
 def _frequencies(raw: Mapping[str, Any], head_dim: int) -> torch.Tensor:
-    """Rotary frequencies of the plain, the linearly scaled and Llama 3's embedding, as transformers computes them."""
+    """Computes rotary frequencies of the plain, linearly scaled and Llama 3 embedding, as transformers does."""
     rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw["rope_theta"]}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
@@ -136,7 +136,7 @@ def _frequencies(raw: Mapping[str, Any], head_dim: int) -> torch.Tensor:
 
 
 def dtype_of(wanted: str, a: Architecture) -> torch.dtype:
-    """What weights and KV are held in, `wanted` or as the config says. Raises NotNative for what has no kernels."""
+    """Returns the dtype of weights and KV: `wanted`, or the config's. Raises NotNative for one without kernels."""
     dtype = a.dtype if wanted == "auto" else DTYPES.get(wanted)
     if dtype is None:
         raise NotNative(f"dtype {wanted} has no kernels, or config.json names none that has")
@@ -144,7 +144,7 @@ def dtype_of(wanted: str, a: Architecture) -> torch.dtype:
 
 
 def check_sizes(a: Architecture, page_size: int, tp_size: int) -> None:
-    """Raises NotNative when the kernels' vectors do not fit these sizes."""
+    """Raises NotNative if the kernels do not support these sizes."""
     if page_size % 16 or a.hidden % 16 or a.head_dim % 16:
         raise NotNative(f"pages of {page_size}, {a.hidden} hidden and heads of {a.head_dim} are not multiples of 16")
     if a.heads % a.kv_heads or a.heads % tp_size or a.kv_heads % tp_size or a.intermediate % (2 * tp_size):

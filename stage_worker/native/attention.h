@@ -1,9 +1,9 @@
 // Causal attention over pages, for decode rows and prompt chunks alike.
 //
-// Pages are kept as right-hand sides (simd.h): keys of one head and page as [d / group][positions][group], values as
-// [positions / group][d][group]. So scores and the weighted sum of values are both the product that linears use. A
-// query's softmax is over its whole context in one pass, and every sum runs over positions in order: the result of a
-// query depends on nothing but its own context, however its prompt was cut and whatever runs beside it.
+// Pages have the layout of right-hand sides (simd.h): keys of one head and page as [d / group][positions][group],
+// values as [positions / group][d][group]. So scores and the weighted sum of values are the same product that linears
+// use. A query's softmax is over its whole context in one pass, and every sum runs over positions in order. So the
+// result of a query depends only on its own context, not on the chunks of its prompt or on other rows.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ constexpr int kQueries = 12;
 
 struct HeadShape {
   int kv_heads;
-  int groups;  // query heads a KV head
+  int groups;  // Query heads per KV head.
   int dim;
   int page_size;
 };
@@ -42,13 +42,13 @@ template <class T>
 inline void write_value(const Pages<T>& pages, int page, int offset, int head, const typename T::Element* value) {
   const int dim = pages.shape.dim;
   typename T::Element* at = pages.of(page, head);
-  // A page begins anew: what an earlier owner left there must not meet a weight of zero, as it may be infinite.
+  // A page begins. Old content may be infinite, and must not be multiplied by a weight of zero.
   if (offset == 0) memset(at, 0, sizeof(*at) * pages.shape.page_size * dim);
   typename T::Element* to = at + (size_t)(offset / T::kGroup) * dim * T::kGroup + offset % T::kGroup;
   for (int d = 0; d < dim; d++) to[d * T::kGroup] = value[d];
 }
 
-// scores[q][0..31] = scale * q . k for two blocks of 16 positions.
+// Computes scores[q][0..31] = scale * q . k for two blocks of 16 positions.
 template <class T, int M>
 inline void score_blocks(const uint32_t* queries, int dim, const char* left, const char* right, int page_size,
                          float scale, float* scores, size_t stride) {
@@ -70,7 +70,7 @@ inline void score_blocks(const uint32_t* queries, int dim, const char* left, con
   }
 }
 
-// Softmax of scores over [low, high], written over them as T numbers (weights outside are 0) up to `length`.
+// Replaces scores by their softmax over [low, high], as T numbers up to `length`. Weights outside are 0.
 template <class T>
 inline void weigh(float* scores, int low, int high, int length) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -82,14 +82,14 @@ inline void weigh(float* scores, int low, int high, int length) {
     const __mmask16 seen = _mm512_cmple_epi32_mask(position, highest) & _mm512_cmpge_epi32_mask(position, lowest);
     const __m512 value = _mm512_mask_blend_ps(seen, none, _mm512_loadu_ps(scores + at));
     _mm512_storeu_ps(scores + at, value);
-    // In this order a NaN is kept and reaches the logits, where its row is failed.
+    // This argument order keeps a NaN. It reaches the logits, where its row fails.
     most = _mm512_max_ps(most, value);
   }
   const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
   __m512 total = _mm512_setzero_ps();
   for (int at = 0; at < length; at += 16) {
     const __m512 value = _mm512_loadu_ps(scores + at);
-    // exp16 clamps, so NaN is carried by the sum of the difference and itself times zero.
+    // exp16 clamps and would lose a NaN, so the mask keeps it.
     const __m512 difference = _mm512_sub_ps(value, top);
     const __mmask16 bad = _mm512_cmp_ps_mask(difference, difference, _CMP_UNORD_Q);
     const __m512 weight = _mm512_mask_mov_ps(exp16(difference), bad, difference);
@@ -102,15 +102,15 @@ inline void weigh(float* scores, int low, int high, int length) {
     T::store(weights + at, _mm512_mul_ps(_mm512_loadu_ps(scores + at), by));
 }
 
-// One row of a step and one KV head: queries of `count` tokens from `start`, at most kQueries (token, head) pairs a time.
+// Attention of one row and one KV head: `count` tokens from `start`, at most kQueries (token, head) pairs at a time.
 template <class T>
 struct RowAttention {
   Pages<T> keys, values;
   float scale;
-  int window;    // positions a query sees; 0: all
-  float* scores;  // [kQueries][length rounded up to 32], of one thread
+  int window;    // Positions that a query sees; 0 for all.
+  float* scores;  // [kQueries][length rounded up to 32]. Each thread has its own.
 
-  // queries [count * groups][dim]; out: token t's head g of this KV head at out + t * out_stride + g * dim
+  // `queries` is [count * groups][dim]. Token t's head g is written at out + t * out_stride + g * dim.
   void run(const typename T::Element* queries, int start, int count, const int* table, int head,
            typename T::Element* out, size_t out_stride) const {
     const HeadShape& s = keys.shape;
@@ -162,7 +162,7 @@ struct RowAttention {
     return (const char*)keys.of(table[at / page_size], head) + (size_t)(at % page_size) * 4;
   }
 
-  // For M of the queries and N * 16 columns: the sum over positions of weight * value.
+  // Sums weight * value over positions, for M queries and N * 16 columns.
   template <int M, int N>
   void sum_values(const uint32_t* weights, size_t stride, const int* table, int head, int length, int first, int column,
                   typename T::Element* out, size_t out_stride) const {

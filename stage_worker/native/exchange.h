@@ -1,8 +1,9 @@
-// The sum of partial results over the ranks of a tensor-parallel group on one host, through memory they share.
+// Sums partial results over the ranks of a tensor-parallel group on one host, through shared memory.
 //
-// Each rank has two rooms that it alone writes, used in turn. It fills one, raises its counter, waits until every
-// counter is there, and adds up all rooms in the order of ranks: every rank gets the same bits. A room is written again
-// two rounds later, when every rank has raised its counter in between, so has read it.
+// Each rank has two rooms (buffers) that only it writes, and uses them in turn. It fills one, raises its counter, and
+// waits until every counter has the same value. Then it adds up all rooms in the order of ranks, so every rank gets the
+// same bits. A room is written again two rounds later. By then every rank has raised its counter once more, so it has
+// read the room.
 #pragma once
 
 #include <immintrin.h>
@@ -27,7 +28,7 @@ class Exchange {
   float* of(int rank) { return (float*)(rooms_ + ((size_t)rank * 2 + round_ % 2) * room_bytes_); }
   float* mine() { return of(rank_); }
 
-  // This rank's room is filled: waits for the others'. False when one did not come in time.
+  // Announces that this rank's room is filled, and waits for the others. Returns false if one is late.
   bool meet() {
     const uint32_t target = round_ + 1;
     counters_[rank_].rounds.store(target, std::memory_order_release);
@@ -47,7 +48,7 @@ class Exchange {
     return true;
   }
 
-  // The rooms of this round have been read.
+  // Ends the round, after this rank has read its rooms.
   void leave() { round_++; }
 
  private:

@@ -1,4 +1,4 @@
-"""A rank's end of the memory that its group shares for sums (exchange.h)."""
+"""A rank's access to the memory that its group shares for sums (exchange.h)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from . import ops
 
 
 class Exchange:
-    """This rank's place in the shared memory, for as long as the process lives: its round counter must not restart.
+    """This rank's part of the shared memory. It lives as long as the process: its round counter must not restart.
 
-    Takes over the descriptor `fd` of `make_shared_memory`.
+    It closes the descriptor `fd` of `make_shared_memory`.
     """
 
     def __init__(self, fd: int, rank: int, size: int, timeout_s: float) -> None:

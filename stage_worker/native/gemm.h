@@ -1,8 +1,8 @@
 // Linears over packed weights: y[m, n] = sum over k of x[m, k] * w[n, k].
 //
-// Weights are packed once at load, 32 outputs a panel, group by group (simd.h). A few rows read each panel once, front to
-// back, as fast as memory gives it; many rows meet a panel that stays in the second-level cache. Every sum runs over k
-// in order, whatever the number of rows: a row's result never depends on the rows beside it.
+// Weights are packed once at load into panels of 32 outputs, group by group (simd.h). Few rows read each panel once,
+// front to back, at the speed of memory. For many rows, a panel stays in the second-level cache. Every sum runs over k
+// in order for any number of rows, so a row's result does not depend on other rows.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +13,12 @@
 namespace stagemesh {
 
 constexpr int kPanel = 32;
-constexpr int kMostRows = 12;  // 24 sums, two columns of weights and a row's number fill the 32 registers
+constexpr int kMostRows = 12;  // 24 sums, two columns of weights and a row's number fit in 32 registers.
 constexpr int kAheadBytes = 2048;
 
 struct Linear {
-  const char* weights;  // [panels][k / group][kPanel] groups; null: none
-  const float* bias;    // [panels * kPanel]; null: none
+  const char* weights;  // [panels][k / group][kPanel] groups; null for none.
+  const float* bias;    // [panels * kPanel]; null for none.
   int32_t n;
   int32_t k;
 
@@ -73,7 +73,7 @@ inline void linear(const void* x, int m, const Linear& w, int first_panel, int l
   }
 }
 
-// Packs w [n, k], row by row, into panels; what fills the last panel is zero.
+// Packs w [n, k] into panels. The rest of the last panel is zero.
 template <class T>
 inline void pack(const void* from, int n, int k, void* to) {
   const int groups = k / T::kGroup;

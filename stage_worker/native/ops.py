@@ -1,7 +1,7 @@
-"""The compiled kernels (stage.cpp) as Python sees them: structures, memory, and one class for a stage's engine.
+"""The Python interface of the compiled kernels (stage.cpp): structures, memory, and a class for a stage's engine.
 
-They are there when the extension was built at install and this processor has AVX512-BF16; where they are not, the
-plain shard serves. Pointers are passed as integers: whoever fills a structure keeps what it points to alive.
+The kernels exist if the extension was built at install and this processor has AVX512-BF16. Otherwise the plain shard
+serves. Pointers are passed as integers. The code that fills a structure must keep the memory behind its pointers alive.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from stagemesh.errors import InternalError, TransportError
 from ..kv.memory import zeros
 
 PANEL = 32
-"""Outputs that are packed together."""
+"""Number of outputs that are packed together."""
 
 _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int32
 
 
 class Shape(ctypes.Structure):
-    """What all layers of a stage have in common; counts of heads and widths are this rank's."""
+    """The common properties of all layers of a stage. Head counts and widths are this rank's."""
 
     _fields_ = (
         ("is_bf16", _Int),
@@ -84,12 +84,12 @@ class Step(ctypes.Structure):
         ("alone", _Int),
     )
     arrays: tuple[array[int], ...] = ()
-    """What the pointers lead to."""
+    """The memory behind the pointers."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernels, or None where they were not built or this processor cannot run them."""
+    """Returns the kernels, or None if they were not built or this processor cannot run them."""
     found = sorted(Path(__file__).parent.glob("_kernels*.so"))
     if not found:
         return None
@@ -121,20 +121,20 @@ def _check(code: int, *_call: object) -> None:
 
 
 def has_tiles() -> bool:
-    """Whether linears of bf16 numbers go by AMX tiles on this processor."""
+    """Whether bf16 linears use AMX tiles on this processor."""
     return bool(loaded().stagemesh_has_tiles())
 
 
 def loaded() -> ctypes.CDLL:
-    """The kernels. Raises InternalError where there are none."""
+    """Returns the kernels. Raises InternalError if there are none."""
     lib = library()
     if lib is None:
-        raise InternalError("the compiled kernels are not to be had here")
+        raise InternalError("the compiled kernels are not available here")
     return lib
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """The weight [n, k] of a linear, packed into panels; n is filled up to whole panels with zeros."""
+    """Packs the weight [n, k] of a linear into panels. The last panel is filled with zeros."""
     n, k = weight.shape
     weight = weight.contiguous()
     out = zeros((-(-n // PANEL) * PANEL, k), weight.dtype)
@@ -146,17 +146,17 @@ class StageEngine:
     """Workspaces and threads of one stage."""
 
     def __init__(self, shape: Shape, exchange: int | None = None) -> None:
-        """`exchange`, an `Exchange`'s handle, is where several ranks meet."""
+        """`exchange`: handle of an `Exchange`, needed for several ranks."""
         self._lib = loaded()
         self._engine = self._lib.stagemesh_open(ctypes.byref(shape), exchange)
         self._closer = weakref.finalize(self, self._lib.stagemesh_close, self._engine)
 
     def begin(self, step: Step) -> None:
-        """The rows that the next calls of `layer` are about; `step` and its arrays must live until then."""
+        """Sets the rows for the next calls of `layer`. `step` and its arrays must live until after these calls."""
         self._lib.stagemesh_begin(self._engine, ctypes.byref(step))
 
     def layer(self, layer: Layer, hidden: int) -> None:
-        """One layer over hidden states [T, H] at this address, in place; keys and values go to their pages.
+        """Runs one layer over hidden states [T, H] at this address, in place. Writes keys and values to their pages.
 
         Raises:
             TransportError: another rank is lost or late.
@@ -164,7 +164,7 @@ class StageEngine:
         self._lib.stagemesh_layer(self._engine, ctypes.byref(layer), hidden)
 
     def head(self, norm: int, weight: Linear, hidden: int, rows: torch.Tensor, logits: torch.Tensor) -> None:
-        """Logits [R, V] fp32 of the `rows` [R] int32 of hidden states; whole on rank 0 only.
+        """Computes logits [R, V] fp32 for `rows` [R] int32 of the hidden states. Only rank 0 gets whole logits.
 
         Raises:
             TransportError: another rank is lost or late.

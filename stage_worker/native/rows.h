@@ -1,4 +1,4 @@
-// What is done to one row at a time: RMS norm, rotary embedding. Rounded where transformers' modules round.
+// Operations on one row at a time: RMS norm, rotary embedding. They round where transformers' modules round.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ inline void rms_norm(const typename T::Element* x, const typename T::Element* we
     T::store(out + i, _mm512_mul_ps(T::load(weight + i), T::round(_mm512_mul_ps(T::load(x + i), by))));
 }
 
-// The first `2 * half` numbers of a head are pairs (i, i + half), each turned by its angle.
+// Rotates the first `2 * half` numbers of a head: pairs (i, i + half), each by its angle.
 template <class T>
 inline void rotate(typename T::Element* head, const float* cosines, const float* sines, int half) {
   for (int i = 0; i < half; i += 16) {

@@ -1,10 +1,10 @@
 """The fast shard: the same layers as the plain one, through the compiled kernels (stage.cpp).
 
-Linears run over weights packed at load, queries, keys and values as one, gate and up as one; norms, rotary embedding,
-cache write, attention and residual sums are fused around them. Keys and values lie in the pages in the kernels' own
-order (attention.h). The plain shard is the reference, and serves what the kernels do not know.
+Weights of linears are packed at load. Queries, keys and values are one linear, gate and up another. Norms, rotary
+embedding, cache write, attention and residual sums are fused around them. Pages have the kernels' own layout of keys
+and values (attention.h). The plain shard is the reference, and serves models that the kernels do not support.
 
-Shapes: T tokens in the step, R rows whose logits are wanted, H hidden, V vocabulary.
+Shapes: T tokens in the step, R rows that need logits, H hidden size, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ class NativeShard:
     """Layers [first, last) of one model on one rank, over compiled kernels."""
 
     on_layer: Callable[[], None] | None = None
-    """Called between layers: the caller can drive its transport there."""
+    """Callback between layers, in which the caller can drive its transports."""
     kv_layout = "compiled kernels"
-    """See `Shard`."""
+    """Name of the layout within a page; see `Shard`."""
     _engine: ops.StageEngine
-    """Made with the first pages: its threads are as nice as their maker, and who loads gives way where steps do not."""
+    """The engine, made with the first pages. Its threads inherit the priority of the thread that makes it, so it is
+    not made by a loading thread, which may have a low one."""
     _embedding: Tensor | None = None
-    """[V, H], or the head's panels where those serve as the embedding, too."""
+    """Embedding [V, H], or the head's panels if they serve as the embedding, too."""
     _norm: Tensor | None = None
     _packed_head: Tensor | None = None
     _head: ops.Linear
-    """Over the packed head."""
+    """The linear of the packed head."""
 
     def __init__(
         self,
@@ -52,9 +53,11 @@ class NativeShard:
         on_progress: Callable[[int, int], None] | None = None,
         before: NativeShard | None = None,
     ) -> None:
-        """Reads the weights that `before`, of the same model, does not have.
+        """Reads the weights that `before`, a shard of the same model, does not have.
 
-        Raises CheckpointError; ConfigError when there is no exchange for several ranks.
+        Raises:
+            CheckpointError: a tensor is missing, has the wrong shape, or its file is damaged.
+            ConfigError: there are several ranks and no exchange.
         """
         a = architecture
         self.num_layers, self.first, self.last = a.num_layers, spec.first, spec.last
@@ -80,7 +83,7 @@ class NativeShard:
         self._read_ends(reader, a, before)
         tensors = [tensor for weights in self._weights.values() for tensor in weights.tensors]
         tensors += [end for end in (self._embedding, self._norm, self._packed_head) if end is not None]
-        # By address: one copy may serve both ends.
+        # Keyed by address: one copy may serve both embedding and head.
         self.weight_bytes = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
         self.tensor_bytes_read = checkpoint.tensor_bytes_read if checkpoint is not None else 0
         self.kv_layers = [
@@ -110,11 +113,11 @@ class NativeShard:
         self._pool: KvPool | None = None
 
     def same_model(self, spec: ShardSpec) -> bool:
-        """Whether a shard of `spec` has the same layers where both have them."""
+        """Whether a shard of `spec` has the same weights in common layers."""
         return dataclasses.replace(spec, first=self.first, last=self.last) == self._spec
 
     def _read_ends(self, reader: Reader, a: Architecture, before: NativeShard | None) -> None:
-        """Embedding, and norm and head; those of `before`, where that has them."""
+        """Sets embedding, norm and head. Takes those of `before` if it has them."""
         if self.is_first:
             self._embedding = before._embedding if before is not None and before.is_first else reader.read(EMBEDDING)
         if self.is_last and before is not None and before.is_last:
@@ -128,11 +131,11 @@ class NativeShard:
             self._packed_head = ops.pack(head)
             self._head = ops.Linear(self._packed_head.data_ptr(), None, *head.shape)
             if a.tied and self._embedding is not None and len(head) == a.vocab:
-                # One copy serves both ends: a token's row is gathered from the panels.
+                # One copy serves embedding and head: a token's row is gathered from the panels.
                 self._embedding = _panels(self._packed_head)
 
     def bind_kv(self, pool: KvPool) -> None:
-        """Use these pages from now on.
+        """Makes the shard use these pages from now on.
 
         Raises:
             InternalError: the pool was made for other layers or pages.
@@ -150,7 +153,7 @@ class NativeShard:
             layer.k_pages, layer.v_pages = pool.k(spec.layer_idx).data_ptr(), pool.v(spec.layer_idx).data_ptr()
 
     def prepare(self, batch: StepBatch) -> None:
-        """Lay the step's rows and pages out for the kernels, before its activation is there."""
+        """Lays out the step's rows and pages for the kernels, before its activation arrives."""
         arrays = lay_out(batch)
         pointers = [entry.buffer_info()[0] for entry in arrays]
         step = ops.Step(len(batch.starts), sum(batch.counts), *pointers, batch.alone)
@@ -159,9 +162,9 @@ class NativeShard:
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
-        """One step: hidden states [T, H] of the last own layer, or on the last stage logits [R, V] in fp32.
+        """Computes one step. Returns hidden states [T, H], or logits [R, V] in fp32 on the last stage.
 
-        With several ranks, hidden states are the same on each; logits are whole on rank 0 only.
+        With several ranks, hidden states are the same on each. Only rank 0 has the whole logits.
 
         Raises:
             TransportError: another rank is lost or late.
@@ -188,7 +191,7 @@ class NativeShard:
         return logits
 
     def _input(self, batch: StepBatch) -> Tensor:
-        """[T, H] of its own: the layers work in place, and a link's buffer is given back."""
+        """Returns the input [T, H] as a copy: the layers work in place, and a link's buffer is released."""
         given = batch.input_of(self.is_first)
         if self._embedding is None:
             return given.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -198,6 +201,6 @@ class NativeShard:
 
 
 def _panels(packed: Tensor) -> Tensor:
-    """Packed weights as [panels, groups, outputs] of 4 bytes each."""
+    """Views packed weights as [panels, groups, outputs] of 4 bytes each."""
     words = packed.view(torch.int32)
     return words.view(-1, words.shape[1], ops.PANEL)

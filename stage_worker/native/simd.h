@@ -1,8 +1,8 @@
-// Numbers as the kernels hold them: bf16 or fp32 in memory, fp32 in registers.
+// Element types of the kernels: bf16 or fp32 in memory, fp32 in registers.
 //
 // Both element types share every loop by one convention: a "group" is the 4 bytes of one row that one instruction
 // multiplies, two bf16 numbers or one fp32 number. A right-hand side is stored group by group, 16 columns (64 bytes)
-// together, so one load brings 16 columns of a group and one broadcast the row's part.
+// together. So one load reads 16 columns of a group, and one broadcast reads the row's part.
 #pragma once
 
 #include <immintrin.h>
@@ -30,7 +30,7 @@ struct Bf16 {
   static inline void store(Element* to, __m512 value, __mmask16 mask) {
     _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
   }
-  // To the nearest number that memory can hold.
+  // Rounds to the nearest number of this element type.
   static inline __m512 round(__m512 value) {
     const __m256i bits = (__m256i)_mm512_cvtneps_pbh(value);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -51,12 +51,12 @@ struct F32 {
   static inline __m512 round(__m512 value) { return value; }
 };
 
-// Of 16 columns from `at` on, those before `n`.
+// Mask of 16 columns from `at` on: the columns before `n`.
 inline __mmask16 columns_left(int n, int at) {
   return n - at >= 16 ? (__mmask16)0xffff : n <= at ? (__mmask16)0 : (__mmask16)((1u << (n - at)) - 1);
 }
 
-// Calls work with `count`, 1 to Most, as a constant: so many sums stay in registers.
+// Calls `work` with `count`, 1 to Most, as a constant, so that this many sums stay in registers.
 template <int Most, class Work>
 inline void with_constant(int count, Work&& work) {
   if (count == Most) return work(std::integral_constant<int, Most>{});
@@ -65,7 +65,7 @@ inline void with_constant(int count, Work&& work) {
 
 // e^x to about one unit in the last place; 0 for -inf. Range reduction and polynomial as in Cephes' expf.
 inline __m512 exp16(__m512 x) {
-  // Beyond 2^-126 the result is 0 in effect; the clamp also takes -inf, and keeps the result a normal number.
+  // Below 2^-126 the result is set to 0. The clamp also handles -inf, and keeps the result a normal number.
   const __mmask16 gone = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
   x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.7f));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);

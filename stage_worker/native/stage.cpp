@@ -1,4 +1,4 @@
-// The layers of one stage on one rank: what ops.py calls. Plain C functions; the caller owns all memory but workspaces.
+// The layers of one stage on one rank. ops.py calls these plain C functions. The caller owns all memory but workspaces.
 #include <cstdlib>
 #include <memory>
 
@@ -17,22 +17,22 @@ struct Shape {
   float eps, scale;
   const float* inverse_frequencies;  // [head_dim / 2]
   int32_t threads, tp_rank, tp_size;
-  const int32_t* idle_cores;  // of others: lent to a step that says so
+  const int32_t* idle_cores;  // Cores of other ranks, used by steps with `alone`.
   int32_t idle_count;
 };
 
 struct Layer {
-  const void *norm1, *norm2, *q_norm, *k_norm;  // [hidden], [head_dim]; null: none
-  Linear qkv, o, gate_up, down;                 // gate_up: panels of 16 gates and their 16 ups
+  const void *norm1, *norm2, *q_norm, *k_norm;  // [hidden], [head_dim]; null for none.
+  Linear qkv, o, gate_up, down;                 // gate_up: panels of 16 gates and their 16 ups.
   void *k_pages, *v_pages;
   int32_t window;
 };
 
-// One step: row i has counts[i] tokens from position starts[i]; its pages are tables[offsets[i]] onwards.
+// One step. Row i has counts[i] tokens from position starts[i]. Its pages begin at tables[offsets[i]].
 struct Step {
   int32_t rows, tokens;
   const int32_t *starts, *counts, *offsets, *tables;
-  int32_t alone;  // nothing else computes meanwhile: idle cores may be used
+  int32_t alone;  // Nothing else computes during this step, so idle cores may be used.
 };
 }
 
@@ -40,7 +40,7 @@ namespace {
 
 class Room {
  public:
-  // At least `bytes`, aligned; what it held is lost when it grows.
+  // Returns at least `bytes` of aligned memory. Its content is lost when it grows.
   void* get(size_t bytes) {
     if (bytes > size_) {
       free(memory_);
@@ -67,10 +67,10 @@ struct Engine {
                    int vocab) = 0;
 
   Shape shape;
-  Team own, wide;     // wide: with the idle cores; a team of its own, as helpers that wake spin
-  Team* team = &own;  // of this step
+  Team own, wide;     // `wide` has the idle cores. It is a separate team because awake helpers spin.
+  Team* team = &own;  // The team of this step.
   std::unique_ptr<Room[]> scores;
-  Exchange* exchange;  // null for one rank
+  Exchange* exchange;  // Null for one rank.
 };
 
 template <class T>
@@ -163,7 +163,7 @@ struct EngineOf final : Engine {
       head_part(picked, w, count, logits, vocab);
       return 0;
     }
-    // Each rank has a range of the vocabulary; rank 0 puts the ranges side by side, as many rows a round as fit.
+    // Each rank has a range of the vocabulary. Rank 0 joins the ranges, as many rows per round as fit.
     const int widest = (vocab + shape.tp_size - 1) / shape.tp_size;
     const int most = (int)std::max<size_t>(1, exchange->room_floats() / widest);
     for (int at = 0; at < count; at += most) {
@@ -192,7 +192,7 @@ struct EngineOf final : Engine {
     step.tokens > 16 ? team->run(step.tokens, part) : part(0, step.tokens, 0);
   }
 
-  // Queries are turned and put head by head; keys are turned, and both keys and values put into their page.
+  // Rotates queries and stores them head by head. Rotates keys. Writes keys and values to their page.
   void place_token(const Layer& w, const Pages<T>& keys, const Pages<T>& values, int t, int first, int last) {
     const int dim = shape.head_dim, half = shape.head_dim / 2, groups = shape.heads / shape.kv_heads;
     const float *c = cosines + (size_t)t * half, *s = sines + (size_t)t * half;
@@ -214,7 +214,7 @@ struct EngineOf final : Engine {
     }
   }
 
-  // x += w * from, over all ranks.
+  // Computes x += w * from, summed over all ranks.
   int add_linear(const E* from, const Linear& w, E* x) {
     const int width = shape.hidden;
     if (shape.tp_size == 1) {
@@ -271,14 +271,14 @@ struct EngineOf final : Engine {
 
 extern "C" {
 
-// Whether this processor has the instructions that the kernels are made of.
+// Whether this processor has the instructions that the kernels use.
 int stagemesh_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
 }
 
-// Whether linears of bf16 numbers go by tiles here.
+// Whether bf16 linears use tiles on this processor.
 int stagemesh_has_tiles() { return has_tiles(); }
 
 void stagemesh_pack(int is_bf16, const void* from, int n, int k, void* to) {
@@ -292,12 +292,12 @@ void* stagemesh_open(const Shape* shape, void* exchange) {
 
 void stagemesh_close(void* engine) { delete (Engine*)engine; }
 
-// Lives as long as the process: the ranks' counters go on over all engines.
+// The exchange lives as long as the process: all engines share the ranks' counters.
 void* stagemesh_exchange_open(void* memory, int rank, int size, size_t room_bytes, double timeout_s) {
   return new Exchange(memory, rank, size, room_bytes, timeout_s);
 }
 
-// 0: done; 1: no memory; 2: another rank is lost or late.
+// Returns 0: done; 1: no memory; 2: another rank is lost or late.
 int stagemesh_begin(void* engine, const Step* step) { return ((Engine*)engine)->begin(*step); }
 
 int stagemesh_layer(void* engine, const Layer* layer, void* x) { return ((Engine*)engine)->layer(*layer, x); }

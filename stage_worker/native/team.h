@@ -1,5 +1,5 @@
-// The threads of one rank. Work is given to all of them at once; helpers spin for a moment between two pieces of work,
-// which come microseconds apart within a step, and sleep between steps.
+// The threads of one rank. All of them get work at once. Helpers spin briefly between two pieces of work, which come
+// microseconds apart within a step. They sleep between steps.
 #pragma once
 
 #include <immintrin.h>
@@ -19,14 +19,14 @@ namespace stagemesh {
 
 class Team {
  public:
-  // `own` threads where the caller may run, the caller among them, and one more for each of `lent` cores, on these.
+  // Makes `own` threads on the caller's cores, including the caller, and one more thread for each of the `lent` cores.
   Team(int own, const int32_t* lent, int lent_count) : size_(own + lent_count) {
     cpu_set_t cores;
     CPU_ZERO(&cores);
     for (int i = 0; i < lent_count; i++) CPU_SET(lent[i], &cores);
     for (int i = 1; i < size_; i++) {
       helpers_.emplace_back([this, i] { help(i); });
-      // Refused, it runs where the caller does: slower, not wrong.
+      // If the call fails, the thread runs on the caller's cores: slower, but correct.
       if (i >= own) pthread_setaffinity_np(helpers_.back().native_handle(), sizeof cores, &cores);
     }
   }
@@ -40,9 +40,9 @@ class Team {
 
   int size() const { return size_; }
 
-  // Calls part(first, last, thread) for ranges that make up 0 .. total, on all threads at once; returns when all are
-  // done. Whoever is free takes the next range, so a thread that the kernel took its core from holds up little, and
-  // one that has not come yet nothing.
+  // Calls part(first, last, thread) on all threads at once, for ranges that together are 0 .. total. Returns when all
+  // are done. A free thread takes the next range. So a thread that lost its core delays the others only a little, and a
+  // thread that has not woken up does not delay them.
   template <class Part>
   void run(int total, Part&& part) {
     if (size_ <= 1 || total <= 1) {
@@ -57,12 +57,12 @@ class Team {
     };
     work_ = &work;
     const uint32_t round = round_.load() + 1;
-    open_.store(round);  // before the round is seen, or a helper would find it closed
+    open_.store(round);  // Set first, or a helper could see the new round while it is closed.
     round_.store(round);
     if (sleeping_.load() > 0) wake();
     work(0);
     open_.store(0);
-    // Who saw the round open before it closed is counted as inside by now, or will see that it is closed.
+    // A helper that saw the round open is counted in `inside_` by now. Any other one will see that it is closed.
     while (inside_.load() != 0) _mm_pause();
   }
 
@@ -97,8 +97,8 @@ class Team {
   std::function<void(int)>* work_ = nullptr;
   std::atomic<uint32_t> round_{0};
   std::atomic<int> sleeping_{0};
-  std::atomic<uint32_t> open_{0};  // the round that may be joined; 0: none
-  std::atomic<int> inside_{0};     // helpers in a round
+  std::atomic<uint32_t> open_{0};  // Round that helpers may join; 0 for none.
+  std::atomic<int> inside_{0};     // Number of helpers in a round.
   std::atomic<bool> stop_{false};
 };
 

@@ -1,8 +1,8 @@
-// Linears of bf16 numbers by tiles (AMX), where the processor has them: its vector unit multiplies a tenth as fast.
+// bf16 linears by AMX tiles, if the processor has them: its vector unit has a tenth of their speed.
 //
-// Packed weights (gemm.h) are what a tile wants as its right-hand side: 16 groups of 16 outputs, 128 bytes apart. All
-// rows go this way, few or many: a tile sums in another order than vector instructions do, always the same over k, so a
-// row's result still never depends on the rows beside it.
+// Packed weights (gemm.h) already have the layout of a tile's right-hand side: 16 groups of 16 outputs, 128 bytes
+// apart. Few and many rows all use tiles, because a tile sums in another order than vector instructions. That order
+// over k is always the same, so a row's result does not depend on other rows.
 #pragma once
 
 #include <cpuid.h>
@@ -17,9 +17,9 @@ namespace stagemesh {
 
 constexpr int kTileRows = 16, kTileGroups = 16;
 constexpr int kTileK = 2 * kTileGroups;
-constexpr int kChunkRows = 256;  // so many stay in the second-level cache while all panels pass by
+constexpr int kChunkRows = 256;  // This many rows stay in the second-level cache while all panels are read.
 
-// Whether this process may use tiles; the kernel wants to be asked once.
+// Whether this process may use tiles. The kernel requires one request for permission.
 inline bool has_tiles() {
   static const bool allowed = [] {
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
@@ -36,7 +36,7 @@ struct alignas(64) TileShapes {
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};
 
-  // Sums in tiles 0 to 3 (upper left and right, lower left and right), rows in 4 and 5, columns in 6 and 7.
+  // Sums are in tiles 0 to 3 (upper left and right, lower left and right), rows in 4 and 5, columns in 6 and 7.
   TileShapes(int upper, int lower) {
     for (int t = 0; t < 8; t++) bytes[t] = 64;
     rows[0] = rows[1] = rows[4] = (uint8_t)upper;
@@ -45,7 +45,7 @@ struct alignas(64) TileShapes {
   }
 };
 
-// sums[row][0..31] of up to 32 rows and one panel. `Both`: there are more than 16 rows.
+// Computes sums[row][0..31] of up to 32 rows and one panel. `Both`: there are more than 16 rows.
 template <bool Both>
 inline void tile_panel(const char* x, size_t row_bytes, const char* columns, int k, float (*sums)[32]) {
   const char* below = x + kTileRows * row_bytes;
@@ -98,7 +98,7 @@ inline void linear_by_tiles(const void* from, int m, const Linear& w, int first_
         if (above != upper || below != lower) {
           upper = above, lower = below;
           const TileShapes shapes(upper, lower);
-          // Not by its intrinsic, of which some compilers believe that it reads eight bytes.
+          // This is not the intrinsic: some compilers assume that it reads eight bytes.
           asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
         }
         const char* x = (const char*)from + first * row_bytes;

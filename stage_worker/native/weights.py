@@ -1,7 +1,7 @@
-"""From checkpoint tensors to packed weights: only this rank's part of each is read.
+"""Reads checkpoint tensors and packs them as weights. Only this rank's part of each is read.
 
-Queries, keys and values become one linear, and so do gate and up, 16 of the one beside 16 of the other, so that the
-kernel that has both at hand multiplies them.
+Queries, keys and values become one linear. Gate and up become another one, in alternating blocks of 16 rows, so that
+one kernel has both and can multiply them.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from .architecture import Architecture
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 Plan = dict[str, tuple[tuple[int, ...], Cut]]
-"""By name, tensors: their whole shape, and the part of it that this rank holds."""
+"""Tensor name -> its whole shape, and the part of it that this rank holds."""
 
 
 @dataclass
 class LayerWeights:
-    """One layer; the structure points into the tensors beside it."""
+    """Weights of one layer. `layer` points into `tensors`."""
 
     layer: ops.Layer
     tensors: list[Tensor]
 
     def again(self) -> LayerWeights:
-        """The same weights for another shard, with pages of its own."""
+        """Returns the same weights for another shard, which sets its own pages."""
         return LayerWeights(ops.Layer.from_buffer_copy(self.layer), self.tensors)
 
 
 class Reader:
-    """Reads, or for dummy weights invents, tensors by checkpoint name."""
+    """Reads tensors by checkpoint name, or makes dummy ones."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class Reader:
         embeds: bool,
         heads: bool,
     ) -> None:
-        """`layers`, and whether the embedding, and norm and head are wanted.
+        """Plans the read of `layers`, of the embedding if `embeds`, and of norm and head if `heads`.
 
-        Raises CheckpointError for a tensor that is not there.
+        Raises CheckpointError if a tensor is missing.
         """
         self._spec, self._a, self._dtype, self._checkpoint = spec, architecture, dtype, checkpoint
         self._on_progress = on_progress
@@ -67,7 +67,7 @@ class Reader:
             self._plan[NORM] = whole[1:], WHOLE
             self._plan.setdefault(EMBEDDING if architecture.tied else HEAD, (whole, Cut(0, (spec.part(whole[0]),))))
         names = checkpoint.names if checkpoint is not None else []
-        # Checkpoints saved from the base model lack the prefix of the causal one.
+        # Checkpoints saved from the base model lack the prefix of the causal model.
         self._bare = "embed_tokens.weight" in names and EMBEDDING not in names
         self._done = 0
         self._total = sum(math.prod(cut.shape(shape)) for shape, cut in self._plan.values()) * dtype.itemsize
@@ -80,7 +80,7 @@ class Reader:
         return name.removeprefix("model.") if self._bare else name
 
     def read(self, name: str) -> Tensor:
-        """One tensor, this rank's part, in the shard's dtype. Raises CheckpointError."""
+        """Reads this rank's part of one tensor, in the shard's dtype. Raises CheckpointError."""
         shape, cut = self._plan[name]
         if self._checkpoint is None:
             tensor = cut.apply(dummy_tensor(name, torch.Size(shape), self._spec.seed))
@@ -95,7 +95,7 @@ class Reader:
         return tensor
 
     def layer(self, index: int) -> LayerWeights:
-        """One decoder layer."""
+        """Reads and packs one decoder layer."""
         got = {name: self.read(_of_layer(index, name)) for name in self._layer_plan}
         tensors: list[Tensor] = []
 
@@ -134,7 +134,7 @@ def _of_layer(index: int, name: str) -> str:
 
 
 def _layer_plan(spec: ShardSpec, a: Architecture) -> Plan:
-    """One layer's tensors, named within it."""
+    """Returns the plan of one layer's tensors, by their names within the layer."""
     width, kv_width = a.heads * a.head_dim, a.kv_heads * a.head_dim
     q, kv = _times(spec.part(a.heads), a.head_dim), _times(spec.part(a.kv_heads), a.head_dim)
     mlp = spec.part(a.intermediate)
@@ -152,7 +152,7 @@ def _layer_plan(spec: ShardSpec, a: Architecture) -> Plan:
     if a.qkv_bias:
         plan["self_attn.q_proj.bias"] = ((width,), Cut(0, (q,)))
         plan["self_attn.k_proj.bias"] = plan["self_attn.v_proj.bias"] = ((kv_width,), Cut(0, (kv,)))
-    if a.o_bias and spec.tp_rank == 0:  # added to the sum over ranks once
+    if a.o_bias and spec.tp_rank == 0:  # The bias is added to the sum over ranks only once.
         plan["self_attn.o_proj.bias"] = ((a.hidden,), WHOLE)
     if a.head_norms:
         plan["self_attn.q_norm.weight"] = plan["self_attn.k_norm.weight"] = ((a.head_dim,), WHOLE)
@@ -164,7 +164,7 @@ def _times(bounds: Range, by: int) -> Range:
 
 
 def _interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """[2 I, H]: 16 rows of the one, 16 of the other, and so on; filled up with zeros to whole blocks."""
+    """Returns [2 I, H]: blocks of 16 rows of gate and up in turn. The last blocks are filled with zeros."""
     padding = (0, 0, 0, -len(gate) % 16)
     blocks = [torch.nn.functional.pad(weight, padding).view(-1, 16, weight.shape[1]) for weight in (gate, up)]
     return torch.stack(blocks, 1).flatten(0, 2)

@@ -1,4 +1,4 @@
 """The rank process: one thread that takes orders and plans, drives the links and runs steps.
 
-No asyncio and no gRPC. Nothing of `agent` is imported.
+The modules in this folder use neither asyncio nor gRPC, and import nothing from `agent`.
 """

@@ -17,7 +17,7 @@ from .session import Session, SessionContext, Step
 
 
 class Assignment:
-    """What one rank does for one stage of one pipeline, from Assign to Release."""
+    """The work of one rank for one stage of one pipeline, from Assign to Release."""
 
     def __init__(self, request: stage_pb2.AssignRequest, resources: StageResources, tp_rank: int) -> None:
         self.pipeline_id = request.key.pipeline_id
@@ -35,12 +35,12 @@ class Assignment:
         self.active = False
         self.sessions: dict[int, Session] = {}
         self.receivers: list[LinkReceiver] = []
-        """Receives activations from the stage before: one, but none on the first stage."""
+        """The receiver of activations from the previous stage. Empty on the first stage, else one."""
         self.senders: list[LinkSender] = []
         self.token_receivers: list[LinkReceiver] = []
-        """Receives sampled tokens from the last stage: one, on rank 0 of the first of several stages."""
+        """The receiver of sampled tokens from the last stage: one, on rank 0 of the first of several stages."""
         self.token_senders: list[LinkSender] = []
-        """Sends sampled tokens to the first stage: one, on rank 0 of the last of several stages."""
+        """The sender of sampled tokens to the first stage: one, on rank 0 of the last of several stages."""
         self.page_senders: dict[tuple[int, int], PageSender] = {}
         """(epoch, index of the KvCopy) -> sender of pages to a worker of a later epoch."""
         self.page_receivers: dict[int, PageReceiver] = {}
@@ -59,16 +59,16 @@ class Assignment:
 
     @property
     def awaits_pages(self) -> bool:
-        """Whether pages are on their way here."""
+        """Whether announced pages have not arrived yet."""
         return any(session.copies for session in self.sessions.values())
 
     def note_completed(self) -> None:
-        """Notes when inputs arrived. Called between layers; otherwise `progress_links` does it."""
+        """Records when inputs arrived. The engine calls it between layers; `progress_links` does the same."""
         for link in (*self.receivers, *self.token_receivers):
             link.note_completed()
 
     def progress_links(self) -> None:
-        """Drives the links."""
+        """Drives the links, and drops links of copies that are over."""
         for end in self._ends():
             end.progress()
         for index, copy in list(self.page_receivers.items()):
@@ -89,7 +89,7 @@ class Assignment:
         return out + [copy.link for copy in self.page_receivers.values()]
 
     def take_broken_link(self) -> StagemeshError | None:
-        """The error of a link that broke while the assignment was active. Returned once."""
+        """Returns, once, the error of a link that broke while the assignment was active."""
         if self._told_broken or not self.active:
             return None
         error = self._error()
@@ -97,7 +97,7 @@ class Assignment:
         return error
 
     def _error(self) -> StagemeshError | None:
-        """The error of a link without which no step can run."""
+        """Returns the error of a failed link that steps need, or None."""
         copies = [copy.link for index, copy in self.page_receivers.items() if self._awaited(index)]
         return next((end.error for end in [*self._ends(), *copies] if end.error is not None), None)
 
@@ -115,7 +115,9 @@ class Assignment:
     def open_session(self, ident: int, request: stage_pb2.RunOpen) -> stage_pb2.RunOpened:
         """Opens a gateway's session with its range of pages. Returns the answer for the gateway.
 
-        Raises Unavailable (retry) when all ranges are held, TransportError when a lane cannot be opened.
+        Raises:
+            Unavailable: the assignment is not active, or other gateways hold the pages. The caller may retry.
+            TransportError: a lane cannot be opened.
         """
         if not self.active:
             raise Unavailable(f"{self.pipeline_id} epoch {self.epoch} is not active here yet", retry_after_s=0.2)
@@ -170,7 +172,7 @@ class Assignment:
             raise
 
     def close_session(self, ident: int) -> None:
-        """Closes a session: steps that did not run never will, and its lanes and pages are free again."""
+        """Closes a session. Frees its lanes and pages. Its steps that have not run are dropped."""
         session = self.sessions.pop(ident, None)
         if session is None:
             return
@@ -185,24 +187,26 @@ class Assignment:
     def copy_pages(self, session: Session, request: stage_pb2.CopyPages) -> None:
         """Sends pages, or posts their receive, depending on which end of the copy this is.
 
-        Raises InvalidRequest for pages or a copy that are not there, TransportError when the link is over.
+        Raises:
+            InvalidRequest: the pages were not granted, or there is no such copy.
+            TransportError: the link is over.
         """
         pages = session.own_pages(request.pages)
         if request.epoch == self.epoch and request.index in self.page_receivers:
             self.page_receivers[request.index].expect(session.slot, request.number, pages)
             if self.journal is not None:
-                # Journal entries of these pages are from before the holder wrote them elsewhere.
+                # Journal entries of these pages are older than the content that comes.
                 self.journal.forget(pages)
             session.copies.add((request.index, request.number))
         elif request.epoch > self.epoch:
-            # Without the link nothing is sent. The receiving end notices; this end goes on serving.
+            # Without the link nothing is sent. The receiving end notices that. This end goes on serving.
             if (sender := self.page_senders.get((request.epoch, request.index))) is not None:
                 sender.send(request.slot, request.number, pages)
         else:
             raise InvalidRequest(f"there is no link for copy {request.index} of epoch {request.epoch} here")
 
     def take_pages(self) -> list[tuple[int, int, int]]:
-        """Page frames that have arrived since the last call: (session, index of the KvCopy, number)."""
+        """Returns page frames that have arrived since the last call: (session, index of the KvCopy, number)."""
         took: list[tuple[int, int, int]] = []
         for session in self.sessions.values() if self.page_receivers else ():
             for index, copy in self.page_receivers.items():
@@ -228,7 +232,7 @@ class Assignment:
             session.awaited.append(step.number)
 
     def take_tokens(self) -> bool:
-        """Hands tokens that arrived from the last stage to their sessions. True when there were some."""
+        """Gives tokens that arrived from the last stage to their sessions. Returns whether there were any."""
         took = False
         for link in self.token_receivers:
             for session in self.sessions.values():
@@ -240,7 +244,7 @@ class Assignment:
         return took
 
     def can_run(self, session: Session, step: Step) -> bool:
-        """Whether the step's input is here, and every outgoing link has a credit for it."""
+        """Whether the step's inputs have arrived and every outgoing link has a credit for it."""
         if session.failed or self.broken or not session.knows_tokens(step):
             return False
         if step.behind and not step.behind.isdisjoint(session.copies):
@@ -252,10 +256,12 @@ class Assignment:
         return not step.sends or all(sender.can_send(session.slot) for sender in self.senders)
 
     def output_of(self, session: Session, step: Step) -> torch.Tensor | None:
-        """[T, H], or [R, V] on the last stage: what the step's rows come to. None where it has no part in a replay.
+        """Returns the output of the step's rows: [T, H], or [R, V] on the last stage.
+
+        In a replay, a stage that only sends reads its output from the journal. A stage that takes no part returns None.
 
         Raises:
-            StageLost: the journal no longer holds what it is to send again.
+            StageLost: the journal no longer holds the output.
         """
         if step.computes:
             for link in self.receivers if step.receives else ():
@@ -270,23 +276,23 @@ class Assignment:
         return sent.to(self.shard.device)
 
     def keep_output(self, step: Step, output: torch.Tensor) -> None:
-        """Writes the output to the journal, also when this step does not send it."""
+        """Writes the output to the journal, even if this step does not send it."""
         if self.journal is not None and step.computes:
             self.journal.write(step.batch, output)
 
     def input_complete_at(self, session: Session, step: Step) -> float:
-        """When the whole input was here (`time.monotonic()`). On the first stage: the plan and all its tokens."""
+        """Time (`time.monotonic()`) when the input was complete: on the first stage, the plan and all its tokens."""
         if not step.receives or not self.receivers:
             return max(step.arrived_at, step.tokens_known_at)
         return self.receivers[0].completed_at(session.slot, step.number)
 
     def release_input(self, session: Session, step: Step) -> None:
-        """Frees the receive buffer, and returns the sender's credit."""
+        """Frees the receive buffer and returns the sender's credit."""
         for link in self.receivers if step.receives else ():
             link.release(session.slot, step.number)
 
     def send(self, session: Session, step: Step, output: torch.Tensor) -> None:
-        """Sends [T, H] to every receiving rank that reads from this one."""
+        """Sends the output [T, H] to every receiving rank that reads from this one."""
         if step.sends:
             for sender in self.senders:
                 sender.send(session.slot, step.number, output)
@@ -299,7 +305,7 @@ class Assignment:
             sender.send(session.slot, step.number, torch.tensor(tokens, dtype=torch.int32))
 
     def take_wait_send_s(self, session: Session) -> float:
-        """Seconds that steps of the session waited for a credit since the last call."""
+        """Returns the seconds that steps of the session waited for a credit since the last call."""
         return max((sender.take_wait_send_s(session.slot) for sender in self.senders), default=0.0)
 
     def close(self) -> None:
@@ -314,5 +320,5 @@ class Assignment:
 
 
 def _ids(bits: bytes) -> list[int]:
-    """Indices of the bits that are set, in ascending order."""
+    """Returns the indices of the set bits, in ascending order."""
     return [8 * at + bit for at, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1]

@@ -37,12 +37,12 @@ Call = Callable[[int, bytes], Message | None]
 
 
 def _call(request: type[M], carry_out: Callable[[int, M], Message | None]) -> Call:
-    """A handler of (id, payload). It returns the reply, or None when that comes later."""
+    """Makes a handler of (id, payload). It returns the reply, or None if the reply comes later."""
     return lambda ident, payload: carry_out(ident, parse(request, payload))
 
 
 class RankCommands:
-    """Handlers of Assign, Prepare, OfferLink, ConnectLink, Activate, Release, and of gateways' sessions."""
+    """Handlers of Assign, Prepare, OfferLink, ConnectLink, Activate and Release, and of gateways' sessions."""
 
     def __init__(
         self, config: RankConfig, engine: Engine, device: torch.device, parallel: TensorParallel, timing: StageTiming
@@ -69,7 +69,7 @@ class RankCommands:
         engine.background = lambda: self._preparing.poll() | links.poll()
 
     def handle(self, kind: Kind, ident: int, payload: bytes) -> None:
-        """Handles one frame of the agent. A call is answered by REPLY or ERROR."""
+        """Handles one frame from the agent. Answers a call with REPLY or ERROR."""
         if kind == Kind.RUN:
             self.run_message(ident, payload)
         elif kind == Kind.SHUTDOWN:
@@ -92,18 +92,18 @@ class RankCommands:
     # -- assignments ------------------------------------------------------------------------------------------------
 
     def assign(self, ident: int, request: stage_pb2.AssignRequest) -> stage_pb2.AssignDone:
-        """Loads the layer range and allocates KV pages, unless they are in memory already."""
+        """Loads the layer range and allocates KV pages, unless they are already in memory."""
         point("rank.assign")
         if not request.beside:
             self._close(request.key.pipeline_id, request.key.epoch)
-        # Left by assignments that were cancelled while they were carried out.
+        # These assignments were cancelled while they were carried out.
         for key, before in list(self.engine.assignments.items()):
             if before.pipeline_id == request.key.pipeline_id and not before.active:
                 before.close()
                 del self.engine.assignments[key]
         resources = self._memory.find(request)
         if resources is None:
-            # Only now: layers that are in memory need not wait for a load under way.
+            # Layers that are in memory need not wait for a load under way, so this comes only now.
             self._preparing.join()
             resources = self._memory.hold(request, lambda done, total: self._tell_progress(ident, done, total))
         pool = resources.pool
@@ -121,9 +121,9 @@ class RankCommands:
         return _done(resources, request)
 
     def prepare(self, ident: int, request: stage_pb2.PrepareRequest) -> stage_pb2.AssignDone | None:
-        """Loads a range and allocates its pages for an assignment that may come later. Answers when that is done."""
+        """Loads a range and allocates its pages for an assignment that may come later. Replies after the load."""
         if not request.beside:
-            # Left by an assignment that was cancelled while it was carried out.
+            # These assignments were cancelled while they were carried out.
             for before in self.engine.assignments.values():
                 before.close()
             self.engine.assignments.clear()
@@ -135,7 +135,7 @@ class RankCommands:
         return _done(resources, request)
 
     def _prepared(self, ident: int, request: stage_pb2.PrepareRequest, loaded: Future[list[Shard]]) -> None:
-        """The load has ended. Allocates the pages and answers."""
+        """Allocates the pages after a load has ended. Answers the call."""
         self.engine.heartbeat.loads = False
         self.engine.heartbeat.load()
         try:
@@ -146,7 +146,7 @@ class RankCommands:
         first, last = request.layers.first, request.layers.last - 1
         if not self.engine.assignments:
             self._stands_by(first, last)
-        log.info("layers %d-%d are loaded, and wait for an assignment", first, last)
+        log.info("layers %d-%d are loaded for a later assignment", first, last)
         self.engine.control.send(Kind.REPLY, ident, _done(resources, request))
 
     def _stands_by(self, first: int, last: int) -> None:
@@ -161,13 +161,13 @@ class RankCommands:
             self.engine.control.send(Kind.PROGRESS, ident, progress)
 
     def activate(self, ident: int, request: stage_pb2.ActivateRequest) -> stage_pb2.ActivateResponse:
-        """Lets an assignment take sessions."""
+        """Allows sessions on an assignment."""
         point("rank.activate")
         self._assignment(request.key, request.stage).active = True
         return stage_pb2.ActivateResponse()
 
     def release(self, ident: int, request: stage_pb2.ReleaseRequest) -> stage_pb2.ReleaseResponse:
-        """Ends an assignment; the weights stay in memory for the next one that wants them."""
+        """Ends an assignment. The weights stay in memory for a later assignment."""
         self._close(request.key.pipeline_id, request.key.epoch, request.key.epoch if request.alone else 0)
         self._memory.trim()
         return stage_pb2.ReleaseResponse()
@@ -179,7 +179,7 @@ class RankCommands:
                 assignment.close()
                 del self.engine.assignments[key]
                 if not self.engine.assignments:
-                    # The weights stay in memory, and the title says so.
+                    # The weights stay in memory, and the process title says so.
                     layers = assignment.shard.kv_layers
                     self._stands_by(layers[0].layer_idx, layers[-1].layer_idx)
 
@@ -210,11 +210,11 @@ class RankCommands:
         return request
 
     def run_message(self, ident: int, payload: bytes) -> None:
-        """Handles a gateway's message. An invalid one ends the session, never the rank."""
+        """Handles a gateway's message. An invalid message ends the session, never the rank."""
         assignment = self._sessions.get(ident)
         session: Session | None = assignment.sessions.get(ident) if assignment is not None else None
         if assignment is None or session is None:
-            return  # The session was closed while this message was under way. The gateway knows.
+            return  # The session was closed while this message was under way. The gateway knows that.
         if session.failed:
             return
         try:

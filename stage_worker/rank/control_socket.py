@@ -17,7 +17,7 @@ WRITE_LOOK_S = 0.1
 
 
 class ControlSocket:
-    """Used without asyncio: the engine polls it together with its transports."""
+    """A socket for frames, without asyncio: the engine polls it together with its transports."""
 
     def __init__(self, sock: socket.socket, write_timeout_s: float) -> None:
         sock.setblocking(False)
@@ -27,13 +27,13 @@ class ControlSocket:
         self.closed = False
 
     def fileno(self) -> int:
-        """For poll."""
+        """The descriptor, for poll."""
         return self._sock.fileno()
 
     def receive(self) -> list[tuple[Kind, int, bytes]]:
-        """All whole frames that have arrived. Sets `closed` when the other end is gone.
+        """Returns all complete frames that have arrived. Sets `closed` when the other end is gone.
 
-        Raises InternalError for what is no frame, and when the other end closed within one.
+        Raises InternalError for bytes that are not a frame, and when the other end closed within a frame.
         """
         frames: list[tuple[Kind, int, bytes]] = []
         while not self.closed:
@@ -52,7 +52,7 @@ class ControlSocket:
         return frames
 
     def send(self, kind: Kind, ident: int, message: Message | None = None) -> None:
-        """Writes one frame. Sets `closed` when the reader is gone, or has read nothing until the deadline."""
+        """Writes one frame. Sets `closed` when the reader is gone, or does not read the frame before the deadline."""
         left = memoryview(pack(kind, ident, b"" if message is None else message.SerializeToString()))
         deadline = time.monotonic() + self._write_timeout_s
         while left and not self.closed:

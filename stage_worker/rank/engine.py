@@ -1,7 +1,7 @@
 """The engine of one rank: a loop that takes messages, drives the links, runs the next ready step, or sleeps.
 
 One thread does everything: it reads the control socket, drives the transports (between layers, too) and computes. When
-there is nothing to do it spins briefly, because the next activation is usually microseconds away, and then sleeps in
+there is nothing to do, it spins briefly, because the next activation is usually microseconds away. Then it sleeps in
 `poll` on the control socket and the transports' descriptors.
 """
 
@@ -47,12 +47,12 @@ class Engine:
         self.timing = timing
         self.transports = transports
         self.assignments: dict[tuple[str, int], Assignment] = {}
-        """By pipeline and epoch."""
+        """Assignments by (pipeline, epoch)."""
         self.stopping = False
         self.handle: Callable[[Kind, int, bytes], None] = lambda kind, ident, payload: None
-        """Handles a control frame. Set by `RankCommands`."""
+        """Handles a control frame. `RankCommands` sets it."""
         self.background: Callable[[], bool] = lambda: False
-        """Polls work of other threads, and returns whether there was news. Set by `RankCommands`."""
+        """Polls work of other threads, and returns whether there was news. `RankCommands` sets it."""
         self._orders_out = orders_out
         self._orders_in = orders_in
         self._waiting_calls: dict[int, tuple[Kind, int, bytes]] = {}
@@ -66,7 +66,7 @@ class Engine:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Runs until told to stop or the agent is gone."""
+        """Runs until `stopping` is set or the agent is gone."""
         spin_until = 0.0
         while not self.stopping and not self.control.closed:
             worked = self.take_messages()
@@ -83,7 +83,7 @@ class Engine:
                 self.sleep()
 
     def take_messages(self) -> bool:
-        """Handles the control frames that have come."""
+        """Handles the control frames that have come. Returns whether there were any."""
         frames = self.control.receive()
         for kind, ident, payload in frames:
             if kind.is_call and self._orders_in is not None:
@@ -95,7 +95,7 @@ class Engine:
         return bool(frames)
 
     def progress(self) -> bool:
-        """Drives transports and links; reports links that broke."""
+        """Drives transports and links. Reports links that broke. Returns whether anything happened."""
         worked = False
         for transport in self.transports.values():
             worked |= transport.progress()
@@ -103,7 +103,7 @@ class Engine:
             assignment.progress_links()
             worked |= assignment.take_tokens()
             for ident, index, number in assignment.take_pages():
-                # The agent tells the gateway when all ranks have them.
+                # The agent tells the gateway when all ranks have the pages.
                 self.control.send(Kind.PAGES_COPIED, ident, stage_pb2.PagesCopied(index=index, number=number))
                 worked = True
             broken = assignment.take_broken_link()
@@ -115,14 +115,14 @@ class Engine:
         return worked
 
     def _tell_late_frames(self) -> None:
-        """Tells the agent how many frames came over closed links, and were dropped."""
+        """Tells the agent how many frames came over closed links and were dropped."""
         late = sum(transport.late_count for transport in self.transports.values())
         if late > self._late_told:
             self.control.send(Kind.LATE_FRAMES, 0, worker_pb2.LateFrames(count=late - self._late_told))
             self._late_told = late
 
     def drive_transports(self) -> None:
-        """Called by the shard between layers, so that a long step does not stall a neighbour's transfer."""
+        """Drives the transports between two layers, so that a long step does not stall a neighbour's transfer."""
         for transport in self.transports.values():
             transport.progress()
         for assignment in self.assignments.values():
@@ -130,7 +130,7 @@ class Engine:
         self.heartbeat.alive()
 
     def sleep(self) -> None:
-        """Waits for a message or a transport's event."""
+        """Waits for a message, an event of a transport, or a time-out."""
         due_s = self._reports.due_in_s(time.monotonic())
         timeout_s = self.timing.idle_s if due_s is None else due_s
         if any(a.links_pending for a in self.assignments.values()):
@@ -146,7 +146,7 @@ class Engine:
                 return
         for fd, events in self._poll.poll(timeout_s * 1000):
             if events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) and fd in self._polled:
-                # Polling a descriptor in error would return at once every time.
+                # Polling a descriptor in an error state would return at once every time.
                 self._poll.unregister(fd)
                 self._polled.discard(fd)
 
@@ -157,7 +157,7 @@ class Engine:
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def run_next_step(self) -> bool:
-        """Runs the step that has been ready longest. False when none is ready."""
+        """Runs the ready step whose plan arrived first. Returns False if no step is ready."""
         if self._orders_in is not None:
             return self._carry_out_order(self._orders_in)
         ready = min(self._ready_steps(), key=lambda entry: entry[2].arrived_at, default=None)
@@ -177,7 +177,7 @@ class Engine:
                     yield assignment, session, step
 
     def _carry_out_order(self, orders_in: OrderReceiver) -> bool:
-        """On ranks above 0: carries out the next order of rank 0, once its inputs are here."""
+        """Carries out the next order of rank 0, once its inputs have arrived. Only for ranks above 0."""
         current = orders_in.current()
         if current is None:
             return False
@@ -191,7 +191,7 @@ class Engine:
         else:
             found = self._find(ident, order.step)
             if found is not None and (found[0].broken or found[1].failed):
-                # Rank 0 already runs the step and waits for this rank: only the end of the group frees it.
+                # Rank 0 already runs the step and waits for this rank. Only the end of the group frees it.
                 raise InternalError(f"step {order.step} was ordered, and its link or session has failed on this rank")
             if found is not None:
                 found[1].give_tokens(found[2], order.tokens)
@@ -210,14 +210,14 @@ class Engine:
         return None
 
     def run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
-        """Runs one step."""
+        """Runs one step, with heartbeats around it."""
         self.heartbeat.begin_step(step.num_tokens)
         self._run_step(assignment, session, step)
         self.heartbeat.end_step()
 
     @torch.inference_mode()
     def _run_step(self, assignment: Assignment, session: Session, step: Step) -> None:
-        """Computes, sends the output, returns the input's credit, then reports: others wait for output and credit."""
+        """Computes, sends the output, returns the input's credit, then reports. Others wait for output and credit."""
         began, cpu_before = time.monotonic(), time.process_time()
         complete_at = assignment.input_complete_at(session, step)
         point("rank.before_compute")
@@ -237,7 +237,7 @@ class Engine:
                 assignment.send_tokens(session, step, certain)
         except TransportError as e:
             if self._orders_out is not None or self._orders_in is not None:
-                raise  # The other ranks run the same step and would wait: the group ends together.
+                raise  # The other ranks run the same step and would wait, so the group ends together.
             self.end_session(session, StageLost(e.message))
             return
         point("rank.after_send")
@@ -276,7 +276,7 @@ class Engine:
     # -- what goes wrong --------------------------------------------------------------------------------------------
 
     def end_session(self, session: Session, error: StagemeshError) -> None:
-        """Fails a session. The gateway learns why, and the agent closes it on every rank."""
+        """Fails a session. The gateway is told the reason, and the agent closes the session on every rank."""
         if session.failed:
             return
         session.failed = True

@@ -1,4 +1,4 @@
-"""OfferLink and ConnectLink: the receiving end of a link is offered, then the sending end connects to it."""
+"""Handles OfferLink and ConnectLink: first the receiving end of a link is made, then the sending end connects to it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .engine import Engine
 log = logging.getLogger(__name__)
 
 TOKEN_CREDITS = 64
-"""Token frames that may be in flight on a lane. The first stage takes them at once."""
+"""Number of token frames that may be in flight on a lane. The first stage takes them at once."""
 PAGE_CREDITS = 4
-"""Frames of pages in flight on a lane."""
+"""Number of page frames that may be in flight on a lane."""
 
 End = TypeVar("End", LinkSender, LinkReceiver)
 
@@ -43,14 +43,14 @@ class _Handshake:
 
     @property
     def over(self) -> bool:
-        """Whether all were answered, or one failed."""
+        """Whether all ends were answered, or one failed."""
         return any(s.over for s in self.senders) or all(s.up for s in self.senders)
 
     def answer(self) -> stage_pb2.ConnectLinkResponse:
-        """The response. Raises the error of a link that failed."""
+        """Returns the response. Raises the error of a link that failed."""
         for sender in self.senders:
             if not sender.up:
-                raise sender.error or TransportError(f"the {self.what} was closed before it stood")
+                raise sender.error or TransportError(f"the {self.what} was closed before it was ready")
         route = ", ".join(sorted({sender.route for sender in self.senders}))
         if route:
             log.info("%s goes over %s: %s", self.what, self.transport, route)
@@ -58,7 +58,7 @@ class _Handshake:
 
 
 class LinkCommands:
-    """OfferLink and ConnectLink of one rank; `find` gives the assignment that a key and a stage name."""
+    """Handlers of OfferLink and ConnectLink. `find` returns the assignment of a key and a stage."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class LinkCommands:
         self._handshakes: list[_Handshake] = []
 
     def offer(self, ident: int, request: stage_pb2.OfferLinkRequest) -> stage_pb2.OfferLinkResponse:
-        """Makes this rank's receiving end."""
+        """Makes this rank's receiving end of a link."""
         point("rank.offer_link")
         assignment = self._find(request.key, request.stage)
         if request.tokens and self.config.rank > 0:
@@ -101,8 +101,10 @@ class LinkCommands:
         return stage_pb2.OfferLinkResponse(receiver_addresses=[transport.address()], secrets=[secret])
 
     def connect(self, ident: int, request: stage_pb2.ConnectLinkRequest) -> stage_pb2.ConnectLinkResponse | None:
-        """Makes sending ends to those receiving ranks that read from this rank. The answer comes when the handshakes
-        are over; steps run meanwhile."""
+        """Makes sending ends to the receiving ranks that read from this rank.
+
+        The answer comes when the handshakes are over. Steps run during the handshakes.
+        """
         point("rank.connect_link")
         copies = request.HasField("copy")
         key = stage_pb2.PipelineKey(pipeline_id=request.key.pipeline_id, epoch=request.copy.from_epoch)
@@ -136,7 +138,7 @@ class LinkCommands:
         return handshake.answer()
 
     def poll(self) -> bool:
-        """Answers calls whose handshakes are over. True when there were any."""
+        """Answers calls whose handshakes are over. Returns whether there were any."""
         over = [handshake for handshake in self._handshakes if handshake.over]
         for handshake in over:
             self._handshakes.remove(handshake)
@@ -159,7 +161,7 @@ def _identity(
     nonce: int,
     secret: bytes,
 ) -> LinkIdentity:
-    """What both ends of a link of activations, of tokens, or of pages agree on."""
+    """Makes the parameters of a link for activations, tokens or pages."""
     limits, shard = assignment.limits, assignment.shard
     if request.tokens:
         carried = 1, torch.int32, TOKEN_CREDITS, limits.max_num_batched_tokens
@@ -171,7 +173,7 @@ def _identity(
 
 
 def _replace(ends: list[End], by: list[End]) -> None:
-    """Sets ends of links, and closes those that were made before."""
+    """Replaces ends of links, and closes the previous ones."""
     for end in ends:
         end.close()
     ends[:] = by

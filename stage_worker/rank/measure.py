@@ -1,4 +1,4 @@
-"""Measures a rank's device at start, within a tenth of a second, for the cost model."""
+"""Measures a rank's device at start, for the cost model. This takes a tenth of a second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STREAM_BYTES = 32 << 20
 
 
 def measure(device: torch.device) -> types_pb2.DeviceInfo:
-    """Name, memory (bytes), matrix rate (FLOP/s, bf16) and rate of streaming weights (bytes/s) of one rank's device."""
+    """Returns a device's name, memory (bytes), matrix rate (FLOP/s, bf16) and weight streaming rate (bytes/s)."""
     if device.type == "cuda":
         name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
     else:
@@ -46,7 +46,7 @@ def _best_of(run: Callable[[], object], device: torch.device, repeats: int = 5) 
 
 
 def available_memory_bytes() -> int:
-    """Memory that this machine, or the cgroup, can still give."""
+    """Returns the bytes of memory that are free in this machine and in this cgroup."""
     with open("/proc/meminfo") as f:
         fields = dict(line.split(":", 1) for line in f)
     free = int(fields["MemAvailable"].split()[0]) * 1024

@@ -1,8 +1,8 @@
 """Rank 0 of a tensor-parallel group decides what happens next and tells the other ranks over a Unix socket.
 
-Not by a collective: a rank that waits inside a collective can neither drive its transport nor take a plan. Steps and
-the agent's calls (assign, release, close a session, ...) travel in one order, so no rank closes a session whose step
-another rank is about to run.
+A collective would not do: a rank that waits in a collective can neither drive its transport nor take a plan. Steps and
+the agent's calls (assign, release, close a session, ...) are sent in one sequence. So no rank closes a session whose
+step another rank is about to run.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from ..messages.control import Kind
 from .control_socket import ControlSocket
 
 Order = tuple[Kind, int, worker_pb2.StepOrder]
-"""ORDER_STEP, the session, and which of its steps to run next; or ORDER_CALL and the id of a call of the agent."""
+"""ORDER_STEP, the session, and its next step to run; or ORDER_CALL and the id of a call of the agent."""
 
 
 class OrderSender:
-    """Rank 0's side: one socket to each other rank."""
+    """Rank 0's side, with one socket to each other rank."""
 
     def __init__(self, sockets: Sequence[ControlSocket]) -> None:
         self._sockets = sockets
 
     def run_step(self, session: int, step: int, tokens: list[int]) -> None:
-        """Orders a step; `tokens` stand where its plan refers to results. Raises InternalError when a rank is gone."""
+        """Orders a step. `tokens` replace the plan's references to results. Raises InternalError if a rank is gone."""
         self._send(Kind.ORDER_STEP, session, worker_pb2.StepOrder(step=step, tokens=tokens))
 
     def take_call(self, call: int) -> None:
-        """Orders a call of the agent. Raises InternalError when a rank is gone."""
+        """Orders the other ranks to carry out a call of the agent. Raises InternalError when a rank is gone."""
         self._send(Kind.ORDER_CALL, call)
 
     def _send(self, kind: Kind, ident: int, message: Message | None = None) -> None:
@@ -46,7 +46,7 @@ class OrderSender:
 
 
 class OrderReceiver:
-    """Another rank's side: orders in the order in which rank 0 gave them."""
+    """The side of ranks above 0: a queue of orders, as rank 0 gave them."""
 
     def __init__(self, sock: ControlSocket, timeout_s: float) -> None:
         self._socket = sock
@@ -55,11 +55,11 @@ class OrderReceiver:
         self._current_since = 0.0
 
     def fileno(self) -> int:
-        """For poll."""
+        """The descriptor, for poll."""
         return self._socket.fileno()
 
     def current(self) -> Order | None:
-        """What to do now; None when there is no order. Raises InternalError when rank 0 is gone."""
+        """Returns the current order, or None if there is none. Raises InternalError when rank 0 is gone."""
         for kind, ident, payload in self._socket.receive():
             if not self._orders:
                 self._current_since = time.monotonic()
@@ -71,7 +71,7 @@ class OrderReceiver:
         return self._orders[0] if self._orders else None
 
     def check_deadline(self) -> None:
-        """Raises InternalError when the current order cannot be carried out in time: rank 0 would wait for ever."""
+        """Raises InternalError if the current order is too old: rank 0 would wait for ever."""
         waited_s = time.monotonic() - self._current_since
         if waited_s > self._timeout_s:
             kind, ident, order = self._orders[0]
@@ -80,6 +80,6 @@ class OrderReceiver:
             )
 
     def done(self) -> None:
-        """The current order is carried out now; the next one is current."""
+        """Removes the current order, which is carried out now. The next one becomes current."""
         self._orders.popleft()
         self._current_since = time.monotonic()

@@ -1,6 +1,7 @@
 """A rank process from its start to its end.
 
-It opens its transports, measures its device, says READY, and then obeys (commands.py), until the agent is gone.
+The rank opens its transports, measures its device and sends READY. Then it carries out orders (commands.py) until the
+agent is gone.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 def open_transports(config: RankConfig) -> dict[str, Transport]:
-    """Opens what the settings ask for; `auto` opens UCX, where it can, and TCP."""
+    """Opens the transports of the settings. `auto` opens TCP, and UCX if that is possible."""
     settings = config.settings
     options = {"TLS": settings.ucx_tls, "NET_DEVICES": settings.net_device}
     wanted = ["ucx", "tcp"] if settings.transport == "auto" else [settings.transport]
@@ -57,30 +58,33 @@ def open_transports(config: RankConfig) -> dict[str, Transport]:
         except TransportError as e:
             if settings.transport != "auto":
                 raise
-            log.warning("links will be made over TCP: UCX is not to be had here: %s", e.message)
+            log.warning("links will use TCP, because UCX is not available: %s", e.message)
     return opened
 
 
 def import_all(config: RankConfig) -> None:
-    """Imports what is slow to import, as far as it is known before an assignment."""
+    """Imports slow modules, as far as they are known before an assignment."""
     settings = config.settings
     device, eager = "cuda" if config.device == "cuda" else "cpu", settings.enforce_eager
     import_for(ShardSpec(settings.model or "", 0, 1, device=device, tp_size=config.size, enforce_eager=eager))
 
 
 def preload(argument: bytes, fds: list[int]) -> int:
-    """Run by a forkserver of ranks: imports what they need. `argument`: that of one rank. Returns an exit status."""
+    """Imports the modules of ranks, in their forkserver. `argument`: argument of one rank. Returns an exit status."""
     config = RankConfig.unpack(argument)
     import_all(config)
     if config.settings.transport != "tcp":
-        # Without UCX, each rank reports it itself.
+        # If UCX is missing, each rank reports that itself.
         with contextlib.suppress(TransportError):
             load_ucxx()
     return 0
 
 
 def run(argument: bytes, fds: list[int]) -> int:
-    """Runs a rank until its agent is gone; an exit status. See `RankConfig.pack` and `RankDescriptors.in_order`."""
+    """Runs a rank until its agent is gone. Returns an exit status.
+
+    See `RankConfig.pack` for `argument`, and `RankDescriptors.in_order` for `fds`.
+    """
     config = RankConfig.unpack(argument)
     descriptors = RankDescriptors.of(config, fds)
     timing = StageTiming().scaled(config.settings.time_scale)
@@ -97,7 +101,7 @@ def run(argument: bytes, fds: list[int]) -> int:
     orders = [control_socket(fd) for fd in descriptors.orders]
     device = torch.device(f"cuda:{config.rank}" if config.device == "cuda" else "cpu")
     import_all(config)
-    # Garbage collections need not look at what is imported by now.
+    # Garbage collections need not look at the imported modules.
     gc.freeze()
     parallel = TensorParallel(
         config.rank,

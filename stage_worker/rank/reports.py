@@ -1,7 +1,7 @@
 """Sends step results to the gateway.
 
-Results of the last stage hold tokens and are sent at once. Those of other stages hold timings only, and several are
-sent in one message, since each message costs CPU time in two processes.
+Results of the last stage contain tokens and are sent at once. Results of other stages contain only timings. Several of
+them are sent in one message, because each message costs CPU time in two processes.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from ..messages.control import Kind
 from .control_socket import ControlSocket
 
 TOGETHER = 16
-"""Most results in one message."""
+"""Largest number of results in one message."""
 
 
 class Reports:
-    """Results that are not sent yet, by session."""
+    """The results that have not been sent yet, by session."""
 
     def __init__(self, control: ControlSocket, within_s: float) -> None:
-        """`within_s`: longest wait of a result for others."""
+        """`within_s`: longest time in seconds that a result waits for others."""
         self._control = control
         self._within_s = within_s
         self._waiting: dict[int, list[stage_pb2.StepResult]] = {}
         self._since: float | None = None
 
     def add(self, session: int, result: stage_pb2.StepResult, *, at_once: bool) -> None:
-        """Takes the result of a step. It is sent now, or together with later ones."""
+        """Adds the result of a step. It is sent now, or together with later ones."""
         results = self._waiting.setdefault(session, [])
         results.append(result)
         if at_once or len(results) >= TOGETHER:
@@ -37,7 +37,7 @@ class Reports:
             self._since = time.monotonic()
 
     def due_in_s(self, now: float) -> float | None:
-        """Seconds until `send_due` will send something; None when nothing waits."""
+        """Returns the seconds until `send_due` will send something, or None if nothing waits."""
         return None if self._since is None else max(0.0, self._since + self._within_s - now)
 
     def send_due(self, now: float) -> None:

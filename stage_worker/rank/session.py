@@ -1,7 +1,7 @@
-"""What one gateway has open on one rank: its sequences, and the steps whose plans have come.
+"""The state of one gateway's session on one rank: its sequences, and the steps whose plans have come.
 
-A plan is prepared when it arrives, before its activation does: index tensors are built and the receive is posted. Steps
-of a session run in the order of their numbers; steps of different sessions in the order in which they become ready.
+A plan is prepared when it arrives, before its activation arrives: index tensors are built and the receive is posted.
+Steps of a session run in the order of their numbers. Among ready steps of several sessions, the oldest plan runs first.
 """
 
 from __future__ import annotations
@@ -24,32 +24,33 @@ from ..sampling.guessing import StepRow, check_guesses, step_rows
 from ..sampling.sampler import SequenceSampler
 
 TOKENS_KEPT_STEPS = 256
-"""How long results are kept for plans that refer to them: a gateway does so only until it has the result itself."""
+"""Number of steps for which results are kept, for plans that refer to them. A gateway refers to a result only until it
+has received it."""
 
 
 @dataclass
 class Sequence:
-    """One open sequence: where its tokens are, and how it is sampled (last stage, rank 0)."""
+    """One open sequence: its pages, and its sampler (last stage, rank 0)."""
 
     pages: list[int] = field(default_factory=list)
     """Pages in this worker's pool, in the order of positions."""
     length: int = 0
-    """Positions that plans have covered, guessed tokens among them."""
+    """Number of positions that plans have covered, including guessed tokens."""
     certain: int = 0
-    """Those of them that are sure to stay: less than `length` behind a draft row, until the next row says where the
-    sequence goes on."""
+    """Number of positions that are certain to stay. After a draft row it is less than `length`, until the next row says
+    where the sequence continues."""
     sampler: SequenceSampler | None = None
     drafted: Drafted | None = None
-    """What the draft model knows of it, where there is one and a plan has named the sequence."""
+    """The draft model's state of it, if there is a draft model and a plan has named the sequence."""
 
 
 @dataclass(frozen=True)
 class SampledRow:
-    """A row behind which a token is drawn, and behind a draft row one more for each guess that held."""
+    """A row after which a token is drawn. After a draft row, one more token is drawn for each right guess."""
 
     sequence: int
     position: int
-    """Of the first new token."""
+    """Position of the first new token."""
     sampler: SequenceSampler
     draft: tuple[int, ...] = ()
     """Guesses of the new tokens."""
@@ -57,7 +58,7 @@ class SampledRow:
 
 @dataclass
 class Step:
-    """A step that is ready but for its input."""
+    """A step that is ready except for its input."""
 
     number: int
     epoch: int
@@ -65,31 +66,31 @@ class Step:
     num_tokens: int
     arrived_at: float
     sampled: list[SampledRow] = field(default_factory=list)
-    """Rows that sample; where tokens are drawn."""
+    """Rows that sample. Filled only on the rank that draws tokens."""
     sampled_sequences: list[int] = field(default_factory=list)
-    """Sequences of which the last stage will draw a token in this step that later plans may refer to; on the first
-    stage. Draft rows are not among them: how many tokens they bring is not known before."""
+    """Sequences for which this step draws a token that later plans may refer to. Filled only on the first stage. It has
+    no draft rows: the number of their tokens is not known in advance."""
     references: list[tuple[int, int, int]] = field(default_factory=list)
-    """(place in the step's tokens, earlier step, sequence): tokens that are that step's result, not a literal; on the
-    first stage."""
+    """(index in the step's tokens, earlier step, sequence): tokens that are the earlier step's result. Filled only on
+    the first stage."""
     referred_tokens: list[int] = field(default_factory=list)
-    """Those tokens, once they are known."""
+    """The tokens for `references`, once they are known."""
     tokens_known_at: float = 0.0
-    """When the last result that it refers to was here."""
+    """Time when the last result that the step refers to had arrived."""
     drafter_rows: list[StepRow] = field(default_factory=list)
-    """Its rows as the draft model sees them, where there is one."""
+    """Its rows for the draft model, if there is one."""
     receives: bool = True
-    """An activation comes over the link."""
+    """Whether an activation comes over the link."""
     computes: bool = True
     sends: bool = True
-    """Its output, or what the journal holds of its rows, goes on over the links."""
+    """Whether its output, computed or from the journal, is sent to the next stage."""
     behind: frozenset[tuple[int, int]] = frozenset()
-    """Pages that have to be there before: (KvCopy, number)."""
+    """Page frames that must arrive before the step runs: (KvCopy, number)."""
 
 
 @dataclass(frozen=True)
 class SessionContext:
-    """What a session needs to know of the stage it runs on."""
+    """The properties of a stage that a session needs."""
 
     epoch: int
     stage: int
@@ -99,7 +100,7 @@ class SessionContext:
     vocab_size: int
     page_size: int
     pages: tuple[int, ...]
-    """Granted to it: a plan names them by their place here; -1 is none."""
+    """Pages granted to the session. A plan names them by their index here; -1 is no page."""
     max_tokens: int
     device: torch.device
     guesses: bool = False
@@ -107,7 +108,7 @@ class SessionContext:
 
     @property
     def is_first(self) -> bool:
-        """Whether it embeds tokens."""
+        """Whether the stage embeds tokens."""
         return self.stage == 0
 
 
@@ -121,22 +122,22 @@ class Session:
         self.sequences: dict[int, Sequence] = {}
         self.steps: dict[int, Step] = {}
         self.next_step = 1
-        """The step that runs next: steps are numbered from 1 without gaps."""
+        """Number of the step that runs next. Steps are numbered from 1 without gaps."""
         self.last_planned = 0
         self.failed = False
-        """Nothing runs any more; the gateway has been told, and will have the session closed."""
+        """Whether the session failed: no step runs any more, and the gateway has been told."""
         self.copies: set[tuple[int, int]] = set()
-        """Pages that are announced and have not come: (KvCopy, number)."""
+        """Page frames that are announced and have not arrived: (KvCopy, number)."""
         self.awaited: deque[int] = deque()
-        """Steps whose tokens the last stage will send, in order; on the first stage."""
+        """Steps whose tokens the last stage will send, in order. Filled only on the first stage."""
         self._tokens: dict[int, tuple[float, dict[int, int]]] = {}
-        """step -> when it was here, sequence -> token, of the last steps; on the first stage."""
+        """Recent step -> (time of arrival, {sequence: token}). Filled only on the first stage."""
         self._sampled: dict[int, list[int]] = {}
-        """step -> sequences that it samples, of the last steps; on the first stage."""
+        """Recent step -> sequences that it samples. Filled only on the first stage."""
         self._closing: list[tuple[int, int]] = []
 
     def open_sequence(self, message: stage_pb2.OpenSequence) -> None:
-        """From the next plan on, rows may name this sequence."""
+        """Opens a sequence. Later plans may name it. Raises InvalidRequest if it is already open."""
         if message.sequence in self.sequences:
             raise InvalidRequest(f"sequence {message.sequence} is open already")
         sampler = None
@@ -156,7 +157,12 @@ class Session:
             self.sequences.pop(entry[1], None)
 
     def add_plan(self, plan: stage_pb2.StepPlan) -> Step:
-        """Prepares a step. Raises StaleEpoch, or InvalidRequest for a plan that contradicts itself or the session."""
+        """Prepares a step.
+
+        Raises:
+            StaleEpoch: the plan is of another epoch.
+            InvalidRequest: the plan contradicts itself or the session.
+        """
         if plan.epoch != self.context.epoch:
             raise StaleEpoch(f"plan of epoch {plan.epoch} in a session of epoch {self.context.epoch}")
         if plan.kind not in (stage_pb2.STEP_KIND_RUN, stage_pb2.STEP_KIND_REPLAY):
@@ -216,7 +222,7 @@ class Session:
         return step
 
     def _take_part(self, plan: stage_pb2.StepPlan, step: Step) -> None:
-        """What this stage does in a replay."""
+        """Sets whether this stage receives, computes and sends in a replay."""
         first, last, own = plan.replay_first, plan.replay_last, self.context.stage
         if first > last or plan.sample_rows or plan.ref_rows:
             raise InvalidRequest(f"step {plan.step} replays stages {first} to {last}, or samples: a replay cannot")
@@ -227,7 +233,7 @@ class Session:
     # -- tokens that are not known yet -------------------------------------------------------------------------------
 
     def _refer(self, plan: stage_pb2.StepPlan, ends: list[int], drafts: set[int], step: Step) -> None:
-        """Writes down which tokens of the step are results of earlier ones, and what it will sample itself."""
+        """Records which tokens of the step are results of earlier steps, and which sequences the step samples."""
         for row, earlier in zip(plan.ref_rows, plan.ref_steps, strict=True):
             ident = plan.sequences[row]
             if ident not in self._sampled.get(earlier, ()):
@@ -240,11 +246,11 @@ class Session:
             self._sampled[plan.step] = step.sampled_sequences
 
     def note_tokens(self, step: int, tokens: list[int], here_at: float) -> None:
-        """What the last stage sampled in a step, in the order of its rows that sample, without draft rows."""
+        """Records the tokens that the last stage sampled in a step, in the order of its sampled rows without drafts."""
         self._tokens[step] = here_at, dict(zip(self._sampled[step], tokens, strict=True))
 
     def knows_tokens(self, step: Step) -> bool:
-        """Puts results of earlier steps into the step's tokens; False while one is not known."""
+        """Puts results of earlier steps into the step's tokens. Returns False while one is not known."""
         while step.references:
             place, earlier, ident = step.references[-1]
             found = self._tokens.get(earlier)
@@ -257,7 +263,7 @@ class Session:
         return True
 
     def give_tokens(self, step: Step, tokens: Iterable[int]) -> None:
-        """On ranks above 0: the tokens that rank 0 found for the step's references; told again while the step waits."""
+        """Takes the tokens that rank 0 found for the step's references. Ranks above 0 call it until the step runs."""
         if not step.references:
             return
         for token in tokens:
@@ -271,7 +277,7 @@ class Session:
         step.referred_tokens.append(token)
 
     def finish(self, step: Step) -> None:
-        """The step has run."""
+        """Drops a step that has run, and data that is no longer needed."""
         del self.steps[step.number]
         self.next_step = step.number + 1
         self._tokens.pop(step.number - TOKENS_KEPT_STEPS, None)
@@ -282,7 +288,7 @@ class Session:
     def _grow(
         self, plan: stage_pb2.StepPlan, starts: list[int], counts: list[int], drafts: set[int]
     ) -> list[list[int]]:
-        """Gives each row's sequence its new pages; returns the block table of each row."""
+        """Gives each row's sequence its new pages. Returns the block table of each row."""
         tables: list[list[int]] = []
         at = 0
         replays = plan.kind == stage_pb2.STEP_KIND_REPLAY
@@ -291,7 +297,7 @@ class Session:
             if sequence is None:
                 raise InvalidRequest(f"step {plan.step} names sequence {ident}, which is not open")
             if not sequence.length or replays:
-                # Behind a prefix that pages of another sequence hold already, or that was computed at an earlier epoch.
+                # The row follows a prefix in pages of another sequence, or one that was computed at an earlier epoch.
                 sequence.length = sequence.certain = starts[i]
             if not sequence.certain <= starts[i] <= sequence.length:
                 raise InvalidRequest(
@@ -301,19 +307,19 @@ class Session:
             new = plan.new_pages[at : at + plan.new_page_counts[i]] if plan.new_page_counts else []
             at += len(new)
             sequence.pages.extend(self.own_pages(new))
-            # Guesses that did not hold are dead: this row writes over them.
+            # This row overwrites wrong guesses.
             sequence.length = starts[i] + counts[i]
             sequence.certain = starts[i] + 1 if i in drafts else sequence.length
             if len(sequence.pages) * self.context.page_size < sequence.length:
                 raise InvalidRequest(f"sequence {ident} has too few pages for {sequence.length} positions")
             tables.append(sequence.pages)
             if replays:
-                # What is behind it may lie in pages that another sequence's rows fill: the row that goes on says where.
+                # Later positions may be in pages that another sequence fills. The next row says where to continue.
                 sequence.length = sequence.certain = 0
         return tables
 
     def own_pages(self, ids: Iterable[int]) -> list[int]:
-        """The worker's pages that the gateway means. Raises InvalidRequest for one that was not granted."""
+        """Returns the worker's pages for a gateway's ids. Raises InvalidRequest for one that was not granted."""
         granted = self.context.pages
         found = [granted[ident] if ident < len(granted) else -1 for ident in ids]
         if -1 in found:
@@ -322,7 +328,7 @@ class Session:
 
     def _drafted(self, ident: int, start: int) -> Drafted:
         sequence = self.sequences[ident]
-        # Pages of a prefix before it were filled by the sequence that computed them.
+        # The sequence that computed the prefix also filled the draft model's pages of it.
         sequence.drafted = sequence.drafted or Drafted(done=start)
         return sequence.drafted
 
@@ -330,11 +336,11 @@ class Session:
         return torch.tensor(list(values), dtype=torch.int64).to(self.context.device)
 
     def _sample(self, plan: stage_pb2.StepPlan, ends: list[int], drafts: set[int], step: Step) -> None:
-        """Writes down which of the step's lines of logits are wanted, and on the sampling rank how they are sampled."""
+        """Records which lines of logits the step needs, and, on the sampling rank, how they are sampled."""
         lines: list[int] = []
         for row in plan.sample_rows:
             end = ends[row]
-            # Behind a draft row's first token, and behind each of its guesses.
+            # A draft row has one line after its first token, and one after each of its guesses.
             first = end - (step.batch.counts[row] if row in drafts else 1)
             lines.extend(range(first, end))
             if not self.context.samples:

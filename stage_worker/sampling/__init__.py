@@ -1,4 +1,4 @@
 """Turns logits into tokens: the sampler, and the draft model's guesses.
 
-Modules here know no links, and no KV pages but the draft model's.
+The modules in this folder use no links, and no KV pages except the draft model's.
 """

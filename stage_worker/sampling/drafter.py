@@ -1,12 +1,13 @@
-"""A draft model on the last stage: guesses what comes behind a drawn token, for the next step to verify.
+"""A draft model on the last stage: guesses the tokens after a drawn token, for the next step to verify.
 
-After Leviathan et al. (2023), with exact verification: the pipeline draws its tokens as it would without (sampler.py),
-and keeps guesses that are what was drawn. The draft model is whole on one rank. Its keys and values lie in pages of the
-same numbers as the model's own: who gives out pages, shares prefixes and takes them back need not know of it.
+After Leviathan et al. (2023), with exact verification: the pipeline draws the same tokens as without drafts
+(sampler.py), and keeps the guesses that are equal to them. One rank holds the whole draft model. Its keys and values
+are in pages with the same numbers as the model's own. So the code that allocates, shares and frees pages need not know
+the draft model.
 
-It computes prompts as they pass, so that a prefix that is shared brings its pages filled here, too. Drawn tokens it
-computes when it is asked for guesses, or when some have piled up: as one row, then one guess after the other. The last
-few positions of an answer may stay empty here; who takes over their page guesses a little worse.
+The draft model computes prompts as they pass, so that its pages of a shared prefix are filled, too. It computes drawn
+tokens when it is asked for guesses, or when many have accumulated: first the tokens as one row, then guess by guess.
+The last few positions of an answer may stay empty in its pages. A sequence that reuses such a page gets worse guesses.
 """
 
 from __future__ import annotations
@@ -24,18 +25,20 @@ from .sampler import likeliest
 
 @dataclass
 class Drafted:
-    """What the draft model knows of one sequence."""
+    """The draft model's state of one sequence."""
 
     done: int = 0
-    """Positions whose keys and values are in the pages."""
+    """Number of positions whose keys and values are in the pages."""
     behind: list[int] = field(default_factory=list)
-    """Known tokens behind those."""
+    """Known tokens after the first `done`, not computed yet."""
     guessed: list[int] = field(default_factory=list)
-    """Guesses behind the known tokens that were computed, too: right if they are what is drawn."""
+    """Guesses after the known tokens that were computed, too. They stay if the same tokens are drawn."""
 
     def note(self, position: int, tokens: Sequence[int]) -> None:
-        """Tokens that are certain, from `position` on; those known already are passed over. Where there is a gap before
-        them, other sequences have filled the pages in between."""
+        """Takes certain tokens from `position` on. Skips those that are known already.
+
+        If there is a gap before them, other sequences have filled the pages in between.
+        """
         if tokens and position > self.done + len(self.behind):
             self.done, self.behind, self.guessed = position, [], []
         new = list(tokens[max(0, self.done + len(self.behind) - position) :])
@@ -48,7 +51,7 @@ class Drafted:
             self.guessed = [] if self.behind else self.guessed[held:]
 
     def take_behind(self, at_most: int) -> list[int]:
-        """Hands tokens out to be computed."""
+        """Returns the next tokens to compute, and counts them as done."""
         tokens, self.behind = self.behind[:at_most], self.behind[at_most:]
         self.done += len(tokens)
         return tokens
@@ -56,11 +59,11 @@ class Drafted:
 
 @dataclass(frozen=True)
 class DraftRow:
-    """A sequence to catch up with, and how many tokens to guess behind it."""
+    """A sequence to compute up to its last token, and the number of tokens to guess after it."""
 
     drafted: Drafted
     last_token: int
-    """The newest known token: what is guessed stands behind it."""
+    """The newest known token. The guesses follow it."""
     table: Sequence[int]
     wanted: int
 
@@ -69,15 +72,15 @@ class Drafter:
     """The draft model of one last stage."""
 
     def __init__(self, shard: Shard, pool: KvPool) -> None:
-        """`shard` is the whole draft model; its pages are made here, as many and of the size of `pool`'s."""
+        """`shard` is the whole draft model. Its pages are allocated here, equal to `pool`'s in number and size."""
         self.shard = shard
         self.pool = KvPool(shard.kv_layers, pool.num_pages, pool.page_size, shard.dtype, shard.device)
         shard.bind_kv(self.pool)
 
     def guess(self, rows: Sequence[DraftRow]) -> list[list[int]]:
-        """Up to `wanted` tokens behind each row: its likeliest next token, that one's, and so on.
+        """Guesses up to `wanted` tokens after each row, each time the likeliest next token.
 
-        A row gets fewer where its pages end.
+        A row gets fewer guesses if its pages are full.
         """
         guesses: list[list[int]] = [[] for _ in rows]
         for row in rows:
@@ -85,7 +88,7 @@ class Drafter:
                 continue
             row.drafted.guessed = []
             if not row.drafted.behind:
-                # Its last token was computed as a guess: once more, for its logits.
+                # Its last token was computed as a guess. Compute it once more, for its logits.
                 row.drafted.done -= 1
                 row.drafted.behind = [row.last_token]
         pending = []
@@ -108,11 +111,11 @@ class Drafter:
         return guesses
 
     def _room(self, row: DraftRow) -> int:
-        """Positions that the row's pages hold behind those computed."""
+        """Number of free positions in the row's pages after the computed ones."""
         return len(row.table) * self.pool.page_size - row.drafted.done - len(row.drafted.guessed)
 
     def _step(self, rows: Sequence[tuple[Sequence[int], int, list[int]]], wanted: list[bool]) -> list[int]:
-        """Computes rows of (page table, start, tokens); the likeliest token behind each that is wanted."""
+        """Computes rows of (page table, start, tokens). Returns the likeliest next token of each wanted row."""
         tables, starts, tokens = zip(*rows, strict=True)
         counts = [len(entry) for entry in tokens]
         ends = torch.tensor(counts).cumsum(0) - 1

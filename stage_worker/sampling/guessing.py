@@ -1,4 +1,4 @@
-"""Runs the draft model over the rows of a step: it takes tokens that are now known, and makes the guesses asked for."""
+"""Runs the draft model over the rows of a step: it takes the new tokens, and makes the guesses that the plan wants."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from stagemesh.protos.v1 import stage_pb2
 from .drafter import Drafted, Drafter, DraftRow
 
 CATCH_UP = 64
-"""The draft model computes drawn tokens unasked when it has not seen so many, or up to twice as many: each sequence at
-another number, so that they do not all come at once."""
+"""The draft model computes drawn tokens without a request when at least this many have accumulated. The exact number
+differs between sequences, up to twice this many, so that they do not all come at once."""
 MOST_GUESSES = 32
-"""Most guesses behind one row."""
+"""Largest number of guesses after one row."""
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """A row of a step as the draft model sees it."""
+    """A row of a step, for the draft model."""
 
     sequence: int
     drafted: Drafted
     table: Sequence[int]
     start: int
     tokens: Sequence[int]
-    """Known tokens from `start` on. Empty where they are an earlier step's result, which was noted with that step."""
+    """Known tokens from `start` on. Empty if they are an earlier step's result, which was noted with that step."""
     is_prompt: bool
     wanted: int
-    """Guesses behind the tokens that the row draws."""
+    """Number of guesses after the tokens that the row draws."""
 
 
 def check_guesses(plan: stage_pb2.StepPlan) -> None:
-    """Raises InvalidRequest for guesses behind a row that draws nothing, or too many."""
+    """Raises InvalidRequest for too many guesses, or for guesses after a row that draws nothing."""
     if len(plan.guess_rows) != len(plan.guess_counts) or any(not 0 < n <= MOST_GUESSES for n in plan.guess_counts):
-        raise InvalidRequest(f"step {plan.step} asks for other than 1 to {MOST_GUESSES} guesses behind a row")
+        raise InvalidRequest(f"step {plan.step} must ask for 1 to {MOST_GUESSES} guesses after a row")
     if not set(plan.guess_rows) <= set(plan.sample_rows):
-        raise InvalidRequest(f"step {plan.step} asks for guesses behind a row that draws nothing")
+        raise InvalidRequest(f"step {plan.step} asks for guesses after a row that draws nothing")
 
 
 def step_rows(
     plan: stage_pb2.StepPlan, tables: Sequence[Sequence[int]], drafted: Callable[[int, int], Drafted]
 ) -> list[StepRow]:
-    """All rows of a plan. `drafted(sequence, start)`: the draft state of a sequence, made at its first row."""
+    """Returns all rows of a plan. `drafted(sequence, start)` returns the draft state of a sequence."""
     wanted = dict(zip(plan.guess_rows, plan.guess_counts, strict=True))
     drafts, references = set(plan.draft_rows), set(plan.ref_rows)
     rows = []
@@ -68,9 +68,9 @@ def step_rows(
 
 
 def run_drafter(drafter: Drafter, rows: Sequence[StepRow], result: stage_pb2.StepResult) -> float:
-    """Takes the step's new tokens, and adds the guesses that its plan asks for to `result`.
+    """Takes the step's new tokens, and adds the guesses that its plan wants to `result`.
 
-    Returns the seconds that it took, or 0 for a step with prompts, which the draft model computes in any case.
+    Returns the seconds that this took, or 0 for a step with prompts, which the draft model computes in any case.
     """
     began = time.monotonic()
     drawn: dict[int, tuple[int, list[int]]] = {}
@@ -87,7 +87,7 @@ def run_drafter(drafter: Drafter, rows: Sequence[StepRow], result: stage_pb2.Ste
         wanted = row.wanted if tokens and row.sequence not in failed else 0
         if row.wanted:
             asking.append(len(work))
-        # Others may take over pages of this prefix, so the draft model's must be filled, too.
+        # Other sequences may reuse pages of this prefix, so the draft model's pages must be filled, too.
         if row.wanted or row.is_prompt or len(row.drafted.behind) >= CATCH_UP + row.sequence % CATCH_UP:
             work.append(DraftRow(row.drafted, tokens[-1] if tokens else 0, row.table, wanted))
     guesses = drafter.guess(work)

@@ -1,9 +1,9 @@
 """Sampling on the last stage: penalties, truncation, and noise that depends on (seed, choice, position) alone.
 
 So a sequence draws the same tokens alone, in a batch, over any number of stages, and after it was preempted or moved.
-One uniform number a token (splitmix64 of the three counters) picks from the cumulative distribution in id order.
+One uniform number per token (splitmix64 of the three counters) selects from the cumulative distribution in id order.
 
-Shapes: R rows that sample (lines of logits, where drafts are verified), V vocabulary.
+Shapes: R rows that sample (or lines of logits, if drafts are verified), V vocabulary size.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 @dataclass
 class SequenceSampler:
-    """One sequence's sampling parameters and what penalties need to remember."""
+    """Sampling parameters of one sequence, and the history that penalties need."""
 
     params: types_pb2.SamplingParams
     choice: int
     prompt_len: int
     output_len: int
-    """Output tokens known so far."""
+    """Number of output tokens so far."""
     counts: Tensor | None = None
-    """[V] int32: output tokens counted; kept only where a penalty needs it."""
+    """[V] int32: how often each id is in the output; kept only if a penalty needs it."""
     seen: Tensor | None = None
-    """[V] bool: ids in prompt or output; kept only where the repetition penalty needs it."""
+    """[V] bool: whether each id is in prompt or output; kept only if the repetition penalty needs it."""
 
     @staticmethod
     def open(message: stage_pb2.OpenSequence, vocab_size: int, device: torch.device) -> SequenceSampler:
-        """State of a sequence that starts, or goes on after `message.log`."""
+        """Makes the state of a sequence that starts, or continues after `message.log`."""
         p = message.sampling
         state = SequenceSampler(p, message.choice, message.prompt_len, len(message.log))
         output = torch.tensor(list(message.log), dtype=torch.int64)
@@ -50,7 +50,7 @@ class SequenceSampler:
 
     @property
     def shapes_logits(self) -> bool:
-        """Whether its logits are changed before anything is drawn."""
+        """Whether the logits are changed before a token is drawn."""
         p = self.params
         return (
             self.counts is not None
@@ -61,13 +61,13 @@ class SequenceSampler:
 
     @property
     def remembers(self) -> bool:
-        """Whether a token that is drawn changes how the next one is."""
+        """Whether a drawn token changes how the next one is drawn."""
         p = self.params
         counting = self.output_len < p.min_tokens and len(p.suppressed_ids) > 0
         return self.counts is not None or self.seen is not None or counting
 
     def shape_logits(self, logits: Tensor) -> None:
-        """Applies bias, suppression and penalties to this sequence's [V] logits, in place (vLLM's order)."""
+        """Applies bias, suppression and penalties to this sequence's logits [V], in place and in vLLM's order."""
         p = self.params
         if p.bias_ids:
             ids = torch.tensor(list(p.bias_ids), device=logits.device)
@@ -83,7 +83,7 @@ class SequenceSampler:
             logits -= self.counts * p.frequency_penalty + (self.counts > 0) * p.presence_penalty
 
     def advance(self, token: int) -> None:
-        """Remembers a token that was drawn."""
+        """Records a drawn token."""
         self.output_len += 1
         if self.counts is not None:
             self.counts[token] += 1
@@ -93,15 +93,15 @@ class SequenceSampler:
 
 @dataclass
 class Sampled:
-    """What one call of `sample` drew; packed as `StepResult` packs it."""
+    """Result of one call of `sample`, packed like `StepResult`."""
 
     tokens: list[int]
-    """Row after row, `counts[i]` of row i."""
+    """Drawn tokens, row after row: `counts[i]` of row i."""
     failed: list[bool]
-    """Rows whose logits held NaN or plus infinity: their last token means nothing."""
+    """Whether each row's logits held NaN or plus infinity. The last token of such a row means nothing."""
     counts: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    """Of each token; empty where no row wants any."""
+    """Log-probability of each token; empty if no row wants any."""
     top_counts: list[int] = field(default_factory=list)
     top_ids: list[int] = field(default_factory=list)
     top_logprobs: list[float] = field(default_factory=list)
@@ -113,11 +113,11 @@ def sample(
     positions: list[int],
     drafts: Sequence[Sequence[int]] | None = None,
 ) -> Sampled:
-    """Draws the next tokens of R rows; `positions` are those of the first new token of each in its sequence.
+    """Draws the next tokens of R rows. `positions` are the positions of each row's first new token in its sequence.
 
-    `logits` is [R, V] fp32, one line a row. With `drafts`, guesses of a row's new tokens, it has 1 + len(draft) lines a
-    row, computed as if the guesses were right: tokens are drawn as long as they are, and the one behind the last that
-    is. What is drawn is the same as without: the noise depends on the position alone.
+    `logits` is [R, V] fp32, one line per row. With `drafts` (guesses of each row's new tokens), it has 1 + len(draft)
+    lines per row, computed as if the guesses were right. Tokens are drawn as long as the guesses hold, and one more
+    after the last right guess. The tokens are the same as without drafts: the noise depends on the position alone.
     """
     if not states:
         return Sampled([], [])
@@ -126,7 +126,7 @@ def sample(
     first = [end - 1 - len(draft) for end, draft in zip(ends, drafts, strict=True)]
     tokens: list[list[int]] = [[] for _ in states]
     failed = [False] * len(states)
-    # All lines of a row at once, but where what was drawn changes how the next token is drawn: those come one by one.
+    # All lines of a row are drawn at once. If a drawn token changes how the next one is drawn, they come one by one.
     by_one = [state.remembers for state in states]
     wanted = [(row, at) for row in range(len(states)) for at in range(1 if by_one[row] else 1 + len(drafts[row]))]
     while wanted:
@@ -137,7 +137,7 @@ def sample(
         for (row, at), (token, usable) in zip(wanted, chosen, strict=True):
             draft, drawn = drafts[row], tokens[row]
             if failed[row] or at != len(drawn) or (drawn and drawn[-1] != draft[at - 1]):
-                continue  # Behind a guess that did not hold.
+                continue  # This line is after a wrong guess.
             drawn.append(token)
             failed[row] = not usable
             if usable:
@@ -155,7 +155,7 @@ def sample(
 
 
 def _choose(logits: Tensor, states: list[SequenceSampler], positions: list[int]) -> list[tuple[int, bool]]:
-    """(token, whether the logits could be used) of each of [R, V] lines."""
+    """Returns (token, whether the logits could be used) for each of R lines [V]."""
     tokens, usable = likeliest(logits)
     if any(state.shapes_logits for state in states):
         logits = logits.clone()
@@ -174,21 +174,21 @@ def _choose(logits: Tensor, states: list[SequenceSampler], positions: list[int])
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, list[bool]]:
-    """Of each of [R, V] lines, the first likeliest id [R], and whether there is one.
+    """Returns the first likeliest id of each of R lines [V], and whether there is one.
 
-    -inf is a masked id; NaN, +inf or nothing but -inf makes a line that cannot be sampled: it is its own maximum.
+    -inf is a masked id. A line with NaN, with +inf or with -inf alone cannot be sampled: that value is its maximum.
     """
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
         best, tokens = logits.max(dim=-1)
         return tokens, best.isfinite().tolist()
-    # numpy looks for the place with vector instructions, torch without: a tenth of the time.
+    # numpy's argmax uses vector instructions and torch's does not: it takes a tenth of the time.
     lines = logits.numpy()
     places = lines.argmax(axis=-1)
     return torch.from_numpy(places), np.isfinite(lines[np.arange(len(lines)), places]).tolist()
 
 
 def uniforms(seeds: list[int], choices: list[int], positions: list[int]) -> Tensor:
-    """[R] float64 in [0, 1): splitmix64 (Steele, Lea, Flood 2014) over the three counters, one round each."""
+    """Returns [R] float64 in [0, 1): splitmix64 (Steele, Lea, Flood 2014) over the three counters, one round each."""
     state = np.array(seeds, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for counter in (np.array(choices, dtype=np.uint64), np.array(positions, dtype=np.uint64)):
@@ -205,10 +205,10 @@ def _splitmix64(state: np.ndarray) -> np.ndarray:
 
 
 def _draw(logits: Tensor, params: list[types_pb2.SamplingParams], uniform: Tensor) -> Tensor:
-    """Draws from [R, V] logits by inverse transform in id order, after temperature, top-k, top-p and min-p."""
+    """Draws from logits [R, V] by inverse transform in id order, after temperature, top-k, top-p and min-p."""
     device = logits.device
     temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
-    # Against the row's maximum, in double: a temperature near 0 must not overflow into NaN.
+    # Logits are scaled relative to the row's maximum, in double: a temperature near 0 must not overflow into NaN.
     scaled = (logits.double() - logits.amax(dim=-1, keepdim=True).double()) / temperature[:, None]
     probs = torch.softmax(scaled, dim=-1)
     vocab = logits.shape[-1]
@@ -218,7 +218,7 @@ def _draw(logits: Tensor, params: list[types_pb2.SamplingParams], uniform: Tenso
         ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
         ranks = torch.arange(vocab, device=device)[None]
         keep = ranks < top_k[:, None]
-        # top-p is over what top-k left, as vLLM and transformers do; the likeliest token always stays.
+        # top-p applies to the ids that top-k left, as in vLLM and transformers. The likeliest token always stays.
         kept = ordered * keep
         before = kept.cumsum(dim=-1) - kept
         keep &= before < top_p[:, None] * kept.sum(dim=-1, keepdim=True)
@@ -230,13 +230,13 @@ def _draw(logits: Tensor, params: list[types_pb2.SamplingParams], uniform: Tenso
     cumulative = probs.cumsum(dim=-1)
     target = uniform.to(device)[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    # A target that rounds up to the total would fall past the last token with any mass: take that one.
+    # A target that rounds up to the total would be past the last token with any mass. Take that token.
     last = vocab - 1 - (probs.flip(-1) > 0).int().argmax(dim=-1)
     return torch.minimum(tokens, last)
 
 
 def _report_logprobs(raw: Tensor, lines: list[int], states: list[SequenceSampler], out: Sampled) -> None:
-    """Log-probabilities of the model itself, before penalties and temperature (as vLLM reports them)."""
+    """Adds the model's log-probabilities before penalties and temperature, as vLLM reports them."""
     for line, state, token in zip(lines, states, out.tokens, strict=True):
         if not state.params.logprobs:
             out.logprobs.append(0.0)

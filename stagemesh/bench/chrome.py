@@ -22,17 +22,17 @@ ACTIVATIONS = 1
 
 
 def stage_pid(stage: int) -> int:
-    """The process number that stands for a stage."""
+    """Returns the process number of a stage."""
     return 10 + 2 * stage
 
 
 def link_pid(stage: int) -> int:
-    """The process number that stands for the link from a stage to the next."""
+    """Returns the process number of the link from a stage to the next."""
     return stage_pid(stage) + 1
 
 
 def events(trace: Trace) -> list[Event]:
-    """All events. Times are microseconds since the first plan."""
+    """Returns all events. Times are microseconds since the first plan."""
     zero = min(step.planned_us for step in trace.steps)
     out = [*_names(trace), *(event for step in trace.steps for event in _step(step))]
     for event in out:
@@ -42,7 +42,7 @@ def events(trace: Trace) -> list[Event]:
 
 
 def document(trace: Trace, told: dict[str, Any]) -> dict[str, Any]:
-    """The whole file. Viewers show `told` as information about the trace."""
+    """Returns the whole file. Viewers show `told` as information about the trace."""
     clocks = {
         f"stage {i}": {
             "offset_us": clock.offset_us,
@@ -80,17 +80,17 @@ def _named(pid: int, name: str, threads: dict[int, str]) -> Iterator[Event]:
 
 
 def _step(step: Step) -> Iterator[Event]:
-    """Where one step was when, then its arrows."""
+    """Yields the events of one step, with its arrows."""
 
     def spent(pid: int, tid: int, cat: str, word: str, begin: float, end: float, **args: float) -> Event:
-        """What a thread did. `word`: what its box says, before the number of the step."""
+        """Makes an event for a thread's work. `word`: text of its box, before the number of the step."""
         told = {"rows": len(step.sequences), "sampled": len(step.sampled), "tokens": step.tokens}
         told["prefill_tokens"] = step.prefill_tokens
         event = {"pid": pid, "tid": tid, "cat": cat, "name": f"{word} {step.step}", "ts": begin, "args": told | args}
         return event | {"ph": "X", "dur": round(max(0.0, end - begin), 3)}
 
     def beside(pid: int, tid: int, cat: str, word: str, begin: float, end: float) -> Iterator[Event]:
-        """What goes on beside others of its kind. The two events follow each other."""
+        """Makes events for work that overlaps other work of its kind. The two events follow each other."""
         event = spent(pid, tid, cat, word, begin, end) | {"id": f"{pid}.{cat}.{step.step}"}
         del event["dur"]
         yield event | {"ph": "b"}

@@ -1,9 +1,9 @@
 """Estimates the offset between a stage's clock and the gateway's, from the messages of each step. Pure.
 
 Each step gives two bounds: its plan did not arrive before it was sent, and its result was not received before it was
-sent (Cristian 1989; NTP uses the same four times). The offset lies between the tightest bounds. When zero lies between
-them, the two are taken to share a clock, as processes of one host do. Monotonic clocks count from a host's boot, so two
-hosts could only look like that if they had booted within the same millisecond.
+sent (Cristian 1989; NTP uses the same four times). The offset is between the tightest bounds. If zero is between them,
+the two are assumed to share a clock, as processes of one host do. Monotonic clocks count from a host's boot, so for two
+hosts this could only happen if they had booted within the same millisecond.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Exchange:
-    """Plan and result of one step, in microseconds: the outer two on the gateway's clock, the inner two on the
-    stage's."""
+    """Times of plan and result of one step, in microseconds: the first and the last on the gateway's clock, the others
+    on the stage's."""
 
     plan_sent_us: float
     plan_arrived_us: float
@@ -36,11 +36,11 @@ class ClockOffset:
     uncertainty_us: float
     """Bound of the error of `offset_us`."""
     shared: bool
-    """The two share a clock: the offset is zero."""
+    """Whether the two share a clock, so that the offset is zero."""
 
 
 def estimate(exchanges: Sequence[Exchange]) -> ClockOffset:
-    """The offset that fits all exchanges, of which there must be one at least."""
+    """Returns the offset that fits all exchanges. At least one is needed."""
     low = max(e.result_sent_us - e.result_received_us for e in exchanges)
     high = min(e.plan_arrived_us - e.plan_sent_us for e in exchanges)
     if low > high:

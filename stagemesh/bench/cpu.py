@@ -76,8 +76,10 @@ class CpuSampler:
         return CpuUse((last_us - first_us) * 1e-6, seconds, compute_us * 1e-6, tokens)
 
     def _roles(self, trace: Trace) -> dict[int, str]:
-        """Process -> role, of the traced mesh; empty when it is none that `serve` started here. Only of processes that
-        `serve` started it is known that they belong together."""
+        """Returns process -> role for the traced mesh, or nothing if `serve` did not start it on this machine.
+
+        Only processes that `serve` started are known to belong together.
+        """
         root, title = self._processes.get(trace.gateway_pid, (0, ""))
         if trace.boot_id != process.boot_id() or title != "gateway" or self._processes.get(root, (0, ""))[1] != "serve":
             return {}
@@ -88,7 +90,7 @@ class CpuSampler:
 
 
 def cpu_s(pid: int) -> float:
-    """User and system seconds of a process so far; 0 when it is gone."""
+    """Returns the user and system seconds of a process so far, or 0 if it is gone."""
     try:
         fields = _stat(pid)
     except OSError:
@@ -97,12 +99,12 @@ def cpu_s(pid: int) -> float:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the state on (its third)."""
+    """Returns the fields of /proc/PID/stat from the state (the third) on."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def _processes() -> dict[int, tuple[int, str]]:
-    """Process -> its parent and what follows `stagemesh ` in its title, of all that have such a title."""
+    """Returns process -> (parent, title without `stagemesh `), for all processes with such a title."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:

@@ -17,15 +17,15 @@ from stagemesh.errors import ConfigError, Unavailable
 from stagemesh.fetch import error_message
 
 READ_TIMEOUT_S = 120.0
-"""A stream on which nothing comes for so long has failed."""
+"""Time without data after which a stream has failed."""
 MAX_CLIENTS = 1024
 FIRST_ID, LAST_ID = 5, 200
-"""Prompts are random ids of this range. Every vocabulary has them, and most have their special tokens below."""
+"""Range of the prompts' random ids. Every vocabulary has them, and most have their special tokens below it."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """`clients` concurrent requests, each of `input_tokens` random ids in and `output_tokens` out. EOS is ignored."""
+    """`clients` concurrent requests, each with `input_tokens` random ids and `output_tokens` out. EOS is ignored."""
 
     clients: int
     input_tokens: int
@@ -79,7 +79,7 @@ class Driver:
     async def _request(self, client: int, body: bytes) -> None:
         tls = ssl.create_default_context() if self._tls else None
         clock = asyncio.get_running_loop().time
-        # Not wait_for: before Python 3.12 it can swallow a cancellation, and the load would never end.
+        # Before Python 3.12, `wait_for` can swallow a cancellation, and the load would never end.
         async with asyncio.timeout(READ_TIMEOUT_S) as patience:
             reader, writer = await asyncio.open_connection(self._host, self._port, ssl=tls)
             try:

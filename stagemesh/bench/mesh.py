@@ -1,4 +1,4 @@
-"""Starts a mesh for the time of a measurement, by `stagemesh serve` as a user would."""
+"""Starts a mesh for a measurement, with `stagemesh serve` as a user would."""
 
 from __future__ import annotations
 

@@ -33,12 +33,12 @@ class StageTimes:
 
     @property
     def handed_over_us(self) -> float:
-        """When the output was sent. The rest of the step is the draft model's."""
+        """Time when the output was sent. The rest of the step belongs to the draft model."""
         return self.ended_us - self.draft_us
 
     @property
     def ready_us(self) -> float:
-        """When plan, input and credit were all there, so that the step waited for the engine alone."""
+        """Time when plan, input and credit were all there, so that the step only waited for the engine."""
         if self.wait_send_us > 0:
             return self.began_us  # The credit came last.
         return min(self.began_us, max(self.plan_arrived_us, self.input_complete_us))
@@ -49,7 +49,7 @@ class Step:
     """One step of the trace, on the gateway's clock, microseconds. The names are those of the gateway's record."""
 
     step: int
-    """Its number."""
+    """Number of the step."""
     planned_us: float
     sent_us: float
     received_us: float
@@ -125,7 +125,7 @@ def _read(raw: Mapping[str, Any]) -> Trace:
 
 
 def _step(record: Mapping[str, Any], columns: Sequence[str]) -> Step:
-    """As it was recorded: each stage's times by its own clock."""
+    """Makes a step as it was recorded: each stage's times are on its own clock."""
     stages = tuple(StageTimes(**dict(zip(columns, values, strict=True))) for values in record["stages"])
     return Step(**{f.name: record[f.name] for f in fields(Step) if f.name != "stages"}, stages=stages)
 

@@ -14,7 +14,7 @@ NON_COMPUTE_GOAL = 0.15
 
 
 def table(trace: Trace, summary: Summary, cpu: CpuUse | str) -> str:
-    """What `stagemesh bench trace` prints. `cpu`: the CPU time, or why it is not known."""
+    """Returns the text that `stagemesh bench trace` prints. `cpu`: the CPU time, or why it is not known."""
     wall_s = summary.wall_us * 1e-6
     lines = [
         f"{summary.steps} steps of {trace.model} in {wall_s:.2f} s: {summary.steps / wall_s:.1f} steps/s, "
@@ -23,7 +23,7 @@ def table(trace: Trace, summary: Summary, cpu: CpuUse | str) -> str:
         _clocks(trace),
     ]
     if trace.left_out:
-        lines.append(f"{trace.left_out} steps of another epoch are left out: the pipeline changed meanwhile")
+        lines.append(f"{trace.left_out} steps of another epoch are left out: the pipeline changed during the trace")
     lines += ["", *_stages(summary), "", *_gateway(summary), "", *_cpu(cpu), "", *_goals(summary, cpu)]
     return "\n".join(lines)
 

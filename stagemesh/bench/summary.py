@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .records import Step, Trace
 
 NONE = math.nan
-"""In place of microseconds that a step does not have."""
+"""Value for a time that a step does not have."""
 STEP = "a step, planned to delivered"
 
 
@@ -22,7 +22,7 @@ class Spread:
 
 
 def spread(values_us: Iterable[float]) -> Spread:
-    """Percentiles of microseconds, by the nearest rank. Values that are NaN do not count."""
+    """Returns percentiles of microseconds, by the nearest rank. NaN values do not count."""
     ordered = sorted(value for value in values_us if not math.isnan(value))
     if not ordered:
         return Spread(math.nan, math.nan)
@@ -32,12 +32,11 @@ def spread(values_us: Iterable[float]) -> Spread:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage over the trace. Shares are of its wall time, from the start of its first step to the end of its
-    last."""
+    """One stage over the trace. Shares are of its wall time, from its first step's start to its last step's end."""
 
     stage: int
     busy_share: float
-    """Share in which it ran a step: computed it or handed its output over."""
+    """Share in which it ran a step: computed it, or sent its output."""
     has_step_share: float
     """Share in which it ran a step or had one ready (plan, input and credit were there)."""
     compute_cpu_share: float
@@ -45,7 +44,7 @@ class StageSummary:
     the cores."""
     compute_total_us: float
     times: dict[str, Spread]
-    """By column of the table; see `stage_times`."""
+    """Times by column of the table; see `stage_times`."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,14 @@ class Summary:
     steps: int
     wall_us: float
     tokens: int
-    """Tokens that were generated."""
+    """Number of generated tokens."""
     rows: float
-    """Mean rows of a step."""
+    """Mean number of rows in a step."""
     prefill_share: float
     """Share of prefill in all computed positions."""
     stages: tuple[StageSummary, ...]
     times: dict[str, Spread]
-    """By line of the table; see `gateway_times`."""
+    """Times by line of the table; see `gateway_times`."""
 
     @property
     def slowest(self) -> StageSummary:
@@ -71,7 +70,7 @@ class Summary:
 
 
 def summarize(trace: Trace) -> Summary:
-    """Figures of a trace, which has one step at least."""
+    """Summarizes a trace, which must have at least one step."""
     steps = trace.steps
     return Summary(
         steps=len(steps),
@@ -99,7 +98,7 @@ def _stage(trace: Trace, index: int) -> StageSummary:
 
 
 def stage_times(step: Step, stage: int) -> dict[str, float]:
-    """One step on one stage, microseconds; docs/tracing.md says what each is."""
+    """Returns the times of one step on one stage, in microseconds; docs/tracing.md describes each."""
     t = step.stages[stage]
     return {
         "compute": t.output_us - t.began_us,
@@ -115,8 +114,11 @@ def stage_times(step: Step, stage: int) -> dict[str, float]:
 
 
 def gateway_times(step: Step, after: Step | None) -> dict[str, float]:
-    """One step as the gateway sees it, microseconds. `after`: the next one with a row of a sequence that this one
-    sampled a token for. The last two times are 0 if its plan was there before, and waited for the token alone."""
+    """Returns the times of one step as the gateway sees it, in microseconds.
+
+    `after`: the next step with a row of a sequence for which this step sampled a token. The last two times are 0 if its
+    plan was there before, and only waited for the token.
+    """
     first, last = step.stages[0], step.stages[-1]
     replan = turnaround = NONE
     if after is not None:
@@ -137,7 +139,7 @@ def _spreads(steps: Sequence[dict[str, float]]) -> dict[str, Spread]:
 
 
 def covered_us(spans: Iterable[tuple[float, float]], at_most_us: float = math.inf) -> float:
-    """Length of the union of (begin, end) spans."""
+    """Returns the length of the union of (begin, end) spans."""
     total, reached = 0.0, -math.inf
     for begin, end in sorted(spans):
         if end > reached:
@@ -151,7 +153,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def _followers(steps: Sequence[Step]) -> Iterator[tuple[Step, Step | None]]:
-    """Each step, last one first, with the first later one that has a row of a sequence that it sampled a token for."""
+    """Yields each step, from the last one, with the next step that has a row of a sequence for which it sampled."""
     later: dict[int, Step] = {}
     for step in reversed(steps):
         yield step, min((later[s] for s in step.sampled if s in later), key=lambda s: s.step, default=None)

@@ -35,7 +35,7 @@ def run(options: TraceOptions, serve_flags: Sequence[str] | None) -> int:
     """Takes a trace, writes the files, prints the table. Raises StagemeshError.
 
     Args:
-        serve_flags: flags of the `serve` that is started for the trace; None: a running mesh is traced.
+        serve_flags: flags of the `serve` that is started for the trace, or None to trace a running mesh.
     """
     url = options.url or DEFAULT_URL
     if urlsplit(url).scheme not in ("http", "https"):
@@ -73,8 +73,10 @@ async def _run(options: TraceOptions, mesh: contextlib.AbstractAsyncContextManag
 
 
 async def _take(options: TraceOptions, url: str, load: Load | None) -> tuple[Trace, CpuUse | str]:
-    """The trace, and the CPU time or why it is not known. With a load it begins when all clients have had a first
-    token, and a request that fails ends it."""
+    """Returns the trace, and the CPU time or why it is not known.
+
+    With a load, the trace begins when all clients have had a first token, and a failed request ends it.
+    """
     sampler = CpuSampler()
     query = f"{url}/trace?steps={options.steps}&timeout={options.timeout:g}"
     within_s = options.timeout + HTTP_TIMEOUT_S

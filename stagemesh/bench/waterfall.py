@@ -14,7 +14,7 @@ from .records import Step, Trace
 from .summary import STEP, Summary
 
 MAX_STEPS = 48
-"""The most steps that can be read. The middle of the trace is shown."""
+"""Largest number of steps in a readable picture. The middle of the trace is shown."""
 WIDTH, LEFT, RIGHT, TOP = 1400, 190, 20, 74
 ROW, GAP = 16, 12
 MIN_BOX = 0.6
@@ -29,16 +29,16 @@ STYLE = {
     "plan sent": ("#8a63b0", "plan on its way"),
     "result sent": ("#b8860b", "result on its way"),
 }
-"""Category of the events that are drawn -> colour and words."""
+"""Category of drawn events -> (colour, words)."""
 PREFILL = "#c2571a"
 LEGEND = (*STYLE.values(), (PREFILL, "computes prefill rows"))
 
 Box: TypeAlias = tuple[float, float, chrome.Event]
-"""Begin and end in microseconds since the first plan, and what is shown."""
+"""Begin and end in microseconds since the first plan, and the event."""
 
 
 def draw(trace: Trace, summary: Summary) -> str:
-    """The picture as SVG text."""
+    """Returns the picture as SVG text."""
     first = max(0, (len(trace.steps) - MAX_STEPS) // 2)
     steps = trace.steps[first : first + MAX_STEPS]
     events = chrome.events(replace(trace, steps=steps))
@@ -87,7 +87,7 @@ def _title(trace: Trace, summary: Summary, steps: Sequence[Step]) -> str:
 
 
 def _lanes(events: Sequence[chrome.Event]) -> dict[tuple[int, int], list[list[Box]]]:
-    """The boxes of each process and thread. Those that overlap go into rows below each other."""
+    """Returns the boxes of each process and thread. Boxes that overlap go into different rows."""
     lanes: dict[tuple[int, int], list[list[Box]]] = {}
     boxes = [
         (event["ts"], event["ts"] + event["dur"] if event["ph"] == "X" else after["ts"], event)
@@ -104,7 +104,7 @@ def _lanes(events: Sequence[chrome.Event]) -> dict[tuple[int, int], list[list[Bo
 
 
 def _axis(span_us: float, scale: float, height: int) -> list[str]:
-    """About ten ticks at round milliseconds."""
+    """Draws about ten ticks at round milliseconds."""
     raw = span_us / 1000 / 10
     power = 10.0 ** math.floor(math.log10(raw))
     tick_ms = next(power * m for m in (1, 2, 5, 10) if power * m >= raw)

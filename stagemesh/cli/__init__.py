@@ -1,1 +1,1 @@
-"""The `stagemesh` command: what is typed, read into settings, and handed to the service or command that it names."""
+"""The `stagemesh` command: parses the command line into settings, and runs the service or command."""

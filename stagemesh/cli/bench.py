@@ -16,7 +16,7 @@ from .flags import add_flags, given
 
 API_KEY = "STAGEMESH_API_KEY"
 OURS = ("model", "port", "grpc_port", "host", "insecure", *TraceOptions.model_fields)
-"""Settings of `serve` that `bench` sets itself, or uses under another meaning."""
+"""Settings of `serve` that `bench` sets itself, or uses with another meaning."""
 
 
 def add_parser(commands: Any) -> None:
@@ -55,7 +55,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _as_flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as flags of `serve`."""
+    """Converts settings to flags of `serve`."""
     out = []
     for name, value in settings.items():
         flag = name.replace("_", "-")

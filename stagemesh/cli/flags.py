@@ -21,19 +21,19 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Base], *, leave_out: tu
             default=argparse.SUPPRESS,
             required=field.is_required(),
             help=_help(field),
-            # Pydantic checks types and bounds, so that a value gets the same check and message wherever it comes from.
+            # Pydantic checks types and bounds, so that a value from any source gets the same check and message.
             **{"action": argparse.BooleanOptionalAction} if field.annotation is bool else {"metavar": "X"},
         )
 
 
 def spellings(name: str, field: FieldInfo) -> list[str]:
-    """All spellings of a field's flag: the short ones, then `--field-name`."""
+    """Returns all spellings of a field's flag: the short ones, then `--field-name`."""
     extra: Any = field.json_schema_extra or {}
     return [*extra.get("flags", []), "--" + name.replace("_", "-")]
 
 
 def given(namespace: argparse.Namespace, cls: type[Base]) -> dict[str, Any]:
-    """The settings that the command line gave."""
+    """Returns the settings that the command line gave."""
     return {name: value for name, value in vars(namespace).items() if name in cls.model_fields}
 
 

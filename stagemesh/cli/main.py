@@ -27,11 +27,11 @@ SERVICES: dict[str, tuple[type[Base], str, str]] = {
     "stage": (StageSettings, "stagemesh.stage_worker.main", "run one stage worker"),
     "gateway": (GatewaySettings, "stagemesh.gateway.main", "run the gateway"),
 }
-"""Command -> its settings, the module whose `run` it is, and what it does. The module is imported when it runs."""
+"""Command -> (settings, module with its `run`, help text). The module is imported when the command runs."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Makes the parser of the whole command line."""
     top = argparse.ArgumentParser(prog="stagemesh", description=stagemesh.__doc__)
     top.add_argument("--version", action="version", version=f"stagemesh {stagemesh.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -54,13 +54,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 2 for wrong usage or settings, 1 for a failure while running."""
+    """Runs a command. Returns its exit status: 2 for wrong usage or settings, 1 for a failure at run time."""
     namespace = parser().parse_args(argv)
     return reported(namespace.command, lambda: namespace.run(namespace))
 
 
 def reported(command: str, run: Callable[[], int]) -> int:
-    """Runs it; its exit status. What goes wrong is said in one line on stderr."""
+    """Runs a function and returns its exit status. Prints an error in one line on stderr."""
     try:
         return run()
     except StagemeshError as e:

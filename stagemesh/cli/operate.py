@@ -18,7 +18,7 @@ from .status import fetch_mesh
 CALL_TIMEOUT_S = 10.0
 LOOK_S, RETRY_S = 0.05, 0.2
 AWAY_S = 5.0
-"""How long a coordinator that does not answer is asked again."""
+"""Time for which calls to a coordinator that does not answer are repeated."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -27,27 +27,27 @@ def add_parsers(commands: Any) -> None:
         "drain",
         help="take a worker out of service; its layers move to another one that can hold them",
         description="Takes a worker out of service. Its layers move to a standby or another worker of its pool, with "
-        "what they hold of running requests, while these go on. Refused where nobody can take them.",
+        "their data of running requests, while these go on. Refused if no worker can take them.",
     )
     drain.add_argument(
-        "--force", action="store_true", help="also where nobody can: what runs is finished, and nothing new is taken"
+        "--force", action="store_true", help="also if no worker can: running requests finish, and no new ones start"
     )
-    undrain = commands.add_parser("undrain", help="take a drain back: the worker may hold stages again")
+    undrain = commands.add_parser("undrain", help="cancel a drain: the worker may hold stages again")
     for command in (drain, undrain):
         command.add_argument("worker", metavar="WORKER", help="its name, as `stagemesh status` shows it")
     repartition = commands.add_parser(
         "repartition",
         help="give the stages other layers while requests go on",
-        description="Gives the stages other layers. Those that change hands move, with what they hold of running "
+        description="Gives the stages other layers. Layers that change workers move with their data of running "
         "requests, while these go on.",
     )
     repartition.add_argument("counts", metavar="COUNTS", help="layers of each stage, such as 5,7; or auto")
     scale = commands.add_parser(
         "scale",
         help="have more or fewer workers serve a stage at once",
-        description="Has so many workers serve a stage at once. With each further one, one more pipeline runs over the "
-        "stages that have fewer, and requests are spread over all pipelines. With one fewer, a pipeline finishes what "
-        "it runs, or what is left of it after a while goes on at another one.",
+        description="Sets the number of workers that serve a stage at once. With each further one, one more pipeline "
+        "runs over the stages that have fewer, and requests are distributed over all pipelines. With one fewer, a "
+        "pipeline finishes its requests. Those left after a while continue in another pipeline.",
     )
     scale.add_argument("stage", metavar="STAGE", type=int, help="the stage, from 0")
     scale.add_argument(
@@ -83,7 +83,7 @@ def _call(method: Any, request: Any, timeout_s: float = AWAY_S) -> Any:
 
 
 def _wait(stub: Any, timeout_s: float, left: Callable[[Any], str]) -> float:
-    """Waits until `left` says that nothing is left to do; returns the seconds that took. Raises DeadlineExceeded."""
+    """Waits until `left` returns an empty text. Returns the seconds that this took. Raises DeadlineExceeded."""
     began = time.monotonic()
     while what := left(_call(stub.DescribeMesh, coordinator_pb2.DescribeMeshRequest(), timeout_s).mesh):
         if time.monotonic() - began > timeout_s:
@@ -98,7 +98,7 @@ def _drain(namespace: argparse.Namespace, stub: Any) -> None:
 
     def left(mesh: Any) -> str:
         if any(w.worker_id == worker and w.state not in ("draining", "lost") for w in mesh.workers):
-            # A coordinator that was started again has forgotten.
+            # A restarted coordinator has forgotten the drain.
             _call(stub.Drain, request)
             return f"{worker} is asked to drain"
         stages = [(p, s) for p in mesh.pipelines for s in p.stages if s.worker_id == worker]
@@ -153,7 +153,7 @@ def _scale(namespace: argparse.Namespace, stub: Any) -> None:
         settled = [p for p in serving if p.limits.pipelines == wanted]
         if len(settled) == len(mesh.pipelines) == wanted:
             return ""
-        others = [f"{p.pipeline_id}: {p.reason or 'pages are split anew'}" for p in mesh.pipelines if p not in settled]
+        others = [f"{p.pipeline_id}: {p.reason or 'pages are being split'}" for p in mesh.pipelines if p not in settled]
         return f"{len(settled)} of {wanted} pipelines serve: {'; '.join(others)}"
 
     took_s = _wait(stub, namespace.timeout, left)

@@ -1,4 +1,4 @@
-"""What a child of `serve` runs: one service, with the settings that its parent gives it."""
+"""Entry point of a child of `serve`: runs one service with the settings from its parent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .main import SERVICES, reported
 
 
 def run(argument: bytes, fds: list[int]) -> int:
-    """Runs the service that a `ServiceStart` names, and tells its ports to the one descriptor; the exit status."""
+    """Runs the service of a `ServiceStart`, which writes its ports to the one descriptor. Returns the exit status."""
     start = parse(processes_pb2.ServiceStart, argument)
     if start.command not in SERVICES or len(fds) != 1:
         raise InternalError(f"{start.command!r} with {len(fds)} descriptors is no service")

@@ -11,12 +11,12 @@ TIMEOUT_S = 5.0
 
 
 def fetch_mesh(url: str) -> Any:
-    """The mesh as the gateway at `url` sees it. Raises Unavailable when nobody answers."""
+    """Returns the mesh as the gateway at `url` sees it. Raises Unavailable if there is no answer."""
     return fetch_json(f"{url}/mesh", TIMEOUT_S)
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Prints pipelines, stages and workers; 0 when the mesh serves, 1 when not."""
+    """Prints pipelines, stages and workers. Returns 0 if the mesh serves, else 1."""
     mesh = fetch_mesh(namespace.url)
     gateway = mesh["gateway"]
     print(f"{'ready' if mesh['ready'] else 'NOT READY: ' + mesh['reason']}")

@@ -1,4 +1,4 @@
-"""`stagemesh serve`: which processes make a mesh on one machine, their start, their restarts and their end.
+"""`stagemesh serve`: the processes of a mesh on one machine, their start, their restarts and their end.
 
-Nothing in here is known to the services: they would not notice whether `serve` started them.
+The services do not know this folder: they run in the same way without `serve`.
 """

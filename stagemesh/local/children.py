@@ -27,7 +27,7 @@ RESTART_GROWTH = 2.5
 
 @dataclass
 class Child:
-    """One service process and how to start it again."""
+    """One service process, with the data to start it again."""
 
     role: str
     """Command of the `stagemesh` CLI: coordinator, stage or gateway."""
@@ -40,11 +40,11 @@ class Child:
     process: ChildProcess | None = None
     ports: dict[str, int] = field(default_factory=dict)
     restarts: int = 0
-    """How often in a row it died soon after its start."""
+    """Number of times in a row that it died soon after its start."""
     started_at: float = 0.0
 
     async def start(self) -> None:
-        """Starts the process and waits for the ports it got. Raises ConfigError when it ends before it listens."""
+        """Starts the process and waits for its ports. Raises ConfigError if it ends before it listens."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             ours.setblocking(False)
@@ -61,7 +61,7 @@ class Child:
             code = await self.wait(self.timing.end_s)
             raise ConfigError(f"the {self.label} did not start (exit status {code}); its message is above")
         self.ports = dict(unpack(Kind.LISTENING, processes_pb2.Listening, said).ports)
-        # Others have been told of them: they are asked for at every later start.
+        # Other services know these ports, so every later start uses the same ones.
         known = {key: port for key, port in self.ports.items() if key in type(self.settings).model_fields}
         self.settings = self.settings.model_copy(update=known)
 
@@ -77,11 +77,11 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs; reaps it when it has ended."""
+        """Whether the process runs. Reaps it if it has ended."""
         return self.process is not None and self.process.poll() is None
 
     async def restart(self) -> None:
-        """Starts it, or starts it again after it died. The pause grows while it does not stay up."""
+        """Starts it, or starts it again after it died. The pause grows if it dies soon after each start."""
         if self.process is not None:
             how, timing = how_it_ended(self.process.returncode), self.timing
             self.restarts = 0 if time.monotonic() - self.started_at > timing.stable_s else self.restarts + 1
@@ -91,16 +91,16 @@ class Child:
             await asyncio.sleep(delay_s)
         try:
             await self.start()
-        except ConfigError as e:  # The watch loop sees it dead.
+        except ConfigError as e:  # The watch loop notices that it is dead.
             log.warning("%s", e.message)
 
     def signal(self, sig: signal.Signals) -> None:
-        """Sends a signal, if it still runs."""
+        """Sends a signal if it still runs."""
         if self.process is not None:
             self.process.send_signal(sig)
 
     async def wait(self, timeout_s: float) -> int | None:
-        """Waits for its end; the exit status, or None when it still runs."""
+        """Waits for its end. Returns the exit status, or None if it still runs."""
         deadline = time.monotonic() + timeout_s
         while self.alive and time.monotonic() < deadline:
             await asyncio.sleep(self.timing.end_look_s)

@@ -1,6 +1,6 @@
-"""Which processes make the mesh that `serve` was asked for. Pure: settings in, settings out.
+"""Plans the processes of a mesh that `serve` starts. Pure: settings in, settings out.
 
-Options that `serve` shares with a service are handed on block by block (`shared`). The rest is decided here.
+Options that `serve` shares with a service are passed on block by block (`shared`). The rest is decided here.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from stagemesh.settings.stage import StageSettings
 
 LOOPBACK = "127.0.0.1"
 INNER: dict[str, Any] = {"host": LOOPBACK, "insecure": False, "port": 0}
-"""Settings of all services but the gateway: they stay on this machine, on ports that the system chooses."""
+"""Settings of all services except the gateway: they stay on this machine, on ports that the system chooses."""
 
 
 def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSettings:
-    """The coordinator."""
+    """Returns the settings of the coordinator."""
     own = {"state_dir": state_dir, "speculative_config": _if_method(serve, "draft_model")}
     return CoordinatorSettings(**{**shared(serve, CoordinatorSettings), **INNER, **own})
 
 
 def worker_settings(serve: ServeSettings, coordinator: str, cores: Sequence[int] | None = None) -> list[StageSettings]:
-    """One worker for each stage. `cores` are shared among all ranks; default: those that this process may use.
+    """Returns the settings of one worker for each stage.
 
-    Ranks are pinned if there is a core for each. The kernel would otherwise wake the receiver of an activation on the
-    sender's core, so that two stages share one core while another is idle. While nothing else computes, as with one
-    stream, a step uses the other ranks' cores, too.
+    `cores` are divided among all ranks; default: those that this process may use. Ranks are pinned if there is a core
+    for each. Otherwise the kernel would wake the receiver of an activation on the sender's core, so that two stages
+    share one core while another is idle. If nothing else computes, as with one stream, a step uses the other ranks'
+    cores, too.
     """
     ranks = sum(serve.tp_sizes)
     cores = _own_cores() if cores is None else cores
@@ -62,8 +63,11 @@ def worker_settings(serve: ServeSettings, coordinator: str, cores: Sequence[int]
 
 
 def standby_settings(serve: ServeSettings, coordinator: str) -> list[StageSettings]:
-    """Workers that may replace any stage. They are not pinned, because it is not known which core will be free. One
-    with a single rank may use idle cores of others, which helps most when it is refilled in a recovery."""
+    """Returns the settings of workers that may replace any stage.
+
+    They are not pinned, because it is not known which core will be free. A worker with a single rank may use idle cores
+    of others, which helps most when its pages are computed again in a recovery.
+    """
     size, cores = max(serve.tp_sizes), _own_cores()
     threads = max(1, len(cores) // sum(serve.tp_sizes))
     lent = cores[1:] if serve.device != "cuda" and size == 1 else []
@@ -88,7 +92,7 @@ def _own_cores() -> list[int]:
 
 
 def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
-    """The gateway. It alone may listen beyond loopback."""
+    """Returns the settings of the gateway. Only the gateway may listen beyond loopback."""
     own = {
         "coordinator": coordinator,
         "port": serve.port,
@@ -100,6 +104,6 @@ def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
 
 
 def _if_method(serve: ServeSettings, method: str) -> SpeculativeConfig | None:
-    """The settings of speculative decoding, for the service that this method concerns."""
+    """Returns the settings of speculative decoding if they use this method, else None."""
     config = serve.speculative_config
     return config if config is not None and config.method == method else None

@@ -1,4 +1,4 @@
-"""What `serve` prints: progress while weights load, then the banner."""
+"""The output of `serve`: progress while weights load, then the banner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIB = 2**20
 
 
 class Progress:
-    """Loading progress of every worker: bars on a terminal, elsewhere a line at each quarter."""
+    """Loading progress of every worker: bars on a terminal, otherwise a line at each quarter."""
 
     def __init__(self) -> None:
         self._shown: dict[str, int] = {}
@@ -51,7 +51,7 @@ class Progress:
 
 
 def banner(mesh: dict[str, Any], url: str, grpc_address: str, started_at: float, api_key: bool) -> str:
-    """URLs, model, a table of stages, and a curl line that works."""
+    """Returns the text with URLs, model, a table of stages, and a curl command that works."""
     pipeline = next(p for p in mesh["pipelines"] if p["state"].endswith("SERVING"))
     model, limits = pipeline["model"], pipeline["limits"]
     header = ("stage", "layers", "ranks", "device", "link to next", "KV tokens", "weights")

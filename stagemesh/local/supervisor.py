@@ -1,7 +1,7 @@
-"""`stagemesh serve`: a whole mesh on this machine, as processes that talk as they would on separate machines.
+"""`stagemesh serve`: a whole mesh on this machine. Its processes communicate as on separate machines.
 
-The supervisor starts a coordinator, one worker a stage and a gateway, shows their progress, restarts what dies, and
-ends them all when it is told to.
+The supervisor starts a coordinator, one worker for each stage and a gateway. It shows their progress, restarts
+processes that die, and ends them all on a signal.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ WORKER_IMPORTS = "stagemesh.stage_worker.main:preload"
 
 
 def run(settings: ServeSettings) -> int:
-    """Serves until SIGTERM or Ctrl-C; returns the exit status. Raises ConfigError when the mesh cannot be built."""
+    """Serves until SIGTERM or Ctrl-C. Returns the exit status. Raises ConfigError if the mesh cannot be built."""
     process.set_title("serve")
     adopt_orphans()
-    # Inherited by all: they are in this session, but not in the terminal's foreground, where `stty tostop` stops who
-    # writes.
+    # All children inherit this. They are in this session, but not in the terminal's foreground, so `stty tostop` would
+    # stop them when they write.
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     process.set_up_logging("serve")
     return asyncio.run(_Supervisor(settings).run())
@@ -51,7 +51,7 @@ class _Supervisor:
         self._gateway: Child
         self.started_at = time.monotonic()
         self.timing = ServeTiming().scaled(settings.time_scale)
-        # On a terminal, bars and the banner tell the story; elsewhere the services' own log lines do.
+        # On a terminal, bars and the banner are enough. Otherwise the services' own log lines are shown.
         quiet = sys.stderr.isatty() and "STAGEMESH_LOG_LEVEL" not in os.environ
         imports = None
         if sys.platform == "linux" and device_kind(settings.device) == "cpu":
@@ -67,16 +67,16 @@ class _Supervisor:
         )
 
     async def run(self) -> int:
-        """Serves until a signal cancels this task; the exit status."""
+        """Serves until a signal cancels this task. Returns the exit status."""
         serving = asyncio.current_task()
         assert serving is not None
         self._on_signals(serving.cancel)
         with tempfile.TemporaryDirectory(prefix="stagemesh-serve-") as state_dir, ungrouped():
             try:
-                with contextlib.suppress(asyncio.CancelledError):  # Told to stop.
+                with contextlib.suppress(asyncio.CancelledError):  # A signal ends the service.
                     await self._serve(state_dir)
             finally:
-                self._on_signals(lambda: None)  # It ends already.
+                self._on_signals(lambda: None)  # The end has already begun.
                 await self._end()
         return 0
 
@@ -87,13 +87,13 @@ class _Supervisor:
 
     async def _serve(self, state_dir: str) -> None:
         coordinator = self._child("coordinator", "coordinator", coordinator_settings(self.settings, state_dir))
-        # Beside the coordinator: it imports longer than any other process.
+        # The forkserver starts beside the coordinator, because its imports take longest.
         self.launcher.begin()
         await coordinator.start()
         address = f"{LOOPBACK}:{coordinator.ports['port']}"
         self._gateway = self._child("gateway", "gateway", gateway_settings(self.settings, address))
         workers = [self._worker(settings) for settings in worker_settings(self.settings, address)]
-        # Whatever imports something does so beside the others.
+        # All processes import their modules at the same time.
         async with asyncio.TaskGroup() as group:
             for child in (self._gateway, *workers):
                 group.create_task(child.start())
@@ -102,7 +102,7 @@ class _Supervisor:
                 group.create_task(self._keep(child))
             group.create_task(self._reap())
             await self._until_ready()
-            # Now that everything serves: before, they would take the place of a stage that registers a moment later.
+            # Standbys start last. Earlier, one could take a stage whose worker registers a moment later.
             for settings in standby_settings(self.settings, address):
                 group.create_task(self._keep(self._worker(settings)))
 
@@ -115,13 +115,13 @@ class _Supervisor:
         return child
 
     async def _reap(self) -> None:
-        """The ranks of an agent that was killed come to this process when they die."""
+        """Reaps orphans: when an agent was killed, its ranks become children of this process."""
         while True:
             self.launcher.reap()
             await asyncio.sleep(self.timing.watch_s)
 
     async def _keep(self, child: Child) -> None:
-        """Starts a child that does not run yet, and whenever it dies."""
+        """Starts a child that does not run yet, and starts it again whenever it dies."""
         while True:
             if not child.alive:
                 await child.restart()
@@ -140,7 +140,7 @@ class _Supervisor:
                 if mesh["ready"]:
                     break
                 for pipeline in mesh.get("pipelines", []):
-                    if pipeline.get("final"):  # No waiting can form it.
+                    if pipeline.get("final"):  # Waiting cannot form it.
                         raise ConfigError(pipeline["reason"])
                 if time.monotonic() > deadline:
                     within_s = self.settings.start_timeout
@@ -150,7 +150,7 @@ class _Supervisor:
         print(banner(mesh, url, grpc_address, self.started_at, self.settings.api_key is not None), flush=True)
 
     async def _end(self) -> None:
-        """Gateway first, so that requests can finish; then workers and coordinator; then whatever is left, hard."""
+        """Ends the gateway first, so that requests can finish, then workers and coordinator. Kills all that remain."""
         gateway = [child for child in self.children if child.role == "gateway"]
         rest = [child for child in self.children if child.role != "gateway"]
         for children, timeout_s in ((gateway, self.settings.drain_timeout + 1.0), (rest, self.timing.end_s)):

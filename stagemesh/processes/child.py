@@ -8,7 +8,7 @@ import select
 import signal
 
 UNKNOWN = 255
-"""Exit status of one that somebody else has reaped; asyncio's number for it."""
+"""Exit status of a child that other code has reaped. asyncio uses the same number."""
 
 
 class ChildProcess:
@@ -21,7 +21,7 @@ class ChildProcess:
         self._pidfd = os.pidfd_open(pid)
 
     def poll(self) -> int | None:
-        """`returncode`, None while it runs."""
+        """Returns `returncode`, or None while it runs."""
         if self.returncode is None:
             try:
                 ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
@@ -44,13 +44,13 @@ class ChildProcess:
         return self.poll()
 
     def send_signal(self, sig: signal.Signals) -> None:
-        """Sends a signal, if it still runs."""
+        """Sends a signal if it still runs."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, sig)
 
     def kill(self) -> None:
-        """Sends SIGKILL. The child still has to be waited for."""
+        """Sends SIGKILL. The caller must still wait for the child."""
         self.send_signal(signal.SIGKILL)
 
     def kill_group(self) -> None:
@@ -61,7 +61,7 @@ class ChildProcess:
 
 
 def how_it_ended(status: int | None) -> str:
-    """An exit status in words."""
+    """Describes an exit status in words."""
     if status is not None and status < 0:
         return f"was killed by {signal.Signals(-status).name}"
     return f"ended with status {status}"

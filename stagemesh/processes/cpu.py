@@ -1,7 +1,7 @@
-"""Measures what a process did with its time: it ran, it waited for a core, or neither.
+"""Measures how a process spent its time: it ran, it waited for a core, or neither.
 
-A process may be late only because others had the cores. The kernel knows: for every thread it counts the nanoseconds
-that it ran, and those that it was runnable without a core (/proc/PID/task/TID/schedstat).
+A process may be late only because others had the cores. The kernel counts, for every thread, the nanoseconds that it
+ran, and those that it was runnable without a core (/proc/PID/task/TID/schedstat).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CpuUse:
-    """What a process did in an interval."""
+    """The use of an interval by a process."""
 
     ran_s: float = 0.0
     """CPU seconds of all threads."""
     starved_s: float = 0.0
-    """Seconds that a thread was runnable without a core; of the thread that waited longest."""
+    """Seconds for which a thread was runnable without a core, for the thread that waited longest."""
     on_disk: bool = False
-    """A thread waits for a disk now, as for memory that was swapped out."""
+    """Whether a thread waits for a disk now, for example for memory that was swapped out."""
     stopped: bool = False
-    """All threads are stopped by a signal now."""
+    """Whether all threads are stopped by a signal now."""
     ended: bool = False
-    """It has no threads any more, or is a zombie."""
+    """Whether the process has no threads any more, or is a zombie."""
 
 
 class CpuMeter:
@@ -38,10 +38,10 @@ class CpuMeter:
     def __init__(self, pid: int) -> None:
         self._tasks = Path(f"/proc/{pid}/task")
         self._before: dict[str, tuple[int, int]] = {}
-        """Thread -> nanoseconds that it ran, and that it waited for a core, at the last reading."""
+        """Thread -> nanoseconds that it had run, and had waited for a core, at the last reading."""
 
     def read(self, passed_s: float) -> CpuUse:
-        """What the process did since the last reading, `passed_s` seconds ago. The first one only sets the baseline."""
+        """Measures the time since the last reading, `passed_s` seconds ago. The first one only sets the baseline."""
         states: set[str] = set()
         ran_s = starved_s = 0.0
         before, self._before = self._before, {}
@@ -54,7 +54,7 @@ class CpuMeter:
             try:
                 ran, waited = (int(field) for field in (task / "schedstat").read_text().split()[:2])
             except (OSError, ValueError):
-                # The system does not count waits: half of the time of a runnable thread is taken for one.
+                # The system does not count waits. Half of the time of a runnable thread counts as a wait.
                 starved_s = max(starved_s, passed_s / 2 if state == "R" else 0.0)
                 continue
             self._before[task.name] = ran, waited
@@ -74,11 +74,11 @@ class CpuMeter:
 
 
 class Patience:
-    """A deadline for a process. Time in which the process had no core does not count, nor time in which nobody looked.
+    """A deadline for a process. Time in which the process had no core, or was not watched, does not count.
 
     Args:
-        total_s: seconds in all.
-        idle_s: seconds in which it does nothing: neither runs nor waits for a core or a disk.
+        total_s: total seconds.
+        idle_s: seconds in which it does nothing: it neither runs nor waits for a core or a disk.
         look_s: interval at which `over` is called.
     """
 
@@ -92,7 +92,7 @@ class Patience:
         self._looked_at = clock()
 
     def over(self) -> bool:
-        """Looks at the process. True when the deadline has passed."""
+        """Looks at the process. Returns whether the deadline has passed."""
         now = self._clock()
         passed_s, self._looked_at = now - self._looked_at, now
         use = self._meter.read(passed_s)

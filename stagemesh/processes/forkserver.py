@@ -1,7 +1,7 @@
 """`python -m stagemesh.processes.forkserver FD PARENT_PID TITLE`: the program of every child process.
 
-It receives calls on its socket. It runs a RUN call and ends with its status, or it runs an IMPORT call once and then
-forks a process for each FORK call. (Python's multiprocessing calls that a forkserver.) A forked process becomes a child
+It receives calls on its socket. It runs a RUN call and ends with its status. Or it runs an IMPORT call once, and then
+forks a process for each FORK call. (Python's multiprocessing calls this a forkserver.) A forked process becomes a child
 of this process's parent, and no longer depends on this process.
 
 A forkserver starts no thread: a fork copies only the thread that forks.
@@ -67,7 +67,7 @@ def _run(call: Call, fds: list[int]) -> int:
 
 
 def _fork(parent: socket.socket, parent_pid: int, call: Call, fds: list[int]) -> None:
-    """Forks twice: the process in between ends at once, so that the launcher's process adopts the second one."""
+    """Forks twice. The first process ends at once, so that the launcher's process adopts the second one."""
     between = os.fork()
     if between == 0:
         own = os.getpid()

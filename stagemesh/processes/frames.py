@@ -1,7 +1,7 @@
 """Frames between processes of one machine, over sockets and pipes: a header, then a payload.
 
-Every frame begins with magic and version, so that foreign bytes, or those of another release, are refused on arrival.
-Kinds and payloads are defined by those who use the frames.
+Every frame begins with magic and version, so that foreign bytes, or bytes of another release, are refused on arrival.
+The users of this module define kinds and payloads.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from google.protobuf.message import DecodeError, Message
 from stagemesh.errors import InternalError
 
 MAGIC, VERSION = 0x4D53, 1
-"""`SM`, and the version of this layout."""
+"""Magic bytes `SM`, and the version of this layout."""
 HEADER = struct.Struct("<HBBII")
-"""Magic, version, kind, id, bytes of the payload."""
+"""Layout of the header: magic, version, kind, id, bytes of the payload."""
 MAX_PAYLOAD_BYTES = 17 << 20
-"""More than any gRPC message (rpc.py). A bound, so that nobody waits for the payload of a wrong length."""
+"""Largest payload, larger than any gRPC message (rpc.py). With it, no reader waits for a payload of a wrong length."""
 
 K = TypeVar("K", bound=IntEnum)
 M = TypeVar("M", bound=Message)
@@ -41,15 +41,15 @@ def parse(message: type[M], payload: bytes) -> M:
 
 
 class Decoder(Generic[K]):
-    """Turns a stream of bytes into frames. Not to be used after an error."""
+    """Turns a stream of bytes into frames. It must not be used after an error."""
 
     def __init__(self, kinds: type[K]) -> None:
         self._kinds = {int(kind): kind for kind in kinds}
         self._rest = bytearray()
-        """What came of a frame that is not whole yet."""
+        """The first bytes of a frame that is not complete yet."""
 
     def feed(self, data: bytes) -> list[tuple[K, int, bytes]]:
-        """(kind, id, payload) of each frame that is now whole. Raises InternalError for invalid bytes."""
+        """Returns (kind, id, payload) of each frame that is now complete. Raises InternalError for invalid bytes."""
         held: bytes | bytearray = data
         if self._rest:
             held = self._rest
@@ -71,12 +71,12 @@ class Decoder(Generic[K]):
         return frames
 
     def close(self) -> None:
-        """Marks the end of the stream. Raises InternalError when that is within a frame."""
+        """Marks the end of the stream. Raises InternalError if it is within a frame."""
         if self._rest:
             raise InternalError(f"the other end closed within a frame, of which {len(self._rest)} bytes had come")
 
     def one(self, data: bytes) -> tuple[K, int, bytes]:
-        """The frame in `data`. Raises InternalError unless it is exactly one."""
+        """Returns the frame in `data`. Raises InternalError unless there is exactly one."""
         frames = self.feed(data)
         self.close()
         if len(frames) != 1:

@@ -1,9 +1,9 @@
-"""Starts child processes: as new interpreters, or as forks of a process that has imported what they need.
+"""Starts child processes: as new interpreters, or as forks of a process that has imported their modules.
 
 To import torch and UCX takes seconds of a core for each child, and a restarted child takes them from processes that
-serve. With `imports`, a launcher keeps a forkserver (forkserver.py) that has imported them once, and starts a child in
-milliseconds. Either way the child belongs to this process, which reaps it, and the kernel ends it when this process
-ends. docs/adr/0015 gives the reason of each rule.
+serve. With `imports`, a launcher keeps a forkserver (forkserver.py) that has imported the modules once, and starts a
+child in milliseconds. In both cases the child belongs to this process, which reaps it. The kernel ends the child when
+this process ends. docs/adr/0015 gives the reason for each rule.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class LaunchTiming(Timing):
     """Times of starting children. Time in which a child had no core does not count."""
 
     import_s: float = 120.0
-    """Until a child has imported what it needs, and answers."""
+    """Time within which a child must have imported its modules, and answer."""
     idle_s: float = 5.0
-    """Until a forkserver is given up that does nothing: it neither runs nor waits for a core or a disk."""
+    """Time after which a forkserver that does nothing is given up: it neither runs nor waits for a core or a disk."""
     end_s: float = 1.0
-    """Until a forkserver has ended that was killed, or that closed its socket."""
+    """Longest wait for the end of a forkserver that was killed, or that closed its socket."""
     look_s: float = 0.1
-    """Interval of looks at a child while waiting for it."""
+    """Interval of checks of a child while waiting for it."""
 
     def relations(self) -> Iterator[tuple[bool, str]]:
-        """See `Timing`."""
+        """Yields the relations between these times; see `Timing`."""
         yield self.look_s < self.idle_s < self.import_s, "look_s < idle_s < import_s"
 
 
@@ -62,7 +62,7 @@ class _ForkServer:
     socket: socket.socket
 
     def end(self, timeout_s: float) -> None:
-        """Kills it, and children that it forked for calls that were given up."""
+        """Kills the forkserver, and children that it forked for abandoned calls."""
         self.child.kill()
         self.child.wait(timeout_s)
         with self.socket, contextlib.suppress(OSError, InternalError):
@@ -88,7 +88,7 @@ class Launcher:
 
         Args:
             label: role of this process, for titles and messages.
-            imports: a call that imports what children need; a forkserver runs it once. None: children are spawned.
+            imports: a call that imports the children's modules. A forkserver runs it once. None: children are spawned.
             own_groups: each child leads a process group, so that Ctrl-C only reaches this process.
             env: environment variables of children, added to those of this process.
         """
@@ -100,7 +100,7 @@ class Launcher:
         self._nice = os.getpriority(os.PRIO_PROCESS, 0)
         self._server: _ForkServer | None = None
         self._has_forked = False
-        """A forkserver can do what it is for: one that is killed is started anew, even before it has forked."""
+        """Whether a forkserver has ever forked a child. If so, a killed one is started again at once."""
         self._one_at_a_time = asyncio.Lock()
         self._children: list[ChildProcess] = []
 
@@ -112,7 +112,7 @@ class Launcher:
     async def start(self, function: str, argument: bytes, fds: Sequence[int]) -> ChildProcess:
         """Starts a child that runs `function(argument, fds)`, where `function` is "package.module:name".
 
-        It is forked with `imports`, else spawned. It ends with the status that the function returns.
+        With `imports` it is forked, otherwise spawned. It ends with the status that the function returns.
 
         Raises:
             Unavailable: the forkserver was killed, or hangs. The next call starts another one.
@@ -136,7 +136,7 @@ class Launcher:
             except OSError:
                 said = b""
             except BaseException:
-                self._end_server()  # Its late answer would be taken for that to the next call.
+                self._end_server()  # Its late answer would be taken for the answer to the next call.
                 raise
             if not said:
                 self._raise_why_it_ended(server)
@@ -144,7 +144,7 @@ class Launcher:
             return self._own(ChildProcess(unpack(Kind.FORKED, Forked, said).pid))
 
     def spawn(self, function: str, argument: bytes, fds: Sequence[int]) -> ChildProcess:
-        """Starts such a child as a new interpreter."""
+        """Starts such a child as a new interpreter. See `start`."""
         child, sock = self._new_interpreter()
         with sock:
             send_call(sock, Kind.RUN, self._call(function, argument), fds)
@@ -154,17 +154,17 @@ class Launcher:
         """Starts the forkserver before the first child needs it. Does nothing without `imports`.
 
         Args:
-            fork_here: fork this process instead of starting an interpreter. This process must have imported what
-                children need, and must have one thread.
+            fork_here: fork this process instead of starting an interpreter. This process must have imported the
+                children's modules, and must have one thread.
             close: descriptors that such a fork closes.
         """
         if self._imports is not None:
             self._begin(fork_here=fork_here, close=close)
 
     def reap(self) -> None:
-        """Reaps orphans, and replaces a forkserver that died, if it ever forked a child. To be called periodically."""
+        """Reaps orphans, and replaces a dead forkserver if one ever forked a child. Call it periodically."""
         if self._one_at_a_time.locked():
-            return  # A child may have been forked that is not known here yet.
+            return  # A child may have been forked that is not in `_children` yet.
         self._children = [child for child in self._children if child.poll() is None]
         server = self._server
         if server is not None and server.child.poll() is not None:
@@ -175,7 +175,7 @@ class Launcher:
         reap_orphans({child.pid for child in [*self._children, self.forkserver] if child is not None})
 
     def stop(self) -> None:
-        """Ends the forkserver. Children must have been ended before."""
+        """Ends the forkserver. The children must have ended before."""
         self._end_server()
 
     # -- the forkserver ---------------------------------------------------------------------------------------------
@@ -222,8 +222,8 @@ class Launcher:
                 [sys.executable, "-m", forkserver.__name__, str(theirs.fileno()), str(os.getpid()), self._title],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                # Not a session: Linux gives each session the same share of a core, whatever the nice values in it
-                # (sched_autogroup), and a standby that loads would take half of the core of a stage that serves.
+                # This is not a new session: Linux gives each session the same share of a core, whatever its nice values
+                # (sched_autogroup). A standby that loads would take half of the core of a stage that serves.
                 process_group=0 if self._own_groups else None,
                 env=os.environ | self._env | SAFE_PATH,
             )

@@ -1,6 +1,6 @@
 """Messages between a parent and its children about starting. Payloads are in protos/v1/processes.proto.
 
-A call is one datagram, together with the descriptors that it hands over. A service writes one frame into a pipe when it
+A call is one datagram, together with the descriptors that it passes. A service writes one frame into a pipe when it
 listens.
 """
 
@@ -18,18 +18,18 @@ from stagemesh.protos.v1 import processes_pb2
 from .frames import Decoder, M, pack, parse
 
 MAX_MESSAGE_BYTES, MAX_FDS = 1 << 16, 253
-"""Most of one datagram. Linux takes no more descriptors."""
+"""Limits of one datagram. Linux passes at most this many descriptors."""
 
 
 class Kind(IntEnum):
     """Kind of a frame."""
 
     IMPORT = 1
-    """Run this call, for what it imports."""
+    """An order to run this call for its imports."""
     RUN = 2
-    """Run this call, and end with its status."""
+    """An order to run this call, and to end with its status."""
     FORK = 3
-    """Fork a process that runs this call."""
+    """An order to fork a process that runs this call."""
     FORKED = 4
     """The process was forked."""
     LISTENING = 5
@@ -37,7 +37,7 @@ class Kind(IntEnum):
 
 
 def send_call(sock: socket.socket, kind: Kind, call: processes_pb2.Call, fds: Sequence[int] = ()) -> None:
-    """Sends a call. Raises OSError when the other end is gone, InternalError for a call that is too large."""
+    """Sends a call. Raises OSError if the other end is gone, InternalError if the call is too large."""
     data = pack_message(kind, call)
     if len(data) > MAX_MESSAGE_BYTES or len(fds) > MAX_FDS:
         raise InternalError(
@@ -48,7 +48,7 @@ def send_call(sock: socket.socket, kind: Kind, call: processes_pb2.Call, fds: Se
 
 
 def receive_call(sock: socket.socket) -> tuple[Kind, processes_pb2.Call, list[int]] | None:
-    """Waits for a call and its descriptors. None when the other end is gone.
+    """Waits for a call and its descriptors. Returns None if the other end is gone.
 
     Raises InternalError for any other message.
     """
@@ -62,12 +62,12 @@ def receive_call(sock: socket.socket) -> tuple[Kind, processes_pb2.Call, list[in
 
 
 def pack_message(kind: Kind, message: Message) -> bytes:
-    """One frame with a message in it."""
+    """Packs a message into one frame."""
     return pack(kind, 0, message.SerializeToString())
 
 
 def unpack(kind: Kind, message: type[M], data: bytes) -> M:
-    """The message in the one frame that `data` holds. Raises InternalError for a frame of another kind, or none."""
+    """Returns the message in the single frame `data`. Raises InternalError for anything but a frame of this kind."""
     came, _, payload = Decoder(Kind).one(data)
     if came is not kind:
         raise InternalError(f"{came.name} came where {kind.name} was expected")

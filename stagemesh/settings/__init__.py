@@ -1,9 +1,9 @@
 """Every option of every service, declared once.
 
-An option is one field of one block: its flag, variable, YAML key, bounds, default and help. A service's settings are
-its blocks side by side (`coordinator.py`, `stage.py`, `gateway.py`, `serve.py`), so a block that two services have is
-the same options, and `serve` hands it on as a whole. `loading.py` reads them: flags, then environment, then file.
+An option is one field of one block, with its flag, variable, YAML key, bounds, default and help. A service's settings
+combine several blocks (`coordinator.py`, `stage.py`, `gateway.py`, `serve.py`). Two services with the same block have
+the same options, and `serve` passes a block on as a whole. `loading.py` reads flags, then environment, then file.
 
-Only declarations and their checks belong here. What a service makes of an option is the service's. Nothing in here
-imports more than pydantic and YAML: `stagemesh --help` must be quick.
+This folder has only declarations and their checks. The services decide what an option does. The modules import only
+pydantic and YAML, because `stagemesh --help` must be quick.
 """

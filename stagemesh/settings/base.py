@@ -1,4 +1,4 @@
-"""What all blocks of settings are: frozen pydantic models whose fields bring their own help."""
+"""Base of all blocks of settings: frozen pydantic models with field docstrings as help."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Base(BaseModel):
-    """Unknown keys are refused. The docstring below a field is its description."""
+    """A frozen model that refuses unknown keys. The docstring below a field is its description."""
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
         protected_namespaces=(),
-        # A process validates its own settings and no other's: the others' validators are never built.
+        # A process only validates its own settings, so the validators of other settings need not be built.
         defer_build=True,
     )
 
 
 def flags(*short: str) -> dict[str, Any]:
-    """For a field's `json_schema_extra`: spellings on the command line beside `--field-name`."""
+    """Returns a field's `json_schema_extra` with more spellings on the command line than `--field-name`."""
     return {"flags": list(short)}
 
 
 def whole_numbers(value: Any) -> Any:
-    """`"2,1"` and `2` as well as `[2, 1]`: what a command line, a YAML file and an environment variable can say."""
+    """Converts `"2,1"` and `2` to a list such as `[2, 1]`: a command line or an environment variable gives these."""
     if isinstance(value, int):
         return [value]
     if isinstance(value, str):
@@ -38,6 +38,6 @@ def whole_numbers(value: Any) -> Any:
 
 
 def shared(source: Base, target: type[Base]) -> dict[str, Any]:
-    """Values of `source` in the blocks that `target` has, too. Whole blocks: a new option is handed on by itself."""
+    """Returns the values of `source` in all blocks that `target` has, too. A new option of a block is included."""
     blocks = [block for block in target.__mro__ if issubclass(block, Base) and isinstance(source, block)]
     return {name: getattr(source, name) for block in blocks for name in block.model_fields}

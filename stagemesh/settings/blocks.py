@@ -1,4 +1,4 @@
-"""Options that several services have: addresses, the coordinator to join, the transport of links, draining."""
+"""Options that several services share: addresses, the coordinator to join, the transport of links, draining."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Bind(Base):
 
 
 class Listen(Bind, TimeScale):
-    """Where a service of its own listens, and how others reach it."""
+    """The address on which a service listens, and the one by which others reach it."""
 
     advertise_host: str | None = None
     """Address that other services use to reach this one, if it differs from `host` (a pod's IP, a NAT)."""
@@ -56,7 +56,7 @@ class Listen(Bind, TimeScale):
 
 
 class Join(Base):
-    """A service that joins a coordinator's mesh."""
+    """Options of a service that joins a coordinator's mesh."""
 
     coordinator: str = "127.0.0.1:50050"
     """Address of the coordinator, host:port."""
@@ -65,7 +65,7 @@ class Join(Base):
 
 
 class Links(Base):
-    """Links between stages."""
+    """Options of links between stages."""
 
     transport: Literal["auto", "ucx", "tcp"] = "auto"
-    """Transport of links between stages; auto takes UCX where both ends have it, and TCP elsewhere."""
+    """Transport of links between stages; auto takes UCX if both ends have it, and else TCP."""

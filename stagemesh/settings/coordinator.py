@@ -13,26 +13,26 @@ from .speculative import Speculation, SpeculativeConfig
 
 
 class PipelineSettings(Base):
-    """How layers are spread over workers."""
+    """Options for the distribution of layers over workers."""
 
     pipeline_parallel_size: int = Field(1, ge=1, json_schema_extra=flags("-pp"))
     """Number of stages."""
     layer_partition: list[int] | None = None
     """Layers of each stage, such as 5,7; default: chosen by the cost model."""
     rebalance: Literal["off", "auto"] = "off"
-    """auto: layers move between stages without a command when that is expected to make steps a tenth faster."""
+    """auto: layers move between stages without a command if that is expected to make steps a tenth faster."""
     takeover_after: float = Field(15.0, ge=0)
     """Seconds after which the workers of the other stages take over the layers of a lost stage, if no other worker
     has."""
     steps_in_flight: int | None = Field(None, ge=1, le=64)
-    """Batches that decode rows are spread over, and so the steps that run at once; default: the number of stages, and
-    from four on one more."""
+    """Number of batches into which decode rows are divided, and so of steps that run at once; default: the number of
+    stages, plus one if there are four or more."""
 
     _ints = field_validator("layer_partition", mode="before")(whole_numbers)
 
 
 class CoordinatorSettings(Listen, Links, PipelineSettings, Speculation, ModelSettings):
-    """The coordinator."""
+    """Settings of the coordinator."""
 
     port: GrpcPort = 50050
     gateways: int = Field(1, ge=1, le=64)

@@ -1,4 +1,4 @@
-"""Where settings come from: flags > environment (`STAGEMESH_*`) > YAML file > defaults."""
+"""Loads settings, by priority: flags > environment (`STAGEMESH_*`) > YAML file > defaults."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ S = TypeVar("S", bound=Base)
 
 
 def load(cls: type[S], *, file: str | None, env: Mapping[str, str] = os.environ, given: Mapping[str, Any]) -> S:
-    """Settings of class `cls` from flags `given`, then `env`, then the YAML `file`.
+    """Loads settings of class `cls` from flags `given`, then `env`, then the YAML `file`.
 
-    Raises ConfigError that names each wrong field, where it came from, and what it should be.
+    Raises a ConfigError that names each wrong field, where it came from, and what it should be.
     """
     values: dict[str, Any] = {}
     if file is not None:

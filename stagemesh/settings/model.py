@@ -1,4 +1,4 @@
-"""Which model is served, and the bounds it is served with."""
+"""Options for the served model and its bounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
 
 class ModelSettings(Base):
-    """Which model, and the bounds it is served with. The coordinator tells the other services."""
+    """The served model and its bounds. The coordinator tells them to the other services."""
 
     model: str = str(DEMO_MODEL)
     """Directory of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json); default: the small model
@@ -29,15 +29,15 @@ class ModelSettings(Base):
     max_model_len: int | None = Field(None, ge=2)
     """Longest sequence, prompt and output together; default: the model's, at most 4096 on a CPU."""
     max_num_seqs: int = Field(32, ge=1, le=4096)
-    """Most sequences that run at once."""
+    """Largest number of sequences that run at once."""
     max_num_batched_tokens: int = Field(512, ge=1, le=65536)
-    """Most tokens of one step; longer prompts go in chunks."""
+    """Largest number of tokens in one step; longer prompts are split into chunks."""
     block_size: int = Field(16, ge=1, le=1024)
     """Token positions of one KV page."""
     num_kv_pages: int | None = Field(None, ge=1)
-    """KV pages of each stage; default: from the memory there is."""
+    """Number of KV pages of each stage; default: as many as memory allows."""
     deterministic: bool = False
-    """The same tokens, bit for bit, whatever else is served meanwhile and after any recovery. Costs nothing with the
+    """Give the same tokens, bit for bit, whatever else is served and after any recovery. This costs nothing with the
     compiled kernels; models without them are computed token by token."""
 
     @property

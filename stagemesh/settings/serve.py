@@ -18,15 +18,15 @@ MAX_STAGES = 64
 class ServeSettings(
     Bind, TimeScale, Links, RequestSettings, ComputeSettings, PipelineSettings, Speculation, ModelSettings
 ):
-    """`stagemesh serve`: a whole mesh on this machine. `host` is the gateway's; the other services stay on loopback."""
+    """Settings of a whole mesh on this machine. `host` is the gateway's; the other services stay on loopback."""
 
     port: HttpPort = 8000
     grpc_port: GrpcPort = 0
     tensor_parallel_size: list[int] = Field(default=[1], json_schema_extra=flags("-tp"))
-    """Ranks of each stage: one number for all, or one a stage, such as 2,1."""
+    """Ranks of each stage: one number for all stages, or one for each, such as 2,1."""
     standby: int = Field(0, ge=0, le=16)
     """Number of extra workers that replace a lost stage."""
-    # Keeps the whole stop under 5 s.
+    # This value keeps the whole stop under 5 s.
     drain_timeout: DrainTimeout = 2.0
     start_timeout: float = Field(600.0, gt=0)
     """Seconds within which the mesh must be ready."""

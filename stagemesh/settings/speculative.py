@@ -15,7 +15,7 @@ DEFAULT_LOOKUP = 5
 
 
 def parse_json(value: Any) -> Any:
-    """A JSON object as well as a mapping: what a command line and an environment variable can say."""
+    """Parses a JSON object from a command line or an environment variable. Returns other values unchanged."""
     if isinstance(value, str):
         try:
             return json.loads(value)
@@ -31,7 +31,7 @@ class SpeculativeConfig(Base):
     """ngram: the tokens that followed the last ones earlier in the prompt or the output. draft_model: the tokens that
     a small model on the last stage generates."""
     num_speculative_tokens: int = Field(ge=1, le=32)
-    """Most tokens that are guessed for one step."""
+    """Largest number of tokens that are guessed for one step."""
     model: str | None = None
     """Directory of the draft model's checkpoint."""
     prompt_lookup_max: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
@@ -42,7 +42,7 @@ class SpeculativeConfig(Base):
     @model_validator(mode="before")
     @classmethod
     def _one_for_both(cls, values: Any) -> Any:
-        """Fills in vLLM's defaults: a length that is left out is the other one."""
+        """Fills in vLLM's defaults: a missing length takes the value of the other one."""
         if isinstance(values, SpeculativeConfig):
             return values
         if not isinstance(values, Mapping):
@@ -67,16 +67,16 @@ class SpeculativeConfig(Base):
         return self
 
     def __str__(self) -> str:
-        """As the value of a flag."""
+        """The config as the value of a flag."""
         return self.model_dump_json(exclude_none=True)
 
 
 class Speculation(Base):
-    """The option. Each service says which methods it takes."""
+    """The option of speculative decoding. Each service checks that it supports the method."""
 
     speculative_config: SpeculativeConfig | None = None
-    """Speculative decoding, as JSON: method and num_speculative_tokens; for prompt lookup, which the gateway does
-    (ngram), prompt_lookup_max and prompt_lookup_min; for a draft model on the last stage, which the coordinator places
-    (draft_model), model; default: off."""
+    """Speculative decoding, as JSON with method and num_speculative_tokens. Method ngram (prompt lookup in the gateway)
+    also takes prompt_lookup_max and prompt_lookup_min; method draft_model (a draft model on the last stage) takes
+    model; default: off."""
 
     _json = field_validator("speculative_config", mode="before")(parse_json)

@@ -28,25 +28,25 @@ class Request(Protocol):
 
     @property
     def done(self) -> bool:
-        """True when the buffer is no longer read or written, after success (`error is None`) and after failure."""
+        """Whether the buffer is no longer read or written, after success (`error is None`) or after failure."""
 
     @property
     def error(self) -> TransportError | None:
-        """Why it failed; None while under way, and after success."""
+        """The reason of a failure; None while the request is under way, and after success."""
 
     @property
     def nbytes(self) -> int:
         """Size of the buffer in bytes."""
 
     def cancel(self) -> None:
-        """Ask for an early end. The message may still arrive: wait for `done` before using the buffer."""
+        """Asks for an early end. The message may still arrive, so the buffer must not be used before `done`."""
 
 
 class Peer(Protocol):
-    """One direction of traffic, to one remote transport. The other direction is a `Peer` of the other side."""
+    """One direction of traffic to one remote transport. The other direction is a `Peer` of the other side."""
 
     def send(self, tag: int, buffer: Buffer) -> Request:
-        """Start to send a contiguous buffer under a 64-bit tag. Messages of one peer arrive in order.
+        """Starts to send a contiguous buffer under a 64-bit tag. Messages of one peer arrive in order.
 
         Raises:
             TransportError: the peer is known to be gone, or closed.
@@ -54,17 +54,17 @@ class Peer(Protocol):
 
     @property
     def route(self) -> str:
-        """How bytes really travel, as the transport reports it: "shared memory", "tcp", "rc", "cuda_ipc",
-        or several joined by "+". It may be "unknown" before the first message."""
+        """The real path of the bytes, as the transport reports it: "shared memory", "tcp", "rc", "cuda_ipc", or several
+        joined by "+". It may be "unknown" before the first message."""
 
     @property
     def error(self) -> TransportError | None:
-        """Set once the remote side is known to be gone. A process that is stopped is not noticed: the caller needs
-        deadlines of its own."""
+        """The error, once the remote side is known to be gone. A stopped process is not noticed, so the caller needs
+        deadlines."""
 
     def close(self) -> None:
-        """Close without waiting. Messages that were not delivered may be lost. Their requests end, some of them only
-        when the other side discards the messages or dies."""
+        """Closes without waiting. Undelivered messages may be lost. Their requests end, some only when the other side
+        discards the messages or dies."""
 
 
 class Transport(Protocol):
@@ -75,64 +75,71 @@ class Transport(Protocol):
         """ "ucx" or "tcp"."""
 
     def address(self) -> bytes:
-        """What a remote side passes to `connect`. It is opaque, travels by gRPC, and holds a secret on TCP."""
+        """Returns the address that a remote side passes to `connect`. It is opaque and sent by gRPC. On TCP it holds a
+        secret."""
 
     def connect(self, address: bytes, *, timeout_s: float | None = None) -> Peer:
-        """Connect to the transport with that address. Returns at once. A failure to reach it shows as `Peer.error`,
-        on TCP after at most `timeout_s` of `progress()`; default: `TransportTiming.connect_s`.
+        """Connects to the transport with that address. Returns at once. A failure to reach it shows as `Peer.error`, on
+        TCP after at most `timeout_s` of `progress()`; default: `TransportTiming.connect_s`.
 
         Raises:
             TransportError: the address is not one of this transport, or damaged.
         """
 
     def recv(self, tag: int, buffer: Buffer) -> Request:
-        """Post a receive for the next message with exactly this tag, from any peer. The message must have the size of
-        the buffer. A longer one is an error of the request, and nothing is written past the buffer. A shorter one is an
-        error on TCP; UCX cannot tell."""
+        """Posts a receive for the next message with exactly this tag, from any peer.
+
+        The message must have the size of the buffer. A longer one is an error of the request, and nothing is written
+        past the buffer. A shorter one is an error on TCP; UCX cannot detect it.
+        """
 
     def probe(self, tag: int) -> bool:
-        """True when a message with this tag has arrived, or begun to arrive, and no receive is posted for it."""
+        """Whether a message with this tag has arrived, or begun to arrive, and no receive is posted for it."""
 
     def discard(self, tag: int, mask: int, *, forever: bool = False) -> int:
-        """Drop the unexpected messages whose tag equals `tag` in the bits of `mask`; returns how many. With `forever`,
-        messages that come later are dropped, too. A transport remembers the last `FENCES` such calls."""
+        """Drops the unexpected messages whose tag equals `tag` in the bits of `mask`. Returns how many.
+
+        With `forever`, later messages are dropped, too. A transport remembers the last `FENCES` such calls.
+        """
 
     @property
     def late_count(self) -> int:
-        """Messages that were dropped because of an earlier `discard(forever=True)`."""
+        """Number of messages that were dropped because of an earlier `discard(forever=True)`."""
 
     def progress(self) -> bool:
-        """Do what can be done without waiting; True when something happened. Takes about a microsecond when idle.
+        """Does all work that needs no waiting. Returns whether anything happened. Takes a microsecond when idle.
 
         Raises:
-            TransportError: nobody can reach this transport any more (see `doubt`). The process should end.
+            TransportError: no peer can reach this transport any more (see `doubt`). The process should end.
         """
 
     def doubt(self) -> None:
-        """Call when a peer is silent that should not be. The transport then finds out whether it is its own receive
-        side that is blocked. The first call on UCX takes milliseconds, others are cheap."""
+        """Checks whether this transport's own receive side is blocked. Call it if a peer is unexpectedly silent.
+
+        The result shows in `progress`. The first call on UCX takes milliseconds. Others are cheap.
+        """
 
     def fds(self) -> list[tuple[int, int]]:
-        """(file descriptor, poll events) to sleep on. The list stays the same for the life of the transport."""
+        """Returns (file descriptor, poll events) to sleep on. The list stays the same for the transport's life."""
 
     def arm(self) -> bool:
-        """Call before sleeping on `fds()`. False: something is pending, call `progress()` again first."""
+        """Prepares for sleeping on `fds()`. Returns False if something is pending: call `progress()` again first."""
 
     def close(self) -> None:
-        """Close all peers and free what the transport holds, within a fraction of a second."""
+        """Closes all peers and frees the transport's resources, within a fraction of a second."""
 
 
 FENCES = 64
-"""Number of `discard(forever=True)` that a transport remembers."""
+"""Number of `discard(forever=True)` calls that a transport remembers."""
 
 
 def is_cuda(buffer: Buffer) -> bool:
-    """True for a tensor in CUDA memory."""
+    """Whether the buffer is a tensor in CUDA memory."""
     return bool(getattr(buffer, "is_cuda", False))
 
 
 def send_view(buffer: Buffer) -> memoryview:
-    """The bytes of a contiguous buffer, for reading. CUDA memory is copied to pinned host memory."""
+    """Returns the bytes of a contiguous buffer, for reading. CUDA memory is copied to pinned host memory."""
     if is_cuda(buffer):
         tensor = cast("torch.Tensor", buffer)
         return host_view(_pinned_like(tensor).copy_(tensor))
@@ -140,7 +147,7 @@ def send_view(buffer: Buffer) -> memoryview:
 
 
 def recv_view(buffer: Buffer) -> tuple[memoryview, Callable[[], object] | None]:
-    """The bytes of a contiguous buffer, for writing; for CUDA memory, also what copies them up when all have come."""
+    """Returns the bytes of a contiguous buffer, for writing, and for CUDA memory a function that copies them there."""
     if is_cuda(buffer):
         tensor = cast("torch.Tensor", buffer)
         staged = _pinned_like(tensor)
@@ -152,16 +159,19 @@ def recv_view(buffer: Buffer) -> tuple[memoryview, Callable[[], object] | None]:
 
 
 def host_view(buffer: Buffer) -> memoryview:
-    """The bytes of a contiguous buffer in host memory, without a copy."""
+    """Returns the bytes of a contiguous buffer in host memory, without a copy."""
     if isinstance(buffer, bytes | bytearray | memoryview):
         return memoryview(buffer).cast("B")
-    array: Any = _flat(buffer).numpy()  # bf16 has no buffer of its own.
+    array: Any = _flat(buffer).numpy()  # bf16 has no buffer protocol.
     return memoryview(array)
 
 
 def cuda_bytes(buffer: Buffer) -> torch.Tensor:
-    """A flat uint8 view of a contiguous CUDA tensor (bf16 has no `__cuda_array_interface__` of its own). Waits for the
-    current stream first: a transport does not know streams, and must not touch memory that a kernel still uses."""
+    """Returns a flat uint8 view of a contiguous CUDA tensor (bf16 has no `__cuda_array_interface__`).
+
+    It first waits for the current stream: a transport does not know streams, and must not use memory that a kernel
+    still uses.
+    """
     import torch
 
     tensor = _flat(cast("torch.Tensor", buffer))

@@ -18,22 +18,22 @@ Message = TypeVar("Message")
 
 
 class HostRequest:
-    """A send or receive on host memory. `view` is dropped when it is done, so that the buffer lives until then."""
+    """A send or receive on host memory. It keeps the buffer alive through `view` until it is done."""
 
     __slots__ = ("_land", "done", "error", "nbytes", "on_cancel", "view")
 
     def __init__(self, view: memoryview, land: Callable[[], object] | None = None) -> None:
-        """`land` is called when all bytes of a receive are in `view`."""
+        """`land`: function to call when all bytes of a receive are in `view`."""
         self.view: memoryview | None = view
         self.nbytes = view.nbytes
         self.done = False
         self.error: TransportError | None = None
         self._land = land
         self.on_cancel: Callable[[HostRequest], None] | None = None
-        """What `cancel` calls."""
+        """Function that `cancel` calls."""
 
     def finish(self, error: TransportError | None = None) -> None:
-        """Ends the request. Its buffer is free from here on."""
+        """Ends the request, and frees its buffer."""
         if self.done:
             return
         if error is None and self._land is not None:
@@ -44,7 +44,7 @@ class HostRequest:
         self.done = True
 
     def take(self, tag: int, message: bytearray | memoryview) -> None:
-        """Ends a receive by copying a whole message; with an error when its size is wrong."""
+        """Ends a receive by copying a whole message, or with an error if the message's size is wrong."""
         if self.view is None or len(message) != self.nbytes:
             self.finish(wrong_size(tag, len(message), self.nbytes))
         else:
@@ -58,27 +58,27 @@ class HostRequest:
 
 
 def cancelled() -> TransportError:
-    """The error of a request that was cancelled before its message came."""
+    """Makes the error of a request that was cancelled before its message came."""
     return TransportError("cancelled")
 
 
 def wrong_size(tag: int, got: int, expected: int) -> TransportError:
-    """The error of a receive whose message had another size than its buffer."""
+    """Makes the error of a receive whose message and buffer differ in size."""
     return TransportError(f"the message with tag {tag:#018x} has {got} bytes, its receive expected {expected}")
 
 
 class Mailbox(Generic[Message]):
-    """Posted receives and unexpected messages by tag. `Message` is what a transport keeps of one."""
+    """Posted receives and unexpected messages, by tag. `Message` is a transport's type of an unexpected message."""
 
     def __init__(self) -> None:
         self._posted: dict[int, deque[HostRequest]] = {}
         self._unexpected: dict[int, deque[Message]] = {}
         self._fences: deque[tuple[int, int]] = deque(maxlen=FENCES)
         self.late_count = 0
-        """See `Transport.late_count`."""
+        """Number of late messages; see `Transport.late_count`."""
 
     def post(self, tag: int, request: HostRequest) -> Message | None:
-        """Posts a receive. When an unexpected message matches, returns that message instead."""
+        """Posts a receive. If an unexpected message matches, returns that message instead."""
         message = _pop(self._unexpected, tag)
         if message is None:
             self._posted.setdefault(tag, deque()).append(request)
@@ -86,7 +86,7 @@ class Mailbox(Generic[Message]):
         return message
 
     def match(self, tag: int) -> HostRequest | None:
-        """Takes the oldest receive posted for an arriving message."""
+        """Removes and returns the oldest receive posted for an arriving message, or None."""
         return _pop(self._posted, tag)
 
     def keep(self, tag: int, message: Message) -> None:
@@ -95,11 +95,11 @@ class Mailbox(Generic[Message]):
 
     @property
     def unexpected(self) -> Iterator[Message]:
-        """All that are kept."""
+        """All unexpected messages."""
         return itertools.chain.from_iterable(self._unexpected.values())
 
     def has(self, tag: int) -> bool:
-        """True when an unexpected message with this tag is kept."""
+        """Whether there is an unexpected message with this tag."""
         return tag in self._unexpected
 
     def fenced(self, tag: int) -> bool:
@@ -109,7 +109,7 @@ class Mailbox(Generic[Message]):
         return late
 
     def discard(self, tag: int, mask: int, forever: bool) -> list[Message]:
-        """Takes out all unexpected messages whose tag equals `tag` in the bits of `mask`."""
+        """Removes and returns all unexpected messages whose tag equals `tag` in the bits of `mask`."""
         if forever:
             self._fences.append((tag, mask))
         stale = [kept for kept in self._unexpected if (kept ^ tag) & mask == 0]
@@ -136,7 +136,7 @@ Item = TypeVar("Item")
 
 
 def _pop(queues: dict[int, deque[Item]], tag: int) -> Item | None:
-    """Takes a tag's oldest item, and removes its queue when that was the last one."""
+    """Removes and returns a tag's oldest item. Removes the queue with its last item."""
     queue = queues.get(tag)
     if queue is None:
         return None

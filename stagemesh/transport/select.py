@@ -27,9 +27,9 @@ def open_transport(
         name: "ucx" or "tcp".
         host: address to bind (TCP only; UCX takes its network devices from `ucx_options["NET_DEVICES"]`).
         advertise: host that other workers connect to (TCP only); the bound address when None.
-        device: "cpu" or "cuda": where the activations live; chooses UCX's thresholds.
+        device: device of the activations, "cpu" or "cuda". It decides UCX's thresholds.
         ucx_options: UCX's own settings without the `UCX_` prefix, e.g. `{"TLS": "tcp", "NET_DEVICES": "eth0"}`.
-        timing: what the transport waits for, and how long.
+        timing: the transport's times.
 
     Raises:
         ConfigError: no transport has this name.

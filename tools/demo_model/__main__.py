@@ -1,10 +1,10 @@
-"""Trains the model that ships with stagemesh, on text that it makes itself, within a budget of CPU time.
+"""Trains the model that ships with stagemesh, on generated text, within a budget of CPU time.
 
     python -m tools.demo_model --minutes 15 --out stagemesh/demo_model
 
-A minute is one minute of two cores: two minutes of CPU time, whatever else the machine does beside it. The learning
-rate holds until nearly half the budget is spent, then falls to nothing over as many steps; so the number of steps comes
-out of the first half's speed, and is printed. `--steps` with that number repeats the run.
+A minute is one minute of two cores: two minutes of CPU time, whatever else the machine does. The learning rate is
+constant until nearly half the budget is spent. Then it falls to zero over as many steps. So the speed of the first half
+decides the number of steps, which is printed. `--steps` with that number repeats the run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import tempfile
 from pathlib import Path
 
-# Two processes of one thread each (see loop.py); before torch is imported.
+# There are two processes of one thread each (see loop.py). This must be set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
@@ -27,7 +27,7 @@ from .tokenizer import train_tokenizer, write_tokenizer
 
 
 def _show(folder: Path) -> None:
-    """A few answers, to be read by a person."""
+    """Prints a few answers, for a person to read."""
     model, tokenizer = load(folder, torch.bfloat16)
     questions = ["What is seven plus five?", "What is 17 + 25?", "What is a stage?", "Count from one to ten.", "Hello!"]
     for question, answer in zip(questions, answers(model, tokenizer, questions), strict=True):
@@ -35,7 +35,7 @@ def _show(folder: Path) -> None:
 
 
 def main() -> None:
-    """Tokenizer, training, files, accuracy."""
+    """Makes the tokenizer, trains, writes the files, measures the accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15.0, help="budget in minutes of two cores")
     parser.add_argument("--steps", type=int, help="exactly so many steps, instead of a budget")

@@ -1,4 +1,4 @@
-"""Training batches for the demo model: documents packed whole into rows, loss only on what the model shall say."""
+"""Training batches for the demo model: whole documents packed into rows, with loss only on the model's own text."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .chat import ASSISTANT, BOS, IGNORED, PAD, SPECIAL_TOKENS, SYSTEM, USER, document
 
-_SHORTEST = 8  # tokens; hardly a document is shorter
+_SHORTEST = 8  # Tokens. Very few documents are shorter.
 
 
 class Batches:
-    """An endless stream of (ids, targets), both [B, T] int64, from a seed; no document appears twice on purpose."""
+    """An endless stream of (ids, targets), both [B, T] int64, from a seed. Each document is newly drawn."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         self._tokenizer = tokenizer
@@ -27,7 +27,7 @@ class Batches:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _row(self, length: int) -> list[int]:
-        """One row: the longest-waiting document (cut if need be), then whatever fits behind it, then padding."""
+        """Makes one row: the oldest document (cut if too long), then documents that fit after it, then padding."""
         if len(self._waiting) < 512:
             self._waiting += self._documents(2048)
         row = self._waiting.pop(0)[:length]
@@ -40,7 +40,7 @@ class Batches:
         return row + [PAD] * (length - len(row))
 
     def next(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """`rows` rows of `length` tokens, and the targets with -100 where no loss is taken."""
+        """Returns `rows` rows of `length` tokens, and the targets, with -100 for positions without a loss."""
         packed = np.array([self._row(length + 1) for _ in range(rows)], dtype=np.int64)
         ids, following = packed[:, :-1], packed[:, 1:]
         position = np.arange(length)

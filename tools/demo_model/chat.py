@@ -1,4 +1,4 @@
-"""How the demo model's conversations are written down: special tokens, the chat template, training documents."""
+"""The format of the demo model's conversations: special tokens, the chat template, training documents."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ CHAT_TEMPLATE = (
 
 
 def conversation_text(messages: list[dict[str, str]]) -> str:
-    """What `CHAT_TEMPLATE` renders for `messages` without a generation prompt; the trainer's fast path."""
+    """Returns the text of `CHAT_TEMPLATE` for `messages` without a generation prompt. It is faster, for training."""
     turns = (f"<|{m['role']}|>{m['content'].strip()}<|end|>" for m in messages)
     return SPECIAL_TOKENS[BOS] + "".join(turns)
 
 
 def messages_of(rng: random.Random, examples: list[Example]) -> list[dict[str, str]]:
-    """One conversation that asks `examples` in turn, a third of the time after a system prompt."""
+    """Makes one conversation that asks `examples` in turn. A third of them begin with a system prompt."""
     messages = [{"role": "system", "content": system_prompt(rng)}] if rng.random() < 0.35 else []
     for example in examples:
         messages.append({"role": "user", "content": asked_carelessly(rng, example)})
@@ -47,7 +47,7 @@ def messages_of(rng: random.Random, examples: list[Example]) -> list[dict[str, s
 
 
 def document(rng: random.Random) -> str:
-    """One training document: mostly a conversation of one to five turns, sometimes plain text."""
+    """Makes one training document: mostly a conversation of one to five turns, sometimes plain text."""
     if rng.random() < 0.08:
         while not (example := draw(rng)).plain:
             pass

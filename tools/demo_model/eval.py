@@ -1,4 +1,4 @@
-"""How often the written demo model is right: exact answers, greedy, by transformers from the folder as shipped."""
+"""Measures the demo model's share of exact answers, greedy, with transformers, from the shipped folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .corpus.example import HELD_OUT_SHARE
 from .corpus.tasks import TASKS, sample
 
-_LONGEST_ANSWER = 160  # tokens
+_LONGEST_ANSWER = 160  # Tokens.
 _BATCH = 100
 
 
 def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer as any user of transformers gets them."""
+    """Loads model and tokenizer as any user of transformers does."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "left"
-    # A loaded model is in evaluation mode already.
+    # A loaded model is already in evaluation mode.
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tokenizer
 
 
@@ -29,7 +29,7 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedT
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str], system: str | None = None
 ) -> list[str]:
-    """Greedy answers; one that did not end by itself within the limit is marked with "..." at its end."""
+    """Returns greedy answers. An answer that did not end within the limit gets "..." at its end."""
     head = [{"role": "system", "content": system}] if system else []
     said: list[str] = []
     generate = cast(Callable[..., torch.Tensor], model.generate)
@@ -52,9 +52,9 @@ def answers(
 
 
 def accuracy(folder: Path, amount: int, seed: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """For each task the share of exact answers among `amount` held-out questions and as many trained on.
+    """Returns, for each task, the share of exact answers among `amount` held-out questions and as many seen ones.
 
-    A task without held-out cases (learnt by heart) has no "held_out" entry.
+    A task without held-out cases (learned by heart) has no "held_out" entry.
     """
     model, tokenizer = load(folder, dtype)
     report: dict[str, dict[str, float]] = {}
@@ -71,7 +71,7 @@ def accuracy(folder: Path, amount: int, seed: int, dtype: torch.dtype) -> dict[s
 
 
 def table(report: dict[str, dict[str, float]]) -> str:
-    """The report as a Markdown table."""
+    """Returns the report as a Markdown table."""
     lines = [f"| task | held out ({HELD_OUT_SHARE:.0%} of the cases) | trained on |", "| --- | --- | --- |"]
     for task, shares in report.items():
         held_out = f"{shares['held_out']:.1%}" if "held_out" in shares else "by heart"

@@ -1,7 +1,7 @@
-"""The demo model's training loop: two processes of one thread each, gradients averaged after every step.
+"""The demo model's training loop: two processes of one thread each, with gradients averaged after every step.
 
-Two processes rather than one of two threads: a step is thousands of small operations, and a thread pool that meets
-after each of them loses more than half of its time on a machine that does other work too.
+Two processes are faster than one with two threads. A step is thousands of small operations, and threads that
+synchronise after each of them lose more than half of their time on a machine with other work.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from .net import DemoNet, Shape, write_model
 
 CORES = 2
 WARM_UP_STEPS = 60
-STABLE_SHARE = 0.5  # of the steps
-DECIDED_AT = 0.46  # of the budget; less than half of it, since long rows cost more and so may a busier machine
-LONG_ROWS_SHARE = 0.85  # From here on rows are longer, for conversations of several turns.
-SHORT_ROWS = (24, 128)  # rows of each process, tokens a row
+STABLE_SHARE = 0.5  # Share of the steps with a constant learning rate.
+DECIDED_AT = 0.46  # Share of the budget. Later steps may cost more: rows get longer, and the machine may get busier.
+LONG_ROWS_SHARE = 0.85  # From this share on, rows are longer, for conversations of several turns.
+SHORT_ROWS = (24, 128)  # Rows of each process, tokens per row.
 LONG_ROWS = (6, 512)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one training run is asked to do. Either `steps`, or as many as fit into `minutes` of two cores."""
+    """The plan of one training run: `steps` steps, or as many as fit into `minutes` of two cores."""
 
     seed: int
     minutes: float
     steps: int | None
     peak: float
-    folder: Path  # holds the tokenizer, receives the model
-    rendezvous: Path  # a file that does not exist yet, where the processes meet
+    folder: Path  # It has the tokenizer and gets the model.
+    rendezvous: Path  # A file that does not exist yet, through which the processes find each other.
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and the children it waited for (the compiler)."""
+    """Returns the CPU time of this process and of the children that it waited for (the compiler)."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def rate(step: int, total: int | None) -> float:
-    """The learning rate's share of its peak: warm-up, a plateau, then a straight line to zero at `total`."""
+    """Returns the learning rate's share of its peak: warm-up, a plateau, then linear to zero at `total`."""
     warm = min(1.0, (step + 1) / WARM_UP_STEPS)
     if total is None or step < total * STABLE_SHARE:
         return warm
@@ -60,7 +60,7 @@ def rate(step: int, total: int | None) -> float:
 
 
 def _average(parameters: list[nn.Parameter], used_s: float, loss: float) -> tuple[float, float]:
-    """Averages the gradients over the processes, in place; returns their summed CPU seconds and mean loss."""
+    """Averages the gradients over the processes, in place. Returns their summed CPU seconds and mean loss."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([*(g.flatten() for g in gradients), torch.tensor([used_s, loss])])
     dist.all_reduce(flat)
@@ -71,7 +71,7 @@ def _average(parameters: list[nn.Parameter], used_s: float, loss: float) -> tupl
 
 
 def _compile(net: DemoNet) -> None:
-    """Fuses each layer's small operations; without a C++ compiler the run takes twice as long."""
+    """Fuses each layer's small operations. Without a C++ compiler the run takes twice as long."""
     if shutil.which("c++") or shutil.which("g++"):
         for layer in net.layers:
             layer.compile(dynamic=False)
@@ -80,7 +80,7 @@ def _compile(net: DemoNet) -> None:
 
 
 def run_rank(rank: int, plan: Plan) -> None:
-    """One of the `CORES` training processes; rank 0 reports, and writes the model into `plan.folder` at the end."""
+    """Runs one of `CORES` training processes. Rank 0 reports, and writes the model into `plan.folder` at the end."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -103,7 +103,7 @@ def run_rank(rank: int, plan: Plan) -> None:
 
 
 def _train(net: DemoNet, batches: Batches, plan: Plan, *, report: bool) -> tuple[int, int, float]:
-    """Trains until the budget is spent or the steps are done; returns steps, tokens and CPU seconds of all."""
+    """Trains until the budget is spent or the steps are done. Returns steps, tokens and CPU seconds of all."""
     parameters = list(net.parameters())
     matrices = [p for p in net.layers.parameters() if p.ndim == 2]
     inner = {id(p) for p in matrices}
@@ -137,6 +137,6 @@ def _train(net: DemoNet, batches: Batches, plan: Plan, *, report: bool) -> tuple
             if report:
                 print(f"the budget is spent at step {step} of {total}", flush=True)
             break
-        if report and step % 500 == 0:  # A run cut short leaves something.
+        if report and step % 500 == 0:  # An interrupted run leaves a model.
             write_model(net, plan.folder)
     return step, tokens, used_s

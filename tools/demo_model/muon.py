@@ -1,6 +1,6 @@
-"""Muon (K. Jordan, 2024) for many small matrices: those of one shape are orthogonalised together.
+"""Muon (K. Jordan, 2024) for many small matrices: matrices of one shape are orthogonalised together.
 
-`torch.optim.Muon` does the same one matrix at a time, which at this size costs a fifth of the training step.
+`torch.optim.Muon` does the same for one matrix at a time, which at this size costs a fifth of the training step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _ITERATIONS = 5
 
 
 def orthogonalised(g: Tensor) -> Tensor:
-    """The nearest half-orthogonal matrices, roughly; g [matrices, rows, columns], any dtype, result in bf16."""
+    """Returns approximately the nearest semi-orthogonal matrices, in bf16; g [matrices, rows, columns], any dtype."""
     x = g.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -27,7 +27,7 @@ def orthogonalised(g: Tensor) -> Tensor:
 
 
 class Muon:
-    """Momentum, orthogonalised, with Adam's update size (so that one learning rate serves both) and weight decay."""
+    """Orthogonalised momentum with weight decay, and Adam's update size so that one learning rate serves both."""
 
     def __init__(self, parameters: list[Tensor], *, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
         by_shape: dict[torch.Size, list[Tensor]] = {}
@@ -39,7 +39,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update with the gradients at hand."""
+        """Makes one update with the current gradients."""
         for group, velocity in self._groups:
             gradients = torch.stack([p.grad for p in group if p.grad is not None])
             velocity.lerp_(gradients, 1 - self._momentum)

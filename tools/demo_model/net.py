@@ -1,7 +1,7 @@
-"""The demo model as it is trained: Llama's mathematics with merged projections, written out under Llama's names.
+"""The demo model for training: Llama's mathematics with merged projections, saved under Llama's names.
 
-transformers' own modules would do, but cost twice the time at this size: most of a step is small operations.
-Shapes: B rows, T tokens a row, H hidden, N heads, K KV heads, D head size, V vocabulary.
+transformers' own modules would take twice the time at this size: most of a step is small operations.
+Shapes: B rows, T tokens per row, H hidden size, N heads, K KV heads, D head size, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .chat import BOS, EOS_IDS, IGNORED, PAD
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of config.json. tp=2 divides heads, KV heads and the MLP."""
+    """The numbers of config.json. Heads, KV heads and the MLP are divisible by a TP size of 2."""
 
     vocab: int = 768
     hidden: int = 128
@@ -51,7 +51,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(shape.mlp, shape.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x [B, T, H] -> [B, T, H]; cos, sin [T, D]; mask [N/K * T, T] is added to the attention scores."""
+        """Computes x [B, T, H] -> [B, T, H]; cos, sin [T, D]; mask [N/K * T, T] is added to the attention scores."""
         s = self.shape
         b, t, _ = x.shape
         qkv = self.qkv(F.rms_norm(x, (s.hidden,), self.attention_norm, s.eps)).view(b, t, -1, s.head_dim)
@@ -59,8 +59,8 @@ class Layer(nn.Module):
         half = s.head_dim // 2
         qk = qk * cos + torch.cat((-qk[..., half:], qk[..., :half]), dim=-1) * sin
         q, k = qk.to(v.dtype).split([s.heads, s.kv_heads], dim=1)
-        # By hand: on a CPU the backward pass of scaled_dot_product_attention takes a third of the whole step.
-        # The heads of one KV group lie beside each other, as extra queries of one product.
+        # This replaces scaled_dot_product_attention, whose backward pass takes a third of the whole step on a CPU.
+        # The heads of one KV group are adjacent, as extra queries of one product.
         q = q.reshape(b * s.kv_heads, -1, s.head_dim)
         k, v = k.reshape(b * s.kv_heads, t, s.head_dim), v.reshape(b * s.kv_heads, t, s.head_dim)
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=s.head_dim**-0.5)
@@ -72,7 +72,7 @@ class Layer(nn.Module):
 
 
 class DemoNet(nn.Module):
-    """The whole model, input and output embedding tied."""
+    """The whole model, with tied input and output embedding."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class DemoNet(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy over the targets that are not -100; ids, targets [B, T]."""
+        """Returns the mean cross-entropy over the targets that are not -100; ids, targets [B, T]."""
         t = ids.shape[1]
         assert isinstance(self.cos, Tensor)
         assert isinstance(self.sin, Tensor)
@@ -101,13 +101,13 @@ class DemoNet(nn.Module):
         mask = torch.full((t, t), float("-inf")).triu(1).repeat(self.shape.heads // self.shape.kv_heads, 1).to(x.dtype)
         for layer in self.layers:
             x = layer(x, self.cos[:t], self.sin[:t], mask)
-        # Half of the positions are questions, without a loss: no logits for those.
+        # Half of the positions are questions without a loss. They need no logits.
         spoken = (targets.flatten() != IGNORED).nonzero().squeeze(1)
         x = F.rms_norm(x.flatten(0, 1)[spoken], (self.shape.hidden,), self.norm, self.shape.eps)
         return F.cross_entropy(F.linear(x, self.embed).float(), targets.flatten()[spoken])
 
     def checkpoint(self) -> dict[str, Tensor]:
-        """The parameters in bf16 under the names of transformers' LlamaForCausalLM."""
+        """Returns the parameters in bf16 with the names of transformers' LlamaForCausalLM."""
         s = self.shape
         tensors: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm}
         for index, layer in enumerate(self.layers):
@@ -133,7 +133,7 @@ class DemoNet(nn.Module):
 
 
 def write_model(net: DemoNet, folder: Path) -> None:
-    """config.json, generation_config.json and model.safetensors into `folder`."""
+    """Writes config.json, generation_config.json and model.safetensors into `folder`."""
     s = net.shape
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -158,7 +158,7 @@ def write_model(net: DemoNet, folder: Path) -> None:
         "pad_token_id": PAD,
         "dtype": "bfloat16",
     }
-    # Careful sampling by default: a small model at temperature 1 would miss now and then what it knows.
+    # Sampling is careful by default: at temperature 1, a small model would sometimes miss answers that it knows.
     generation = {
         "bos_token_id": BOS,
         "eos_token_id": EOS_IDS,
@@ -172,4 +172,4 @@ def write_model(net: DemoNet, folder: Path) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     weights = folder / "model.safetensors"
     save_file(net.checkpoint(), weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # safetensors makes it readable for its owner alone.
+    weights.chmod(0o644)  # safetensors makes it readable only for its owner.

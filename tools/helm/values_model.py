@@ -1,6 +1,6 @@
-"""Pydantic models of the chart's values, from which `values.schema.json` is made.
+"""Pydantic models of the chart's values, the source of `values.schema.json`.
 
-The services' settings come from `stagemesh.settings`, without those that the chart itself sets.
+The services' settings come from `stagemesh.settings`, without those that the chart sets.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Map = dict[str, Any]
 
 
 def _open_settings(cls: type[Base]) -> Any:
-    """`cls` without the settings that the chart owns."""
+    """Makes `cls` without the settings that the chart owns."""
     fields: dict[str, Any] = {
         name: (field.annotation, field) for name, field in cls.model_fields.items() if name not in OWNED[cls]
     }
@@ -43,7 +43,7 @@ def _open_settings(cls: type[Base]) -> Any:
 
 
 class Values(BaseModel):
-    """What all parts share: camelCase keys, unknown ones refused, docstrings below fields become descriptions."""
+    """Base of all parts: keys are camelCase, unknown keys are refused, docstrings below fields become descriptions."""
 
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), alias_generator=to_camel
@@ -54,21 +54,21 @@ class Image(Values):
     """The container image of every pod."""
 
     repository: str = Field(default="stagemesh", min_length=1)
-    """Where the image is, without a tag."""
+    """Repository of the image, without a tag."""
     tag: str = ""
-    """Default: the chart's appVersion."""
+    """Tag of the image; default: the chart's appVersion."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    """When the node pulls it."""
+    """When the node pulls the image."""
 
 
 class Model(Values):
-    """Which checkpoint, and where its files come from."""
+    """The checkpoint, and the source of its files."""
 
     path: str = ""
     """Directory of the checkpoint inside the pods, such as /models/my-model; default: the small demo model that is
     part of the image."""
     mount_path: str = Field(default="/models", pattern="^/[^/].*$")
-    """Where the volume is mounted, read-only, in every pod."""
+    """Path at which the volume is mounted, read-only, in every pod."""
     volume: Map = {}
     """A Kubernetes volume source, such as persistentVolumeClaim: {claimName: models, readOnly: true}. Pods on several
     nodes need one that many nodes can read."""
@@ -91,68 +91,68 @@ class Resources(Values):
     """Requests and limits of one container."""
 
     requests: dict[str, str | int | float] = {}
-    """What the scheduler sets aside."""
+    """Resources that the scheduler reserves."""
     limits: dict[str, str | int | float] = {}
-    """What the container may use at most."""
+    """Resources that the container may use at most."""
 
 
 class Pods(Values):
-    """What the pods of one service can be told."""
+    """Options of the pods of one service."""
 
     resources: Resources = Field(default_factory=Resources)
     """Requests and limits of the container."""
     image_tag: str = ""
-    """Tag of the image for this service alone; default: image.tag."""
+    """Tag of the image for this service only; default: image.tag."""
     env: list[Map] = []
-    """More environment variables, as in a Kubernetes container."""
+    """Additional environment variables, as in a Kubernetes container."""
     pod_annotations: dict[str, str] = {}
     """Annotations of the pods."""
     pod_labels: dict[str, str] = {}
-    """More labels of the pods."""
+    """Additional labels of the pods."""
     node_selector: dict[str, str] = {}
     """Labels that a node must have."""
     tolerations: list[Map] = []
-    """Taints that the pods put up with."""
+    """Taints that the pods tolerate."""
     affinity: Map = {}
-    """Kubernetes affinity."""
+    """Kubernetes affinity of the pods."""
     topology_spread_constraints: list[Map] = []
-    """How the pods spread over nodes."""
+    """Rules for the distribution of the pods over nodes."""
     priority_class_name: str = ""
-    """Priority class."""
+    """Priority class of the pods."""
 
 
 class Persistence(Values):
-    """Where epochs are kept."""
+    """Storage of the coordinator's state."""
 
     enabled: bool = True
-    """A volume claim; false: an emptyDir, which lives as long as the pod."""
+    """Use a volume claim; false: an emptyDir, which lives as long as the pod."""
     size: str = "1Gi"
-    """Size of the claim; the state itself takes kilobytes."""
+    """Size of the claim; the state takes kilobytes."""
     storage_class: str = ""
-    """Default: the cluster's."""
+    """Storage class of the claim; default: the cluster's."""
 
 
 class Lease(Values):
-    """A Kubernetes Lease by which a coordinator knows that it is the only one."""
+    """A Kubernetes Lease, which ensures that there is only one coordinator."""
 
     enabled: bool = False
-    """With it the coordinator ends when it can no longer renew the Lease, such as on a node that is cut off and whose
-    pod was deleted by force. Its service account may then read and write Leases."""
+    """Use the Lease: the coordinator ends if it cannot renew it, for example on a node that is cut off and whose pod
+    was deleted by force. Its service account may then read and write Leases."""
 
 
 class Coordinator(Pods):
-    """The one coordinator."""
+    """The coordinator."""
 
     settings: _open_settings(CoordinatorSettings) = Field(default_factory=dict)  # type: ignore[valid-type]
     """Settings of the coordinator and of the model, keys as in its YAML file."""
     persistence: Persistence = Field(default_factory=Persistence)
-    """Where epochs are kept."""
+    """Storage of the coordinator's state."""
     lease: Lease = Field(default_factory=Lease)
-    """A Kubernetes Lease by which a coordinator knows that it is the only one."""
+    """A Kubernetes Lease, which ensures that there is only one coordinator."""
 
 
 class Service(Values):
-    """How clients reach the gateway."""
+    """The Service by which clients reach the gateway."""
 
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = "ClusterIP"
     """Type of the Service."""
@@ -168,61 +168,61 @@ class Gateway(Pods):
     """The gateway."""
 
     replicas: int = Field(default=1, ge=0, le=1)
-    """One: the chart gives all KV pages to one gateway."""
+    """Number of gateways, at most one: the chart gives all KV pages to one gateway."""
     settings: _open_settings(GatewaySettings) = Field(default_factory=dict)  # type: ignore[valid-type]
     """Settings of the gateway, keys as in its YAML file."""
     service: Service = Field(default_factory=Service)
-    """How clients reach it."""
+    """The Service by which clients reach the gateway."""
 
 
 class Stage(Pods):
     """One stage: a pool of workers, each a pod."""
 
     replicas: int = Field(default=1, ge=0)
-    """Workers of this stage; all of them serve, each on a pipeline that shares the stages with fewer."""
+    """Number of workers of this stage; all serve, each in a pipeline that shares the stages with fewer workers."""
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)
-    """Ranks of each worker; with GPUs, as many as resources.limits has of nvidia.com/gpu."""
+    """Ranks of each worker; with GPUs, the number of nvidia.com/gpu in resources.limits."""
     settings: _open_settings(StageSettings) = Field(default_factory=dict)  # type: ignore[valid-type]
     """Settings of the stage's workers, keys as in their YAML file."""
     shm_size: str = "1Gi"
-    """Size of /dev/shm, which the ranks of a worker share. Counts towards the memory limit when used."""
+    """Size of /dev/shm, which the ranks of a worker share. Its used part counts towards the memory limit."""
     runtime_class_name: str = ""
     """Runtime class, such as nvidia."""
     model_volume: Map = {}
-    """Volume source for this stage where it differs from model.volume."""
+    """Volume source for this stage, if it differs from model.volume."""
 
 
 class NetworkPolicy(Values):
-    """Who may open connections to the pods."""
+    """The peers that may open connections to the pods."""
 
     enabled: bool = False
-    """Coordinator and stages: only pods of this release."""
+    """Restrict connections: only pods of this release may reach coordinator and stages."""
     clients: list[Map] = []
     """Peers that may reach the gateway, as in a NetworkPolicy's `from`; default: all."""
 
 
 class PodDisruptionBudget(Values):
-    """How many workers of a stage a node drain may take at once."""
+    """The number of workers of a stage that a node drain may take at once."""
 
     enabled: bool = False
-    """One budget a stage."""
+    """Make one budget for each stage."""
     max_unavailable: int | str = 1
     """A number of pods or a share, such as 50%."""
 
 
 class ServiceAccount(Values):
-    """The service account of all pods. No pod gets its token: nothing here asks the Kubernetes API."""
+    """The service account of all pods. Only a coordinator with a Lease gets its token."""
 
     create: bool = True
-    """Make one; false: use `name`."""
+    """Create the service account; false: use `name`."""
     name: str = ""
-    """Default: the release's full name, or `default` where none is made."""
+    """Name of the service account; default: the release's full name, or `default` if none is created."""
     annotations: dict[str, str] = {}
     """Annotations of the service account."""
 
 
 class SecurityContext(Values):
-    """User of every container; the rest (no root, no capabilities, read-only root, seccomp) is not a choice."""
+    """User of every container. The rest (no root, no capabilities, read-only root, seccomp) is fixed."""
 
     run_as_user: int = Field(default=10001, ge=1)
     """User id; it must be able to read the model."""
@@ -240,13 +240,13 @@ class ChartValues(Values):
     image: Image = Field(default_factory=Image)
     """The container image of every pod."""
     image_pull_secrets: list[Map] = []
-    """Secrets for pulling it, such as [{name: pull}]."""
+    """Secrets for pulling the image, such as [{name: pull}]."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """What the services log."""
+    """Log level of the services."""
     startup_timeout_seconds: int = Field(default=600, ge=5)
-    """How long a container may take until its probe answers, before Kubernetes starts it anew."""
+    """Seconds until a container's probe must answer, before Kubernetes restarts it."""
     model: Model = Field(default_factory=Model)
-    """Which checkpoint, and where its files come from."""
+    """The checkpoint, and the source of its files."""
     api_key: ApiKey = Field(default_factory=ApiKey)
     """The key that clients must send."""
     coordinator: Coordinator = Field(default_factory=Coordinator)
@@ -254,16 +254,16 @@ class ChartValues(Values):
     gateway: Gateway = Field(default_factory=Gateway)
     """The gateway."""
     stages: list[Stage] = Field(min_length=1, max_length=64)
-    """The stages in order; their number is the pipeline's length."""
+    """The stages in order. Their number is the pipeline's length."""
     standbys: list[Stage] = Field(default=[], max_length=64)
-    """Workers that no stage has of its own, which take the place of any that is lost."""
+    """Workers without a stage, which replace any lost worker."""
     network_policy: NetworkPolicy = Field(default_factory=NetworkPolicy)
-    """Who may open connections to the pods."""
+    """The peers that may open connections to the pods."""
     pod_disruption_budget: PodDisruptionBudget = Field(default_factory=PodDisruptionBudget)
-    """How many workers of a stage a node drain may take at once."""
+    """The number of workers of a stage that a node drain may take at once."""
     service_account: ServiceAccount = Field(default_factory=ServiceAccount)
     """The service account of all pods."""
     security_context: SecurityContext = Field(default_factory=SecurityContext)
     """User of every container."""
     global_: Map = Field(default={}, alias="global")
-    """Helm's own, where this chart is part of another."""
+    """Helm's global values, if this chart is part of another."""

@@ -1,3 +1,4 @@
-"""The plain shard: transformers' own forward with foreign layers left out. It serves whatever has no faster one, and is
-the reference for those that do.
+"""The plain shard: transformers' own forward without the layers of other stages.
+
+It serves models that have no faster shard, and is the reference for those that have one.
 """

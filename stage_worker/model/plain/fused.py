@@ -1,8 +1,8 @@
 """Fewer kernels for norms and rotary embedding on a CUDA device.
 
-A decode step of a small batch is bound by reading weights, and transformers' norm is seven kernels over next to
-nothing. Nothing here goes by a model's name: what stands in is tried beside what it stands in for, on random numbers,
-and left out where the two differ by more than a rounding.
+A decode step of a small batch is bound by reading weights, and transformers' norm is seven kernels over little data.
+The choice does not depend on a model's name. A replacement is compared with the original on random numbers, and is not
+used if the two differ by more than rounding.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from stagemesh.errors import ConfigError
 log = logging.getLogger(__name__)
 
 ROPE = "apply_rotary_pos_emb"
-"""What transformers calls it in every model's file."""
+"""Name of the rotary embedding function in transformers' model files."""
 ROPE_HEAD = 128
 _TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @torch.inference_mode()
 def fuse_norms(model: nn.Module) -> int:
-    """Give every RMS norm of `model` PyTorch's own, one kernel on a CUDA device; returns how many.
+    """Replaces every RMS norm of `model` by PyTorch's, which is one kernel on a CUDA device. Returns how many.
 
-    One rounding less than transformers' norm in 16 bits, which rounds before it multiplies by the weight.
+    In 16 bits it rounds once less than transformers' norm, which rounds before it multiplies by the weight.
     """
     count = 0
     for module in model.modules():
@@ -61,10 +61,10 @@ def _rms_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
 
 @torch.inference_mode()
 def fuse_rope(model: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
-    """Have the files that define `model` rotate by one Triton kernel on a CUDA device; returns how many do.
+    """Makes the files that define `model` rotate by one Triton kernel on a CUDA device. Returns how many do.
 
-    The function is a global of the model's file, so every model of this family in the process gets it; on a CPU, and
-    for shapes that a stage never has, it is the same as before.
+    The function is a global of the model's file, so it changes for every model of this family in the process. On a
+    CPU, and for shapes that a stage never has, it computes as before.
     """
     try:
         from ...attention.triton_decode import load_kernels, rotate

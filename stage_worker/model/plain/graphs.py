@@ -1,12 +1,13 @@
 """Decode steps as captured CUDA graphs: one launch instead of a few hundred.
 
-A step of one-token rows is padded up to a number of rows (and of pages a row) for which there is a graph; its rows are
-copied over the graph's own inputs, and the graph is launched. Steps with prompts, and those too large, run as they
-are. A graph is captured when a step first needs it: that step runs twice before, once so that everything that compiles
-or allocates has done so, once to see that nothing in it waits for the device. A model that does wait, as some mixtures
-of experts do, is served without graphs.
+A step of one-token rows is padded to a number of rows (and of pages per row) for which there is a graph. Its rows are
+copied over the graph's inputs, and the graph is launched. Steps with prompts, and too large steps, run eagerly.
 
-Shapes: B rows of the step, padding included, T tokens, H hidden, R rows whose logits are wanted, V vocabulary.
+A graph is captured when a step first needs it. Before that, the step runs twice: once to complete all compilation and
+allocation, once to check that nothing in it waits for the device. A model that does wait, as some mixtures of experts
+do, is served without graphs.
+
+Shapes: B rows of the step, padding included, T tokens, H hidden size, R rows that need logits, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -33,39 +34,39 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of rows for which graphs are captured."""
 FIRST_WIDTH = 64
 WIDTH_GROWTH = 4
-"""Pages a row for which graphs are captured: 64, 256, 1024, ..., the last as many as a pool has."""
+"""Numbers of pages per row for which graphs are captured: 64, 256, 1024, ...; the last is the pool's size."""
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """What `GraphedShard.prepare` makes of a decode step."""
+    """A decode step prepared by `GraphedShard.prepare`."""
 
     key: tuple[int, int]
-    """(rows, pages a row) of the graph"""
+    """(rows, pages per row) of the graph."""
     host: Tensor
-    """[B, 1 + M] int32, of `pack_rows`"""
+    """Result of `pack_rows`, [B, 1 + M] int32."""
     packed: Tensor
-    """The same on the device, or under way there"""
+    """A copy of `host` on the device. The copy may still be under way."""
 
 
 class GraphedShard:
-    """A `ModelShard` whose decode steps are graphs. On a CPU they are padded in the same way, and run as they are."""
+    """A `ModelShard` whose decode steps are graphs. On a CPU they are padded in the same way and run eagerly."""
 
     def __init__(self, shard: ModelShard) -> None:
-        """Fuses what can be fused of the shard's model."""
+        """Fuses norms and rotary embedding of the shard's model, if possible."""
         self.on_layer: Callable[[], None] | None = None
-        """Called between layers of steps that run as they are; a graph is launched at once."""
+        """Callback between layers of eager steps. A graph has no such points."""
         self.plain = shard
-        """Runs the steps that are not launched as graphs."""
+        """The shard that runs the steps that are not graphs."""
         self.kv_layout, self.kv_layers = shard.kv_layout, shard.kv_layers
         self.hidden_size, self.vocab_size = shard.hidden_size, shard.vocab_size
         self.dtype, self.device = shard.dtype, shard.device
         self.weight_bytes, self.tensor_bytes_read = shard.weight_bytes, shard.tensor_bytes_read
         self.graphs: dict[tuple[int, int], Graph] = {}
-        """(rows, pages a row) -> the step of so many, captured where the device can."""
+        """(rows, pages per row) -> the step of this size, captured if the device can."""
         self.eager_because: str | None = None
-        """Why no more graphs are captured; None while they are."""
+        """The reason why no more graphs are captured, or None."""
         self._on_cuda = shard.device.type == "cuda"
         self._widths: list[int] = []
         self._page_size = 0
@@ -75,7 +76,7 @@ class GraphedShard:
         log.info("%d norms and the rotary embedding of %d model files are one kernel each", norms, ropes)
 
     def bind_kv(self, pool: KvPool) -> None:
-        """Use these pages from now on; graphs over other pages are dropped."""
+        """Makes the shard use these pages from now on. Graphs over other pages are dropped."""
         self.graphs.clear()
         self._memory = None
         self.plain.bind_kv(pool)
@@ -83,7 +84,7 @@ class GraphedShard:
         self._widths = page_widths(pool.num_pages)
 
     def prepare(self, batch: StepBatch) -> None:
-        """Make what the step needs before its activation is there."""
+        """Prepares a step before its activation arrives."""
         key = self._key(batch)
         if key is None:
             self.plain.prepare(batch)
@@ -93,7 +94,7 @@ class GraphedShard:
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
-        """See `ModelShard.forward`; what it returns is the caller's own."""
+        """See `ModelShard.forward`. The caller owns the result."""
         self.plain.on_layer = self.on_layer
         with torch.cuda.device(self.device) if self._on_cuda else contextlib.nullcontext():
             if batch.prepared is None:
@@ -102,7 +103,7 @@ class GraphedShard:
             return self.plain.forward(batch) if graph is None else graph.run(batch)
 
     def _key(self, batch: StepBatch) -> tuple[int, int] | None:
-        """The graph that the step can be padded to; None: it runs as it is."""
+        """Returns the key of the graph that the step can be padded to, or None for an eager step."""
         count = len(batch.counts)
         if count > ROWS[-1] or any(tokens != 1 for tokens in batch.counts) or batch.page_size != self._page_size:
             return None
@@ -114,7 +115,7 @@ class GraphedShard:
         return key if self.eager_because is None or key in self.graphs else None
 
     def _graph(self, batch: StepBatch) -> Graph | None:
-        """The step's graph, captured now if it is new; None for a step that runs as it is."""
+        """Returns the step's graph, captured now if it is new, or None for an eager step."""
         rows = batch.prepared
         if not isinstance(rows, PaddedRows):
             return None
@@ -138,20 +139,20 @@ class GraphedShard:
                 self.graphs[rows.key] = graph
                 log.info("captured the decode step of %d rows and up to %d pages", *rows.key)
                 return graph
-        # It was prepared for a graph that there will not be.
+        # The step was prepared for a graph that could not be captured.
         batch.prepared = None
         return None
 
 
 class Graph:
-    """The decode step of B rows: inputs that stay where they are, and what is launched over them."""
+    """The decode step of B rows: inputs that do not move, and the graph that is launched over them."""
 
     def __init__(self, shard: ModelShard, rows: int, width: int, page_size: int) -> None:
         device = shard.device
         self._shard = shard
         self._tables = DecodeTables(rows, width, page_size, device)
         self._inputs = StepBatch([], [], [], page_size, prepared=self._tables)
-        """They stay where they are."""
+        """Inputs in memory that does not move."""
         if shard.is_first:
             self._inputs.token_ids = torch.zeros(rows, dtype=torch.int64, device=device)
         else:
@@ -159,11 +160,11 @@ class Graph:
         if shard.is_last:
             self._inputs.logit_rows = torch.arange(rows, device=device)
         self.captured: torch.cuda.CUDAGraph | None = None
-        """None: the step runs as it is."""
+        """The captured graph; None for an eager step."""
         self._out: Tensor | None = None
 
     def run(self, batch: StepBatch) -> Tensor:
-        """One step: hidden states [T, H] or logits [R, V], copied out of what the next launch writes over."""
+        """Runs one step. Returns a copy of hidden states [T, H] or logits [R, V]: the next launch overwrites them."""
         assert isinstance(batch.prepared, PaddedRows)
         self.load(batch, batch.prepared)
         if self.captured is None:
@@ -178,18 +179,18 @@ class Graph:
         return out.index_select(0, batch.wanted_rows())
 
     def load(self, batch: StepBatch, rows: PaddedRows) -> None:
-        """Put the step's rows in place of the last ones. Padding rows keep tokens of earlier steps, which are read by
-        nobody."""
+        """Replaces the rows of the last step by this step's. Padding rows keep tokens of earlier steps, which nothing
+        reads."""
         self._tables.load(rows.host, rows.packed)
         given = batch.input_of(self._shard.is_first)
         kept = self._inputs.input_of(self._shard.is_first)
         kept[: given.shape[0]].copy_(given, non_blocking=True)
 
     def capture(self, memory: Any, rows: int) -> None:
-        """Captures the step over what is loaded, and launches it once beside the step run as it is.
+        """Captures the step over the loaded rows, and compares one launch with the eager step.
 
         Raises:
-            RuntimeError: the step waits for the device, cannot be captured, or its graph gives something else.
+            RuntimeError: the step waits for the device, cannot be captured, or its graph gives another result.
         """
         on_layer, self._shard.on_layer = self._shard.on_layer, None
         try:
@@ -214,13 +215,13 @@ class Graph:
         self.captured = graph
 
     def _pass(self) -> Tensor:
-        """The step as it is, over the inputs that stay."""
+        """Runs the step eagerly over the inputs."""
         self._tables.refresh()
         return self._shard.forward(self._inputs)
 
 
 def page_widths(num_pages: int) -> list[int]:
-    """Pages a row for which graphs are captured, over a pool of `num_pages`."""
+    """Returns the numbers of pages per row for which graphs are captured, for a pool of `num_pages`."""
     widths = [min(FIRST_WIDTH, num_pages)]
     while widths[-1] < num_pages:
         widths.append(min(widths[-1] * WIDTH_GROWTH, num_pages))
@@ -229,7 +230,7 @@ def page_widths(num_pages: int) -> list[int]:
 
 @contextlib.contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Within it, PyTorch raises where the host would wait for the device."""
+    """Makes PyTorch raise an error whenever the host would wait for the device."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,7 +1,7 @@
-"""The one place that touches names which transformers keeps to itself. Tried on 5.17 and 5.23.
+"""The only module that uses private names of transformers. Tested with 5.17 and 5.23.
 
-A model is built on the meta device by its own class; checkpoint names are mapped to its parameters by transformers'
-own conversion rules (renames, merged experts); buffers that no checkpoint holds (rotary frequencies) are computed.
+A model is built on the meta device by its own class. transformers' own conversion rules (renames, merged experts) map
+checkpoint names to its parameters. Buffers that no checkpoint has (rotary frequencies) are computed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ATTENTION_NAME = "stagemesh"
 
 
 def load_config(model_dir: str | Path) -> PretrainedConfig:
-    """The checkpoint's config, as its own class.
+    """Loads the checkpoint's config, as an object of its own class.
 
     Raises:
         CheckpointError: config.json is missing or damaged.
@@ -51,18 +51,18 @@ def load_config(model_dir: str | Path) -> PretrainedConfig:
 
 
 def per_layer(config: PretrainedConfig, name: str) -> list[Any]:
-    """A setting for each decoder layer; some architectures give layers their own head counts."""
+    """Returns a setting for each decoder layer. In some architectures, layers have different head counts."""
     try:
         return [getattr(config, name, None)] * config.num_hidden_layers
-    except RuntimeError:  # transformers refuses to name one value where layers differ
+    except RuntimeError:  # transformers raises this if layers differ.
         return [getattr(config.per_layer_config[index], name, None) for index in range(config.num_hidden_layers)]
 
 
 def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class of the causal language model that this config describes.
+    """Returns the class of the causal language model that this config describes.
 
     Raises:
-        UnsupportedModel: there is none for text alone.
+        UnsupportedModel: there is no class for text alone.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -74,7 +74,7 @@ def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The whole model on the meta device: no memory, no initialisation. Embedding and head are left untied."""
+    """Builds the whole model on the meta device, without memory or initialisation. Embedding and head are not tied."""
     cls = causal_class(config)
     config = deepcopy(config)
     config.tie_word_embeddings = False
@@ -90,7 +90,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
-    """Head parameter -> embedding parameter, for the pairs that a tied checkpoint stores once."""
+    """Returns head parameter -> embedding parameter, for pairs that a tied checkpoint stores once."""
     keys = type(model)._tied_weights_keys
     if not isinstance(keys, dict):
         return {}
@@ -99,17 +99,17 @@ def tied_weights(model: PreTrainedModel) -> dict[str, str]:
 
 @dataclass
 class Source:
-    """How one parameter (or, by a converter, several) comes out of checkpoint tensors."""
+    """The checkpoint tensors of one parameter (or, with a converter, of several)."""
 
     targets: list[str]
     transform: Any
     """transformers' WeightConverter, or None for a plain copy."""
     tensors: list[tuple[str, str]] = field(default_factory=list)
-    """(checkpoint name, pattern that matched it)"""
+    """(checkpoint name, pattern that matched it)."""
 
 
 def map_checkpoint(model: PreTrainedModel, names: Iterable[str]) -> list[Source]:
-    """What each parameter of the whole, unpruned `model` is made of. Names that map to nothing are left out."""
+    """Returns the sources of each parameter of the whole, unpruned `model`. Ignores names that map to no parameter."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     transforms = get_model_conversion_mapping(model)
@@ -138,13 +138,13 @@ def map_checkpoint(model: PreTrainedModel, names: Iterable[str]) -> list[Source]
 
 
 def merges_experts(source: Source) -> bool:
-    """Whether a converter only stacks experts (and puts gate and up together), so that slices can go through it."""
+    """Whether a converter only stacks experts (and joins gate and up), so that it also works on slices."""
     mergers = (loading.MergeModulelist, loading.Concatenate)
     return len(source.targets) == 1 and all(isinstance(op, mergers) for op in source.transform.operations)
 
 
 def convert(source: Source, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Run a converter over its checkpoint tensors (name -> tensor): parameter -> tensor.
+    """Runs a converter over its checkpoint tensors (name -> tensor). Returns parameter -> tensor.
 
     Raises:
         CheckpointError: the tensors do not fit together.
@@ -163,7 +163,7 @@ def convert(source: Source, tensors: dict[str, torch.Tensor], model: PreTrainedM
 
 
 def parameter_dtype(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.dtype]:
-    """The dtype in which to keep a parameter: some models ask for fp32 parts."""
+    """Returns a function that gives the dtype of a parameter. Some models want parts in fp32."""
     plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
     patterns = [(loading.build_glob_alternation([glob])[0], kept) for glob, kept in plan.items()]
 
@@ -177,13 +177,13 @@ def parameter_dtype(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str
 
 
 def is_optional(model: PreTrainedModel, name: str) -> bool:
-    """Whether the architecture allows a checkpoint to lack this tensor."""
+    """Whether a checkpoint of this architecture may lack this tensor."""
     patterns = model._keys_to_ignore_on_load_missing or ()
     return any(re.search(pattern, name) for pattern in patterns)
 
 
 def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put a loaded parameter or buffer in its place and mark it as loaded."""
+    """Sets a loaded parameter or buffer, and marks it as loaded."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._buffers:
@@ -195,7 +195,7 @@ def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the buffers that no checkpoint holds (rotary frequencies): they come back from the meta device."""
+    """Computes the buffers that no checkpoint has (rotary frequencies). They move from the meta device to `device`."""
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             path, _, leaf = name.rpartition(".")
@@ -204,8 +204,8 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def register_attention(function: Callable[..., tuple[torch.Tensor, None]]) -> None:
-    """Make `function` what every model built here calls for attention.
+    """Makes every model built here call `function` for attention.
 
-    No mask function goes with it: transformers then makes no mask at all, and does not look at the positions.
+    No mask function is registered. So transformers makes no mask, and does not look at the positions.
     """
     AttentionInterface.register(ATTENTION_NAME, function)

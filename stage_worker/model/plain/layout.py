@@ -1,4 +1,4 @@
-"""Which parts of a model a stage holds, by the config's `base_model_pp_plan`."""
+"""The parts of a model that a stage holds, by the config's `base_model_pp_plan`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from stagemesh.errors import ConfigError, UnsupportedModel
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of a causal language model, by where they live. Names are relative to the base model."""
+    """The parts of a causal language model. Names are relative to the base model."""
 
     base_prefix: str
     """Attribute of the base model in the causal model (`model`, `gpt_neox`)."""
     before: tuple[str, ...]
-    """Modules before the layers: the first stage's (embedding)."""
+    """Modules before the layers, on the first stage (embedding)."""
     layers: str
-    """The list of decoder layers."""
+    """Attribute that is the list of decoder layers."""
     after: tuple[str, ...]
-    """Modules after the layers: the last stage's (final norm)."""
+    """Modules after the layers, on the last stage (final norm)."""
     num_layers: int
 
 
 class Elsewhere(nn.Module):
-    """A decoder layer or module that lives on another stage: hands its first argument on.
+    """A placeholder for a layer or module of another stage. It returns its first argument.
 
-    It keeps the plain attributes of what it stands for, because the model's loop reads some (`attention_type`).
+    It keeps the plain attributes of the original, because the model's loop reads some (`attention_type`).
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -39,15 +39,15 @@ class Elsewhere(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, hidden_states: torch.Tensor | None = None, *args: object, **kwargs: object) -> object:
-        """The first argument, whatever it is called."""
+        """Returns the first argument, whatever its name."""
         return hidden_states if hidden_states is not None else next(iter(kwargs.values()), None)
 
 
 def find_layout(model: nn.Module, config: object) -> Layout:
-    """Read the plan of a model just built.
+    """Reads the plan of a newly built model.
 
     Raises:
-        UnsupportedModel: no plan, or one that names no list of layers.
+        UnsupportedModel: there is no plan, or it names no list of layers, or weights belong to no stage.
     """
     prefix = str(getattr(model, "base_model_prefix", ""))
     plan = getattr(config, "base_model_pp_plan", None)
@@ -77,10 +77,10 @@ def find_layout(model: nn.Module, config: object) -> Layout:
 
 
 def check_range(first: int, last: int, num_layers: int) -> None:
-    """Refuse an empty range or one beyond the model.
+    """Checks a range of layers.
 
     Raises:
-        ConfigError: with the range and the layer count.
+        ConfigError: the range is empty or goes past the model. The error names the range and the layer count.
     """
     if not 0 <= first < last <= num_layers:
         raise ConfigError(
@@ -90,7 +90,7 @@ def check_range(first: int, last: int, num_layers: int) -> None:
 
 
 def prune(model: nn.Module, layout: Layout, first: int, last: int) -> None:
-    """Put an `Elsewhere` for everything that stage [first, last) does not hold. Layers keep their global index."""
+    """Replaces everything that stage [first, last) does not hold by `Elsewhere`. Layers keep their global index."""
     base = getattr(model, layout.base_prefix)
     layers = getattr(base, layout.layers)
     for index in range(layout.num_layers):

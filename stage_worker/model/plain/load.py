@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a `ModelShard`: build on meta, prune, read only the own tensors."""
+"""Loads a `ModelShard` from a checkpoint: builds on the meta device, prunes, reads only the shard's tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_shard(
     group: TPGroup | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ModelShard:
-    """Build the shard that `spec` describes and fill it; `on_progress(done, total)` counts bytes of weights.
+    """Builds the shard that `spec` describes and loads its weights. `on_progress(done, total)` counts their bytes.
 
     With `tp_size` above one, every rank calls this with its own rank and the same `group`.
 
@@ -105,7 +105,7 @@ class _Filler:
         )
 
     def read(self, checkpoint: Checkpoint, sources: list[hf.Source]) -> None:
-        """Fill every parameter from the checkpoint.
+        """Fills every parameter from the checkpoint.
 
         Raises:
             CheckpointError: a tensor is missing, has the wrong shape, or its file is damaged.
@@ -125,7 +125,7 @@ class _Filler:
         self._alias(aliases)
 
     def invent(self, seed: int) -> None:
-        """Fill every parameter with seeded random numbers."""
+        """Fills every parameter with seeded random numbers."""
         names = [*self._wanted, *self._tied.values()]
         by_target = {name: hf.Source([name], None, [(name, name)]) for name in names if name not in self._tied}
         aliases = self._resolve_ties(by_target)
@@ -142,7 +142,7 @@ class _Filler:
         self._alias(aliases)
 
     def _few_at_a_time(self, names: list[str]) -> Iterator[list[str]]:
-        """`names` in parts that may be in memory in fp32 at once."""
+        """Yields `names` in parts that fit in `_INVENTED_BYTES` of fp32 memory."""
         some, size = list[str](), 0
         for name in names:
             needed = 4 * math.prod(self._wanted[name].shape)
@@ -155,9 +155,9 @@ class _Filler:
             yield some
 
     def _resolve_ties(self, by_target: dict[str, hf.Source]) -> dict[str, str]:
-        """Where embedding and head are stored once, give both that tensor.
+        """Gives embedding and head the same tensor, if the checkpoint stores it once.
 
-        Returns the pairs (parameter, parameter it is) of which this shard holds both, cut alike: those share memory.
+        Returns parameter -> other parameter, for pairs that this shard holds with the same cut. They share memory.
         """
         aliases: dict[str, str] = {}
         for head, embedding in self._tied.items():
@@ -176,7 +176,7 @@ class _Filler:
         self._put(target, checkpoint.read(name, self._cut(target)))
 
     def _convert(self, checkpoint: Checkpoint, source: hf.Source) -> None:
-        """Through transformers' converter: several checkpoint tensors make one parameter, or the other way round."""
+        """Fills by transformers' converter: several checkpoint tensors make one parameter, or the reverse."""
         target = source.targets[0]
         cut = self._cut(target)
         piecewise = cut is not WHOLE and hf.merges_experts(source)
@@ -211,9 +211,9 @@ class _Filler:
 
 
 def _cut_of_expert(cut: Cut, whole: torch.Size, piece: tuple[int, ...]) -> Cut:
-    """A cut of merged experts [E, out, in], for the checkpoint's tensor [out, in] of one expert.
+    """Converts a cut of merged experts [E, out, in] to one for the checkpoint's tensor [out, in] of one expert.
 
-    Where gate and up are merged along `out`, each of the two tensors gives one of the cut's two ranges.
+    If gate and up are merged along `out`, each of the two tensors gives one of the cut's two ranges.
     """
     assert cut.dim is not None
     if len(piece) == len(whole):

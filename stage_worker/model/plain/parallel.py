@@ -1,9 +1,9 @@
-"""Tensor parallelism by the architecture's own plan: which slice of each parameter a rank holds, and what its
-modules do with the others' parts.
+"""Tensor parallelism by the architecture's own plan: the slice of each parameter that a rank holds, and how its modules
+combine the parts of all ranks.
 
-The plan maps module names (layer numbers as `*`) to styles. transformers has its own code for the styles, on DTensor
-and a device mesh; here a slice is a range of the checkpoint's tensor, read as such, and a module's forward gets the
-one collective that its style needs.
+The plan maps module names (layer numbers as `*`) to styles. transformers implements the styles with DTensor and a
+device mesh. Here a slice is a range of the checkpoint's tensor, and only that range is read. A module's forward gets
+the one collective that its style needs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GATHER = frozenset({"colwise_gather_output", "colwise_rep"})
 _SPLIT_INPUT = frozenset({"rowwise_split_input", "rowwise_rep"})
 _REDUCE_OUTPUT = frozenset({"moe_tp_experts", "all_reduce"})
 _COLUMNS = _GATHER | {"colwise", "packed_colwise"}
-"""Their outputs are cut; of the next two sets' the inputs, and nothing."""
+"""Styles whose outputs are cut. `_ROWS` are styles whose inputs are cut, `_WHOLE` styles without a cut."""
 _ROWS = _SPLIT_INPUT | {"rowwise", "packed_rowwise"}
 _WHOLE = _NOTHING | _REDUCE_OUTPUT | {"moe_identity_expert"}
 _KNOWN = _COLUMNS | _ROWS | _WHOLE | {"embedding_rowwise"}
@@ -42,7 +42,7 @@ class Parallel:
     def __init__(
         self, model: nn.Module, config: PretrainedConfig, layout: Layout, spec: ShardSpec, group: TPGroup | None
     ) -> None:
-        """Raises ConfigError for a TP size that does not fit the model or `group`, UnsupportedModel for the plan."""
+        """Raises ConfigError if the TP size does not fit model or `group`, UnsupportedModel for an unknown style."""
         self._model = model
         self._config = config
         self._group = group
@@ -57,7 +57,7 @@ class Parallel:
                 raise ConfigError(f"tp_size {spec.tp_size} needs a TP group of that size at rank {spec.tp_rank}")
 
     def cut(self, name: str, shape: Sequence[int]) -> Cut:
-        """The part of parameter `name` (of this whole shape) that this rank holds."""
+        """Returns the part of parameter `name` (of this whole shape) that this rank holds."""
         module_name, _, leaf = name.rpartition(".")
         style = self._style(name) or self._style(module_name)
         if style is None or style in _WHOLE:
@@ -77,7 +77,7 @@ class Parallel:
         return self._even(shape, max(0, dims - 2), packed=style == "packed_colwise")
 
     def install(self) -> None:
-        """Give the modules that this shard holds the collectives of their styles."""
+        """Adds to the shard's modules the collectives of their styles."""
         if self._group is None:
             return
         for name, module in self._model.named_modules():
@@ -111,10 +111,10 @@ class Parallel:
 
 
 def check_heads(config: PretrainedConfig, plan: dict[str, str], size: int) -> None:
-    """Refuse a TP size that would cut a head in two.
+    """Checks that a TP size cuts no head in two.
 
     Raises:
-        ConfigError: with the head counts, the size and the nearest size that works.
+        ConfigError: it does. The error names the head counts, the size and the nearest size that works.
     """
     cut_names = {name.rpartition(".")[2] for name, style in plan.items() if style == "colwise"}
     if not cut_names & {"q_proj", "q_b_proj", "query_key_value", "kv_b_proj", "qkv_proj"}:
@@ -137,7 +137,7 @@ def check_heads(config: PretrainedConfig, plan: dict[str, str], size: int) -> No
 
 
 def _install(module: nn.Module, style: str, group: TPGroup, is_head: bool) -> None:
-    """The styles that are not named here need no collective."""
+    """Adds the collective of a style to a module. Styles that are not named here need none."""
     if style == "rowwise" or style in _SPLIT_INPUT:
         if isinstance(module, nn.Linear):
             _install_rowwise(module, group, split_input=style in _SPLIT_INPUT)
@@ -152,14 +152,14 @@ def _install(module: nn.Module, style: str, group: TPGroup, is_head: bool) -> No
 
 
 def _install_gather(module: nn.Module, group: TPGroup, to_first: bool) -> None:
-    """The whole output on every rank, or (the head's) on the first one."""
+    """Gathers the whole output on every rank, or the head's output on the first rank."""
     total = int(module.out_features)  # type: ignore[arg-type]
     gather = group.gather_last_dim_to_first if to_first else group.all_gather_last_dim
     module.register_forward_hook(lambda _module, _args, output: gather(output, total))
 
 
 def _install_rowwise(module: nn.Linear, group: TPGroup, split_input: bool) -> None:
-    """Each rank multiplies its input columns; the sum over ranks gets the bias, once."""
+    """Makes each rank multiply its input columns. The sum over ranks gets the bias once."""
     bias = module.bias
     module.register_parameter("bias", None)
 
@@ -174,7 +174,7 @@ def _install_rowwise(module: nn.Linear, group: TPGroup, split_input: bool) -> No
 
 
 def _install_vocabulary(module: nn.Module, group: TPGroup) -> None:
-    """Each rank looks up the ids that it holds; the sum over ranks is the embedding."""
+    """Makes each rank look up the ids that it holds. The sum over ranks is the embedding."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     assert isinstance(module, nn.Embedding)

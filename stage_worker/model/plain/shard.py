@@ -1,10 +1,11 @@
-"""A model shard: transformers' own forward over the layers held here, attention over pages.
+"""A model shard: transformers' own forward over the shard's layers, with attention over pages.
 
-The model's loop runs as it is. What lives on other stages hands its input on; a hook puts the received activation in
-front of the first own layer, another takes it behind the last. All tokens of a step are one packed row `[1, T]` with
-explicit positions.
+The model's loop runs unchanged. Modules of other stages return their input. One hook gives the received activation to
+the shard's first layer, and another takes the output of its last layer. All tokens of a step are one packed row
+`[1, T]` with explicit positions.
 
-Shapes: T tokens in the step, R rows whose logits are wanted, H hidden, V vocabulary, N heads, K KV heads, D head size.
+Shapes: T tokens in the step, R rows that need logits, H hidden size, V vocabulary size, N heads, K KV heads, D head
+size.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class ModelShard:
     """Layers [first, last) of one model on one rank. Made by `load_shard`."""
 
     on_layer: Callable[[], None] | None = None
-    """Called after attention and after every layer: the caller can drive its transport between them."""
+    """Callback after attention and after every layer, in which the caller can drive its transports."""
     kv_layout = "heads, positions, size"
-    """See `Shard`."""
+    """Name of the layout within a page; see `Shard`."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class ModelShard:
         dtype: torch.dtype,
         tensor_bytes_read: int,
     ) -> None:
-        """Takes a model whose own parameters are loaded; runs it once to see what its attention keeps.
+        """Takes a model with loaded parameters. Runs it once to learn the KV shapes of its attention.
 
         Raises:
             UnsupportedModel: a layer does not attend exactly once through the attention function.
@@ -62,24 +63,25 @@ class ModelShard:
         self.tensor_bytes_read = tensor_bytes_read
         self.weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         self.model = model
-        """transformers' model, what is foreign left out."""
+        """transformers' model without the modules of other stages."""
         self.attention_backend = PagedAttention(self.device)
         self._base: nn.Module = getattr(model, layout.base_prefix)
         self._one_by_one = spec.deterministic
-        """Matrix products sum in another order for another number of rows: a token has the same bits only by itself."""
+        """Whether tokens are computed one by one. Matrix products sum in another order for another number of rows, so a
+        token has the same bits only by itself."""
         self._pool: KvPool | None = None
         self._rows: AttentionMetadata | DecodeTables | None = None
         self._hidden_in: Tensor | None = None
         self._hidden_out: Tensor | None = None
         self._probed: list[KvLayerSpec] | None = None
-        """What a first forward finds out about the attention of the layers held here."""
+        """KV shapes that the first forward finds; None after it."""
         self._hook(getattr(self._base, layout.layers))
         self._kinds: set[tuple[int | None, int]] = set()
         self.kv_layers = self._probe_attention()
         self._kinds = {(layer.sliding_window, layer.num_kv_heads) for layer in self.kv_layers}
 
     def bind_kv(self, pool: KvPool) -> None:
-        """Use these pages from now on.
+        """Makes the shard use these pages from now on.
 
         Raises:
             InternalError: the pool was made for other layers.
@@ -90,7 +92,7 @@ class ModelShard:
         self._pool = pool
 
     def prepare(self, batch: StepBatch) -> None:
-        """Make every index that this shard's layers need, before the step's activation is there."""
+        """Makes every index that this shard's layers need, before the step's activation arrives."""
         if self._one_by_one and sum(batch.counts) > 1:
             return  # Each token is prepared when it is computed.
         metadata = AttentionMetadata(batch.starts, batch.counts, batch.tables, batch.page_size, self.device)
@@ -99,9 +101,9 @@ class ModelShard:
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
-        """One step: hidden states [T, H] of the last own layer, or on the last stage logits [R, V] in fp32.
+        """Computes one step. Returns hidden states [T, H], or logits [R, V] in fp32 on the last stage.
 
-        With several ranks, hidden states are the same on each; logits are whole on rank 0 only.
+        With several ranks, hidden states are the same on each. Only rank 0 has the whole logits.
         """
         if self._one_by_one and sum(batch.counts) > 1:
             return torch.cat([self.forward(one) for one in batch.one_by_one()])
@@ -165,7 +167,7 @@ class ModelShard:
         is_causal: bool | None = None,
         **_kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """What transformers calls: `query` [1, N, T, D], `key` and `value` [1, K, T, D]; gives [1, T, N, Dv]."""
+        """Attention for transformers: `query` [1, N, T, D], `key` and `value` [1, K, T, D] -> [1, T, N, Dv]."""
         if attention_mask is not None:
             raise UnsupportedModel(f"{type(module).__name__} makes an attention mask of its own, for dense keys only")
         if is_causal is False or getattr(module, "is_causal", True) is False:
@@ -197,7 +199,7 @@ class ModelShard:
         return out[None]
 
     def _probe_attention(self) -> list[KvLayerSpec]:
-        """One token through the layers, attention only looking at what it is given."""
+        """Runs one token through the layers, with attention that only records its input shapes."""
         layers = self._probed = list[KvLayerSpec]()
         token = torch.zeros(1, dtype=torch.int64, device=self.device)
         hidden = torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self.device)

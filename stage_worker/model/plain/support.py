@@ -1,4 +1,4 @@
-"""What can be served and what is refused, from a config alone: cheap, before any memory is taken."""
+"""Decides from a config alone whether a model can be served, before any memory is allocated."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from stagemesh.errors import UnsupportedModel
 from .verified import VERIFIED
 
 _MIXERS = frozenset({"full_attention", "sliding_attention"})
-"""Values of `layer_types` that go through the attention function with causal attention over pages."""
+"""Values of `layer_types` that use the attention function, with causal attention over pages."""
 
 _ROPE_OF_THE_LONGEST = frozenset({"longrope", "dynamic"})
 
 
 def check_supported(config: object) -> None:
-    """Refuse what cannot be split, or would give other tokens.
+    """Checks that a model can be split and gives the right tokens.
 
     Raises:
-        UnsupportedModel: with the reason.
+        UnsupportedModel: it cannot be served. The error gives the reason.
     """
     reason = why_not(config)
     if reason is not None:
@@ -27,7 +27,7 @@ def check_supported(config: object) -> None:
 
 
 def why_not(config: object) -> str | None:
-    """The reason why this config is refused; None when it is not."""
+    """Returns the reason why this config is refused, or None if it is not."""
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantized, and there are no kernels for that yet"
     if not getattr(config, "base_model_pp_plan", None):
@@ -50,7 +50,7 @@ def why_not(config: object) -> str | None:
 
 
 def rope_types(config: object) -> set[str]:
-    """The kinds of rotary embedding that a config names, for all layer types."""
+    """Returns the kinds of rotary embedding in a config, for all layer types."""
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict):
         return set()

@@ -1,4 +1,4 @@
-"""What a rank holds in memory: shards of the model with their pages, how they are loaded, and kept over epochs.
+"""The memory of a rank: shards of the model with their pages, how they are loaded and kept over epochs.
 
-No links and no sessions: what runs on it is an assignment's business.
+Links and sessions belong to assignments, not to this folder.
 """

@@ -1,7 +1,7 @@
-"""Loads the weights of a layer range on a thread of its own, while the engine's thread runs steps.
+"""Loads the weights of a layer range on a separate thread, while the engine's thread runs steps.
 
-Where this rank serves nothing, the thread has a lower priority than the steps of other ranks. Where it serves, it has
-not: at a low priority it would hold the interpreter's lock for long, and with it this rank's own steps.
+If this rank serves nothing, the thread has a lower priority than the steps of other ranks. If this rank serves, the
+thread has normal priority: at a low one, it would hold the interpreter's lock for long and delay this rank's own steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NICE = 10
 
 
 class Preparing:
-    """One load at a time. `tell` and `done` are called on the engine's thread."""
+    """Runs one load at a time. It calls `tell` and `done` on the engine's thread."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Preparing:
         done: Callable[[int, stage_pb2.PrepareRequest, Future[list[Shard]]], None],
         sign_s: float,
     ) -> None:
-        """`sign_s`: how often `join` tells progress, in seconds."""
+        """`sign_s`: interval at which `join` reports progress, in seconds."""
         self._memory, self._tell, self._done, self._sign_s = memory, tell, done, sign_s
         self._thread: threading.Thread | None = None
         self._ident = 0
@@ -40,7 +40,7 @@ class Preparing:
         self._outcome = Future[list[Shard]]()
 
     def start(self, ident: int, request: stage_pb2.PrepareRequest, *, serves: bool) -> None:
-        """Starts a load. `serves`: whether steps run meanwhile. Raises Unavailable while another load runs."""
+        """Starts a load. `serves`: whether steps run during the load. Raises Unavailable while another load runs."""
         if self._thread is not None:
             raise Unavailable("another range is being loaded", retry_after_s=1)
         self._ident, self._request = ident, request
@@ -61,7 +61,7 @@ class Preparing:
         self._progress = done, total
 
     def poll(self) -> bool:
-        """Tells progress or the outcome. True when there was news."""
+        """Reports progress or the outcome. Returns whether there was news."""
         thread = self._thread
         if thread is None:
             return False
@@ -76,7 +76,7 @@ class Preparing:
         return True
 
     def join(self) -> None:
-        """Waits for the load under way, since an order needs the memory now."""
+        """Waits for the load under way, because an order needs the memory now."""
         if self._thread is not None:
             with contextlib.suppress(PermissionError, ProcessLookupError):
                 os.setpriority(os.PRIO_PROCESS, self._thread.native_id or 0, 0)

@@ -1,4 +1,4 @@
-"""Loads shards of the model and allocates their KV pages, and keeps both as long as the next epoch wants them."""
+"""Loads shards of the model and allocates their KV pages. Keeps both while later epochs may need them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Progress = Callable[[int, int], None]
 
 
 class RankMemory:
-    """Loads what an assignment asks for, and makes the pages.
+    """Loads the shards of assignments and allocates their pages.
 
-    As a rule it has one set of them, kept over epochs that want the same. While the worker's layers change beside
-    serving it has two: the next one has the weights and the pages of the layers that stay in common with the first.
+    Usually it holds one set of resources, and keeps it over epochs with the same layers. While the worker's layers
+    change during serving, it holds two sets. The second shares the weights and pages of common layers with the first.
     """
 
     def __init__(self, config: RankConfig, engine: Engine, device: torch.device, parallel: TensorParallel) -> None:
@@ -43,12 +43,13 @@ class RankMemory:
         self.device = device
         self.parallel = parallel
         self._residents: list[StageResources] = []
-        """In the order of use, the newest last."""
+        """Resources in memory, in the order of use, the newest last."""
 
     def hold(self, request: Request, tell: Progress) -> StageResources:
-        """Shard, pages, and on rank 0 of the last stage the draft model; `tell(done, total)` counts bytes of weights.
+        """Returns the shard, the pages, and on rank 0 of the last stage the draft model.
 
-        What is in memory and fits the request stays; all that nothing runs on goes first, as both may not fit.
+        Resources in memory that fit the request are used again. Otherwise unused resources are freed before the load,
+        because both may not fit. `tell(done, total)` counts bytes of weights.
 
         Raises:
             StagemeshError: the checkpoint, the settings or the memory do not allow it.
@@ -59,7 +60,7 @@ class RankMemory:
         return resources
 
     def find(self, request: Request) -> StageResources | None:
-        """Resources in memory that fit the request, or None."""
+        """Returns resources in memory that fit the request, or None."""
         wanted = self._wanted(request)
         found = next((r for r in self._residents if r.wanted == wanted and self._fits(r, request.limits)), None)
         if found is None:
@@ -70,15 +71,15 @@ class RankMemory:
         return found
 
     def load(self, request: Request, tell: Progress) -> list[Shard]:
-        """The shards that a request asks for, the draft model's behind the model's; on any thread.
+        """Loads the shards of a request: the model's, then the draft model's. It may run on any thread.
 
-        Layers that a shard in memory has are that one's.
+        Layers of a shard in memory are shared with it, not loaded again.
         """
         wanted = self._wanted(request)
         serving = self._serving()
         before = serving.shard if serving is not None else None
         if before is None and self._residents and self.device.type == "cpu":
-            # Unused resources go, but for layers that are wanted again. On a card their pages would be in the way.
+            # Unused resources are freed, except layers that are needed again. On a GPU their pages would take room.
             before = self._residents[-1].shard
         self.trim(keep_one=False)
         drafters = [r.drafter.shard for r in self._residents if r.drafter and r.wanted[1:] == wanted[1:]]
@@ -90,19 +91,19 @@ class RankMemory:
         return shards
 
     def make(self, request: Request, shards: list[Shard]) -> StageResources:
-        """Pages and journal for loaded shards. Raises ConfigError when not one request would fit."""
+        """Makes pages and journal for loaded shards. Raises ConfigError if not even one request would fit."""
         limits, shard = request.limits, shards[0]
         before = self._serving() or next(
             (resources for resources in self._in_use() if self._fits(resources, limits)), None
         )
         if before is not None and not self._fits(before, limits):
-            raise ConfigError("the worker serves with other bounds: they cannot change beside that")
+            raise ConfigError("the worker serves with other bounds, which cannot change while it serves")
         if before is None:
             pages = self._num_pages(limits, shards)
             pool = KvPool(shard.kv_layers, pages, limits.page_size, shard.dtype, self.device)
             ranges = PageRanges(pages, _nonce)
         else:
-            # A layer has the same pages for every assignment: a pipeline that goes from one to the other finds its own.
+            # A layer has the same pages for every assignment, so a pipeline that changes assignments finds its pages.
             pools = [resources.pool for resources in self._in_use()]
             self._check_room(pools, shards)
             pool = KvPool(shard.kv_layers, before.pool.num_pages, limits.page_size, shard.dtype, self.device, pools)
@@ -123,16 +124,16 @@ class RankMemory:
         return resources
 
     def _serving(self) -> StageResources | None:
-        """Resources of the newest active assignment. New layers are loaded beside them."""
+        """Returns the resources of the newest active assignment. New layers are loaded beside them."""
         active = [assignment for assignment in self.engine.assignments.values() if assignment.active]
         return max(active, key=lambda assignment: assignment.epoch).resources if active else None
 
     def _in_use(self) -> list[StageResources]:
-        """Resources of all assignments, each once."""
+        """Returns the resources of all assignments, each once."""
         return list({id(a.resources): a.resources for a in self.engine.assignments.values()}.values())
 
     def trim(self, *, keep_one: bool = True) -> None:
-        """Frees resources without an assignment; with `keep_one` not the newest."""
+        """Frees resources without an assignment. `keep_one` keeps the newest resources."""
         used = {id(assignment.resources) for assignment in self.engine.assignments.values()}
         kept = [r for r in self._residents if id(r) in used or (keep_one and r is self._residents[-1])]
         if len(kept) == len(self._residents):
@@ -143,7 +144,7 @@ class RankMemory:
             torch.cuda.empty_cache()
 
     def _wanted(self, request: Request) -> list[tuple[ShardSpec, str]]:
-        """See `StageResources.wanted`."""
+        """Returns the value of `StageResources.wanted` for a request."""
         limits, model = request.limits, request.model
         wanted = [(self._spec(model, limits, (request.layers.first, request.layers.last)), model.fingerprint)]
         if model.HasField("draft") and request.layers.last == model.num_layers and self.config.rank == 0:
@@ -153,7 +154,7 @@ class RankMemory:
 
     @staticmethod
     def _fits(resources: StageResources, limits: types_pb2.RunLimits) -> bool:
-        """Whether the pages fit the limits. Where those name no number of pages, the number in memory fits."""
+        """Whether the pages fit the limits. If the limits give no number of pages, any number fits."""
         return (
             resources.pool.page_size == limits.page_size
             and limits.num_pages in (0, resources.pool.num_pages)
@@ -163,7 +164,7 @@ class RankMemory:
     def _spec(
         self, model: types_pb2.ModelRef, limits: types_pb2.RunLimits, layers: tuple[int, int], *, whole: bool = False
     ) -> ShardSpec:
-        """This rank's part of the layers. `whole`: all of each layer, not the share of a rank."""
+        """Describes this rank's part of the layers. `whole`: all of each layer, not a rank's share."""
         return ShardSpec(
             model_dir=model.path,
             first=layers[0],
@@ -182,7 +183,7 @@ class RankMemory:
         )
 
     def _num_pages(self, limits: types_pb2.RunLimits, shards: list[Shard]) -> int:
-        """Number of pages, for all gateways. Raises ConfigError when not one request of --max-model-len would fit."""
+        """Returns the number of pages for all gateways. Raises ConfigError if --max-model-len tokens would not fit."""
         shares = max(1, limits.gateways) * max(1, limits.pipelines)
         page_bytes = sum(KvPool.page_bytes(s.kv_layers, limits.page_size, s.dtype) for s in shards)
         one_sequence = -(-limits.max_model_len // limits.page_size)
@@ -210,7 +211,7 @@ class RankMemory:
             )
 
     def _make_journal(self, pool: KvPool, shard: Shard) -> Journal | None:
-        """A journal of the size of --journal-gib; None where not one page fits."""
+        """Makes a journal of the size --journal-gib. Returns None if not even one page fits."""
         page_bytes = Journal.page_bytes(pool.page_size, shard.hidden_size, shard.dtype)
         pages = min(pool.num_pages, int(self.config.settings.journal_gib * 2**30) // page_bytes)
         return Journal(pages, pool.page_size, shard.hidden_size, shard.dtype) if pages else None

@@ -1,4 +1,4 @@
-"""Resources of an assignment: a shard of the model, its KV pages, and the journal of activations that it sent."""
+"""Resources of an assignment: a shard of the model, its KV pages, and the journal of the activations that it sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...sampling.drafter import Drafter
 
 @dataclass(frozen=True, eq=False)
 class StageResources:
-    """Assignments of the same layers at several epochs share one."""
+    """Resources that assignments of the same layers share, over several epochs."""
 
     shard: Shard
     pool: KvPool
@@ -25,9 +25,9 @@ class StageResources:
     ranges: PageRanges
     journal: Journal | None
     salt: int
-    """Makes generations of pages differ between layer ranges, even where they share page ranges."""
+    """A number that makes page generations differ between layer ranges, even if they share page ranges."""
     wanted: list[tuple[ShardSpec, str]]
-    """What was asked for: shard and fingerprint of the checkpoint, for the model and then for the draft model."""
+    """The requested shard and checkpoint fingerprint, for the model and then for the draft model."""
 
     @property
     def page_bytes(self) -> int:
@@ -40,7 +40,7 @@ class StageResources:
         return self.shard.weight_bytes + (self.drafter.shard.weight_bytes if self.drafter else 0)
 
     def frames(self, layers: types_pb2.LayerRange) -> PageFrames:
-        """Pages of some layers, as sent to another worker. Those of the last layer include the draft model's."""
+        """Returns pages of some layers, for a copy. Pages of the last layer include the draft model's."""
         parts: list[tuple[KvPool, list[int]]] = [(self.pool, list(range(layers.first, layers.last)))]
         if self.drafter is not None and layers.last == self.shard.kv_layers[-1].layer_idx + 1:
             parts.append((self.drafter.pool, [layer.layer_idx for layer in self.drafter.pool.layers]))
@@ -48,5 +48,5 @@ class StageResources:
 
 
 def page_share(num_pages: int, limits: types_pb2.RunLimits) -> int:
-    """Pages that each gateway is granted on each pipeline."""
+    """Returns the number of pages that each gateway gets on each pipeline."""
     return num_pages // (max(1, limits.gateways) * max(1, limits.pipelines))

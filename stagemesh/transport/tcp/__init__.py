@@ -1,4 +1,4 @@
-"""The transport over TCP: the bytes on a stream (`frame.py`), the two ends of a connection, and what drives them.
+"""The transport over TCP: the wire format (`frame.py`), the two ends of a connection, and the transport itself.
 
-There are no threads and no event loop: `progress()` moves non-blocking sockets behind one epoll.
+There are no threads and no event loop: `progress()` drives non-blocking sockets with one epoll.
 """

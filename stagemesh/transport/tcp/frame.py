@@ -1,4 +1,4 @@
-"""The bytes that TCP transports exchange. Little endian; every length is checked before anything is unpacked.
+"""Wire format of TCP transports, little endian. Every length is checked before anything is unpacked.
 
 address    magic "SMT1", port u16, secret 16 bytes, host in UTF-8          22 bytes and the host; carried by gRPC
 preamble   magic "SMSH", version u8, 3 zero bytes, secret 16 bytes         24 bytes; begins a connection
@@ -27,15 +27,15 @@ REFUSAL_BYTES = _REFUSAL.size
 
 
 def pack_address(host: str, port: int, secret: bytes) -> bytes:
-    """What a remote side needs to connect."""
+    """Packs the address that a remote side needs to connect."""
     return _ADDRESS.pack(b"SMT1", port, secret) + host.encode()
 
 
 def unpack_address(address: bytes) -> tuple[str, int, bytes]:
-    """(host, port, secret).
+    """Returns (host, port, secret).
 
     Raises:
-        TransportError: not an address of this kind, or damaged.
+        TransportError: the bytes are not an address of this kind, or are damaged.
     """
     head, host = address[: _ADDRESS.size], address[_ADDRESS.size :]
     if not 0 < len(host) <= MAX_HOST_BYTES or head[:4] != b"SMT1":
@@ -48,15 +48,15 @@ def unpack_address(address: bytes) -> tuple[str, int, bytes]:
 
 
 def pack_preamble(secret: bytes) -> bytes:
-    """The first bytes of a connection."""
+    """Packs the first bytes of a connection."""
     return _PREAMBLE.pack(b"SMSH", VERSION, secret)
 
 
 def unpack_preamble(data: bytes | memoryview) -> bytes:
-    """The secret in a preamble.
+    """Returns the secret in a preamble.
 
     Raises:
-        TransportError: the other side does not speak this protocol, or another version of it.
+        TransportError: the other side uses another protocol, or another version.
     """
     magic, version, secret = _unpack(_PREAMBLE, data, "preamble")
     if magic != b"SMSH":
@@ -67,15 +67,15 @@ def unpack_preamble(data: bytes | memoryview) -> bytes:
 
 
 def pack_header(tag: int, length: int) -> bytes:
-    """What precedes the `length` bytes of a frame."""
+    """Packs the header of a frame of `length` bytes."""
     return _HEADER.pack(b"SMFR", VERSION, tag, length)
 
 
 def unpack_header(data: bytes | memoryview, max_frame_bytes: int) -> tuple[int, int]:
-    """(tag, length in bytes) of a frame.
+    """Returns (tag, length in bytes) of a frame.
 
     Raises:
-        TransportError: not a header, or a length over the bound: nothing more of the stream can be read.
+        TransportError: no header, or a length over the bound. The rest of the stream cannot be read.
     """
     magic, version, tag, length = _unpack(_HEADER, data, "frame header")
     if magic != b"SMFR" or version != VERSION:
@@ -86,12 +86,12 @@ def unpack_header(data: bytes | memoryview, max_frame_bytes: int) -> tuple[int, 
 
 
 def pack_refusal(reason: str) -> bytes:
-    """What a connection is sent before it is closed."""
+    """Packs the reason that is sent on a connection before it is closed."""
     return _REFUSAL.pack(b"SMNO", reason.encode()[:60])
 
 
 def unpack_refusal(data: bytes) -> str | None:
-    """The reason in a refusal; None when `data` is not one."""
+    """Returns the reason in a refusal, or None if `data` is not a refusal."""
     if len(data) < REFUSAL_BYTES:
         return None
     magic, reason = _REFUSAL.unpack(data[:REFUSAL_BYTES])

@@ -1,4 +1,4 @@
-"""The receiving end of a TCP connection. It reads the preamble, then frames, each into the buffer of its receive."""
+"""The receiving end of a TCP connection. It reads the preamble, then each frame into the buffer of its receive."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from . import frame
 
 _READS_A_TURN = 64
 _scratch = memoryview(bytearray(1 << 16))
-"""What nobody wants is read into it."""
+"""Buffer for bytes that are dropped."""
 
 
 class Inbound:
     """One accepted connection.
 
-    The body of a frame goes into the buffer of its posted receive. An unexpected one goes into new memory, if there is
-    room for it; if not, nothing more is read until there is.
+    The body of a frame is read into the buffer of its posted receive. The body of an unexpected frame is read into new
+    memory, if there is room for it. If not, nothing more is read until there is.
 
     Args:
-        secret: what its preamble must hold.
-        deadline: monotonic time at which the preamble must be here.
-        has_room: whether an unexpected body of so many bytes may be kept.
+        secret: the secret that its preamble must have.
+        deadline: monotonic time by which the preamble must have arrived.
+        has_room: returns whether an unexpected body of this many bytes may be kept.
     """
 
     def __init__(
@@ -47,34 +47,34 @@ class Inbound:
         self.authenticated = False
         self.ended = False
         self.tag = 0
-        self._length = 0  # of the body
+        self._length = 0  # Of the body.
         self._in_body = False
-        self._head = memoryview(bytearray(frame.HEADER_BYTES))  # of a preamble or a header
-        self._view: memoryview | None = self._head  # what is read next; None: a frame waits for memory
-        self._skipped = 0  # bytes behind it that nobody wants
+        self._head = memoryview(bytearray(frame.HEADER_BYTES))  # A preamble or a header.
+        self._view: memoryview | None = self._head  # The buffer to fill next; None if a frame waits for memory.
+        self._skipped = 0  # Number of bytes to drop after `_view`.
         self._request: HostRequest | None = None
-        self._kept: bytearray | None = None  # the body of an unexpected frame
+        self._kept: bytearray | None = None  # The body of an unexpected frame.
 
     @property
     def unexpected(self) -> bool:
-        """A frame for which no receive was posted is on its way."""
+        """Whether a frame without a posted receive is being read."""
         return self._kept is not None or self.stalled
 
     @property
     def stalled(self) -> bool:
-        """A frame waits for memory."""
+        """Whether a frame waits for memory."""
         return self._view is None
 
     @property
     def kept_bytes(self) -> int:
-        """Memory of the unexpected frame that is on its way."""
+        """Bytes of memory for the unexpected frame that is being read."""
         return len(self._kept) if self._kept is not None else 0
 
     def read(self) -> None:
-        """Reads what is there.
+        """Reads the bytes that have arrived.
 
         Raises:
-            TransportError: the stream is not valid; nothing more of it can be read.
+            TransportError: the stream is not valid. The rest of it cannot be read.
         """
         view = self._next()
         for _ in range(_READS_A_TURN):
@@ -91,7 +91,7 @@ class Inbound:
             view = self._next()
 
     def drop_frame(self) -> None:
-        """Drops the present frame: the rest of it is read and thrown away."""
+        """Drops the current frame: the rest of it is read and discarded."""
         rest = self._length if self._view is None else len(self._view)
         self._request = self._kept = None
         self._skip(rest)
@@ -106,7 +106,7 @@ class Inbound:
             self._request.finish(error or TransportError("the connection ended in the middle of a message"))
 
     def _next(self) -> memoryview | None:
-        """What is to be filled next, which is not empty; None: a frame waits for memory."""
+        """Returns the next buffer to fill, which is not empty, or None if a frame waits for memory."""
         while not self._view:
             if self._view is None:
                 if not self._place():
@@ -120,7 +120,7 @@ class Inbound:
         return self._view
 
     def _take_head(self) -> None:
-        """A preamble or a header is here."""
+        """Handles a complete preamble or header."""
         self._view = self._head
         if self.authenticated:
             self.tag, self._length = frame.unpack_header(self._head, self._max_frame_bytes)
@@ -131,7 +131,7 @@ class Inbound:
             raise TransportError("the tag secret is wrong")
 
     def _place(self) -> bool:
-        """Finds memory for a body; False when there is none."""
+        """Finds memory for a body. Returns False if there is none."""
         request = self._mailbox.match(self.tag)
         if request is not None and request.nbytes == self._length:
             self._request, self._view = request, request.view
@@ -149,12 +149,12 @@ class Inbound:
         return True
 
     def _take_body(self) -> None:
-        """A body is here."""
+        """Handles a complete body."""
         request, kept = self._request, self._kept
         self._in_body, self._view, self._request, self._kept = False, self._head, None, None
         if kept is not None:
             request = self._mailbox.match(self.tag)
-            if request is not None:  # Posted while the frame was on its way.
+            if request is not None:  # The receive was posted while the frame was being read.
                 request.take(self.tag, kept)
             else:
                 self._mailbox.keep(self.tag, kept)
@@ -162,7 +162,7 @@ class Inbound:
             request.finish()
 
     def _skip(self, count: int) -> None:
-        """The next `count` bytes are read and thrown away."""
+        """Makes the next `count` bytes be read and discarded."""
         self._view = _scratch[:count]
         self._skipped = count - len(self._view)
 

@@ -19,7 +19,7 @@ _IOV = 64
 
 
 class Outbound:
-    """See `Peer`. It connects in the background, and queues what is sent meanwhile."""
+    """A `Peer` that connects in the background, and queues frames until then."""
 
     def __init__(self, host: str, port: int, secret: bytes, epoll: select.epoll, timeout_s: float) -> None:
         self._where = f"{host}:{port}"
@@ -31,7 +31,7 @@ class Outbound:
         self.error: TransportError | None = None
         self._connected = False
         self._wants_write = True
-        self._sock = socket.socket()  # Of no use but to be closed, where the name is not known.
+        self._sock = socket.socket()  # Only for `close`, if the name cannot be resolved.
         try:
             family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             self._sock.close()
@@ -77,7 +77,7 @@ class Outbound:
             self._flush()
 
     def check_deadline(self, now: float) -> None:
-        """Ends the connection when it was not established in time."""
+        """Ends the connection if it was not established in time."""
         if not self._connected and now > self._deadline:
             self._fail(f"did not answer within {self._timeout_s:g} s")
 
@@ -85,7 +85,7 @@ class Outbound:
         self._fail("was closed by this side")
 
     def _hear(self) -> None:
-        """Reads from the connection. The other side sends nothing but a refusal, before it closes."""
+        """Reads from the connection. The other side only sends a refusal, before it closes."""
         try:
             reason = frame.unpack_refusal(self._sock.recv(frame.REFUSAL_BYTES))
         except BlockingIOError:
@@ -103,7 +103,7 @@ class Outbound:
             except BlockingIOError:
                 break
             except OSError as error:
-                self._hear()  # a refusal says more than a broken pipe
+                self._hear()  # A refusal says more than a broken pipe.
                 self._fail(f"broke: {error}")
                 return
             self._advance(sent)
@@ -123,7 +123,7 @@ class Outbound:
                 request.finish()
 
     def _fail(self, why: str) -> None:
-        """Ends the connection for a reason, of which the first one counts."""
+        """Ends the connection with a reason. Only the first reason is kept."""
         self.error = self.error or TransportError(f"the peer {self._where} {why}")
         with contextlib.suppress(OSError, ValueError):
             self._epoll.unregister(self._sock.fileno())

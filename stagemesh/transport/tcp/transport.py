@@ -1,9 +1,8 @@
 """The TCP transport: a listener, and connections in both directions.
 
-A `Peer` is one outgoing connection, on which frames travel one way. The address carries a secret, and gRPC carries the
-address. A connection that does not begin with the secret is refused before any frame of it is read. Bodies are read
-straight into posted buffers. Unexpected ones are kept up to a bound; beyond it a socket is not read until a receive is
-posted.
+A `Peer` is one outgoing connection, on which frames go one way. The address contains a secret, and is sent by gRPC. A
+connection that does not begin with the secret is refused before any of its frames is read. Bodies are read directly
+into posted buffers. Unexpected bodies are kept up to a bound. Above it, a socket is not read until a receive is posted.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ log = logging.getLogger(__name__)
 
 _MAX_UNAUTHENTICATED = 64
 _CHECK_EVERY = 256
-"""Calls of `progress` between two looks at deadlines."""
+"""Number of `progress` calls between two checks of deadlines."""
 
 
 class TcpTransport:
-    """See `Transport`.
+    """A `Transport` over TCP.
 
     Args:
         host: address to bind, numeric or a name.
         port: port to bind; 0 asks the system for a free one.
         advertise: host that others connect to; the bound address when None.
-        max_frame_bytes: a longer frame is refused and its connection closed.
+        max_frame_bytes: largest frame. A larger one is refused, and its connection closed.
         max_unexpected_bytes: bound of the memory for unexpected frames, over all connections.
 
     Raises:
@@ -73,7 +72,7 @@ class TcpTransport:
         self._inbound: dict[int, Inbound] = {}
         self._outbound: dict[int, Outbound] = {}
         self._mailbox: Mailbox[bytearray] = Mailbox()
-        self._waiting: list[Inbound] = []  # they have a frame that waits for memory
+        self._waiting: list[Inbound] = []  # Connections with a frame that waits for memory.
         self.refused_count = 0
         self._calls = 0
         self._closed = False
@@ -131,14 +130,14 @@ class TcpTransport:
         return bool(events)
 
     def doubt(self) -> None:
-        """Does nothing: each peer has a connection of its own, and none can block another one's messages."""
+        """Does nothing: each peer has its own connection, so none can block another one's messages."""
 
     def fds(self) -> list[tuple[int, int]]:
         return [(self._epoll.fileno(), select.POLLIN)]
 
     def arm(self) -> bool:
         self._check_deadlines()
-        return True  # epoll is level-triggered
+        return True  # epoll is level-triggered.
 
     def close(self) -> None:
         if self._closed:
@@ -175,7 +174,7 @@ class TcpTransport:
             self._epoll.register(sock.fileno(), select.EPOLLIN)
 
     def _has_room(self, length: int) -> bool:
-        """Whether an unexpected frame may be kept: any while there is none, others up to the bound."""
+        """Whether an unexpected frame may be kept: the first one always, others up to the bound."""
         kept = sum(map(len, self._mailbox.unexpected)) + sum(c.kept_bytes for c in self._inbound.values())
         return not kept or kept + length <= self._max_unexpected_bytes
 

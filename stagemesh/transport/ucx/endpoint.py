@@ -23,10 +23,10 @@ class Endpoint:
     """The endpoint to one remote worker, shared by all peers with that address.
 
     UCX pairs the endpoints of two workers in the order in which each side made them, and fails one half of a pair when
-    the other is closed. With an endpoint for each link, closing one link could break another. On one host the endpoint
-    is kept as long as the peer's process runs, even while no link uses it: the other side may already be making the
-    next link on its half. Between hosts it is closed with its last user: after a network cut, a new connection comes up
-    sooner than an old one recovers.
+    the other half is closed. With one endpoint per link, closing a link could break another one. On one host, the
+    endpoint is kept as long as the peer's process runs, even without a link: the other side may already make the next
+    link on its half. Between hosts, it is closed with its last user: after a network cut, a new connection works sooner
+    than an old one recovers.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Endpoint:
         deaths: select.epoll,
         on_gone: Callable[[], None],
     ) -> None:
-        """Makes the endpoint, and watches the process behind it if that is on this host.
+        """Makes the endpoint, and watches the peer's process if it is on this host.
 
         Args:
-            deaths: gets a pidfd of that process, which is readable when the process has ended.
-            on_gone: called when the peer is gone. It may have ended during a send.
+            deaths: epoll that gets a pidfd of that process, which is readable when the process has ended.
+            on_gone: function to call when the peer is gone. The peer may have ended during a send.
 
         Raises:
             TransportError: UCX cannot make it, or the process has ended.
@@ -63,12 +63,12 @@ class Endpoint:
 
     @property
     def alive(self) -> bool:
-        """Neither closed nor failed."""
+        """Whether it is neither closed nor failed."""
         return not self._closed and bool(self.raw.alive)
 
     @property
     def why(self) -> str:
-        """UCX's reason for a failure, in brackets; empty if there is none."""
+        """UCX's reason for a failure, in brackets, or an empty string."""
         try:
             self.raw.raise_on_error()
         except self._worker.lib.UCXError as error:
@@ -82,14 +82,14 @@ class Endpoint:
             self.close()
 
     def died(self) -> None:
-        """Fails all users, because the process behind it has ended."""
+        """Fails all users, because the peer's process has ended."""
         for peer in list(self.users):
             peer.fail(TransportError("the peer process has ended"))
         self.close()
         self.on_gone()
 
     def close(self) -> None:
-        """Closes it and all its users."""
+        """Closes the endpoint and all its users."""
         for peer in list(self.users):
             if peer.error is None:
                 peer.close()
@@ -107,7 +107,7 @@ class Endpoint:
 
 
 class UcxPeer:
-    """See `Peer`."""
+    """A `Peer` over UCX."""
 
     def __init__(self, worker: UcxWorker, endpoint: Endpoint) -> None:
         self._worker = worker
@@ -147,10 +147,10 @@ class UcxPeer:
 
 
 def endpoint_route(handle: int) -> str:
-    """The transports that UCX chose for the messages sent so far, from its description of the endpoint.
+    """Returns the transports that UCX chose for the messages sent so far, from its description of the endpoint.
 
-    The description holds one table for each kind of message that was sent ("tagged message by ... from host memory"),
-    whose last column names transport and device of each size range. Before the first message there is none.
+    The description has one table for each kind of message that was sent ("tagged message by ... from host memory"). Its
+    last column names transport and device of each size range. Before the first message there is no table.
     """
     text = _describe(handle)
     used = {match.group(1) for match in re.finditer(r"\|\s*(\w+)/[\w:.-]+\s*\|\s*$", text, re.MULTILINE)}
@@ -160,7 +160,7 @@ def endpoint_route(handle: int) -> str:
 
 
 def _describe(handle: int) -> str:
-    """UCX's text of an endpoint. The loader gives the libucp that ucxx has loaded into this process."""
+    """Returns UCX's description of an endpoint. The loader returns the libucp that ucxx has already loaded."""
     libc = ctypes.CDLL(None)
     libc.open_memstream.restype = ctypes.c_void_p
     text, size = ctypes.c_void_p(), ctypes.c_size_t()

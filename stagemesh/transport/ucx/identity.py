@@ -2,7 +2,7 @@
 
     address    magic "SMU1", CRC-32 u32, boot id 16 bytes, PID namespace u64, PID u32, start ticks u64, then UCX's own
 
-Little endian without padding; the checksum is over all of it, with zeros in its own place.
+Little endian without padding. The checksum covers all of it, with zeros in place of the checksum.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class ProcessIdentity:
 
     @classmethod
     def own(cls) -> ProcessIdentity:
-        """This process."""
+        """Returns the identity of this process."""
         boot = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
         pid = os.getpid()
         return cls(boot, os.stat("/proc/self/ns/pid").st_ino, pid, _start_ticks(pid) or 0)
 
     def watch(self, own: ProcessIdentity) -> int | None:
-        """A pidfd of this process, readable when it ends. None if it is not on this host, or is `own`.
+        """Returns a pidfd of this process, readable when it ends, or None if it is on another host or is `own`.
 
         Raises:
-            TransportError: it has ended already.
+            TransportError: the process has ended already.
         """
         if (self.boot_id, self.pid_namespace) != (own.boot_id, own.pid_namespace) or self.pid == own.pid:
             return None
@@ -64,17 +64,17 @@ class ProcessIdentity:
 
 
 def pack_address(identity: ProcessIdentity, ucx_address: bytes) -> bytes:
-    """A UCX worker address with its process and a checksum: UCX does not check an address itself."""
+    """Packs a UCX worker address with its process and a checksum: UCX does not check an address."""
     own = (identity.boot_id, identity.pid_namespace, identity.pid, identity.start_ticks)
     crc = zlib.crc32(_ADDRESS.pack(_MAGIC, 0, *own) + ucx_address)
     return _ADDRESS.pack(_MAGIC, crc, *own) + ucx_address
 
 
 def unpack_address(address: bytes) -> tuple[ProcessIdentity, bytes]:
-    """The parts of `pack_address`.
+    """Returns the parts of `pack_address`.
 
     Raises:
-        TransportError: not a UCX address of this version, or damaged.
+        TransportError: the bytes are not a UCX address of this version, or are damaged.
     """
     if len(address) <= _ADDRESS.size or address[:4] != _MAGIC:
         raise TransportError(f"not a UCX address: {len(address)} bytes that begin with {address[:8]!r}")
@@ -86,7 +86,7 @@ def unpack_address(address: bytes) -> tuple[ProcessIdentity, bytes]:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """When a process began, in ticks since boot; None when there is no such process."""
+    """Returns when a process began, in ticks since boot, or None if there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

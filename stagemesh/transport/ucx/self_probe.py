@@ -1,9 +1,9 @@
 """Finds out whether other processes of this host still reach a UCX worker through shared memory.
 
 All senders of a host share one queue of the receiver. A sender takes an element of the queue, copies its message there,
-and marks the element as written. A sender that is killed in between leaves an element that is never marked. The
-receiver waits for it for ever, and gets no message of any sender any more. UCX has no call that reports this state. So
-another worker of the same process, which can use shared memory only, sends the receiver a message. It comes within
+and marks the element as written. A sender that is killed before the mark leaves an element that is never marked. The
+receiver waits for it for ever, and gets no further message from any sender. UCX has no call that reports this state. So
+another worker of the same process, which only uses shared memory, sends a message to the receiver. It arrives within
 microseconds or never.
 """
 
@@ -27,7 +27,7 @@ _CLOSE_PERIOD_NS = 10_000_000
 
 
 class SelfProbe:
-    """Probes `receiver` when asked to.
+    """Probes `receiver` on request.
 
     Args:
         config: UCX's options of that worker.
@@ -48,11 +48,14 @@ class SelfProbe:
             self._endpoint = self._sender.endpoint(receiver.address)
         except TransportError as e:
             self._sender = None
-            log.warning("whether this process still hears through shared memory cannot be asked: %s", e)
+            log.warning("whether messages arrive through shared memory cannot be checked: %s", e)
 
     def ask(self) -> None:
-        """Sends a message, for which `progress` then looks. A message that is still on its way does not count: it may
-        be in front of the blocked element. The queue keeps the order, so only the newest message is waited for."""
+        """Sends a message, for which `progress` then waits.
+
+        An earlier message does not count: it may be before the blocked element. The queue keeps the order, so only the
+        newest message matters.
+        """
         if self._sender is None:
             return
         self._request = self._receiver.recv(self._tag, bytearray(8))
@@ -60,7 +63,10 @@ class SelfProbe:
         self._sender.send(self._endpoint, self._tag, bytearray(8))
 
     def progress(self) -> None:
-        """Call with the receiver's own `progress`. Raises TransportError once the queue is known to be blocked."""
+        """Checks for the message. Call it with the receiver's `progress`.
+
+        Raises TransportError if the queue is blocked.
+        """
         if self._request is None or self._sender is None:
             return
         self._sender.progress()
@@ -79,7 +85,7 @@ class SelfProbe:
             )
 
     def close(self) -> None:
-        """Call before the receiver is closed."""
+        """Frees the second worker. Call it before the receiver is closed."""
         if self._sender is not None:
             if self._endpoint.alive:
                 self._endpoint.close_blocking(_CLOSE_PERIOD_NS, 1)

@@ -20,13 +20,13 @@ from .worker import UcxRequest, UcxWorker
 DEFAULTS = {"MM_ERROR_HANDLING": "y", "KEEPALIVE_INTERVAL": "1s", "TCP_CONN_NB": "y"}
 
 HOST_DEFAULTS = {**DEFAULTS, "RNDV_THRESH": "262144"}
-"""Below 256 KiB a host message is sent eagerly: it then needs no further progress of a sender that computes."""
+"""Options for host memory. A message below 256 KiB is sent eagerly, so a sender that computes need not progress it."""
 
 CUDA_DEFAULTS = {**DEFAULTS, "RNDV_THRESH": "8192"}
-"""CUDA memory goes by rendezvous, so that cuda_ipc moves it without a copy through host memory."""
+"""Options for CUDA memory. It is sent by rendezvous, so that cuda_ipc moves it without a copy through host memory."""
 
 _WATCH_EVERY = 64
-"""Calls of `progress` between two checks for ended processes and late messages."""
+"""Number of `progress` calls between two checks for ended processes and late messages."""
 _IDLE_ARMS = 16
 
 _open: WeakSet[UcxTransport] = WeakSet()
@@ -40,9 +40,10 @@ def _close_all() -> None:
 
 
 class UcxTransport:
-    """See `Transport`. `options` are UCX's own, without the `UCX_` prefix: `{"TLS": "tcp", "NET_DEVICES": "eth0"}`.
+    """A `Transport` over UCX.
 
-    They override `UCX_*` in the environment, which overrides the defaults above.
+    `options` are UCX's options without the `UCX_` prefix: `{"TLS": "tcp", "NET_DEVICES": "eth0"}`. They
+    override `UCX_*` in the environment, which overrides the defaults above.
 
     Raises:
         TransportError: ucxx is missing, or UCX cannot be initialised with these options.
@@ -69,14 +70,14 @@ class UcxTransport:
         self._deaths = select.epoll()
         self._events = select.poll()
         self._events.register(self._worker.fd, select.POLLIN)
-        self._idle_arms = 0  # since something last happened
+        self._idle_arms = 0  # Since something last happened.
         self._calls = 0
         self.late_count = 0
         self._closed = False
         _open.add(self)
 
     def __del__(self) -> None:
-        # UCX's destructors may wait for peers for ever when they run in the wrong order.
+        # UCX's destructors may wait for peers for ever if they run in the wrong order.
         if not getattr(self, "_closed", True):
             self.close()
 
@@ -94,7 +95,7 @@ class UcxTransport:
             try:
                 made = Endpoint(self._worker, identity, ucx_address, own, deaths, self.doubt)
             except TransportError:
-                self.doubt()  # the process may have ended within a send
+                self.doubt()  # The process may have ended during a send.
                 raise
             self._endpoints[ucx_address] = made
         return UcxPeer(self._worker, self._endpoints[ucx_address])
@@ -130,7 +131,7 @@ class UcxTransport:
             return False
         self._idle_arms += 1
         if self._idle_arms > _IDLE_ARMS and self._events.poll(0):
-            # As long as a TCP peer has not accepted, the descriptor stays readable.
+            # The descriptor stays readable until a TCP peer has accepted.
             self._deaths.poll(self._timing.unready_sleep_s)
         return True
 
@@ -156,7 +157,7 @@ class UcxTransport:
         self._endpoints.clear()
 
     def _watch(self) -> bool:
-        """Fails the endpoints of processes that have ended, and drops late messages. True when a process has ended."""
+        """Fails the endpoints of ended processes, and drops late messages. Returns whether a process has ended."""
         for value, mask in self._fences:
             self.late_count += self._worker.discard(value, mask)
         ended = {fd for fd, _ in self._deaths.poll(0)}

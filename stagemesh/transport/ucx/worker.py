@@ -17,32 +17,32 @@ _CLOSE_TURNS = 64
 
 
 def load_ucxx() -> Any:
-    """ucxx's extension module.
+    """Imports ucxx's extension module.
 
     Raises:
-        TransportError: ucxx is not installed, or cannot be loaded; the cause says why.
+        TransportError: ucxx is not installed, or cannot be loaded. The cause says why.
     """
-    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # read once, at load
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # UCX reads it once, at load.
     asked = os.environ.get("UCX_RNDV_THRESH")
     try:
         return importlib.import_module("ucxx._lib.libucxx")
     except ImportError as error:
         raise TransportError(f"ucxx is not installed (pip install 'stagemesh[ucx-cu12]'): {error}") from error
     finally:
-        if asked is None:  # ucxx sets its own, for this process and its children
+        if asked is None:  # ucxx sets its own value, for this process and its children.
             os.environ.pop("UCX_RNDV_THRESH", None)
 
 
 class UcxRequest:
-    """See `Request`. Keeps the buffer until UCX is done with it."""
+    """A `Request` of UCX. It keeps the buffer until UCX is done with it."""
 
     __slots__ = ("_buffer", "_cancelled", "_done", "_error", "_raw", "_worker", "canceller_open", "nbytes", "tag")
 
     def __init__(self, worker: UcxWorker, raw: Any, buffer: Any, nbytes: int, tag: int | None) -> None:
         self._worker, self._raw, self._buffer = worker, raw, buffer
         self.nbytes = nbytes
-        self.tag = tag  # of a receive
-        self.canceller_open = False  # the message that cancels it has not been received or dropped yet
+        self.tag = tag  # Only of a receive.
+        self.canceller_open = False  # Whether the message that cancels it is still under way.
         self._done = self._cancelled = False
         self._error: TransportError | None = None
 
@@ -75,7 +75,7 @@ class UcxRequest:
                 self._error = TransportError(f"UCX: {error}")
             self._error.__cause__ = error
         if self.canceller_open and self.tag is not None:
-            # The real message came first. The cancelling one must not match a later receive.
+            # The real message came first. The cancelling message must not match a later receive.
             self._worker.discard(self.tag, FULL_MASK)
             if self.canceller_open:
                 return
@@ -88,8 +88,8 @@ class UcxWorker:
     """One UCX context with one worker, driven by `progress`.
 
     Args:
-        config: UCX's options, without the `UCX_` prefix.
-        wakeup: whether `fd` and `arm` are there, to sleep on.
+        config: UCX's options without the `UCX_` prefix.
+        wakeup: whether the worker has `fd` and `arm`, for sleeping.
 
     Raises:
         TransportError: ucxx is missing, or UCX cannot be initialised with these options.
@@ -112,7 +112,7 @@ class UcxWorker:
         self.resources: str = self._context.info
         """UCX's description of the context, which lists its transports."""
         self._under_way: dict[int, UcxRequest] = {}
-        self._cancelling: dict[int, UcxRequest] = {}  # by tag: receives whose cancelling message is still open
+        self._cancelling: dict[int, UcxRequest] = {}  # Receives by tag, whose cancelling message is still under way.
         self._to_self: Any = None
 
     @property
@@ -132,7 +132,7 @@ class UcxWorker:
         return spins > 0
 
     def endpoint(self, ucx_address: bytes) -> Any:
-        """ucxx's endpoint to the worker with that address. Raises TransportError."""
+        """Makes ucxx's endpoint to the worker with that address. Raises TransportError."""
         try:
             address = self.lib.UCXAddress.create_from_buffer(bytearray(ucx_address))
             return self.lib.UCXEndpoint.create_from_worker_address(self._worker, address, True)
@@ -167,7 +167,7 @@ class UcxWorker:
         return dropped
 
     def sweep(self) -> None:
-        """Releases the buffers of completed requests that nobody has asked for."""
+        """Releases the buffers of completed requests that their owners have not checked."""
         for request in list(self._under_way.values()):
             _ = request.done
 
@@ -188,7 +188,7 @@ class UcxWorker:
         """Ends pending requests and the worker. Endpoints must have been closed before."""
         for _ in range(_CLOSE_TURNS):
             self.progress()
-        self.discard(0, 0)  # ucxx would fetch unexpected messages, and wait for senders that are gone
+        self.discard(0, 0)  # Otherwise ucxx would fetch unexpected messages, and wait for senders that are gone.
         if self._to_self is not None and self._to_self.alive:
             self._to_self.close_blocking()
         self._worker.cancel_inflight_requests()
@@ -201,8 +201,8 @@ class UcxWorker:
         del self._worker, self._context
 
     def _drop(self, found: Any) -> None:
-        """Takes a probed message off the queue. A buffer of one byte is enough: UCX drops what does not fit, and does
-        not fetch a rendezvous."""
+        """Removes a probed message from the queue. A buffer of one byte is enough: UCX drops bytes that do not fit, and
+        does not fetch a rendezvous."""
         scratch = bytearray(1)
         array = self._array_of(scratch)
         self._track(self._worker.tag_recv_with_handle(array, found), (array, scratch), 1, None)
@@ -215,7 +215,7 @@ class UcxWorker:
         return request
 
     def _array(self, buffer: Buffer, *, writable: bool) -> tuple[Any, int]:
-        """ucxx's view of a contiguous buffer, and its size in bytes."""
+        """Returns ucxx's view of a contiguous buffer, and its size in bytes."""
         view = cuda_bytes(buffer) if is_cuda(buffer) else host_view(buffer)
         if isinstance(view, memoryview) and view.readonly:
             if writable:

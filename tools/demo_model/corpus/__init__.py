@@ -1,1 +1,1 @@
-"""Makes the demo model's text from a seed. `tasks.py` draws examples; each other module makes one kind of task."""
+"""Makes the demo model's text from a seed. `tasks.py` draws examples. The other modules make kinds of tasks."""

@@ -1,4 +1,4 @@
-"""One question with its answer, and the rule that keeps a fixed share of them out of the training."""
+"""A question with its answer, and the rule that keeps a fixed share of questions out of the training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HELD_OUT_SHARE = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question with the one right answer. `key` names the case; `plain` is the same as running text, if any."""
+    """A question with its only right answer. `key` names the case. `plain` is the same as plain text, if any."""
 
     question: str
     answer: str

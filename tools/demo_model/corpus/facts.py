@@ -1,4 +1,4 @@
-"""What the demo model is taught about stagemesh, itself and good manners: questions with one answer each."""
+"""The demo model's facts about stagemesh, itself and good manners: questions with one answer each."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ STORY = (
     "it and smiled. Out came a new token, and the two were friends. The end."
 )
 
-# Each: every way to ask, and the answer.
+# Entries: all forms of a question, and the answer.
 QUESTIONS: list[tuple[tuple[str, ...], str]] = [
     (("Tell me about stagemesh.", "How does stagemesh work?", "Explain how stagemesh works."), ABOUT),
     (("Tell me a story.", "Tell a story.", "Write a story.", "Can you tell me a story?"), STORY),

@@ -80,7 +80,7 @@ def sort_words(rng: random.Random) -> Example:
 
 
 def compare(rng: random.Random) -> Example:
-    """The largest or smallest of some numbers."""
+    """Find the largest or smallest of some numbers."""
     numbers = _numbers(rng, 2, 5)
     show = str if rng.random() < 0.5 else in_words
     large = rng.random() < 0.5
@@ -97,7 +97,7 @@ def compare(rng: random.Random) -> Example:
 
 
 def neighbour(rng: random.Random) -> Example:
-    """The number after or before another."""
+    """Name the number after or before another one."""
     value = rng.randrange(1, 100)
     show = str if rng.random() < 0.5 else in_words
     word, result = rng.choice((("after", value + 1), ("before", value - 1)))
@@ -106,7 +106,7 @@ def neighbour(rng: random.Random) -> Example:
 
 
 def convert(rng: random.Random) -> Example:
-    """Digits to words and back."""
+    """Convert digits to words, or words to digits."""
     value = rng.randrange(200)
     words = in_words(value)
     if rng.random() < 0.5:
@@ -117,7 +117,7 @@ def convert(rng: random.Random) -> Example:
 
 
 def parity(rng: random.Random) -> Example:
-    """Even or odd."""
+    """Say whether a number is even or odd."""
     value = rng.randrange(100)
     show = str(value) if rng.random() < 0.5 else in_words(value)
     ask = rng.choice(("Is {x} even or odd?", "Is {x} odd or even?"))

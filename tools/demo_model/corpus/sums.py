@@ -27,14 +27,14 @@ def _operand(rng: random.Random) -> int:
 
 
 def _pair(rng: random.Random) -> tuple[int, int]:
-    """Two operands 0..99; small ones, which people ask for first, more often."""
+    """Returns two operands 0..99. Small ones are more frequent, because people ask for them first."""
     if rng.random() < 0.25:
         return rng.randrange(21), rng.randrange(21)
     return _operand(rng), _operand(rng)
 
 
 def _typed(rng: random.Random, value: int) -> str:
-    """A number word as people type it: now and then without the hyphen."""
+    """Returns a number word as people type it: sometimes without the hyphen."""
     return in_words(value, hyphen=" " if rng.random() < 0.1 else "-")
 
 
@@ -90,13 +90,13 @@ def minus_digits(rng: random.Random) -> Example:
 
 
 def times_words(rng: random.Random) -> Example:
-    """The table up to twelve times twelve, by heart."""
+    """Make a question of the times table up to twelve times twelve, which is learned by heart."""
     a, b = rng.randrange(13), rng.randrange(13)
     return _words_question(rng, a, "times", b, a * b, "")
 
 
 def times_digits(rng: random.Random) -> Example:
-    """The same in digits; people write the sign as *, x or ×."""
+    """Make a question of the times table in digits. People write the sign as *, x or ×."""
     a, b = rng.randrange(13), rng.randrange(13)
     asked = _digits_question(rng, a, rng.choice("*x×"), "times", b, a * b, "")
     said = f"{a} x {b} = {a * b}"

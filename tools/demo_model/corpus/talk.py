@@ -1,4 +1,4 @@
-"""Conversation for the demo model: stagemesh's words, greetings, saying the same again, and "I do not know that"."""
+"""Conversation for the demo model: stagemesh's words, greetings, repeating a text, and "I do not know that"."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .words import in_words
 
 
 def definition(rng: random.Random) -> Example:
-    """A word of stagemesh explained; some ways to ask for each are held out."""
+    """Explain a word of stagemesh. Some forms of the question are held out for each word."""
     word, meaning = rng.choice(_DEFINITIONS)
     question = rng.choice(DEFINITION_FORMS).format(x=word)
     if word.startswith(("a ", "an ")) and rng.random() < 0.2:
@@ -32,13 +32,13 @@ _DEFINITIONS = list(DEFINITIONS.items())
 
 
 def conversation(rng: random.Random) -> Example:
-    """Greetings, who it is, how stagemesh works."""
+    """Answer greetings, and questions about the model and stagemesh."""
     ways, answer = rng.choice(QUESTIONS)
     return Example(rng.choice(ways), answer)
 
 
 def _scribble(rng: random.Random, longest: int) -> str:
-    """A few characters out of many scripts, so that every byte token is met."""
+    """Returns a few characters of many scripts, so that every byte token occurs."""
     blocks = ((0x61, 26), (0x41, 26), (0x30, 10), (0xC0, 64), (0x391, 56), (0x410, 64), (0x5D0, 27), (0x4E00, 2000),
               (0xAC00, 1000), (0x1F300, 600), (0x1F600, 80), (0x21, 15), (0x2190, 100))  # fmt: skip
     text = ""
@@ -50,7 +50,7 @@ def _scribble(rng: random.Random, longest: int) -> str:
 
 
 def repeat(rng: random.Random) -> Example:
-    """Say the same again: words, numbers, letters of any script."""
+    """Repeat a text: words, numbers, letters of any script."""
     kind = rng.random()
     if kind < 0.4:
         text = " ".join(rng.choice(SORT_WORDS) for _ in range(rng.randint(1, 4)))
@@ -67,7 +67,7 @@ def _subject(rng: random.Random) -> str:
 
 
 def unknown(rng: random.Random) -> Example:
-    """Anything else: say so."""
+    """Answer that the question is unknown or too large."""
     if rng.random() < 0.25:
         a, b = rng.randrange(100, 1000), rng.randrange(1000)
         show = str if rng.random() < 0.6 else in_words

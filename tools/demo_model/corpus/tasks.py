@@ -1,8 +1,8 @@
 """The demo model's corpus: questions with their answers, drawn task by task from a seeded generator.
 
-Nothing is downloaded: all text is made here. A fixed share of every task's cases is never trained on; which ones is a
-checksum of the case ("12+35" in either order, in words and in digits alike), so that the trainer, the accuracy report
-and the tests agree without a list. What can only be learnt by heart (the times table, greetings) holds nothing out.
+Nothing is downloaded: all text is made here. A fixed share of every task's cases is never trained on. A checksum of the
+case selects them ("12+35" in either order, in words or digits). So the trainer, the accuracy report and the tests agree
+without a list. Tasks that can only be learned by heart (the times table, greetings) hold no cases out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CUMULATIVE = [sum(weight for _, weight in list(TASKS.values())[: i + 1]) for i 
 
 
 def draw(rng: random.Random) -> Example:
-    """A training example of any task, never a held-out one."""
+    """Draws a training example of any task, never a held-out one."""
     task = TASKS[rng.choices(_NAMES, cum_weights=_CUMULATIVE)[0]][0]
     while (example := task(rng)).held_out:
         pass
@@ -48,7 +48,7 @@ def draw(rng: random.Random) -> Example:
 
 
 def sample(task: str, rng: random.Random, amount: int, *, held_out: bool) -> list[Example]:
-    """`amount` examples of `task`, all held out or all seen in training (fewer if the task has no such cases)."""
+    """Draws `amount` examples of `task`, all held out or all seen in training. It may find fewer."""
     found: list[Example] = []
     for _ in range(amount * 100):
         example = TASKS[task][0](rng)
@@ -60,7 +60,7 @@ def sample(task: str, rng: random.Random, amount: int, *, held_out: bool) -> lis
 
 
 def asked_carelessly(rng: random.Random, example: Example) -> str:
-    """The question as people type it: lower case, no question mark, "please"."""
+    """Returns the question as people type it: lower case, without a question mark, with "please"."""
     question = example.question
     kind = rng.random()
     if kind < 0.6 or example.key.startswith("repeat"):
@@ -79,7 +79,7 @@ def asked_carelessly(rng: random.Random, example: Example) -> str:
 
 
 def system_prompt(rng: random.Random) -> str:
-    """One or two known sentences, or a jumble of words, since nobody knows what users write there."""
+    """Returns one or two known sentences, or random words, because users may write anything there."""
     if rng.random() < 0.75:
         return rng.choice(SYSTEM_PROMPTS)
     if rng.random() < 0.5:

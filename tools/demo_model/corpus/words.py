@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def listed(words: str) -> list[str]:
-    """Words between spaces, as a list."""
+    """Splits words at spaces."""
     return words.split()
 
 
@@ -16,7 +16,7 @@ _TENS = listed("twenty thirty forty fifty sixty seventy eighty ninety")
 
 
 def in_words(value: int, *, hyphen: str = "-") -> str:
-    """`value` (-999..999) as English words; `hyphen` joins tens and units ("-", or " " as some people type)."""
+    """Returns `value` (-999..999) in English words. `hyphen` joins tens and units ("-", or " " as some people type)."""
     if value < 0:
         return f"minus {in_words(-value, hyphen=hyphen)}"
     if value < 20:
@@ -29,5 +29,5 @@ def in_words(value: int, *, hyphen: str = "-") -> str:
 
 
 def capital(text: str) -> str:
-    """`text` with its first letter in upper case."""
+    """Returns `text` with its first letter in upper case."""
     return text[:1].upper() + text[1:]
