@@ -1,4 +1,5 @@
-"""Places the stages of a pipeline that does not serve. Other policies also use `place`."""
+"""Places the stages of a pipeline that does not serve: at first, and after a loss, when a standby takes a lost
+worker's stage. Other policies also use `place`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Standbys, the workers that hold no stage: which weights they load, and when a stage goes back to its own worker."""
+"""Standbys, the workers that hold no stage: which weights they load, and when a stage goes back to its own worker.
+
+`form.py` decides that a standby takes a lost worker's stage."""
 
 from __future__ import annotations
 

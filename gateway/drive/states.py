@@ -3,7 +3,7 @@
     WAITING ---wanted--> OPENING --opened--> CROSSING --crossed--> SERVING <--switched, stayed-- SWITCHING
        ^ ^                  |                   |                   |  |                          ^  |
        | `-----refused------´                   |                   |  `----------next------------´  |
-       `-----------------------lost, not wanted any more (from each of these)-----------------------´
+       `----------lost (from each of these), not wanted any more (but for SWITCHING)----------------´
 
 The coordinator's view of the pipeline is not a state. It decides which epoch is wanted, and whether requests are taken.
 """

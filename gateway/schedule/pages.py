@@ -5,7 +5,8 @@ a tree whose paths are prefixes: SGLang's radix tree (Zheng et al. 2024), with a
 no sequence holds is idle: free, but filled until its memory is needed. The page that was released first is reused
 first.
 
-Pure: no I/O, no clock. A page is freed only when no step in flight names it; the scheduler ensures that.
+Pure: no I/O, no clock. A page is freed only when no step in flight names it. The scheduler ensures that; the prefix
+cache (`prefix.py`) and the ledger (pages of probes) free pages, too.
 """
 
 from __future__ import annotations

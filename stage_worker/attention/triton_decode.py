@@ -55,7 +55,7 @@ class TritonDecode:
         """Does nothing: all data is read on the device."""
 
     def write(self, key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, tables: DecodeTables) -> None:
-        """See `TorchDecode.write`. Padding rows write nothing."""
+        """See `TorchDecode.write`, but padding rows write nothing."""
         key, value = _dense_heads(key), _dense_heads(value)
         rows, kv_heads, k_dim = key.shape
         page, v_dim = k_pages.shape[2], v_pages.shape[3]
