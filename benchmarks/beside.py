@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import statistics
 import subprocess
@@ -96,6 +97,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", type=Path, help="a Llama checkpoint; default: the seeded 100 M model")
     given = parser.parse_args()
+    os.environ["PYTHONSAFEPATH"] = "1"  # Otherwise the other one's Python would import the code in the current folder.
     roots = {"ours": ROOT, "theirs": given.other}
     commit = subprocess.run(
         ["git", "-C", str(given.other), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
