@@ -77,7 +77,8 @@ def agent(mesh: Mesh, worker_id: str) -> psutil.Process:
 
 def spare(mesh: Mesh) -> int | None:
     """The stage whose layers the standby has loaded."""
-    standbys = [w["layers"] for w in mesh.get("/mesh")["workers"] if w["state"] == "standby"]
+    # One whose ranks died has none until the pipelines have served for a while.
+    standbys = [w.get("layers") for w in mesh.get("/mesh")["workers"] if w["state"] == "standby"]
     return next((int(s["stage"]) for s in pipelines(mesh)[0]["stages"] if s["layers"] in standbys), None)
 
 
