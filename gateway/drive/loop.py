@@ -282,6 +282,8 @@ class BatchLoop:
         if stage < len(self.view.stages) - 1:
             return
         self._deadline.done(step, self._observers.clock())
+        if self._task is not None:
+            self._note_crossed()  # Requests need not wait for the probe's second step.
         if step == self._probe[-1] and self._probe_page is not None:
             self._ledger.release([self._probe_page])
             self._note_crossed()
