@@ -98,7 +98,7 @@ def _drain(namespace: argparse.Namespace, stub: Any) -> None:
 
     def left(mesh: Any) -> str:
         if any(w.worker_id == worker and w.state not in ("draining", "lost") for w in mesh.workers):
-            # A restarted coordinator has forgotten the drain.
+            # A drain is for one life of a worker's ranks: they have been replaced meanwhile.
             _call(stub.Drain, request)
             return f"{worker} is asked to drain"
         stages = [(p, s) for p in mesh.pipelines for s in p.stages if s.worker_id == worker]

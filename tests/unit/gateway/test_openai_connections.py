@@ -207,4 +207,5 @@ def test_connections_are_kept(make_served: Make) -> None:
 def test_all_addresses_are_those_of_both_families() -> None:
     with bind("::", 0) as listener:
         for host in ("127.0.0.1", "::1"):
-            socket.create_connection((host, listener.getsockname()[1]), timeout=5).close()
+            with socket.create_connection((host, listener.getsockname()[1]), timeout=5) as client:
+                assert client.getpeername()[0] == host
