@@ -1,14 +1,45 @@
-"""Entry point of a child of `serve`: runs one service with the settings from its parent."""
+"""The services by their commands, and the entry point of a child of `serve`.
+
+A child runs one service. So this module imports nothing of the others: each worker of `serve` would wait for it.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
+import sys
+from collections.abc import Callable
+from pkgutil import resolve_name
+from typing import Any
 
-from stagemesh.errors import InternalError
+from stagemesh.errors import CheckpointError, ConfigError, InternalError, StagemeshError
 from stagemesh.processes.frames import parse
 from stagemesh.protos.v1 import processes_pb2
 
-from .main import SERVICES, reported
+USAGE_ERROR = 2
+
+SERVICES = {
+    "serve": ("settings.serve:ServeSettings", "local.supervisor:run", "start a whole mesh on this machine"),
+    "coordinator": ("settings.coordinator:CoordinatorSettings", "coordinator.main:run", "run the coordinator"),
+    "stage": ("settings.stage:StageSettings", "stage_worker.main:run", "run one stage worker"),
+    "gateway": ("settings.gateway:GatewaySettings", "gateway.main:run", "run the gateway"),
+}
+"""Command -> (class of its settings, function that runs it, help text). The names are relative to this package."""
+
+
+def settings_and_run(command: str) -> tuple[Any, Any]:
+    """Imports the class of a service's settings and the function that runs it."""
+    cls, run, _ = SERVICES[command]
+    return resolve_name(f"stagemesh.{cls}"), resolve_name(f"stagemesh.{run}")
+
+
+def reported(command: str, run: Callable[[], int]) -> int:
+    """Runs a function and returns its exit status. Prints an error in one line on stderr."""
+    try:
+        return run()
+    except StagemeshError as e:
+        print(f"stagemesh {command}: {e.message}", file=sys.stderr)
+        return USAGE_ERROR if isinstance(e, (ConfigError, CheckpointError)) else 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def run(argument: bytes, fds: list[int]) -> int:
@@ -16,5 +47,5 @@ def run(argument: bytes, fds: list[int]) -> int:
     start = parse(processes_pb2.ServiceStart, argument)
     if start.command not in SERVICES or len(fds) != 1:
         raise InternalError(f"{start.command!r} with {len(fds)} descriptors is no service")
-    cls, module, _ = SERVICES[start.command]
-    return reported(start.command, lambda: import_module(module).run(cls.model_validate_json(start.settings), fds[0]))
+    cls, run_service = settings_and_run(start.command)
+    return reported(start.command, lambda: run_service(cls.model_validate_json(start.settings), fds[0]))
