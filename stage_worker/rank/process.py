@@ -67,16 +67,15 @@ def import_all(config: RankConfig) -> None:
     settings = config.settings
     device, eager = "cuda" if config.device == "cuda" else "cpu", settings.enforce_eager
     import_for(ShardSpec(settings.model or "", 0, 1, device=device, tp_size=config.size, enforce_eager=eager))
+    if settings.transport != "tcp":
+        # If UCX is missing, each rank reports that itself.
+        with contextlib.suppress(TransportError):
+            load_ucxx()
 
 
 def preload(argument: bytes, fds: list[int]) -> int:
     """Imports the modules of ranks, in their forkserver. `argument`: argument of one rank. Returns an exit status."""
-    config = RankConfig.unpack(argument)
-    import_all(config)
-    if config.settings.transport != "tcp":
-        # If UCX is missing, each rank reports that itself.
-        with contextlib.suppress(TransportError):
-            load_ucxx()
+    import_all(RankConfig.unpack(argument))
     return 0
 
 

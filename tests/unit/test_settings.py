@@ -18,7 +18,8 @@ from pydantic.fields import FieldInfo
 
 import stagemesh.settings
 from stagemesh.cli.flags import given, spellings
-from stagemesh.cli.main import SERVICES, parser
+from stagemesh.cli.main import parser
+from stagemesh.cli.service import SERVICES, settings_and_run
 from stagemesh.errors import ConfigError
 from stagemesh.local.plan import coordinator_settings, gateway_settings, standby_settings, worker_settings
 from stagemesh.settings.base import Base
@@ -46,7 +47,7 @@ TWO_OF_ONE_NAME = {
 }
 """Two options with one flag. `model`: what is served, and where its files are on this machine. `tensor_parallel_size`:
 ranks of one worker, and of each stage."""
-CASES = [(name, option) for name, (cls, _, _) in SERVICES.items() for option in cls.model_fields]
+CASES = [(name, option) for name in SERVICES for option in settings_and_run(name)[0].model_fields]
 SERVED = {"coordinator": CoordinatorSettings, "stage": StageSettings, "gateway": GatewaySettings}
 DECIDED = {
     "coordinator": {"host", "insecure", "port"},
@@ -108,7 +109,7 @@ def test_an_option_with_several_defaults_is_one_option() -> None:
 
 @pytest.mark.parametrize(("service", "option"), CASES)
 def test_an_option_is_a_flag_a_variable_and_a_key(service: str, option: str, tmp_path: Path) -> None:
-    cls = SERVICES[service][0]
+    cls, _ = settings_and_run(service)
     field = cls.model_fields[option]
     assert field.description
     value = another(option, field)
@@ -176,11 +177,15 @@ def test_what_cannot_be_is_refused(values: dict[str, Any], message: str) -> None
         load(ServeSettings, file=None, env={}, given=values)
 
 
-def test_the_command_line_starts_without_what_services_need() -> None:
-    code = (
-        "import sys; from stagemesh.cli.main import parser; parser();"
-        "print([m for m in ('torch', 'numpy', 'transformers', 'uvicorn') if m in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("code", "not_needed"),
+    [
+        ("from stagemesh.cli.main import parser; parser()", ("torch", "numpy", "transformers", "uvicorn")),
+        ("import stagemesh.cli.service", ("pydantic", "argparse", "yaml")),
+    ],
+)
+def test_a_process_starts_without_what_only_others_need(code: str, not_needed: tuple[str, ...]) -> None:
+    code += f"; import sys; print([m for m in {not_needed} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
 
