@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pkgutil import resolve_name
 
 import stagemesh
 from stagemesh.settings.loading import load
 
 from . import bench, operate, status
 from .flags import add_flags, given
-from .service import SERVICES, reported, settings_and_run
+from .service import SERVICES, reported, run_function, settings_class
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,8 +19,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="stagemesh", description=stagemesh.__doc__)
     top.add_argument("--version", action="version", version=f"stagemesh {stagemesh.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (settings, _, text) in SERVICES.items():
-        cls = resolve_name(f"stagemesh.{settings}")
+    for name, (_, _, text) in SERVICES.items():
+        cls = settings_class(name)
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == "serve":
             command.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="checkpoint directory [the demo]")
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(namespace: argparse.Namespace) -> int:
-    cls, run = settings_and_run(namespace.command)
+    cls, run = settings_class(namespace.command), run_function(namespace.command)
     settings = load(cls, file=namespace.config, given=given(namespace, cls))
     status: int = run(settings) if namespace.command == "serve" else run(settings, namespace.ready_fd)
     return status

@@ -25,10 +25,14 @@ SERVICES = {
 """Command -> (class of its settings, function that runs it, help text). The names are relative to this package."""
 
 
-def settings_and_run(command: str) -> tuple[Any, Any]:
-    """Imports the class of a service's settings and the function that runs it."""
-    cls, run, _ = SERVICES[command]
-    return resolve_name(f"stagemesh.{cls}"), resolve_name(f"stagemesh.{run}")
+def settings_class(command: str) -> Any:
+    """Imports the class of a service's settings."""
+    return resolve_name(f"stagemesh.{SERVICES[command][0]}")
+
+
+def run_function(command: str) -> Any:
+    """Imports a service's `run`, and with it all that the service needs."""
+    return resolve_name(f"stagemesh.{SERVICES[command][1]}")
 
 
 def reported(command: str, run: Callable[[], int]) -> int:
@@ -47,5 +51,5 @@ def run(argument: bytes, fds: list[int]) -> int:
     start = parse(processes_pb2.ServiceStart, argument)
     if start.command not in SERVICES or len(fds) != 1:
         raise InternalError(f"{start.command!r} with {len(fds)} descriptors is no service")
-    cls, run_service = settings_and_run(start.command)
-    return reported(start.command, lambda: run_service(cls.model_validate_json(start.settings), fds[0]))
+    settings = settings_class(start.command).model_validate_json(start.settings)
+    return reported(start.command, lambda: run_function(start.command)(settings, fds[0]))

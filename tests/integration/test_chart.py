@@ -18,7 +18,7 @@ import yaml
 
 from stagemesh.cli.flags import given
 from stagemesh.cli.main import parser
-from stagemesh.cli.service import settings_and_run
+from stagemesh.cli.service import settings_class
 from stagemesh.local import plan
 from stagemesh.settings.base import Base
 from stagemesh.settings.coordinator import CoordinatorSettings
@@ -41,7 +41,7 @@ def settings_of(pod: chart.Pod, folder: Path) -> Base:
     namespace = parser().parse_args(pod.args)
     file = folder / f"{pod.owner['metadata']['name']}.yaml"
     file.write_text(pod.file(namespace.config))
-    cls, _ = settings_and_run(namespace.command)
+    cls = settings_class(namespace.command)
     return load(cls, file=str(file), env=pod.env(POD_IP), given=given(namespace, cls))
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -114,6 +117,17 @@ def test_a_worker_that_is_started_again_imports_nothing() -> None:
         assert priorities == [preferred, ours]
 
     told(story)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed: UCX is NOT tested")
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+def test_workers_are_forked_with_ucx_loaded_if_they_may_use_it(transport: str) -> None:
+    settings = SETTINGS.model_copy(update={"transport": transport}).model_dump_json()
+    code = "import sys; from stagemesh.stage_worker.main import preload; preload(sys.argv[1].encode(), []); "
+    code += "print('ucxx._lib.libucxx' in sys.modules)"
+    command = [sys.executable, "-c", code, settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+    assert done.stdout.strip() == str(transport == "auto")
 
 
 def test_without_the_forkserver_a_worker_goes_on_and_another_can_be_started(caplog: pytest.LogCaptureFixture) -> None:

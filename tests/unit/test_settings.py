@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 import stagemesh.settings
 from stagemesh.cli.flags import given, spellings
 from stagemesh.cli.main import parser
-from stagemesh.cli.service import SERVICES, settings_and_run
+from stagemesh.cli.service import SERVICES, settings_class
 from stagemesh.errors import ConfigError
 from stagemesh.local.plan import coordinator_settings, gateway_settings, standby_settings, worker_settings
 from stagemesh.settings.base import Base
@@ -47,7 +47,7 @@ TWO_OF_ONE_NAME = {
 }
 """Two options with one flag. `model`: what is served, and where its files are on this machine. `tensor_parallel_size`:
 ranks of one worker, and of each stage."""
-CASES = [(name, option) for name in SERVICES for option in settings_and_run(name)[0].model_fields]
+CASES = [(name, option) for name in SERVICES for option in settings_class(name).model_fields]
 SERVED = {"coordinator": CoordinatorSettings, "stage": StageSettings, "gateway": GatewaySettings}
 DECIDED = {
     "coordinator": {"host", "insecure", "port"},
@@ -109,7 +109,7 @@ def test_an_option_with_several_defaults_is_one_option() -> None:
 
 @pytest.mark.parametrize(("service", "option"), CASES)
 def test_an_option_is_a_flag_a_variable_and_a_key(service: str, option: str, tmp_path: Path) -> None:
-    cls, _ = settings_and_run(service)
+    cls = settings_class(service)
     field = cls.model_fields[option]
     assert field.description
     value = another(option, field)
