@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
+from stagemesh.models.quantization import refuse_quantized
+from stagemesh.models.support import longest_sequence
 from stagemesh.safetensors_header import StoredTensor, read_header, read_raw_header
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_DTYPE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"
+"""File in which NVIDIA's ModelOpt says how it quantized the weights."""
 SAMPLE_BYTES, SAMPLES_PER_FILE = 4096, 64
 # Families whose configuration class ties the embedding unless config.json says otherwise.
 TIED_BY_DEFAULT = ("gemma", "gpt2", "cohere", "starcoder", "opt", "bloom", "falcon", "gpt_bigcode")
@@ -53,6 +58,7 @@ class CheckpointInfo:
     dtype: str
     """Element type of the weights: "float32", "bfloat16" or "float16"."""
     max_position_embeddings: int
+    """The longest sequence that the model is made for, with the scaling of its rotary embedding."""
     num_kv_heads: int
     kv_elements_per_token: int
     """Number of K and V elements of one token in one layer, over all KV heads."""
@@ -86,41 +92,68 @@ def read_config(model_dir: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def read_configs(model_dir: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Reads config.json, and the other file that may say how the weights are quantized. Raises CheckpointError."""
+    found, beside = {CONFIG: read_config(model_dir)}, Path(model_dir) / MODELOPT
+    content = _read_json(beside, "fetch the file again") if beside.is_file() else None
+    return {**found, MODELOPT: content} if isinstance(content, dict) else found
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the decoder's part of a configuration. A multimodal checkpoint has it under `text_config`."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) and nested else config
 
 
-def weight_files(model_dir: str | os.PathLike[str]) -> list[Path]:
-    """Returns the safetensors files of a checkpoint, in name order.
+def weight_map(model_dir: str | os.PathLike[str]) -> dict[str, Path]:
+    """Returns the tensors that the checkpoint lists, each with its file. Whoever reads weights reads these.
 
-    Raises CheckpointError if there are none, or if the index names a file that is missing.
+    The files need not be there: a worker may have only those of its layers. Raises CheckpointError if it is not clear
+    which file is meant, or none is there.
     """
     folder = Path(model_dir)
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     index = folder / INDEX
-    if index.is_file():
-        content = _read_json(index, "fetch the file again")
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: no weight_map in it; fetch the file again")
-        names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            found = sorted(path.name for path in folder.glob("*.safetensors"))
             raise CheckpointError(
-                f"{index}: it names {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}, "
-                f"which {'is' if len(missing) == 1 else 'are'} not in {folder}; fetch the missing files"
+                f"{folder}: {found[0]} needs {INDEX} beside it, which is missing; fetch it too"
+                if found
+                else f"{folder} has neither {SINGLE} nor {INDEX}; fetch the weights in safetensors format, or use "
+                "--load-format dummy for random weights"
             )
-        return [folder / name for name in names]
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if found:
-        raise CheckpointError(f"{folder}: {found[0]} needs {INDEX} beside it, which is missing; fetch it too")
-    raise CheckpointError(
-        f"{folder}: no {SINGLE} and no {INDEX}; fetch the weights in safetensors format, "
-        "or use --load-format dummy for random weights"
-    )
+        return dict.fromkeys(read_header(folder / SINGLE), folder / SINGLE)
+    content = _read_json(index, "fetch the file again")
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(_is_inside(file) for file in names.values()):
+        raise CheckpointError(f"{index}: no weight_map in it with files of this folder; fetch the file again")
+    if (folder / SINGLE).is_file() and set(names.values()) != {SINGLE}:
+        # transformers takes the single file, and others the index. They may be of different revisions.
+        raise CheckpointError(
+            f"{folder}: {SINGLE} lies beside {INDEX}, which names other files; it is not clear which weights are "
+            f"meant: remove {SINGLE}, or {INDEX} and its files"
+        )
+    return {name: folder / file for name, file in names.items()}
+
+
+def _is_inside(file: object) -> bool:
+    return isinstance(file, str) and not Path(file).is_absolute() and ".." not in Path(file).parts
+
+
+def weight_files(model_dir: str | os.PathLike[str]) -> list[Path]:
+    """Returns the files of `weight_map`, in name order. Raises CheckpointError also if one is missing."""
+    return _present(Path(model_dir), weight_map(model_dir))
+
+
+def _present(folder: Path, names: Mapping[str, Path]) -> list[Path]:
+    files = sorted(set(names.values()))
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder / INDEX}: it names {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}, "
+            f"which {'is' if len(missing) == 1 else 'are'} not in {folder}; fetch the missing files"
+        )
+    return files
 
 
 def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> CheckpointInfo:
@@ -129,18 +162,34 @@ def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> Che
     Raises CheckpointError (file, what is wrong, what to do) and UnsupportedModel.
     """
     folder = Path(model_dir)
-    config = _Config(read_config(folder), folder / "config.json")
+    configs = read_configs(folder)
+    refuse_quantized(folder, configs)
+    config = _Config(configs[CONFIG], folder / CONFIG)
     if load_format == "dummy":
         return config.info(_estimated(config), config.dtype or "float32", tied=config.tied)
-    headers = [read_header(path) for path in weight_files(folder)]
-    tensors = {name: t for header in headers for name, t in header.items() if not FOREIGN.search(name)}
+    tensors = {name: tensor for name, tensor in _stored(folder).items() if not FOREIGN.search(name)}
+    refuse_quantized(folder, configs, tensors.items())
     sizes = Counter[str]()
     for tensor in tensors.values():
         if tensor.dtype in STORED_DTYPE:
             sizes[STORED_DTYPE[tensor.dtype]] += tensor.parameters
     dtype = config.dtype or max(sizes, key=sizes.__getitem__, default="float32")
-    parts, has_head = _counted(config, folder, tensors)
-    return config.info(parts, dtype, tied=not has_head)
+    parts, tied = _counted(config, folder, tensors)
+    return config.info(parts, dtype, tied=tied)
+
+
+def _stored(folder: Path) -> dict[str, StoredTensor]:
+    """Reads the headers of all weight files. Raises CheckpointError, also for a tensor that is not in its file."""
+    names = weight_map(folder)
+    headers = {path: read_header(path) for path in _present(folder, names)}
+    tensors = {}
+    for name, path in names.items():
+        if name not in headers[path]:
+            raise CheckpointError(
+                f"tensor {name!r} should be in {path} but is not; fetch {path.name} and {INDEX} again"
+            )
+        tensors[name] = headers[path][name]
+    return tensors
 
 
 def fingerprint(model_dir: str | os.PathLike[str], load_format: str = "auto") -> str:
@@ -191,11 +240,6 @@ class _Config:
     def __init__(self, config: Mapping[str, Any], path: Path) -> None:
         self.text = text = text_config(config)
         self._path = path
-        if config.get("quantization_config") or text.get("quantization_config"):
-            raise UnsupportedModel(
-                f"{path}: quantized weights (quantization_config) cannot be served yet; use the checkpoint in "
-                "bfloat16, float16 or float32"
-            )
         self.model_type = str(text.get("model_type") or config.get("model_type") or "")
         self.num_layers = self.number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
         self.hidden = self.number("hidden_size", "n_embd", "d_model", "dim")
@@ -206,9 +250,11 @@ class _Config:
         self.intermediate = self.number("intermediate_size", "n_inner", "ffn_dim", default=4 * self.hidden)
         self.experts = self.number("num_local_experts", "num_experts", "n_routed_experts", default=0)
         self.experts_used = self.number("num_experts_per_tok", "moe_topk", default=min(2, self.experts))
-        self.positions = self.number("max_position_embeddings", "n_positions", "max_seq_len", default=2048)
-        tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
-        self.tied = bool(tied) if tied is not None else self.model_type.startswith(TIED_BY_DEFAULT)
+        positions = self.number("max_position_embeddings", "n_positions", "max_seq_len", default=2048)
+        self.longest = longest_sequence(text, positions)
+        self.says_tied: bool | None = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+        says = self.says_tied
+        self.tied = bool(says) if says is not None else self.model_type.startswith(TIED_BY_DEFAULT)
         stored = next((c[k] for c in (config, text) for k in ("dtype", "torch_dtype") if c.get(k)), None)
         self.dtype = str(stored).removeprefix("torch.") if stored else None
         if self.dtype is not None and self.dtype not in ELEMENT_BYTES:
@@ -242,7 +288,7 @@ class _Config:
             hidden_size=self.hidden,
             vocab_size=self.vocab,
             dtype=dtype,
-            max_position_embeddings=self.positions,
+            max_position_embeddings=self.longest,
             num_kv_heads=self.kv_heads,
             kv_elements_per_token=kv_elements,
             tied=tied,
@@ -266,10 +312,13 @@ def _estimated(config: _Config) -> list[Part]:
 
 
 def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[list[Part], bool]:
-    """Counts the parts from the tensors in the headers. Returns them, and whether there is a head tensor."""
+    """Counts the parts from the tensors in the headers. Returns them, and whether embedding and head are one tensor.
+
+    They are if only one is stored. transformers uses both if both are, whatever tie_word_embeddings says.
+    """
     embedding, head = config.num_layers, config.num_layers + 1
     parameters, flops = Counter[int](), Counter[int]()
-    table, has_head = 0, False
+    tables: dict[int, int] = {}
     for name, tensor in tensors.items():
         count = tensor.parameters
         work = 2 * count if len(tensor.shape) > 1 else 0
@@ -280,10 +329,12 @@ def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor])
             if EXPERT.search(name) and config.experts:
                 work = work * config.experts_used // config.experts
         elif EMBEDDING.search(name):
-            place, work, table = embedding, 0, max(table, count)
+            place, work = embedding, 0
+            tables[place] = max(tables.get(place, 0), count)
         else:
             place = head
-            has_head = has_head or bool(HEAD.search(name))
+            if HEAD.search(name):
+                tables[place] = count
         parameters[place] += count
         flops[place] += work
     missing = [str(layer) for layer in range(config.num_layers) if layer not in parameters]
@@ -292,7 +343,13 @@ def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor])
             f"{folder}: config.json says {config.num_layers} layers, the weights hold none of layer "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; fetch the missing files"
         )
-    if not has_head:
-        parameters[head] += table
-        flops[head] += 2 * table
-    return [Part(parameters[place], float(flops[place])) for place in range(head + 1)], has_head
+    if config.says_tied is False and tables.keys() == {embedding}:
+        raise CheckpointError(
+            f"{folder}: the weights hold no output head, and tie_word_embeddings is false in config.json; fetch the "
+            "missing files"
+        )
+    for place in {embedding, head} - tables.keys():
+        table = max(tables.values(), default=0)
+        parameters[place] += table
+        flops[place] += 2 * table if place == head else 0
+    return [Part(parameters[place], float(flops[place])) for place in range(head + 1)], len(tables) < 2

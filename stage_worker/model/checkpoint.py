@@ -6,16 +6,19 @@ mapped view reports no progress. Here every read is a `pread` into our own memor
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import torch
 from typing_extensions import Buffer
 
+from stagemesh.checkpoint import FOREIGN, LAYER, read_configs, weight_map
 from stagemesh.errors import CheckpointError
+from stagemesh.models.quantization import refuse_quantized
 from stagemesh.safetensors_header import StoredTensor, read_header
 
 from .cut import WHOLE, Cut
@@ -31,21 +34,26 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
 }
 _READ_BYTES = 32 << 20
+_HARMLESS = r"\brotary_emb\.\w+$|(^|\.)(masked_bias|position_ids)$|(attn|attention)\.bias$"
+"""Names of tensors that earlier releases of transformers stored, and that are computed: angles, masks, positions."""
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoint:
     """A folder with `model.safetensors`, or an index and its files. A file's header is read with its first tensor."""
 
     def __init__(self, model_dir: str | Path) -> None:
+        """Raises CheckpointError if it is not clear which files are meant, UnsupportedModel for quantized weights."""
         self.model_dir = Path(model_dir)
         self.tensor_bytes_read = 0
         """Bytes of tensor data read so far, without the parts of rows that were not requested."""
         self._headers: dict[Path, dict[str, StoredTensor]] = {}
-        self._files = self._find_files()
+        self._files = weight_map(self.model_dir)
+        self._configs = read_configs(self.model_dir)
+        refuse_quantized(self.model_dir, self._configs, dict.fromkeys(self._files).items())
 
     @property
     def names(self) -> list[str]:
@@ -72,6 +80,39 @@ class Checkpoint:
                 f"tensor {name!r} in {self._files[name]} is of type {stored}, which cannot be read: convert it"
             )
         return _DTYPES[stored]
+
+    def check_use(
+        self, used: Collection[str], known: Collection[str], layers: Collection[int], ignored: str = ""
+    ) -> None:
+        """Checks what a shard makes of its part of the checkpoint: a tensor that it does not use is never just ignored.
+
+        Args:
+            used: the tensors that the shard reads.
+            known: the tensors that it or other stages use.
+            layers: the decoder layers that it reads.
+            ignored: a pattern of further names that are harmless.
+
+        Raises:
+            UnsupportedModel: a tensor that it reads is quantized.
+            CheckpointError: it would not use a tensor of its layers, or of a module from which it reads others.
+        """
+        refuse_quantized(self.model_dir, self._configs, ((name, self.info(name)) for name in used))
+        harmless = re.compile(f"{_HARMLESS}|{ignored}" if ignored else _HARMLESS)
+        modules = {name.rpartition(".")[0] for name in used}
+        unused = []
+        for name in sorted(self._files.keys() - known):
+            if FOREIGN.search(name) or harmless.search(name):
+                continue
+            layer = LAYER.search(name)
+            if int(layer[1]) in layers if layer else name.rpartition(".")[0] in modules:
+                raise CheckpointError(
+                    f"{self._files[name]}: config.json describes a model without the tensor {name!r}, so the tokens "
+                    "would not be its authors': check that config.json belongs to these weights"
+                )
+            if not layer:
+                unused.append(name)
+        if unused:
+            log.warning("%s: %d tensors are not used, such as %s", self.model_dir, len(unused), unused[0])
 
     def lacking(self, missing: Sequence[str]) -> CheckpointError:
         """Returns the error to raise if these tensors are missing."""
@@ -141,21 +182,6 @@ class Checkpoint:
         self.tensor_bytes_read += out.nbytes
         return out
 
-    def _find_files(self) -> dict[str, Path]:
-        index = self.model_dir / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index} has no weight_map: download the checkpoint again")
-            return {str(name): self.model_dir / str(file) for name, file in weight_map.items()}
-        single = self.model_dir / "model.safetensors"
-        if not single.is_file():
-            raise CheckpointError(
-                f"{self.model_dir} has neither model.safetensors nor model.safetensors.index.json: "
-                "stagemesh reads safetensors checkpoints only"
-            )
-        return dict.fromkeys(self._header(single), single)
-
     def _header(self, path: Path) -> dict[str, StoredTensor]:
         if path not in self._headers:
             self._headers[path] = read_header(path)
@@ -167,13 +193,3 @@ def _open(path: Path) -> BinaryIO:
         return path.open("rb")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stagemesh.models.support import PLUGINS
+
 from ..kv.pool import KvLayerSpec, KvPool
 from ..native import ops
 from ..native.architecture import Architecture, NotNative, check_sizes, dtype_of, read_architecture
@@ -21,10 +23,6 @@ from .parallel import TensorParallel
 from .spec import ShardSpec
 
 log = logging.getLogger(__name__)
-
-PLUGINS = "STAGEMESH_PLUGINS"
-"""Environment variable with names of modules, separated by commas. A rank imports them, so that they can call
-`register_shard` (after vLLM's plugins)."""
 
 
 class Shard(Protocol):

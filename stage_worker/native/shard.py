@@ -124,13 +124,15 @@ class NativeShard:
             self._norm, self._head, self._packed_head = before._norm, before._head, before._packed_head
         elif self.is_last:
             self._norm = reader.read(NORM)
-            if a.tied and self._embedding is not None and self._embedding.dim() == 2:  # Not panels of another head.
+            if (
+                reader.tied and self._embedding is not None and self._embedding.dim() == 2
+            ):  # Not panels of another head.
                 head = self._embedding[slice(*self._spec.part(a.vocab))]
             else:
-                head = reader.read(EMBEDDING if a.tied else HEAD)
+                head = reader.read(EMBEDDING if reader.tied else HEAD)
             self._packed_head = ops.pack(head)
             self._head = ops.Linear(self._packed_head.data_ptr(), None, *head.shape)
-            if a.tied and self._embedding is not None and len(head) == a.vocab:
+            if reader.tied and self._embedding is not None and len(head) == a.vocab:
                 # One copy serves embedding and head: a token's row is gathered from the panels.
                 self._embedding = _panels(self._packed_head)
 

@@ -6,6 +6,7 @@ one kernel has both and can multiply them.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,29 +55,38 @@ class Reader:
     ) -> None:
         """Plans the read of `layers`, of the embedding if `embeds`, and of norm and head if `heads`.
 
-        Raises CheckpointError if a tensor is missing.
+        Raises CheckpointError if a tensor is missing, or would not be used, and UnsupportedModel if one is quantized.
         """
         self._spec, self._a, self._dtype, self._checkpoint = spec, architecture, dtype, checkpoint
         self._on_progress = on_progress
         self._layer_plan = _layer_plan(spec, architecture)
+        names = set(checkpoint.names) if checkpoint is not None else set()
+        # Checkpoints saved from the base model lack the prefix of the causal model.
+        self._bare = "embed_tokens.weight" in names and EMBEDDING not in names
+        self.tied = architecture.tied and not (HEAD in names and (self._bare or EMBEDDING in names))
+        """Whether embedding and head are one tensor: both are used if both are stored, as in transformers."""
+        self._renamed = {EMBEDDING: HEAD} if self.tied and HEAD in names else {}
         self._plan = {_of_layer(index, name): entry for index in layers for name, entry in self._layer_plan.items()}
         whole = (architecture.vocab, architecture.hidden)
         if embeds:
             self._plan[EMBEDDING] = whole, WHOLE
         if heads:
             self._plan[NORM] = whole[1:], WHOLE
-            self._plan.setdefault(EMBEDDING if architecture.tied else HEAD, (whole, Cut(0, (spec.part(whole[0]),))))
-        names = checkpoint.names if checkpoint is not None else []
-        # Checkpoints saved from the base model lack the prefix of the causal model.
-        self._bare = "embed_tokens.weight" in names and EMBEDDING not in names
+            self._plan.setdefault(EMBEDDING if self.tied else HEAD, (whole, Cut(0, (spec.part(whole[0]),))))
         self._done = 0
         self._total = sum(math.prod(cut.shape(shape)) for shape, cut in self._plan.values()) * dtype.itemsize
         if checkpoint is not None:
-            missing = [name for name in map(self._name_in_file, self._plan) if name not in names]
+            used = [self._name_in_file(name) for name in self._plan]
+            missing = [name for name in used if name not in names]
             if missing:
                 raise checkpoint.lacking(missing)
+            # Only the first rank has some of the biases.
+            whole_layer = _layer_plan(dataclasses.replace(spec, tp_rank=0), architecture)
+            known = {EMBEDDING, NORM, HEAD, *(_of_layer(index, name) for index in layers for name in whole_layer)}
+            checkpoint.check_use(used, set(map(self._name_in_file, known)), layers)
 
     def _name_in_file(self, name: str) -> str:
+        name = self._renamed.get(name, name)
         return name.removeprefix("model.") if self._bare else name
 
     def read(self, name: str) -> Tensor:

@@ -18,8 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from stagemesh.errors import UnsupportedModel
-from stagemesh.stage_worker.model.plain.hf import causal_class, per_layer
-from stagemesh.stage_worker.model.plain.support import why_not
+from stagemesh.models.support import why_not
+from stagemesh.stage_worker.model.plain.hf import causal_class, deciding, per_layer
 
 NUM_LAYERS = 5
 BOUNDS = (0, 2, 4, 5)
@@ -127,6 +127,8 @@ class Outcome:
     status: str
     """works, refused or failed"""
     detail: str = ""
+    by_class: bool = False
+    """Whether it is refused whatever its configuration."""
 
 
 def model_types() -> Iterator[str]:
@@ -158,14 +160,14 @@ def try_architecture(model_type: str, folder: str) -> Outcome:
     """
     config = tiny_config(model_type)
     model_class = causal_class(config)
-    reason = why_not(config)
+    reason = why_not(deciding(config))
     if reason is not None:
         return Outcome(model_type, model_class.__name__, "refused", reason)
     save_checkpoint(model_class, config, folder)
     try:
         chain = Chain(folder, BOUNDS, num_pages=32)
     except UnsupportedModel as error:
-        return Outcome(model_type, model_class.__name__, "refused", error.message)
+        return Outcome(model_type, model_class.__name__, "refused", error.message, by_class=True)
     prompts = clear_prompts(folder, LENGTHS, MAX_TOKENS)
     check(chain, prompts)
     return Outcome(model_type, model_class.__name__, "works")

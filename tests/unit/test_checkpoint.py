@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from stagemesh.checkpoint import fingerprint, inspect, weight_files
+from stagemesh.checkpoint import fingerprint, inspect, weight_files, weight_map
 from stagemesh.errors import CheckpointError, UnsupportedModel
 from stagemesh.safetensors_header import read_header
+from stagemesh.stage_worker.model.choose import load_shard
+from stagemesh.stage_worker.model.parallel import TensorParallel
+from stagemesh.stage_worker.model.spec import ShardSpec
 
+INDEX = "model.safetensors.index.json"
 H, M, V, L, N, K, D = 32, 64, 100, 4, 4, 2, 8  # hidden, MLP, vocabulary, layers, heads, KV heads, head size
 
 
@@ -21,7 +26,8 @@ def config(**changes: Any) -> dict[str, Any]:
     base = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": L, "hidden_size": H,
         "intermediate_size": M, "num_attention_heads": N, "num_key_value_heads": K, "vocab_size": V,
-        "max_position_embeddings": 512, "tie_word_embeddings": False, "dtype": "float32",
+        "max_position_embeddings": 512, "tie_word_embeddings": False, "dtype": "float32", "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
     }  # fmt: skip
     return {**base, **changes}
 
@@ -67,7 +73,7 @@ def make_sharded(folder: Path) -> Path:
         file = f"model-0000{index + 1}-of-00002.safetensors"
         write_safetensors(folder / file, {name: shapes[name] for name in part}, index)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
 
@@ -202,11 +208,11 @@ class TestDamage:
 
     def test_no_weights(self, tmp_path: Path) -> None:
         (make(tmp_path / "m") / "model.safetensors").unlink()
-        self.check(tmp_path / "m", "no model.safetensors", "--load-format dummy")
+        self.check(tmp_path / "m", "neither model.safetensors nor", "--load-format dummy")
 
     def test_index_missing(self, tmp_path: Path) -> None:
-        (make_sharded(tmp_path / "m") / "model.safetensors.index.json").unlink()
-        self.check(tmp_path / "m", "model.safetensors.index.json", "missing")
+        (make_sharded(tmp_path / "m") / INDEX).unlink()
+        self.check(tmp_path / "m", INDEX, "missing")
 
     def test_index_names_a_missing_file(self, tmp_path: Path) -> None:
         (make_sharded(tmp_path / "m") / "model-00002-of-00002.safetensors").unlink()
@@ -233,8 +239,122 @@ class TestDamage:
     def test_a_layer_is_missing(self, tmp_path: Path) -> None:
         self.check(make(tmp_path / "m", llama_shapes(3)), "4 layers", "none of layer 3")
 
+    @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 7}}'])
+    def test_an_index_without_files(self, tmp_path: Path, content: str) -> None:
+        (make_sharded(tmp_path / "m") / INDEX).write_text(content)
+        self.check(tmp_path / "m", INDEX, "no weight_map", "fetch the file again")
 
-def test_the_single_file_wins_over_an_index(tmp_path: Path) -> None:
-    make_sharded(tmp_path / "m")
-    write_safetensors(tmp_path / "m" / "model.safetensors", llama_shapes())
-    assert [path.name for path in weight_files(tmp_path / "m")] == ["model.safetensors"]
+    @pytest.mark.parametrize("file", ["/etc/passwd", "../other/model.safetensors"])
+    def test_an_index_that_leads_out_of_the_folder(self, tmp_path: Path, file: str) -> None:
+        (make_sharded(tmp_path / "m") / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+        self.check(tmp_path / "m", INDEX, "files of this folder")
+
+    def test_a_tensor_is_not_in_the_file_that_the_index_names(self, tmp_path: Path) -> None:
+        index = make_sharded(tmp_path / "m") / INDEX
+        content = json.loads(index.read_text())
+        content["weight_map"]["lm_head.weight"] = "model-00001-of-00002.safetensors"
+        index.write_text(json.dumps(content))
+        self.check(tmp_path / "m", "'lm_head.weight' should be in", "model-00001-of-00002.safetensors")
+
+    def test_no_head_though_it_is_not_tied(self, tmp_path: Path) -> None:
+        folder = make(tmp_path / "m", llama_shapes(head=False), tie_word_embeddings=False)
+        self.check(folder, "no output head", "tie_word_embeddings is false", "fetch the missing files")
+
+
+class TestWhichFilesAreMeant:
+    """One function says it for everybody who reads weights."""
+
+    def test_a_single_file_beside_an_index_of_others_is_ambiguous(self, tmp_path: Path) -> None:
+        folder = make_sharded(tmp_path / "m")
+        write_safetensors(folder / "model.safetensors", llama_shapes())
+        spec = ShardSpec(str(folder), 0, 2, "float32")
+        for look in (
+            lambda: inspect(folder),
+            lambda: fingerprint(folder),
+            lambda: load_shard(spec, TensorParallel()),
+            lambda: load_shard(replace(spec, enforce_eager=True), TensorParallel()),
+        ):
+            with pytest.raises(CheckpointError, match=r"model\.safetensors lies beside.*not clear.*remove"):
+                look()
+
+    def test_an_index_that_names_the_single_file_is_not(self, tmp_path: Path) -> None:
+        folder = make(tmp_path / "m")
+        alone = weight_map(folder), inspect(folder)
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(llama_shapes(), "model.safetensors")}))
+        assert (weight_map(folder), inspect(folder)) == alone
+        assert [path.name for path in weight_files(folder)] == ["model.safetensors"]
+
+    def test_tensors_that_the_index_leaves_out_are_read_by_nobody(self, tmp_path: Path) -> None:
+        folder = make_sharded(tmp_path / "m")
+        before = inspect(folder)
+        write_safetensors(folder / "model-00002-of-00002.safetensors", llama_shapes() | {"lm_head.bias": [V]})
+        assert inspect(folder) == before
+        assert "lm_head.bias" not in weight_map(folder)
+
+    @pytest.mark.parametrize("sharded", [False, True])
+    def test_the_fingerprint_covers_every_file_that_is_read(self, tmp_path: Path, sharded: bool) -> None:
+        folder = make_sharded(tmp_path / "m") if sharded else make(tmp_path / "m")
+        seen = {fingerprint(folder)}
+        for path in sorted(set(weight_map(folder).values())):
+            raw = bytearray(path.read_bytes())
+            half = len(raw) // 2
+            raw[-half:] = bytes(half)
+            path.write_bytes(raw)
+            seen.add(fingerprint(folder))
+        assert len(seen) == 1 + len(weight_files(folder))
+
+
+class TestTied:
+    """As transformers: what is stored is used, and the embedding is the head only if one of both is stored."""
+
+    @pytest.mark.parametrize("tie", [True, False])
+    def test_a_stored_head_is_counted_whatever_the_config_says(self, tmp_path: Path, tie: bool) -> None:
+        info = inspect(make(tmp_path / "m", tie_word_embeddings=tie))
+        assert not info.tied
+        assert info.total_parameters == L * LAYER + 2 * V * H + H
+
+    def test_a_head_alone_is_the_embedding_too(self, tmp_path: Path) -> None:
+        shapes = llama_shapes()
+        del shapes["model.embed_tokens.weight"]
+        info = inspect(make(tmp_path / "m", shapes, tie_word_embeddings=True))
+        assert info.tied
+        assert (info.embedding.parameters, info.head.parameters) == (V * H, V * H + H)
+        assert info.total_parameters == L * LAYER + V * H + H
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({}, 512),
+        ({"rope_scaling": None}, 512),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 512),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}}, 2048),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 2048),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}, 512),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}}, 512),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}, "original_max_position_embeddings": 256}, 1024),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": None}}, 512),
+        ({"rope_scaling": {"type": "linear", "factor": 2.5}}, 1280),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 1024),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 256}}, 512),
+        ({"rope_scaling": {"type": "longrope", "factor": 8.0, "original_max_position_embeddings": 64}}, 512),
+        ({"rope_scaling": {"type": "su", "factor": 8.0}}, 512),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "yarn", "factor": 4.0},
+                    "sliding_attention": {"rope_type": "default"},
+                    "other": None,
+                }
+            },
+            2048,
+        ),
+        ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 512),
+        ({"model_type": "cohere", "model_max_length": 4096}, 4096),
+    ],
+)
+def test_the_longest_sequence_is_that_of_the_scaled_rotary_embedding(
+    tmp_path: Path, changes: dict[str, Any], longest: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config(**changes)))
+    assert inspect(tmp_path, "dummy").max_position_embeddings == longest

@@ -137,6 +137,34 @@ def test_a_base_model_checkpoint_serves_when_tied(tied: Path, tmp_path: Path) ->
     assert Chain(folder, (0, 3, 6)).greedy([prompt], 6) == [reference_greedy(tied, prompt, 6)]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("head", ["another", "equal", "missing", "alone"])
+def test_embedding_and_head_are_those_that_transformers_takes(
+    tmp_path: Path, family: str, tie: bool, head: str
+) -> None:
+    folder = make_checkpoint(family, tmp_path, tie_word_embeddings=False)
+    names = ("gpt_neox.embed_in.weight", "embed_out.weight")
+    names = names if family == "gpt_neox" else ("model.embed_tokens.weight", "lm_head.weight")
+
+    def store(tensors: dict[str, torch.Tensor]) -> None:
+        if head == "equal":
+            tensors[names[1]] = tensors[names[0]].clone()
+        elif head in ("missing", "alone"):
+            del tensors[names[1] if head == "missing" else names[0]]
+
+    edit_tensors(folder, store)
+    edit_config(folder, tie_word_embeddings=tie)
+    prompt = list(range(50))
+    if not tie and head in ("missing", "alone"):
+        with pytest.raises(CheckpointError, match="lacks 1 tensor"):
+            Chain(folder, (0, 3, 6))
+        return
+    expected = reference_greedy(folder, prompt, 6)
+    for bounds in ((0, 6), (0, 3, 6)):
+        assert Chain(folder, bounds).greedy([prompt], 6) == [expected]
+
+
 def test_a_checkpoint_in_several_files_reads_only_the_files_of_its_layers(llama: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama, tmp_path / "sharded"))
     tensors = load_file(folder / "model.safetensors")
@@ -244,6 +272,7 @@ def test_a_range_outside_the_model_is_refused_with_the_layer_count(llama: Path, 
     [
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "of type 'spiral'"),
         ({"model_type": "gpt2"}, "declares no base_model_pp_plan"),
         ({"model_type": "mamba"}, "declares no base_model_pp_plan"),
         ({"model_type": "qwen3_next"}, "linear_attention"),
@@ -254,9 +283,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(broken: Path, settings
     edit_config(broken, **settings)
     with pytest.raises(UnsupportedModel, match=reason) as caught:
         load(broken, 0, 3)
-    if "not known" not in reason:
-        assert "llama" in caught.value.message
-        assert "qwen3" in caught.value.message
+    assert len(caught.value.message) <= 200 + len(str(broken)), "one sentence"
 
 
 @pytest.mark.parametrize(

@@ -151,3 +151,12 @@ def test_the_pool_of_another_shard_does_not_fit(llama: Path, eager: bool) -> Non
     pool = KvPool(chain.shards[1].kv_layers, 4, PAGE_SIZE, torch.float32, "cpu")
     with pytest.raises(InternalError, match=r"layers \[3, 4, 5\].*\[0, 1, 2\]"):
         chain.shards[0].bind_kv(pool)
+
+
+def test_yarn_serves_beyond_the_positions_before_scaling(tmp_path: Path) -> None:
+    """With factor 4, so that its limit is 1024 (tests/unit/test_checkpoint.py)."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+    folder = make_checkpoint("llama", tmp_path, max_position_embeddings=256, rope_parameters=rope)
+    prompts = clear_prompts(folder, [1000, 300], MAX_TOKENS)
+    chain = Chain(folder, (0, 3, 6))
+    assert chain.greedy([prompt.prompt_ids for prompt in prompts], MAX_TOKENS) == [prompt.tokens for prompt in prompts]

@@ -24,6 +24,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
+from stagemesh.models.support import DECIDING
 
 ATTENTION_NAME = "stagemesh"
 
@@ -48,6 +49,11 @@ def load_config(model_dir: str | Path) -> PretrainedConfig:
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} does not describe a {model_type} model: {error}") from error
     return config
+
+
+def deciding(config: PretrainedConfig) -> dict[str, Any]:
+    """Returns the values from which `why_not` decides. The class's defaults are among them."""
+    return {name: getattr(config, name, None) for name in DECIDING}
 
 
 def per_layer(config: PretrainedConfig, name: str) -> list[Any]:
@@ -109,7 +115,7 @@ class Source:
 
 
 def map_checkpoint(model: PreTrainedModel, names: Iterable[str]) -> list[Source]:
-    """Returns the sources of each parameter of the whole, unpruned `model`. Ignores names that map to no parameter."""
+    """Returns the sources of each parameter of the whole, unpruned `model`. Leaves out names that map to none."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     transforms = get_model_conversion_mapping(model)
@@ -180,6 +186,11 @@ def is_optional(model: PreTrainedModel, name: str) -> bool:
     """Whether a checkpoint of this architecture may lack this tensor."""
     patterns = model._keys_to_ignore_on_load_missing or ()
     return any(re.search(pattern, name) for pattern in patterns)
+
+
+def ignored_names(model: PreTrainedModel) -> str:
+    """Returns a pattern of checkpoint names that this architecture does not use, or "" if there are none."""
+    return "|".join(f"({pattern})" for pattern in sorted(model._keys_to_ignore_on_load_unexpected or ()))
 
 
 def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:

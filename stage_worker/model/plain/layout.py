@@ -58,10 +58,8 @@ def find_layout(model: nn.Module, config: object) -> Layout:
     names = [name for name in plan if hasattr(base, name)]
     lists = [name for name in names if isinstance(getattr(base, name), nn.ModuleList)]
     if len(lists) != 1 or len(getattr(base, lists[0])) != num_layers:
-        found = " and ".join(f"{len(getattr(base, name))} in {name!r}" for name in lists) or "none"
         raise UnsupportedModel(
-            f"{type(model).__name__} does not hold its {num_layers} layers of attention in one list of as many modules "
-            f"({found}): it cannot be split between them"
+            f"{type(model).__name__} does not hold its layers in one list of as many modules: it cannot be split"
         )
     beside = [
         name for name, child in base.named_children() if name not in names and any(True for _ in child.parameters())

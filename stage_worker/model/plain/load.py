@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+
+from stagemesh.models.architectures import ARCHITECTURES
+from stagemesh.models.support import refused, why_not
 
 from ..checkpoint import Checkpoint
 from ..cut import WHOLE, Cut
@@ -20,8 +24,6 @@ from . import hf
 from .layout import check_range, find_layout, prune
 from .parallel import Parallel
 from .shard import ModelShard
-from .support import check_supported
-from .verified import VERIFIED
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +46,10 @@ def load_shard(
         CheckpointError: a tensor is missing, has the wrong shape, or its file is damaged.
     """
     config = hf.load_config(spec.model_dir)
-    check_supported(config)
+    _check_supported(config)
     check_range(spec.first, spec.last, config.num_hidden_layers)
-    if config.model_type not in VERIFIED:
+    known = ARCHITECTURES.get(config.model_type)
+    if known is None or not known.verified:
         log.warning("model type %r was not tried when this version was made: compare its output", config.model_type)
     device = torch.device(spec.device)
     hf.register_attention(ModelShard.attention)
@@ -57,7 +60,9 @@ def load_shard(
     sources = hf.map_checkpoint(model, checkpoint.names) if checkpoint is not None else []
     parallel = Parallel(model, config, layout, spec, group)
     prune(model, layout, spec.first, spec.last)
-    filler = _Filler(model, bool(config.tie_word_embeddings), parallel, dtype, device, on_progress)
+    filler = _Filler(
+        model, range(spec.first, spec.last), bool(config.tie_word_embeddings), parallel, dtype, device, on_progress
+    )
     if checkpoint is not None:
         filler.read(checkpoint, sources)
     else:
@@ -66,6 +71,13 @@ def load_shard(
     hf.compute_buffers(model, device)
     read = checkpoint.tensor_bytes_read if checkpoint is not None else 0
     return ModelShard(model, config, layout, spec, dtype, read)
+
+
+def _check_supported(config: PretrainedConfig) -> None:
+    if not getattr(config, "base_model_pp_plan", None):
+        raise refused(config.model_type, "its architecture declares no base_model_pp_plan")
+    if reason := why_not(hf.deciding(config)):
+        raise refused(config.model_type, reason)
 
 
 def _choose_dtype(spec: ShardSpec, named: object, checkpoint: Checkpoint | None) -> torch.dtype:
@@ -84,6 +96,7 @@ class _Filler:
     def __init__(
         self,
         model: PreTrainedModel,
+        layers: range,
         tied: bool,
         parallel: Parallel,
         dtype: torch.dtype,
@@ -91,6 +104,7 @@ class _Filler:
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
         self._model = model
+        self._layers = layers
         self._parallel = parallel
         self._device = device
         self._on_progress = on_progress
@@ -108,7 +122,8 @@ class _Filler:
         """Fills every parameter from the checkpoint.
 
         Raises:
-            CheckpointError: a tensor is missing, has the wrong shape, or its file is damaged.
+            CheckpointError: a tensor is missing, would not be used, has the wrong shape, or its file is damaged.
+            UnsupportedModel: a tensor is quantized.
         """
         by_target = {target: source for source in sources for target in source.targets}
         aliases = self._resolve_ties(by_target)
@@ -117,6 +132,9 @@ class _Filler:
         if missing:
             raise checkpoint.lacking(missing)
         own = {id(by_target[name]): by_target[name] for name in self._wanted if name in by_target}
+        used = {name for source in own.values() for name, _ in source.tensors}
+        known = {name for source in sources for name, _ in source.tensors}
+        checkpoint.check_use(used, known, self._layers, hf.ignored_names(self._model))
         for source in sorted(own.values(), key=lambda source: checkpoint.place(source.tensors[0][0])):
             if source.transform is None:
                 self._copy(checkpoint, source)

@@ -9,7 +9,8 @@ the one collective that its style needs.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from transformers.configuration_utils import PretrainedConfig
 
 from stagemesh.errors import ConfigError, UnsupportedModel
+from stagemesh.models.support import check_heads
 
 from ..cut import WHOLE, Cut, even_range
 from ..spec import ShardSpec
@@ -107,33 +109,18 @@ class Parallel:
                 f"{type(self._model).__name__} cannot run tensor-parallel: its plan uses {', '.join(unknown)}; "
                 "use tensor parallel size 1"
             )
-        check_heads(self._config, self._plan, self._spec.tp_size)
+        if cuts := cut_heads(self._plan):
+            heads = per_layer(self._config, "num_attention_heads")
+            kv_heads = per_layer(self._config, "num_key_value_heads") if cuts == "kv_heads" else heads
+            check_heads({(h, kv or h) for h, kv in zip(heads, kv_heads, strict=True)}, self._spec.tp_size)
 
 
-def check_heads(config: PretrainedConfig, plan: dict[str, str], size: int) -> None:
-    """Checks that a TP size cuts no head in two.
-
-    Raises:
-        ConfigError: it does. The error names the head counts, the size and the nearest size that works.
-    """
-    cut_names = {name.rpartition(".")[2] for name, style in plan.items() if style == "colwise"}
-    if not cut_names & {"q_proj", "q_b_proj", "query_key_value", "kv_b_proj", "qkv_proj"}:
-        return
-    all_heads = per_layer(config, "num_attention_heads")
-    all_kv_heads = per_layer(config, "num_key_value_heads") if "k_proj" in cut_names else all_heads
-    pairs = {(heads, kv_heads or heads) for heads, kv_heads in zip(all_heads, all_kv_heads, strict=True)}
-
-    def fits(parts: int) -> bool:
-        return all(heads % parts == 0 and (kv_heads % parts == 0 or parts % kv_heads == 0) for heads, kv_heads in pairs)
-
-    if not fits(size):
-        candidates = range(1, max(heads for heads, _ in pairs) + 1)
-        nearest = min((parts for parts in candidates if fits(parts)), key=lambda parts: abs(parts - size))
-        counts = " or ".join(f"{heads} attention heads and {kv_heads} KV heads" for heads, kv_heads in sorted(pairs))
-        raise ConfigError(
-            f"tensor parallel size {size} does not divide the model's {counts}: "
-            f"the nearest size that works is {nearest}"
-        )
+def cut_heads(plan: Mapping[str, str]) -> Literal["", "heads", "kv_heads"]:
+    """Returns which heads a plan (module -> style) divides among ranks: none, query heads, or query and KV heads."""
+    cut = {name.rpartition(".")[2] for name, style in plan.items() if style == "colwise"}
+    if not cut & {"q_proj", "q_b_proj", "query_key_value", "kv_b_proj", "qkv_proj"}:
+        return ""
+    return "kv_heads" if "k_proj" in cut else "heads"
 
 
 def _install(module: nn.Module, style: str, group: TPGroup, is_head: bool) -> None:
