@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 
-from stagemesh.checkpoint import CheckpointInfo, fingerprint, inspect
+from stagemesh.checkpoint import CheckpointInfo, fingerprint, inspect, read_config
 from stagemesh.errors import ConfigError
+from stagemesh.models.support import PLUGINS, check_supported, heads_to_divide
 from stagemesh.protos.v1 import types_pb2
 from stagemesh.settings.coordinator import CoordinatorSettings
 
@@ -21,8 +23,11 @@ FEW_STAGES = 4
 
 
 def build(settings: CoordinatorSettings) -> Target:
-    """Reads the checkpoint and checks the settings against it. Raises ConfigError and CheckpointError."""
-    info = inspect(settings.model, settings.load_format)
+    """Reads the checkpoint and checks the settings against it. Raises ConfigError and CheckpointError.
+
+    What cannot be served is refused here, before a worker loads anything.
+    """
+    info = _inspect(settings.model, settings.load_format)
     stages = settings.pipeline_parallel_size
     check_counts(info.num_layers, stages, settings.layer_partition)
     limits = _limits(settings, info)
@@ -43,7 +48,15 @@ def build(settings: CoordinatorSettings) -> Target:
         terms=terms.hexdigest(),
         takeover_s=settings.takeover_after,
         rebalance=settings.rebalance == "auto",
+        heads=heads_to_divide(read_config(settings.model)),
     )
+
+
+def _inspect(path: str, load_format: str) -> CheckpointInfo:
+    """Describes a checkpoint. Raises CheckpointError, and UnsupportedModel if its model cannot be served."""
+    installed = importlib.metadata.version("transformers")
+    check_supported(read_config(path), installed=installed, plugins=bool(os.environ.get(PLUGINS)))
+    return inspect(path, load_format)
 
 
 def model_ref(path: str, settings: CoordinatorSettings, info: CheckpointInfo, dtype: str) -> types_pb2.ModelRef:
@@ -68,7 +81,7 @@ def _add_draft(
     config = settings.speculative_config
     if config is None or config.model is None:
         return None
-    draft = inspect(config.model, settings.load_format)
+    draft = _inspect(config.model, settings.load_format)
     if draft.vocab_size != info.vocab_size:
         raise ConfigError(
             f"the draft model {config.model} has a vocabulary of {draft.vocab_size}, the model has {info.vocab_size}: "
@@ -90,7 +103,7 @@ def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> types_pb2.Ru
     if wanted is not None and wanted > longest:
         raise ConfigError(
             f"--max-model-len {wanted} is above the {longest} positions that the model was made for "
-            f"(max_position_embeddings in config.json): use --max-model-len {longest} or less"
+            f"(max_position_embeddings and rotary scaling in config.json): use --max-model-len {longest} or less"
         )
     limits = types_pb2.RunLimits(
         max_model_len=wanted or min(longest, DEFAULT_MAX_MODEL_LEN),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from stagemesh.errors import ConfigError
+from stagemesh.models.support import check_heads
 from stagemesh.protos.v1 import coordinator_pb2 as pb
 
 from ..values import span
@@ -26,11 +28,13 @@ def register(world: World, info: pb.RegisterRequest, now: float) -> None:
     else:
         if known is not None:
             _lose(world, name, "a new incarnation of it registered", now)
-        known = world.workers[name] = Worker(info, now)
+        known = world.workers[name] = Worker(info, now, _why_unfit(world, info))
         world.lost.pop(name, None)
         world.beliefs.missed.pop(name, None)
         pool = "any stage" if info.pool < 0 else f"stage {info.pool}"
         world.log(f"worker {name} registered: {info.address}, {pool}, {info.tp_size} rank(s), {info.device.kind}")
+        if known.unfit:
+            world.log(known.unfit, warning=True)
     for held in sorted(info.held, key=lambda h: h.epoch):
         if held.fingerprint == world.settings.model.fingerprint:
             known.kept = span(held.layers)
@@ -39,6 +43,14 @@ def register(world: World, info: pb.RegisterRequest, now: float) -> None:
         if active and not is_held(info, attempt, stage):
             fail(world, attempt, f"stage {stage}: worker {name} no longer holds it", now)
     world.membership_changed()
+
+
+def _why_unfit(world: World, info: pb.RegisterRequest) -> str:
+    try:
+        check_heads(world.settings.heads, info.tp_size)
+    except ConfigError as e:
+        return f"worker {info.worker_id} cannot hold layers: {e.message}"
+    return ""
 
 
 def is_held(info: pb.RegisterRequest, attempt: Attempt, stage: int) -> bool:

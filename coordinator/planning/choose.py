@@ -187,7 +187,8 @@ def _cut(target: Target, placed: Placement) -> list[Range]:
 def _missing(
     target: Target, placed: Placement, by_id: Mapping[str, Candidate], refused: Collection[tuple[str, int]]
 ) -> CannotForm:
-    refusals = [
+    refusals = [c.unfit for _, c in sorted(by_id.items()) if c.unfit and (c.pool < 0 or c.pool in placed.missing)]
+    refusals += [
         f"stage {stage}: {reason}"
         for name, candidate in sorted(by_id.items())
         for (stage, _), reason in candidate.refusals.items()

@@ -27,6 +27,8 @@ class Candidate:
     """Whether it may hold another stage if its own has a worker."""
     refusals: Mapping[tuple[int, Range], str] = field(default_factory=dict)
     """(stage, layers) that it cannot hold -> why."""
+    unfit: str = ""
+    """Why it cannot hold any layers of this model. Empty if it can."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def place(
 
     def may_take(candidate: Candidate, stage: int) -> bool:
         failed = ranges is not None and (stage, ranges[stage]) in candidate.refusals
-        return not failed and (candidate.worker_id, stage) not in refused
+        return not candidate.unfit and not failed and (candidate.worker_id, stage) not in refused
 
     def take(stage: int, pool: int, wanted: str | None = None) -> None:
         """Puts a free worker of `pool` on `stage`: the best one that has the stage's weights, else the best one."""

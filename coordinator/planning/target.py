@@ -35,6 +35,8 @@ class Target:
     """How long a lost stage waits for a worker before the other workers take over its layers."""
     rebalance: bool = False
     """Whether layers move automatically when measured steps say that it would be faster."""
+    heads: frozenset[tuple[int, int]] = frozenset()
+    """Query heads and KV heads that the ranks of a worker must divide. Empty: any number of ranks will do."""
 
     @property
     def limits(self) -> RunLimits:

@@ -10,7 +10,9 @@ from ..values import Range, StagePlan
 class Worker:
     """A registered worker: its lease, what it has loaded, and what it could not do."""
 
-    def __init__(self, info: RegisterRequest, now: float) -> None:
+    def __init__(self, info: RegisterRequest, now: float, unfit: str = "") -> None:
+        self.unfit = unfit
+        """Why it cannot hold any layers of the model. Empty if it can."""
         self.info = info
         """Its registration."""
         # Copied because policies read them for every worker at every tick, and a message is slow to read.
@@ -38,8 +40,8 @@ class Worker:
         """The assignments that it reported at registration have not been checked yet."""
 
     def may_hold(self, stage: int) -> bool:
-        """Whether its pool lets it hold `stage`."""
-        return self.any_stage or self.pool in (-1, stage)
+        """Whether its pool lets it hold `stage`, and it can hold layers of the model."""
+        return not self.unfit and (self.any_stage or self.pool in (-1, stage))
 
     def can_take(self, plan: StagePlan) -> bool:
         """Whether its pool lets it hold the stage, and it has not refused the stage's layers."""

@@ -238,7 +238,7 @@ class World:
         """The workers as candidates for placement."""
         listed = list(workers)
         return [
-            Candidate(w.worker_id, w.pool, kind, w.kept, w.any_stage, dict(w.refusals))
+            Candidate(w.worker_id, w.pool, kind, w.kept, w.any_stage, dict(w.refusals), w.unfit)
             for w, kind in zip(listed, kinds([w.info for w in listed]), strict=True)
         ]
 

@@ -17,8 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 from stagemesh import process
+from stagemesh.checkpoint import read_config
 from stagemesh.errors import ConfigError, Unavailable, ungrouped
 from stagemesh.fetch import fetch_json
+from stagemesh.models.support import check_heads, heads_to_divide
 from stagemesh.processes.launcher import Launcher, LaunchTiming
 from stagemesh.processes.orphans import adopt_orphans, reap_orphans
 from stagemesh.protos.v1.processes_pb2 import Call
@@ -34,7 +36,13 @@ WORKER_IMPORTS = "stagemesh.stage_worker.main:preload"
 
 
 def run(settings: ServeSettings) -> int:
-    """Serves until SIGTERM or Ctrl-C. Returns the exit status. Raises ConfigError if the mesh cannot be built."""
+    """Serves until SIGTERM or Ctrl-C. Returns the exit status.
+
+    Raises ConfigError if the mesh cannot be built, CheckpointError if the model cannot be read.
+    """
+    heads = heads_to_divide(read_config(settings.model))
+    for size in settings.tp_sizes:
+        check_heads(heads, size)
     process.set_title("serve")
     adopt_orphans()
     # All children inherit this. They are in this session, but not in the terminal's foreground, so `stty tostop` would

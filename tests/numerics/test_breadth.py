@@ -5,18 +5,31 @@ What each does is written down in docs/models.md (`tools/make_models_doc.py`); a
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import transformers
-from breadth import model_types, try_architecture
+from breadth import model_types, tiny_config, try_architecture
 
-from stagemesh.stage_worker.model.plain.verified import VERIFIED
+from stagemesh.errors import UnsupportedModel
+from stagemesh.models.architectures import ARCHITECTURES
+from stagemesh.models.support import check_supported
 
 DOC = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 WRITTEN = dict(re.findall(r"^\| `(\w+)` \| `\w+` \| (works|refused)", DOC, re.M))
+VERIFIED = {name for name, known in ARCHITECTURES.items() if known.verified}
 SAME_VERSION = f"transformers {transformers.__version__}" in DOC
+
+
+def why_refused(model_type: str) -> str:
+    """What the coordinator makes of this config.json alone."""
+    try:
+        check_supported(json.loads(tiny_config(model_type).to_json_string()))
+    except UnsupportedModel as e:
+        return e.message
+    return ""
 
 
 IN_CI = 3
@@ -31,6 +44,9 @@ IN_CI = 3
 def test_splits_like_the_whole(model_type: str, tmp_path: Path) -> None:
     outcome = try_architecture(model_type, str(tmp_path))
     assert outcome.status in {"works", "refused"}
+    reason = f"model type {model_type!r} cannot be served: {outcome.detail}"
+    assert why_refused(model_type) == (reason if outcome.status == "refused" else "")
+    assert len(reason) <= 200, reason
     assert (outcome.status == "works") == (model_type in VERIFIED) or model_type not in WRITTEN
     if SAME_VERSION:
         assert WRITTEN[model_type] == outcome.status, f"{outcome}: run tools/make_models_doc.py"

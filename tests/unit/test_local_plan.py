@@ -1,9 +1,13 @@
-"""Which cores `serve` gives to whom."""
+"""Which cores `serve` gives to whom, and what it refuses before it starts anything."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from stagemesh.errors import CheckpointError, ConfigError
+from stagemesh.local import supervisor
 from stagemesh.local.plan import worker_settings
 from stagemesh.settings.serve import ServeSettings
 
@@ -25,3 +29,14 @@ def test_ranks_have_cores_of_their_own_and_may_borrow_the_others(
 ) -> None:
     serve = ServeSettings(model="m", pipeline_parallel_size=pp, tensor_parallel_size=tp)
     assert [(w.cpu_list, w.idle_cpu_list) for w in worker_settings(serve, "here", range(cores))] == expected
+
+
+def test_ranks_that_would_cut_a_head_start_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"size 3 does not divide .* nearest size that works is") as caught:
+        supervisor.run(ServeSettings(pipeline_parallel_size=2, tensor_parallel_size=[1, 3]))
+    assert len(caught.value.message) <= 200
+
+
+def test_a_folder_that_is_not_there_starts_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such directory"):
+        supervisor.run(ServeSettings(model=str(tmp_path / "nowhere")))

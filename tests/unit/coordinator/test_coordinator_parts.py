@@ -17,7 +17,9 @@ from stagemesh.coordinator.state.nonces import nonces
 from stagemesh.coordinator.state.store import Store
 from stagemesh.coordinator.values import Loaded, StagePlan, StoredPlan, pages_per_sequence
 from stagemesh.coordinator.world.record import Record
-from stagemesh.errors import CheckpointError, ConfigError, QueueFull
+from stagemesh.errors import CheckpointError, ConfigError, QueueFull, UnsupportedModel
+from stagemesh.models.architectures import MADE_WITH
+from stagemesh.models.support import PLUGINS, check_heads, check_supported, heads_to_divide
 from stagemesh.settings.coordinator import CoordinatorSettings
 
 QUARANTINE_S = 60.0
@@ -209,6 +211,59 @@ class TestBuild:
         for word in words:
             assert word in e.value.message, e.value.message
 
+    @pytest.mark.parametrize(
+        ("config", "words"),
+        [
+            ({"model_type": "mamba"}, "declares no pipeline plan"),
+            ({"model_type": "no_such_model"}, "declares no pipeline plan"),
+            ({"model_type": "doge"}, "makes an attention mask of its own"),
+            ({"model_type": "qwen3_next"}, "linear_attention"),
+            ({"model_type": "gemma3", "vision_config": {}}, "vision or audio tower"),
+            ({"model_type": "gemma3n_text"}, "share keys and values"),
+            ({"layer_types": ["full_attention", "mamba"]}, "mix tokens by mamba"),
+            ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "(dynamic) depends on the longest position"),
+            ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "(longrope) depends on the longest"),
+            ({"rope_parameters": {"rope_type": "spiral"}}, "of type 'spiral'"),
+            ({"quantization_config": {"quant_method": "awq"}}, "quantized (awq"),
+        ],
+    )
+    def test_a_model_that_cannot_be_served_is_refused_from_its_config(
+        self, tmp_path: Path, config: dict[str, Any], words: str
+    ) -> None:
+        asked = settings(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        with pytest.raises(UnsupportedModel) as e:
+            build(asked)
+        assert words in e.value.message
+        assert len(e.value.message.removeprefix(str(tmp_path))) <= 200
+
+    def test_a_newer_transformers_or_a_plugin_may_know_another_model(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = {"model_type": "no_such_model"}
+        check_supported(config, installed="5.99.0")
+        check_supported(config, installed="6.0.0.dev0")
+        for installed in ("5.17.0", MADE_WITH, "", "main"):
+            with pytest.raises(UnsupportedModel):
+                check_supported(config, installed=installed)
+        monkeypatch.setenv(PLUGINS, "sleep_shard")
+        asked = settings(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        build(asked)
+
+    def test_a_draft_model_is_checked_like_the_model(self, tmp_path: Path) -> None:
+        (tmp_path / "draft").mkdir()
+        config = {"method": "draft_model", "model": str(tmp_path / "draft"), "num_speculative_tokens": 2}
+        settings(tmp_path / "draft")
+        asked = settings(tmp_path, speculative_config=config)
+        assert build(asked).model.HasField("draft")
+        path = tmp_path / "draft" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "mamba"}))
+        with pytest.raises(UnsupportedModel, match="mamba"):
+            build(asked)
+
     def test_no_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"nowhere.*no such directory"):
             build(CoordinatorSettings(model=str(tmp_path / "nowhere")))
@@ -218,3 +273,26 @@ class TestBuild:
         assert build(settings(tmp_path)).terms == one
         assert build(settings(tmp_path, max_num_seqs=3)).terms != one
         assert build(settings(tmp_path, pipeline_parallel_size=2)).terms != one
+
+
+@pytest.mark.parametrize(
+    ("config", "works"),
+    [
+        ({"model_type": "llama", "num_attention_heads": 12, "num_key_value_heads": 4}, {1, 2, 4, 12}),
+        ({"model_type": "llama", "num_attention_heads": 12}, {1, 2, 3, 4, 6, 12}),
+        ({"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": None}, {1, 2, 4, 8}),
+        ({"model_type": "gpt_neox", "num_attention_heads": 6, "num_key_value_heads": 1}, {1, 2, 3, 6}),
+        ({"model_type": "gpt_oss", "num_attention_heads": 8, "num_key_value_heads": 2}, set(range(1, 13))),
+        ({"model_type": "llama", "num_attention_heads": [8, 4], "num_key_value_heads": 2}, set(range(1, 13))),
+        ({"model_type": "no_such_model", "num_attention_heads": 8}, set(range(1, 13))),
+    ],
+)
+def test_ranks_that_cut_no_head(config: dict[str, Any], works: set[int]) -> None:
+    """KV heads fewer than ranks are replicated. What config.json alone does not show is left to the ranks."""
+    for size in range(1, 13):
+        if size in works:
+            check_heads(heads_to_divide(config), size)
+            continue
+        with pytest.raises(ConfigError) as e:
+            check_heads(heads_to_divide(config), size)
+        assert len(e.value.message) <= 200

@@ -54,6 +54,21 @@ class TestForming:
             ("b", (3, 6), "b:1"),
         ]
 
+    def test_a_worker_whose_ranks_would_cut_a_head_gets_no_layers(self) -> None:
+        story = Story(target(heads=frozenset({(4, 2)})))
+        story.join("a", 0, tp=4), story.join("b", 1, tp=3)
+        assert (story.state, story.final, story.took(AssignRequest)) == (State.DOWN, True, [])
+        assert "worker b cannot hold layers: tensor parallel size 3" in story.reason
+        assert "4 attention heads and 2 KV heads" in story.reason
+        story.join("c", 1, tp=2)
+        assert story.state is State.FORMING
+        assert [a.to.worker_id for a in story.took(AssignRequest)] == ["a", "c"]
+        story.serve()
+        story.wait(60, "a", "b", "c")
+        assert not story.took(PrepareRequest), "nor does it load any as a standby"
+        story.lose("c")
+        assert (story.state, story.final) == (State.DOWN, True)
+
     def test_assign_then_links_then_activate_then_publish(self) -> None:
         story = Story(target(3))
         for name in "abc":
