@@ -335,6 +335,7 @@ class TestTied:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4}, "original_max_position_embeddings": 256}, 1024),
         ({"rope_parameters": {"rope_type": "yarn", "factor": None}}, 512),
         ({"rope_scaling": {"type": "linear", "factor": 2.5}}, 1280),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 128}}, 1024),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 1024),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 256}}, 512),
         ({"rope_scaling": {"type": "longrope", "factor": 8.0, "original_max_position_embeddings": 64}}, 512),

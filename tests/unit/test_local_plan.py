@@ -32,7 +32,9 @@ def test_ranks_have_cores_of_their_own_and_may_borrow_the_others(
 
 
 def test_ranks_that_would_cut_a_head_start_nothing() -> None:
-    with pytest.raises(ConfigError, match=r"size 3 does not divide .* nearest size that works is") as caught:
+    with pytest.raises(
+        ConfigError, match=r"^tensor parallel size 3 does not divide .* nearest size that works is"
+    ) as caught:
         supervisor.run(ServeSettings(pipeline_parallel_size=2, tensor_parallel_size=[1, 3]))
     assert len(caught.value.message) <= 200
 
