@@ -73,7 +73,7 @@ def why_not(values: Mapping[str, Any]) -> str | None:
     if values.get("vision_config") is not None or values.get("audio_config") is not None:
         return "it has a vision or audio tower, and only text models are served"
     if other:
-        return f"its layers mix tokens by {', '.join(other)}, which is not attention over cached keys and values"
+        return f"its layers mix tokens by {', '.join(other[:3])}, which is not attention over cached keys and values"
     if values.get("num_kv_shared_layers"):
         return "its layers share keys and values across a stage boundary"
     if values.get("hidden_size_per_layer_input"):
@@ -90,10 +90,10 @@ def why_not(values: Mapping[str, Any]) -> str | None:
 
 
 def rope_groups(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yields the settings of each rotary embedding: one for the model, or one for each type of layer."""
+    """Yields the settings of each rotary embedding: the model's, and those of each type of layer within them."""
     rope = values.get("rope_scaling") or values.get("rope_parameters")
     if isinstance(rope, dict):
-        yield from [group for group in rope.values() if isinstance(group, dict)] or [rope]
+        yield from [rope, *(group for group in rope.values() if isinstance(group, dict))]
 
 
 def rope_type(rope: Mapping[str, Any]) -> object:
