@@ -1,15 +1,18 @@
 """Turns one choice's tokens into text as they come. The text has whole characters only, and ends at a stop string.
 
 It uses tokenizers' `DecodeStream`, which decodes each token after its predecessor, so that the text is the same as if
-all were decoded at once. Three cases need more than that. Tokens without text (skipped special tokens, ids outside the
+all were decoded at once. Four cases need more than that. Tokens without text (skipped special tokens, ids outside the
 vocabulary) are left out, since the stream would decode a run of them again and again. Bytes that never become a
-character are given up as U+FFFD. If the prompt ends within a character, its last bytes are decoded with the first token
-of the output.
+character are given up as U+FFFD. The prompt's tokens that are decoded before the output begin with a whole character:
+a byte-fallback decoder turns all bytes in a row into U+FFFD if one of them is wrong. If the prompt ends within a
+character, its last bytes are decoded with the first token of the output.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import islice
 
 from tokenizers.decoders import DecodeStream
 
@@ -20,6 +23,11 @@ REPLACEMENT = "\ufffd"
 CONTEXT = 8
 """Number of prompt tokens that are decoded before the output. Four hold any character; some decoders look further
 back."""
+LOOK_BACK = 256
+"""Largest number of prompt tokens to look at for those. Special tokens, which are skipped, may be behind them."""
+CONTINUES = re.compile(rb"[\x80-\xbf]")
+"""Bytes of UTF-8 with which no character begins."""
+MAX_CHARACTER_BYTES = 4
 MAX_HELD = 32
 """Most tokens to hold without a whole character before their bytes are given up. A character has at most four bytes."""
 
@@ -48,7 +56,7 @@ class Detokenizer:
         """Tokens since then, which do not form a whole character yet."""
         self._borrowed = ""
         """How the unfinished bytes at the prompt's end are decoded. They are the prompt's text, not the output's."""
-        self._prime([t for t in prompt_ids[-CONTEXT:] if not tokenizer.is_silent(t, skip_special_tokens)])
+        self._prime(self._last_tokens(prompt_ids))
         self._stream = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)
         if tokenizer.raw is not None:
             for token in self._held:
@@ -93,7 +101,9 @@ class Detokenizer:
         before, both = self._decode(self._context), self._decode(self._context + self._held)
         text = both[len(before) :] if both.startswith(before) else self._decode(self._held)
         self._held = []
-        # The flushed tokens are no context: a stream that begins with an unfinished character repeats it.
+        # The flushed tokens are no context: a stream that begins with an unfinished character repeats it. But the next
+        # token is no longer the first, whose space some decoders strip.
+        self._context = self._context or self._tokenizer.anchor
         self._stream = DecodeStream(ids=self._context, skip_special_tokens=self._skip)
         return self._own(text)
 
@@ -106,14 +116,23 @@ class Detokenizer:
             text, self._borrowed = text[shared:], ""
         return text
 
+    def _last_tokens(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt that have text, from the beginning of a character on."""
+        last = reversed(prompt_ids[-LOOK_BACK:])
+        spoken = (t for t in last if not self._tokenizer.is_silent(t, self._skip))
+        found = list(islice(spoken, CONTEXT))
+        for token in islice(spoken, MAX_CHARACTER_BYTES):
+            if not CONTINUES.match(self._tokenizer.token_bytes(found[-1])):
+                break
+            found.append(token)
+        return found[::-1]
+
     def _prime(self, prompt: list[int]) -> None:
         """Splits the prompt's last tokens into those of whole characters and those of an unfinished one."""
-        for end in range(len(prompt), 0, -1):
-            before = self._decode(prompt[:end])
-            if not before.endswith(REPLACEMENT):
-                self._context, self._held = prompt[:end], prompt[end:]
-                self._borrowed = self._decode(prompt)[len(before) :]
-                return
+        ends = (end for end in range(len(prompt), 0, -1) if not self._decode(prompt[:end]).endswith(REPLACEMENT))
+        end = next(ends, 0)
+        self._context, self._held = prompt[:end], prompt[end:]
+        self._borrowed = self._decode(self._held)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)

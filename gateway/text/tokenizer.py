@@ -114,13 +114,15 @@ class Tokenizer:
         if byte is not None:
             return bytes([int(byte[1], 16)])
         # Decoded after another token, since some decoders strip the space at the beginning of a text.
-        anchor = self._anchor
+        anchor = self.anchor
         before, both = self.raw.decode(anchor), self.raw.decode([*anchor, token], skip_special_tokens=False)
         return (both[len(before) :] if both.startswith(before) else self.raw.decode([token])).encode()
 
     @functools.cached_property
-    def _anchor(self) -> list[int]:
-        assert self.raw is not None
+    def anchor(self) -> list[int]:
+        """Tokens of the text "a", to decode others after them: some decoders strip the space of a text's beginning."""
+        if self.raw is None:
+            return []
         return self.raw.encode("a", add_special_tokens=False).ids
 
 
