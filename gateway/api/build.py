@@ -19,6 +19,8 @@ COMPLETION_MAX_TOKENS = 16
 MAX_BIAS = 100
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
 """vLLM's defaults that are not 0. A checkpoint's defaults override them."""
+SMALLEST_TOP_P = 2.0**-126
+"""Smallest normal number of 32 bits. It leaves the likeliest token alone. In a `SamplingParams`, 0 means all tokens."""
 
 
 def served(engine: Engine, name: str | None) -> ServedModel:
@@ -74,9 +76,9 @@ def build(
 ) -> GenerationRequest:
     """Checks the parameters, and builds the request. A seed is drawn if the client gave none.
 
-    `timeout_s`: the longest that a request may take. `fill_context`: whether an output without max_tokens may fill the
-    context (a chat), or has 16 tokens at most (a completion). Raises InvalidRequest, which names the field and its
-    range, and PromptTooLong with all numbers.
+    `timeout_s`: the longest that a request may take. `fill_context`: whether an output that neither the request nor the
+    checkpoint bounds may fill the context (a chat), or has 16 tokens at most (a completion). Raises InvalidRequest,
+    which names the field and its range, and PromptTooLong with all numbers.
     """
     _check_prompt(prompt, model)
     max_tokens = _max_tokens(len(prompt), p, model, fill_context)
@@ -126,7 +128,7 @@ def _max_tokens(prompt: int, p: Params, model: ServedModel, fill_context: bool) 
         raise _too_long(model, str(prompt), "; at least one more is needed for the output")
     name, wanted = p.longest
     if wanted is None:
-        return room if fill_context else min(room, COMPLETION_MAX_TOKENS)
+        return min(room, model.tokenizer.generation.max_new_tokens or (room if fill_context else COMPLETION_MAX_TOKENS))
     if wanted > room:
         raise _too_long(
             model, str(prompt), f" and {name} asks for {wanted}: {prompt + wanted} together", f" or lower {name}", name
@@ -151,9 +153,10 @@ def _sampling(p: Params, model: ServedModel, stop_ids: frozenset[int]) -> Sampli
             )
     # Only declared fields: an unknown key may have any name.
     names = SamplingParams.DESCRIPTOR.fields_by_name.keys() & Params.model_fields.keys()
-    asked = {**DEFAULTS, **model.tokenizer.defaults, **p.model_dump(include=names, exclude_none=True)}
+    asked = {**DEFAULTS, **model.tokenizer.generation.sampling, **p.model_dump(include=names, exclude_none=True)}
     top_k = asked.get("top_k", 0)
     asked |= {
+        "top_p": max(asked["top_p"], SMALLEST_TOP_P),
         "top_k": top_k if 0 <= top_k < model.vocab_size else 0,
         # A negative seed becomes the unsigned number with the same bits.
         "seed": secrets.randbits(32) if p.seed is None else p.seed % 2**64,

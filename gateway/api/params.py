@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
 
 from stagemesh.errors import InvalidRequest
+from stagemesh.generation import Number, Sampling, in_words
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
@@ -20,12 +20,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_IDS = 1024
 MAX_BIASES = 1024
-BOUNDS = {"gt": "more than", "ge": "at least", "le": "at most"}
-"""Words for a field's bound in error messages."""
-OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than_equal")
 
 P = TypeVar("P", bound=BaseModel)
-Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _stops(told: Any) -> tuple[str, ...]:
@@ -53,20 +49,14 @@ def _biases(told: Any) -> Any:
     return {int(key): bias for key, bias in told.items()}
 
 
-class Params(BaseModel):
+class Params(Sampling):
     """The parameters of both protocols. None means the checkpoint's default, then OpenAI's."""
 
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+    model_config = ConfigDict(extra="allow")
 
     max_tokens: int | None = Field(None, ge=1)
-    temperature: Number | None = Field(None, ge=0)
-    top_p: Number | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
-    """As in vLLM, -1 means all tokens."""
-    min_p: Number | None = Field(None, ge=0, le=1)
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
-    repetition_penalty: Number | None = Field(None, gt=0)
     seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
@@ -103,27 +93,9 @@ def parse(model: type[P], told: bytes | Mapping[str, Any]) -> P:
 
 def _in_words(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     first = error.errors(include_url=False, include_context=False)[0]
-    kind, message, given = first["type"], first["msg"], first.get("input")
-    if kind == "json_invalid":
-        return InvalidRequest(f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}")
-    name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"]).lstrip(".")
-    if kind == "missing":
-        return InvalidRequest(f"'{name}' is required", param=name)
-    if not name:
-        return InvalidRequest(f"the body must be a JSON object: {message}")
-    if kind == "finite_number":
-        return InvalidRequest(f"{name} must be a finite number", param=name)
-    if kind in OUT_OF_RANGE:
-        return InvalidRequest(f"{name} must be {_range(model.model_fields[name])}, not {given}", param=name)
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) and len(repr(given)) <= 60 else ""
-    return InvalidRequest(f"'{name}': {message[:1].lower()}{message[1:]}{shown}", param=name)
-
-
-def _range(field: FieldInfo) -> str:
-    bounds = [
-        f"{words} {getattr(bound, kind)}"
-        for kind, words in BOUNDS.items()
-        for bound in field.metadata
-        if hasattr(bound, kind)
-    ]
-    return " and ".join(bounds)
+    if first["type"] == "json_invalid":
+        return InvalidRequest(f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    if not first["loc"]:
+        return InvalidRequest(f"the body must be a JSON object: {first['msg']}")
+    name, sentence = in_words(error, model)
+    return InvalidRequest(f"'{name}' is required" if first["type"] == "missing" else sentence, param=name)

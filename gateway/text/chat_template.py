@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -15,8 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from stagemesh.errors import CheckpointError, InvalidRequest
-
-from .defaults import read_json
+from stagemesh.generation import read_json
 
 
 class _Generation(Extension):
@@ -51,12 +51,19 @@ def _environment() -> ImmutableSandboxedEnvironment:
 class ChatTemplate:
     """A compiled template with the special tokens that it may use."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """`special_tokens`: `bos_token`, `eos_token`, ... as text. Raises CheckpointError for a bad template."""
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], origin: str = "the checkpoint's chat template"
+    ) -> None:
+        """`special_tokens`: `bos_token`, `eos_token`, ... as text. `origin`: the file, for messages.
+
+        Raises CheckpointError for a bad template.
+        """
         try:
             self._template = _environment().from_string(source)
-        except jinja2.TemplateError as e:
-            raise CheckpointError(f"the checkpoint's chat template is not valid: {e}") from e
+        # jinja2 finds some errors only when Python compiles what it made, such as a `break` outside of a loop.
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as e:
+            line = f" in line {e.lineno}" if isinstance(e, jinja2.TemplateSyntaxError) else ""
+            raise CheckpointError(f"{origin} is not valid{line}: {e}; correct it, or fetch the file again") from e
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -92,14 +99,18 @@ def load_template(model_dir: Path, special_tokens: Mapping[str, str]) -> ChatTem
     """
     file = model_dir / "chat_template.jinja"
     try:
-        if file.exists():
-            return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens)
+        with contextlib.suppress(FileNotFoundError):
+            return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, str(file))
     except (OSError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"cannot read {file}: {e}") from e
+        raise CheckpointError(f"{file}: cannot be read: {e}; fetch the file again") from e
     for name in ("chat_template.json", "tokenizer_config.json"):
-        value = read_json(model_dir / name).get("chat_template")
-        if isinstance(value, list):
-            value = {e.get("name"): e.get("template") for e in value if isinstance(e, dict)}.get("default")
+        value, origin = read_json(model_dir / name).get("chat_template"), f"{model_dir / name}: chat_template"
+        if isinstance(value, list) and all(isinstance(named, dict) for named in value):
+            value = next((named.get("template") for named in value if named.get("name") == "default"), None)
         if isinstance(value, str):
-            return ChatTemplate(value, special_tokens)
+            return ChatTemplate(value, special_tokens, origin)
+        if value is not None:
+            raise CheckpointError(
+                f"{origin} must be a text, or a list of objects with `name` and `template`; correct it"
+            )
     return None

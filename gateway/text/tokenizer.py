@@ -16,9 +16,10 @@ from typing import Any
 import tokenizers
 
 from stagemesh.errors import CheckpointError, InvalidRequest
+from stagemesh.generation import eos_token_ids, generation_config, read_json
 
 from .chat_template import load_template
-from .defaults import eos_token_ids, read_json, sampling_defaults
+from .special_tokens import CONFIG, add_special_tokens
 
 LONG_CHARS = 16384
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
@@ -32,11 +33,11 @@ class Tokenizer:
         """Reads the tokenizer of the checkpoint in `folder`. Raises CheckpointError when a file of it is damaged."""
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a directory: --model must name a checkpoint's directory")
-        named = _special_tokens(folder)
         self.raw = raw = _raw(folder / "tokenizer.json")
         """None for a checkpoint without tokenizer.json, which can serve token ids only."""
+        named = add_special_tokens(folder, raw)
         self.eos_ids = eos_token_ids(folder)
-        self.defaults = sampling_defaults(folder)
+        self.generation = generation_config(folder)
         self.chat_template = load_template(folder, named)
         self.special_ids: frozenset[int] = frozenset()
         self._added: dict[int, str] = {}
@@ -44,6 +45,7 @@ class Tokenizer:
         if raw is not None:
             raw.no_truncation()
             raw.no_padding()
+            raw.encode_special_tokens = read_json(folder / CONFIG).get("split_special_tokens") is True
             if "eos_token" in named and (own := raw.token_to_id(named["eos_token"])) is not None:
                 self.eos_ids |= {own}
             added = raw.get_added_tokens_decoder()
@@ -127,21 +129,16 @@ class Tokenizer:
 
 
 def _raw(file: Path) -> tokenizers.Tokenizer | None:
+    if not file.exists():
+        return None
     try:
-        return tokenizers.Tokenizer.from_file(str(file)) if file.exists() else None
-    except Exception as e:
-        raise CheckpointError(f"cannot read {file}: {e}") from e
-
-
-def _special_tokens(folder: Path) -> dict[str, str]:
-    """Named special tokens (`bos_token`, ...) as text. tokenizer_config.json overrides special_tokens_map.json."""
-    found: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        for key, value in read_json(folder / name).items():
-            text = value.get("content") if isinstance(value, Mapping) else value
-            if key.endswith("_token") and isinstance(text, str):
-                found[key] = text
-    return found
+        raw = tokenizers.Tokenizer.from_file(str(file))
+        raw.encode("")  # A post-processor may name tokens that it does not describe.
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # A panic of tokenizers is no Exception.
+        raise CheckpointError(f"{file}: no tokenizer can be made of it ({e}); fetch the file again") from e
+    return raw
 
 
 def _kinds(decoder: Mapping[str, Any]) -> set[str]:

@@ -112,6 +112,59 @@ def test_a_broken_template_is_the_checkpoints_fault() -> None:
         ChatTemplate("{% if %}", {})
 
 
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("a\n{{ messages", "in line 2: unexpected end of template"),
+        ("{{ a | nosuch }}", "No filter named 'nosuch'"),
+        ("{% break %}", "'break' outside loop"),
+        ("{{ f(a=1, a=2) }}", "keyword argument repeated"),
+        ("{{" + "(" * 5000 + "}}", "recursion"),
+    ],
+)
+def test_a_broken_template_is_named_with_its_file(byte_level_dir: Path, source: str, says: str) -> None:
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        (byte_level_dir / name).write_text(json.dumps({"chat_template": source}))
+        with pytest.raises(CheckpointError, match=f"{name}: chat_template is not valid.*{says}"):
+            Tokenizer(byte_level_dir)
+    (byte_level_dir / "chat_template.jinja").write_text(source)
+    with pytest.raises(CheckpointError, match=f"chat_template.jinja is not valid.*{says}"):
+        Tokenizer(byte_level_dir)
+
+
+@pytest.mark.parametrize("told", [7, {"default": "x"}, ["x"], [{"name": "default", "template": 7}], True])
+def test_a_template_that_is_no_text_is_named_with_its_file(byte_level_dir: Path, told: Any) -> None:
+    (byte_level_dir / "tokenizer_config.json").write_text(json.dumps({"chat_template": told}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: chat_template must be a text"):
+        Tokenizer(byte_level_dir)
+
+
+def test_a_template_file_that_is_not_utf_8_is_named(byte_level_dir: Path) -> None:
+    (byte_level_dir / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template.jinja: cannot be read"):
+        Tokenizer(byte_level_dir)
+
+
+@pytest.mark.parametrize(
+    ("section", "content"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        ("post_processor", {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<q>", "type_id": 0}}]}),
+        ("pre_tokenizer", {"type": "Nosuch"}),
+        ("decoder", 7),
+        ("model", None),
+    ],
+)
+def test_a_tokenizer_that_cannot_work_is_named(byte_level_dir: Path, section: str, content: Any) -> None:
+    """For the first two, the library panics: when it reads the file, or when it encodes a text."""
+    file = byte_level_dir / "tokenizer.json"
+    if section == "post_processor":
+        content |= {"pair": [], "special_tokens": {}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), section: content}))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: no tokenizer can be made of it"):
+        Tokenizer(byte_level_dir)
+
+
 def test_eos_ids_are_those_of_generation_config_and_tokenizer(byte_level_dir: Path) -> None:
     assert Tokenizer(byte_level_dir).eos_ids == {1, 2}
     (byte_level_dir / "generation_config.json").unlink()
@@ -122,13 +175,24 @@ def test_eos_ids_are_those_of_generation_config_and_tokenizer(byte_level_dir: Pa
 def test_sampling_defaults(byte_level_dir: Path) -> None:
     file = byte_level_dir / "generation_config.json"
     file.write_text(json.dumps({"temperature": 0.25, "top_k": 20, "top_p": 0.9, "max_length": 20, "do_sample": True}))
-    assert Tokenizer(byte_level_dir).defaults == {"temperature": 0.25, "top_k": 20, "top_p": 0.9}
+    assert Tokenizer(byte_level_dir).generation.sampling == {"temperature": 0.25, "top_k": 20, "top_p": 0.9}
     file.write_text(json.dumps({"temperature": "hot"}))
     with pytest.raises(CheckpointError, match="temperature must be a number"):
         Tokenizer(byte_level_dir)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "generation_config.json",
+        "config.json",
+        "chat_template.json",
+    ],
+)
 def test_a_damaged_file_is_named(byte_level_dir: Path, name: str) -> None:
     (byte_level_dir / name).write_text('{"half": ')
     with pytest.raises(CheckpointError, match=name):
