@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+from pathlib import Path
 
 from stagemesh.checkpoint import CheckpointInfo, fingerprint, inspect, read_config
 from stagemesh.errors import ConfigError
+from stagemesh.generation import eos_token_ids, generation_config
 from stagemesh.models.support import PLUGINS, check_supported, heads_to_divide
 from stagemesh.protos.v1 import types_pb2
 from stagemesh.settings.coordinator import CoordinatorSettings
@@ -28,6 +30,9 @@ def build(settings: CoordinatorSettings) -> Target:
     What cannot be served is refused here, before a worker loads anything.
     """
     info = _inspect(settings.model, settings.load_format)
+    # The gateway uses them. They are refused here, before workers load weights.
+    generation_config(Path(settings.model))
+    eos_token_ids(Path(settings.model))
     stages = settings.pipeline_parallel_size
     check_counts(info.num_layers, stages, settings.layer_partition)
     limits = _limits(settings, info)

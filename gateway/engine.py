@@ -22,6 +22,7 @@ from stagemesh.errors import (
     QueueFull,
     StagemeshError,
     Unavailable,
+    ungrouped,
 )
 from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
@@ -65,6 +66,11 @@ class MeshEngine:
         self._stopping = False
         self._live: dict[str, LiveRequest] = {}
         self._group = asyncio.TaskGroup()
+        self._folder: Path | None = None
+        """The checkpoint's folder, once reading it has begun."""
+        self._checkpoint: tuple[Tokenizer, int]
+        """Its tokenizer, and the size of its vocabulary."""
+        self._checkpoint_read = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
         self._events: deque[dict[str, Any]] = deque(maxlen=KEPT)
         observers = Observers(metrics, self.recorder, timing, time.monotonic)
@@ -79,15 +85,16 @@ class MeshEngine:
     # -- start and stop ---------------------------------------------------------------------------------------------
 
     def start(self) -> asyncio.Task[None]:
-        """Starts following the coordinator. Only a bug ends the task, with an exception."""
+        """Starts following the coordinator. Only a bug, or a CheckpointError, ends the task: as its exception."""
         self._following = asyncio.create_task(self._follow())
         return self._following
 
     async def _follow(self) -> None:
-        async with self._group as group:
-            group.create_task(self._watch())
-            group.create_task(self._reporter.run())
-            group.create_task(self._report_steps())
+        with ungrouped():
+            async with self._group as group:
+                group.create_task(self._watch())
+                group.create_task(self._reporter.run())
+                group.create_task(self._report_steps())
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Takes no new requests, lets live ones finish for up to `drain_timeout_s`, then closes all drivers."""
@@ -241,6 +248,8 @@ class MeshEngine:
         self._slot.slot, self._reason = response.slot, "no pipeline is formed yet"
         # Replaced and not copied into: a protobuf message never frees the memory of its fields.
         self.mesh = response.mesh
+        if self._folder is None and response.pipelines:
+            self._group.create_task(self.read_checkpoint(Path(response.pipelines[0].model.path)))
         here = {view.pipeline_id: view for view in response.pipelines}
         for name in here.keys() - self._drivers.keys():
             self._drivers[name] = driver = PipelineDriver(name, self._around)
@@ -272,11 +281,21 @@ class MeshEngine:
                 if seconds is not None and len(seconds) == len(loop.view.stages):
                     self._reporter.steps(*loop.key, seconds)
 
+    async def read_checkpoint(self, folder: Path) -> None:
+        """Reads the tokenizer and what belongs to it. Without `--model` the folder is known when a pipeline is seen.
+
+        Raises CheckpointError. This ends the gateway: another try would read the same files.
+        """
+        self._folder = folder
+        tokenizer = await asyncio.to_thread(Tokenizer, folder)
+        vocab_size = (await asyncio.to_thread(checkpoint.inspect, folder, "dummy")).vocab_size
+        self._checkpoint = tokenizer, vocab_size
+        self._checkpoint_read.set()
+
     async def _load_model(self, view: types_pb2.PipelineView) -> None:
+        """Makes the served model when its first pipeline is opened. Waits for `read_checkpoint`."""
+        await self._checkpoint_read.wait()
         if self.model is None:
-            path = Path(self.settings.model or view.model.path)
-            tokenizer = await asyncio.to_thread(Tokenizer, path)
-            vocab_size = (await asyncio.to_thread(checkpoint.inspect, path, "dummy")).vocab_size
-            self.model = ServedModel(
-                view.model.name, view.limits.max_model_len, vocab_size, int(time.time()), tokenizer
-            )
+            tokenizer, vocab_size = self._checkpoint
+            limit = view.limits.max_model_len
+            self.model = ServedModel(view.model.name, limit, vocab_size, int(time.time()), tokenizer)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+from pathlib import Path
 
 import uvloop
 
@@ -26,7 +27,10 @@ SERVICE_NAME = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
 
 
 def run(settings: GatewaySettings, ready_fd: int | None = None) -> int:
-    """Runs one gateway until SIGTERM or SIGINT. Returns the exit status. Raises ConfigError when it cannot listen."""
+    """Runs one gateway until SIGTERM or SIGINT. Returns the exit status.
+
+    Raises ConfigError when it cannot listen, and CheckpointError when the tokenizer cannot be read.
+    """
     process.set_title("gateway")
     process.set_up_logging("gateway")
     return uvloop.run(_run(settings, ready_fd))
@@ -38,9 +42,11 @@ async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, stop.set)
     timing = GatewayTiming().scaled(settings.time_scale)
-    listener = bind(settings.host, settings.port)
     metrics = Metrics()
     engine = MeshEngine(settings, metrics, timing)
+    if settings.model is not None:
+        await engine.read_checkpoint(Path(settings.model))
+    listener = bind(settings.host, settings.port)
     grpc_server = await rpc.start_server(
         settings.host,
         settings.grpc_port,
@@ -63,7 +69,7 @@ async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
     http.should_exit = True
     await asyncio.gather(serving, grpc_server.stop(timing.grpc_stop_s))
     with contextlib.suppress(asyncio.CancelledError):
-        following.result()  # Raises the bug that ended it, if one did.
+        following.result()  # Raises the error that ended it, if one did.
     return 0
 
 

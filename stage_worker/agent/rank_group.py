@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from stagemesh.errors import ConfigError, InternalError, StageLost, Unavailable
+from stagemesh.errors import InternalError, StageLost, Unavailable
 from stagemesh.processes.child import ChildProcess, how_it_ended
 from stagemesh.processes.cpu import CpuMeter, Patience, answered
 from stagemesh.processes.frames import Decoder, pack, parse
@@ -82,8 +82,8 @@ class RankGroup:
         """Starts the ranks and waits until each is ready.
 
         Raises:
-            ConfigError: a rank refuses its settings, or is not ready in time.
-            StageLost: a process died. Another try may work.
+            ConfigError: a rank refuses its settings.
+            StageLost: a process died, or is not ready in time. Another try may work.
         """
         controls = [socket.socketpair() for _ in range(self.size)]
         orders = [socket.socketpair() for _ in range(self.size - 1)]
@@ -116,7 +116,7 @@ class RankGroup:
         try:
             return parse(worker_pb2.RankReady, await answered(ready, patience))
         except TimeoutError as e:
-            raise ConfigError(f"rank {rank} of {self._label} is not up after {total_s:.0f} s") from e
+            raise StageLost(f"rank {rank} of {self._label} is not up after {total_s:.0f} s") from e
 
     async def _watch(self, memory: Heartbeats) -> None:
         """Kills a rank that hangs. The group is then lost as if the rank had died."""

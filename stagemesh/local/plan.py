@@ -95,6 +95,7 @@ def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:
     """Returns the settings of the gateway. Only the gateway may listen beyond loopback."""
     own = {
         "coordinator": coordinator,
+        "model": serve.model,
         "port": serve.port,
         "grpc_port": serve.grpc_port,
         "drain_timeout": serve.drain_timeout,

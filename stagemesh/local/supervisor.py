@@ -18,6 +18,7 @@ from typing import Any
 
 from stagemesh import process
 from stagemesh.checkpoint import read_config
+from stagemesh.cli.service import USAGE_ERROR
 from stagemesh.errors import ConfigError, Unavailable, ungrouped
 from stagemesh.fetch import fetch_json
 from stagemesh.models.support import check_heads, heads_to_divide
@@ -57,6 +58,8 @@ class _Supervisor:
         self.settings = settings
         self.children: list[Child] = []
         self._gateway: Child
+        self._was_ready = False
+        """Whether the mesh has ever been ready."""
         self.started_at = time.monotonic()
         self.timing = ServeTiming().scaled(settings.time_scale)
         # On a terminal, bars and the banner are enough. Otherwise the services' own log lines are shown.
@@ -100,16 +103,18 @@ class _Supervisor:
         await coordinator.start()
         address = f"{LOOPBACK}:{coordinator.ports['port']}"
         self._gateway = self._child("gateway", "gateway", gateway_settings(self.settings, address))
-        workers = [self._worker(settings) for settings in worker_settings(self.settings, address)]
-        # All processes import their modules at the same time.
+        # It refuses a checkpoint whose tokenizer or chat template is broken: before any worker loads weights. Meanwhile
+        # the forkserver imports what workers need.
+        await self._gateway.start()
         async with asyncio.TaskGroup() as group:
-            for child in (self._gateway, *workers):
-                group.create_task(child.start())
+            for settings in worker_settings(self.settings, address):
+                group.create_task(self._worker(settings).start())
         async with asyncio.TaskGroup() as group:
             for child in self.children:
                 group.create_task(self._keep(child))
             group.create_task(self._reap())
             await self._until_ready()
+            self._was_ready = True
             # Standbys start last. Earlier, one could take a stage whose worker registers a moment later.
             for settings in standby_settings(self.settings, address):
                 group.create_task(self._keep(self._worker(settings)))
@@ -129,9 +134,16 @@ class _Supervisor:
             await asyncio.sleep(self.timing.watch_s)
 
     async def _keep(self, child: Child) -> None:
-        """Starts a child that does not run yet, and starts it again whenever it dies."""
+        """Starts a child that does not run yet, and starts it again whenever it dies.
+
+        Raises ConfigError if a restart would not help: it refuses its settings or the checkpoint, with which it has
+        never served.
+        """
         while True:
             if not child.alive:
+                served_before = self._was_ready and child.ports
+                if child.process is not None and child.process.returncode == USAGE_ERROR and not served_before:
+                    raise ConfigError(f"the {child.label} cannot serve; its message is above")
                 await child.restart()
             await asyncio.sleep(self.timing.watch_s)
 

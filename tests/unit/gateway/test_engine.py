@@ -1,9 +1,14 @@
-"""What the gateway keeps of what the coordinator tells it: the last word, and no more."""
+"""What the gateway keeps of what the coordinator tells it: the last word, and no more. And what ends it."""
 
 from __future__ import annotations
 
-import psutil
+import asyncio
+from pathlib import Path
 
+import psutil
+import pytest
+
+from stagemesh.errors import CheckpointError
 from stagemesh.gateway.engine import MeshEngine
 from stagemesh.gateway.telemetry.metrics import Metrics
 from stagemesh.gateway.timing import GatewayTiming
@@ -37,3 +42,19 @@ def test_updates_of_the_mesh_take_no_more_and_more_memory() -> None:
     workers = engine.describe()["workers"]
     assert isinstance(workers, list)
     assert [int(worker["loaded_bytes"]) for worker in workers] == [UPDATES - 1] * 8
+
+
+def test_a_broken_checkpoint_ends_a_gateway_that_learns_of_it_from_the_coordinator(byte_level_dir: Path) -> None:
+    """At once: no worker has loaded anything yet."""
+    (byte_level_dir / "tokenizer.json").write_text("{")
+    view = types_pb2.PipelineView(pipeline_id="pipeline-0", model=types_pb2.ModelRef(path=str(byte_level_dir)))
+
+    async def ended() -> None:
+        engine = MeshEngine(GatewaySettings(coordinator="127.0.0.1:1"), Metrics(), GatewayTiming())
+        following = engine.start()
+        await asyncio.sleep(0)  # The task begins.
+        engine.take(coordinator_pb2.WatchPipelinesResponse(slot=1, pipelines=[view]))
+        await asyncio.wait_for(following, 30)
+
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: no tokenizer can be made of it"):
+        asyncio.run(ended())
