@@ -1,4 +1,4 @@
-"""Text and tokens: tokenizer, chat template, detokenizer, stop strings, and the checkpoint's sampling defaults.
+"""Text and tokens: tokenizer with its special tokens, chat template, detokenizer, stop strings.
 
 Nothing here knows pipelines or sockets.
 """

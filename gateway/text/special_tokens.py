@@ -48,16 +48,18 @@ def add_special_tokens(folder: Path, raw: tokenizers.Tokenizer | None) -> dict[s
 def _read(folder: Path, taken: Container[int]) -> tuple[dict[str, AddedToken], list[AddedToken], dict[int, AddedToken]]:
     """Tokens by name, those without a name, and tokens by id. `taken`: ids that added_tokens.json cannot redefine."""
     config = read_json(folder / CONFIG)
-    named, extra = _named(config, folder / CONFIG), _extra(config, folder / CONFIG)
+    named = _named(config, folder / CONFIG)
+    extra = _extra(config, EXTRA if config.get(EXTRA) else OLDER_EXTRA, folder / CONFIG)
     if "added_tokens_decoder" in config:
         return named, extra, _listed(config["added_tokens_decoder"], folder / CONFIG)
     told = read_json(folder / MAP)
     for name, token in _named(told, folder / MAP, special=True).items():
         if name in NAMES or name not in named:
             named[name] = token
-    extra += _extra(told, folder / MAP, special=True)
+    extra += _extra(told, EXTRA, folder / MAP, special=True)
     special = {token.content for token in [*(named[name] for name in NAMES if name in named), *extra]}
     added = _added(read_json(folder / ADDED), folder / ADDED, special)
+    extra = extra or _extra(told, OLDER_EXTRA, folder / MAP, special=True)
     return named, extra, {number: token for number, token in added.items() if number not in taken}
 
 
@@ -73,9 +75,8 @@ def _named(told: Mapping[str, Any], path: Path, special: bool | None = None) -> 
     }
 
 
-def _extra(told: Mapping[str, Any], path: Path, special: bool | None = None) -> list[AddedToken]:
-    """The special tokens of a file that have no name."""
-    key = EXTRA if told.get(EXTRA) else OLDER_EXTRA
+def _extra(told: Mapping[str, Any], key: str, path: Path, special: bool | None = None) -> list[AddedToken]:
+    """The special tokens of a file that have no name: those of this key."""
     entries = told.get(key) or []
     if key == EXTRA and isinstance(entries, dict):
         return []
@@ -91,7 +92,7 @@ def _listed(told: Any, path: Path) -> dict[int, AddedToken]:
     listed = {}
     for key, value in told.items():
         where = f"added_tokens_decoder[{key!r}]"
-        if not (key.isascii() and key.isdecimal() and isinstance(value, dict)):
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and isinstance(value, dict)):
             raise _wrong(path, where, "must be an object that describes a token, by its id")
         listed[int(key)] = _token(value, path, where)
     return listed
@@ -99,10 +100,13 @@ def _listed(told: Any, path: Path) -> dict[int, AddedToken]:
 
 def _added(told: Mapping[str, Any], path: Path, special: set[str]) -> dict[int, AddedToken]:
     """Reads added_tokens.json, which has the id of each text: id -> token."""
+    added = {}
     for text, number in told.items():
         if type(number) is not int or number < 0:
             raise _wrong(path, repr(text), f"must have a token id, not {number!r}")
-    return {n: AddedToken(text, special=text in special, normalized=text not in special) for text, n in told.items()}
+        flags = {"special": text in special, "normalized": text not in special}
+        added[number] = _token({"content": text, **flags}, path, repr(text))
+    return added
 
 
 def _token(value: Any, path: Path, key: str, special: bool | None = None) -> AddedToken:

@@ -130,6 +130,9 @@ def test_random_files(tmp_path: Path, seed: int) -> None:
     files: dict[str, dict[str, Any]] = {}
     if rng.random() < 0.6:
         files["special_tokens_map"] = names()
+        if rng.random() < 0.5:
+            key = rng.choice(["extra_special_tokens", "additional_special_tokens"])
+            files["special_tokens_map"][key] = rng.sample(known, 2)
     if rng.random() < 0.6:
         files["added_tokens"] = {text: rng.randrange(280) for text in rng.sample(known, 3)}
     elif rng.random() < 0.7:  # transformers does not see that this makes a token of added_tokens.json special.
@@ -159,6 +162,8 @@ def test_random_files(tmp_path: Path, seed: int) -> None:
         ("added_tokens", {"<x>": "5"}, "'<x>' must have a token id, not '5'"),
         ("added_tokens", {"<x>": -5}, "'<x>' must have a token id, not -5"),
         ("added_tokens", {"<x>": True}, "'<x>' must have a token id, not True"),
+        ("added_tokens", {"\ud800": 5}, "'.ud800' must be a text"),
+        ("tokenizer_config", {"added_tokens_decoder": {"1" * 5000: described("y")}}, "added_tokens_decoder"),
     ],
 )
 def test_a_broken_entry_is_named_with_its_file(tmp_path: Path, name: str, content: dict[str, Any], says: str) -> None:
