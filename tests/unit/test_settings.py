@@ -52,10 +52,10 @@ SERVED = {"coordinator": CoordinatorSettings, "stage": StageSettings, "gateway":
 DECIDED = {
     "coordinator": {"host", "insecure", "port"},
     "stage": {"host", "insecure", "port", "tensor_parallel_size", "drain_timeout"},
-    "gateway": {"model", "speculative_config"},
+    "gateway": {"speculative_config"},
 }
 """What `serve` does not hand on as it is: only the gateway may listen beyond loopback; each method of speculative
-decoding concerns one service (here the coordinator); a gateway is told by that where the checkpoint is."""
+decoding concerns one service (here the coordinator)."""
 
 
 def blocks() -> list[type[Base]]:
