@@ -57,9 +57,8 @@ def rank_launcher(configs: list[RankConfig], timing: LaunchTiming) -> Launcher:
     """
     forks = configs[0].device == "cpu" and sys.platform == "linux"
     imports = Call(function=RANK_IMPORTS, argument=configs[0].pack()) if forks else None
-    threads = configs[0].settings.threads
-    # torch reads OMP_NUM_THREADS once, when it is imported.
-    env = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    # torch reads this once, when it is imported.
+    env = {"OMP_NUM_THREADS": str(configs[0].compute_threads)}
     return Launcher(configs[0].label, timing, imports=imports, env=env)
 
 

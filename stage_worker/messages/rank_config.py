@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import ValidationError
 
 from stagemesh.errors import ConfigError, InternalError
+from stagemesh.processes.limits import own_cores
 from stagemesh.settings.base import Base
 from stagemesh.settings.stage import StageSettings
 
@@ -53,8 +53,8 @@ class RankConfig(Base):
 
     @property
     def compute_threads(self) -> int:
-        """Number of compute threads: the setting, or else one for each core that this rank may use."""
-        return self.settings.threads or len(self.cpus) or len(os.sched_getaffinity(0))
+        """Number of compute threads: the setting, or else one for each core of this rank."""
+        return self.settings.threads or len(self.cpus) or max(1, own_cores().count // self.size)
 
     def pack(self) -> bytes:
         """Serializes the config for `unpack` in the rank."""

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable
 
 import torch
 
+from stagemesh.processes.limits import available_memory_bytes
 from stagemesh.protos.v1 import types_pb2
 
 GEMM_SIZE = 512
 STREAM_BYTES = 32 << 20
 
 
-def measure(device: torch.device) -> types_pb2.DeviceInfo:
-    """Returns a device's name, memory (bytes), matrix rate (FLOP/s, bf16) and weight streaming rate (bytes/s)."""
+def measure(device: torch.device, ranks: int) -> types_pb2.DeviceInfo:
+    """Returns a device's name, memory (bytes), matrix rate (FLOP/s, bf16) and weight streaming rate (bytes/s).
+
+    `ranks` of one worker share a CPU's memory. A CPU's name ends with the number of threads that compute, because
+    workers on devices of the same name count as equally fast.
+    """
     if device.type == "cuda":
         name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
     else:
-        name, memory = _cpu_name(), available_memory_bytes()
+        name, memory = _cpu_name(), available_memory_bytes() // ranks
     a = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device, dtype=torch.bfloat16)
     gemm_s = _best_of(lambda: torch.mm(a, a), device)
     weights = torch.ones(STREAM_BYTES // 4, device=device, dtype=torch.float32)
@@ -45,22 +49,7 @@ def _best_of(run: Callable[[], object], device: torch.device, repeats: int = 5) 
     return best
 
 
-def available_memory_bytes() -> int:
-    """Returns the bytes of memory that are free in this machine and in this cgroup."""
-    with open("/proc/meminfo") as f:
-        fields = dict(line.split(":", 1) for line in f)
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            bound = limit.read().strip()
-            if bound != "max":
-                free = min(free, int(bound) - int(used.read()))
-    except OSError:
-        return free
-    return max(0, free)
-
-
 def _cpu_name() -> str:
     with open("/proc/cpuinfo") as f:
         models = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()} x{os.cpu_count()}"
+    return f"{models[0] if models else platform.machine()} x{torch.get_num_threads()}"

@@ -124,7 +124,7 @@ def run(argument: bytes, fds: list[int]) -> int:
             timing,
         )
         RankCommands(config, engine, device, parallel, timing)
-        info = measure(device)
+        info = measure(device, config.size)
     except StagemeshError as e:
         control.send(Kind.ERROR, READY_ID, failure_of(e))
         return 1

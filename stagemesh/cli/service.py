@@ -5,6 +5,7 @@ A child runs one service. So this module imports nothing of the others: each wor
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pkgutil import resolve_name
@@ -27,6 +28,8 @@ SERVICES = {
 
 def settings_class(command: str) -> Any:
     """Imports the class of a service's settings."""
+    # numpy's OpenBLAS would start a thread for each core of the machine when it is imported. Nobody uses them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     return resolve_name(f"stagemesh.{SERVICES[command][0]}")
 
 

@@ -5,10 +5,9 @@ Options that `serve` shares with a service are passed on block by block (`shared
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from typing import Any
 
+from stagemesh.processes.limits import Cores, own_cores
 from stagemesh.settings.base import shared
 from stagemesh.settings.coordinator import CoordinatorSettings
 from stagemesh.settings.gateway import GatewaySettings
@@ -27,19 +26,20 @@ def coordinator_settings(serve: ServeSettings, state_dir: str) -> CoordinatorSet
     return CoordinatorSettings(**{**shared(serve, CoordinatorSettings), **INNER, **own})
 
 
-def worker_settings(serve: ServeSettings, coordinator: str, cores: Sequence[int] | None = None) -> list[StageSettings]:
+def worker_settings(serve: ServeSettings, coordinator: str, cores: Cores | None = None) -> list[StageSettings]:
     """Returns the settings of one worker for each stage.
 
-    `cores` are divided among all ranks; default: those that this process may use. Ranks are pinned if there is a core
-    for each. Otherwise the kernel would wake the receiver of an activation on the sender's core, so that two stages
-    share one core while another is idle. If nothing else computes, as with one stream, a step uses the other ranks'
-    cores, too.
+    `cores` are divided among all ranks; default: those of this process. Ranks are pinned if there is a core for each.
+    Otherwise the kernel would wake the receiver of an activation on the sender's core, so that two stages share one
+    core while another is idle. If nothing else computes, as with one stream, a step uses the other ranks' cores, too.
+
+    Under a CPU limit ranks are not pinned: containers beside this one have the same cores, and would pin the same ones.
     """
     ranks = sum(serve.tp_sizes)
-    cores = _own_cores() if cores is None else cores
-    threads = max(1, len(cores) // ranks)
-    pinned = serve.device != "cuda" and len(cores) >= ranks
-    groups = [",".join(map(str, cores[rank * threads : (rank + 1) * threads])) for rank in range(ranks)]
+    cores = cores or own_cores()
+    threads = _threads(serve, cores)
+    pinned = serve.device != "cuda" and cores.count == len(cores.ids) >= ranks
+    groups = [",".join(map(str, cores.ids[rank * threads : (rank + 1) * threads])) for rank in range(ranks)]
     stages = []
     for i, size in enumerate(serve.tp_sizes):
         first = sum(serve.tp_sizes[:i])
@@ -62,18 +62,18 @@ def worker_settings(serve: ServeSettings, coordinator: str, cores: Sequence[int]
     return stages
 
 
-def standby_settings(serve: ServeSettings, coordinator: str) -> list[StageSettings]:
+def standby_settings(serve: ServeSettings, coordinator: str, cores: Cores | None = None) -> list[StageSettings]:
     """Returns the settings of workers that may replace any stage.
 
     They are not pinned, because it is not known which core will be free. A worker with a single rank may use idle cores
     of others, which helps most when its pages are computed again in a recovery.
     """
-    size, cores = max(serve.tp_sizes), _own_cores()
-    threads = max(1, len(cores) // sum(serve.tp_sizes))
-    lent = cores[1:] if serve.device != "cuda" and size == 1 else []
+    size, cores = max(serve.tp_sizes), cores or own_cores()
+    lends = serve.device != "cuda" and size == 1 and cores.count == len(cores.ids)
+    lent = cores.ids[1:] if lends else ()
     return [
         StageSettings(
-            **_of_any_worker(serve, coordinator, threads),
+            **_of_any_worker(serve, coordinator, _threads(serve, cores)),
             worker_id=f"standby-{i}",
             tensor_parallel_size=size,
             idle_cpu_list=",".join(map(str, lent)) or None,
@@ -87,8 +87,8 @@ def _of_any_worker(serve: ServeSettings, coordinator: str, threads: int) -> dict
     return {**shared(serve, StageSettings), **INNER, **own}
 
 
-def _own_cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0))
+def _threads(serve: ServeSettings, cores: Cores) -> int:
+    return max(1, cores.count // sum(serve.tp_sizes))
 
 
 def gateway_settings(serve: ServeSettings, coordinator: str) -> GatewaySettings:

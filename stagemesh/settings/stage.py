@@ -48,7 +48,8 @@ class StageSettings(Listen, Links, ComputeSettings, Join):
     net_device: str | None = None
     """Network device of UCX (UCX_NET_DEVICES), such as "eth0" or "mlx5_0:1"."""
     threads: int | None = Field(None, ge=1)
-    """Compute threads of one rank on a CPU; default: one for each core that the rank may use."""
+    """Compute threads of one rank on a CPU; default: one for each core of --cpu-list, or the rank's share of the cores
+    that the worker may use (of its CPU limit in a container)."""
     cpu_list: str | None = None
     """Cores to which the ranks are pinned, one group per rank, such as "0|1"; default: not pinned."""
     idle_cpu_list: str | None = None

@@ -8,7 +8,8 @@ import pytest
 
 from stagemesh.errors import CheckpointError, ConfigError
 from stagemesh.local import supervisor
-from stagemesh.local.plan import worker_settings
+from stagemesh.local.plan import standby_settings, worker_settings
+from stagemesh.processes.limits import Cores
 from stagemesh.settings.serve import ServeSettings
 
 
@@ -28,7 +29,8 @@ def test_ranks_have_cores_of_their_own_and_may_borrow_the_others(
     cores: int, pp: int, tp: list[int], expected: list[tuple[str | None, str | None]]
 ) -> None:
     serve = ServeSettings(model="m", pipeline_parallel_size=pp, tensor_parallel_size=tp)
-    assert [(w.cpu_list, w.idle_cpu_list) for w in worker_settings(serve, "here", range(cores))] == expected
+    own = Cores(tuple(range(cores)), cores)
+    assert [(w.cpu_list, w.idle_cpu_list) for w in worker_settings(serve, "here", own)] == expected
 
 
 def test_ranks_that_would_cut_a_head_start_nothing() -> None:
@@ -42,3 +44,12 @@ def test_ranks_that_would_cut_a_head_start_nothing() -> None:
 def test_a_folder_that_is_not_there_starts_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         supervisor.run(ServeSettings(model=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(("limit", "pp", "threads"), [(2, 2, 1), (5, 2, 2), (1, 2, 1), (6, 1, 6)])
+def test_a_cpu_limit_bounds_the_threads_and_nobody_is_pinned(limit: int, pp: int, threads: int) -> None:
+    """Containers beside this one see the same 64 cores."""
+    serve = ServeSettings(model="m", pipeline_parallel_size=pp, standby=1)
+    own = Cores(tuple(range(64)), limit)
+    workers = [*worker_settings(serve, "here", own), *standby_settings(serve, "here", own)]
+    assert [(w.threads, w.cpu_list, w.idle_cpu_list) for w in workers] == [(threads, None, None)] * (pp + 1)

@@ -27,7 +27,7 @@
 {{- $settings := default dict .stage.settings -}}
 {{- $cpu := dig "resources" "limits" "cpu" "" .stage | toString -}}
 {{- if and $cpu (not (hasKey $settings "threads")) }}
-{{- /* A process sees the node's cores, not its limit: more threads than that would only be throttled. */}}
+{{- /* A worker would find its limit by itself. Here its settings say it. */}}
 {{- $cores := ternary (divf (trimSuffix "m" $cpu | float64) 1000.0) ($cpu | float64) (hasSuffix "m" $cpu) }}
 {{- $_ := set $own "threads" (max 1 (floor (divf $cores (float64 $size)) | int)) }}
 {{- end }}

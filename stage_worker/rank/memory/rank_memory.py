@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from stagemesh.errors import ConfigError
+from stagemesh.processes.limits import available_memory_bytes
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from ...kv.journal import Journal
@@ -20,7 +21,6 @@ from ...model.parallel import TensorParallel
 from ...model.spec import ShardSpec
 from ...sampling.drafter import Drafter
 from ..engine import Engine
-from ..measure import available_memory_bytes
 from .resources import StageResources, page_share
 
 CPU_KV_SHARE = 0.25
@@ -203,7 +203,7 @@ class RankMemory:
         pool = pools[0]
         new = [layer for layer in shards[0].kv_layers if not any(layer in other.layers for other in pools)]
         need = KvPool.page_bytes(new, pool.page_size, pool.dtype) * pool.num_pages
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else available_memory_bytes()
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else self._available_bytes()
         if need > free:
             raise ConfigError(
                 f"{len(new)} more layers need {need / 2**30:.2f} GiB for {pool.num_pages} KV pages beside what runs, "
@@ -222,7 +222,11 @@ class RankMemory:
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             return max(0, int(total * self.config.settings.gpu_memory_utilization) - (total - free))
-        return int(available_memory_bytes() * CPU_KV_SHARE / self.config.size)
+        return int(self._available_bytes() * CPU_KV_SHARE)
+
+    def _available_bytes(self) -> int:
+        """Returns this rank's share of the memory that is free on a CPU."""
+        return available_memory_bytes() // self.config.size
 
 
 def _nonce() -> int:
