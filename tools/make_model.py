@@ -74,6 +74,7 @@ class LlamaShape:
 PRESETS: Mapping[str, LlamaShape] = {
     "tiny": LlamaShape(128, 4, 4, 2, 256, 512, 1024),
     "100m": LlamaShape(768, 12, 12, 4, 2048, 16384, 4096),
+    "500m": LlamaShape(2048, 10, 16, 4, 5632, 16384, 4096),
 }
 
 

@@ -130,7 +130,10 @@ class CostModel:
         return _up_to_layer(parts)
 
     def fixed_memory(self) -> float:
-        """Bytes that a rank needs besides weights and KV: activation buffers of the steps in flight and of compute."""
+        """Bytes that a rank needs besides weights and KV: activation buffers of the steps in flight and of compute.
+
+        A load needs no more, because it reads each tensor to its place (stage_worker/model/checkpoint.py).
+        """
         buffers = self.limits.steps_in_flight + 4
         return float(buffers * self.limits.max_num_batched_tokens * self.info.hidden_size * self.element_bytes)
 

@@ -1,15 +1,16 @@
 """Reads single tensors, or slices of them, from a folder of safetensors files.
 
 This reader replaces `safetensors.safe_open`, which maps the file. Truncation of a mapped file kills the process, and a
-mapped view reports no progress. Here every read is a `pread` into our own memory, counted and checked.
+mapped view reports no progress. Here every read is a `pread` to where the bytes belong, counted and checked.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -21,6 +22,7 @@ from stagemesh.errors import CheckpointError
 from stagemesh.models.quantization import refuse_quantized
 from stagemesh.safetensors_header import StoredTensor, read_header
 
+from ..kv.memory import Scratch, zeros
 from .cut import WHOLE, Cut
 
 _DTYPES = {
@@ -36,6 +38,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _READ_BYTES = 32 << 20
+_BLOCK_BYTES = 4 << 20
+"""Size of the buffer for what cannot be read to its place. It fits in a cache."""
 _HARMLESS = r"\brotary_emb\.\w+$|(^|\.)(masked_bias|position_ids)$|(attn|attention)\.bias$"
 """Names of tensors that earlier releases of transformers stored, and that are computed: angles, masks, positions."""
 
@@ -50,6 +54,7 @@ class Checkpoint:
         self.model_dir = Path(model_dir)
         self.tensor_bytes_read = 0
         """Bytes of tensor data read so far, without the parts of rows that were not requested."""
+        self._scratch = Scratch()
         self._headers: dict[Path, dict[str, StoredTensor]] = {}
         self._files = weight_map(self.model_dir)
         self._configs = read_configs(self.model_dir)
@@ -135,57 +140,93 @@ class Checkpoint:
         return str(self._files[name]), self.info(name).offset
 
     def read(self, name: str, cut: Cut = WHOLE) -> torch.Tensor:
-        """Reads one tensor, or a part of it, into new memory.
+        """Reads one tensor, or a part of it, into new memory. Raises CheckpointError, as `read_into` does."""
+        out = zeros(cut.shape(self.info(name).shape), self.dtype(name), huge_pages=False)
+        self.read_into(out, name, cut)
+        return out
+
+    def read_into(self, out: torch.Tensor, name: str, cut: Cut = WHOLE, start: int = 0) -> None:
+        """Fills `out` with rows of one tensor, or of a part of it, from row `start` on.
+
+        `out` is contiguous. It may have another dtype than the file, and be on another device. A read needs no memory
+        beside `out` but a buffer of `_BLOCK_BYTES`, or of one row.
 
         Raises:
-            CheckpointError: the file ends early or cannot be read.
+            CheckpointError: the file ends early or cannot be read, or its tensor is smaller than the cut.
         """
-        shape = self.info(name).shape
+        shape = self.info(name).shape or (1,)
         if cut.dim is not None and cut.ranges[-1][1] > shape[cut.dim]:
             raise CheckpointError(f"tensor {name!r} has shape {list(shape)}, too small for its model's config")
         with _open(self._files[name]) as file:
-            if cut.dim is None:
-                return self._read_rows(file.fileno(), name, 0, shape[0] if shape else 1)
-            if cut.dim == 0:
-                pieces = [self._read_rows(file.fileno(), name, start, stop) for start, stop in cut.ranges]
+            if cut.dim is not None and 0 < cut.dim == len(shape) - 1:
+                first = start * math.prod(shape[1:-1])
+                self._read_columns(file.fileno(), name, out.view(-1, out.shape[-1]), first, cut)
             else:
-                pieces = [self._read_columns(file.fileno(), name, cut.dim, start, stop) for start, stop in cut.ranges]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=cut.dim)
+                flat, at = out.view(-1), 0
+                for first, count in _runs(shape, cut, start, len(out) if out.dim() else 1):
+                    self._read_run(file.fileno(), name, flat[at : at + count], first)
+                    at += count
+        self.tensor_bytes_read += out.numel() * self.dtype(name).itemsize
 
-    def _read_rows(self, fd: int, name: str, start: int, stop: int, count: bool = True) -> torch.Tensor:
-        info = self.info(name)
-        shape = (stop - start, *info.shape[1:]) if info.shape else ()
-        row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
-        out = torch.empty(shape, dtype=self.dtype(name))
+    def _read_run(self, fd: int, name: str, out: torch.Tensor, first: int) -> None:
+        """Fills `out` [n] with the elements from `first` on."""
+        dtype = self.dtype(name)
+        if out.device.type == "cpu" and out.dtype == dtype:
+            self._pread(fd, name, out, first)
+            return
+        step = _BLOCK_BYTES // dtype.itemsize
+        for at in range(0, len(out), step):
+            part = out[at : at + step]
+            block = self._scratch.tensor((len(part),), dtype)
+            self._pread(fd, name, block, first + at)
+            part.copy_(block)
+
+    def _read_columns(self, fd: int, name: str, out: torch.Tensor, first: int, cut: Cut) -> None:
+        """Fills `out` [n, width] with the cut's columns of the rows from `first` on. Whole rows are read."""
+        dtype, width = self.dtype(name), self.info(name).shape[-1]
+        step = max(1, _BLOCK_BYTES // (width * dtype.itemsize))
+        for at in range(0, len(out), step):
+            part = out[at : at + step]
+            block = self._scratch.tensor((len(part), width), dtype)
+            self._pread(fd, name, block.view(-1), (first + at) * width)
+            column = 0
+            for begin, end in cut.ranges:
+                part[:, column : column + end - begin] = block[:, begin:end]
+                column += end - begin
+
+    def _pread(self, fd: int, name: str, out: torch.Tensor, first: int) -> None:
+        """Fills `out` [n], in memory and of the file's dtype, with the elements from `first` on."""
         if out.numel() == 0:
-            return out
-        memory = memoryview(cast(Buffer, out.reshape(-1).view(torch.uint8).numpy()))
-        done, base = 0, info.offset + start * row_bytes
+            return
+        memory = memoryview(cast(Buffer, out.view(torch.uint8).numpy()))
+        done, base = 0, self.info(name).offset + first * out.itemsize
         while done < len(memory):
             got = os.preadv(fd, [memory[done : done + _READ_BYTES]], base + done)
             if got == 0:
                 raise CheckpointError(f"{self._files[name]} ends inside tensor {name!r}: download the checkpoint again")
             done += got
-            if count:
-                self.tensor_bytes_read += got
-        return out
-
-    def _read_columns(self, fd: int, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """Reads a slice along an inner dimension. Whole rows are read block by block; the slice is kept and counted."""
-        info = self.info(name)
-        out = torch.empty(Cut(dim, ((start, stop),)).shape(info.shape), dtype=self.dtype(name))
-        rows = info.shape[0]
-        block = max(1, _READ_BYTES // max(1, info.nbytes // max(1, rows)))
-        for begin in range(0, rows, block):
-            end = min(rows, begin + block)
-            out[begin:end] = self._read_rows(fd, name, begin, end, count=False).narrow(dim, start, stop - start)
-        self.tensor_bytes_read += out.nbytes
-        return out
 
     def _header(self, path: Path) -> dict[str, StoredTensor]:
         if path not in self._headers:
             self._headers[path] = read_header(path)
         return self._headers[path]
+
+
+def _runs(shape: tuple[int, ...], cut: Cut, start: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Yields (first element, number of elements) of the contiguous pieces of rows [start, start + rows) of a part."""
+    dim, ranges = (0, ((0, shape[0]),)) if cut.dim is None else (cut.dim, cut.ranges)
+    inner = math.prod(shape[dim + 1 :])
+    if dim > 0:
+        outer = math.prod(shape[1:dim])
+        for index in range(start * outer, (start + rows) * outer):
+            for first, last in ranges:
+                yield (index * shape[dim] + first) * inner, (last - first) * inner
+        return
+    for first, last in ranges:
+        skipped = min(start, last - first)
+        count = min(rows, last - first - skipped)
+        yield (first + skipped) * inner, count * inner
+        start, rows = start - skipped, rows - count
 
 
 def _open(path: Path) -> BinaryIO:

@@ -133,13 +133,15 @@ def loaded() -> ctypes.CDLL:
     return lib
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """Packs the weight [n, k] of a linear into panels. The last panel is filled with zeros."""
-    n, k = weight.shape
-    weight = weight.contiguous()
-    out = zeros((-(-n // PANEL) * PANEL, k), weight.dtype)
-    loaded().stagemesh_pack(weight.dtype == torch.bfloat16, weight.data_ptr(), n, k, out.data_ptr())
-    return out
+def panels(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Makes the memory for the packed weight of a linear: [n rounded up to whole panels, k]."""
+    return zeros((-(-n // PANEL) * PANEL, k), dtype)
+
+
+def pack(rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Packs contiguous rows [n, k] of a weight into the first panels of `out`. The last one is filled with zeros."""
+    n, k = rows.shape
+    loaded().stagemesh_pack(rows.dtype == torch.bfloat16, rows.data_ptr(), n, k, out.data_ptr())
 
 
 class StageEngine:

@@ -25,7 +25,7 @@ from ..model.spec import ShardSpec
 from . import ops
 from .architecture import Architecture, dtype_of
 from .exchange import Exchange
-from .weights import EMBEDDING, HEAD, NORM, LayerWeights, Reader
+from .weights import EMBEDDING, HEAD, NORM, LayerWeights, Reader, is_tied
 
 
 class NativeShard:
@@ -70,17 +70,20 @@ class NativeShard:
             raise ConfigError(f"{spec.tp_size} ranks need shared memory to meet in")
         self._spec = spec
         known = before._weights if before is not None else {}
+        # One copy serves embedding and head: a token's row is gathered from the panels.
+        tied = is_tied(a, checkpoint.names if checkpoint is not None else ())
+        shares_head = tied and self.is_first and self.is_last and spec.tp_size == 1
         reader = Reader(
             spec, a, self.dtype, checkpoint, on_progress,
             layers=[index for index in range(spec.first, spec.last) if index not in known],
-            embeds=self.is_first and not (before is not None and before.is_first),
+            embeds=self.is_first and not shares_head and not (before is not None and before.is_first),
             heads=self.is_last and not (before is not None and before.is_last),
         )  # fmt: skip
         self._weights: dict[int, LayerWeights] = {}
         for index in range(spec.first, spec.last):
             self._weights[index] = known[index].again() if index in known else reader.layer(index)
         self._layers = [weights.layer for weights in self._weights.values()]
-        self._read_ends(reader, a, before)
+        self._read_ends(reader, a, before, shares_head)
         tensors = [tensor for weights in self._weights.values() for tensor in weights.tensors]
         tensors += [end for end in (self._embedding, self._norm, self._packed_head) if end is not None]
         # Keyed by address: one copy may serve both embedding and head.
@@ -116,25 +119,24 @@ class NativeShard:
         """Whether a shard of `spec` has the same weights in common layers."""
         return dataclasses.replace(spec, first=self.first, last=self.last) == self._spec
 
-    def _read_ends(self, reader: Reader, a: Architecture, before: NativeShard | None) -> None:
+    def _read_ends(self, reader: Reader, a: Architecture, before: NativeShard | None, shares_head: bool) -> None:
         """Sets embedding, norm and head. Takes those of `before` if it has them."""
-        if self.is_first:
+        if self.is_first and not shares_head:
             self._embedding = before._embedding if before is not None and before.is_first else reader.read(EMBEDDING)
         if self.is_last and before is not None and before.is_last:
             self._norm, self._head, self._packed_head = before._norm, before._head, before._packed_head
         elif self.is_last:
             self._norm = reader.read(NORM)
-            if (
-                reader.tied and self._embedding is not None and self._embedding.dim() == 2
-            ):  # Not panels of another head.
+            if reader.tied and self._embedding is not None:
                 head = self._embedding[slice(*self._spec.part(a.vocab))]
+                n, k = head.shape
+                self._packed_head = ops.panels(n, k, self.dtype)
+                ops.pack(head, self._packed_head)
             else:
-                head = reader.read(EMBEDDING if reader.tied else HEAD)
-            self._packed_head = ops.pack(head)
-            self._head = ops.Linear(self._packed_head.data_ptr(), None, *head.shape)
-            if reader.tied and self._embedding is not None and len(head) == a.vocab:
-                # One copy serves embedding and head: a token's row is gathered from the panels.
-                self._embedding = _panels(self._packed_head)
+                self._packed_head, n, k = reader.pack(EMBEDDING if reader.tied else HEAD)
+            self._head = ops.Linear(self._packed_head.data_ptr(), None, n, k)
+        if shares_head and self._packed_head is not None:
+            self._embedding = _panels(self._packed_head)
 
     def bind_kv(self, pool: KvPool) -> None:
         """Makes the shard use these pages from now on.

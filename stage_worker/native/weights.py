@@ -1,19 +1,20 @@
 """Reads checkpoint tensors and packs them as weights. Only this rank's part of each is read.
 
 Queries, keys and values become one linear. Gate and up become another one, in alternating blocks of 16 rows, so that
-one kernel has both and can multiply them.
+one kernel has both and can multiply them. Their last blocks are filled with zeros.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..kv.memory import Scratch, zeros
 from ..model.checkpoint import Checkpoint
 from ..model.cut import WHOLE, Cut, Range
 from ..model.dummy import dummy_tensor
@@ -22,6 +23,10 @@ from . import ops
 from .architecture import Architecture
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+BLOCK = 16
+"""Number of rows of gate, and then of up, in the linear that has both."""
+_READ_BYTES = 4 << 20
+"""Bytes that are read before they are packed. They fit in a cache."""
 Plan = dict[str, tuple[tuple[int, ...], Cut]]
 """Tensor name -> its whole shape, and the part of it that this rank holds."""
 
@@ -36,6 +41,21 @@ class LayerWeights:
     def again(self) -> LayerWeights:
         """Returns the same weights for another shard, which sets its own pages."""
         return LayerWeights(ops.Layer.from_buffer_copy(self.layer), self.tensors)
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of one tensor."""
+
+    shape: tuple[int, ...]
+    fill: Callable[[Tensor, int], None]
+    """Reads rows, from a given one on, into a tensor."""
+
+
+def is_tied(architecture: Architecture, names: Collection[str]) -> bool:
+    """Whether embedding and head are one tensor: both are used if both are stored, as in transformers."""
+    stored = EMBEDDING in names or "embed_tokens.weight" in names
+    return architecture.tied and not (HEAD in names and stored)
 
 
 class Reader:
@@ -63,8 +83,7 @@ class Reader:
         names = set(checkpoint.names) if checkpoint is not None else set()
         # Checkpoints saved from the base model lack the prefix of the causal model.
         self._bare = "embed_tokens.weight" in names and EMBEDDING not in names
-        self.tied = architecture.tied and not (HEAD in names and (self._bare or EMBEDDING in names))
-        """Whether embedding and head are one tensor: both are used if both are stored, as in transformers."""
+        self.tied = is_tied(architecture, names)
         self._renamed = {EMBEDDING: HEAD} if self.tied and HEAD in names else {}
         self._plan = {_of_layer(index, name): entry for index in layers for name, entry in self._layer_plan.items()}
         whole = (architecture.vocab, architecture.hidden)
@@ -73,6 +92,7 @@ class Reader:
         if heads:
             self._plan[NORM] = whole[1:], WHOLE
             self._plan.setdefault(EMBEDDING if self.tied else HEAD, (whole, Cut(0, (spec.part(whole[0]),))))
+        self._rows, self._half = Scratch(), Scratch()
         self._done = 0
         self._total = sum(math.prod(cut.shape(shape)) for shape, cut in self._plan.values()) * dtype.itemsize
         if checkpoint is not None:
@@ -84,6 +104,8 @@ class Reader:
             whole_layer = _layer_plan(dataclasses.replace(spec, tp_rank=0), architecture)
             known = {EMBEDDING, NORM, HEAD, *(_of_layer(index, name) for index in layers for name in whole_layer)}
             checkpoint.check_use(used, set(map(self._name_in_file, known)), layers)
+            for name, (shape, _) in self._plan.items():
+                checkpoint.check_shape(self._name_in_file(name), shape)
 
     def _name_in_file(self, name: str) -> str:
         name = self._renamed.get(name, name)
@@ -91,49 +113,88 @@ class Reader:
 
     def read(self, name: str) -> Tensor:
         """Reads this rank's part of one tensor, in the shard's dtype. Raises CheckpointError."""
+        part = self._opened(name)
+        out = zeros(part.shape, self._dtype)
+        part.fill(out, 0)
+        return out
+
+    def pack(self, *names: str, interleave: bool = False) -> tuple[Tensor, int, int]:
+        """Reads and packs linears as one, some rows at a time: the unpacked weights are never in memory as a whole.
+
+        Returns the packed weights, and the outputs n and inputs k of the linear. Raises CheckpointError.
+        """
+        parts = [self._opened(name) for name in names]
+        k = parts[0].shape[1]
+        n = 2 * _whole_blocks(parts[0].shape[0]) if interleave else sum(part.shape[0] for part in parts)
+        packed = ops.panels(n, k, self._dtype)
+        step = max(1, _READ_BYTES // (k * self._dtype.itemsize * ops.PANEL)) * ops.PANEL
+        for start in range(0, n, step):
+            rows = self._rows.tensor((min(step, n - start), k), self._dtype)
+            if interleave:
+                self._alternate(parts, rows, start // 2)
+            else:
+                _concatenate(parts, rows, start)
+            ops.pack(rows, packed[start:])
+        return packed, n, k
+
+    def _alternate(self, parts: Sequence[Part], rows: Tensor, start: int) -> None:
+        """Fills `rows` with blocks of each part in turn, from row `start` of each on. Pads their ends with zeros."""
+        for i, part in enumerate(parts):
+            own = self._half.tensor((len(rows) // 2, rows.shape[1]), self._dtype)
+            known = part.shape[0] - start
+            part.fill(own[:known], start)
+            own[known:] = 0
+            rows.view(-1, 2, BLOCK, rows.shape[1])[:, i] = own.view(-1, BLOCK, rows.shape[1])
+
+    def _opened(self, name: str) -> Part:
         shape, cut = self._plan[name]
-        if self._checkpoint is None:
-            tensor = cut.apply(dummy_tensor(name, torch.Size(shape), self._spec.seed))
-        else:
-            name = self._name_in_file(name)
-            self._checkpoint.check_shape(name, shape)
-            tensor = self._checkpoint.read(name, cut)
-        tensor = tensor.to(self._dtype).contiguous()
-        self._done += tensor.nbytes
-        if self._on_progress is not None:
-            self._on_progress(self._done, self._total)
-        return tensor
+        checkpoint, in_file = self._checkpoint, self._name_in_file(name)
+        dummy = torch.empty(0)
+        if checkpoint is None:
+            dummy = cut.apply(dummy_tensor(name, torch.Size(shape), self._spec.seed))
+
+        def fill(out: Tensor, start: int) -> None:
+            if checkpoint is None:
+                out.copy_(dummy[start : start + len(out)])
+            else:
+                checkpoint.read_into(out, in_file, cut, start)
+            self._done += out.nbytes
+            if self._on_progress is not None:
+                self._on_progress(self._done, self._total)
+
+        return Part(cut.shape(shape), fill)
 
     def layer(self, index: int) -> LayerWeights:
         """Reads and packs one decoder layer."""
-        got = {name: self.read(_of_layer(index, name)) for name in self._layer_plan}
         tensors: list[Tensor] = []
 
-        def keep(tensor: Tensor | None) -> int | None:
-            if tensor is None:
-                return None
+        def keep(tensor: Tensor) -> int:
             tensors.append(tensor)
             return tensor.data_ptr()
 
-        def linear(names: list[str], interleave: bool = False) -> ops.Linear:
-            weights = [got[f"{name}.weight"] for name in names]
-            biases = [got[f"{name}.bias"] for name in names if f"{name}.bias" in got]
-            weight = _interleave(*weights) if interleave else torch.cat(weights)
-            packed, bias = ops.pack(weight), None
+        def vector(name: str) -> int | None:
+            return keep(self.read(_of_layer(index, name))) if name in self._layer_plan else None
+
+        def linear(*names: str, interleave: bool = False) -> ops.Linear:
+            packed, n, k = self.pack(*(_of_layer(index, f"{name}.weight") for name in names), interleave=interleave)
+            biases = [
+                self.read(_of_layer(index, f"{name}.bias")) for name in names if f"{name}.bias" in self._layer_plan
+            ]
+            bias = None
             if biases:
                 bias = torch.zeros(len(packed))
-                bias[: len(weight)] = torch.cat(biases)
-            return ops.Linear(keep(packed), keep(bias), *weight.shape)
+                bias[:n] = torch.cat(biases)
+            return ops.Linear(keep(packed), keep(bias) if bias is not None else None, n, k)
 
         layer = ops.Layer(
-            norm1=keep(got["input_layernorm.weight"]),
-            norm2=keep(got["post_attention_layernorm.weight"]),
-            q_norm=keep(got.get("self_attn.q_norm.weight")),
-            k_norm=keep(got.get("self_attn.k_norm.weight")),
-            qkv=linear([f"self_attn.{name}_proj" for name in "qkv"]),
-            o=linear(["self_attn.o_proj"]),
-            gate_up=linear(["mlp.gate_proj", "mlp.up_proj"], interleave=True),
-            down=linear(["mlp.down_proj"]),
+            norm1=vector("input_layernorm.weight"),
+            norm2=vector("post_attention_layernorm.weight"),
+            q_norm=vector("self_attn.q_norm.weight"),
+            k_norm=vector("self_attn.k_norm.weight"),
+            qkv=linear(*(f"self_attn.{name}_proj" for name in "qkv")),
+            o=linear("self_attn.o_proj"),
+            gate_up=linear("mlp.gate_proj", "mlp.up_proj", interleave=True),
+            down=linear("mlp.down_proj"),
             window=self._a.windows[index] or 0,
         )
         return LayerWeights(layer, tensors)
@@ -173,8 +234,14 @@ def _times(bounds: Range, by: int) -> Range:
     return bounds[0] * by, bounds[1] * by
 
 
-def _interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """Returns [2 I, H]: blocks of 16 rows of gate and up in turn. The last blocks are filled with zeros."""
-    padding = (0, 0, 0, -len(gate) % 16)
-    blocks = [torch.nn.functional.pad(weight, padding).view(-1, 16, weight.shape[1]) for weight in (gate, up)]
-    return torch.stack(blocks, 1).flatten(0, 2)
+def _whole_blocks(rows: int) -> int:
+    return -(-rows // BLOCK) * BLOCK
+
+
+def _concatenate(parts: Sequence[Part], rows: Tensor, start: int) -> None:
+    """Fills `rows` from row `start` on of the parts one below the other."""
+    for part in parts:
+        first, last = max(0, start), min(part.shape[0], start + len(rows))
+        if first < last:
+            part.fill(rows[first - start : last - start], first)
+        start -= part.shape[0]

@@ -175,7 +175,8 @@ def test_ranks_of_a_worker_divide_its_memory_and_their_device_is_named_by_its_th
 
 def test_a_service_starts_no_thread_for_each_core_of_the_machine() -> None:
     code = (
-        "from stagemesh.cli.service import run_function, settings_class; settings_class('coordinator'); run_function('coordinator'); "
+        "from stagemesh.cli.service import run_function, settings_class; "
+        "settings_class('coordinator'); run_function('coordinator'); "
         "import os; print(len(os.listdir('/proc/self/task')))"
     )
     env = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name}

@@ -95,6 +95,16 @@ def test_in_fp32_they_agree_to_rounding(model: Path) -> None:
     assert worst(logits(model, "float32"), logits(model, "float32", enforce_eager=True)) < 1e-5
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_linears_that_are_read_in_several_blocks_are_packed_whole(tmp_path: Path, tied: bool) -> None:
+    """Queries end within one block and keys within the next; gate, up and vocabulary end within a panel."""
+    sizes = {"hidden_size": 512, "head_dim": 240, "num_attention_heads": 8, "num_key_value_heads": 4}
+    more = {"intermediate_size": 2100, "vocab_size": 2405, "num_hidden_layers": 1, "tie_word_embeddings": tied}
+    model = make_checkpoint("llama", tmp_path, **sizes, **more)
+    ours, theirs = (Chain(model, (0, 1), enforce_eager=eager).step(STEPS[0]) for eager in (False, True))
+    assert worst([ours], [theirs]) < 1e-5
+
+
 def test_in_bf16_they_are_as_near_to_fp32_as_the_modules_are(model: Path) -> None:
     exact = logits(model, "float32", enforce_eager=True)
     ours, theirs = logits(model, "bfloat16"), logits(model, "bfloat16", enforce_eager=True)

@@ -216,6 +216,34 @@ def test_a_wrong_shape_names_the_tensor_and_both_shapes(broken: Path) -> None:
         load(broken, 0, 3)
 
 
+@pytest.mark.parametrize(
+    ("changed", "rows", "message"),
+    [
+        (["w3"], None, "the checkpoint has 4 and 3 of its experts' tensors, such as .*experts.0.w1.*download it again"),
+        (["w1", "w2", "w3"], None, r"has shape \[3, 192, 64\], config.json asks for \[4, 192, 64\]"),
+        (["w1"], 80, r"experts.2.w1.weight.* has shape \[176, 64\], config.json asks for \[192, 64\]"),
+        (["w2"], 80, r"experts.2.w2.weight.* has shape \[80, 96\], config.json asks for \[64, 96\]"),
+    ],
+    ids=["a tensor is missing", "an expert is missing", "gate has another shape", "down has another shape"],
+)
+def test_experts_that_do_not_fit_together_are_named(
+    tmp_path: Path, changed: list[str], rows: int | None, message: str
+) -> None:
+    folder = make_checkpoint("mixtral", tmp_path)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in changed:
+            tensor = tensors.pop(f"model.layers.1.block_sparse_moe.experts.2.{name}.weight")
+            if rows is not None:
+                tensors[f"model.layers.1.block_sparse_moe.experts.2.{name}.weight"] = tensor.new_ones(
+                    rows, tensor.shape[1]
+                )
+
+    edit_tensors(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder, 0, 3)
+
+
 def test_a_truncated_file_is_named_with_both_sizes(broken: Path) -> None:
     path = broken / "model.safetensors"
     size = path.stat().st_size

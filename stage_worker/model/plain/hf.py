@@ -143,10 +143,28 @@ def map_checkpoint(model: PreTrainedModel, names: Iterable[str]) -> list[Source]
     return list(sources.values())
 
 
-def merges_experts(source: Source) -> bool:
-    """Whether a converter only stacks experts (and joins gate and up), so that it also works on slices."""
-    mergers = (loading.MergeModulelist, loading.Concatenate)
-    return len(source.targets) == 1 and all(isinstance(op, mergers) for op in source.transform.operations)
+def experts(source: Source) -> list[tuple[str, ...]] | None:
+    """Returns the checkpoint tensors of each expert if the parameter is a stack of experts, else None.
+
+    The tensors of one expert (gate and up) are concatenated along their rows, in the order of this list.
+
+    Raises:
+        CheckpointError: an expert lacks a tensor that others have.
+    """
+    operations = [(type(op), getattr(op, "dim", None)) for op in source.transform.operations]
+    stack = [(loading.MergeModulelist, 0), (loading.Concatenate, 1)]
+    if len(source.targets) > 1 or operations not in (stack, stack[:1]):
+        return None
+    by_pattern = [
+        [name for name, matched in source.tensors if matched == pattern] for pattern in source.transform.source_patterns
+    ]
+    if len({len(names) for names in by_pattern}) > 1:
+        counts = " and ".join(str(len(names)) for names in by_pattern)
+        raise CheckpointError(
+            f"cannot make {source.targets[0]!r}: the checkpoint has {counts} of its experts' tensors, such as "
+            f"{source.tensors[0][0]!r}: download it again"
+        )
+    return list(zip(*by_pattern, strict=True))
 
 
 def convert(source: Source, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +13,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from stagemesh.models.architectures import ARCHITECTURES
 from stagemesh.models.support import refused, why_not
+from stagemesh.processes.limits import own_cores
 
+from ...kv.memory import zeros
 from ..checkpoint import Checkpoint
 from ..cut import WHOLE, Cut
 from ..dummy import dummy_tensor
@@ -27,7 +28,8 @@ from .shard import ModelShard
 
 log = logging.getLogger(__name__)
 
-_INVENTED_BYTES = 2 << 30
+_INVENTED_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+"""Bound of the fp32 memory for dummy weights in the making, which on a CPU lies beside the shard's."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -138,6 +140,8 @@ class _Filler:
         for source in sorted(own.values(), key=lambda source: checkpoint.place(source.tensors[0][0])):
             if source.transform is None:
                 self._copy(checkpoint, source)
+            elif (experts := hf.experts(source)) is not None:
+                self._stack(checkpoint, source.targets[0], experts)
             else:
                 self._convert(checkpoint, source)
         self._alias(aliases)
@@ -153,7 +157,7 @@ class _Filler:
             tensor = dummy_tensor(by_target[name].tensors[0][0], self._wanted[name].shape, seed)
             return self._cut(name).apply(tensor)
 
-        with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(min(8, own_cores().count)) as pool:
             for some in self._few_at_a_time(wanted):
                 for name, tensor in zip(some, pool.map(invented, some), strict=True):
                     self._put(name, tensor)
@@ -164,7 +168,7 @@ class _Filler:
         some, size = list[str](), 0
         for name in names:
             needed = 4 * math.prod(self._wanted[name].shape)
-            if some and size + needed > _INVENTED_BYTES:
+            if some and size + needed > _INVENTED_BYTES[self._device.type]:
                 yield some
                 some, size = [], 0
             some.append(name)
@@ -191,29 +195,48 @@ class _Filler:
     def _copy(self, checkpoint: Checkpoint, source: hf.Source) -> None:
         name, target = source.tensors[0][0], source.targets[0]
         checkpoint.check_shape(name, self._wanted[target].shape)
-        self._put(target, checkpoint.read(name, self._cut(target)))
+        out = self._make(target)
+        checkpoint.read_into(out, name, self._cut(target))
+        self._set(target, out)
+
+    def _stack(self, checkpoint: Checkpoint, target: str, experts: list[tuple[str, ...]]) -> None:
+        """Reads the tensors of `experts` to their places in one parameter."""
+        cut, whole = self._cut(target), self._wanted[target].shape
+        out = self._make(target)
+        checkpoint.check_shape(experts[0][0], whole, (len(experts), *whole[1:]))
+        for into, names in zip(out, experts, strict=True):
+            cuts = [_cut_of_expert(cut, whole, checkpoint.info(name).shape) for name in names]
+            shapes = [own.shape(checkpoint.info(name).shape) for own, name in zip(cuts, names, strict=True)]
+            for name, shape in zip(names, shapes, strict=True):
+                found = (sum(part[0] for part in shapes), *shape[1:])
+                checkpoint.check_shape(name, into.shape, found)
+            parts = into.split([shape[0] for shape in shapes])
+            for part, name, own in zip(parts, names, cuts, strict=True):
+                checkpoint.read_into(part, name, own)
+        self._set(target, out)
 
     def _convert(self, checkpoint: Checkpoint, source: hf.Source) -> None:
-        """Fills by transformers' converter: several checkpoint tensors make one parameter, or the reverse."""
-        target = source.targets[0]
-        cut = self._cut(target)
-        piecewise = cut is not WHOLE and hf.merges_experts(source)
-        tensors = {}
-        for name, _ in source.tensors:
-            shape = checkpoint.info(name).shape
-            own = _cut_of_expert(cut, self._wanted[target].shape, shape) if piecewise else WHOLE
-            tensors[name] = checkpoint.read(name, own)
+        """Fills by transformers' converter, from and into whole tensors. This needs memory for both at once."""
+        tensors = {name: checkpoint.read(name) for name, _ in source.tensors}
         for name, tensor in hf.convert(source, tensors, self._model).items():
-            if name not in self._wanted:
-                continue
-            whole = self._wanted[name].shape
-            expected = self._cut(name).shape(whole) if piecewise else whole
-            checkpoint.check_shape(source.tensors[0][0], expected, tensor.shape)
-            self._put(name, tensor if piecewise else self._cut(name).apply(tensor))
+            if name in self._wanted:
+                checkpoint.check_shape(source.tensors[0][0], self._wanted[name].shape, tensor.shape)
+                self._put(name, self._cut(name).apply(tensor))
+
+    def _make(self, name: str) -> torch.Tensor:
+        """Makes the memory of one parameter. On a CPU it comes from the system, and goes back there."""
+        shape, dtype = self._cut(name).shape(self._wanted[name].shape), self._dtypes[name]
+        if self._device.type == "cpu":
+            return zeros(shape, dtype, huge_pages=False)
+        return torch.empty(shape, dtype=dtype, device=self._device)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
-        tensor = tensor.to(device=self._device, dtype=self._dtypes[name])
-        hf.set_tensor(self._model, name, tensor.contiguous())
+        out = self._make(name)
+        out.copy_(tensor)
+        self._set(name, out)
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        hf.set_tensor(self._model, name, tensor)
         self._done += tensor.nbytes
         if self._on_progress is not None:
             self._on_progress(self._done, self._total)
@@ -233,8 +256,7 @@ def _cut_of_expert(cut: Cut, whole: torch.Size, piece: tuple[int, ...]) -> Cut:
 
     If gate and up are merged along `out`, each of the two tensors gives one of the cut's two ranges.
     """
-    assert cut.dim is not None
-    if len(piece) == len(whole):
-        return cut
+    if cut.dim is None:
+        return WHOLE
     dim = cut.dim - 1
     return Cut(dim, cut.ranges if piece[dim] == whole[cut.dim] else cut.ranges[:1])

@@ -13,6 +13,7 @@ from stagemesh.processes.limits import available_memory_bytes
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 
 from ...kv.journal import Journal
+from ...kv.memory import trim_heap
 from ...kv.page_ranges import PageRanges
 from ...kv.pool import KvPool
 from ...messages.rank_config import RankConfig
@@ -88,6 +89,7 @@ class RankMemory:
             shards.append(drafters[0] if drafters else load_shard(spec, self.parallel, tell))
         for shard in shards:
             shard.on_layer = self.engine.drive_transports
+        trim_heap()  # A load leaves free memory there, such as that of dummy weights in fp32.
         return shards
 
     def make(self, request: Request, shards: list[Shard]) -> StageResources:
