@@ -27,7 +27,7 @@ CUTS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def stored(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, torch.Tensor]]:
@@ -36,6 +36,7 @@ def stored(
         name: torch.randint(-100, 100, shape, generator=generator).to(request.param) for name, shape in SHAPES.items()
     }
     save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
     return folder, tensors
 
 
