@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +93,11 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         model = cls(config)
     model.train(False)
     return model
+
+
+def run_experts_one_by_one(model: PreTrainedModel) -> None:
+    """Makes experts compute by plain products of any dtype, instead of grouped ones."""
+    model.config._experts_implementation = "eager"
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
@@ -238,3 +243,14 @@ def register_attention(function: Callable[..., tuple[torch.Tensor, None]]) -> No
     No mask function is registered. So transformers makes no mask, and does not look at the positions.
     """
     AttentionInterface.register(ATTENTION_NAME, function)
+
+
+@contextlib.contextmanager
+def kept_attention() -> Iterator[None]:
+    """Lets other functions be registered inside, and afterwards registers the one from before again."""
+    kept = AttentionInterface().get(ATTENTION_NAME)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if kept is not None:
+            register_attention(kept)
