@@ -5,6 +5,7 @@ Each has a byte-level tokenizer (256 bytes and four special tokens) and a chat t
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from stagemesh.stage_worker.model.checkpoint import Checkpoint
+from stagemesh.stage_worker.native import ops
+from stagemesh.stage_worker.native.description.cache import NotDescribed, describe
+from stagemesh.stage_worker.native.description.process import answer
 
 BOS, EOS, PAD, END_OF_TURN = 256, 257, 258, 259
 VOCAB_SIZE = 260
@@ -92,6 +98,10 @@ def save_checkpoint(model_class: Any, config: Any, out_dir: str | Path, seed: in
     _write_tokenizer(out)
     generation = {"bos_token_id": BOS, "eos_token_id": [EOS, END_OF_TURN], "pad_token_id": PAD}
     (out / "generation_config.json").write_text(json.dumps(generation))
+    if ops.library() is not None:
+        with contextlib.suppress(NotDescribed):
+            # A rank finds it in the cache. It would start a process that imports transformers.
+            describe(out, Checkpoint(out), answer)
     return out
 
 
@@ -109,6 +119,10 @@ def roughen(model: PreTrainedModel, scale: float = 1.0) -> None:
                 parameter.copy_(noise * strength * scale * parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(noise * 0.1)
+        learned = {parameter.data_ptr() for parameter in model.parameters()}
+        for stored in model.state_dict().values():
+            if stored.data_ptr() not in learned and stored.is_floating_point():
+                stored.add_(torch.randn_like(stored) * 0.1)
 
 
 def _write_tokenizer(out: Path) -> None:

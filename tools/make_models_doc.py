@@ -36,6 +36,12 @@ differs from transformers' own `generate` on the whole model, and zeroing the KV
 
 Made with transformers {version}: {works} work, {refused} are refused.
 
+{compiled} of those that work run through compiled kernels on a CPU with AVX512-BF16, in bf16, fp16 and fp32. The
+others run through transformers' modules there, several times slower. The kernels serve what is made of known parts
+(`stage_worker/model/parts/description.py`), whatever its type: the parts are read off transformers' modules by running
+them. Before a model is served, one layer of each kind is computed both ways with random weights. This description is
+kept in `~/.cache/stagemesh`. Making it takes a few seconds, once for a model on a machine.
+
 Refused whatever the type, with the reason in the error:
 
 - quantized weights (there are no kernels for them yet), with or without a `quantization_config`;
@@ -50,10 +56,12 @@ The coordinator refuses these from config.json and the headers of the weights, b
 the one above: then it is tried, with a warning in the log, if none of these applies and each of its layers calls
 attention exactly once.
 
-Tensor parallelism follows the architecture's own plan (`base_model_tp_plan`). Heads must divide by the ranks; KV heads
-fewer than ranks are replicated. Where a plan gathers queries, keys and values (Phi-3, OLMo 2 and 3) or leaves attention
-whole (DeepSeek), every rank keeps all KV heads; GPT-OSS cuts its head alone. `serve` refuses other sizes before it
-starts anything; the coordinator gives a worker of such a size no layers, and says why in `stagemesh status`.
+Tensor parallelism divides heads, the columns between gate and down, and the width of each expert. Through
+transformers' modules it follows the architecture's own plan (`base_model_tp_plan`). Heads must divide by the ranks; KV
+heads fewer than ranks are replicated. Where a plan gathers queries, keys and values (Phi-3, OLMo 2 and 3) or leaves
+attention whole (DeepSeek), the modules keep all KV heads on every rank; GPT-OSS cuts its head alone. `serve` refuses
+other sizes before it starts anything; the coordinator gives a worker of such a size no layers, and says why in
+`stagemesh status`.
 
 What is read of a checkpoint's folder (`stagemesh/checkpoint.py`), by everybody alike:
 
@@ -66,8 +74,8 @@ What is read of a checkpoint's folder (`stagemesh/checkpoint.py`), by everybody 
   (multi-token prediction), towers, and what transformers leaves out of the architecture.
 - `--max-model-len` is at most `max_position_embeddings`, times the factor of yarn, linear or dynamic rotary scaling.
 
-| model type | class | split | why not |
-| --- | --- | --- | --- |
+| model type | class | split | compiled kernels | why not |
+| --- | --- | --- | --- | --- |
 """
 TABLE = '''\
 """What transformers {version} says of each model type, for services that do not import it.
@@ -130,8 +138,12 @@ def _write(outcomes: list[Outcome]) -> None:
         version=version,
         works=sum(outcome.status == "works" for outcome in outcomes),
         refused=sum(outcome.status == "refused" for outcome in outcomes),
+        compiled=sum(outcome.status == "works" and not outcome.plain_because for outcome in outcomes),
     )
-    rows = [f"| `{o.model_type}` | `{o.architecture}` | {o.status} | {o.detail} |\n" for o in outcomes]
+    rows = [
+        f"| `{o.model_type}` | `{o.architecture}` | {o.status} | {_compiled(o)} | {o.detail or o.plain_because} |\n"
+        for o in outcomes
+    ]
     (ROOT / "docs" / "models.md").write_text(page + "".join(rows))
     known = "".join(
         f'    "{o.model_type}": {_architecture(o)},\n' for o in sorted(outcomes, key=lambda o: o.model_type)
@@ -139,6 +151,10 @@ def _write(outcomes: list[Outcome]) -> None:
     table = ROOT / "stagemesh" / "models" / "architectures.py"
     table.write_text(TABLE.format(version=version, rows=known))
     subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", str(table)], check=True)
+
+
+def _compiled(outcome: Outcome) -> str:
+    return "" if outcome.status != "works" else "no" if outcome.plain_because else "yes"
 
 
 def _architecture(outcome: Outcome) -> str:

@@ -168,6 +168,20 @@ class Checkpoint:
                     at += count
         self.tensor_bytes_read += out.numel() * self.dtype(name).itemsize
 
+    def read_rows(self, out: torch.Tensor, name: str, first: int, cut: Cut = WHOLE) -> None:
+        """Fills `out` [m, k] with rows of a tensor from row `first` on. The tensor is seen as a matrix of its last
+        dimension. `cut`: of the columns (dimension 1).
+
+        Raises:
+            CheckpointError: the file ends early or cannot be read.
+        """
+        with _open(self._files[name]) as file:
+            if cut.dim is None:
+                self._read_run(file.fileno(), name, out.view(-1), first * out.shape[1])
+            else:
+                self._read_columns(file.fileno(), name, out, first, cut)
+        self.tensor_bytes_read += out.numel() * self.dtype(name).itemsize
+
     def _read_run(self, fd: int, name: str, out: torch.Tensor, first: int) -> None:
         """Fills `out` [n] with the elements from `first` on."""
         dtype = self.dtype(name)

@@ -7,17 +7,19 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from stagemesh.errors import CheckpointError
 from stagemesh.models.support import PLUGINS
 
 from ..kv.pool import KvLayerSpec, KvPool
 from ..native import ops
-from ..native.architecture import Architecture, NotNative, check_sizes, dtype_of, read_architecture
+from ..native.model import KernelModel, NotNative, read_model
 from .batch import StepBatch
 from .parallel import TensorParallel
 from .spec import ShardSpec
@@ -98,7 +100,7 @@ def load_shard(
     if make is not None:
         return make(spec)
     try:
-        architecture = native_architecture(spec)
+        model = kernel_model(spec)
     except NotNative as e:
         slow = spec.device == "cpu" and not spec.enforce_eager
         log.log(
@@ -119,27 +121,20 @@ def load_shard(
 
     exchange = parallel.exchange() if spec.tp_size > 1 else None
     shared = before if isinstance(before, NativeShard) and before.same_model(spec) else None
-    shard = NativeShard(spec, architecture, exchange, on_progress, shared)
+    shard = NativeShard(spec, model, exchange, on_progress, shared)
     tiles = shard.dtype == torch.bfloat16 and ops.has_tiles()
     how = "AMX tiles" if tiles else "vectors"
     log.info("layers %d-%d run through compiled kernels, linears by %s", spec.first, spec.last - 1, how)
     return shard
 
 
-def native_architecture(spec: ShardSpec) -> Architecture:
+def kernel_model(spec: ShardSpec) -> KernelModel:
     """Describes the model for the compiled kernels. Raises NotNative with the reason if they cannot serve it."""
     if spec.enforce_eager:
         raise NotNative("--enforce-eager")
     if spec.device != "cpu":
         raise NotNative(f"the kernels are for a CPU, not {spec.device}")
-    if ops.library() is None:
-        raise NotNative("they were not built at install, or this processor lacks AVX512-BF16")
-    architecture = read_architecture(spec.model_dir)
-    if not 0 <= spec.first < spec.last <= architecture.num_layers:
-        raise NotNative(f"layers {spec.first}-{spec.last} are not a range of its {architecture.num_layers}")
-    dtype_of(spec.dtype, architecture)
-    check_sizes(architecture, spec.page_size, spec.tp_size)
-    return architecture
+    return read_model(spec)
 
 
 def import_for(spec: ShardSpec) -> None:
@@ -149,6 +144,9 @@ def import_for(spec: ShardSpec) -> None:
     if not spec.model_dir or _registered_for(spec.model_dir) is not None:
         return
     try:
-        native_architecture(spec)
+        try:
+            kernel_model(spec)
+        except CheckpointError:  # Perhaps its weights are dummy ones. If not, the load says what is wrong.
+            kernel_model(replace(spec, load_format="dummy"))
     except NotNative:
         importlib.import_module(".plain.load", __package__)

@@ -39,19 +39,20 @@ inline void write_key(const Pages<T>& pages, int page, int offset, int head, con
 }
 
 template <class T>
-inline void write_value(const Pages<T>& pages, int page, int offset, int head, const typename T::Element* value) {
+inline void write_value(const Pages<T>& pages, int page, int offset, int head, const typename T::Element* value,
+                        int count) {
   const int dim = pages.shape.dim;
   typename T::Element* at = pages.of(page, head);
   // A page begins. Old content may be infinite, and must not be multiplied by a weight of zero.
   if (offset == 0) memset(at, 0, sizeof(*at) * pages.shape.page_size * dim);
   typename T::Element* to = at + (size_t)(offset / T::kGroup) * dim * T::kGroup + offset % T::kGroup;
-  for (int d = 0; d < dim; d++) to[d * T::kGroup] = value[d];
+  for (int d = 0; d < count; d++) to[d * T::kGroup] = value[d];  // The rest stays zero.
 }
 
-// Computes scores[q][0..31] = scale * q . k for two blocks of 16 positions.
+// Computes scores[q][0..31] = scale * q . k for two blocks of 16 positions, limited softly to `softcap` unless it is 0.
 template <class T, int M>
 inline void score_blocks(const uint32_t* queries, int dim, const char* left, const char* right, int page_size,
-                         float scale, float* scores, size_t stride) {
+                         float scale, float softcap, float* scores, size_t stride) {
   __m512 sums[M][2];
   for (int r = 0; r < M; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
   const int groups = dim / T::kGroup;
@@ -65,14 +66,18 @@ inline void score_blocks(const uint32_t* queries, int dim, const char* left, con
   }
   const __m512 by = _mm512_set1_ps(scale);
   for (int r = 0; r < M; r++) {
-    _mm512_storeu_ps(scores + r * stride, _mm512_mul_ps(sums[r][0], by));
-    _mm512_storeu_ps(scores + r * stride + 16, _mm512_mul_ps(sums[r][1], by));
+    for (int c = 0; c < 2; c++) {
+      __m512 score = _mm512_mul_ps(sums[r][c], by);
+      if (softcap) score = capped16(score, softcap);
+      _mm512_storeu_ps(scores + r * stride + c * 16, score);
+    }
   }
 }
 
-// Replaces scores by their softmax over [low, high], as T numbers up to `length`. Weights outside are 0.
+// Replaces scores by their softmax over [low, high], as T numbers up to `length`. Weights outside are 0. `sink`, unless
+// null, is one more logit, whose weight is dropped.
 template <class T>
-inline void weigh(float* scores, int low, int high, int length) {
+inline void weigh(float* scores, int low, int high, int length, const float* sink) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i lowest = _mm512_set1_epi32(low), highest = _mm512_set1_epi32(high);
   const __m512 none = _mm512_set1_ps(-INFINITY);
@@ -85,6 +90,7 @@ inline void weigh(float* scores, int low, int high, int length) {
     // This argument order keeps a NaN. It reaches the logits, where its row fails.
     most = _mm512_max_ps(most, value);
   }
+  if (sink) most = _mm512_max_ps(_mm512_set1_ps(*sink), most);
   const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
   __m512 total = _mm512_setzero_ps();
   for (int at = 0; at < length; at += 16) {
@@ -96,7 +102,9 @@ inline void weigh(float* scores, int low, int high, int length) {
     _mm512_storeu_ps(scores + at, weight);
     total = _mm512_add_ps(total, weight);
   }
-  const __m512 by = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+  float sum = _mm512_reduce_add_ps(total);
+  if (sink) sum += _mm512_cvtss_f32(exp16(_mm512_sub_ps(_mm512_set1_ps(*sink), top)));
+  const __m512 by = _mm512_set1_ps(1.0f / sum);
   typename T::Element* weights = (typename T::Element*)scores;
   for (int at = 0; at < length; at += 16)
     T::store(weights + at, _mm512_mul_ps(_mm512_loadu_ps(scores + at), by));
@@ -107,8 +115,11 @@ template <class T>
 struct RowAttention {
   Pages<T> keys, values;
   float scale;
-  int window;    // Positions that a query sees; 0 for all.
-  float* scores;  // [kQueries][length rounded up to 32]. Each thread has its own.
+  int window;         // Positions that a query sees; 0 for all.
+  float softcap;      // 0 for none.
+  const float* sinks;  // [heads]; null for none.
+  int value_dim;       // A value's numbers; its columns in a page are a multiple of 16.
+  float* scores;      // [kQueries][length rounded up to 32]. Each thread has its own.
 
   // `queries` is [count * groups][dim]. Token t's head g is written at out + t * out_stride + g * dim.
   void run(const typename T::Element* queries, int start, int count, const int* table, int head,
@@ -139,20 +150,21 @@ struct RowAttention {
       for (int at = 0; at < length; at += 32) {
         const char* left = block(table, head, at);
         const char* right = at + 16 < length ? block(table, head, at + 16) : left;
-        score_blocks<T, M>((const uint32_t*)queries, s.dim, left, right, s.page_size, scale, scores + at, stride);
+        score_blocks<T, M>((const uint32_t*)queries, s.dim, left, right, s.page_size, scale, softcap, scores + at, stride);
       }
     });
     for (int r = 0; r < m; r++) {
       const int position = start + (first + r) / s.groups - origin;
-      weigh<T>(scores + r * stride, window ? std::max(0, position + 1 - window) : 0, position, length);
+      const float* sink = sinks ? sinks + head * s.groups + (first + r) % s.groups : nullptr;
+      weigh<T>(scores + r * stride, window ? std::max(0, position + 1 - window) : 0, position, length, sink);
     }
     for (int r = 0; r < m; r += 6)
       with_constant<6>(std::min(6, m - r), [&](auto M) {
         const uint32_t* weights = (const uint32_t*)(scores + r * stride);
         int column = 0;
-        for (; column + 4 <= s.dim / 16; column += 4)
+        for (; column + 4 <= values.shape.dim / 16; column += 4)
           sum_values<M, 4>(weights, stride, table, head, length, first + r, column, out, out_stride);
-        for (; column < s.dim / 16; column++)
+        for (; column < values.shape.dim / 16; column++)
           sum_values<M, 1>(weights, stride, table, head, length, first + r, column, out, out_stride);
       });
   }
@@ -166,7 +178,7 @@ struct RowAttention {
   template <int M, int N>
   void sum_values(const uint32_t* weights, size_t stride, const int* table, int head, int length, int first, int column,
                   typename T::Element* out, size_t out_stride) const {
-    const HeadShape& s = keys.shape;
+    const HeadShape& s = values.shape;
     const size_t line = (size_t)s.dim * 4;
     __m512 sums[M][N];
     for (int r = 0; r < M; r++)
@@ -186,7 +198,10 @@ struct RowAttention {
     }
     for (int r = 0; r < M; r++) {
       const int token = (first + r) / s.groups, g = (first + r) % s.groups;
-      for (int c = 0; c < N; c++) T::store(out + token * out_stride + g * s.dim + (column + c) * 16, sums[r][c]);
+      for (int c = 0; c < N; c++) {
+        const int at = (column + c) * 16;
+        T::store(out + token * out_stride + g * value_dim + at, sums[r][c], columns_left(value_dim, at));
+      }
     }
   }
 };

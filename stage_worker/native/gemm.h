@@ -55,13 +55,16 @@ inline void rows_of_panel(const uint32_t* x, size_t stride, int first, const Lin
     done(first + r, panel, _mm512_add_ps(sums[r][0], left), _mm512_add_ps(sums[r][1], right));
 }
 
+// Row r of x begins at x + r * row_elements; 0 for rows without gaps.
 template <class T, class Done>
-inline void linear(const void* x, int m, const Linear& w, int first_panel, int last_panel, Done done) {
+inline void linear(const void* x, int m, const Linear& w, int first_panel, int last_panel, Done done,
+                   size_t row_elements = 0) {
+  if (!row_elements) row_elements = w.k;
   if (std::is_same<T, Bf16>::value && w.k % kTileK == 0 && has_tiles()) {
-    linear_by_tiles(x, m, w, first_panel, last_panel, done);
+    linear_by_tiles(x, m, w, first_panel, last_panel, done, row_elements * sizeof(typename T::Element));
     return;
   }
-  const size_t stride = w.k / T::kGroup;
+  const size_t stride = row_elements / T::kGroup;
   const uint32_t* rows = (const uint32_t*)x;
   const int tiles = (m + kMostRows - 1) / kMostRows;
   for (int panel = first_panel; panel < last_panel; panel++) {

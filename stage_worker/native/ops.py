@@ -17,58 +17,13 @@ import torch
 from stagemesh.errors import InternalError, TransportError
 
 from ..kv.memory import zeros
+from .structures import DTYPES, Linear, Operation, Shape
 
 PANEL = 32
 """Number of outputs that are packed together."""
 
 _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int32
-
-
-class Shape(ctypes.Structure):
-    """The common properties of all layers of a stage. Head counts and widths are this rank's."""
-
-    _fields_ = (
-        ("is_bf16", _Int),
-        ("hidden", _Int),
-        ("heads", _Int),
-        ("kv_heads", _Int),
-        ("head_dim", _Int),
-        ("intermediate", _Int),
-        ("page_size", _Int),
-        ("eps", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("inverse_frequencies", _Pointer),
-        ("threads", _Int),
-        ("tp_rank", _Int),
-        ("tp_size", _Int),
-        ("idle_cores", _Pointer),
-        ("idle_count", _Int),
-    )
-
-
-class Linear(ctypes.Structure):
-    """A packed linear."""
-
-    _fields_ = (("weights", _Pointer), ("bias", _Pointer), ("n", _Int), ("k", _Int))
-
-
-class Layer(ctypes.Structure):
-    """One decoder layer."""
-
-    _fields_ = (
-        ("norm1", _Pointer),
-        ("norm2", _Pointer),
-        ("q_norm", _Pointer),
-        ("k_norm", _Pointer),
-        ("qkv", Linear),
-        ("o", Linear),
-        ("gate_up", Linear),
-        ("down", Linear),
-        ("k_pages", _Pointer),
-        ("v_pages", _Pointer),
-        ("window", _Int),
-    )
 
 
 class Step(ctypes.Structure):
@@ -97,7 +52,7 @@ def library() -> ctypes.CDLL | None:
     if not lib.stagemesh_supported():
         return None
     size, pointer = ctypes.c_size_t, _Pointer
-    for call in (lib.stagemesh_begin, lib.stagemesh_layer, lib.stagemesh_head):
+    for call in (lib.stagemesh_begin, lib.stagemesh_run, lib.stagemesh_head):
         call.errcheck = _check  # type: ignore[assignment]
     lib.stagemesh_pack.restype = None
     lib.stagemesh_pack.argtypes = [ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int, pointer]
@@ -106,9 +61,18 @@ def library() -> ctypes.CDLL | None:
     lib.stagemesh_exchange_open.restype = pointer
     lib.stagemesh_exchange_open.argtypes = [pointer, ctypes.c_int, ctypes.c_int, size, ctypes.c_double]
     lib.stagemesh_begin.argtypes = [pointer, ctypes.POINTER(Step)]
-    lib.stagemesh_layer.argtypes = [pointer, ctypes.POINTER(Layer), pointer]
+    lib.stagemesh_run.argtypes = [pointer, ctypes.POINTER(Operation), ctypes.c_int, pointer]
     lib.stagemesh_head.argtypes = [
-        *(pointer, pointer, ctypes.POINTER(Linear), pointer, pointer, ctypes.c_int, pointer, ctypes.c_int)
+        *(
+            pointer,
+            ctypes.POINTER(Operation),
+            ctypes.POINTER(Linear),
+            pointer,
+            pointer,
+            ctypes.c_int,
+            pointer,
+            ctypes.c_int,
+        )
     ]
     return lib
 
@@ -141,7 +105,7 @@ def panels(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
 def pack(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Packs contiguous rows [n, k] of a weight into the first panels of `out`. The last one is filled with zeros."""
     n, k = rows.shape
-    loaded().stagemesh_pack(rows.dtype == torch.bfloat16, rows.data_ptr(), n, k, out.data_ptr())
+    loaded().stagemesh_pack(DTYPES[rows.dtype], rows.data_ptr(), n, k, out.data_ptr())
 
 
 class StageEngine:
@@ -154,18 +118,18 @@ class StageEngine:
         self._closer = weakref.finalize(self, self._lib.stagemesh_close, self._engine)
 
     def begin(self, step: Step) -> None:
-        """Sets the rows for the next calls of `layer`. `step` and its arrays must live until after these calls."""
+        """Sets the rows for the next calls of `run`. `step` and its arrays must live until after these calls."""
         self._lib.stagemesh_begin(self._engine, ctypes.byref(step))
 
-    def layer(self, layer: Layer, hidden: int) -> None:
+    def run(self, operations: ctypes.Array[Operation], hidden: int) -> None:
         """Runs one layer over hidden states [T, H] at this address, in place. Writes keys and values to their pages.
 
         Raises:
             TransportError: another rank is lost or late.
         """
-        self._lib.stagemesh_layer(self._engine, ctypes.byref(layer), hidden)
+        self._lib.stagemesh_run(self._engine, operations, len(operations), hidden)
 
-    def head(self, norm: int, weight: Linear, hidden: int, rows: torch.Tensor, logits: torch.Tensor) -> None:
+    def head(self, norm: Operation, weight: Linear, hidden: int, rows: torch.Tensor, logits: torch.Tensor) -> None:
         """Computes logits [R, V] fp32 for `rows` [R] int32 of the hidden states. Only rank 0 gets whole logits.
 
         Raises:
@@ -173,5 +137,6 @@ class StageEngine:
         """
         count, vocab = logits.shape
         self._lib.stagemesh_head(
-            *(self._engine, norm, ctypes.byref(weight), hidden, rows.data_ptr(), count, logits.data_ptr(), vocab)
+            *(self._engine, ctypes.byref(norm), ctypes.byref(weight), hidden, rows.data_ptr(), count),
+            *(logits.data_ptr(), vocab),
         )

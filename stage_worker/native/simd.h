@@ -1,12 +1,13 @@
-// Element types of the kernels: bf16 or fp32 in memory, fp32 in registers.
+// Element types of the kernels: bf16, fp16 or fp32 in memory, fp32 in registers.
 //
-// Both element types share every loop by one convention: a "group" is the 4 bytes of one row that one instruction
-// multiplies, two bf16 numbers or one fp32 number. A right-hand side is stored group by group, 16 columns (64 bytes)
+// All element types share every loop by one convention: a "group" is the 4 bytes of one row that are multiplied at once,
+// two numbers of 16 bits or one fp32 number. A right-hand side is stored group by group, 16 columns (64 bytes)
 // together. So one load reads 16 columns of a group, and one broadcast reads the row's part.
 #pragma once
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -35,6 +36,34 @@ struct Bf16 {
     const __m256i bits = (__m256i)_mm512_cvtneps_pbh(value);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
+  static inline float number(Element value) {
+    const uint32_t bits = (uint32_t)value << 16;
+    float out;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+  }
+};
+
+struct F16 {
+  using Element = uint16_t;
+  static constexpr int kGroup = 2;
+  static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+  static inline __m512 dot(__m512 sum, uint32_t row, __m512i columns) {
+    const __m512 first = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(columns));
+    const __m512 second = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(columns, 16)));
+    sum = _mm512_fmadd_ps(_mm512_cvtph_ps(_mm256_set1_epi16((short)row)), first, sum);
+    return _mm512_fmadd_ps(_mm512_cvtph_ps(_mm256_set1_epi16((short)(row >> 16))), second, sum);
+  }
+  static inline __m512 load(const Element* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+  static inline void store(Element* to, __m512 value) {
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(value, kNearest));
+  }
+  static inline void store(Element* to, __m512 value, __mmask16 mask) {
+    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, kNearest));
+  }
+  static inline __m512 round(__m512 value) { return _mm512_cvtph_ps(_mm512_cvtps_ph(value, kNearest)); }
+  static inline float number(Element value) { return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_set1_epi16((short)value))); }
 };
 
 struct F32 {
@@ -49,6 +78,7 @@ struct F32 {
   static inline void store(Element* to, __m512 value) { _mm512_storeu_ps(to, value); }
   static inline void store(Element* to, __m512 value, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, value); }
   static inline __m512 round(__m512 value) { return value; }
+  static inline float number(Element value) { return value; }
 };
 
 // Mask of 16 columns from `at` on: the columns before `n`.
@@ -86,6 +116,69 @@ inline __m512 silu16(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f);
   const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), x));
   return _mm512_div_ps(x, _mm512_add_ps(one, e));
+}
+
+inline __m512 sigmoid16(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+// tanh(x) = 1 - 2 / (e^2x + 1)
+inline __m512 tanh16(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f), two = _mm512_set1_ps(2.0f);
+  return _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(exp16(_mm512_mul_ps(x, two)), one)));
+}
+
+inline __m512 capped16(__m512 x, float cap) {
+  return _mm512_mul_ps(_mm512_set1_ps(cap), tanh16(_mm512_mul_ps(x, _mm512_set1_ps(1.0f / cap))));
+}
+
+// erf(x) to 1.5e-7: Abramowitz and Stegun, 7.1.26.
+inline __m512 erf16(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f), size = _mm512_abs_ps(x);
+  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(size, _mm512_set1_ps(0.3275911f), one));
+  __m512 p = _mm512_set1_ps(1.061405429f);
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
+  const __m512 square = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(size, size));
+  const __m512 value = _mm512_fnmadd_ps(_mm512_mul_ps(p, t), exp16(square), one);
+  return _mm512_or_ps(value, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
+}
+
+// Numbers of the activations in operations; ops.py has the same.
+enum Activation : int32_t { kNone, kSilu, kGelu, kGeluTanh, kQuickGelu, kRelu, kRelu2, kSigmoid, kSoftplus };
+
+inline __m512 activate16(int32_t activation, __m512 x) {
+  const __m512 zero = _mm512_setzero_ps(), half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f);
+  switch (activation) {
+    case kSilu: return silu16(x);
+    case kGelu: {
+      const __m512 erf = erf16(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678118654752f)));
+      return _mm512_mul_ps(_mm512_mul_ps(half, x), _mm512_add_ps(one, erf));
+    }
+    case kGeluTanh: {
+      const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+      const __m512 inner = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
+      const __m512 tanh = tanh16(_mm512_mul_ps(inner, _mm512_set1_ps(0.79788456080286536f)));
+      return _mm512_mul_ps(_mm512_mul_ps(half, x), _mm512_add_ps(one, tanh));
+    }
+    case kQuickGelu: return _mm512_mul_ps(x, sigmoid16(_mm512_mul_ps(x, _mm512_set1_ps(1.702f))));
+    case kRelu: return _mm512_max_ps(zero, x);
+    case kRelu2: {
+      const __m512 positive = _mm512_max_ps(zero, x);
+      return _mm512_mul_ps(positive, positive);
+    }
+    case kSigmoid: return sigmoid16(x);
+    case kSoftplus: {
+      alignas(64) float lanes[16];
+      _mm512_store_ps(lanes, x);
+      for (float& lane : lanes) lane = lane > 20.0f ? lane : std::log1p(std::exp(lane));
+      return _mm512_load_ps(lanes);
+    }
+    default: return x;
+  }
 }
 
 }  // namespace stagemesh

@@ -79,8 +79,8 @@ inline void tile_panel(const char* x, size_t row_bytes, const char* columns, int
 
 // Calls done(row, panel, left, right) like `linear` for w.k divisible by kTileK.
 template <class Linear, class Done>
-inline void linear_by_tiles(const void* from, int m, const Linear& w, int first_panel, int last_panel, Done& done) {
-  const size_t row_bytes = (size_t)w.k * 2;
+inline void linear_by_tiles(const void* from, int m, const Linear& w, int first_panel, int last_panel, Done& done,
+                            size_t row_bytes) {
   alignas(64) float sums[2 * kTileRows][32];
   int upper = 0, lower = 0;
   for (int chunk = 0; chunk < m; chunk += kChunkRows) {

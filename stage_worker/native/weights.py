@@ -1,244 +1,256 @@
-"""Reads checkpoint tensors and packs them as weights. Only this rank's part of each is read.
+"""Reads the parameters of a model, and packs matrices for the kernels. Only this rank's part of each is read.
 
-Queries, keys and values become one linear. Gate and up become another one, in alternating blocks of 16 rows, so that
-one kernel has both and can multiply them. Their last blocks are filled with zeros.
+Linears over the same input become one. Gate and up become another one, in alternating blocks of 16 rows, so that one
+kernel has both and can multiply them. Their last blocks are filled with zeros.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kv.memory import Scratch, zeros
+from ..kv.memory import Scratch
 from ..model.checkpoint import Checkpoint
 from ..model.cut import WHOLE, Cut, Range
 from ..model.dummy import dummy_tensor
-from ..model.spec import ShardSpec
+from ..model.parts.model import ModelDescription
 from . import ops
-from .architecture import Architecture
 
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 BLOCK = 16
 """Number of rows of gate, and then of up, in the linear that has both."""
 _READ_BYTES = 4 << 20
 """Bytes that are read before they are packed. They fit in a cache."""
-Plan = dict[str, tuple[tuple[int, ...], Cut]]
-"""Tensor name -> its whole shape, and the part of it that this rank holds."""
-
-
-@dataclass
-class LayerWeights:
-    """Weights of one layer. `layer` points into `tensors`."""
-
-    layer: ops.Layer
-    tensors: list[Tensor]
-
-    def again(self) -> LayerWeights:
-        """Returns the same weights for another shard, which sets its own pages."""
-        return LayerWeights(ops.Layer.from_buffer_copy(self.layer), self.tensors)
 
 
 @dataclass(frozen=True)
-class Part:
-    """This rank's part of one tensor."""
+class Matrix:
+    """Rows of a weight in the order in which they are wanted, and a part of their columns."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, int]
     fill: Callable[[Tensor, int], None]
-    """Reads rows, from a given one on, into a tensor."""
+    """Reads rows, from a given one on, into a tensor [m, k]."""
 
 
-def is_tied(architecture: Architecture, names: Collection[str]) -> bool:
-    """Whether embedding and head are one tensor: both are used if both are stored, as in transformers."""
-    stored = EMBEDDING in names or "embed_tokens.weight" in names
-    return architecture.tied and not (HEAD in names and stored)
-
-
-class Reader:
-    """Reads tensors by checkpoint name, or makes dummy ones."""
+class Parameters:
+    """The parameters of a model by their names in transformers, from a checkpoint or made up."""
 
     def __init__(
         self,
-        spec: ShardSpec,
-        architecture: Architecture,
-        dtype: torch.dtype,
+        description: ModelDescription,
         checkpoint: Checkpoint | None,
-        on_progress: Callable[[int, int], None] | None,
-        *,
-        layers: Sequence[int],
-        embeds: bool,
-        heads: bool,
+        dtype: torch.dtype,
+        seed: int,
+        on_bytes: Callable[[int], None],
     ) -> None:
-        """Plans the read of `layers`, of the embedding if `embeds`, and of norm and head if `heads`.
+        """`seed`: of what is made up if there is no checkpoint. `on_bytes` gets the bytes that were read."""
+        self._description, self._checkpoint, self._dtype, self._seed = description, checkpoint, dtype, seed
+        self._on_bytes = on_bytes
+        self._rows, self._half, self._turned = Scratch(), Scratch(), Scratch()
+        self._last = "", torch.empty(0)
+        self._shapes = {
+            f"{description.layers}.{index}.{name}": shape
+            for index, kind in enumerate(description.parts.kinds)
+            for name, shape in description.shapes[kind].items()
+        }
+        parts = description.parts
+        self._shapes |= dict.fromkeys((description.embedding, self.head), (parts.vocab, parts.hidden))
+        self._shapes |= dict.fromkeys(self.norm, (parts.hidden,))
+        if parts.head_bias:
+            self._shapes[f"{description.head}.bias"] = (parts.vocab,)
+        self._names = set(checkpoint.names) if checkpoint is not None else set[str]()
 
-        Raises CheckpointError if a tensor is missing, or would not be used, and UnsupportedModel if one is quantized.
+    @property
+    def head(self) -> str:
+        """The parameter that is the head's weight."""
+        return f"{self._description.head}.weight"
+
+    @property
+    def norm(self) -> list[str]:
+        """The parameters of the final norm."""
+        part = self._description.parts.final_norm
+        return [f"{self._description.norm}.{name}" for name in (part.weight, part.bias) if name is not None]
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one tensor: both are used if both are stored, as in transformers."""
+        both = (self.head, self._description.embedding)
+        return self._description.tied and not all(self._is_stored(name) for name in both)
+
+    def bytes_of(self, parameters: Iterable[str]) -> int:
+        """Returns the bytes of these whole parameters in memory."""
+        return sum(math.prod(self._shapes[name]) for name in parameters) * self._dtype.itemsize
+
+    def check(self, parameters: Iterable[str], layers: Collection[int]) -> None:
+        """Checks the tensors of these parameters before they are read.
+
+        Raises:
+            CheckpointError: one is missing, has the wrong shape, or another of these layers would not be used.
+            UnsupportedModel: one is quantized.
         """
-        self._spec, self._a, self._dtype, self._checkpoint = spec, architecture, dtype, checkpoint
-        self._on_progress = on_progress
-        self._layer_plan = _layer_plan(spec, architecture)
-        names = set(checkpoint.names) if checkpoint is not None else set()
-        # Checkpoints saved from the base model lack the prefix of the causal model.
-        self._bare = "embed_tokens.weight" in names and EMBEDDING not in names
-        self.tied = is_tied(architecture, names)
-        self._renamed = {EMBEDDING: HEAD} if self.tied and HEAD in names else {}
-        self._plan = {_of_layer(index, name): entry for index in layers for name, entry in self._layer_plan.items()}
-        whole = (architecture.vocab, architecture.hidden)
-        if embeds:
-            self._plan[EMBEDDING] = whole, WHOLE
-        if heads:
-            self._plan[NORM] = whole[1:], WHOLE
-            self._plan.setdefault(EMBEDDING if self.tied else HEAD, (whole, Cut(0, (spec.part(whole[0]),))))
-        self._rows, self._half = Scratch(), Scratch()
-        self._done = 0
-        self._total = sum(math.prod(cut.shape(shape)) for shape, cut in self._plan.values()) * dtype.itemsize
-        if checkpoint is not None:
-            used = [self._name_in_file(name) for name in self._plan]
-            missing = [name for name in used if name not in names]
-            if missing:
+        checkpoint = self._checkpoint
+        if checkpoint is None:
+            return
+        used: list[str] = []
+        for parameter in parameters:
+            stored = self._description.tensors_of(self._resolved(parameter))
+            names = [name for expert in stored.tensors for name in expert]
+            if missing := [name for name in names if name not in self._names]:
                 raise checkpoint.lacking(missing)
-            # Only the first rank has some of the biases.
-            whole_layer = _layer_plan(dataclasses.replace(spec, tp_rank=0), architecture)
-            known = {EMBEDDING, NORM, HEAD, *(_of_layer(index, name) for index in layers for name in whole_layer)}
-            checkpoint.check_use(used, set(map(self._name_in_file, known)), layers)
-            for name, (shape, _) in self._plan.items():
-                checkpoint.check_shape(self._name_in_file(name), shape)
+            used += names
+            shape = self._shapes[parameter]
+            if not stored.stacked:
+                checkpoint.check_shape(names[0], shape)
+                continue
+            checkpoint.check_shape(names[0], shape, (len(stored.tensors), *shape[1:]))
+            for expert in stored.tensors:
+                rows = sum(checkpoint.info(name).shape[0] for name in expert)
+                checkpoint.check_shape(expert[0], shape[1:], (rows, *checkpoint.info(expert[0]).shape[1:]))
+        known = {
+            name
+            for parameter in self._shapes
+            for expert in self._description.tensors_of(self._resolved(parameter)).tensors
+            for name in expert
+        }
+        checkpoint.check_use(used, known, layers, self._description.ignored)
 
-    def _name_in_file(self, name: str) -> str:
-        name = self._renamed.get(name, name)
-        return name.removeprefix("model.") if self._bare else name
+    def vector(self, parameter: str) -> Tensor:
+        """Reads a whole parameter as fp32. Raises CheckpointError."""
+        parameter = self._resolved(parameter)
+        shape = self._shapes[parameter]
+        self._on_bytes(math.prod(shape) * self._dtype.itemsize)
+        if self._checkpoint is None:
+            return self._made_up(parameter, shape)
+        (name,) = self._description.tensors_of(parameter).tensors[0]
+        return self._checkpoint.read(name).float()
 
-    def read(self, name: str) -> Tensor:
-        """Reads this rank's part of one tensor, in the shard's dtype. Raises CheckpointError."""
-        part = self._opened(name)
-        out = zeros(part.shape, self._dtype)
-        part.fill(out, 0)
-        return out
+    def matrix(self, parameter: str, rows: Sequence[int] | None = None, columns: Range | None = None) -> Matrix:
+        """Returns rows and columns of a parameter [n, k]; None for all."""
+        return self._matrix(self._resolved(parameter), None, rows, columns)
 
-    def pack(self, *names: str, interleave: bool = False) -> tuple[Tensor, int, int]:
-        """Reads and packs linears as one, some rows at a time: the unpacked weights are never in memory as a whole.
+    def expert(
+        self, parameter: str, index: int, rows: Sequence[int], columns: Range | None, transposed: bool
+    ) -> Matrix:
+        """Returns rows and columns of one expert's matrix. `transposed`: it is stored as [k, n]."""
+        if not transposed:
+            return self._matrix(parameter, index, rows, columns)
+        inside = range(*columns) if columns is not None else range(self._shapes[parameter][1])
+        turned = self._matrix(parameter, index, inside, None)
+        whole = self._turned.tensor(turned.shape, self._dtype)
+        turned.fill(whole, 0)
 
-        Returns the packed weights, and the outputs n and inputs k of the linear. Raises CheckpointError.
-        """
-        parts = [self._opened(name) for name in names]
+        def fill(out: Tensor, start: int) -> None:
+            out.copy_(whole.T[list(rows[start : start + len(out)])])
+
+        return Matrix((len(rows), len(inside)), fill)
+
+    def pack(self, parts: Sequence[Matrix], out: Tensor, *, gated: bool = False) -> int:
+        """Packs matrices as one linear into `out`. They are read some rows at a time. Returns its number of outputs."""
         k = parts[0].shape[1]
-        n = 2 * _whole_blocks(parts[0].shape[0]) if interleave else sum(part.shape[0] for part in parts)
-        packed = ops.panels(n, k, self._dtype)
+        n = outputs(parts, gated)
         step = max(1, _READ_BYTES // (k * self._dtype.itemsize * ops.PANEL)) * ops.PANEL
         for start in range(0, n, step):
             rows = self._rows.tensor((min(step, n - start), k), self._dtype)
-            if interleave:
+            if gated:
                 self._alternate(parts, rows, start // 2)
             else:
                 _concatenate(parts, rows, start)
-            ops.pack(rows, packed[start:])
-        return packed, n, k
+            ops.pack(rows, out[start:])
+        return n
 
-    def _alternate(self, parts: Sequence[Part], rows: Tensor, start: int) -> None:
+    def _alternate(self, parts: Sequence[Matrix], rows: Tensor, start: int) -> None:
         """Fills `rows` with blocks of each part in turn, from row `start` of each on. Pads their ends with zeros."""
         for i, part in enumerate(parts):
             own = self._half.tensor((len(rows) // 2, rows.shape[1]), self._dtype)
-            known = part.shape[0] - start
+            known = max(0, part.shape[0] - start)
             part.fill(own[:known], start)
             own[known:] = 0
             rows.view(-1, 2, BLOCK, rows.shape[1])[:, i] = own.view(-1, BLOCK, rows.shape[1])
 
-    def _opened(self, name: str) -> Part:
-        shape, cut = self._plan[name]
-        checkpoint, in_file = self._checkpoint, self._name_in_file(name)
-        dummy = torch.empty(0)
+    def _matrix(self, parameter: str, expert: int | None, rows: Sequence[int] | None, columns: Range | None) -> Matrix:
+        *outer, n, k = self._shapes[parameter]
+        rows = range(n) if rows is None else rows
+        checkpoint, made_up = self._checkpoint, torch.empty(0)
+        pieces: list[_Piece] = []
         if checkpoint is None:
-            dummy = cut.apply(dummy_tensor(name, torch.Size(shape), self._spec.seed))
+            made_up = self._made_up(parameter, (*outer, n, k))
+            made_up = made_up if expert is None else made_up[expert]
+        else:
+            pieces = self._pieces(checkpoint, parameter, expert, n)
+        cut = WHOLE if columns is None else Cut(1, (columns,))
 
         def fill(out: Tensor, start: int) -> None:
+            wanted = rows[start : start + len(out)]
             if checkpoint is None:
-                out.copy_(dummy[start : start + len(out)])
+                out.copy_(cut.apply(made_up[list(wanted)]))
             else:
-                checkpoint.read_into(out, in_file, cut, start)
-            self._done += out.nbytes
-            if self._on_progress is not None:
-                self._on_progress(self._done, self._total)
+                at = 0
+                for name, first, count in _reads(pieces, wanted):
+                    checkpoint.read_rows(out[at : at + count], name, first, cut)
+                    at += count
+            self._on_bytes(out.nbytes)
 
-        return Part(cut.shape(shape), fill)
+        return Matrix((len(rows), k if columns is None else columns[1] - columns[0]), fill)
 
-    def layer(self, index: int) -> LayerWeights:
-        """Reads and packs one decoder layer."""
-        tensors: list[Tensor] = []
+    def _pieces(self, checkpoint: Checkpoint, parameter: str, expert: int | None, n: int) -> list[_Piece]:
+        stored = self._description.tensors_of(parameter)
+        if not stored.stacked:
+            return [_Piece(stored.tensors[0][0], n * (expert or 0), n)]
+        return [_Piece(name, 0, checkpoint.info(name).shape[0]) for name in stored.tensors[expert or 0]]
 
-        def keep(tensor: Tensor) -> int:
-            tensors.append(tensor)
-            return tensor.data_ptr()
+    def _made_up(self, parameter: str, shape: tuple[int, ...]) -> Tensor:
+        if self._last[0] != parameter:
+            self._last = parameter, dummy_tensor(parameter, torch.Size(shape), self._seed).to(self._dtype).float()
+        return self._last[1]
 
-        def vector(name: str) -> int | None:
-            return keep(self.read(_of_layer(index, name))) if name in self._layer_plan else None
+    def _is_stored(self, parameter: str) -> bool:
+        return self._description.tensors_of(parameter).tensors[0][0] in self._names
 
-        def linear(*names: str, interleave: bool = False) -> ops.Linear:
-            packed, n, k = self.pack(*(_of_layer(index, f"{name}.weight") for name in names), interleave=interleave)
-            biases = [
-                self.read(_of_layer(index, f"{name}.bias")) for name in names if f"{name}.bias" in self._layer_plan
-            ]
-            bias = None
-            if biases:
-                bias = torch.zeros(len(packed))
-                bias[:n] = torch.cat(biases)
-            return ops.Linear(keep(packed), keep(bias) if bias is not None else None, n, k)
-
-        layer = ops.Layer(
-            norm1=vector("input_layernorm.weight"),
-            norm2=vector("post_attention_layernorm.weight"),
-            q_norm=vector("self_attn.q_norm.weight"),
-            k_norm=vector("self_attn.k_norm.weight"),
-            qkv=linear(*(f"self_attn.{name}_proj" for name in "qkv")),
-            o=linear("self_attn.o_proj"),
-            gate_up=linear("mlp.gate_proj", "mlp.up_proj", interleave=True),
-            down=linear("mlp.down_proj"),
-            window=self._a.windows[index] or 0,
-        )
-        return LayerWeights(layer, tensors)
+    def _resolved(self, parameter: str) -> str:
+        """Returns the parameter that is stored for embedding and head, if they are tied."""
+        ends = (self._description.embedding, self.head)
+        if parameter not in ends or not self.tied:
+            return parameter
+        return self.head if self._is_stored(self.head) else self._description.embedding
 
 
-def _of_layer(index: int, name: str) -> str:
-    return f"model.layers.{index}.{name}"
+@dataclass(frozen=True)
+class _Piece:
+    """Rows [first, first + count) of a tensor, seen as a matrix."""
+
+    tensor: str
+    first: int
+    count: int
 
 
-def _layer_plan(spec: ShardSpec, a: Architecture) -> Plan:
-    """Returns the plan of one layer's tensors, by their names within the layer."""
-    width, kv_width = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    q, kv = _times(spec.part(a.heads), a.head_dim), _times(spec.part(a.kv_heads), a.head_dim)
-    mlp = spec.part(a.intermediate)
-    plan: Plan = {
-        "input_layernorm.weight": ((a.hidden,), WHOLE),
-        "post_attention_layernorm.weight": ((a.hidden,), WHOLE),
-        "self_attn.q_proj.weight": ((width, a.hidden), Cut(0, (q,))),
-        "self_attn.k_proj.weight": ((kv_width, a.hidden), Cut(0, (kv,))),
-        "self_attn.v_proj.weight": ((kv_width, a.hidden), Cut(0, (kv,))),
-        "self_attn.o_proj.weight": ((a.hidden, width), Cut(1, (q,))),
-        "mlp.gate_proj.weight": ((a.intermediate, a.hidden), Cut(0, (mlp,))),
-        "mlp.up_proj.weight": ((a.intermediate, a.hidden), Cut(0, (mlp,))),
-        "mlp.down_proj.weight": ((a.hidden, a.intermediate), Cut(1, (mlp,))),
-    }
-    if a.qkv_bias:
-        plan["self_attn.q_proj.bias"] = ((width,), Cut(0, (q,)))
-        plan["self_attn.k_proj.bias"] = plan["self_attn.v_proj.bias"] = ((kv_width,), Cut(0, (kv,)))
-    if a.o_bias and spec.tp_rank == 0:  # The bias is added to the sum over ranks only once.
-        plan["self_attn.o_proj.bias"] = ((a.hidden,), WHOLE)
-    if a.head_norms:
-        plan["self_attn.q_norm.weight"] = plan["self_attn.k_norm.weight"] = ((a.head_dim,), WHOLE)
-    return plan
+def _reads(pieces: Sequence[_Piece], rows: Sequence[int]) -> Iterator[tuple[str, int, int]]:
+    """Yields (tensor, first row, count) for these rows of pieces one below the other."""
+    at = 0
+    while at < len(rows):
+        row = rows[at]
+        for piece in pieces:
+            if row < piece.count:
+                break
+            row -= piece.count
+        count = 1
+        limit = min(len(rows) - at, piece.count - row)
+        while count < limit and rows[at + count] == rows[at] + count:
+            count = limit if isinstance(rows, range) and rows.step == 1 else count + 1
+        yield piece.tensor, piece.first + row, count
+        at += count
 
 
-def _times(bounds: Range, by: int) -> Range:
-    return bounds[0] * by, bounds[1] * by
+def outputs(parts: Sequence[Matrix], gated: bool) -> int:
+    """Returns the number of outputs of a linear that is made of these matrices."""
+    if not gated:
+        return sum(part.shape[0] for part in parts)
+    return 2 * math.ceil(parts[0].shape[0] / BLOCK) * BLOCK
 
 
-def _whole_blocks(rows: int) -> int:
-    return -(-rows // BLOCK) * BLOCK
-
-
-def _concatenate(parts: Sequence[Part], rows: Tensor, start: int) -> None:
+def _concatenate(parts: Sequence[Matrix], rows: Tensor, start: int) -> None:
     """Fills `rows` from row `start` on of the parts one below the other."""
     for part in parts:
         first, last = max(0, start), min(part.shape[0], start + len(rows))

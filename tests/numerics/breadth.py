@@ -19,7 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from stagemesh.errors import UnsupportedModel
 from stagemesh.models.support import why_not
+from stagemesh.stage_worker.model.choose import kernel_model
 from stagemesh.stage_worker.model.plain.hf import causal_class, deciding, per_layer
+from stagemesh.stage_worker.model.spec import ShardSpec
+from stagemesh.stage_worker.native.model import NotNative
 
 NUM_LAYERS = 5
 BOUNDS = (0, 2, 4, 5)
@@ -129,6 +132,8 @@ class Outcome:
     detail: str = ""
     by_class: bool = False
     """Whether it is refused whatever its configuration."""
+    plain_because: str = ""
+    """Why it does not run through compiled kernels; "" if it does."""
 
 
 def model_types() -> Iterator[str]:
@@ -153,7 +158,7 @@ def tiny_config(model_type: str) -> Any:
 
 
 def try_architecture(model_type: str, folder: str) -> Outcome:
-    """Split, run, compare.
+    """Split, run, compare: through transformers' modules, and through compiled kernels if they can.
 
     Raises:
         AssertionError: some token differs, or forgetting the KV changes nothing.
@@ -165,11 +170,16 @@ def try_architecture(model_type: str, folder: str) -> Outcome:
         return Outcome(model_type, model_class.__name__, "refused", reason)
     save_checkpoint(model_class, config, folder)
     try:
-        chain = Chain(folder, BOUNDS, num_pages=32)
+        chain = Chain(folder, BOUNDS, num_pages=32, enforce_eager=True)
     except UnsupportedModel as error:
         return Outcome(model_type, model_class.__name__, "refused", error.message, by_class=True)
     prompts = clear_prompts(folder, LENGTHS, MAX_TOKENS)
     check(chain, prompts)
+    try:
+        kernel_model(ShardSpec(folder, 0, 1, "float32"))
+    except NotNative as why:
+        return Outcome(model_type, model_class.__name__, "works", plain_because=str(why))
+    check(Chain(folder, BOUNDS, num_pages=32), prompts)
     return Outcome(model_type, model_class.__name__, "works")
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -18,12 +16,12 @@ from tiny_models import make_checkpoint
 from stagemesh.errors import TransportError
 from stagemesh.stage_worker.kv.pool import KvPool
 from stagemesh.stage_worker.messages.shared_memory import make_shared_memory
-from stagemesh.stage_worker.model.choose import load_shard, native_architecture
+from stagemesh.stage_worker.model.choose import kernel_model, load_shard
 from stagemesh.stage_worker.model.parallel import TensorParallel
 from stagemesh.stage_worker.model.plain.shard import ModelShard
 from stagemesh.stage_worker.model.spec import ShardSpec
 from stagemesh.stage_worker.native import ops
-from stagemesh.stage_worker.native.architecture import NotNative, read_architecture
+from stagemesh.stage_worker.native.model import NotNative
 from stagemesh.stage_worker.native.shard import NativeShard
 
 pytestmark = pytest.mark.skipif(
@@ -184,30 +182,8 @@ def test_a_page_that_held_infinity_is_clean_for_the_next_sequence(llama: Path) -
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"model_type": "gemma2"}, "gemma2"),
-        ({"hidden_act": "gelu"}, "MLP"),
-        ({"mlp_bias": True}, "MLP"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "part of each head"),
-        ({"sliding_window": 12}, "which layers"),
-        ({"rms_norm_eps": None}, "leaves something open"),
-    ],
-)
-def test_what_they_do_not_know_they_leave(llama: Path, tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
-    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    with pytest.raises(NotNative, match=reason):
-        read_architecture(tmp_path)
-
-
-@pytest.mark.parametrize(
     "spec",
     [
-        {"dtype": "float16"},
         {"page_size": 8},
         {"enforce_eager": True},
         {"device": "cuda"},
@@ -216,7 +192,7 @@ def test_what_they_do_not_know_they_leave(llama: Path, tmp_path: Path, settings:
 )
 def test_what_does_not_fit_them_goes_to_the_modules(llama: Path, spec: dict[str, Any]) -> None:
     with pytest.raises(NotNative):
-        native_architecture(ShardSpec(str(llama), 0, 6, **spec))
+        kernel_model(ShardSpec(str(llama), 0, 6, **spec))
 
 
 def test_without_a_compiler_the_modules_serve(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
