@@ -18,6 +18,7 @@ from stagemesh.stage_worker.native.program.operations import (
     Gather,
     Mix,
     Multiply,
+    MultiplyHeads,
     Normalise,
     Place,
     Program,
@@ -64,6 +65,8 @@ def run_program(program: Program, x: Tensor, parameters: Parameters) -> Tensor:
             if operation.rotary is not None:
                 query, key = rotate(query, operation.rotary), rotate(key, operation.rotary)
             at(operation.to).copy_(attend(part, query, key, value, parameters))
+        elif isinstance(operation, MultiplyHeads):
+            _multiply_heads(operation, buffers, parameters[f"{operation.name}.weight"])
         elif isinstance(operation, Mix):
             logits = at(operation.logits) if operation.logits is not None else None
             at(operation.to).copy_(mix(operation.part, at(operation.source), logits, parameters))
@@ -97,3 +100,13 @@ def _multiply(operation: Multiply, x: Tensor, to: Tensor, parameters: Parameters
         outputs[0] = ACTIVATIONS[operation.activation](outputs[0])
     out = outputs[0] * outputs[1] if operation.gated else torch.cat(outputs, dim=1)
     to.copy_(out if operation.add is None else to + operation.add * out)
+
+
+def _multiply_heads(operation: MultiplyHeads, buffers: list[Tensor], weight: Tensor) -> None:
+    source, to = operation.source, operation.to
+    for head, rows in enumerate(operation.rows):
+        first = source.first + head * operation.source_step
+        own = weight[list(rows)].T if operation.transposed else weight[list(rows)]
+        out = buffers[source.buffer][:, first : first + source.width] @ own.T
+        first = to.first + head * operation.to_step
+        buffers[to.buffer][:, first : first + to.width] = out

@@ -37,6 +37,7 @@ class PageFrames:
             for pool, layers in parts
             for layer in layers
             for tensor in (pool.k(layer), pool.v(layer))
+            if tensor.numel()  # There are no values if keys serve as such.
         ]
         self.device = parts[0][0].device
         self.num_pages = parts[0][0].num_pages

@@ -21,6 +21,7 @@ from .program.operations import (
     Gather,
     Mix,
     Multiply,
+    MultiplyHeads,
     NoKernel,
     Normalise,
     Operation,
@@ -28,7 +29,7 @@ from .program.operations import (
     Program,
     Rows,
 )
-from .weights import BLOCK, Matrix, Parameters, outputs
+from .weights import BLOCK, Matrix, Parameters, outputs, turned
 
 
 class Assembled:
@@ -89,6 +90,8 @@ class Assembled:
             )
         if isinstance(operation, Attend):
             return self._attend(operation)
+        if isinstance(operation, MultiplyHeads):
+            return self._multiply_heads(operation)
         return self._mix(operation)
 
     @staticmethod
@@ -135,6 +138,26 @@ class Assembled:
             sums=operation.inputs is not None,
             factor=1.0 if operation.add is None else operation.add,
             linear=self._packed(matrices, self._biases(operation, matrices), operation.gated),
+        )
+
+    def _multiply_heads(self, operation: MultiplyHeads) -> structures.Operation:
+        n, k = operation.to.width, operation.source.width
+        self._check_inputs(k)
+        size = -(-n // ops.PANEL) * ops.PANEL
+        packed = ops.panels(len(operation.rows) * size, k, self._dtype)
+        for head, rows in enumerate(operation.rows):
+            matrix = self._parameters.matrix(f"{self._prefix}{operation.name}.weight", rows)
+            if operation.transposed:
+                matrix = turned(matrix, self._dtype)
+            self._parameters.pack([matrix], packed[head * size :])
+        return self._made(
+            operation,
+            source=_place(operation.source),
+            linear=structures.Linear(self._keep(packed), None, n, k),
+            heads=len(operation.rows),
+            source_step=operation.source_step,
+            to_step=operation.to_step,
+            head_bytes=size * k * self._dtype.itemsize,
         )
 
     def _matrix(self, rows: Rows, columns: Range | None) -> Matrix:
@@ -202,6 +225,7 @@ class Assembled:
             value_dim=part.value_dim,
             window=part.window or 0,
             rotary=-1 if operation.rotary is None else list(self._rotaries).index(operation.rotary),
+            value_in_key=operation.value.first - operation.key.first if operation.in_key else -1,
             scale=part.scale,
             softcap=part.softcap or 0.0,
             sinks=self._keep(sinks),

@@ -31,8 +31,13 @@ struct Pages {
   }
 };
 
+// `clears`: the key is the value, too. When a page begins, its old content may be infinite, and must not be multiplied by
+// a weight of zero.
 template <class T>
-inline void write_key(const Pages<T>& pages, int page, int offset, int head, const typename T::Element* key) {
+inline void write_key(const Pages<T>& pages, int page, int offset, int head, const typename T::Element* key,
+                      bool clears) {
+  if (clears && offset == 0)
+    memset(pages.of(page, head), 0, sizeof(*key) * pages.shape.page_size * pages.shape.dim);
   uint32_t* to = (uint32_t*)pages.of(page, head) + offset;
   const uint32_t* from = (const uint32_t*)key;
   for (int g = 0; g < pages.shape.dim / T::kGroup; g++) to[(size_t)g * pages.shape.page_size] = from[g];
@@ -43,7 +48,6 @@ inline void write_value(const Pages<T>& pages, int page, int offset, int head, c
                         int count) {
   const int dim = pages.shape.dim;
   typename T::Element* at = pages.of(page, head);
-  // A page begins. Old content may be infinite, and must not be multiplied by a weight of zero.
   if (offset == 0) memset(at, 0, sizeof(*at) * pages.shape.page_size * dim);
   typename T::Element* to = at + (size_t)(offset / T::kGroup) * dim * T::kGroup + offset % T::kGroup;
   for (int d = 0; d < count; d++) to[d * T::kGroup] = value[d];  // The rest stays zero.
@@ -118,18 +122,20 @@ struct RowAttention {
   int window;         // Positions that a query sees; 0 for all.
   float softcap;      // 0 for none.
   const float* sinks;  // [heads]; null for none.
-  int value_dim;       // A value's numbers; its columns in a page are a multiple of 16.
+  int value_dim;      // A value's numbers; its columns in a page are a multiple of 16.
+  int value_in_key;   // First column of the value in the key; -1: values have pages of their own.
   float* scores;      // [kQueries][length rounded up to 32]. Each thread has its own.
 
-  // `queries` is [count * groups][dim]. Token t's head g is written at out + t * out_stride + g * dim.
+  // `queries` is [count * groups][dim]. Token t's head g is written at out + t * out_stride + g * value_dim. Computes
+  // part `part` of `parts`.
   void run(const typename T::Element* queries, int start, int count, const int* table, int head,
-           typename T::Element* out, size_t out_stride) const {
+           typename T::Element* out, size_t out_stride, int part, int parts) const {
     const HeadShape& s = keys.shape;
     const int rows = count * s.groups;
     const int tiles = (rows + kQueries - 1) / kQueries;
     for (int t = 0, first = 0; t < tiles; t++) {
       const int m = rows / tiles + (t < rows % tiles);
-      one_tile(queries + (size_t)first * s.dim, first, m, start, table, head, out, out_stride);
+      if (t * parts / tiles == part) one_tile(queries + (size_t)first * s.dim, first, m, start, table, head, out, out_stride);
       first += m;
     }
   }
@@ -158,6 +164,10 @@ struct RowAttention {
       const float* sink = sinks ? sinks + head * s.groups + (first + r) % s.groups : nullptr;
       weigh<T>(scores + r * stride, window ? std::max(0, position + 1 - window) : 0, position, length, sink);
     }
+    if (value_in_key >= 0) {
+      with_constant<kQueries>(m, [&](auto M) { sum_keys<M>(stride, table, head, length, first, out, out_stride); });
+      return;
+    }
     for (int r = 0; r < m; r += 6)
       with_constant<6>(std::min(6, m - r), [&](auto M) {
         const uint32_t* weights = (const uint32_t*)(scores + r * stride);
@@ -167,6 +177,35 @@ struct RowAttention {
         for (; column < values.shape.dim / 16; column++)
           sum_values<M, 1>(weights, stride, table, head, length, first + r, column, out, out_stride);
       });
+  }
+
+  // Sums weight * value over positions for M queries, where values are columns of the keys.
+  template <int M>
+  void sum_keys(size_t stride, const int* table, int head, int length, int first, typename T::Element* out,
+                size_t out_stride) const {
+    const HeadShape& s = keys.shape;
+    const size_t line = (size_t)s.page_size * 4;
+    for (int group = 0; group < value_dim / T::kGroup; group++) {
+      __m512 sums[M][T::kGroup];
+      for (int r = 0; r < M; r++)
+        for (int i = 0; i < T::kGroup; i++) sums[r][i] = _mm512_setzero_ps();
+      for (int at = 0; at < length; at += 16) {
+        const char* page = (const char*)keys.of(table[at / s.page_size], head) + (size_t)(at % s.page_size) * 4;
+        __m512 parts[T::kGroup];
+        T::split(_mm512_loadu_si512(page + (value_in_key / T::kGroup + group) * line), parts);
+#pragma GCC unroll 12
+        for (int r = 0; r < M; r++) {
+          const __m512 weight = T::load((const typename T::Element*)(scores + r * stride) + at);
+          for (int i = 0; i < T::kGroup; i++) sums[r][i] = _mm512_fmadd_ps(weight, parts[i], sums[r][i]);
+        }
+      }
+      for (int r = 0; r < M; r++) {
+        const int token = (first + r) / s.groups, g = (first + r) % s.groups;
+        for (int i = 0; i < T::kGroup; i++)
+          T::store(out + token * out_stride + g * value_dim + group * T::kGroup + i,
+                   _mm512_set1_ps(_mm512_reduce_add_ps(sums[r][i])), 1);
+      }
+    }
   }
 
   const char* block(const int* table, int head, int at) const {

@@ -48,8 +48,10 @@ class KernelModel:
 
     def kv_spec(self, index: int) -> KvLayerSpec:
         """Returns what a layer keeps of a token."""
-        part = next(op.part for op in self.program(index).operations if isinstance(op, Attend))
-        return KvLayerSpec(index, part.kv_heads, part.head_dim, -(-part.value_dim // 16) * 16, part.window)
+        attend = next(op for op in self.program(index).operations if isinstance(op, Attend))
+        part = attend.part
+        value_dim = 0 if attend.in_key else -(-part.value_dim // 16) * 16
+        return KvLayerSpec(index, part.kv_heads, part.head_dim, value_dim, part.window)
 
 
 def read_model(spec: ShardSpec) -> KernelModel:

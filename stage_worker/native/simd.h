@@ -36,6 +36,11 @@ struct Bf16 {
     const __m256i bits = (__m256i)_mm512_cvtneps_pbh(value);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
+  // Splits 16 groups into the first and the second number of each.
+  static inline void split(__m512i groups, __m512 (&parts)[2]) {
+    parts[0] = _mm512_castsi512_ps(_mm512_slli_epi32(groups, 16));
+    parts[1] = _mm512_castsi512_ps(_mm512_and_si512(groups, _mm512_set1_epi32((int)0xffff0000)));
+  }
   static inline float number(Element value) {
     const uint32_t bits = (uint32_t)value << 16;
     float out;
@@ -63,6 +68,10 @@ struct F16 {
     _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, kNearest));
   }
   static inline __m512 round(__m512 value) { return _mm512_cvtph_ps(_mm512_cvtps_ph(value, kNearest)); }
+  static inline void split(__m512i groups, __m512 (&parts)[2]) {
+    parts[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(groups));
+    parts[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(groups, 16)));
+  }
   static inline float number(Element value) { return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_set1_epi16((short)value))); }
 };
 
@@ -78,6 +87,7 @@ struct F32 {
   static inline void store(Element* to, __m512 value) { _mm512_storeu_ps(to, value); }
   static inline void store(Element* to, __m512 value, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, value); }
   static inline __m512 round(__m512 value) { return value; }
+  static inline void split(__m512i groups, __m512 (&parts)[1]) { parts[0] = _mm512_castsi512_ps(groups); }
   static inline float number(Element value) { return value; }
 };
 

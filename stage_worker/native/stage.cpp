@@ -47,12 +47,13 @@ struct Term {
 struct Attention {
   Place query, key, value;
   int32_t heads, kv_heads, dim, value_dim, window, rotary;  // window 0: all positions; rotary -1: none.
+  int32_t value_in_key;                                     // First column of the value in the key; -1: apart.
   float scale, softcap;                                     // softcap 0: none.
   const float* sinks;                                       // [heads]; null for none.
   void *k_pages, *v_pages;
 };
 
-enum Kind : int32_t { kNormalise, kMultiply, kGather, kCombine, kGate, kAttend, kMix };
+enum Kind : int32_t { kNormalise, kMultiply, kGather, kCombine, kGate, kAttend, kMix, kMultiplyHeads };
 
 // One operation. ops.py says which kind uses which fields.
 struct Operation {
@@ -67,6 +68,8 @@ struct Operation {
   int32_t term_count;
   Attention attention;
   Mixture mixture;
+  int32_t heads, source_step, to_step;  // Of a linear for each head: columns from one head to the next.
+  size_t head_bytes;                    // And bytes of weights.
 };
 
 // One step. Row i has counts[i] tokens from position starts[i]. Its pages begin at tables[offsets[i]].
@@ -166,6 +169,7 @@ struct EngineOf final : Engine {
         case kAttend:
           if (int failed = attend(o)) return failed;
           break;
+        case kMultiplyHeads: multiply_heads(o); break;
         case kMix:
           if (int failed = mix(o)) return failed;
           break;
@@ -305,6 +309,26 @@ struct EngineOf final : Engine {
       }, stride);
     });
     return 0;
+  }
+
+  // `source` and `to` are those of the first head.
+  void multiply_heads(const Operation& o) {
+    const int panels = o.linear.panels();
+    team->run(o.heads * panels, [&](int first, int last, int) {
+      for (int task = first; task < last;) {
+        const int head = task / panels, end = std::min(last, (head + 1) * panels);
+        Linear w = o.linear;
+        w.weights += o.head_bytes * head;
+        const int at_head = head * o.to_step;
+        linear<T>(at(o.source, 0) + head * o.source_step, step.tokens, w, task - head * panels, end - head * panels,
+                  [&](int row, int panel, __m512 a, __m512 b) {
+          E* to = at(o.to, row) + at_head + panel * kPanel;
+          T::store(to, a, columns_left(o.to.width, panel * kPanel));
+          T::store(to + 16, b, columns_left(o.to.width, panel * kPanel + 16));
+        }, strides[o.source.buffer]);
+        task = end;
+      }
+    });
   }
 
   // Writes 16 outputs of a linear, or adds them.
@@ -466,14 +490,15 @@ struct EngineOf final : Engine {
       for (int t = 0; t < tokens; t++) place_token(a, keys, values, queries, t, first, last);
     });
     const size_t stride = strides[o.to.buffer];
-    team->run(step.rows * a.kv_heads, [&](int first, int last, int thread) {
-      const RowAttention<T> attention{keys,  values,    a.scale, a.window,
-                                      a.softcap, a.sinks, a.value_dim, (float*)scores[thread].get(0)};
+    const int parts = step.rows * a.kv_heads < team->size() ? team->size() : 1;
+    team->run(step.rows * a.kv_heads * parts, [&](int first, int last, int thread) {
+      const RowAttention<T> attention{keys,    values,      a.scale,        a.window, a.softcap,
+                                      a.sinks, a.value_dim, a.value_in_key, (float*)scores[thread].get(0)};
       for (int task = first; task < last; task++) {
-        const int row = task / a.kv_heads, head = task % a.kv_heads, token = first_token[row];
+        const int row = task / parts / a.kv_heads, head = task / parts % a.kv_heads, token = first_token[row];
         const E* of_head = queries + ((size_t)head * tokens + token) * groups * a.dim;
         attention.run(of_head, step.starts[row], step.counts[row], step.tables + step.offsets[row], head,
-                      at(o.to, token) + head * groups * a.value_dim, stride);
+                      at(o.to, token) + head * groups * a.value_dim, stride, task % parts, parts);
       }
     });
     return 0;
@@ -494,8 +519,9 @@ struct EngineOf final : Engine {
       for (int g = 0; half && g < groups; g++) rotate<T>(query + g * dim, c, s, half);
       E* key = at(a.key, t) + head * dim;
       if (half) rotate<T>(key, c, s, half);
-      write_key<T>(keys, page, offset, head, key);
-      write_value<T>(values, page, offset, head, at(a.value, t) + head * a.value_dim, a.value_dim);
+      write_key<T>(keys, page, offset, head, key, a.value_in_key >= 0);
+      if (a.value_in_key < 0)
+        write_value<T>(values, page, offset, head, at(a.value, t) + head * a.value_dim, a.value_dim);
     }
   }
 

@@ -10,7 +10,7 @@ _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int32
 _Float = ctypes.c_float
 
-KINDS = {"Normalise": 0, "Multiply": 1, "Gather": 2, "Combine": 3, "Gate": 4, "Attend": 5, "Mix": 6}
+KINDS = {"Normalise": 0, "Multiply": 1, "Gather": 2, "Combine": 3, "Gate": 4, "Attend": 5, "Mix": 6, "MultiplyHeads": 7}
 """Kind of an operation -> its number."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCORES = ("softmax", "sigmoid", "none")
@@ -74,6 +74,7 @@ class Attention(ctypes.Structure):
         ("value_dim", _Int),
         ("window", _Int),
         ("rotary", _Int),
+        ("value_in_key", _Int),
         ("scale", _Float),
         ("softcap", _Float),
         ("sinks", _Pointer),
@@ -142,4 +143,8 @@ class Operation(ctypes.Structure):
         ("term_count", _Int),
         ("attention", Attention),
         ("mixture", Mixture),
+        ("heads", _Int),
+        ("source_step", _Int),
+        ("to_step", _Int),
+        ("head_bytes", ctypes.c_size_t),
     )

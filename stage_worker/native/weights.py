@@ -49,7 +49,7 @@ class Parameters:
         """`seed`: of what is made up if there is no checkpoint. `on_bytes` gets the bytes that were read."""
         self._description, self._checkpoint, self._dtype, self._seed = description, checkpoint, dtype, seed
         self._on_bytes = on_bytes
-        self._rows, self._half, self._turned = Scratch(), Scratch(), Scratch()
+        self._rows, self._half = Scratch(), Scratch()
         self._last = "", torch.empty(0)
         self._shapes = {
             f"{description.layers}.{index}.{name}": shape
@@ -138,14 +138,7 @@ class Parameters:
         if not transposed:
             return self._matrix(parameter, index, rows, columns)
         inside = range(*columns) if columns is not None else range(self._shapes[parameter][1])
-        turned = self._matrix(parameter, index, inside, None)
-        whole = self._turned.tensor(turned.shape, self._dtype)
-        turned.fill(whole, 0)
-
-        def fill(out: Tensor, start: int) -> None:
-            out.copy_(whole.T[list(rows[start : start + len(out)])])
-
-        return Matrix((len(rows), len(inside)), fill)
+        return turned(self._matrix(parameter, index, inside, None), self._dtype, rows)
 
     def pack(self, parts: Sequence[Matrix], out: Tensor, *, gated: bool = False) -> int:
         """Packs matrices as one linear into `out`. They are read some rows at a time. Returns its number of outputs."""
@@ -241,6 +234,18 @@ def _reads(pieces: Sequence[_Piece], rows: Sequence[int]) -> Iterator[tuple[str,
             count = limit if isinstance(rows, range) and rows.step == 1 else count + 1
         yield piece.tensor, piece.first + row, count
         at += count
+
+
+def turned(matrix: Matrix, dtype: torch.dtype, rows: Sequence[int] | None = None) -> Matrix:
+    """Returns these columns of a small matrix as rows; None for all. It is read at once."""
+    whole = torch.empty(matrix.shape, dtype=dtype)
+    matrix.fill(whole, 0)
+    columns = whole.T if rows is None else whole.T[list(rows)]
+
+    def fill(out: Tensor, start: int) -> None:
+        out.copy_(columns[start : start + len(out)])
+
+    return Matrix((len(columns), len(whole)), fill)
 
 
 def outputs(parts: Sequence[Matrix], gated: bool) -> int:

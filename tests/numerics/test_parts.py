@@ -10,16 +10,17 @@ from program_reference import run_program
 from tiny_models import roughen
 from transformers import AutoModelForCausalLM
 
+from stagemesh.models.architectures import ARCHITECTURES
 from stagemesh.stage_worker.model.parts.description import Linear, ModelParts
 from stagemesh.stage_worker.model.parts.read import read_parts
 from stagemesh.stage_worker.model.parts.reading.explain import NotKnown
 from stagemesh.stage_worker.model.plain.hf import run_experts_one_by_one
 from stagemesh.stage_worker.model.plain.layout import find_layout
-from stagemesh.stage_worker.model.plain.verified import VERIFIED
 from stagemesh.stage_worker.native.program.compile import compile_layer
 
+VERIFIED = sorted(name for name, known in ARCHITECTURES.items() if known.verified)
 NOT_KNOWN = {
-    "apertus": "what goes into mlp.down_proj",
+    "apertus": "what the numbers mlp.act_fn.alpha_p",
     "beam": "what goes into self_attn.o_proj",
 }
 """Model types with a part that is none of the known, and what is said about it."""

@@ -23,11 +23,13 @@ from ...model.parts.description import (
     Linear,
     Norm,
     Part,
+    Rotary,
     Source,
     Sum,
 )
 from .expressions import columns, key, names, owned_sources, terms, whole, widths
 from .heads import halves, of_heads
+from .latent import Latent, find_latent
 from .operations import (
     HIDDEN,
     Attend,
@@ -36,6 +38,7 @@ from .operations import (
     Gather,
     Mix,
     Multiply,
+    MultiplyHeads,
     NoKernel,
     Normalise,
     Operation,
@@ -69,7 +72,9 @@ class _Compiler:
         """For values that are not in their own order: which column of theirs each column in memory is."""
         self._held: dict[str, float] = {INPUT: 1.0}
         """What buffer 0 is the sum of."""
-        self._done: set[str] = set()
+        attentions = [part for part in own.layer.parts if isinstance(part, Attention)]
+        self._latents = {part.name: latent for part in attentions if (latent := find_latent(own.layer, part))}
+        self._done = {latent.linear.name for latent in self._latents.values()}
 
     def compile(self) -> Program:
         parts = self._layer.parts
@@ -140,7 +145,7 @@ class _Compiler:
     def _siblings(self, at: int, part: Linear) -> Iterator[Linear]:
         """Later linears over the same input that write nothing but their outputs."""
         for later, other in enumerate(self._layer.parts[at + 1 :], at + 1):
-            if not isinstance(other, Linear) or other.source != part.source:
+            if not isinstance(other, Linear) or other.source != part.source or other.name in self._done:
                 continue
             if self._own.inputs.get(other.name) != self._own.inputs.get(part.name):
                 continue
@@ -186,10 +191,47 @@ class _Compiler:
     def _attention(self, part: Attention) -> None:
         rotary, order = halves(part.rotary, part.head_dim)
         query = self._heads(part.query, part.heads, order)
+        if part.name in self._latents and rotary is not None:
+            self._latent_attention(part, rotary, query, self._latents[part.name])
+            return
         key = self._heads(part.key, part.kv_heads, order)
         value = self._heads(part.value, part.kv_heads, None)
         to = self._new(part.name, part.heads * part.value_dim)
         self._emit(Attend(part, rotary, query, key, value, to, self._own.heads[0] if self._own.heads else 0))
+
+    def _latent_attention(self, part: Attention, rotary: Rotary, query: Place, latent: Latent) -> None:
+        """Attends over [rotated part, latent], as one KV head. In `query`, the rotated columns of a head are first."""
+        source = self._place(latent.linear.source)
+        turned, size = rotary.width, rotary.width + source.width
+        nope = part.head_dim - turned
+
+        def to(width: int) -> Place:
+            return Place(self._buffer(width), 0, width)
+
+        queries, key, sums = to(part.heads * size), to(size), to(part.heads * source.width)
+        heads = range(part.heads)
+        of_query = [Place(query.buffer, query.first + at * part.head_dim, turned) for at in heads]
+        self._emit(Gather(tuple((place, at * size) for place, at in zip(of_query, heads, strict=True)), queries))
+        name = latent.linear.name
+        keys, values = (
+            tuple(self._of_whole(name, rows) or rows for rows in some) for some in (latent.key_rows, latent.value_rows)
+        )
+        first = Place(query.buffer, query.first + turned, nope)
+        absorbed = Place(queries.buffer, turned, source.width)
+        self._emit(MultiplyHeads(name, keys, True, first, part.head_dim, absorbed, size))
+        assert part.rotary is not None
+        _, order = halves(replace(part.rotary, first=0), turned)
+        shared = [latent.shared[at] for at in order] if order is not None else list(latent.shared)
+        place = self._gather(shared, None)
+        self._emit(Gather(((place, 0), (source, turned)), key))
+        own = replace(part, kv_heads=1, head_dim=size, value_dim=source.width)
+        first_head = self._own.heads[0] if self._own.heads else 0
+        value = Place(key.buffer, turned, source.width)
+        self._emit(Attend(own, rotary, queries, key, value, sums, first_head, in_key=True))
+        of_head = Place(sums.buffer, 0, source.width)
+        attended = self._new(part.name, part.heads * part.value_dim)
+        first = Place(attended.buffer, 0, part.value_dim)
+        self._emit(MultiplyHeads(name, values, False, of_head, source.width, first, part.value_dim))
 
     def _heads(self, source: Source, heads: int, order: tuple[int, ...] | None) -> Place:
         """Returns where the source is, with the columns of each head in this order."""

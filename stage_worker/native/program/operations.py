@@ -106,6 +106,25 @@ class Attend:
     to: Place
     first_head: int = 0
     """Number of this rank's first head."""
+    in_key: bool = False
+    """Whether the value is the key's columns after the rotated ones, so that pages hold the key alone."""
+
+
+@dataclass(frozen=True)
+class MultiplyHeads:
+    """A linear without bias for each head, over and into columns of its own."""
+
+    name: str
+    rows: tuple[tuple[int, ...], ...]
+    """For each head: rows of the parameter."""
+    transposed: bool
+    """Whether outputs are the parameter's columns, not its rows."""
+    source: Place
+    """Of the first head."""
+    source_step: int
+    """Columns from one head to the next."""
+    to: Place
+    to_step: int
 
 
 @dataclass(frozen=True)
@@ -122,7 +141,7 @@ class Mix:
     """The part of that width that this rank has. If not None, outputs are summed over all ranks."""
 
 
-Operation = Normalise | Multiply | Gather | Combine | Gate | Attend | Mix
+Operation = Normalise | Multiply | Gather | Combine | Gate | Attend | MultiplyHeads | Mix
 
 
 @dataclass
@@ -142,6 +161,8 @@ def parameters_of(program: Program) -> list[str]:
         elif isinstance(operation, Multiply):
             found += [f"{rows.name}.weight" for rows in operation.weights]
             found += [f"{name}.bias" for name in sorted(operation.biased)]
+        elif isinstance(operation, MultiplyHeads):
+            found.append(f"{operation.name}.weight")
         elif isinstance(operation, Combine):
             found.append(operation.scale)
         elif isinstance(operation, Attend):
