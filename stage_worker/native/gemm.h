@@ -1,4 +1,4 @@
-// Linears over packed weights: y[m, n] = sum over k of x[m, k] * w[n, k].
+// Linears over packed weights: y[m, n] = sum over k of x[m, k] * w[n, k]. quantized.h has those of few bits.
 //
 // Weights are packed once at load into panels of 32 outputs, group by group (simd.h). Few rows read each panel once,
 // front to back, at the speed of memory. For many rows, a panel stays in the second-level cache. Every sum runs over k
@@ -7,23 +7,14 @@
 
 #include <algorithm>
 
+#include "linear.h"
+#include "quantized.h"
 #include "simd.h"
 #include "tiles.h"
 
 namespace stagemesh {
 
-constexpr int kPanel = 32;
-constexpr int kMostRows = 12;  // 24 sums, two columns of weights and a row's number fit in 32 registers.
 constexpr int kAheadBytes = 2048;
-
-struct Linear {
-  const char* weights;  // [panels][k / group][kPanel] groups; null for none.
-  const float* bias;    // [panels * kPanel]; null for none.
-  int32_t n;
-  int32_t k;
-
-  int panels() const { return (n + kPanel - 1) / kPanel; }
-};
 
 template <class T, int M>
 inline void tile(const uint32_t* rows, size_t stride, const char* columns, int groups, __m512 (&sums)[M][2]) {
@@ -60,6 +51,7 @@ template <class T, class Done>
 inline void linear(const void* x, int m, const Linear& w, int first_panel, int last_panel, Done done,
                    size_t row_elements = 0) {
   if (!row_elements) row_elements = w.k;
+  if (w.codes) return quantized_linear<T>((const typename T::Element*)x, m, w, first_panel, last_panel, done, row_elements);
   if (std::is_same<T, Bf16>::value && w.k % kTileK == 0 && has_tiles()) {
     linear_by_tiles(x, m, w, first_panel, last_panel, done, row_elements * sizeof(typename T::Element));
     return;
@@ -76,7 +68,7 @@ inline void linear(const void* x, int m, const Linear& w, int first_panel, int l
   }
 }
 
-// Packs w [n, k] into panels. The rest of the last panel is zero.
+// Packs w [n, k] into panels [panels][k / group][kPanel] of groups. The rest of the last panel is zero.
 template <class T>
 inline void pack(const void* from, int n, int k, void* to) {
   const int groups = k / T::kGroup;

@@ -17,7 +17,7 @@ import torch
 from stagemesh.errors import InternalError, TransportError
 
 from ..kv.memory import zeros
-from .structures import DTYPES, Linear, Operation, Shape
+from .structures import DTYPES, CodeRows, Linear, Operation, Shape
 
 PANEL = 32
 """Number of outputs that are packed together."""
@@ -56,6 +56,11 @@ def library() -> ctypes.CDLL | None:
         call.errcheck = _check  # type: ignore[assignment]
     lib.stagemesh_pack.restype = None
     lib.stagemesh_pack.argtypes = [ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int, pointer]
+    lib.stagemesh_codes_bytes.restype, lib.stagemesh_codes_bytes.argtypes = size, [ctypes.POINTER(Linear)]
+    lib.stagemesh_pack_codes.restype = None
+    lib.stagemesh_pack_codes.argtypes = [
+        *(ctypes.POINTER(Linear), ctypes.c_int, ctypes.c_int, ctypes.POINTER(CodeRows), pointer)
+    ]
     lib.stagemesh_open.restype, lib.stagemesh_open.argtypes = pointer, [ctypes.POINTER(Shape), pointer]
     lib.stagemesh_close.restype, lib.stagemesh_close.argtypes = None, [pointer]
     lib.stagemesh_exchange_open.restype = pointer

@@ -553,7 +553,7 @@ extern "C" {
 int stagemesh_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
 
 // Whether bf16 linears use tiles on this processor.
@@ -561,6 +561,16 @@ int stagemesh_has_tiles() { return has_tiles(); }
 
 void stagemesh_pack(int dtype, const void* from, int n, int k, void* to) {
   dtype == kF32 ? pack<F32>(from, n, k, to) : pack<Bf16>(from, n, k, to);
+}
+
+// Returns the bytes of a quantized weight.
+size_t stagemesh_codes_bytes(const Linear* w) {
+  const Layout layout(*w);
+  return layout.order_bytes + w->panels() * layout.panel_bytes;
+}
+
+void stagemesh_pack_codes(const Linear* w, int first, int count, const CodeRows* rows, char* weights) {
+  pack_codes(*w, first, count, *rows, weights);
 }
 
 void* stagemesh_open(const Shape* shape, void* exchange) {

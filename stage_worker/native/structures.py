@@ -13,6 +13,8 @@ _Float = ctypes.c_float
 KINDS = {"Normalise": 0, "Multiply": 1, "Gather": 2, "Combine": 3, "Gate": 4, "Attend": 5, "Mix": 6, "MultiplyHeads": 7}
 """Kind of an operation -> its number."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES = {"int8": 1, "fp8": 2, "int4": 3, "fp4": 4, "nf4": 5}
+"""Kind of a quantized weight -> its number. Plain weights have 0."""
 SCORES = ("softmax", "sigmoid", "none")
 ACTIVATIONS = (*("none", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "softplus"),)
 """In the order of their numbers."""
@@ -44,9 +46,27 @@ class Shape(ctypes.Structure):
 
 
 class Linear(ctypes.Structure):
-    """A packed linear."""
+    """A packed linear. The fields behind `k` are those of a quantized weight (linear.h)."""
 
-    _fields_ = (("weights", _Pointer), ("bias", _Pointer), ("n", _Int), ("k", _Int))
+    _fields_ = (
+        ("weights", _Pointer),
+        ("bias", _Pointer),
+        ("n", _Int),
+        ("k", _Int),
+        ("codes", _Int),
+        ("group", _Int),
+        ("scale_type", _Int),
+        ("zeros", _Int),
+        ("zero", _Int),
+        ("row_scales", _Int),
+        ("ordered", _Int),
+    )
+
+
+class CodeRows(ctypes.Structure):
+    """Rows of a quantized weight that are to be packed."""
+
+    _fields_ = (("codes", _Pointer), ("scales", _Pointer), ("zeros", _Pointer), ("row_scales", _Pointer))
 
 
 class Place(ctypes.Structure):
