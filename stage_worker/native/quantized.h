@@ -5,9 +5,12 @@
 // result does not depend on other rows, on the number of rows that a kernel takes at once, or on the order within a block.
 #pragma once
 
+#include <optional>
+
 #include "activations.h"
 #include "codes.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace stagemesh {
 
@@ -113,13 +116,14 @@ inline void quantized_tile(const Activations& x, int first, const Linear& w, con
   const uint32_t* words = x.row(first);
   const Factor* factors = x.factors(first);
   const size_t stride = x.words * Planes, plane = x.words;
-  for (int r = 0; r < M; r++)
-    for (int half = 0; half < 2; half++) _mm512_store_ps(sums[r] + half * 16, _mm512_setzero_ps());
+  const bool has_zeros = w.zeros;
+  const size_t blocks = x.blocks;
+  __m512 total[M][2] = {};
   for (int g = 0; g < layout.groups; g++) {
     const __m512 scales[2] = {load_scales(at, w.scale_type, 0), load_scales(at, w.scale_type, 1)};
     at += layout.scale_bytes;
-    __m512 zeros[2];
-    if (w.zeros) {
+    __m512 zeros[2] = {};
+    if (has_zeros) {
       zeros[0] = load_scales(at, w.scale_type, 0), zeros[1] = load_scales(at, w.scale_type, 1);
       at += layout.scale_bytes;
     }
@@ -150,18 +154,21 @@ inline void quantized_tile(const Activations& x, int first, const Linear& w, con
       for (; lines > 0; lines--) line(0);
 #pragma GCC unroll 12
       for (int r = 0; r < M; r++) {
-        const Factor& factor = factors[(size_t)r * x.blocks];
+        const Factor& factor = factors[r * blocks];
+#pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
+#pragma GCC unroll 4
           for (int way = 1; way < kWays; way++) own[r][half][0] += own[r][half][way];
           __m512 sum = number(own[r][half][0]);
-          if (w.zeros) sum = _mm512_fnmadd_ps(zeros[half], _mm512_set1_ps(factor.sum), sum);
+          if (has_zeros) sum = _mm512_fnmadd_ps(zeros[half], _mm512_set1_ps(factor.sum), sum);
           const __m512 scale = _mm512_mul_ps(scales[half], _mm512_set1_ps(factor.scale));
-          float* to = sums[r] + half * 16;
-          _mm512_store_ps(to, _mm512_fmadd_ps(sum, scale, _mm512_load_ps(to)));
+          total[r][half] = _mm512_fmadd_ps(sum, scale, total[r][half]);
         }
       }
     }
   }
+  for (int r = 0; r < M; r++)
+    for (int half = 0; half < 2; half++) _mm512_store_ps(sums[r] + half * 16, total[r][half]);
 }
 
 template <int M>
@@ -176,10 +183,49 @@ inline void quantized_rows(const Activations& x, int first, const Linear& w, con
   }
 }
 
-// Not a template of `done`, so that all uses share the kernels.
+// Computes the sums of at most kMostRows rows. This is no template of `done`, so that all uses share the kernels.
 inline void quantized_rows(int count, const Activations& x, int first, const Linear& w, const Layout& layout,
                            const char* at, float (*sums)[kPanel]) {
   with_constant<kMostRows>(count, [&](auto M) { quantized_rows<M>(x, first, w, layout, at, sums); });
+}
+
+// fp8 goes by AMX tiles if the processor has them (tiles.h). This depends on the weight alone, not on the rows.
+inline bool quantized_by_tiles(const Activations& x, const Linear& w, const Layout& layout) {
+  return w.codes == kFp8 && x.planes == 1 && layout.last % kTileK == 0 && has_tiles();
+}
+
+// Computes sums[row][0..31] of one panel of fp8 for `count` rows. Each block is decoded once, and has the layout of
+// packed bf16 then.
+inline void fp8_panel_by_tiles(Tiles& tiles, const Activations& x, int count, const Linear& w, const Layout& layout,
+                               const char* at, float (*sums)[kPanel]) {
+  alignas(64) char columns[kBlock * kLine];
+  alignas(64) float own[2 * kTileRows][kPanel];
+  const Fp8Codes codes(w);
+  memset(sums, 0, count * sizeof *sums);
+  for (int g = 0, column = 0; g < layout.groups; g++) {
+    const __m512 scales[2] = {load_scales(at, w.scale_type, 0), load_scales(at, w.scale_type, 1)};
+    at += layout.scale_bytes;
+    for (int b = 0; b < layout.blocks; b++) {
+      const int width = layout.width(b);
+      for (int line = 0; line < layout.lines_of(width); line++, at += kLine) {
+        _mm_prefetch(at + kCodesAhead, _MM_HINT_T0);
+        __m512i left, right;
+        codes.columns(at, 0, left, right);
+        _mm512_store_si512(columns + line * 2 * kLine, left);
+        _mm512_store_si512(columns + line * 2 * kLine + kLine, right);
+      }
+      for (int first = 0; first < count; first += 2 * kTileRows) {
+        const int rows = std::min(count - first, 2 * kTileRows);
+        tile_rows(tiles, (const char*)x.row(first) + column * 2, rows, x.words * 4, columns, width, own);
+        for (int r = 0; r < rows; r++)
+          for (int half = 0; half < 2; half++) {
+            float* to = sums[first + r] + half * 16;
+            _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(own[r] + half * 16), scales[half], _mm512_load_ps(to)));
+          }
+      }
+      column += width;
+    }
+  }
 }
 
 // Calls done(row, panel, left, right) like `linear`.
@@ -187,28 +233,33 @@ template <class T, class Done>
 inline void quantized_linear(const typename T::Element* x, int m, const Linear& w, int first_panel, int last_panel,
                              Done& done, size_t stride) {
   static thread_local Activations activations;
-  alignas(64) float sums[kMostRows][kPanel];
+  alignas(64) float sums[kRowsAtOnce][kPanel];
   const Layout layout(w);
+  std::optional<Tiles> by_tiles;
   for (int chunk = 0; chunk < m; chunk += kRowsAtOnce) {
     const int rows = std::min(kRowsAtOnce, m - chunk), tiles = (rows + kMostRows - 1) / kMostRows;
     activations.take<T>(x + chunk * stride, rows, stride, w, layout);
+    if (!by_tiles && quantized_by_tiles(activations, w, layout)) by_tiles.emplace();
     for (int panel = first_panel; panel < last_panel; panel++) {
-      const char* at = layout.panel(w, panel);
-      const float* row_scales = (const float*)at;
-      for (int t = 0, first = 0; t < tiles; t++) {
-        const int count = rows / tiles + (t < rows % tiles);
-        quantized_rows(count, activations, first, w, layout, at + layout.row_scale_bytes, sums);
-        for (int r = 0; r < count; r++) {
-          __m512 halves[2];
-          for (int half = 0; half < 2; half++) {
-            const int column = panel * kPanel + half * 16;
-            halves[half] = _mm512_load_ps(sums[r] + half * 16);
-            if (w.row_scales) halves[half] = _mm512_mul_ps(halves[half], _mm512_loadu_ps(row_scales + half * 16));
-            if (w.bias) halves[half] = _mm512_add_ps(halves[half], _mm512_loadu_ps(w.bias + column));
-          }
-          done(chunk + first + r, panel, halves[0], halves[1]);
+      const char* row_scales = layout.panel(w, panel);
+      const char* at = row_scales + layout.row_scale_bytes;
+      if (by_tiles) {
+        fp8_panel_by_tiles(*by_tiles, activations, rows, w, layout, at, sums);
+      } else {
+        for (int t = 0, first = 0; t < tiles; t++) {
+          const int count = rows / tiles + (t < rows % tiles);
+          quantized_rows(count, activations, first, w, layout, at, sums + first);
+          first += count;
         }
-        first += count;
+      }
+      for (int r = 0; r < rows; r++) {
+        __m512 halves[2];
+        for (int half = 0; half < 2; half++) {
+          halves[half] = _mm512_load_ps(sums[r] + half * 16);
+          if (w.row_scales) halves[half] = _mm512_mul_ps(halves[half], load_scales(row_scales, kScaleF32, half));
+          if (w.bias) halves[half] = _mm512_add_ps(halves[half], _mm512_loadu_ps(w.bias + panel * kPanel + half * 16));
+        }
+        done(chunk + r, panel, halves[0], halves[1]);
       }
     }
   }

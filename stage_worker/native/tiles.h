@@ -45,6 +45,26 @@ struct alignas(64) TileShapes {
   }
 };
 
+// The tiles' shapes. They are set only when they change, and released at the end.
+class Tiles {
+ public:
+  // Sets them for `count` rows, 1 to 32.
+  void shape(int count) {
+    const int upper = std::min(count, kTileRows), lower = std::max(1, count - kTileRows);
+    if (upper == upper_ && lower == lower_) return;
+    upper_ = upper, lower_ = lower;
+    const TileShapes shapes(upper, lower);
+    // This is not the intrinsic: some compilers assume that it reads eight bytes.
+    asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
+  }
+  Tiles() = default;
+  Tiles(const Tiles&) = delete;
+  ~Tiles() { _tile_release(); }
+
+ private:
+  int upper_ = 0, lower_ = 0;
+};
+
 // Computes sums[row][0..31] of up to 32 rows and one panel. `Both`: there are more than 16 rows.
 template <bool Both>
 inline void tile_panel(const char* x, size_t row_bytes, const char* columns, int k, float (*sums)[32]) {
@@ -77,12 +97,19 @@ inline void tile_panel(const char* x, size_t row_bytes, const char* columns, int
   }
 }
 
+inline void tile_rows(Tiles& tiles, const char* x, int count, size_t row_bytes, const char* columns, int k,
+                      float (*sums)[32]) {
+  tiles.shape(count);
+  count > kTileRows ? tile_panel<true>(x, row_bytes, columns, k, sums)
+                    : tile_panel<false>(x, row_bytes, columns, k, sums);
+}
+
 // Calls done(row, panel, left, right) like `linear` for w.k divisible by kTileK.
 template <class Linear, class Done>
 inline void linear_by_tiles(const void* from, int m, const Linear& w, int first_panel, int last_panel, Done& done,
                             size_t row_bytes) {
   alignas(64) float sums[2 * kTileRows][32];
-  int upper = 0, lower = 0;
+  Tiles tiles;
   for (int chunk = 0; chunk < m; chunk += kChunkRows) {
     const int end = std::min(m, chunk + kChunkRows);
     for (int panel = first_panel; panel < last_panel; panel++) {
@@ -94,23 +121,13 @@ inline void linear_by_tiles(const void* from, int m, const Linear& w, int first_
       const char* columns = w.weights + (size_t)panel * w.k * 64;
       for (int first = chunk; first < end; first += 2 * kTileRows) {
         const int count = std::min(end - first, 2 * kTileRows);
-        const int above = std::min(count, kTileRows), below = std::max(1, count - kTileRows);
-        if (above != upper || below != lower) {
-          upper = above, lower = below;
-          const TileShapes shapes(upper, lower);
-          // This is not the intrinsic: some compilers assume that it reads eight bytes.
-          asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
-        }
-        const char* x = (const char*)from + first * row_bytes;
-        count > kTileRows ? tile_panel<true>(x, row_bytes, columns, w.k, sums)
-                          : tile_panel<false>(x, row_bytes, columns, w.k, sums);
+        tile_rows(tiles, (const char*)from + first * row_bytes, count, row_bytes, columns, w.k, sums);
         for (int r = 0; r < count; r++)
           done(first + r, panel, _mm512_add_ps(_mm512_load_ps(sums[r]), left),
                _mm512_add_ps(_mm512_load_ps(sums[r] + 16), right));
       }
     }
   }
-  _tile_release();
 }
 
 }  // namespace stagemesh
