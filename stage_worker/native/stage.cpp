@@ -549,7 +549,7 @@ struct EngineOf final : Engine {
 
 extern "C" {
 
-// Whether this processor has the instructions that the kernels use.
+// Whether this processor has the instructions that the kernels use. All that have AVX512-BF16 have AVX512-VNNI.
 int stagemesh_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

@@ -95,7 +95,7 @@ def pack(given: Given, step: int = 0) -> tuple[structures.Linear, Tensor]:
     n = len(given.codes)
     linear = quantized_linear(given, n)
     memory = quantized_panels(linear)
-    memory.fill_(255)  # Everything is written, or it would be used.
+    memory.fill_(255 - step)  # All of it is written, that of missing rows too.
     for first in range(0, n, step or n):
         pack_quantized(linear, given.rows(first, min(n, first + (step or n))), first, memory)
     linear.weights = memory.data_ptr()
@@ -137,12 +137,18 @@ def multiply_layer(linear: structures.Linear, x: Tensor, threads: int = 1) -> Te
     operation = structures.Operation(
         kind=structures.KINDS["Multiply"], source=place(0, 0, k), to=place(0, k, n), factor=1.0, linear=linear
     )
+    run_layer(operation, hidden, threads)
+    return hidden[:, k : k + n].clone()
+
+
+def run_layer(operation: structures.Operation, hidden: Tensor, threads: int = 1) -> None:
+    """Runs one operation over hidden states [T, H], in place."""
+    m = len(hidden)
     arrays = [array("i", values) for values in ([0], [m], [0], range(m // 16 + 1))]
     step = ops.Step(1, m, *[a.buffer_info()[0] for a in arrays], 0)
-    run = engine(x.dtype == torch.bfloat16, hidden.shape[1], threads)
+    run = engine(hidden.dtype == torch.bfloat16, hidden.shape[1], threads)
     run.begin(step)
     run.run((structures.Operation * 1)(operation), hidden.data_ptr())
-    return hidden[:, k : k + n].clone()
 
 
 def most(given: Given, x: Tensor) -> Tensor:
@@ -287,6 +293,47 @@ def test_rows_can_be_packed_some_at_a_time_and_stay_in_their_bits(kind: str) -> 
     assert torch.equal(whole, parts)
     stored = given.codes.nbytes + given.scales.nbytes + 150 * 4
     assert whole.nbytes == 512 * 4 + stored * 160 // 150
+
+
+@pytest.mark.parametrize("kind", structures.CODES)
+def test_experts_follow_each_other(kind: str) -> None:
+    """A mixture gives what it gives over the same values in fp32."""
+    count, hidden, width, m = 5, 96, 48, 9
+    own = {"row_scale": True, "order": True}
+    gate_up = [replace(make(kind, 2 * width, hidden, 32, **own), scales=torch.rand(96, 3) / 50) for _ in range(count)]
+    down = [replace(make(kind, hidden, width, 16, **own), scales=torch.rand(96, 3) / 50) for _ in range(count)]
+
+    def plain(experts: list[Given]) -> tuple[structures.Linear, Tensor]:
+        values = [given.values().float() for given in experts]
+        memory = torch.stack([ops.panels(*weight.shape, torch.float32) for weight in values])
+        for weight, at in zip(values, memory, strict=True):
+            ops.pack(weight, at)
+        return structures.Linear(memory.data_ptr(), None, *values[0].shape), memory
+
+    def quantized(experts: list[Given]) -> tuple[structures.Linear, Tensor]:
+        linear, first = pack(experts[0])
+        memory = torch.stack([first, *[pack(given)[1] for given in experts[1:]]])
+        linear.weights = memory.data_ptr()
+        return linear, memory
+
+    x = torch.randn(m, hidden + count + hidden, generator=torch.Generator().manual_seed(6))
+    results = []
+    for weights in (plain, quantized):
+        (first, first_memory), (second, second_memory) = weights(gate_up), weights(down)
+        router = structures.Router(experts=count, used=2, scores=0, groups=1, normalise=1, factor=1.0)
+        each = first_memory[0].nbytes, second_memory[0].nbytes
+        operation = structures.Operation(
+            kind=structures.KINDS["Mix"],
+            activation=structures.ACTIVATIONS.index("silu"),
+            source=structures.Place(0, 0, hidden),
+            other=structures.Place(0, hidden, count),
+            to=structures.Place(0, hidden + count, hidden),
+            mixture=structures.Mixture(router, first, second, width, 0, *each),
+        )
+        states = x.clone()
+        run_layer(operation, states)
+        results.append(states[:, hidden + count :])
+    assert (results[0] - results[1]).abs().max() < 1e-3 * results[0].abs().max()
 
 
 def test_combinations_without_a_kernel_are_refused() -> None:
