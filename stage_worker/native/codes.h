@@ -93,13 +93,21 @@ inline void line(int codes, const uint32_t (&units)[kPanel], uint16_t* out) {
   }
 }
 
+// Whether one of the fp8 codes is NaN.
+inline bool has_nan(const uint8_t* codes, size_t count) {
+  bool found = false;
+  for (size_t i = 0; i < count; i++) found |= (codes[i] & 0x7f) == 0x7f;
+  return found;
+}
+
 }  // namespace packing
 
 // Packs `count` rows, from row `first` (a multiple of kPanel) on, into the memory of a whole weight. The rest of the
-// last panel is zero.
-inline void pack_codes(const Linear& w, int first, int count, const CodeRows& from, char* weights) {
+// last panel is zero. Returns whether all codes are numbers.
+inline bool pack_codes(const Linear& w, int first, int count, const CodeRows& from, char* weights) {
   const Layout layout(w);
   const int row_bytes = (w.k * layout.bits + 7) / 8, scale_size = (int)layout.scale_bytes / kPanel;
+  if (w.codes == kFp8 && packing::has_nan(from.codes, (size_t)count * row_bytes)) return false;
   for (int start = 0; start < count; start += kPanel) {
     const int rows = std::min(kPanel, count - start);
     char* out = weights + layout.order_bytes + (first + start) / kPanel * layout.panel_bytes;
@@ -126,6 +134,7 @@ inline void pack_codes(const Linear& w, int first, int count, const CodeRows& fr
       }
     }
   }
+  return true;
 }
 
 }  // namespace stagemesh

@@ -57,7 +57,6 @@ def library() -> ctypes.CDLL | None:
     lib.stagemesh_pack.restype = None
     lib.stagemesh_pack.argtypes = [ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int, pointer]
     lib.stagemesh_codes_bytes.restype, lib.stagemesh_codes_bytes.argtypes = size, [ctypes.POINTER(Linear)]
-    lib.stagemesh_pack_codes.restype = None
     lib.stagemesh_pack_codes.argtypes = [
         *(ctypes.POINTER(Linear), ctypes.c_int, ctypes.c_int, ctypes.POINTER(CodeRows), pointer)
     ]

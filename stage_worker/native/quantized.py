@@ -68,6 +68,13 @@ def quantized_linear(rows: Rows, n: int) -> Linear:
         raise NoKernel(f"{rows.scales.shape[1]} scales a row for {columns} columns in groups of {rows.group}")
     if rows.zeros is not None and rows.kind not in ("int8", "int4"):
         raise NoKernel(f"quantized weights of kind {rows.kind} cannot have zeros")
+    if isinstance(rows.zeros, Tensor) and (rows.zeros.dtype, rows.zeros.shape) != (
+        rows.scales.dtype,
+        rows.scales.shape,
+    ):
+        raise NoKernel(f"zeros are {rows.zeros.dtype} {list(rows.zeros.shape)}, not like the scales")
+    if rows.row_scale is not None and rows.row_scale.dtype != torch.float32:
+        raise NoKernel(f"row scales are {rows.row_scale.dtype}, the kernels need fp32")
     zero = _common_zero(rows)
     return Linear(
         n=n,
@@ -100,8 +107,6 @@ def pack_quantized(linear: Linear, rows: Rows, first: int, out: Tensor) -> None:
     own.weights, own.bias = linear.weights, linear.bias
     if bytes(own) != bytes(linear) or first % ops.PANEL or first + len(rows.codes) > linear.n:
         raise InternalError(f"rows {first} to {first + len(rows.codes)} are not packed as the linear's other rows")
-    if rows.kind == "fp8" and ((rows.codes & 127) == 127).any():
-        raise CheckpointError("an fp8 weight is NaN: the checkpoint is damaged")
     scales = rows.scales.contiguous()
     offsets = None
     if linear.zeros:
@@ -112,7 +117,11 @@ def pack_quantized(linear: Linear, rows: Rows, first: int, out: Tensor) -> None:
         out[: linear.k * 4].view(torch.int32).copy_(rows.order)
     codes, row_scale = rows.codes.contiguous(), None if rows.row_scale is None else rows.row_scale.contiguous()
     source = CodeRows(codes.data_ptr(), scales.data_ptr(), _address(offsets), _address(row_scale))
-    ops.loaded().stagemesh_pack_codes(ctypes.byref(linear), first, len(codes), ctypes.byref(source), out.data_ptr())
+    packed = ops.loaded().stagemesh_pack_codes(
+        ctypes.byref(linear), first, len(codes), ctypes.byref(source), out.data_ptr()
+    )
+    if not packed:
+        raise CheckpointError("an fp8 weight is NaN: the checkpoint is damaged")
 
 
 def _common_zero(rows: Rows) -> int | None:

@@ -569,8 +569,9 @@ size_t stagemesh_codes_bytes(const Linear* w) {
   return layout.order_bytes + w->panels() * layout.panel_bytes;
 }
 
-void stagemesh_pack_codes(const Linear* w, int first, int count, const CodeRows* rows, char* weights) {
-  pack_codes(*w, first, count, *rows, weights);
+// Returns 0 if a code is not a number.
+int stagemesh_pack_codes(const Linear* w, int first, int count, const CodeRows* rows, char* weights) {
+  return pack_codes(*w, first, count, *rows, weights);
 }
 
 void* stagemesh_open(const Shape* shape, void* exchange) {

@@ -344,6 +344,8 @@ def test_combinations_without_a_kernel_are_refused() -> None:
         (replace(good, kind="int3"), "int3"),
         (replace(good, scales=good.scales.double()), "float64"),
         (replace(good, group=100), "groups of 100"),
+        (replace(good, row_scale=torch.ones(32).half()), "float16"),
+        (replace(good, kind="int8", zeros=zeros.float()), "like the scales"),
     ):
         with pytest.raises(NoKernel, match=why):
             quantized_linear(bad, 32)
