@@ -93,7 +93,7 @@ class Linears:
         self._widths = array("i", [k, n])
         self._engine = ops.StageEngine(
             structures.Shape(
-                is_bf16=True,
+                dtype=1,
                 hidden=k,
                 page_size=16,
                 widths=self._widths.buffer_info()[0],

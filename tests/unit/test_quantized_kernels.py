@@ -115,7 +115,7 @@ def inputs(m: int, k: int, seed: int = 1) -> Tensor:
 
 def engine(bf16: bool, hidden: int, threads: int = 1) -> ops.StageEngine:
     return ops.StageEngine(
-        structures.Shape(is_bf16=bf16, hidden=hidden, page_size=16, buffers=1, threads=threads, tp_size=1)
+        structures.Shape(dtype=int(bf16), hidden=hidden, page_size=16, buffers=1, threads=threads, tp_size=1)
     )
 
 
