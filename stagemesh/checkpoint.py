@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
-from stagemesh.models.quantization import refuse_quantized
+from stagemesh.models.quantization import quantization_of
+from stagemesh.models.quantized_tensors import as_weights, refuse_unnamed
 from stagemesh.models.support import longest_sequence
 from stagemesh.safetensors_header import StoredTensor, read_header, read_raw_header
 
@@ -47,6 +48,8 @@ class Part:
     parameters: int = 0
     flops_per_token: float = 0.0
     """Twice the number of parameters that are multiplied for one token. Only the experts that a token uses count."""
+    stored_bytes: int = 0
+    """Bytes of its tensors in the files, which are fewer than its parameters' if they are quantized. 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +166,13 @@ def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> Che
     """
     folder = Path(model_dir)
     configs = read_configs(folder)
-    refuse_quantized(folder, configs)
+    quantization = quantization_of(folder, configs)
     config = _Config(configs[CONFIG], folder / CONFIG)
     if load_format == "dummy":
         return config.info(_estimated(config), config.dtype or "float32", tied=config.tied)
     tensors = {name: tensor for name, tensor in _stored(folder).items() if not FOREIGN.search(name)}
-    refuse_quantized(folder, configs, tensors.items())
+    tensors = as_weights(quantization, tensors)
+    refuse_unnamed(folder, tensors.items())
     sizes = Counter[str]()
     for tensor in tensors.values():
         if tensor.dtype in STORED_DTYPE:
@@ -195,8 +199,9 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
 def fingerprint(model_dir: str | os.PathLike[str], load_format: str = "auto") -> str:
     """Returns a SHA-256 (hex) that identifies a revision of a checkpoint. It is the same on every machine.
 
-    The hash covers config.json, tokenizer.json and the index. For each weight file it covers the header, the size and
-    up to 64 blocks of 4 KiB, each from the middle of a tensor. With dummy weights it covers only config.json.
+    The hash covers config.json, tokenizer.json, hf_quant_config.json and the index. For each weight file it covers the
+    header, the size and up to 64 blocks of 4 KiB, each from the middle of a tensor. With dummy weights it covers only
+    config.json.
     """
     folder = Path(model_dir)
     read_config(folder)
@@ -209,7 +214,7 @@ def fingerprint(model_dir: str | os.PathLike[str], load_format: str = "auto") ->
     add("config.json", (folder / "config.json").read_bytes())
     if load_format == "dummy":
         return digest.hexdigest()
-    for name in ("tokenizer.json", INDEX):
+    for name in ("tokenizer.json", MODELOPT, INDEX):
         if (folder / name).is_file():
             add(name, (folder / name).read_bytes())
     for path in weight_files(folder):
@@ -317,7 +322,7 @@ def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor])
     They are if only one is stored. transformers uses both if both are, whatever tie_word_embeddings says.
     """
     embedding, head = config.num_layers, config.num_layers + 1
-    parameters, flops = Counter[int](), Counter[int]()
+    parameters, flops, stored = Counter[int](), Counter[int](), Counter[int]()
     tables: dict[int, int] = {}
     for name, tensor in tensors.items():
         count = tensor.parameters
@@ -337,6 +342,7 @@ def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor])
                 tables[place] = count
         parameters[place] += count
         flops[place] += work
+        stored[place] += tensor.nbytes
     missing = [str(layer) for layer in range(config.num_layers) if layer not in parameters]
     if missing:
         raise CheckpointError(
@@ -352,4 +358,7 @@ def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor])
         table = max(tables.values(), default=0)
         parameters[place] += table
         flops[place] += 2 * table if place == head else 0
-    return [Part(parameters[place], float(flops[place])) for place in range(head + 1)], len(tables) < 2
+        stored[place] += max(
+            (t.nbytes for name, t in tensors.items() if EMBEDDING.search(name) or HEAD.search(name)), default=0
+        )
+    return [Part(parameters[place], float(flops[place]), stored[place]) for place in range(head + 1)], len(tables) < 2

@@ -19,7 +19,7 @@ from typing_extensions import Buffer
 
 from stagemesh.checkpoint import FOREIGN, LAYER, read_configs, weight_map
 from stagemesh.errors import CheckpointError
-from stagemesh.models.quantization import refuse_quantized
+from stagemesh.models.quantized_tensors import refuse_unnamed
 from stagemesh.safetensors_header import StoredTensor, read_header
 
 from ..kv.memory import Scratch, zeros
@@ -35,6 +35,8 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "BOOL": torch.bool,
 }
 _READ_BYTES = 32 << 20
@@ -50,15 +52,15 @@ class Checkpoint:
     """A folder with `model.safetensors`, or an index and its files. A file's header is read with its first tensor."""
 
     def __init__(self, model_dir: str | Path) -> None:
-        """Raises CheckpointError if it is not clear which files are meant, UnsupportedModel for quantized weights."""
+        """Raises CheckpointError if it is not clear which files are meant."""
         self.model_dir = Path(model_dir)
         self.tensor_bytes_read = 0
         """Bytes of tensor data read so far, without the parts of rows that were not requested."""
         self._scratch = Scratch()
         self._headers: dict[Path, dict[str, StoredTensor]] = {}
         self._files = weight_map(self.model_dir)
-        self._configs = read_configs(self.model_dir)
-        refuse_quantized(self.model_dir, self._configs, dict.fromkeys(self._files).items())
+        self.configs = read_configs(self.model_dir)
+        """The files that describe the model and its quantization, by name."""
 
     @property
     def names(self) -> list[str]:
@@ -87,7 +89,12 @@ class Checkpoint:
         return _DTYPES[stored]
 
     def check_use(
-        self, used: Collection[str], known: Collection[str], layers: Collection[int], ignored: str = ""
+        self,
+        used: Collection[str],
+        known: Collection[str],
+        layers: Collection[int],
+        ignored: str = "",
+        packed: Collection[str] = (),
     ) -> None:
         """Checks what a shard makes of its part of the checkpoint: a tensor that it does not use is never just ignored.
 
@@ -96,12 +103,13 @@ class Checkpoint:
             known: the tensors that it or other stages use.
             layers: the decoder layers that it reads.
             ignored: a pattern of further names that are harmless.
+            packed: those of `used` that are tensors of quantized weights.
 
         Raises:
-            UnsupportedModel: a tensor that it reads is quantized.
+            UnsupportedModel: another tensor that it reads is quantized.
             CheckpointError: it would not use a tensor of its layers, or of a module from which it reads others.
         """
-        refuse_quantized(self.model_dir, self._configs, ((name, self.info(name)) for name in used))
+        refuse_unnamed(self.model_dir, ((name, self.info(name)) for name in used if name not in packed))
         harmless = re.compile(f"{_HARMLESS}|{ignored}" if ignored else _HARMLESS)
         modules = {name.rpartition(".")[0] for name in used}
         unused = []
@@ -145,22 +153,25 @@ class Checkpoint:
         self.read_into(out, name, cut)
         return out
 
-    def read_into(self, out: torch.Tensor, name: str, cut: Cut = WHOLE, start: int = 0) -> None:
+    def read_into(
+        self, out: torch.Tensor, name: str, cut: Cut = WHOLE, start: int = 0, shape: tuple[int, ...] | None = None
+    ) -> None:
         """Fills `out` with rows of one tensor, or of a part of it, from row `start` on.
 
         `out` is contiguous. It may have another dtype than the file, and be on another device. A read needs no memory
-        beside `out` but a buffer of `_BLOCK_BYTES`, or of one row.
+        beside `out` but a buffer of `_BLOCK_BYTES`, or of one row. `shape` is another view of the tensor's elements, of
+        which `cut` and `start` then are.
 
         Raises:
             CheckpointError: the file ends early or cannot be read, or its tensor is smaller than the cut.
         """
-        shape = self.info(name).shape or (1,)
+        shape = shape or self.info(name).shape or (1,)
         if cut.dim is not None and cut.ranges[-1][1] > shape[cut.dim]:
             raise CheckpointError(f"tensor {name!r} has shape {list(shape)}, too small for its model's config")
         with _open(self._files[name]) as file:
             if cut.dim is not None and 0 < cut.dim == len(shape) - 1:
                 first = start * math.prod(shape[1:-1])
-                self._read_columns(file.fileno(), name, out.view(-1, out.shape[-1]), first, cut)
+                self._read_columns(file.fileno(), name, out.view(-1, out.shape[-1]), first, cut, shape[-1])
             else:
                 flat, at = out.view(-1), 0
                 for first, count in _runs(shape, cut, start, len(out) if out.dim() else 1):
@@ -195,9 +206,9 @@ class Checkpoint:
             self._pread(fd, name, block, first + at)
             part.copy_(block)
 
-    def _read_columns(self, fd: int, name: str, out: torch.Tensor, first: int, cut: Cut) -> None:
-        """Fills `out` [n, width] with the cut's columns of the rows from `first` on. Whole rows are read."""
-        dtype, width = self.dtype(name), self.info(name).shape[-1]
+    def _read_columns(self, fd: int, name: str, out: torch.Tensor, first: int, cut: Cut, width: int) -> None:
+        """Fills `out` with the cut's columns of the rows from `first` on. Whole rows of `width` elements are read."""
+        dtype = self.dtype(name)
         step = max(1, _BLOCK_BYTES // (width * dtype.itemsize))
         for at in range(0, len(out), step):
             part = out[at : at + step]

@@ -1,117 +1,236 @@
-"""Tells whether the weights of a checkpoint are quantized, and by which method: from its configuration, and from the
-names and types of its tensors. Pure.
+"""Reads from a checkpoint's configuration how its weights are quantized. Pure.
 
-This is the one place that decides it. Nothing quantized is served yet, so whoever reads a checkpoint calls
-`refuse_quantized`.
+What is not known is refused by name: a method, or a setting of a method from which other weights would follow. Settings
+of activations are not read: weights are used as weights only, whatever their authors did to activations.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stagemesh.errors import UnsupportedModel
-from stagemesh.safetensors_header import StoredTensor
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_NEVER_WEIGHTS = frozenset({"BOOL", "I64", "U64"})
-"""Types of masks, indices and shapes. No method stores weights as these."""
+Format = Literal["scaled", "pack-quantized", "gptq", "awq", "mxfp4", "fp4", "bnb-4bit", "bnb-int8", "torchao"]
+"""How one linear is stored. Most methods have one format, and some formats belong to several methods."""
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 """transformers' key; that of earlier compressed-tensors; that of MLX, and of ModelOpt in hf_quant_config.json."""
 
-_MARKS = (
-    (r"\.weight_scale_inv", "FP8 by blocks"),
-    (r"\.weight_scale_2", "NVFP4"),
-    (r"\.weight_(?:packed|global_scale|shape)", "compressed-tensors"),
-    (r"_proj_(?:blocks|scales)", "MXFP4"),
-    (r"\.(?:weight_)?g_idx", "GPTQ"),
-    (r"\.q(?:weight|zeros)", "GPTQ or AWQ"),
-    (r"\.(?:SCB|weight_format)", "bitsandbytes INT8"),
-    (r"\.(?:nested_)?(?:absmax|quant_map)|\.quant_state\..+", "bitsandbytes with 4 bits"),
-    (r"\.(?:_weight_qdata|_weight_scale|_weight_zero_point)", "torchao"),
-    (r"\.(?:codes|codebooks)", "AQLM"),
-    (
-        r"\.(?:weight_scales?|weight_zero_point|(?:in|out)put_scale|(?:in|out)put_zero_point|activation_scale|scales|zeros)",
-        "weights with scales",
-    ),
-    (r"\.[qkv]_(?:scale|zero_point)|\.kv_cache_scale", "a quantized KV cache"),
-)
-"""Ends of names of the tensors that each method stores beside its weights, the most telling first."""
-_MARK = re.compile("|".join(f"({pattern})$" for pattern, _ in _MARKS))
-_TYPES = {"I8": "INT8", "F8_E4M3": "FP8", "F8_E5M2": "FP8"}
-
 
 @dataclass(frozen=True)
-class Quantized:
-    """That and how weights are quantized."""
+class Quantization:
+    """How the weights of a checkpoint are quantized."""
 
     method: str
-    """The method, as the configuration names it, or as the tensors look."""
+    """The method, as the configuration names it."""
     sign: str
-    """Where that shows: a key of a file, or a tensor."""
+    """Where it says so."""
+    formats: frozenset[Format]
+    """The formats that its linears may have."""
+    bits: int = 8
+    """Bits of a weight, unless `bits_of` says otherwise."""
+    bits_of: tuple[tuple[str, int], ...] = ()
+    """(module name, `re:` and a pattern, or class) -> bits of its weights, the first match counts."""
+    block: tuple[int, int] | None = None
+    """Rows and columns that share a scale, if scales are for blocks."""
+    symmetric: bool = False
+    """Whether the code of zero is the middle of all codes, whatever is stored."""
+    zero_offset: int = 0
+    """What is to be added to a stored zero point."""
+
+    def bits_in(self, linear: str) -> int:
+        """Returns the bits of a linear's weights. `linear` is the name of the module."""
+        for target, bits in self.bits_of:
+            pattern = target[3:] if target.startswith("re:") else rf"(.+\.)?{re.escape(target)}$"
+            if target == "Linear" or re.match(pattern, linear):
+                return bits
+        return self.bits
 
 
-def quantized(
-    configs: Mapping[str, Mapping[str, Any]], tensors: Iterable[tuple[str, StoredTensor | None]] = ()
-) -> Quantized | None:
-    """Returns how the weights are quantized, or None if they are not.
+class _Refused(Exception):
+    """A setting that is not known, as text."""
+
+
+def quantization_of(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> Quantization | None:
+    """Returns how the weights are quantized, or None if the configuration does not say that they are.
 
     Args:
+        folder: the checkpoint's, for errors.
         configs: the files that may say it, by name (`read_configs`).
-        tensors: names of tensors, with their types where they are known.
+
+    Raises:
+        UnsupportedModel: the method, or one of its settings, is not known. The error names it.
     """
+    for sign, settings in _found(configs):
+        method = _method(settings)
+        if method is None:
+            continue  # ModelOpt quantized the KV cache alone.
+        read = _METHODS.get(method)
+        if read is None:
+            raise refused(folder, f"{method}: {sign}", f"methods that are known: {', '.join(sorted(_METHODS))}")
+        try:
+            return read(method, sign, settings)
+        except _Refused as e:
+            raise refused(folder, f"{method}: {sign}", f"{e} is not known") from e
+        except (TypeError, ValueError, KeyError, AttributeError) as e:
+            raise refused(folder, f"{method}: {sign}", f"its settings cannot be read: {e!r}") from e
+    return None
+
+
+def refused(folder: Path, what: str, why: str) -> UnsupportedModel:
+    """Returns the error for quantized weights that cannot be served."""
+    return UnsupportedModel(
+        f"{folder}: its weights are quantized ({what}), which cannot be served: {why}; use the checkpoint in bfloat16, "
+        "float16 or float32, or one that docs/models.md lists"
+    )
+
+
+def _found(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for file, content in configs.items():
-        if (found := _of_config(file, content)) is not None:
-            return found
-    first, sign = len(_MARKS), ""
-    of_type: tuple[str, str] | None = None
-    for name, tensor in tensors:
-        if (mark := _MARK.search(name)) and (mark.lastindex or 0) - 1 < first:
-            first, sign = (mark.lastindex or 0) - 1, name
-        if of_type is None and tensor is not None and _is_quantized_type(tensor):
-            of_type = name, tensor.dtype
-    if sign:
-        return Quantized(_MARKS[first][1], f"tensor {sign!r}")
-    if of_type is not None:
-        name, dtype = of_type
-        return Quantized(_TYPES.get(dtype, "packed numbers"), f"tensor {name!r} of type {dtype}")
-    return None
+        nested = content.get("text_config")
+        for part in (content, nested if isinstance(nested, dict) else {}):
+            for key in _CONFIG_KEYS:
+                if value := part.get(key):
+                    yield f"{key} in {file}", value if isinstance(value, dict) else {}
 
 
-def _of_config(file: str, content: Mapping[str, Any]) -> Quantized | None:
-    nested = content.get("text_config")
-    for part in (content, nested if isinstance(nested, dict) else {}):
-        for key in _CONFIG_KEYS:
-            if value := part.get(key):
-                value = value if isinstance(value, dict) else {}
-                method = value.get("quant_method") or value.get("quant_algo")
-                if method is None and "quant_algo" in value:
-                    continue  # ModelOpt quantized the KV cache alone.
-                if method is None and (value.get("load_in_4bit") or value.get("load_in_8bit")):
-                    method = "bitsandbytes"
-                return Quantized(str(method or "a method without a name"), f"{key} in {file}")
-    return None
+def _method(settings: Mapping[str, Any]) -> str | None:
+    method = settings.get("quant_method")
+    if method is None and "quant_algo" in settings:
+        return "modelopt" if settings["quant_algo"] else None
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        return "bitsandbytes"
+    return str(method or "a method without a name")
 
 
-def _is_quantized_type(tensor: StoredTensor) -> bool:
-    """Whether only quantized weights have this type. A vector of integers may be something else, such as indices."""
-    if tensor.dtype in FLOATS or tensor.dtype in _NEVER_WEIGHTS:
-        return False
-    return tensor.dtype.startswith("F") or len(tensor.shape) > 1
+def _one_of(settings: Mapping[str, Any], key: str, *known: object, default: object = None) -> Any:
+    """Returns a setting. Raises _Refused if it is none of the known values."""
+    value = settings.get(key)
+    value = default if value is None else value
+    if isinstance(value, str):
+        value = value.lower()
+    if value not in known:
+        raise _Refused(f"{key} {value!r}")
+    return value
 
 
-def refuse_quantized(
-    folder: Path,
-    configs: Mapping[str, Mapping[str, Any]],
-    tensors: Iterable[tuple[str, StoredTensor | None]] = (),
-) -> None:
-    """Raises UnsupportedModel if the weights are quantized. It names the tensor and the method. See `quantized`."""
-    found = quantized(configs, tensors)
-    if found is not None:
-        raise UnsupportedModel(
-            f"{folder}: its weights are quantized ({found.method}: {found.sign}), which cannot be served yet; use the "
-            "checkpoint in bfloat16, float16 or float32"
-        )
+def _nothing(settings: Mapping[str, Any], *keys: str) -> None:
+    """Raises _Refused if one of these settings is given."""
+    for key in keys:
+        if settings.get(key):
+            raise _Refused(f"{key} {settings[key]!r}")
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    rows, columns = map(int, value)
+    return rows, columns
+
+
+def _fp8(method: str, sign: str, settings: Mapping[str, Any]) -> Quantization:
+    _one_of(settings, "fmt", "e4m3", "float8_e4m3fn", None)
+    _one_of(settings, "expert_dtype", "fp8", None)
+    return Quantization(method, sign, frozenset({"scaled"}), block=_pair(settings.get("weight_block_size")))
+
+
+def _compressed_tensors(method: str, sign: str, settings: Mapping[str, Any]) -> Quantization:
+    formats: dict[str | None, Format] = {
+        "int-quantized": "scaled", "float-quantized": "scaled", "naive-quantized": "scaled",
+        "pack-quantized": "pack-quantized", "nvfp4-pack-quantized": "fp4", "mxfp4-pack-quantized": "fp4",
+    }  # fmt: skip
+    _nothing(settings, "transform_config")
+    _one_of(settings.get("sparsity_config") or {}, "format", "dense", default="dense")
+    whole = _one_of(settings, "format", *formats, "mixed-precision")
+    used, bits_of, block = set[Format](), list[tuple[str, int]](), None
+    for group in settings["config_groups"].values():
+        weights = group.get("weights")
+        if weights is None:
+            continue
+        used.add(formats[_one_of(group, "format", *formats, default=whole)])
+        kind, bits = _one_of(weights, "type", "int", "float", default="int"), int(weights.get("num_bits", 8))
+        if bits not in (4, 8):
+            raise _Refused(f"num_bits {bits}")
+        strategies = ("tensor", "channel", "group", "block", "tensor_group", None)
+        if _one_of(weights, "strategy", *strategies) == "block" and "block_structure" in weights:
+            block = _pair(weights["block_structure"])
+        if kind == "float" and bits == 4 and weights.get("group_size") not in (16, 32):
+            raise _Refused(f"group_size {weights.get('group_size')} of float weights with 4 bits")
+        bits_of += [(str(target), bits) for target in group.get("targets", ["Linear"])]
+    if not bits_of:
+        raise _Refused("a configuration without a group of weights")
+    # Targets that name a module come before those that name a class.
+    bits_of.sort(key=lambda entry: entry[0] == "Linear")
+    return Quantization(method, sign, frozenset(used), bits_of[0][1], tuple(bits_of), block)
+
+
+def _gptq(method: str, sign: str, settings: Mapping[str, Any]) -> Quantization:
+    version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    _one_of({"checkpoint_format": version}, "checkpoint_format", "gptq", "gptq_v2")
+    _nothing(settings, "is_marlin_format", "adapter", "rotation")
+    bits = _one_of(settings, "bits", 4, 8)
+    return Quantization(
+        method,
+        sign,
+        frozenset({"gptq"}),
+        bits,
+        symmetric=bool(settings.get("sym", True)),
+        zero_offset=1 if str(version).lower() == "gptq" else 0,
+    )
+
+
+def _awq(method: str, sign: str, settings: Mapping[str, Any]) -> Quantization:
+    version = settings.get("version") or settings.get("format") or "gemm"
+    _one_of({"version": version}, "version", "gemm")
+    bits = settings.get("bits", settings.get("w_bit"))
+    return Quantization(method, sign, frozenset({"awq"}), _one_of({"bits": bits}, "bits", 4, default=4))
+
+
+def _mxfp4(method: str, sign: str, settings: Mapping[str, Any]) -> Quantization:
+    return Quantization(method, sign, frozenset({"mxfp4"}), 4)
+
+
+def _modelopt(method: str, sign: str, settings: Mapping[str, Any]) -> Quantization:
+    algorithm = _one_of(settings, "quant_algo", "fp8", "fp8_per_channel_per_token", "fp8_pb_wo", "nvfp4")
+    if algorithm == "nvfp4":
+        return Quantization(f"{method} NVFP4", sign, frozenset({"fp4", "scaled"}), 4)
+    block = (128, 128) if algorithm == "fp8_pb_wo" else None
+    return Quantization(f"{method} FP8", sign, frozenset({"scaled"}), block=block)
+
+
+def _bitsandbytes(method: str, sign: str, settings: Mapping[str, Any]) -> Quantization:
+    if settings.get("load_in_4bit"):
+        _one_of(settings, "bnb_4bit_quant_type", "nf4", default="fp4")
+        _one_of(settings, "bnb_4bit_quant_storage", "uint8", "torch.uint8", default="uint8")
+        return Quantization(f"{method} NF4", sign, frozenset({"bnb-4bit"}), 4)
+    return Quantization(f"{method} INT8", sign, frozenset({"bnb-int8"}))
+
+
+def _torchao(method: str, sign: str, settings: Mapping[str, Any]) -> Quantization:
+    kinds = {
+        "Int8WeightOnlyConfig": 8, "Int4WeightOnlyConfig": 4, "Float8WeightOnlyConfig": 8,
+        "Int8DynamicActivationInt8WeightConfig": 8, "Float8DynamicActivationFloat8WeightConfig": 8,
+        "IntxWeightOnlyConfig": 8, "Int8DynamicActivationIntxWeightConfig": 8,
+    }  # fmt: skip
+    kind = settings.get("quant_type")
+    kind = kind.get("default", kind) if isinstance(kind, dict) else kind
+    name = kind.get("_type") if isinstance(kind, dict) else kind
+    if name not in kinds:
+        raise _Refused(f"quant_type {name!r}")
+    return Quantization(f"{method} {name}", sign, frozenset({"torchao"}), kinds[name])
+
+
+_METHODS: Mapping[str, Callable[[str, str, Mapping[str, Any]], Quantization]] = {
+    "fp8": _fp8,
+    "fbgemm_fp8": _fp8,
+    "compressed-tensors": _compressed_tensors,
+    "gptq": _gptq,
+    "awq": _awq,
+    "mxfp4": _mxfp4,
+    "modelopt": _modelopt,
+    "bitsandbytes": _bitsandbytes,
+    "torchao": _torchao,
+}

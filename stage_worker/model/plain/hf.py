@@ -44,6 +44,7 @@ def load_config(model_dir: str | Path) -> PretrainedConfig:
         raise CheckpointError(f"{path} cannot be read as a model config: {error!r}") from error
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedModel(f"model type {model_type!r} is not known to the installed transformers: upgrade it")
+    raw.pop("quantization_config", None)  # The model is built with plain parameters.
     try:
         config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(raw)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:

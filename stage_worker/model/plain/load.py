@@ -19,6 +19,7 @@ from ...kv.memory import zeros
 from ..checkpoint import Checkpoint
 from ..cut import WHOLE, Cut
 from ..dummy import dummy_tensor
+from ..quantized.weights import Weights
 from ..spec import ShardSpec
 from ..tp import TPGroup
 from . import hf
@@ -55,23 +56,23 @@ def load_shard(
         log.warning("model type %r was not tried when this version was made: compare its output", config.model_type)
     device = torch.device(spec.device)
     hf.register_attention(ModelShard.attention)
-    checkpoint = Checkpoint(spec.model_dir) if spec.load_format == "auto" else None
-    dtype = _choose_dtype(spec, config.dtype, checkpoint)
+    weights = Weights(Checkpoint(spec.model_dir)) if spec.load_format == "auto" else None
+    dtype = _choose_dtype(spec, config.dtype, weights)
     model = hf.build_on_meta(config, dtype)
     layout = find_layout(model, config)
-    sources = hf.map_checkpoint(model, checkpoint.names) if checkpoint is not None else []
+    sources = hf.map_checkpoint(model, weights.names) if weights is not None else []
     parallel = Parallel(model, config, layout, spec, group)
     prune(model, layout, spec.first, spec.last)
     filler = _Filler(
         model, range(spec.first, spec.last), bool(config.tie_word_embeddings), parallel, dtype, device, on_progress
     )
-    if checkpoint is not None:
-        filler.read(checkpoint, sources)
+    if weights is not None:
+        filler.read(weights, sources)
     else:
         filler.invent(spec.seed)
     parallel.install()
     hf.compute_buffers(model, device)
-    read = checkpoint.tensor_bytes_read if checkpoint is not None else 0
+    read = weights.checkpoint.tensor_bytes_read if weights is not None else 0
     return ModelShard(model, config, layout, spec, dtype, read)
 
 
@@ -82,13 +83,13 @@ def _check_supported(config: PretrainedConfig) -> None:
         raise refused(config.model_type, reason)
 
 
-def _choose_dtype(spec: ShardSpec, named: object, checkpoint: Checkpoint | None) -> torch.dtype:
+def _choose_dtype(spec: ShardSpec, named: object, weights: Weights | None) -> torch.dtype:
     if spec.dtype != "auto":
         return _DTYPES[spec.dtype]
     if isinstance(named, str):
         named = _DTYPES.get(named)
-    if named is None and checkpoint is not None:
-        named = checkpoint.dtype(checkpoint.names[0])
+    if named is None and weights is not None:
+        named = weights.floats()
     return named if isinstance(named, torch.dtype) and named in _DTYPES.values() else torch.float32
 
 
@@ -120,30 +121,30 @@ class _Filler:
             for name, meta in self._wanted.items()
         )
 
-    def read(self, checkpoint: Checkpoint, sources: list[hf.Source]) -> None:
+    def read(self, weights: Weights, sources: list[hf.Source]) -> None:
         """Fills every parameter from the checkpoint.
 
         Raises:
             CheckpointError: a tensor is missing, would not be used, has the wrong shape, or its file is damaged.
-            UnsupportedModel: a tensor is quantized.
+            UnsupportedModel: a tensor is quantized, and the configuration does not say how.
         """
         by_target = {target: source for source in sources for target in source.targets}
         aliases = self._resolve_ties(by_target)
         missing = [name for name in self._wanted if name not in by_target and name not in aliases]
         missing = [name for name in missing if not hf.is_optional(self._model, name)]
         if missing:
-            raise checkpoint.lacking(missing)
+            raise weights.checkpoint.lacking(missing)
         own = {id(by_target[name]): by_target[name] for name in self._wanted if name in by_target}
         used = {name for source in own.values() for name, _ in source.tensors}
         known = {name for source in sources for name, _ in source.tensors}
-        checkpoint.check_use(used, known, self._layers, hf.ignored_names(self._model))
-        for source in sorted(own.values(), key=lambda source: checkpoint.place(source.tensors[0][0])):
+        weights.check_use(used, known, self._layers, hf.ignored_names(self._model))
+        for source in sorted(own.values(), key=lambda source: weights.place(source.tensors[0][0])):
             if source.transform is None:
-                self._copy(checkpoint, source)
+                self._copy(weights, source)
             elif (experts := hf.experts(source)) is not None:
-                self._stack(checkpoint, source.targets[0], experts)
+                self._stack(weights, source.targets[0], experts)
             else:
-                self._convert(checkpoint, source)
+                self._convert(weights, source)
         self._alias(aliases)
 
     def invent(self, seed: int) -> None:
@@ -192,35 +193,36 @@ class _Filler:
                     by_target[name] = hf.Source([name], None, by_target[other].tensors)
         return aliases
 
-    def _copy(self, checkpoint: Checkpoint, source: hf.Source) -> None:
+    def _copy(self, weights: Weights, source: hf.Source) -> None:
         name, target = source.tensors[0][0], source.targets[0]
-        checkpoint.check_shape(name, self._wanted[target].shape)
+        weights.check_shape(name, self._wanted[target].shape)
         out = self._make(target)
-        checkpoint.read_into(out, name, self._cut(target))
+        weights.read_into(out, name, self._cut(target))
         self._set(target, out)
 
-    def _stack(self, checkpoint: Checkpoint, target: str, experts: list[tuple[str, ...]]) -> None:
+    def _stack(self, weights: Weights, target: str, experts: list[tuple[str, ...]]) -> None:
         """Reads the tensors of `experts` to their places in one parameter."""
         cut, whole = self._cut(target), self._wanted[target].shape
         out = self._make(target)
-        checkpoint.check_shape(experts[0][0], whole, (len(experts), *whole[1:]))
+        weights.check_shape(experts[0][0], whole, (len(experts), *whole[1:]))
         for into, names in zip(out, experts, strict=True):
-            cuts = [_cut_of_expert(cut, whole, checkpoint.info(name).shape) for name in names]
-            shapes = [own.shape(checkpoint.info(name).shape) for own, name in zip(cuts, names, strict=True)]
+            cuts = [_cut_of_expert(cut, whole, weights.shape(name)) for name in names]
+            shapes = [own.shape(weights.shape(name)) for own, name in zip(cuts, names, strict=True)]
             for name, shape in zip(names, shapes, strict=True):
                 found = (sum(part[0] for part in shapes), *shape[1:])
-                checkpoint.check_shape(name, into.shape, found)
+                weights.check_shape(name, into.shape, found)
             parts = into.split([shape[0] for shape in shapes])
             for part, name, own in zip(parts, names, cuts, strict=True):
-                checkpoint.read_into(part, name, own)
+                weights.read_into(part, name, own)
         self._set(target, out)
 
-    def _convert(self, checkpoint: Checkpoint, source: hf.Source) -> None:
+    def _convert(self, weights: Weights, source: hf.Source) -> None:
         """Fills by transformers' converter, from and into whole tensors. This needs memory for both at once."""
-        tensors = {name: checkpoint.read(name) for name, _ in source.tensors}
+        dtype = self._dtypes.get(source.targets[0], torch.float32)
+        tensors = {name: weights.read(name, dtype) for name, _ in source.tensors}
         for name, tensor in hf.convert(source, tensors, self._model).items():
             if name in self._wanted:
-                checkpoint.check_shape(source.tensors[0][0], self._wanted[name].shape, tensor.shape)
+                weights.check_shape(source.tensors[0][0], self._wanted[name].shape, tensor.shape)
                 self._put(name, self._cut(name).apply(tensor))
 
     def _make(self, name: str) -> torch.Tensor:
