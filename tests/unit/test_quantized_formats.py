@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from quantized_checkpoints import FORMATS, mxfp4
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from stagemesh.stage_worker.model.checkpoint import Checkpoint
+from stagemesh.stage_worker.model.cut import Cut
 from stagemesh.stage_worker.model.quantized.packed import Packed
 from stagemesh.stage_worker.model.quantized.reader import QuantizedReader
+from stagemesh.stage_worker.model.quantized.weights import Weights
 
 N, K = 48, 192
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
@@ -126,3 +130,42 @@ def test_experts_of_a_stack_are_read_one_at_a_time(tmp_path: Path) -> None:
             assert checkpoint.tensor_bytes_read - before == packed.codes.nbytes + len(packed.codes) * (
                 -(-columns[1] // 32) - columns[0] // 32
             )
+
+
+GOLDEN = sorted((Path(__file__).parents[1] / "vendor" / "quantized").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=[file.stem for file in GOLDEN])
+def test_values_are_those_of_the_library_that_wrote_them(file: Path, tmp_path: Path) -> None:
+    """compressed-tensors, torchao and bitsandbytes quantized and dequantized a weight, the latter partly in bf16."""
+    tensors = load_file(file)
+    values = tensors.pop("values")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with safe_open(file, "pt") as opened:
+        (tmp_path / "config.json").write_text(opened.metadata()["config"])
+    reader = QuantizedReader(Checkpoint(tmp_path))
+    assert reader.names == [WEIGHT]
+    found = reader.packed(WEIGHT).dequantize()
+    # Of bf16, half a unit of the last place; the scale may have been rounded, too.
+    bound = 2**-7 if values.dtype == torch.bfloat16 else 1e-6
+    assert values.float().abs().max() > 0.1
+    torch.testing.assert_close(found, values.float(), rtol=bound, atol=1e-7)
+
+
+def test_experts_of_gpt_oss_are_those_of_transformers(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(6)
+    blocks = torch.randint(0, 256, (2, N, K // 32, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(110, 140, (2, N, K // 32), generator=generator, dtype=torch.uint8)
+    name = "model.layers.0.mlp.experts.down_proj"
+    save_file({f"{name}_blocks": blocks, f"{name}_scales": scales}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "mxfp4"}}))
+    weights = Weights(Checkpoint(tmp_path))
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    assert weights.shape(name) == expected.shape == (2, K, N)
+    out = torch.empty(expected.shape)
+    weights.read_into(out, name)
+    assert torch.equal(out, expected)
+    for cut in (Cut(0, ((1, 2),)), Cut(1, ((0, 32), (64, 96))), Cut(2, ((3, 9), (20, 48)))):
+        out = torch.empty(cut.shape(expected.shape))
+        weights.read_into(out, name, cut)
+        assert torch.equal(out, cut.apply(expected))
