@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,8 @@ def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> Che
     quantization = quantization_of(folder, configs)
     config = _Config(configs[CONFIG], folder / CONFIG)
     if load_format == "dummy":
-        return config.info(_estimated(config), config.dtype or "float32", tied=config.tied)
+        dtype = config.dtype or "float32"
+        return config.info(_estimated(config, ELEMENT_BYTES[dtype]), dtype, tied=config.tied)
     tensors = {name: tensor for name, tensor in _stored(folder).items() if not FOREIGN.search(name)}
     tensors = as_weights(quantization, tensors)
     refuse_unnamed(folder, tensors.items())
@@ -303,7 +304,7 @@ class _Config:
         )
 
 
-def _estimated(config: _Config) -> list[Part]:
+def _estimated(config: _Config, element_bytes: int) -> list[Part]:
     """Estimates the parts by formula: q, k, v, o, and a gated MLP (plain for GPT-NeoX and GPT-2) or experts."""
     h, experts = config.hidden, config.experts
     attention = h * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
@@ -313,7 +314,8 @@ def _estimated(config: _Config) -> list[Part]:
     held = attention + (experts * (mlp + h) if experts else mlp) + 2 * h
     used = attention + (config.experts_used * mlp + experts * h if experts else mlp)
     table = config.vocab * h
-    return [Part(held, 2.0 * used)] * config.num_layers + [Part(table), Part(table + h, 2.0 * table)]
+    parts = [Part(held, 2.0 * used)] * config.num_layers + [Part(table), Part(table + h, 2.0 * table)]
+    return [replace(part, stored_bytes=part.parameters * element_bytes) for part in parts]
 
 
 def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[list[Part], bool]:

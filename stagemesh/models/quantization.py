@@ -70,22 +70,19 @@ def quantization_of(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> Q
             continue  # ModelOpt quantized the KV cache alone.
         read = _METHODS.get(method)
         if read is None:
-            raise refused(folder, f"{method}: {sign}", f"methods that are known: {', '.join(sorted(_METHODS))}")
+            raise refused(folder, f"{method}: {sign}", f"none of {', '.join(sorted(_METHODS))}")
         try:
             return read(method, sign, settings)
         except _Refused as e:
-            raise refused(folder, f"{method}: {sign}", f"{e} is not known") from e
+            raise refused(folder, f"{method}: {sign}", f"and {e} is not known") from e
         except (TypeError, ValueError, KeyError, AttributeError) as e:
-            raise refused(folder, f"{method}: {sign}", f"its settings cannot be read: {e!r}") from e
+            raise refused(folder, f"{method}: {sign}", f"and its settings cannot be read: {e!r}") from e
     return None
 
 
 def refused(folder: Path, what: str, why: str) -> UnsupportedModel:
     """Returns the error for quantized weights that cannot be served."""
-    return UnsupportedModel(
-        f"{folder}: its weights are quantized ({what}), which cannot be served: {why}; use the checkpoint in bfloat16, "
-        "float16 or float32, or one that docs/models.md lists"
-    )
+    return UnsupportedModel(f"{folder}: its weights are quantized ({what}), {why}; use the checkpoint in bfloat16")
 
 
 def _found(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:

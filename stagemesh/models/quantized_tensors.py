@@ -75,13 +75,14 @@ _TYPES = {"I8": "INT8", "F8_E4M3": "FP8", "F8_E5M2": "FP8"}
 def quantized_weights(names: Collection[str]) -> dict[str, dict[str, str]]:
     """Returns weight -> part -> tensor, for each weight that is stored quantized. A part "weight" is the codes."""
     found: dict[str, dict[str, str]] = {}
-    for name in names:
+    for name in sorted(names):
         for pattern, end in _PART:
             if match := pattern.fullmatch(name):
                 found.setdefault(match[1] + end, {})[match[2].partition(".")[0]] = name
                 break
+    known = frozenset(names)
     for weight, parts in found.items():
-        if weight in names:
+        if weight in known:
             parts["weight"] = weight
     whole = {"weight", "weight_packed", "qweight", "blocks", "qdata"}
     scales = {part for part, _ in _FORMATS} | {"qweight"}
@@ -160,7 +161,7 @@ def refuse_unnamed(folder: Path, tensors: Iterable[tuple[str, StoredTensor | Non
             first, sign = (mark.lastindex or 0) - 1, name
         if of_type is None and tensor is not None and _is_quantized_type(tensor):
             of_type = name, tensor.dtype
-    why = "no quantization_config says how to read them"
+    why = "and config.json and the files do not say how to read them"
     if sign:
         raise refused(folder, f"{_MARKS[first][1]}: tensor {sign!r}", why)
     if of_type is not None:

@@ -203,7 +203,7 @@ class TestDamage:
         self.check(tmp_path, "num_hidden_layers", "decoder-only")
 
     def test_quantized(self, tmp_path: Path) -> None:
-        folder = make(tmp_path / "m", quantization_config={"quant_method": "gptq"})
+        folder = make(tmp_path / "m", quantization_config={"quant_method": "aqlm"})
         self.check(folder, "quantized", "bfloat16", kind=UnsupportedModel)
 
     def test_no_weights(self, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ CUTS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.int8], ids=str)
 def stored(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, torch.Tensor]]:

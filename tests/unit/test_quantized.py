@@ -1,4 +1,4 @@
-"""Quantized weights are refused by name, by the coordinator and by a rank, whether or not config.json says so.
+"""Weights that are quantized in an unknown way are refused by name, by the coordinator and by a rank.
 
 And no other tensor of a checkpoint is left out silently.
 """
@@ -19,7 +19,7 @@ from tiny_models import make_checkpoint, save_checkpoint
 
 from stagemesh.checkpoint import inspect
 from stagemesh.errors import CheckpointError, UnsupportedModel
-from stagemesh.models.quantization import quantized
+from stagemesh.models.quantized_tensors import refuse_unnamed
 from stagemesh.stage_worker.messages.shared_memory import make_shared_memory
 from stagemesh.stage_worker.model.choose import Shard, load_shard
 from stagemesh.stage_worker.model.parallel import TensorParallel
@@ -132,16 +132,16 @@ def test_weights_that_look_quantized_are_refused_though_no_config_says_so(
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq: quantization_config in"),
-        ("config.json", {"quantization_config": {"load_in_8bit": True}}, "bitsandbytes"),
+        ("config.json", {"quantization_config": {"quant_method": "aqlm"}}, "aqlm: quantization_config in config.json"),
+        ("config.json", {"quantization_config": {"quant_method": "gguf"}}, "none of awq, bitsandbytes"),
         ("config.json", {"quantization_config": {"bits": 4}}, "a method without a name"),
-        ("config.json", {"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "fp8"),
-        ("config.json", {"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ("config.json", {"text_config": {"quantization_config": {"quant_method": "hqq"}}}, "hqq"),
+        ("config.json", {"compression_config": {"quant_method": "vptq"}}, "vptq: compression_config"),
         ("config.json", {"quantization": {"group_size": 64, "bits": 4}}, "quantization in config.json"),
-        ("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}, "NVFP4: quantization in hf_quant_config"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "W4A8_AWQ"}}, "quant_algo 'w4a8_awq'"),
     ],
 )
-def test_a_config_that_says_so_is_believed(
+def test_a_method_that_is_not_known_is_named(
     folder: Path, kernels: None, file: str, content: dict[str, Any], says: str
 ) -> None:
     path = folder / file
@@ -153,6 +153,63 @@ def test_a_config_that_says_so_is_believed(
         assert says in caught.value.message
 
 
+def group(**weights: Any) -> dict[str, Any]:
+    groups = {"group_0": {"weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),
+        ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype 'fp4'"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "settings cannot be read"),
+        ({"quant_method": "gptq", "bits": 3}, "bits 3"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv'"),
+        ({"quant_method": "awq", "bits": 8}, "bits 8"),
+        ({"load_in_4bit": True}, "bnb_4bit_quant_type 'fp4'"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16"}, "quant_storage"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "UIntXWeightOnlyConfig"}}}, "UIntX"),
+        ({**group(num_bits=4), "format": "marlin-24"}, "format 'marlin-24'"),
+        ({**group(num_bits=4), "sparsity_config": {"format": "sparse-bitmask"}}, "format 'sparse-bitmask'"),
+        ({**group(num_bits=4), "transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
+        (group(num_bits=3), "num_bits 3"),
+        (group(num_bits=4, type="float"), "group_size None of float weights"),
+        ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "settings cannot be read"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_is_not_known_is_named(folder: Path, settings: dict[str, Any], says: str) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
+    for look in (lambda: load(folder, 0, 3), lambda: inspect(folder)):
+        with pytest.raises(UnsupportedModel, match="quantized") as caught:
+            look()
+        assert says in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "says"),
+    [
+        ("gptq", replaced(qweight=WORDS, scales=SCALES), "lacks some of its tensors"),
+        ("fp8", stored(torch.float8_e4m3fn, weight_scale=torch.ones(3, 3)), r"scales of \[3, 3\]"),
+        ("fp8", stored(torch.float8_e5m2, weight_scale=ONE), "F8_E5M2"),
+        ("fp8", replaced(qweight=WORDS, qzeros=WORDS, scales=SCALES), "not stored as fp8 stores weights"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config_are_named(
+    folder: Path, config: str, change: Callable[[Tensors], object], says: str
+) -> None:
+    edit(folder, change)
+    path = folder / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": config, "bits": 4}})
+    )
+    with pytest.raises(CheckpointError, match=says):
+        load(folder, 0, 3)
+
+
 def test_a_config_that_quantizes_nothing_is_no_reason(folder: Path, kernels: None) -> None:
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": None}}))
     config = json.loads((folder / "config.json").read_text())
@@ -162,7 +219,7 @@ def test_a_config_that_quantizes_nothing_is_no_reason(folder: Path, kernels: Non
 
 
 def test_float_weights_and_integer_buffers_are_not_quantized(folder: Path) -> None:
-    assert quantized({}, {"model.layers.0.mlp.gate.tid2eid": None, "model.layers.0.router.scale": None}.items()) is None
+    refuse_unnamed(folder, {"model.layers.0.mlp.gate.tid2eid": None, "model.layers.0.router.scale": None}.items())
     edit(folder, added("model.layers.0.attn.bias", torch.ones(1, 1, 8, 8, dtype=torch.bool)))
     assert inspect(folder).dtype == "float32"
 

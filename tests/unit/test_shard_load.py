@@ -298,7 +298,7 @@ def test_a_range_outside_the_model_is_refused_with_the_layer_count(llama: Path, 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quantized"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "of type 'spiral'"),
         ({"model_type": "gpt2"}, "declares no base_model_pp_plan"),

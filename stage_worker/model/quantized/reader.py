@@ -41,7 +41,7 @@ class QuantizedReader:
         """How the weights are quantized, or None."""
         self._parts: dict[str, dict[str, str]] = {}
         if self.quantization is None:
-            refuse_unnamed(checkpoint.model_dir, ((name, None) for name in names))
+            refuse_unnamed(checkpoint.model_dir, ((name, None) for name in checkpoint.names))
         else:
             self._parts = quantized_weights(names)
         parts = {name for own in self._parts.values() for name in own.values()}
@@ -90,6 +90,7 @@ class QuantizedReader:
         if weight not in self._stored:
             quantization, parts = self.quantization, self._parts[weight]
             assert quantization is not None
+            format_of(quantization, parts)
             found = Stored(self._checkpoint, quantization, weight, parts, ())
             try:
                 infos = {part: self._checkpoint.info(name) for part, name in parts.items()}

@@ -57,8 +57,8 @@ class Weights:
 
     def check_shape(self, name: str, expected: Sequence[int], found: Sequence[int] | None = None) -> None:
         """As `Checkpoint.check_shape`."""
-        first = self.quantized.tensors_of(name)[0]
-        self.checkpoint.check_shape(first, expected, self.shape(name) if found is None else found)
+        found = self.shape(name) if found is None else found
+        self.checkpoint.check_shape(self.quantized.tensors_of(name)[0], expected, found)
 
     def place(self, name: str) -> tuple[str, int]:
         """As `Checkpoint.place`."""

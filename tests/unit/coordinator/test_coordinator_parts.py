@@ -224,7 +224,8 @@ class TestBuild:
             ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "(dynamic) depends on the longest position"),
             ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "(longrope) depends on the longest"),
             ({"rope_parameters": {"rope_type": "spiral"}}, "of type 'spiral'"),
-            ({"quantization_config": {"quant_method": "awq"}}, "quantized (awq"),
+            ({"quantization_config": {"quant_method": "aqlm"}}, "quantized (aqlm"),
+            ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "bits 3 is not known"),
         ],
     )
     def test_a_model_that_cannot_be_served_is_refused_from_its_config(
