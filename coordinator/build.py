@@ -76,7 +76,17 @@ def model_ref(path: str, settings: CoordinatorSettings, info: CheckpointInfo, dt
         load_format=settings.load_format,
         seed=settings.seed,
         deterministic=settings.deterministic,
+        quantization=_quantization(path, settings, info),
     )
+
+
+def _quantization(path: str, settings: CoordinatorSettings, info: CheckpointInfo) -> str:
+    if settings.quantization and info.quantization:
+        raise ConfigError(
+            f"--quantization {settings.quantization}: the weights of {path} are quantized already "
+            f"({info.quantization}); leave it out"
+        )
+    return settings.quantization or ""
 
 
 def _add_draft(

@@ -71,6 +71,8 @@ class CheckpointInfo:
     embedding: Part
     head: Part
     """Final norm and output head."""
+    quantization: str = ""
+    """The method by which the weights are quantized. Empty if they are not."""
 
     @property
     def num_layers(self) -> int:
@@ -170,7 +172,7 @@ def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> Che
     config = _Config(configs[CONFIG], folder / CONFIG)
     if load_format == "dummy":
         dtype = config.dtype or "float32"
-        return config.info(_estimated(config, ELEMENT_BYTES[dtype]), dtype, tied=config.tied)
+        return config.info(_estimated(config, ELEMENT_BYTES[dtype]), dtype, config.tied)
     tensors = {name: tensor for name, tensor in _stored(folder).items() if not FOREIGN.search(name)}
     tensors = as_weights(quantization, tensors)
     refuse_unnamed(folder, tensors.items())
@@ -180,7 +182,7 @@ def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> Che
             sizes[STORED_DTYPE[tensor.dtype]] += tensor.parameters
     dtype = config.dtype or max(sizes, key=sizes.__getitem__, default="float32")
     parts, tied = _counted(config, folder, tensors)
-    return config.info(parts, dtype, tied=tied)
+    return config.info(parts, dtype, tied, quantization.method if quantization is not None else "")
 
 
 def _stored(folder: Path) -> dict[str, StoredTensor]:
@@ -284,7 +286,7 @@ class _Config:
             )
         return default
 
-    def info(self, parts: Sequence[Part], dtype: str, *, tied: bool) -> CheckpointInfo:
+    def info(self, parts: Sequence[Part], dtype: str, tied: bool, quantization: str = "") -> CheckpointInfo:
         """Makes the description. `parts` are the layers, then the embedding, then the head."""
         kv_elements = 2 * self.kv_heads * self.head_dim
         if self.text.get("kv_lora_rank"):  # Latent attention stores K and V expanded, with different widths.
@@ -301,6 +303,7 @@ class _Config:
             layers=tuple(parts[:-2]),
             embedding=parts[-2],
             head=parts[-1],
+            quantization=quantization,
         )
 
 

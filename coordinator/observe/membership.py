@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stagemesh.errors import ConfigError
 from stagemesh.models.support import check_heads
+from stagemesh.protocol import MOVES, spoken
 from stagemesh.protos.v1 import coordinator_pb2 as pb
 
 from ..values import span
@@ -50,6 +51,8 @@ def _why_unfit(world: World, info: pb.RegisterRequest) -> str:
         check_heads(world.settings.heads, info.tp_size)
     except ConfigError as e:
         return f"worker {info.worker_id} cannot hold layers: {e.message}"
+    if world.settings.model.quantization and spoken(info.protocol) < MOVES:
+        return f"worker {info.worker_id} cannot hold layers: its release ({info.version}) has no --quantization"
     return ""
 
 

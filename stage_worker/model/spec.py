@@ -26,6 +26,8 @@ class ShardSpec:
     tp_size: int = 1
     load_format: Literal["auto", "dummy"] = "auto"
     """Source of the weights; dummy is seeded random weights, which do not depend on the split of the model."""
+    quantization: Literal["", "int8", "fp8", "int4"] = ""
+    """How the weights of linears are quantized while they load. Empty: they stay as the checkpoint has them."""
     seed: int = 0
     """Seed of the dummy weights."""
     page_size: int = 16

@@ -24,6 +24,8 @@ class ModelSettings(Base):
     """Element type of weights, activations and KV; auto takes the checkpoint's."""
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy makes seeded random weights without reading any."""
+    quantization: Literal["int8", "fp8", "int4"] | None = None
+    """Quantize the weights of a checkpoint that is not quantized while it loads; default: leave them as they are."""
     seed: int = Field(0, ge=0)
     """Seed of dummy weights."""
     max_model_len: int | None = Field(None, ge=2)

@@ -43,6 +43,7 @@ class Chain:
         load_format: str = "auto",
         enforce_eager: bool = False,
         deterministic: bool = False,
+        quantization: str = "",
         threads: int = 1,
         idle_cores: tuple[int, ...] = (),
     ) -> None:
@@ -64,6 +65,7 @@ class Chain:
                 page_size=PAGE_SIZE,
                 enforce_eager=enforce_eager,
                 deterministic=deterministic,
+                quantization=quantization,  # type: ignore[arg-type]
                 threads=threads,
                 idle_cores=idle_cores,
             )

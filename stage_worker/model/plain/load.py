@@ -6,11 +6,13 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import torch
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from stagemesh.errors import ConfigError
 from stagemesh.models.architectures import ARCHITECTURES
 from stagemesh.models.support import refused, why_not
 from stagemesh.processes.limits import own_cores
@@ -19,6 +21,7 @@ from ...kv.memory import zeros
 from ..checkpoint import Checkpoint
 from ..cut import WHOLE, Cut
 from ..dummy import dummy_tensor
+from ..quantized.quantize import is_quantizable, round_trip
 from ..quantized.weights import Weights
 from ..spec import ShardSpec
 from ..tp import TPGroup
@@ -57,6 +60,8 @@ def load_shard(
     device = torch.device(spec.device)
     hf.register_attention(ModelShard.attention)
     weights = Weights(Checkpoint(spec.model_dir)) if spec.load_format == "auto" else None
+    if spec.quantization and weights is not None and weights.quantized.quantization is not None:
+        raise ConfigError(f"{spec.model_dir} is quantized already, and cannot be by --quantization {spec.quantization}")
     dtype = _choose_dtype(spec, config.dtype, weights)
     model = hf.build_on_meta(config, dtype)
     layout = find_layout(model, config)
@@ -64,7 +69,14 @@ def load_shard(
     parallel = Parallel(model, config, layout, spec, group)
     prune(model, layout, spec.first, spec.last)
     filler = _Filler(
-        model, range(spec.first, spec.last), bool(config.tie_word_embeddings), parallel, dtype, device, on_progress
+        model,
+        range(spec.first, spec.last),
+        bool(config.tie_word_embeddings),
+        parallel,
+        dtype,
+        device,
+        on_progress,
+        spec.quantization,
     )
     if weights is not None:
         filler.read(weights, sources)
@@ -105,8 +117,10 @@ class _Filler:
         dtype: torch.dtype,
         device: torch.device,
         on_progress: Callable[[int, int], None] | None,
+        quantization: Literal["", "int8", "fp8", "int4"],
     ) -> None:
         self._model = model
+        self._quantization = quantization
         self._layers = layers
         self._parallel = parallel
         self._device = device
@@ -238,6 +252,10 @@ class _Filler:
         self._set(name, out)
 
     def _set(self, name: str, tensor: torch.Tensor) -> None:
+        if self._quantization and is_quantizable(name, tensor.shape):
+            module = self._model.get_submodule(name.rpartition(".")[0])
+            for matrix in tensor if tensor.dim() == 3 else [tensor]:
+                round_trip(matrix.t() if getattr(module, "is_transposed", False) else matrix, self._quantization)
         hf.set_tensor(self._model, name, tensor)
         self._done += tensor.nbytes
         if self._on_progress is not None:

@@ -176,6 +176,7 @@ class RankMemory:
             tp_rank=0 if whole else self.config.rank,
             tp_size=1 if whole else self.config.size,
             load_format=model.load_format or "auto",  # type: ignore[arg-type]
+            quantization=model.quantization,  # type: ignore[arg-type]
             seed=model.seed,
             deterministic=model.deterministic,
             page_size=limits.page_size,
