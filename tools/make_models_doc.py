@@ -26,9 +26,9 @@ from breadth import BOUNDS, LENGTHS, MAX_TOKENS, Outcome, model_types, try_archi
 INTRODUCTION = """\
 # Models
 
-What stagemesh can serve, and what it refuses. This page is written by `tools/make_models_doc.py`, which tries every
-decoder-only text architecture of the installed transformers that declares a pipeline plan (`base_model_pp_plan`);
-`tests/numerics/test_breadth.py` fails when what happens is no longer what is written here.
+What stagemesh can serve, and what it refuses. `tools/make_models_doc.py` writes this page up to *Quantized*: it tries
+every decoder-only text architecture of the installed transformers that declares a pipeline plan
+(`base_model_pp_plan`); `tests/numerics/test_breadth.py` fails when what happens is no longer what is written here.
 
 Each is made tiny with seeded weights, split into {stages} stages in one process, and decoded greedily in fp32: prompts
 of {lengths} tokens in chunks of 47, then {max_tokens} tokens as one batch over paged KV. *works* means: not one token
@@ -44,7 +44,7 @@ kept in `~/.cache/stagemesh`. Making it takes a few seconds, once for a model on
 
 Refused whatever the type, with the reason in the error:
 
-- quantized weights (there are no kernels for them yet), with or without a `quantization_config`;
+- weights that are quantized by a method that is not known, or without a `quantization_config` (see Quantized);
 - rotary embeddings that depend on the longest position in a batch (`longrope`, `dynamic`), or of an unknown type;
 - layers that mix tokens by something other than causal attention over cached keys and values (recurrent,
   convolutional, indexed or compressed attention), that share keys and values with another layer, or that take inputs
@@ -144,7 +144,9 @@ def _write(outcomes: list[Outcome]) -> None:
         f"| `{o.model_type}` | `{o.architecture}` | {o.status} | {_compiled(o)} | {o.detail or o.plain_because} |\n"
         for o in outcomes
     ]
-    (ROOT / "docs" / "models.md").write_text(page + "".join(rows))
+    written = ROOT / "docs" / "models.md"
+    _, heading, by_hand = written.read_text().partition("\n## ")
+    written.write_text(page + "".join(rows) + heading + by_hand)
     known = "".join(
         f'    "{o.model_type}": {_architecture(o)},\n' for o in sorted(outcomes, key=lambda o: o.model_type)
     )

@@ -76,6 +76,8 @@ def quantized_weights(names: Collection[str]) -> dict[str, dict[str, str]]:
     """Returns weight -> part -> tensor, for each weight that is stored quantized. A part "weight" is the codes."""
     found: dict[str, dict[str, str]] = {}
     for name in sorted(names):
+        if name.endswith((".weight", ".bias")):
+            continue
         for pattern, end in _PART:
             if match := pattern.fullmatch(name):
                 found.setdefault(match[1] + end, {})[match[2].partition(".")[0]] = name

@@ -82,8 +82,8 @@ def another(name: str, field: FieldInfo) -> Any:
     if name in own:
         return own[name]
     kinds = [kind for kind in get_args(field.annotation) or [field.annotation] if kind is not type(None)]
-    if get_origin(field.annotation) is Literal:
-        return next(word for word in get_args(field.annotation) if word != field.default)
+    if words := [kind for kind in (field.annotation, *kinds) if get_origin(kind) is Literal]:
+        return next(word for word in get_args(words[0]) if word != field.default)
     if kinds[0] is bool:
         return not field.default
     if kinds[0] is str:
