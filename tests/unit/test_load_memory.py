@@ -21,7 +21,7 @@ MIB = 1 << 20
 SLACK = 48
 """MiB beside the share. Half of it is the code of transformers' model, which is imported during the load."""
 H, MLP, LAYERS, VOCAB, EXPERTS = 1024, 4096, 6, 8192, 8
-BYTES = {"BF16": 2, "F32": 4}
+BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "F8_E4M3": 1}
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": LAYERS, "hidden_size": H,
     "intermediate_size": MLP, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": VOCAB,
@@ -70,6 +70,27 @@ print(json.dumps([shard.weight_bytes, 1024 * (kib("VmHWM") - before), 1024 * (ki
 """
 
 
+def quantized(entries: dict[str, tuple[str, tuple[int, ...]]], method: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a method stores for the linears of layers, with groups of 128."""
+    out: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (dtype, shape) in entries.items():
+        module, n, k = name.removesuffix(".weight"), shape[0], shape[-1]
+        if len(shape) != 2 or ".layers." not in name or name.endswith(".gate.weight"):
+            out[name] = dtype, shape
+        elif method == "fp8":
+            out |= {name: ("F8_E4M3", shape), f"{name}_scale_inv": ("F32", (n // 128, k // 128))}
+        else:
+            inputs, groups = (k, k // 128) if method == "awq" else (k // 8, k // 128)
+            outputs = n // 8 if method == "awq" else n
+            out |= {f"{module}.qweight": ("I32", (inputs, outputs)), f"{module}.qzeros": ("I32", (groups, n // 8))}
+            out[f"{module}.scales"] = "F16", (groups, n)
+    return out
+
+
+def by(method: str, **settings: Any) -> dict[str, Any]:
+    return {"quantization_config": {"quant_method": method, "bits": 4, "sym": False, **settings}}
+
+
 def sparse_checkpoint(folder: Path, config: dict[str, Any], stored: str) -> None:
     kv, layers = H, config["num_hidden_layers"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, H), "model.norm.weight": (H,)}
@@ -88,9 +109,12 @@ def sparse_checkpoint(folder: Path, config: dict[str, Any], stored: str) -> None
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (VOCAB, H)
     header, at_byte = {}, 0
-    for name, shape in shapes.items():
-        end = at_byte + BYTES[stored] * math.prod(shape)
-        header[name] = {"dtype": stored, "shape": shape, "data_offsets": [at_byte, end]}
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {name: (stored, shape) for name, shape in shapes.items()}
+    if "quantization_config" in config:
+        entries = quantized(entries, config["quantization_config"]["quant_method"])
+    for name, (dtype, shape) in entries.items():
+        end = at_byte + BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at_byte, end]}
         at_byte = end
     raw = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as file:
@@ -127,6 +151,10 @@ EAGER = {"enforce_eager": True}
         pytest.param(LLAMA, "F32", EAGER, id="modules, of another dtype"),
         pytest.param(MIXTRAL, "BF16", EAGER, id="experts"),
         pytest.param(MIXTRAL, "F32", EAGER, id="experts, of another dtype"),
+        pytest.param(WIDE | by("fp8", weight_block_size=[128, 128]), "BF16", EAGER, id="FP8"),
+        pytest.param(WIDE | by("gptq"), "BF16", EAGER, id="GPTQ"),
+        pytest.param(WIDE | by("awq"), "BF16", EAGER, id="AWQ"),
+        pytest.param(MIXTRAL | by("gptq"), "BF16", EAGER, id="experts in GPTQ"),
     ],
 )
 def test_a_load_takes_the_weights_and_little_more(

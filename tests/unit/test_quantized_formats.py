@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_checkpoints import FORMATS, mxfp4
+from quantized_checkpoints import FORMATS, fp8, mxfp4
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from stagemesh.stage_worker.model.checkpoint import Checkpoint
-from stagemesh.stage_worker.model.cut import Cut
+from stagemesh.stage_worker.model.cut import WHOLE, Cut
 from stagemesh.stage_worker.model.quantized.packed import Packed
 from stagemesh.stage_worker.model.quantized.reader import QuantizedReader
 from stagemesh.stage_worker.model.quantized.weights import Weights
@@ -24,18 +24,23 @@ EXACT = 1e-6
 """Largest difference, relative to the largest weight: one rounding of fp32 in another order."""
 
 
+def write(folder: Path, name: str, n: int = N, k: int = K) -> torch.Tensor:
+    """Writes one linear to a folder in a format, and returns its values."""
+    format = FORMATS[name]
+    torch.manual_seed(3)
+    tensors, values = format.write(torch.randn(n, k) * 0.1)
+    named = {WEIGHT.removesuffix(".weight") + end: part.contiguous() for end, part in tensors.items()}
+    save_file(named, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    config = format.config if format.file != "config.json" else {"quantization_config": format.config}
+    (folder / format.file).write_text(json.dumps(config))
+    return values
+
+
 @pytest.fixture(params=FORMATS)
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.Tensor, str]:
     """A folder with one linear, its values, and the format's name."""
-    format = FORMATS[request.param]
-    torch.manual_seed(3)
-    tensors, values = format.write(torch.randn(N, K) * 0.1)
-    named = {WEIGHT.removesuffix(".weight") + end: part.contiguous() for end, part in tensors.items()}
-    save_file(named, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
-    config = format.config if format.file != "config.json" else {"quantization_config": format.config}
-    (tmp_path / format.file).write_text(json.dumps(config))
-    return tmp_path, values, request.param
+    return tmp_path, write(tmp_path, request.param), request.param
 
 
 def check_form(packed: Packed) -> None:
@@ -103,6 +108,39 @@ def test_two_ranks_read_little_more_than_one(stored: tuple[Path, torch.Tensor, s
     beside = 2500 if "nested" in name else 2000 if "act order" in name else 1000
     assert read[2] <= read[0] + read[1] <= read[2] + beside
     assert max(read[:2]) < 0.75 * read[2] + beside / 2
+
+
+@pytest.mark.parametrize("name", ["fp8 by blocks", "gptq", "gptq act order", "awq", "w4a16"])
+def test_large_weights_are_dequantized_in_pieces(tmp_path: Path, name: str) -> None:
+    values = write(tmp_path, name, 4704, 1056)
+    weights = Weights(Checkpoint(tmp_path))
+    for cut in (WHOLE, Cut(0, ((0, 40), (96, 4704))), Cut(1, ((32, 1056),))):
+        expected = cut.apply(values)
+        out = torch.empty(expected.shape)
+        weights.read_into(out, WEIGHT, cut)
+        assert close(out, expected)
+
+
+def test_a_stack_of_experts_in_fp8(tmp_path: Path) -> None:
+    """As transformers saves what it has merged."""
+    torch.manual_seed(5)
+    made = [fp8(32, 32)(torch.randn(N, K)) for _ in range(3)]
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    save_file(
+        {
+            name: torch.stack([tensors[".weight"] for tensors, _ in made]),
+            f"{name}_scale_inv": torch.stack([tensors[".weight_scale"] for tensors, _ in made]),
+        },
+        tmp_path / "model.safetensors",
+    )
+    settings = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    weights, expected = Weights(Checkpoint(tmp_path)), torch.stack([values for _, values in made])
+    assert weights.shape(name) == expected.shape
+    for cut in (WHOLE, Cut(0, ((1, 3),)), Cut(1, ((0, 10), (33, 40)))):
+        out = torch.empty(cut.shape(expected.shape))
+        weights.read_into(out, name, cut)
+        assert close(out, cut.apply(expected))
 
 
 def test_experts_of_a_stack_are_read_one_at_a_time(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ GROUPS = (128, 64, 32, 16)
 """Sizes of groups of int4, the first one that divides the inputs is used."""
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Parts of a group's range that are tried. A smaller one rounds most weights less, and clips the largest."""
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 18
 _NOT_QUANTIZED = re.compile(r"norm|\.gate\.|router|shared_expert_gate|bias$|sinks$")
 
 

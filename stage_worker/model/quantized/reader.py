@@ -61,10 +61,14 @@ class QuantizedReader:
         """Returns the shape [n, k] of a quantized weight, or [experts, n, k] of a stack. Raises CheckpointError."""
         return self._of(weight).shape
 
+    def reads_columns(self, weight: str) -> bool:
+        """Whether a weight is stored with inputs as rows, so that all rows of some columns lie together."""
+        return "qweight" in self._parts[weight]
+
     def packed(self, weight: str, rows: Range | None = None, columns: Range | None = None, expert: int = 0) -> Packed:
         """Reads a quantized weight, or rows and columns of it, or of one expert of a stack.
 
-        Ask once for all rows that a rank holds: formats that store inputs in rows are read front to back.
+        Ask for all rows at once of a weight that `reads_columns`: for some of them, nearly as much of the file is read.
 
         Raises:
             CheckpointError: its tensors are missing, damaged, or do not fit together.

@@ -6,7 +6,7 @@ For shards that compute with plain parameters.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ...kv.memory import zeros
 from ..checkpoint import Checkpoint
 from ..cut import WHOLE, Cut, Range
 from .reader import QuantizedReader
+
+_PIECE, _ALIGNED = 4 << 20, 256
+"""Number of weights of one matrix that are in memory in few bits at a time, and of rows or columns in a step."""
 
 
 class Weights:
@@ -73,7 +76,7 @@ class Weights:
         return out
 
     def read_into(self, out: Tensor, name: str, cut: Cut = WHOLE) -> None:
-        """Fills `out` with a weight, or a part of it. Beside `out`, this needs memory for the part in few bits.
+        """Fills `out` with a weight, or a part of it. Beside `out`, this needs memory for a piece of `_PIECE` weights.
 
         Raises CheckpointError, and UnsupportedModel if a part begins or ends within a byte.
         """
@@ -96,17 +99,27 @@ class Weights:
                 self._read(into.t(), name, turned, expert)
 
     def _read(self, out: Tensor, name: str, cut: Cut, expert: int) -> None:
-        """Fills `out` [n, k] with the cut of one matrix, some rows at a time."""
-        ranges: tuple[Range | None, ...] = cut.ranges if cut.dim is not None else (None,)
+        """Fills `out` [n, k] with the cut of one matrix, some rows or columns at a time, as they lie in the file."""
+        n, k = self.quantized.shape(name)[-2:]
         at = 0
-        for part in ranges:
-            rows, columns = (None, part) if cut.dim == 1 else (part, None)
-            packed = self.quantized.packed(name, rows, columns, expert)
-            width = packed.shape[cut.dim or 0]
-            packed.dequantize_into(out.narrow(cut.dim or 0, at, width))
-            at += width
+        for begin, end in cut.ranges or ((0, n),):
+            rows, columns = ((0, n), (begin, end)) if cut.dim == 1 else ((begin, end), (0, k))
+            into = out.narrow(cut.dim or 0, at, end - begin)
+            at += end - begin
+            dim = 1 if self.quantized.reads_columns(name) else 0
+            for part in _pieces((rows, columns)[dim], (columns, rows)[dim]):
+                share = (part, columns) if dim == 0 else (rows, part)
+                packed = self.quantized.packed(name, *share, expert)
+                packed.dequantize_into(into.narrow(dim, part[0] - (rows, columns)[dim][0], part[1] - part[0]))
 
     def _is_transposed(self, name: str) -> bool:
         """Whether the model's parameter has inputs as rows. Those of GPT-OSS's experts do."""
         quantization = self.quantized.quantization
         return quantization is not None and "mxfp4" in quantization.formats and len(self.quantized.shape(name)) == 3
+
+
+def _pieces(along: Range, across: Range) -> Iterator[Range]:
+    """Divides a range into pieces of at most `_PIECE` weights, which begin where groups do."""
+    step = max(1, _PIECE // (across[1] - across[0]) // _ALIGNED) * _ALIGNED
+    for first in range(along[0], along[1], step):
+        yield first, min(first + step, along[1])
