@@ -20,6 +20,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from stagemesh.stage_worker.model.checkpoint import Checkpoint
+from stagemesh.stage_worker.model.quantized.weights import Weights
 from stagemesh.stage_worker.native import ops
 from stagemesh.stage_worker.native.description.cache import NotDescribed, describe
 from stagemesh.stage_worker.native.description.process import answer
@@ -101,7 +102,7 @@ def save_checkpoint(model_class: Any, config: Any, out_dir: str | Path, seed: in
     if ops.library() is not None:
         with contextlib.suppress(NotDescribed):
             # A rank finds it in the cache. It would start a process that imports transformers.
-            describe(out, Checkpoint(out), answer)
+            describe(out, Weights(Checkpoint(out)).names, answer)
     return out
 
 

@@ -190,7 +190,7 @@ class Checkpoint:
             if cut.dim is None:
                 self._read_run(file.fileno(), name, out.view(-1), first * out.shape[1])
             else:
-                self._read_columns(file.fileno(), name, out, first, cut)
+                self._read_columns(file.fileno(), name, out, first, cut, self.info(name).shape[-1])
         self.tensor_bytes_read += out.numel() * self.dtype(name).itemsize
 
     def _read_run(self, fd: int, name: str, out: torch.Tensor, first: int) -> None:

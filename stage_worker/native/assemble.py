@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kv.memory import Scratch, zeros
 from ..model.cut import Range
 from ..model.parts.description import Norm, Rotary
 from . import ops, structures
+from .packing import BLOCK, Packing, alike
 from .program.operations import (
     HIDDEN,
     Attend,
@@ -29,7 +32,7 @@ from .program.operations import (
     Program,
     Rows,
 )
-from .weights import BLOCK, Matrix, Parameters, outputs, turned
+from .weights import Matrix, Parameters, turned
 
 
 class Assembled:
@@ -56,7 +59,8 @@ class Assembled:
         self._parameters, self._prefix, self._dtype, self._rotaries = parameters, prefix, dtype, rotaries
         self._is_first_rank = is_first_rank
         self._kept: list[Any] = []
-        made = [self._operation(operation) for operation in program.operations]
+        self._scratch = Scratch(), Scratch()
+        made = [part for operation in program.operations for part in self._operations(operation)]
         self.operations = (structures.Operation * len(made))(*made)
 
     def again(self) -> Assembled:
@@ -71,11 +75,15 @@ class Assembled:
         for operation in self.operations:
             operation.attention.k_pages, operation.attention.v_pages = keys, values
 
+    def _operations(self, operation: Operation) -> Iterator[structures.Operation]:
+        if isinstance(operation, Multiply):
+            yield from self._multiply(operation)
+        else:
+            yield self._operation(operation)
+
     def _operation(self, operation: Operation) -> structures.Operation:
         if isinstance(operation, Normalise):
             return self._normalise(operation)
-        if isinstance(operation, Multiply):
-            return self._multiply(operation)
         if isinstance(operation, Gather | Combine):
             return self._terms(operation)
         if isinstance(operation, Gate):
@@ -92,6 +100,7 @@ class Assembled:
             return self._attend(operation)
         if isinstance(operation, MultiplyHeads):
             return self._multiply_heads(operation)
+        assert isinstance(operation, Mix)
         return self._mix(operation)
 
     @staticmethod
@@ -127,8 +136,19 @@ class Assembled:
             bias=self._keep(bias),
         )
 
-    def _multiply(self, operation: Multiply) -> structures.Operation:
+    def _multiply(self, operation: Multiply) -> Iterator[structures.Operation]:
+        """One linear; or one for each weight, if they are not quantized alike."""
         matrices = [self._matrix(rows, operation.inputs) for rows in operation.weights]
+        if not operation.gated and not alike(matrices):
+            first = operation.to.first
+            for rows, matrix in zip(operation.weights, matrices, strict=True):
+                to = replace(operation.to, first=first, width=matrix.shape[0])
+                first += matrix.shape[0]
+                yield self._multiplied(replace(operation, weights=(rows,), to=to), [matrix])
+            return
+        yield self._multiplied(operation, matrices)
+
+    def _multiplied(self, operation: Multiply, matrices: Sequence[Matrix]) -> structures.Operation:
         return self._made(
             operation,
             source=_place(operation.source),
@@ -141,24 +161,35 @@ class Assembled:
         )
 
     def _multiply_heads(self, operation: MultiplyHeads) -> structures.Operation:
-        n, k = operation.to.width, operation.source.width
-        self._check_inputs(k)
-        size = -(-n // ops.PANEL) * ops.PANEL
-        packed = ops.panels(len(operation.rows) * size, k, self._dtype)
-        for head, rows in enumerate(operation.rows):
-            matrix = self._parameters.matrix(f"{self._prefix}{operation.name}.weight", rows)
-            if operation.transposed:
-                matrix = turned(matrix, self._dtype)
-            self._parameters.pack([matrix], packed[head * size :])
+        def of_head(rows: tuple[int, ...]) -> list[Matrix]:
+            # Quantized ones are dequantized: their groups are along the other dimension.
+            matrix = replace(self._parameters.matrix(f"{self._prefix}{operation.name}.weight", rows), packed=None)
+            return [turned(matrix, self._dtype) if operation.transposed else matrix]
+
+        linear, step = self._stack(map(of_head, operation.rows), len(operation.rows), gated=False)
         return self._made(
             operation,
             source=_place(operation.source),
-            linear=structures.Linear(self._keep(packed), None, n, k),
+            linear=linear,
             heads=len(operation.rows),
             source_step=operation.source_step,
             to_step=operation.to_step,
-            head_bytes=size * k * self._dtype.itemsize,
+            head_bytes=step,
         )
+
+    def _stack(self, every: Iterable[Sequence[Matrix]], count: int, gated: bool) -> tuple[structures.Linear, int]:
+        """Packs linears of one shape, one after the other. Returns the first, and the bytes from one to the next."""
+        linear, out, step = structures.Linear(), torch.empty(0), 0
+        for at, parts in enumerate(every):
+            packing = Packing(parts, self._dtype, gated=gated)
+            if not at:
+                linear, step = packing.linear, packing.memory().nbytes
+                out = zeros((count * step,), torch.uint8)
+                linear.weights = self._keep(out)
+            elif (packing.linear.codes, packing.linear.group) != (linear.codes, linear.group):
+                raise NoKernel("experts that are quantized in different ways")
+            packing.write(out[at * step : (at + 1) * step], self._scratch)
+        return linear, step
 
     def _matrix(self, rows: Rows, columns: Range | None) -> Matrix:
         return self._parameters.matrix(f"{self._prefix}{rows.name}.weight", rows.rows, columns)
@@ -176,16 +207,10 @@ class Assembled:
         return biases
 
     def _packed(self, matrices: Sequence[Matrix], biases: list[Tensor] | None, gated: bool) -> structures.Linear:
-        n, k = outputs(matrices, gated), matrices[0].shape[1]
-        self._check_inputs(k)
-        packed = ops.panels(n, k, self._dtype)
-        self._parameters.pack(matrices, packed, gated=gated)
-        bias = self._bias(biases, gated, len(packed)) if biases is not None else None
-        return structures.Linear(self._keep(packed), self._keep(bias), n, k)
-
-    def _check_inputs(self, k: int) -> None:
-        if k % 2 and self._dtype != torch.float32:
-            raise NoKernel(f"a linear over {k} columns, which is odd")
+        linear, _ = self._stack([matrices], 1, gated)
+        if biases is not None:
+            linear.bias = self._keep(self._bias(biases, gated, _padded(linear.n)))
+        return linear
 
     @staticmethod
     def _bias(biases: Sequence[Tensor], gated: bool, padded: int) -> Tensor:
@@ -239,34 +264,26 @@ class Assembled:
             gate, up = range(2 * width[0], 2 * width[1], 2), range(2 * width[0] + 1, 2 * width[1] + 1, 2)
         else:
             gate, up = (range(first + width[0], first + width[1]) for first in (0, operation.whole_width))
-        self._check_inputs(width[1] - width[0])
 
         def small(name: str | None) -> int | None:
             return None if name is None else self._keep(self._vector(name).flatten())
 
         def stack(name: str, rows: Sequence[range], columns: Range | None) -> tuple[structures.Linear, int]:
-            gated = len(rows) > 1
-            parameter = f"{self._prefix}{part.name}.{name}_proj"
-            packed, biases = torch.empty(0), []
-            n = k = 0
-            for expert in range(part.count):
-                every = [row for some in rows for row in some]
-                whole = self._parameters.expert(parameter, expert, every, columns, part.transposed)
-                parts = _split(whole, [len(some) for some in rows])
-                if not expert:
-                    n, k = outputs(parts, gated), whole.shape[1]
-                    packed = ops.panels(part.count * padded(n), k, self._dtype)
-                self._parameters.pack(parts, packed[expert * padded(n) :], gated=gated)
+            parameter, gated = f"{self._prefix}{part.name}.{name}_proj", len(rows) > 1
+            every = [row for some in rows for row in some]
+            counts = [len(some) for some in rows]
+            experts = (
+                _split(self._parameters.expert(parameter, expert, every, columns, part.transposed), counts)
+                for expert in range(part.count)
+            )
+            linear, step = self._stack(experts, part.count, gated)
             if part.bias:
-                whole_bias = self._vector(f"{part.name}.{name}_proj_bias")
+                whole = self._vector(f"{part.name}.{name}_proj_bias")
                 if columns is not None and not self._is_first_rank:
-                    whole_bias = torch.zeros_like(whole_bias)
-                biases = [self._bias([b[list(some)] for some in rows], gated, padded(n)) for b in whole_bias]
-            bias = self._keep(torch.cat(biases)) if biases else None
-            return structures.Linear(self._keep(packed), bias, n, k), padded(n) * k * self._dtype.itemsize
-
-        def padded(n: int) -> int:
-            return -(-n // ops.PANEL) * ops.PANEL
+                    whole = torch.zeros_like(whole)
+                biases = [self._bias([b[list(some)] for some in rows], gated, _padded(linear.n)) for b in whole]
+                linear.bias = self._keep(torch.cat(biases))
+            return linear, step
 
         gate_up, gate_up_bytes = stack("gate_up", [gate, up], None)
         down, down_bytes = stack("down", [range(operation.to.width)], operation.inputs)
@@ -341,13 +358,18 @@ def _split(whole: Matrix, counts: Sequence[int]) -> list[Matrix]:
     """Splits the rows of a matrix."""
     parts, first = list[Matrix](), 0
     for count in counts:
-        parts.append(Matrix((count, whole.shape[1]), partial(_fill_from, whole, first)))
+        packed = whole.packed.rows(first, first + count) if whole.packed is not None else None
+        parts.append(Matrix((count, whole.shape[1]), partial(_fill_from, whole, first), packed))
         first += count
     return parts
 
 
 def _fill_from(whole: Matrix, first: int, out: Tensor, start: int) -> None:
     whole.fill(out, first + start)
+
+
+def _padded(n: int) -> int:
+    return -(-n // ops.PANEL) * ops.PANEL
 
 
 def _place(place: Place | None) -> structures.Place:

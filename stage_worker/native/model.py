@@ -11,6 +11,7 @@ from ..kv.pool import KvLayerSpec
 from ..model.checkpoint import Checkpoint
 from ..model.parts.description import Linear
 from ..model.parts.model import ModelDescription
+from ..model.quantized.weights import Weights
 from ..model.spec import ShardSpec
 from . import ops
 from .description.cache import NotDescribed, describe
@@ -58,9 +59,9 @@ def read_model(spec: ShardSpec) -> KernelModel:
     """Reads the programs of a spec's model for its rank. Raises NotNative with the reason if there are none."""
     if ops.library() is None:
         raise NotNative("they were not built at install, or this processor lacks AVX512-BF16")
-    checkpoint = Checkpoint(spec.model_dir) if spec.load_format == "auto" else None
+    names = Weights(Checkpoint(spec.model_dir)).names if spec.load_format == "auto" else None
     try:
-        return compiled(describe(spec.model_dir, checkpoint), spec)
+        return compiled(describe(spec.model_dir, names), spec)
     except (NotDescribed, NoKernel) as e:
         raise NotNative(str(e)) from e
 

@@ -20,16 +20,18 @@ from torch import Tensor
 
 from stagemesh.errors import ConfigError, InternalError
 
-from ..kv.memory import zeros
+from ..kv.memory import Scratch, zeros
 from ..kv.pool import KvLayerSpec, KvPool
 from ..model.batch import StepBatch, lay_out
 from ..model.checkpoint import Checkpoint
 from ..model.parts.description import Rotary
+from ..model.quantized.weights import Weights
 from ..model.spec import ShardSpec
 from . import ops, structures
 from .assemble import Assembled, final_norm, rotaries_of
 from .exchange import Exchange
 from .model import KernelModel
+from .packing import Packing
 from .weights import Matrix, Parameters
 
 
@@ -76,7 +78,11 @@ class NativeShard:
             raise ConfigError(f"{spec.tp_size} ranks need shared memory to meet in")
         self._spec, self._model, self._exchange = spec, model, exchange
         self._parts = parts
-        checkpoint = Checkpoint(spec.model_dir) if spec.load_format == "auto" else None
+        weights = Weights(Checkpoint(spec.model_dir)) if spec.load_format == "auto" else None
+        if spec.quantization and weights is not None and weights.quantized.quantization is not None:
+            raise ConfigError(
+                f"{spec.model_dir} is quantized already, and cannot be by --quantization {spec.quantization}"
+            )
         rotaries = rotaries_of(model.programs)
         known = before._weights if before is not None else {}
         new = [index for index in range(spec.first, spec.last) if index not in known]
@@ -88,9 +94,10 @@ class NativeShard:
             if on_progress is not None:
                 on_progress(done, total)
 
-        parameters = Parameters(model.description, checkpoint, self.dtype, spec.seed, on_bytes)
+        parameters = Parameters(model.description, weights, self.dtype, spec.seed, spec.quantization, on_bytes)
         # One copy serves embedding and head: a token's row is gathered from the panels.
-        self._shares_head = parameters.tied and self.is_first and self.is_last and spec.tp_size == 1
+        one_copy = parameters.tied and not parameters.is_quantized(parameters.head)
+        self._shares_head = one_copy and self.is_first and self.is_last and spec.tp_size == 1
         reads_head = self.is_last and not (before is not None and before.is_last)
         reads_embedding = self.is_first and not self._shares_head and not (before is not None and before.is_first)
         ends = [model.description.embedding] * reads_embedding
@@ -116,7 +123,7 @@ class NativeShard:
         tensors += self._norm.tensors if self._norm is not None else []
         # Keyed by address: one copy may serve both embedding and head.
         self.weight_bytes = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-        self.tensor_bytes_read = checkpoint.tensor_bytes_read if checkpoint is not None else 0
+        self.tensor_bytes_read = weights.checkpoint.tensor_bytes_read if weights is not None else 0
         self.kv_layers: list[KvLayerSpec] = [model.kv_spec(index) for index in range(spec.first, spec.last)]
         self._shape = self._make_shape(rotaries)
         self._pool: KvPool | None = None
@@ -170,15 +177,16 @@ class NativeShard:
             matrix = parameters.matrix(parameters.head, range(first, last))
             if parameters.tied and self._embedding is not None and not self._is_packed:
                 matrix = Matrix(matrix.shape, partial(_copy_rows, self._embedding[first:last]))
-            self._packed_head = ops.panels(*matrix.shape, self.dtype)
-            parameters.pack([matrix], self._packed_head)
+            packing = Packing([matrix], self.dtype)
+            self._packed_head, self._head = packing.memory(), packing.linear
+            packing.write(self._packed_head, (Scratch(), Scratch()))
+            self._head.weights = self._packed_head.data_ptr()
             if parts.head_bias:
                 bias = parameters.vector(f"{description.head}.bias")[first:last]
-                self._head_bias = torch.nn.functional.pad(bias, (0, len(self._packed_head) - len(bias)))
-            bias_at = self._head_bias.data_ptr() if self._head_bias is not None else None
-            self._head = structures.Linear(self._packed_head.data_ptr(), bias_at, *matrix.shape)
+                self._head_bias = torch.nn.functional.pad(bias, (0, -len(bias) % ops.PANEL))
+                self._head.bias = self._head_bias.data_ptr()
         if self._shares_head and self._packed_head is not None:
-            self._embedding, self._is_packed = self._packed_head, True
+            self._embedding, self._is_packed = self._packed_head.view(self.dtype).view(-1, parts.hidden), True
 
     def bind_kv(self, pool: KvPool) -> None:
         """Makes the shard use these pages from now on.

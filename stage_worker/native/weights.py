@@ -1,29 +1,22 @@
-"""Reads the parameters of a model, and packs matrices for the kernels. Only this rank's part of each is read.
-
-Linears over the same input become one. Gate and up become another one, in alternating blocks of 16 rows, so that one
-kernel has both and can multiply them. Their last blocks are filled with zeros.
-"""
+"""Reads the parameters of a model. Only this rank's part of each is read."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..kv.memory import Scratch
-from ..model.checkpoint import Checkpoint
 from ..model.cut import WHOLE, Cut, Range
 from ..model.dummy import dummy_tensor
 from ..model.parts.model import ModelDescription
-from . import ops
-
-BLOCK = 16
-"""Number of rows of gate, and then of up, in the linear that has both."""
-_READ_BYTES = 4 << 20
-"""Bytes that are read before they are packed. They fit in a cache."""
+from ..model.quantized.packed import Packed, join
+from ..model.quantized.quantize import is_quantizable, quantize
+from ..model.quantized.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -33,6 +26,8 @@ class Matrix:
     shape: tuple[int, int]
     fill: Callable[[Tensor, int], None]
     """Reads rows, from a given one on, into a tensor [m, k]."""
+    packed: Packed | None = None
+    """The same in few bits, if it is quantized."""
 
 
 class Parameters:
@@ -41,15 +36,23 @@ class Parameters:
     def __init__(
         self,
         description: ModelDescription,
-        checkpoint: Checkpoint | None,
+        weights: Weights | None,
         dtype: torch.dtype,
         seed: int,
+        quantization: Literal["", "int8", "fp8", "int4"],
         on_bytes: Callable[[int], None],
     ) -> None:
-        """`seed`: of what is made up if there is no checkpoint. `on_bytes` gets the bytes that were read."""
-        self._description, self._checkpoint, self._dtype, self._seed = description, checkpoint, dtype, seed
-        self._on_bytes = on_bytes
-        self._rows, self._half = Scratch(), Scratch()
+        """
+        Args:
+            description: says which tensors a parameter is made of.
+            weights: the checkpoint, or None to make weights up.
+            dtype: of what is not quantized.
+            seed: of what is made up.
+            quantization: how linears and experts are quantized that are not yet.
+            on_bytes: gets the bytes that were read.
+        """
+        self._description, self._weights, self._dtype, self._seed = description, weights, dtype, seed
+        self._on_bytes, self._quantization = on_bytes, quantization
         self._last = "", torch.empty(0)
         self._shapes = {
             f"{description.layers}.{index}.{name}": shape
@@ -61,7 +64,7 @@ class Parameters:
         self._shapes |= dict.fromkeys(self.norm, (parts.hidden,))
         if parts.head_bias:
             self._shapes[f"{description.head}.bias"] = (parts.vocab,)
-        self._names = set(checkpoint.names) if checkpoint is not None else set[str]()
+        self._names = set(weights.names) if weights is not None else set[str]()
 
     @property
     def head(self) -> str:
@@ -80,6 +83,13 @@ class Parameters:
         both = (self.head, self._description.embedding)
         return self._description.tied and not all(self._is_stored(name) for name in both)
 
+    def is_quantized(self, parameter: str) -> bool:
+        """Whether a parameter is stored quantized."""
+        if self._weights is None:
+            return False
+        name = self._description.tensors_of(self._resolved(parameter)).tensors[0][0]
+        return self._weights.quantized.is_quantized(name)
+
     def bytes_of(self, parameters: Iterable[str]) -> int:
         """Returns the bytes of these whole parameters in memory."""
         return sum(math.prod(self._shapes[name]) for name in parameters) * self._dtype.itemsize
@@ -91,113 +101,138 @@ class Parameters:
             CheckpointError: one is missing, has the wrong shape, or another of these layers would not be used.
             UnsupportedModel: one is quantized.
         """
-        checkpoint = self._checkpoint
-        if checkpoint is None:
+        weights = self._weights
+        if weights is None:
             return
         used: list[str] = []
         for parameter in parameters:
             stored = self._description.tensors_of(self._resolved(parameter))
             names = [name for expert in stored.tensors for name in expert]
             if missing := [name for name in names if name not in self._names]:
-                raise checkpoint.lacking(missing)
+                raise weights.checkpoint.lacking(missing)
             used += names
             shape = self._shapes[parameter]
             if not stored.stacked:
-                checkpoint.check_shape(names[0], shape)
+                weights.check_shape(names[0], shape)
                 continue
-            checkpoint.check_shape(names[0], shape, (len(stored.tensors), *shape[1:]))
+            weights.check_shape(names[0], shape, (len(stored.tensors), *shape[1:]))
             for expert in stored.tensors:
-                rows = sum(checkpoint.info(name).shape[0] for name in expert)
-                checkpoint.check_shape(expert[0], shape[1:], (rows, *checkpoint.info(expert[0]).shape[1:]))
+                rows = sum(weights.shape(name)[0] for name in expert)
+                weights.check_shape(expert[0], shape[1:], (rows, *weights.shape(expert[0])[1:]))
         known = {
             name
             for parameter in self._shapes
             for expert in self._description.tensors_of(self._resolved(parameter)).tensors
             for name in expert
         }
-        checkpoint.check_use(used, known, layers, self._description.ignored)
+        weights.check_use(used, known, layers, self._description.ignored)
 
     def vector(self, parameter: str) -> Tensor:
         """Reads a whole parameter as fp32. Raises CheckpointError."""
         parameter = self._resolved(parameter)
         shape = self._shapes[parameter]
         self._on_bytes(math.prod(shape) * self._dtype.itemsize)
-        if self._checkpoint is None:
+        if self._weights is None:
             return self._made_up(parameter, shape)
         (name,) = self._description.tensors_of(parameter).tensors[0]
-        return self._checkpoint.read(name).float()
+        return self._weights.read(name, self._dtype).float()
 
     def matrix(self, parameter: str, rows: Sequence[int] | None = None, columns: Range | None = None) -> Matrix:
         """Returns rows and columns of a parameter [n, k]; None for all."""
-        return self._matrix(self._resolved(parameter), None, rows, columns)
+        parameter = self._resolved(parameter)
+        return self._in_few_bits(parameter, self._matrix(parameter, None, rows, columns))
 
     def expert(
         self, parameter: str, index: int, rows: Sequence[int], columns: Range | None, transposed: bool
     ) -> Matrix:
         """Returns rows and columns of one expert's matrix. `transposed`: it is stored as [k, n]."""
-        if not transposed:
-            return self._matrix(parameter, index, rows, columns)
+        if not transposed or self._is_stored_transposed(parameter):
+            return self._in_few_bits(parameter, self._matrix(parameter, index, rows, columns))
         inside = range(*columns) if columns is not None else range(self._shapes[parameter][1])
-        return turned(self._matrix(parameter, index, inside, None), self._dtype, rows)
-
-    def pack(self, parts: Sequence[Matrix], out: Tensor, *, gated: bool = False) -> int:
-        """Packs matrices as one linear into `out`. They are read some rows at a time. Returns its number of outputs."""
-        k = parts[0].shape[1]
-        n = outputs(parts, gated)
-        step = max(1, _READ_BYTES // (k * self._dtype.itemsize * ops.PANEL)) * ops.PANEL
-        for start in range(0, n, step):
-            rows = self._rows.tensor((min(step, n - start), k), self._dtype)
-            if gated:
-                self._alternate(parts, rows, start // 2)
-            else:
-                _concatenate(parts, rows, start)
-            ops.pack(rows, out[start:])
-        return n
-
-    def _alternate(self, parts: Sequence[Matrix], rows: Tensor, start: int) -> None:
-        """Fills `rows` with blocks of each part in turn, from row `start` of each on. Pads their ends with zeros."""
-        for i, part in enumerate(parts):
-            own = self._half.tensor((len(rows) // 2, rows.shape[1]), self._dtype)
-            known = max(0, part.shape[0] - start)
-            part.fill(own[:known], start)
-            own[known:] = 0
-            rows.view(-1, 2, BLOCK, rows.shape[1])[:, i] = own.view(-1, BLOCK, rows.shape[1])
+        matrix = turned(self._matrix(parameter, index, inside, None), self._dtype, rows)
+        return self._in_few_bits(parameter, matrix)
 
     def _matrix(self, parameter: str, expert: int | None, rows: Sequence[int] | None, columns: Range | None) -> Matrix:
         *outer, n, k = self._shapes[parameter]
+        if self._is_stored_transposed(parameter):
+            n, k = k, n
         rows = range(n) if rows is None else rows
-        checkpoint, made_up = self._checkpoint, torch.empty(0)
-        pieces: list[_Piece] = []
-        if checkpoint is None:
-            made_up = self._made_up(parameter, (*outer, n, k))
-            made_up = made_up if expert is None else made_up[expert]
-        else:
-            pieces = self._pieces(checkpoint, parameter, expert, n)
+        shape = len(rows), k if columns is None else columns[1] - columns[0]
         cut = WHOLE if columns is None else Cut(1, (columns,))
+        weights = self._weights
+        if weights is None:
+            made_up = self._made_up(parameter, (*outer, n, k))
+            return self._of_values(made_up if expert is None else made_up[expert], rows, cut, shape)
+        pieces = self._pieces(weights, parameter, expert, n)
+        if any(weights.quantized.is_quantized(piece.tensor) for piece in pieces):
+            own = 0 if expert is None or self._description.tensors_of(parameter).stacked else expert
+            return self._quantized(weights, pieces, own, rows, columns, shape)
+        checkpoint = weights.checkpoint
 
         def fill(out: Tensor, start: int) -> None:
-            wanted = rows[start : start + len(out)]
-            if checkpoint is None:
-                out.copy_(cut.apply(made_up[list(wanted)]))
-            else:
-                at = 0
-                for name, first, count in _reads(pieces, wanted):
-                    checkpoint.read_rows(out[at : at + count], name, first, cut)
-                    at += count
+            at = 0
+            for name, first, count in _reads(pieces, rows[start : start + len(out)]):
+                checkpoint.read_rows(out[at : at + count], name, first, cut)
+                at += count
             self._on_bytes(out.nbytes)
 
-        return Matrix((len(rows), k if columns is None else columns[1] - columns[0]), fill)
+        return Matrix(shape, fill)
 
-    def _pieces(self, checkpoint: Checkpoint, parameter: str, expert: int | None, n: int) -> list[_Piece]:
+    def _in_few_bits(self, parameter: str, matrix: Matrix) -> Matrix:
+        """Quantizes a matrix, if the parameter is to be."""
+        if not self._quantization or matrix.packed or not is_quantizable(parameter, self._shapes[parameter]):
+            return matrix
+        values = torch.empty(matrix.shape, dtype=self._dtype)
+        matrix.fill(values, 0)
+        packed = quantize(values, self._quantization)
+        return Matrix(matrix.shape, partial(_dequantize, packed), packed)
+
+    def _of_values(self, values: Tensor, rows: Sequence[int], cut: Cut, shape: tuple[int, int]) -> Matrix:
+        def fill(out: Tensor, start: int) -> None:
+            out.copy_(cut.apply(values[list(rows[start : start + len(out)])]))
+            self._on_bytes(out.nbytes)
+
+        return Matrix(shape, fill)
+
+    def _quantized(
+        self,
+        weights: Weights,
+        pieces: Sequence[_Piece],
+        expert: int,
+        rows: Sequence[int],
+        columns: Range | None,
+        shape: tuple[int, int],
+    ) -> Matrix:
+        """Reads quantized weights, in few bits."""
+        parts = [weights.quantized.packed(piece.tensor, None, columns, expert) for piece in pieces]
+        self._on_bytes(math.prod(shape) * self._dtype.itemsize)
+        wanted = torch.tensor(rows)
+        whole = join(parts)
+        if whole is not None:
+            whole = whole if isinstance(rows, range) and len(rows) == whole.shape[0] else whole.take(wanted)
+            return Matrix(shape, partial(_dequantize, whole), whole)
+        values = torch.cat([part.dequantize(self._dtype) for part in parts])[wanted]
+        return Matrix(shape, partial(_copy, values))
+
+    def _pieces(self, weights: Weights, parameter: str, expert: int | None, n: int) -> list[_Piece]:
         stored = self._description.tensors_of(parameter)
         if not stored.stacked:
             return [_Piece(stored.tensors[0][0], n * (expert or 0), n)]
-        return [_Piece(name, 0, checkpoint.info(name).shape[0]) for name in stored.tensors[expert or 0]]
+        return [_Piece(name, 0, weights.shape(name)[0]) for name in stored.tensors[expert or 0]]
 
     def _made_up(self, parameter: str, shape: tuple[int, ...]) -> Tensor:
         if self._last[0] != parameter:
             self._last = parameter, dummy_tensor(parameter, torch.Size(shape), self._seed).to(self._dtype).float()
         return self._last[1]
+
+    def _is_stored_transposed(self, parameter: str) -> bool:
+        """Whether the tensor has the parameter's inputs as columns though the parameter has them as rows."""
+        stored = self._description.tensors_of(parameter)
+        if self._weights is None or stored.stacked or len(self._shapes[parameter]) < 3:
+            return False
+        name = stored.tensors[0][0]
+        quantized = self._weights.quantized
+        return quantized.is_quantized(name) and self._weights.shape(name) != quantized.shape(name)
 
     def _is_stored(self, parameter: str) -> bool:
         return self._description.tensors_of(parameter).tensors[0][0] in self._names
@@ -241,24 +276,12 @@ def turned(matrix: Matrix, dtype: torch.dtype, rows: Sequence[int] | None = None
     whole = torch.empty(matrix.shape, dtype=dtype)
     matrix.fill(whole, 0)
     columns = whole.T if rows is None else whole.T[list(rows)]
-
-    def fill(out: Tensor, start: int) -> None:
-        out.copy_(columns[start : start + len(out)])
-
-    return Matrix((len(columns), len(whole)), fill)
+    return Matrix((len(columns), len(whole)), partial(_copy, columns))
 
 
-def outputs(parts: Sequence[Matrix], gated: bool) -> int:
-    """Returns the number of outputs of a linear that is made of these matrices."""
-    if not gated:
-        return sum(part.shape[0] for part in parts)
-    return 2 * math.ceil(parts[0].shape[0] / BLOCK) * BLOCK
+def _copy(values: Tensor, out: Tensor, start: int) -> None:
+    out.copy_(values[start : start + len(out)])
 
 
-def _concatenate(parts: Sequence[Matrix], rows: Tensor, start: int) -> None:
-    """Fills `rows` from row `start` on of the parts one below the other."""
-    for part in parts:
-        first, last = max(0, start), min(part.shape[0], start + len(rows))
-        if first < last:
-            part.fill(rows[first - start : last - start], first)
-        start -= part.shape[0]
+def _dequantize(packed: Packed, out: Tensor, start: int) -> None:
+    packed.rows(start, start + len(out)).dequantize_into(out)

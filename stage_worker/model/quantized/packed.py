@@ -8,6 +8,7 @@ Shapes: n outputs, k inputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -66,6 +67,16 @@ class Packed:
             row_scale=None if self.row_scale is None else self.row_scale[first:last],
         )
 
+    def take(self, rows: Tensor) -> Packed:
+        """Returns rows [m] in any order, in new memory."""
+        return replace(
+            self,
+            codes=self.codes[rows],
+            scales=self.scales[rows],
+            zeros=self.zeros[rows] if isinstance(self.zeros, Tensor) else self.zeros,
+            row_scale=None if self.row_scale is None else self.row_scale[rows],
+        )
+
     def columns(self, first: int, last: int) -> Packed:
         """Returns the weights of inputs [first, last). Groups that they do not fill become smaller ones."""
         k = self.shape[1]
@@ -119,6 +130,40 @@ class Packed:
             if self.order is not None:
                 values = torch.empty_like(values).index_copy_(1, self.order.long(), values)
             out[first : first + len(values)] = values
+
+
+def join(parts: Sequence[Packed]) -> Packed | None:
+    """Returns the rows of all parts one below the other, or None if they do not have the same form."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if len({_form(part) for part in parts}) > 1:
+        return None
+    if any(not _same(part.order, first.order) for part in parts):
+        return None
+
+    def joined(tensors: Sequence[Tensor | float | None]) -> Tensor | float | None:
+        given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+        return torch.cat(given) if given else tensors[0]
+
+    row_scale = joined([part.row_scale for part in parts])
+    assert row_scale is None or isinstance(row_scale, Tensor)
+    return replace(
+        first,
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=joined([part.zeros for part in parts]),
+        row_scale=row_scale,
+    )
+
+
+def _form(part: Packed) -> object:
+    zeros = "each" if isinstance(part.zeros, Tensor) else part.zeros
+    return part.kind, part.shape[1], part.group, part.scales.dtype, zeros, part.row_scale is None
+
+
+def _same(some: Tensor | None, other: Tensor | None) -> bool:
+    return some is other or (some is not None and other is not None and torch.equal(some, other))
 
 
 def unpack(codes: Tensor, kind: Kind) -> Tensor:

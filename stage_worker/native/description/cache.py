@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...model.checkpoint import Checkpoint
 from ...model.parts.model import ModelDescription, from_json
 
 _MADE_BY = ("model/parts", "model/parts/reading", "model/plain", "native", "native/program", "native/description")
@@ -37,25 +36,24 @@ Answerer = Callable[[str, Sequence[str] | None], str]
 """Describes a folder's model with these tensors. Returns JSON."""
 
 
-def describe(
-    model_dir: str | Path, checkpoint: Checkpoint | None, answerer: Answerer | None = None
-) -> ModelDescription:
+def describe(model_dir: str | Path, names: Sequence[str] | None, answerer: Answerer | None = None) -> ModelDescription:
     """Describes the model in this folder.
 
     Args:
         model_dir: the folder.
-        checkpoint: its weights; None if they are not read.
+        names: of its weights, as if they were not quantized; None if they are not read.
         answerer: what describes it if the cache does not; None for another process.
 
     Raises:
         NotDescribed: it has parts that are not known, or cannot be read.
     """
-    names = sorted(checkpoint.names) if checkpoint is not None else None
     try:
         config = (Path(model_dir) / "config.json").read_bytes()
     except OSError as e:
         raise NotDescribed(f"config.json cannot be read: {e}") from e
-    answer = _answer(str(model_dir), config, tuple(names) if names is not None else None, answerer or _in_process)
+    answer = _answer(
+        str(model_dir), config, tuple(sorted(names)) if names is not None else None, answerer or _in_process
+    )
     if isinstance(answer, str):
         raise NotDescribed(answer)
     return answer
