@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.results import RESULTS, origin, save
+from stagemesh.stage_worker.kv.memory import zeros
 from stagemesh.stage_worker.native import ops, structures
 from stagemesh.stage_worker.native.quantized import pack_quantized, quantized_linear, quantized_panels
 
@@ -46,12 +47,12 @@ class Weight:
 
 
 def _weight(
-    kind: str, group: int, scales: torch.dtype, n: int, k: int, *, zeros: bool = False, row_scale: bool = False
+    kind: str, group: int, scales: torch.dtype, n: int, k: int, *, offsets: bool = False, row_scale: bool = False
 ) -> Weight:
     group = group or k
     codes = torch.randint(0, 127, (n, k if kind in ("int8", "fp8") else k // 2), dtype=torch.uint8)
     factors = torch.rand(n, k // group).to(scales)
-    return Weight(kind, codes, factors, group, factors if zeros else None, torch.rand(n) if row_scale else None)
+    return Weight(kind, codes, factors, group, factors if offsets else None, torch.rand(n) if row_scale else None)
 
 
 WEIGHTS: dict[str, Callable[[int, int], Weight] | None] = {
@@ -60,7 +61,7 @@ WEIGHTS: dict[str, Callable[[int, int], Weight] | None] = {
     "int8, groups of 128": lambda n, k: _weight("int8", 128, torch.float16, n, k),
     "fp8, a scale a row": lambda n, k: _weight("fp8", 0, torch.float32, n, k),
     "fp8, blocks of 128 x 128": lambda n, k: _weight("fp8", 128, torch.float32, n, k),
-    "int4, groups of 128, zeros": lambda n, k: _weight("int4", 128, torch.float16, n, k, zeros=True),
+    "int4, groups of 128, zeros": lambda n, k: _weight("int4", 128, torch.float16, n, k, offsets=True),
     "int4, groups of 32": lambda n, k: _weight("int4", 32, torch.float16, n, k),
     "MXFP4 (groups of 32)": lambda n, k: _weight("fp4", 32, torch.bfloat16, n, k),
     "NVFP4 (groups of 16)": lambda n, k: _weight("fp4", 16, torch.float16, n, k, row_scale=True),
@@ -83,7 +84,8 @@ class Linears:
             pack_quantized(first, weight, 0, packed)
         self.bytes = packed.nbytes
         copies = -(-BEYOND_CACHES_BYTES // packed.nbytes)
-        self._weights = packed.flatten().repeat(copies)
+        self._weights = zeros((copies, packed.nbytes), torch.uint8)
+        self._weights[:] = packed.view(torch.uint8).flatten()
         self._operations = (structures.Operation * copies)()
         for i, operation in enumerate(self._operations):
             linear = structures.Linear.from_buffer_copy(first)

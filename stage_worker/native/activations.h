@@ -25,8 +25,8 @@ class Activations {
     planes = w.codes == kFp8 && std::is_same<T, F32>::value ? 2 : 1;
     blocks = layout.groups * layout.blocks;
     words = (size_t)layout.padded / 2;
-    numbers_.resize((size_t)count * planes * layout.padded + 16);  // The last store may go beyond.
-    factors_.resize((size_t)count * blocks);
+    grow(numbers_, (size_t)count * planes * layout.padded + 16);  // The last store may go beyond.
+    grow(factors_, (size_t)count * blocks);
     for (int r = 0; r < count; r++) take_row<T>(x + r * stride, r, w, layout);
   }
 
@@ -38,10 +38,15 @@ class Activations {
   size_t words = 0;  // Of a plane of a row.
 
  private:
+  template <class Item>
+  static void grow(std::vector<Item>& items, size_t count) {
+    if (items.size() < count) items.resize(count);
+  }
+
   template <class T>
   void take_row(const typename T::Element* x, int r, const Linear& w, const Layout& layout) {
     if (w.ordered) {
-      ordered_.resize((size_t)w.k * sizeof *x);
+      grow(ordered_, (size_t)w.k * sizeof *x);
       auto* to = (typename T::Element*)ordered_.data();
       const int32_t* order = (const int32_t*)w.weights;
       for (int i = 0; i < w.k; i++) to[i] = x[order[i]];
@@ -119,5 +124,11 @@ class Activations {
   std::vector<Factor> factors_;
   std::vector<uint8_t> ordered_;
 };
+
+// This thread's. Their memory is kept, as for each step's workspaces.
+inline Activations& own_activations() {
+  static thread_local Activations own;
+  return own;
+}
 
 }  // namespace stagemesh

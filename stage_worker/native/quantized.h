@@ -232,7 +232,7 @@ inline void fp8_panel_by_tiles(Tiles& tiles, const Activations& x, int count, co
 template <class T, class Done>
 inline void quantized_linear(const typename T::Element* x, int m, const Linear& w, int first_panel, int last_panel,
                              Done& done, size_t stride) {
-  static thread_local Activations activations;
+  Activations& activations = own_activations();
   alignas(64) float sums[kRowsAtOnce][kPanel];
   const Layout layout(w);
   std::optional<Tiles> by_tiles;
