@@ -2,7 +2,7 @@
 //
 // For integer codes, each block of at most kBlock numbers becomes int16 with a scale that is a power of two. Numbers of
 // bf16 down to 2^-7 of the block's largest one stay exact; smaller ones are off by at most 2^-15 of it. For fp8, bf16
-// numbers stay as they are, and fp32 numbers become the sum of two bf16 numbers. A row depends on no other row.
+// numbers stay as they are, and others become the sum of two bf16 numbers. A row depends on no other row.
 #pragma once
 
 #include <vector>
@@ -22,7 +22,7 @@ class Activations {
   // Takes `count` rows. Row r begins at x + r * stride.
   template <class T>
   void take(const typename T::Element* x, int count, size_t stride, const Linear& w, const Layout& layout) {
-    planes = w.codes == kFp8 && std::is_same<T, F32>::value ? 2 : 1;
+    planes = w.codes == kFp8 && !std::is_same<T, Bf16>::value ? 2 : 1;
     blocks = layout.groups * layout.blocks;
     words = (size_t)layout.padded / 2;
     grow(numbers_, (size_t)count * planes * layout.padded + 16);  // The last store may go beyond.
