@@ -68,6 +68,8 @@ def load_shard(
     sources = hf.map_checkpoint(model, weights.names) if weights is not None else []
     parallel = Parallel(model, config, layout, spec, group)
     prune(model, layout, spec.first, spec.last)
+    if weights is not None and (quantization := weights.quantized.quantization) is not None:
+        log.info("weights by %s are dequantized to %s while they are read", quantization.method, dtype)
     filler = _Filler(
         model,
         range(spec.first, spec.last),

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from stagemesh.coordinator.build import build
 from stagemesh.coordinator.service.slots import MAX_SLOT, Slots
@@ -274,6 +276,23 @@ class TestBuild:
         assert build(settings(tmp_path)).terms == one
         assert build(settings(tmp_path, max_num_seqs=3)).terms != one
         assert build(settings(tmp_path, pipeline_parallel_size=2)).terms != one
+        assert build(settings(tmp_path, quantization="int8")).terms != one
+
+    def test_workers_are_told_to_quantize(self, tmp_path: Path) -> None:
+        assert build(settings(tmp_path)).model.quantization == ""
+        assert build(settings(tmp_path, quantization="int4")).model.quantization == "int4"
+
+    def test_weights_are_not_quantized_twice(self, tmp_path: Path) -> None:
+        asked = settings(tmp_path)
+        tensors = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(8, 8).to(torch.float8_e4m3fn) for i in range(4)}
+        scales = {f"{name}_scale": torch.ones(1) for name in tensors}
+        save_file({**tensors, **scales, "model.embed_tokens.weight": torch.ones(8, 8)}, tmp_path / "model.safetensors")
+        path = tmp_path / "config.json"
+        said = {"quantization_config": {"quant_method": "fp8"}, "tie_word_embeddings": True}
+        path.write_text(json.dumps(json.loads(path.read_text()) | said))
+        assert build(asked.model_copy(update={"load_format": "auto"})).model.quantization == ""
+        with pytest.raises(ConfigError, match=r"--quantization int8: .* quantized already \(fp8\)"):
+            build(asked.model_copy(update={"load_format": "auto", "quantization": "int8"}))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from stagemesh.coordinator.policy.form import place
 from stagemesh.coordinator.policy.plan import MeshPlan
 from stagemesh.coordinator.world.pipeline import State
 from stagemesh.errors import ConfigError
+from stagemesh.protos.v1 import types_pb2
 from stagemesh.protos.v1.coordinator_pb2 import HeldAssignment
 from stagemesh.protos.v1.stage_pb2 import (
     ActivateRequest,
@@ -68,6 +69,16 @@ class TestForming:
         assert not story.took(PrepareRequest), "nor does it load any as a standby"
         story.lose("c")
         assert (story.state, story.final) == (State.DOWN, True)
+
+    def test_a_worker_of_a_release_without_quantization_gets_no_layers_of_a_model_with_it(self) -> None:
+        model = types_pb2.ModelRef(fingerprint=REVISION, quantization="int8")
+        story = Story(target(model=model))
+        story.join("a", 0), story.join("b", 1, protocol=2, version="0.2.0")
+        assert story.state is State.DOWN
+        assert "its release (0.2.0) has no --quantization" in story.reason
+        story.join("c", 1)
+        assert story.state is State.FORMING
+        assert {a.request.model.quantization for a in story.took(AssignRequest)} == {"int8"}
 
     def test_assign_then_links_then_activate_then_publish(self) -> None:
         story = Story(target(3))
