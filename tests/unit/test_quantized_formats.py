@@ -121,6 +121,14 @@ def test_large_weights_are_dequantized_in_pieces(tmp_path: Path, name: str) -> N
         assert close(out, expected)
 
 
+def test_as_many_blocks_as_rows_are_blocks(tmp_path: Path) -> None:
+    values = write(tmp_path, "fp8 by blocks", 32, 1024)
+    weights = Weights(Checkpoint(tmp_path))
+    out = torch.empty(32, 1024)
+    weights.read_into(out, WEIGHT)
+    assert close(out, values)
+
+
 def test_a_stack_of_experts_in_fp8(tmp_path: Path) -> None:
     """As transformers saves what it has merged."""
     torch.manual_seed(5)

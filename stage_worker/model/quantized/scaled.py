@@ -57,13 +57,13 @@ def _blocks(stored: Stored, scale: str, experts: int) -> tuple[tuple[int, int], 
     n, k, count = stored.n, stored.k, stored.info(scale).parameters // experts
     if count == 1:
         return (n, k), (1, 1)
-    if count == n:
-        return (1, k), (n, 1)
     block = stored.quantization.block
-    if block is not None:
+    if block is not None and found[-2:] != (n, 1):
         shape = -(-n // block[0]), -(-k // block[1])
         if count == shape[0] * shape[1]:
             return block, shape
+    if count == n:
+        return (1, k), (n, 1)
     groups = found[-1]
     if count == n * groups and k % groups == 0:
         return (1, k // groups), (n, groups)
