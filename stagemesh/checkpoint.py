@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,35 +110,57 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, dict) and nested else config
 
 
-def weight_map(model_dir: str | os.PathLike[str]) -> dict[str, Path]:
+def weight_map(
+    model_dir: str | os.PathLike[str], headers: Mapping[Path, Mapping[str, StoredTensor]] | None = None
+) -> dict[str, Path]:
     """Returns the tensors that the checkpoint lists, each with its file. Whoever reads weights reads these.
 
-    The files need not be there: a worker may have only those of its layers. Raises CheckpointError if it is not clear
-    which file is meant, or none is there.
+    The files need not be there: a worker may have only those of its layers. `headers`: the headers of all weight files,
+    if they are known without the files. Raises CheckpointError if it is not clear which file is meant, or none is.
     """
     folder = Path(model_dir)
     index = folder / INDEX
-    if not index.is_file():
-        if not (folder / SINGLE).is_file():
-            found = sorted(path.name for path in folder.glob("*.safetensors"))
+    there = {path.name for path in (*folder.glob("*.safetensors"), *(headers or ()))}
+    content = _read_json(index, "fetch the file again") if index.is_file() else None
+    names = listed_weights(there, content, folder, f"remove {SINGLE}, or {INDEX} and its files")
+    if names is None:
+        single = folder / SINGLE
+        return dict.fromkeys(headers[single] if headers is not None else read_header(single), single)
+    return {name: folder / file for name, file in names.items()}
+
+
+def listed_weights(files: Collection[str], index: object, where: object, advice: str) -> dict[str, str] | None:
+    """Returns the tensors that an index lists, each with its file. None without an index: then SINGLE holds them all.
+
+    Args:
+        files: the files that are there. Those that the index names need not be.
+        index: the content of the index, or None if there is none.
+        where: the folder or repository, for errors.
+        advice: what to do if SINGLE is there beside an index of other files.
+
+    Raises:
+        CheckpointError: it is not clear which weights are meant, or there are none.
+    """
+    if index is None:
+        if SINGLE not in files:
+            found = sorted(name for name in files if name.endswith(".safetensors"))
             raise CheckpointError(
-                f"{folder}: {found[0]} needs {INDEX} beside it, which is missing; fetch it too"
+                f"{where}: {found[0]} needs {INDEX} beside it, which is missing; fetch it too"
                 if found
-                else f"{folder} has neither {SINGLE} nor {INDEX}; fetch the weights in safetensors format, or use "
+                else f"{where} has neither {SINGLE} nor {INDEX}; fetch the weights in safetensors format, or use "
                 "--load-format dummy for random weights"
             )
-        return dict.fromkeys(read_header(folder / SINGLE), folder / SINGLE)
-    content = _read_json(index, "fetch the file again")
-    names = content.get("weight_map") if isinstance(content, dict) else None
+        return None
+    names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(_is_inside(file) for file in names.values()):
-        raise CheckpointError(f"{index}: no weight_map in it with files of this folder; fetch the file again")
-    if (folder / SINGLE).is_file() and set(names.values()) != {SINGLE}:
+        raise CheckpointError(f"{where}/{INDEX}: no weight_map in it with files of this folder; fetch the file again")
+    if SINGLE in files and set(names.values()) != {SINGLE}:
         # transformers takes the single file, and others the index. They may be of different revisions.
         raise CheckpointError(
-            f"{folder}: {SINGLE} lies beside {INDEX}, which names other files; it is not clear which weights are "
-            f"meant: remove {SINGLE}, or {INDEX} and its files"
+            f"{where}: {SINGLE} lies beside {INDEX}, which names other files; it is not clear which weights are "
+            f"meant: {advice}"
         )
-    return {name: folder / file for name, file in names.items()}
+    return names
 
 
 def _is_inside(file: object) -> bool:
@@ -161,8 +183,14 @@ def _present(folder: Path, names: Mapping[str, Path]) -> list[Path]:
     return files
 
 
-def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> CheckpointInfo:
+def inspect(
+    model_dir: str | os.PathLike[str],
+    load_format: str = "auto",
+    headers: Mapping[Path, Mapping[str, StoredTensor]] | None = None,
+) -> CheckpointInfo:
     """Describes the checkpoint in `model_dir`. With load_format "dummy" it only reads config.json.
+
+    `headers`: the headers of all weight files, if they are known without the files.
 
     Raises CheckpointError (file, what is wrong, what to do) and UnsupportedModel.
     """
@@ -173,7 +201,7 @@ def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> Che
     if load_format == "dummy":
         dtype = config.dtype or "float32"
         return config.info(_estimated(config, ELEMENT_BYTES[dtype]), dtype, config.tied)
-    tensors = {name: tensor for name, tensor in _stored(folder).items() if not FOREIGN.search(name)}
+    tensors = {name: tensor for name, tensor in _stored(folder, headers).items() if not FOREIGN.search(name)}
     tensors = as_weights(quantization, tensors)
     refuse_unnamed(folder, tensors.items())
     sizes = Counter[str]()
@@ -185,10 +213,14 @@ def inspect(model_dir: str | os.PathLike[str], load_format: str = "auto") -> Che
     return config.info(parts, dtype, tied, quantization.method if quantization is not None else "")
 
 
-def _stored(folder: Path) -> dict[str, StoredTensor]:
-    """Reads the headers of all weight files. Raises CheckpointError, also for a tensor that is not in its file."""
-    names = weight_map(folder)
-    headers = {path: read_header(path) for path in _present(folder, names)}
+def _stored(folder: Path, headers: Mapping[Path, Mapping[str, StoredTensor]] | None) -> dict[str, StoredTensor]:
+    """Returns all tensors by the headers of their files, which it reads if they are not given.
+
+    Raises CheckpointError, also for a tensor that is not in its file.
+    """
+    names = weight_map(folder, headers)
+    if headers is None:
+        headers = {path: read_header(path) for path in _present(folder, names)}
     tensors = {}
     for name, path in names.items():
         if name not in headers[path]:

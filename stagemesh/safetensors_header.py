@@ -17,6 +17,9 @@ BITS = {
     "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000
+LENGTH_BYTES, BEGIN_BYTES = 8, 64
+"""Bytes of the header's length, and those of a file that show what it is."""
+LFS_POINTER = b"version https://git-lfs"
 AGAIN = "the download is incomplete or damaged: fetch the file again"
 
 
@@ -38,16 +41,43 @@ class StoredTensor:
 
 
 def read_raw_header(path: Path) -> bytes:
-    """Reads the header's JSON, unparsed. Raises CheckpointError if the file is cut or cannot be read."""
+    """Reads the header's JSON, unparsed. Raises CheckpointError if the file is cut, cannot be read or is another."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{path} is truncated: {size} bytes, its header says {length}; {AGAIN}")
+            length = header_length(file.read(BEGIN_BYTES), size, path)
+            file.seek(LENGTH_BYTES)
             return file.read(length)
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
+
+
+def header_length(begin: bytes, size: int, where: object) -> int:
+    """Returns the length of the JSON header, in bytes.
+
+    Args:
+        begin: the first BEGIN_BYTES of the file, or all of a shorter one.
+        size: bytes of the file.
+        where: its path or address, for errors.
+
+    Raises:
+        CheckpointError: the file is cut, or is no safetensors file.
+    """
+    length = int.from_bytes(begin[:LENGTH_BYTES], "little")
+    if size >= LENGTH_BYTES and length <= min(size - LENGTH_BYTES, MAX_HEADER_BYTES):
+        return length
+    if other := in_its_place(begin):
+        raise CheckpointError(f"{where} is {other}")
+    raise CheckpointError(f"{where} is truncated: {size} bytes, its header says {length}; {AGAIN}")
+
+
+def in_its_place(begin: bytes) -> str:
+    """Names what often lies in the place of a file that was not downloaded, and what to do. "" for anything else."""
+    if begin.startswith(LFS_POINTER):
+        return "a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it again"
+    if begin.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not the file itself (perhaps the error page of a failed download): download it again"
+    return ""
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -55,15 +85,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError if the header is cut or broken, or if data would end past the end of the file.
     """
-    raw = read_raw_header(path)
+    return parse_header(read_raw_header(path), path.stat().st_size, path)
+
+
+def parse_header(raw: bytes, size: int, where: object) -> dict[str, StoredTensor]:
+    """Parses the JSON header of a file of `size` bytes at `where`. Raises CheckpointError, as `read_header` does."""
     try:
         header = json.loads(raw)
     except ValueError as e:
-        raise CheckpointError(f"{path}: broken safetensors header ({e}); {AGAIN}") from e
+        raise CheckpointError(f"{where}: broken safetensors header ({e}); {AGAIN}") from e
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: broken safetensors header (not an object); {AGAIN}")
+        raise CheckpointError(f"{where}: broken safetensors header (not an object); {AGAIN}")
     header.pop("__metadata__", None)
-    data = 8 + len(raw)
+    data = LENGTH_BYTES + len(raw)
     tensors = {}
     for name, entry in header.items():
         try:
@@ -71,13 +105,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             wanted = (math.prod(entry["shape"]) * BITS[entry["dtype"]] + 7) // 8
             tensor = StoredTensor(entry["dtype"], tuple(entry["shape"]), data + start, end - start)
         except (KeyError, TypeError, ValueError) as e:
-            raise CheckpointError(f"{path}: tensor {name}: broken header entry; {AGAIN}") from e
+            raise CheckpointError(f"{where}: tensor {name}: broken header entry; {AGAIN}") from e
         if tensor.nbytes != wanted:
             raise CheckpointError(
-                f"{path}: tensor {name}: shape {entry['shape']} needs {wanted} bytes, not {tensor.nbytes}; {AGAIN}"
+                f"{where}: tensor {name}: shape {entry['shape']} needs {wanted} bytes, not {tensor.nbytes}; {AGAIN}"
             )
         tensors[name] = tensor
-    size, needed = path.stat().st_size, max((t.offset + t.nbytes for t in tensors.values()), default=data)
+    needed = max((t.offset + t.nbytes for t in tensors.values()), default=data)
     if needed > size:
-        raise CheckpointError(f"{path} is cut short: it has {size} bytes of {needed} (truncated); {AGAIN}")
+        raise CheckpointError(f"{where} is cut short: it has {size} bytes of {needed} (truncated); {AGAIN}")
     return tensors

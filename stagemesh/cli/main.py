@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import stagemesh
 from stagemesh.settings.loading import load
 
-from . import bench, operate, status
+from . import bench, download, operate, status
 from .flags import add_flags, given
 from .service import SERVICES, reported, run_function, settings_class
 
@@ -23,7 +23,12 @@ def parser() -> argparse.ArgumentParser:
         cls = settings_class(name)
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == "serve":
-            command.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="checkpoint directory [the demo]")
+            command.add_argument(
+                "model",
+                nargs="?",
+                default=argparse.SUPPRESS,
+                help="checkpoint directory, or id on a hub (org/name) [the demo]",
+            )
         else:
             command.add_argument("--ready-fd", type=int, default=None, help=argparse.SUPPRESS)
         add_flags(command, cls, leave_out=("model",) if name == "serve" else ())
@@ -34,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     shows.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway's HTTP address")
     shows.set_defaults(run=status.run)
     operate.add_parsers(commands)
+    download.add_parser(commands)
     return top
 
 
