@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-from pathlib import Path
 
-from stagemesh.checkpoint import CheckpointInfo, fingerprint, inspect, read_config
+from stagemesh.checkpoint import CheckpointInfo, inspect, read_config
 from stagemesh.errors import ConfigError
 from stagemesh.generation import eos_token_ids, generation_config
 from stagemesh.models.support import PLUGINS, check_supported, heads_to_divide
@@ -17,6 +16,7 @@ from stagemesh.settings.coordinator import CoordinatorSettings
 from .planning.cost import CostModel
 from .planning.partition import check_counts
 from .planning.target import Target
+from .source import Source, find
 from .values import pages_per_sequence
 
 DEFAULT_MAX_MODEL_LEN = 4096
@@ -25,19 +25,22 @@ FEW_STAGES = 4
 
 
 def build(settings: CoordinatorSettings) -> Target:
-    """Reads the checkpoint and checks the settings against it. Raises ConfigError and CheckpointError.
+    """Reads the checkpoint and checks the settings against it.
+
+    Raises ConfigError and CheckpointError; Unavailable if a hub that should have the checkpoint does not answer.
 
     What cannot be served is refused here, before a worker loads anything.
     """
-    info = _inspect(settings.model, settings.load_format)
+    source = find(settings.model, settings.revision, settings)
+    info = _inspect(source, settings.load_format)
     # The gateway uses them. They are refused here, before workers load weights.
-    generation_config(Path(settings.model))
-    eos_token_ids(Path(settings.model))
+    generation_config(source.folder)
+    eos_token_ids(source.folder)
     stages = settings.pipeline_parallel_size
     check_counts(info.num_layers, stages, settings.layer_partition)
     limits = _limits(settings, info)
     dtype = info.dtype if settings.dtype == "auto" else settings.dtype
-    model = model_ref(settings.model, settings, info, dtype)
+    model = model_ref(source, settings, info, dtype)
     model.name = settings.name
     draft = _add_draft(settings, info, model, limits.max_model_len)
     # The digest must equal that of earlier releases, so that an upgraded coordinator resumes its pipelines.
@@ -53,23 +56,26 @@ def build(settings: CoordinatorSettings) -> Target:
         terms=terms.hexdigest(),
         takeover_s=settings.takeover_after,
         rebalance=settings.rebalance == "auto",
-        heads=heads_to_divide(read_config(settings.model)),
+        heads=heads_to_divide(read_config(source.folder)),
     )
 
 
-def _inspect(path: str, load_format: str) -> CheckpointInfo:
+def _inspect(source: Source, load_format: str) -> CheckpointInfo:
     """Describes a checkpoint. Raises CheckpointError, and UnsupportedModel if its model cannot be served."""
     installed = importlib.metadata.version("transformers")
-    check_supported(read_config(path), installed=installed, plugins=bool(os.environ.get(PLUGINS)))
-    return inspect(path, load_format)
+    check_supported(read_config(source.folder), installed=installed, plugins=bool(os.environ.get(PLUGINS)))
+    return inspect(source.folder, load_format, source.headers)
 
 
-def model_ref(path: str, settings: CoordinatorSettings, info: CheckpointInfo, dtype: str) -> types_pb2.ModelRef:
-    """The message that tells workers of a checkpoint. Its name is the folder's."""
+def model_ref(source: Source, settings: CoordinatorSettings, info: CheckpointInfo, dtype: str) -> types_pb2.ModelRef:
+    """The message that tells workers of a checkpoint."""
+    hub = source.model
     return types_pb2.ModelRef(
-        name=os.path.basename(os.path.abspath(path)),
-        path=os.path.abspath(path),
-        fingerprint=fingerprint(path, settings.load_format),
+        name=source.name,
+        path=str(source.folder) if hub is None else "",
+        repo=hub.repo if hub is not None else "",
+        commit=hub.revision if hub is not None else "",
+        fingerprint=source.fingerprint,
         num_layers=info.num_layers,
         hidden_size=info.hidden_size,
         dtype=dtype,
@@ -96,7 +102,8 @@ def _add_draft(
     config = settings.speculative_config
     if config is None or config.model is None:
         return None
-    draft = _inspect(config.model, settings.load_format)
+    source = find(config.model, None, settings)
+    draft = _inspect(source, settings.load_format)
     if draft.vocab_size != info.vocab_size:
         raise ConfigError(
             f"the draft model {config.model} has a vocabulary of {draft.vocab_size}, the model has {info.vocab_size}: "
@@ -108,7 +115,7 @@ def _add_draft(
             f"--max-model-len is {max_model_len}: lower it, or take another draft model"
         )
     model.draft.num_tokens = config.num_speculative_tokens
-    model.draft.model.CopyFrom(model_ref(config.model, settings, draft, model.dtype))
+    model.draft.model.CopyFrom(model_ref(source, settings, draft, model.dtype))
     return draft
 
 

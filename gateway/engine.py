@@ -24,6 +24,9 @@ from stagemesh.errors import (
     Unavailable,
     ungrouped,
 )
+from stagemesh.hub.checkpoint import open_model
+from stagemesh.hub.reference import HubModel
+from stagemesh.hub.timing import HubTiming
 from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 from stagemesh.settings.gateway import GatewaySettings
@@ -66,8 +69,8 @@ class MeshEngine:
         self._stopping = False
         self._live: dict[str, LiveRequest] = {}
         self._group = asyncio.TaskGroup()
-        self._folder: Path | None = None
-        """The checkpoint's folder, once reading it has begun."""
+        self._source: Path | HubModel | None = None
+        """The checkpoint's folder, or its model on a hub, once reading it has begun."""
         self._checkpoint: tuple[Tokenizer, int]
         """Its tokenizer, and the size of its vocabulary."""
         self._checkpoint_read = asyncio.Event()
@@ -248,8 +251,10 @@ class MeshEngine:
         self._slot.slot, self._reason = response.slot, "no pipeline is formed yet"
         # Replaced and not copied into: a protobuf message never frees the memory of its fields.
         self.mesh = response.mesh
-        if self._folder is None and response.pipelines:
-            self._group.create_task(self.read_checkpoint(Path(response.pipelines[0].model.path)))
+        if response.pipelines and self._needs(response.pipelines[0].model):
+            self._checkpoint_read.clear()
+            self._source = _source_of(response.pipelines[0].model)
+            self._group.create_task(self.read_checkpoint(self._source))
         here = {view.pipeline_id: view for view in response.pipelines}
         for name in here.keys() - self._drivers.keys():
             self._drivers[name] = driver = PipelineDriver(name, self._around)
@@ -281,12 +286,23 @@ class MeshEngine:
                 if seconds is not None and len(seconds) == len(loop.view.stages):
                     self._reporter.steps(*loop.key, seconds)
 
-    async def read_checkpoint(self, folder: Path) -> None:
-        """Reads the tokenizer and what belongs to it. Without `--model` the folder is known when a pipeline is seen.
+    def _needs(self, model: types_pb2.ModelRef) -> bool:
+        """Whether this model's tokenizer must be read: none was yet, or that of another commit."""
+        if isinstance(self._source, HubModel) and self.model is None and model.repo:
+            return self._source.commit != model.commit
+        return self._source is None
 
-        Raises CheckpointError. This ends the gateway: another try would read the same files.
+    async def read_checkpoint(self, source: Path | HubModel) -> None:
+        """Reads the tokenizer and what belongs to it. Without `--model` the source is known when a pipeline is seen.
+
+        Raises ConfigError, CheckpointError and Unavailable. This ends the gateway: a later try is its supervisor's.
         """
-        self._folder = folder
+        self._source = source
+        if isinstance(source, HubModel):
+            found = await asyncio.to_thread(open_model, source, HubTiming().scaled(self.settings.time_scale))
+            folder, self._source = await asyncio.to_thread(found.fetch_text), found.model
+        else:
+            folder = source
         tokenizer = await asyncio.to_thread(Tokenizer, folder)
         vocab_size = (await asyncio.to_thread(checkpoint.inspect, folder, "dummy")).vocab_size
         self._checkpoint = tokenizer, vocab_size
@@ -299,3 +315,7 @@ class MeshEngine:
             tokenizer, vocab_size = self._checkpoint
             limit = view.limits.max_model_len
             self.model = ServedModel(view.model.name, limit, vocab_size, int(time.time()), tokenizer)
+
+
+def _source_of(model: types_pb2.ModelRef) -> Path | HubModel:
+    return HubModel(model.repo, model.commit) if model.repo else Path(model.path)

@@ -11,6 +11,7 @@ from pathlib import Path
 import uvloop
 
 from stagemesh import process, rpc
+from stagemesh.hub.reference import parse
 from stagemesh.protos.v1 import gateway_pb2, gateway_pb2_grpc
 from stagemesh.settings.gateway import GatewaySettings
 
@@ -45,7 +46,7 @@ async def _run(settings: GatewaySettings, ready_fd: int | None) -> int:
     metrics = Metrics()
     engine = MeshEngine(settings, metrics, timing)
     if settings.model is not None:
-        await engine.read_checkpoint(Path(settings.model))
+        await engine.read_checkpoint(parse(settings.model, settings.revision) or Path(settings.model))
     listener = bind(settings.host, settings.port)
     grpc_server = await rpc.start_server(
         settings.host,

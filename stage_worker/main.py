@@ -20,6 +20,7 @@ from stagemesh.processes.launcher import Launcher, LaunchTiming
 from stagemesh.protos.v1.processes_pb2 import Call
 from stagemesh.settings.stage import StageSettings, device_kind
 
+from .agent.files import CheckpointFiles
 from .agent.membership import Membership
 from .agent.rank_group import RankGroup
 from .agent.service import SERVICE_NAME, Agent
@@ -94,7 +95,8 @@ class _Worker:
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, self.stop.set)
-        agent = Agent(self.settings, self.worker_id, self.timing)
+        files = CheckpointFiles(self.settings, self.launcher, self.timing)
+        agent = Agent(self.settings, self.worker_id, self.timing, files)
         server = await rpc.start_server(
             self.settings.host,
             self.settings.port,

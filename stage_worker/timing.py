@@ -26,6 +26,8 @@ class StageTiming(Timing):
     """Deadline of an order to the ranks that loads nothing."""
     assign_s: float = 1800.0
     """Deadline of an order that loads weights."""
+    fetch_silence_s: float = 150.0
+    """Longest time without a byte of files that are fetched from a hub. It covers several requests that time out."""
     progress_look_s: float = 0.1
     """Interval of progress reports to the coordinator."""
 

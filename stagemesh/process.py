@@ -59,7 +59,8 @@ def set_up_logging(role: str) -> None:
         stream=sys.stderr,
         force=True,
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def tell_ready(ready_fd: int | None, **ports: int) -> None:

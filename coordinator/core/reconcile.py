@@ -145,7 +145,7 @@ def _form(world: World, pipeline: Pipeline, goal: Goal, now: float) -> Iterator[
     world.log(f"{pipeline.pipeline_id} forms at epoch {pipeline.epoch}: {shown}")
     for plan in stages:
         worker = world.workers[plan.worker_id]
-        worker.progress, worker.preparing, worker.beside = (0, 0), None, None
+        worker.progress, worker.fetching, worker.preparing, worker.beside = (0, 0), False, None, None
         if worker.kept != plan.layers:
             worker.kept = None
     yield from attempts.begin(world, pipeline.main)

@@ -28,7 +28,8 @@ def answered(world: World, event: Answered, now: float) -> None:
             if response.HasField("done"):
                 _loaded(world, attempt, stage, response.done, now)
             else:
-                world.worker_at(attempt, stage).progress = response.loaded_bytes, response.total_bytes
+                worker = world.worker_at(attempt, stage)
+                worker.progress, worker.fetching = (response.loaded_bytes, response.total_bytes), response.fetching
                 world.publish(urgent=False)
         case stage_pb2.ConnectLinkRequest() as link, stage_pb2.ConnectLinkResponse(route=route), Phase.LINK:
             if link.HasField("copy"):
@@ -57,7 +58,7 @@ def _loaded(world: World, attempt: Attempt, stage: int, done: stage_pb2.AssignDo
         _refuse(world, attempt, stage, refusal, now)
         return
     total_bytes = worker.progress[1]
-    worker.progress = total_bytes, total_bytes
+    worker.progress, worker.fetching = (total_bytes, total_bytes), False
     attempt.loaded[stage] = Loaded(
         done.num_pages, done.weight_bytes, done.tensor_bytes_read, done.fingerprint, done.kv_layout
     )

@@ -88,7 +88,8 @@ def _worker_view(world: World, worker: Worker) -> types_pb2.WorkerView:
         stage = pipeline.stage_of(info.worker_id)
         if stage is not None and pipeline.main is not None:
             layers = pipeline.stages[stage].layers
-            state = "holding" if stage in pipeline.main.loaded else "loading"
+            loads = "fetching" if worker.fetching else "loading"
+            state = "holding" if stage in pipeline.main.loaded else loads
     view = _introduced(info, "draining" if world.drains(worker) else state)
     view.loaded_bytes, view.total_bytes = worker.progress
     if layers:

@@ -36,6 +36,8 @@ class Worker:
         """Clock time at which the refusals are forgotten: files and memory may be there by then."""
         self.progress = 0, 0
         """Loaded bytes and total bytes of its assignment."""
+        self.fetching = False
+        """Whether `progress` is that of files which it fetches from a hub before it loads them."""
         self.unsettled = True
         """The assignments that it reported at registration have not been checked yet."""
 

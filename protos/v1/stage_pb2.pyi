@@ -58,14 +58,16 @@ class PrepareRequest(_message.Message):
     def __init__(self, layers: _Optional[_Union[_types_pb2.LayerRange, _Mapping]] = ..., model: _Optional[_Union[_types_pb2.ModelRef, _Mapping]] = ..., limits: _Optional[_Union[_types_pb2.RunLimits, _Mapping]] = ..., beside: bool = ...) -> None: ...
 
 class AssignResponse(_message.Message):
-    __slots__ = ("loaded_bytes", "total_bytes", "done")
+    __slots__ = ("loaded_bytes", "total_bytes", "done", "fetching")
     LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    FETCHING_FIELD_NUMBER: _ClassVar[int]
     loaded_bytes: int
     total_bytes: int
     done: AssignDone
-    def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., done: _Optional[_Union[AssignDone, _Mapping]] = ...) -> None: ...
+    fetching: bool
+    def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., done: _Optional[_Union[AssignDone, _Mapping]] = ..., fetching: bool = ...) -> None: ...
 
 class AssignDone(_message.Message):
     __slots__ = ("num_pages", "page_bytes", "weight_bytes", "tensor_bytes_read", "fingerprint", "vocab_size", "kv_layout")

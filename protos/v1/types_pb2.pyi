@@ -29,7 +29,7 @@ class LayerRange(_message.Message):
     def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class ModelRef(_message.Message):
-    __slots__ = ("name", "path", "fingerprint", "num_layers", "hidden_size", "dtype", "load_format", "seed", "draft", "deterministic", "quantization")
+    __slots__ = ("name", "path", "fingerprint", "num_layers", "hidden_size", "dtype", "load_format", "seed", "draft", "deterministic", "repo", "commit", "quantization")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,8 @@ class ModelRef(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
+    REPO_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
@@ -51,8 +53,10 @@ class ModelRef(_message.Message):
     seed: int
     draft: DraftModel
     deterministic: bool
+    repo: str
+    commit: str
     quantization: str
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., load_format: _Optional[str] = ..., seed: _Optional[int] = ..., draft: _Optional[_Union[DraftModel, _Mapping]] = ..., deterministic: bool = ..., quantization: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., load_format: _Optional[str] = ..., seed: _Optional[int] = ..., draft: _Optional[_Union[DraftModel, _Mapping]] = ..., deterministic: bool = ..., repo: _Optional[str] = ..., commit: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class DraftModel(_message.Message):
     __slots__ = ("model", "num_tokens")

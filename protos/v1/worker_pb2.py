@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from stagemesh.protos.v1 import types_pb2 as stagemesh_dot_protos_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n stagemesh/protos/v1/worker.proto\x12\x0cstagemesh.v1\x1a\x1fstagemesh/protos/v1/types.proto\"\xa2\x01\n\tRankReady\x12(\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x18.stagemesh.v1.DeviceInfo\x12\x39\n\taddresses\x18\x02 \x03(\x0b\x32&.stagemesh.v1.RankReady.AddressesEntry\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"X\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1a\n\rretry_after_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s\"@\n\nLinkBroken\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x1b\n\nLateFrames\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\"\x1f\n\x0c\x43loseSession\x12\x0f\n\x07session\x18\x01 \x01(\r\")\n\tStepOrder\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n stagemesh/protos/v1/worker.proto\x12\x0cstagemesh.v1\x1a\x1fstagemesh/protos/v1/types.proto\"~\n\x0c\x46\x65tchRequest\x12\x0c\n\x04repo\x18\x01 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x02 \x01(\t\x12(\n\x06layers\x18\x03 \x01(\x0b\x32\x18.stagemesh.v1.LayerRange\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x12\n\ntime_scale\x18\x05 \x01(\x01\";\n\rFetchProgress\x12\x15\n\rfetched_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"\xa2\x01\n\tRankReady\x12(\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x18.stagemesh.v1.DeviceInfo\x12\x39\n\taddresses\x18\x02 \x03(\x0b\x32&.stagemesh.v1.RankReady.AddressesEntry\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"X\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1a\n\rretry_after_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s\"@\n\nLinkBroken\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x1b\n\nLateFrames\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\"\x1f\n\x0c\x43loseSession\x12\x0f\n\x07session\x18\x01 \x01(\r\")\n\tStepOrder\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,18 +34,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RANKREADY_ADDRESSESENTRY']._loaded_options = None
   _globals['_RANKREADY_ADDRESSESENTRY']._serialized_options = b'8\001'
-  _globals['_RANKREADY']._serialized_start=84
-  _globals['_RANKREADY']._serialized_end=246
-  _globals['_RANKREADY_ADDRESSESENTRY']._serialized_start=198
-  _globals['_RANKREADY_ADDRESSESENTRY']._serialized_end=246
-  _globals['_FAILURE']._serialized_start=248
-  _globals['_FAILURE']._serialized_end=336
-  _globals['_LINKBROKEN']._serialized_start=338
-  _globals['_LINKBROKEN']._serialized_end=402
-  _globals['_LATEFRAMES']._serialized_start=404
-  _globals['_LATEFRAMES']._serialized_end=431
-  _globals['_CLOSESESSION']._serialized_start=433
-  _globals['_CLOSESESSION']._serialized_end=464
-  _globals['_STEPORDER']._serialized_start=466
-  _globals['_STEPORDER']._serialized_end=507
+  _globals['_FETCHREQUEST']._serialized_start=83
+  _globals['_FETCHREQUEST']._serialized_end=209
+  _globals['_FETCHPROGRESS']._serialized_start=211
+  _globals['_FETCHPROGRESS']._serialized_end=270
+  _globals['_RANKREADY']._serialized_start=273
+  _globals['_RANKREADY']._serialized_end=435
+  _globals['_RANKREADY_ADDRESSESENTRY']._serialized_start=387
+  _globals['_RANKREADY_ADDRESSESENTRY']._serialized_end=435
+  _globals['_FAILURE']._serialized_start=437
+  _globals['_FAILURE']._serialized_end=525
+  _globals['_LINKBROKEN']._serialized_start=527
+  _globals['_LINKBROKEN']._serialized_end=591
+  _globals['_LATEFRAMES']._serialized_start=593
+  _globals['_LATEFRAMES']._serialized_end=620
+  _globals['_CLOSESESSION']._serialized_start=622
+  _globals['_CLOSESESSION']._serialized_end=653
+  _globals['_STEPORDER']._serialized_start=655
+  _globals['_STEPORDER']._serialized_end=696
 # @@protoc_insertion_point(module_scope)

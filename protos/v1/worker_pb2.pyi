@@ -7,6 +7,28 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class FetchRequest(_message.Message):
+    __slots__ = ("repo", "commit", "layers", "num_layers", "time_scale")
+    REPO_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    TIME_SCALE_FIELD_NUMBER: _ClassVar[int]
+    repo: str
+    commit: str
+    layers: _types_pb2.LayerRange
+    num_layers: int
+    time_scale: float
+    def __init__(self, repo: _Optional[str] = ..., commit: _Optional[str] = ..., layers: _Optional[_Union[_types_pb2.LayerRange, _Mapping]] = ..., num_layers: _Optional[int] = ..., time_scale: _Optional[float] = ...) -> None: ...
+
+class FetchProgress(_message.Message):
+    __slots__ = ("fetched_bytes", "total_bytes")
+    FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    fetched_bytes: int
+    total_bytes: int
+    def __init__(self, fetched_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
 class RankReady(_message.Message):
     __slots__ = ("device", "addresses")
     class AddressesEntry(_message.Message):

@@ -11,16 +11,14 @@ import functools
 import logging
 import operator
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from stagemesh import checkpoint
 from stagemesh.errors import InvalidRequest, NotFound, RanksDied, StageLost, StagemeshError, StaleEpoch, Unavailable
 from stagemesh.faults import point
 from stagemesh.processes.frames import parse
@@ -30,6 +28,7 @@ from stagemesh.settings.stage import StageSettings
 
 from ..messages.control import Kind, error_of
 from ..timing import StageTiming
+from .files import CheckpointFiles
 from .gateway_session import GatewaySession
 from .rank_group import RankGroup
 
@@ -51,8 +50,9 @@ class AssignedStage:
 class Agent(stage_pb2_grpc.StageServicer):
     """State of one worker, and the handlers of its Stage service."""
 
-    def __init__(self, settings: StageSettings, worker_id: str, timing: StageTiming) -> None:
+    def __init__(self, settings: StageSettings, worker_id: str, timing: StageTiming, files: CheckpointFiles) -> None:
         self.settings = settings
+        self._files = files
         self.timing = timing
         self.worker_id = worker_id
         self.ranks: RankGroup | None = None
@@ -158,14 +158,16 @@ class Agent(stage_pb2_grpc.StageServicer):
         self, kind: Kind, request: stage_pb2.AssignRequest | stage_pb2.PrepareRequest
     ) -> AsyncIterator[stage_pb2.AssignResponse]:
         """Orders the ranks to load layers. Yields progress, and at the end the combined answer of all ranks."""
+        fetched = stage_pb2.AssignResponse(fetching=True)
+
+        def tell(here: int, total: int) -> None:
+            fetched.loaded_bytes, fetched.total_bytes = here, total
+
+        finding = asyncio.create_task(self._files.find(request, tell))
+        async for response in self._while(finding, lambda: fetched if fetched.total_bytes else None):
+            yield response
+        finding.result()
         group = self._group()
-        if self.settings.model is not None:
-            request.model.path = self.settings.model
-        theirs, model = request.model.fingerprint, Path(request.model.path)
-        # The fingerprint is computed here: the coordinator's directory of the same name may differ.
-        request.model.fingerprint = await asyncio.to_thread(checkpoint.fingerprint, model, request.model.load_format)
-        if theirs and theirs != request.model.fingerprint:
-            log.warning("checkpoint %s has fingerprint %s here, %s there", model, request.model.fingerprint, theirs)
         if isinstance(request, stage_pb2.PrepareRequest):
             # This is decided now: an assignment may have arrived since the coordinator asked.
             request.beside = bool(self.assigned)
@@ -174,23 +176,29 @@ class Agent(stage_pb2_grpc.StageServicer):
         loading = group.call_as(ident, kind, request, stage_pb2.AssignDone, self.timing.assign_s)
         call = asyncio.create_task(loading)
         try:
-            while not call.done():
-                await asyncio.wait([call], timeout=self.timing.progress_look_s)
-                if progress:
-                    yield stage_pb2.AssignResponse(
-                        loaded_bytes=sum(p.loaded_bytes for p in progress.values()),
-                        total_bytes=sum(p.total_bytes for p in progress.values()),
-                    )
+            async for response in self._while(call, lambda: _sum_of(progress.values())):
+                yield response
             ranks = call.result()
         finally:
-            # The coordinator may disconnect while the ranks load.
-            call.cancel()
-            await asyncio.gather(call, return_exceptions=True)
             del self.progress[ident]
         done = ranks[0]
         done.num_pages = min(rank.num_pages for rank in ranks)
         done.tensor_bytes_read = sum(rank.tensor_bytes_read for rank in ranks)
         yield stage_pb2.AssignResponse(done=done)
+
+    async def _while(
+        self, task: asyncio.Task[Any], progress: Callable[[], stage_pb2.AssignResponse | None]
+    ) -> AsyncIterator[stage_pb2.AssignResponse]:
+        """Yields progress now and then until the task ends. Cancels the task if the coordinator hangs up."""
+        try:
+            while not task.done():
+                await asyncio.wait([task], timeout=self.timing.progress_look_s)
+                said = progress()
+                if said is not None:
+                    yield said
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def OfferLink(self, request: stage_pb2.OfferLinkRequest, context: Any) -> stage_pb2.OfferLinkResponse:
         """Handles Stage.OfferLink."""
@@ -349,6 +357,15 @@ class Agent(stage_pb2_grpc.StageServicer):
 
 def _key(key: stage_pb2.PipelineKey) -> tuple[str, int]:
     return key.pipeline_id, key.epoch
+
+
+def _sum_of(ranks: Collection[stage_pb2.AssignResponse]) -> stage_pb2.AssignResponse | None:
+    """The progress of all ranks together; None before one has reported any."""
+    if not ranks:
+        return None
+    return stage_pb2.AssignResponse(
+        loaded_bytes=sum(rank.loaded_bytes for rank in ranks), total_bytes=sum(rank.total_bytes for rank in ranks)
+    )
 
 
 def _together(ranks: list[stage_pb2.RunOpened]) -> stage_pb2.RunOpened:

@@ -131,14 +131,10 @@ class _Fetching:
         from filelock import FileLock, Timeout
 
         lock = FileLock(path, mode=0o664)
-        while True:
-            try:
-                with writable(path.parent):
-                    lock.acquire(timeout=self._timing.lock_look_s)
-            except Timeout:
-                self._note(name, _size(partial))
-            else:
-                break
+        while not lock.is_locked:
+            with writable(path.parent), contextlib.suppress(Timeout):
+                lock.acquire(timeout=self._timing.lock_look_s)
+            self._note(name, _size(partial))
         try:
             yield
         finally:

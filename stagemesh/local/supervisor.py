@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from stagemesh import process
@@ -21,6 +22,9 @@ from stagemesh.checkpoint import read_config
 from stagemesh.cli.service import USAGE_ERROR
 from stagemesh.errors import ConfigError, Unavailable, ungrouped
 from stagemesh.fetch import fetch_json
+from stagemesh.hub.checkpoint import open_model
+from stagemesh.hub.reference import parse
+from stagemesh.hub.timing import HubTiming
 from stagemesh.models.support import check_heads, heads_to_divide
 from stagemesh.processes.launcher import Launcher, LaunchTiming
 from stagemesh.processes.orphans import adopt_orphans, reap_orphans
@@ -39,9 +43,16 @@ WORKER_IMPORTS = "stagemesh.stage_worker.main:preload"
 def run(settings: ServeSettings) -> int:
     """Serves until SIGTERM or Ctrl-C. Returns the exit status.
 
-    Raises ConfigError if the mesh cannot be built, CheckpointError if the model cannot be read.
+    Raises ConfigError if the mesh cannot be built, CheckpointError if the model cannot be read, and Unavailable if the
+    hub does not answer.
     """
-    heads = heads_to_divide(read_config(settings.model))
+    folder = Path(settings.model)
+    if (hub := parse(settings.model, settings.revision)) is not None:
+        found = open_model(hub, HubTiming().scaled(settings.time_scale))
+        folder = found.describe()
+        # All services take the commit that the revision names now.
+        settings = settings.model_copy(update={"model": hub.repo, "revision": found.model.revision})
+    heads = heads_to_divide(read_config(folder))
     for size in settings.tp_sizes:
         check_heads(heads, size)
     process.set_title("serve")

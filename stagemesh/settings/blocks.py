@@ -55,13 +55,20 @@ class Listen(Bind, TimeScale):
         return self.advertise_host or self.host
 
 
-class Join(Base):
+class Revision(Base):
+    """The revision of a model on a hub."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a model on a hub, as in org/name@revision; default: main."""
+
+
+class Join(Revision):
     """Options of a service that joins a coordinator's mesh."""
 
     coordinator: str = "127.0.0.1:50050"
     """Address of the coordinator, host:port."""
     model: str | None = None
-    """Directory of the checkpoint on this machine, if it differs from the coordinator's."""
+    """Checkpoint on this machine, if it differs from the coordinator's: a directory, or an id on a hub (org/name)."""
 
 
 class Links(Base):

@@ -7,19 +7,21 @@ from typing import Literal
 
 from pydantic import Field
 
-from .base import Base
+from stagemesh.hub.reference import served_name
+
+from .blocks import Revision
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
 
-class ModelSettings(Base):
+class ModelSettings(Revision):
     """The served model and its bounds. The coordinator tells them to the other services."""
 
     model: str = str(DEMO_MODEL)
-    """Directory of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json); default: the small model
-    that ships with the package."""
+    """Directory of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json), or the id of one on a hub
+    (org/name, org/name@revision); default: the small model that ships with the package."""
     served_model_name: str | None = None
-    """Name that clients use; default: the directory's name."""
+    """Name that clients use; default: the directory's name, or the id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Element type of weights, activations and KV; auto takes the checkpoint's."""
     load_format: Literal["auto", "dummy"] = "auto"
@@ -47,4 +49,4 @@ class ModelSettings(Base):
         """The served name."""
         if self.served_model_name:
             return self.served_model_name
-        return "stagemesh-demo" if self.model == str(DEMO_MODEL) else Path(self.model).resolve().name
+        return "stagemesh-demo" if self.model == str(DEMO_MODEL) else served_name(self.model)

@@ -33,7 +33,7 @@ class SpeculativeConfig(Base):
     num_speculative_tokens: int = Field(ge=1, le=32)
     """Largest number of tokens that are guessed for one step."""
     model: str | None = None
-    """Directory of the draft model's checkpoint."""
+    """The draft model's checkpoint: a directory, or an id on a hub (org/name, org/name@revision)."""
     prompt_lookup_max: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
     """Longest n-gram that is looked up; default: prompt_lookup_min, or 5."""
     prompt_lookup_min: int = Field(DEFAULT_LOOKUP, ge=1, le=32)
@@ -57,7 +57,7 @@ class SpeculativeConfig(Base):
     @model_validator(mode="after")
     def _agrees(self) -> SpeculativeConfig:
         if self.method == "draft_model" and not self.model:
-            raise ValueError('method draft_model needs "model": the directory of the draft model')
+            raise ValueError('method draft_model needs "model": the directory of the draft model, or its id on a hub')
         if self.method != "draft_model" and self.model:
             raise ValueError(f'"model" is for method draft_model, not {self.method}')
         if self.prompt_lookup_min > self.prompt_lookup_max:

@@ -22,7 +22,7 @@ TIMING = StageTiming()
 
 
 def agent() -> Agent:
-    return Agent(StageSettings(), "w", TIMING)
+    return Agent(StageSettings(), "w", TIMING, MagicMock())
 
 
 def group(lost: str | None = None) -> RankGroup:

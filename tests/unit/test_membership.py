@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import grpc.aio
 import pytest
@@ -32,7 +33,7 @@ def told(address: str, story: Callable[[], Awaitable[None]], timing: StageTiming
 
     async def run() -> None:
         settings = StageSettings(coordinator=address)
-        membership = Membership(settings, Agent(settings, "w", timing), "w", "127.0.0.1:1", timing)
+        membership = Membership(settings, Agent(settings, "w", timing, MagicMock()), "w", "127.0.0.1:1", timing)
         membership.register(GROUP, incarnation=7)
         try:
             async with asyncio.timeout(DEADLINE_S):
@@ -94,7 +95,7 @@ def test_renewals_say_how_late_the_worker_runs_and_forget_it_again(caplog: pytes
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         settings = StageSettings(coordinator=f"127.0.0.1:{port}")
-        membership = Membership(settings, Agent(settings, "w", timing), "w", "127.0.0.1:1", timing)
+        membership = Membership(settings, Agent(settings, "w", timing, MagicMock()), "w", "127.0.0.1:1", timing)
         membership.register(GROUP, incarnation=7)
         try:
             async with asyncio.timeout(DEADLINE_S):

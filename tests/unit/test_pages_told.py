@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import MagicMock
+
 import pytest
 
 from stagemesh.protos.v1 import stage_pb2
@@ -20,7 +22,7 @@ class Ranks:
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_when_the_last_rank_has_them(order: list[int]) -> None:
-    agent = Agent(StageSettings(), "w", StageTiming())
+    agent = Agent(StageSettings(), "w", StageTiming(), MagicMock())
     session = agent.sessions[5] = GatewaySession(5, stage_pb2.RunOpen(), Ranks())  # type: ignore[arg-type]
     first, second = (stage_pb2.PagesCopied(index=0, number=n).SerializeToString() for n in (1, 2))
     agent.on_frame(order[0], Kind.PAGES_COPIED, 5, first)
