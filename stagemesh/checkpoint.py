@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
+from stagemesh.hub.substitute import in_its_place
 from stagemesh.models.quantization import quantization_of
 from stagemesh.models.quantized_tensors import as_weights, refuse_unnamed
 from stagemesh.models.support import longest_sequence
@@ -264,13 +265,17 @@ def fingerprint(model_dir: str | os.PathLike[str], load_format: str = "auto") ->
 
 
 def _read_json(path: Path, advice: str) -> Any:
+    data = b""
     try:
-        return json.loads(path.read_bytes())
+        data = path.read_bytes()
+        return json.loads(data)
     except FileNotFoundError as e:
         raise CheckpointError(f"{path}: no such file; {advice}") from e
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
     except ValueError as e:
+        if other := in_its_place(data):
+            raise CheckpointError(f"{path} is {other}") from e
         raise CheckpointError(f"{path}: not valid JSON ({e}); fetch the file again") from e
 
 

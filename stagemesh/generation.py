@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from stagemesh.checkpoint import text_config
 from stagemesh.errors import CheckpointError
+from stagemesh.hub.substitute import in_its_place
 
 GENERATION_CONFIG, CONFIG = "generation_config.json", "config.json"
 BOUNDS = {"gt": "more than", "ge": "at least", "le": "at most"}
@@ -90,13 +91,17 @@ def eos_token_ids(model_dir: Path) -> frozenset[int]:
 
 def read_json(path: Path) -> Mapping[str, Any]:
     """The object in the JSON file at `path`; empty when there is no such file. Raises CheckpointError."""
+    data = b""
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        value = json.loads(data)
     except FileNotFoundError:
         return {}
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
+        if other := in_its_place(data):
+            raise CheckpointError(f"{path} is {other}") from e
         raise CheckpointError(f"{path}: not valid JSON ({e}); fetch the file again") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON object is expected, not a {type(value).__name__}; fetch the file again")

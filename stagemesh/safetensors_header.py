@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagemesh.errors import CheckpointError
+from stagemesh.hub.substitute import BEGIN_BYTES, in_its_place
 
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16,
     "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000
-LENGTH_BYTES, BEGIN_BYTES = 8, 64
-"""Bytes of the header's length, and those of a file that show what it is."""
-LFS_POINTER = b"version https://git-lfs"
+LENGTH_BYTES = 8
+"""Bytes of the header's length."""
 AGAIN = "the download is incomplete or damaged: fetch the file again"
 
 
@@ -69,15 +69,6 @@ def header_length(begin: bytes, size: int, where: object) -> int:
     if other := in_its_place(begin):
         raise CheckpointError(f"{where} is {other}")
     raise CheckpointError(f"{where} is truncated: {size} bytes, its header says {length}; {AGAIN}")
-
-
-def in_its_place(begin: bytes) -> str:
-    """Names what often lies in the place of a file that was not downloaded, and what to do. "" for anything else."""
-    if begin.startswith(LFS_POINTER):
-        return "a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it again"
-    if begin.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page, not the file itself (perhaps the error page of a failed download): download it again"
-    return ""
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -59,6 +59,8 @@ class Hub:
     """File -> what is sent in place of its content."""
     held: dict[str, threading.Event] = field(default_factory=dict)
     """File -> its second half is sent when this is set."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """File -> the size that is told in place of its own."""
     ranges: bool = True
     """Whether it knows ranges."""
 
@@ -176,10 +178,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _list(self, repo: str, commit: str, files: dict[str, bytes]) -> None:
         siblings = []
         for name, data in files.items():
-            lfs = {"size": len(data), "sha256": hash_of(name, data), "pointerSize": 134}
+            size = self.hub.sizes.get(name, len(data))
+            lfs = {"size": size, "sha256": hash_of(name, data), "pointerSize": 134}
             blob = hashlib.sha1(hash_of(name, data).encode()).hexdigest()
             kept = {"lfs": lfs, "blobId": blob} if name.endswith(LFS_SUFFIX) else {"blobId": hash_of(name, data)}
-            siblings.append({"rfilename": name, "size": len(data), **kept})
+            siblings.append({"rfilename": name, "size": size, **kept})
         self._send(200, json.dumps({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings}).encode())
 
     def _resolve(self, commit: str, name: str, data: bytes) -> None:

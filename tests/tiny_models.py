@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -203,3 +205,24 @@ def clear_prompts(
             raise AssertionError(f"no prompt of {length} tokens with a margin of {min_margin} in 50 tries, seed {seed}")
         found.append(candidate)
     return found
+
+
+def split_weights(folder: Path, file_of: Callable[[str], str]) -> Path:
+    """Distributes the tensors of a checkpoint's single file over files that an index names. Returns the folder."""
+    single = folder / "model.safetensors"
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(single).items():
+        files.setdefault(file_of(name), {})[name] = tensor
+    single.unlink()
+    for file, tensors in files.items():
+        save_file(tensors, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, tensors in files.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def by_layer(name: str) -> str:
+    """A file for each decoder layer, for `split_weights`; one for the embedding, one for norm and head."""
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    part = f"layer-{layer[1]}" if layer else "embedding" if "embed" in name and "out" not in name else "head"
+    return f"{part}.safetensors"

@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from stagemesh.errors import CheckpointError, InvalidRequest
 from stagemesh.generation import read_json
+from stagemesh.hub.substitute import in_its_place
 
 
 class _Generation(Extension):
@@ -100,7 +101,10 @@ def load_template(model_dir: Path, special_tokens: Mapping[str, str]) -> ChatTem
     file = model_dir / "chat_template.jinja"
     try:
         with contextlib.suppress(FileNotFoundError):
-            return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, str(file))
+            text = file.read_text(encoding="utf-8")
+            if other := in_its_place(text.encode()):
+                raise CheckpointError(f"{file} is {other}")
+            return ChatTemplate(text, special_tokens, str(file))
     except (OSError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{file}: cannot be read: {e}; fetch the file again") from e
     for name in ("chat_template.json", "tokenizer_config.json"):

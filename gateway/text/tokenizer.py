@@ -17,6 +17,7 @@ import tokenizers
 
 from stagemesh.errors import CheckpointError, InvalidRequest
 from stagemesh.generation import eos_token_ids, generation_config, read_json
+from stagemesh.hub.substitute import BEGIN_BYTES, in_its_place
 
 from .chat_template import load_template
 from .special_tokens import CONFIG, add_special_tokens
@@ -137,8 +138,15 @@ def _raw(file: Path) -> tokenizers.Tokenizer | None:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # A panic of tokenizers is no Exception.
+        if other := in_its_place(_begin(file)):
+            raise CheckpointError(f"{file} is {other}") from e
         raise CheckpointError(f"{file}: no tokenizer can be made of it ({e}); fetch the file again") from e
     return raw
+
+
+def _begin(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(BEGIN_BYTES)
 
 
 def _kinds(decoder: Mapping[str, Any]) -> set[str]:

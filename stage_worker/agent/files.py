@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 from stagemesh import checkpoint
 from stagemesh.errors import ConfigError, Unavailable
@@ -27,6 +30,8 @@ READ_BYTES = 1 << 16
 
 Request = stage_pb2.AssignRequest | stage_pb2.PrepareRequest
 Layers = tuple[int, int]
+Stamps = dict[str, tuple[int, int, int]]
+"""Path -> size, time of change and inode. They are equal before and after a load if no file was changed meanwhile."""
 Tell = Callable[[int, int], None]
 """Is told (bytes that are fetched, bytes in all)."""
 
@@ -36,19 +41,39 @@ class CheckpointFiles:
 
     def __init__(self, settings: StageSettings, launcher: Launcher, timing: StageTiming) -> None:
         self._settings, self._launcher, self._timing = settings, launcher, timing
+        self._changes = 0
+        """How often files were changed during a load."""
 
-    async def find(self, request: Request, tell: Tell) -> None:
+    async def find(self, request: Request, tell: Tell) -> Stamps:
         """Sets path and fingerprint of the request's models to those on this machine. Tells the progress of a download.
 
-        Raises ConfigError, CheckpointError and Unavailable.
+        Returns the stamps of the files, for `check_unchanged`. Raises ConfigError, CheckpointError and Unavailable.
         """
+        stamps: Stamps = {}
         model = request.model
         self._choose(model)
         layers = request.layers.first, request.layers.last
-        await self._find(model, layers, tell)
+        await self._find(model, layers, tell, stamps)
         if model.HasField("draft") and layers[1] == model.num_layers:
             draft = model.draft.model
-            await self._find(draft, (0, draft.num_layers), tell)
+            await self._find(draft, (0, draft.num_layers), tell, stamps)
+        return stamps
+
+    def order(self, request: Request) -> Request:
+        """Returns the request for the ranks. They use weights in memory again that have the same fingerprint."""
+        order = copy.deepcopy(request)
+        if self._changes:  # What was loaded meanwhile may be of neither version.
+            order.model.fingerprint += f"+{self._changes}"
+        return order
+
+    async def check_unchanged(self, before: Stamps) -> None:
+        """Checks after a load that the files are those that `find` saw. Raises Unavailable if they are not."""
+        after: Stamps = {}
+        for folder in {str(Path(path).parent) for path in before}:
+            after |= await asyncio.to_thread(_stamps, folder)
+        if changed := sorted(path for path, stamp in before.items() if after.get(path) != stamp):
+            self._changes += 1
+            raise Unavailable(f"{changed[0]} was changed while it was loaded: it must be loaded again", retry_after_s=1)
 
     def _choose(self, model: types_pb2.ModelRef) -> None:
         """Names the model that --model does, if it is given. Raises ConfigError for one that cannot be the same."""
@@ -66,9 +91,10 @@ class CheckpointFiles:
         else:
             model.repo = own.repo
 
-    async def _find(self, model: types_pb2.ModelRef, layers: Layers, tell: Tell) -> None:
+    async def _find(self, model: types_pb2.ModelRef, layers: Layers, tell: Tell, stamps: Stamps) -> None:
         theirs = model.fingerprint
         if not model.repo:
+            stamps |= await asyncio.to_thread(_stamps, model.path)
             # The fingerprint is computed here: the coordinator's directory of the same name may differ.
             model.fingerprint = await asyncio.to_thread(checkpoint.fingerprint, model.path, model.load_format)
             if theirs and theirs != model.fingerprint:
@@ -82,6 +108,7 @@ class CheckpointFiles:
             if folder is None:
                 raise Unavailable(f"files of {hub} that were just fetched are gone from the cache: fetching them again")
         model.path, model.fingerprint = str(folder), hub.fingerprint
+        stamps |= await asyncio.to_thread(_stamps, model.path)
 
     async def _fetch(self, model: HubModel, layers: Layers | None, num_layers: int, tell: Tell) -> None:
         """Runs a process that fetches files. Kills it if it brings no byte for long, or if this is cancelled."""
@@ -120,3 +147,14 @@ class CheckpointFiles:
                 raise Unavailable(f"the process that fetched {model} ended")
             for kind, _, payload in decoder.feed(data):
                 yield kind, payload
+
+
+def _stamps(folder: str) -> Stamps:
+    """Returns the stamps of the files that a load may read, as far as they are there. It reads no file."""
+    found = {}
+    names = (checkpoint.CONFIG, checkpoint.MODELOPT, checkpoint.INDEX)
+    for path in (*(Path(folder) / name for name in names), *Path(folder).rglob("*.safetensors")):
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            found[str(path)] = stat.st_size, stat.st_mtime_ns, stat.st_ino
+    return found

@@ -166,14 +166,14 @@ class Agent(stage_pb2_grpc.StageServicer):
         finding = asyncio.create_task(self._files.find(request, tell))
         async for response in self._while(finding, lambda: fetched if fetched.total_bytes else None):
             yield response
-        finding.result()
+        stamps = finding.result()
         group = self._group()
         if isinstance(request, stage_pb2.PrepareRequest):
             # This is decided now: an assignment may have arrived since the coordinator asked.
             request.beside = bool(self.assigned)
         ident = group.take_id()
         progress = self.progress[ident] = {}
-        loading = group.call_as(ident, kind, request, stage_pb2.AssignDone, self.timing.assign_s)
+        loading = group.call_as(ident, kind, self._files.order(request), stage_pb2.AssignDone, self.timing.assign_s)
         call = asyncio.create_task(loading)
         try:
             async for response in self._while(call, lambda: _sum_of(progress.values())):
@@ -181,7 +181,9 @@ class Agent(stage_pb2_grpc.StageServicer):
             ranks = call.result()
         finally:
             del self.progress[ident]
+        await self._files.check_unchanged(stamps)
         done = ranks[0]
+        done.fingerprint = request.model.fingerprint
         done.num_pages = min(rank.num_pages for rank in ranks)
         done.tensor_bytes_read = sum(rank.tensor_bytes_read for rank in ranks)
         yield stage_pb2.AssignResponse(done=done)

@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 
 import stagemesh
 from stagemesh.errors import CheckpointError, ConfigError, Unavailable
-from stagemesh.safetensors_header import BEGIN_BYTES, LENGTH_BYTES, header_length, parse_header
+from stagemesh.safetensors_header import LENGTH_BYTES, header_length, parse_header
 
 from .cache import RemoteFile, is_offline, missing
 from .reference import COMMIT, HubModel
+from .substitute import BEGIN_BYTES
 from .timing import HubTiming
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 1 << 20
 HEADER_BYTES = 100_000
 """What is read of a weight file at first: nearly always its whole header."""
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -46,7 +46,10 @@ class HubClient:
         if not self.endpoint.startswith(("http://", "https://")):
             raise ConfigError(f"HF_ENDPOINT {self.endpoint!r} is not an address such as https://huggingface.co")
         self._timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        headers = build_hf_headers(library_name="stagemesh", library_version=stagemesh.__version__)
+        try:
+            headers = build_hf_headers(library_name="stagemesh", library_version=stagemesh.__version__)
+        except OSError as e:
+            raise ConfigError(f"cannot read a token ({e}): set HF_TOKEN, or check HF_HOME") from e
         self._has_token = "authorization" in headers
         # Sizes and ranges are those of the files, not of compressed ones.
         self._headers = {**headers, "Accept-Encoding": "identity"}
@@ -152,7 +155,7 @@ class HubClient:
             yield start if response.status_code == 206 else 0, self._chunks(name, response)
 
     def _chunks(self, name: str, response: Any) -> Iterator[bytes]:
-        chunks = response.iter_bytes(CHUNK_BYTES)
+        chunks = response.iter_bytes()  # As they come: with a size they would be held back, and lost by a break.
         while True:
             with self._asking(name):
                 chunk = next(chunks, None)

@@ -197,6 +197,7 @@ class _Part:
 
     def add(self, chunk: bytes) -> None:
         self._out.write(chunk)
+        self._out.flush()  # Others see how far it is, and a kill loses nothing.
         self._digest.update(chunk)
         self.size += len(chunk)
 

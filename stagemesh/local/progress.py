@@ -34,6 +34,8 @@ class Progress:
                 continue
             layers = worker.get("layers")
             name = worker["worker_id"] + (f" layers {layers['first']}-{layers['last'] - 1}" if layers else "")
+            if worker.get("state") == "fetching":
+                name = f"{name}, fetching"
             if self._bars is not None:
                 if name not in self._tasks:
                     self._tasks[name] = self._bars.add_task(name, total=total)
