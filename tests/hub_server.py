@@ -87,6 +87,10 @@ class Hub:
                     paths.append(f"/cdn/{hash_of(name, files[name])}")
         return sum(r.sent for r in self.requests if r.is_file and r.path.endswith(tuple(paths)))
 
+    def content(self, name: str) -> bytes:
+        """Content of a file of the first commit that has it."""
+        return next(files[name] for commits in self.repos.values() for files in commits.values() if name in files)
+
     def env(self, home: Path, **more: str) -> dict[str, str]:
         """Environment of a process that uses this hub, with a cache of its own."""
         return {

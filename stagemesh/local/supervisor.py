@@ -49,7 +49,7 @@ def run(settings: ServeSettings) -> int:
     folder = Path(settings.model)
     if (hub := parse(settings.model, settings.revision)) is not None:
         found = open_model(hub, HubTiming().scaled(settings.time_scale))
-        folder = found.describe()
+        folder = found.fetch_text()  # The gateway has a deadline, a download has none.
         # All services take the commit that the revision names now.
         settings = settings.model_copy(update={"model": hub.repo, "revision": found.model.revision})
     heads = heads_to_divide(read_config(folder))
@@ -163,11 +163,15 @@ class _Supervisor:
         url = f"http://{host}:{self._gateway.ports['port']}"
         deadline = time.monotonic() + self.settings.start_timeout
         mesh: dict[str, Any] = {"ready": False, "reason": "the gateway does not answer"}
+        fetched = 0
         with contextlib.closing(Progress()) as progress:
             while True:
                 with contextlib.suppress(Unavailable):
                     mesh = await asyncio.to_thread(fetch_json, f"{url}/mesh", self.timing.http_s)
                 progress.show(mesh.get("workers", []))
+                before, fetched = fetched, _fetched_bytes(mesh)
+                if fetched != before:  # A download lasts as long as it brings something.
+                    deadline = time.monotonic() + self.settings.start_timeout
                 if mesh["ready"]:
                     break
                 for pipeline in mesh.get("pipelines", []):
@@ -192,3 +196,8 @@ class _Supervisor:
             child.kill()
         self.launcher.stop()
         reap_orphans((), kill=True)
+
+
+def _fetched_bytes(mesh: dict[str, Any]) -> int:
+    """Returns the bytes that workers have fetched of what they fetch from a hub."""
+    return sum(int(worker["loaded_bytes"]) for worker in mesh.get("workers", []) if worker["state"] == "fetching")

@@ -29,7 +29,7 @@ class ServeSettings(
     # This value keeps the whole stop under 5 s.
     drain_timeout: DrainTimeout = 2.0
     start_timeout: float = Field(600.0, gt=0)
-    """Seconds within which the mesh must be ready."""
+    """Seconds within which the mesh must be ready, not counting those in which files are fetched from a hub."""
 
     _sizes = field_validator("tensor_parallel_size", mode="before")(whole_numbers)
 

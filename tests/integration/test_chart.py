@@ -133,9 +133,10 @@ def test_pods_run_what_serve_runs(tmp_path: Path) -> None:
     local |= {"worker_id", "gateway_id", "threads", "cpu_list", "api_key"}
 
     def comparable(settings: Base) -> dict[str, Any]:
-        # A pod is told of the model by its assignment; `serve` knows it before, and says so.
-        of_stages = {"drain_timeout", "transport", "model"} if isinstance(settings, StageSettings) else set()
-        leave_out = local | of_stages
+        # A pod is told of the model by the coordinator; `serve` knows it before, and says so.
+        told = set() if isinstance(settings, CoordinatorSettings) else {"model"}
+        of_stages = {"drain_timeout", "transport"} if isinstance(settings, StageSettings) else set()
+        leave_out = local | told | of_stages
         return {"service": type(settings).__name__, **settings.model_dump(exclude=leave_out)}
 
     def order(settings: dict[str, Any]) -> tuple[str, int]:
@@ -300,6 +301,30 @@ def test_gpus_models_and_placement_reach_the_right_stage(tmp_path: Path) -> None
     assert {"name": "NCCL_DEBUG", "value": "INFO"} in second.container["env"]
 
 
+def test_a_model_of_a_hub(tmp_path: Path) -> None:
+    """The coordinator names it; everybody has a cache to write to, the mirror and the token."""
+    seen = {}
+    for pod in chart.services(objects_of("hub")):
+        env = pod.env(POD_IP)
+        assert env["HF_ENDPOINT"] == "https://hub.example.com"
+        assert env["HF_TOKEN"] == "hub-token/token"
+        (mount,) = (mount for mount in pod.container["volumeMounts"] if mount["mountPath"] == env["HF_HOME"])
+        assert not mount.get("readOnly")
+        assert pod.spec["securityContext"]["fsGroup"] == pod.spec["securityContext"]["runAsGroup"]
+        (volume,) = (volume for volume in pod.spec["volumes"] if volume["name"] == mount["name"])
+        seen[pod.owner["metadata"]["name"]] = next(kind for kind in volume if kind != "name")
+        settings = settings_of(pod, tmp_path)
+        if isinstance(settings, CoordinatorSettings):
+            assert (settings.model, settings.revision) == ("example/tiny-1B", "v1.0")
+        else:
+            assert settings.model is None, "it comes with the pipelines"  # type: ignore[attr-defined]
+    assert seen["demo-stagemesh-stage-1"] == "persistentVolumeClaim"
+    assert {kind for name, kind in seen.items() if name != "demo-stagemesh-stage-1"} == {"hostPath"}
+    (pod, *_) = chart.services(objects_of("default", sets=('model.hub={"id": "org/name"}',)))
+    assert {"name": "hub-cache", "emptyDir": {}} in pod.spec["volumes"]
+    assert "HF_HOME" not in next(iter(chart.services(objects_of("default")))).env(POD_IP)
+
+
 def test_the_api_key_comes_from_a_secret(tmp_path: Path) -> None:
     def key(case: str, *sets: str) -> tuple[str | None, list[str]]:
         objects = objects_of(case, sets=sets)
@@ -343,6 +368,12 @@ WRONG = {
     "cuda without a GPU": ('stages=[{"settings": {"device": "cuda"}}]', "ask for 1"),
     "a model from nowhere": ('model={"path": "/models/m"}', "say where the files come from"),
     "a volume without a model": ('model={"volume": {"emptyDir": {}}}', "name the checkpoint's directory"),
+    "two models": (
+        'model={"path": "/models/m", "volume": {"emptyDir": {}}, "hub": {"id": "org/name"}}',
+        "model.hub.id org/name and model.path or model.volume are both set",
+    ),
+    "a revision of nothing": ('model={"hub": {"revision": "v1"}}', "model.hub.id is not: name the model"),
+    "a model that is no id": ('model={"hub": {"id": "/models/m"}}', "hub"),
     "a Role for everybody": (
         'coordinator={"lease": {"enabled": true}}; serviceAccount={"create": false}',
         "every pod of the namespace",

@@ -20,14 +20,15 @@ OWNED = {
     CoordinatorSettings: (
         *NETWORK,
         "model",
+        "revision",
         "pipeline_parallel_size",
         "state_dir",
         "kubernetes_lease",
         "kubernetes_account",
         "lease_identity",
     ),
-    GatewaySettings: (*NETWORK, "grpc_port", "coordinator", "gateway_id", "api_key", "model"),
-    StageSettings: (*NETWORK, "coordinator", "worker_id", "stage", "tensor_parallel_size", "model"),
+    GatewaySettings: (*NETWORK, "grpc_port", "coordinator", "gateway_id", "api_key", "model", "revision"),
+    StageSettings: (*NETWORK, "coordinator", "worker_id", "stage", "tensor_parallel_size", "model", "revision"),
 }
 """Settings that the chart derives from other values, so that they cannot contradict them."""
 
@@ -61,6 +62,39 @@ class Image(Values):
     """When the node pulls the image."""
 
 
+class TokenSecret(Values):
+    """The Secret with a token of the hub."""
+
+    name: str = ""
+    """Name of the Secret; default: no token."""
+    key: str = Field(default="token", min_length=1)
+    """Key of the entry in the Secret."""
+
+
+class HubCache(Values):
+    """The volume for files that are fetched from the hub."""
+
+    mount_path: str = Field(default="/cache", pattern="^/[^/].*$")
+    """Path at which it is mounted in every pod (HF_HOME)."""
+    volume: Map = {}
+    """A Kubernetes volume source that pods can write to; default: an emptyDir, which ends with its pod."""
+
+
+class Hub(Values):
+    """A model on a Hugging Face hub, of which each pod fetches its part."""
+
+    id: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*)?$")
+    """Id of the model, such as org/name; default: model.path."""
+    revision: str = ""
+    """Branch, tag or commit; default: main, as it is when the coordinator first starts."""
+    endpoint: str = Field(default="", pattern="^(https?://.+)?$")
+    """Address of another hub or mirror (HF_ENDPOINT)."""
+    token_secret: TokenSecret = Field(default_factory=TokenSecret)
+    """The Secret with a token, for private and gated models (HF_TOKEN)."""
+    cache: HubCache = Field(default_factory=HubCache)
+    """The volume for fetched files."""
+
+
 class Model(Values):
     """The checkpoint, and the source of its files."""
 
@@ -72,6 +106,8 @@ class Model(Values):
     volume: Map = {}
     """A Kubernetes volume source, such as persistentVolumeClaim: {claimName: models, readOnly: true}. Pods on several
     nodes need one that many nodes can read."""
+    hub: Hub = Field(default_factory=Hub)
+    """A model on a Hugging Face hub, in place of a volume with its files."""
 
 
 class ApiKey(Values):
@@ -190,6 +226,8 @@ class Stage(Pods):
     """Runtime class, such as nvidia."""
     model_volume: Map = {}
     """Volume source for this stage, if it differs from model.volume."""
+    cache_volume: Map = {}
+    """Volume source for files from the hub for this stage, if it differs from model.hub.cache.volume."""
 
 
 class NetworkPolicy(Values):

@@ -18,6 +18,13 @@
 {{- end }}
 {{- end }}
 {{- end }}
+{{- $hub := default dict .Values.model.hub }}
+{{- if and $hub.id (or .Values.model.path .Values.model.volume) }}
+{{- fail (printf "model.hub.id %s and model.path or model.volume are both set: give one" $hub.id) }}
+{{- end }}
+{{- if and $hub.revision (not $hub.id) }}
+{{- fail (printf "model.hub.revision %s is set and model.hub.id is not: name the model" $hub.revision) }}
+{{- end }}
 {{- with .Values.model }}
 {{- if and .path (not .volume) (hasPrefix (printf "%s/" .mountPath) (printf "%s/" .path)) }}
 {{- fail (printf "model.path %s is under model.mountPath and there is no model.volume: say where the files come from" .path) }}

@@ -10,7 +10,7 @@ securityContext:
   runAsNonRoot: true
   runAsUser: {{ .root.Values.securityContext.runAsUser }}
   runAsGroup: {{ .root.Values.securityContext.runAsGroup }}
-  {{- if .ownsVolume }}
+  {{- if or .ownsVolume (include "stagemesh.hubId" .root) }}
   fsGroup: {{ .root.Values.securityContext.runAsGroup }}
   fsGroupChangePolicy: OnRootMismatch
   {{- end }}
@@ -73,9 +73,29 @@ capabilities:
 # Libraries that keep caches find a place where they may write, whoever the user is.
 - name: HOME
   value: /tmp
+{{- if include "stagemesh.hubId" .root }}
+{{- with .root.Values.model.hub }}
+- name: HF_HOME
+  value: {{ .cache.mountPath | quote }}
+{{- if .endpoint }}
+- name: HF_ENDPOINT
+  value: {{ .endpoint | quote }}
+{{- end }}
+{{- if .tokenSecret.name }}
+- name: HF_TOKEN
+  valueFrom:
+    secretKeyRef: {name: {{ .tokenSecret.name }}, key: {{ .tokenSecret.key }}}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- with .pod.env }}
 {{ toYaml . }}
 {{- end }}
+{{- end }}
+
+{{/* The id of a model on a hub; empty for a folder. Takes the root. */}}
+{{- define "stagemesh.hubId" -}}
+{{- dig "hub" "id" "" .Values.model }}
 {{- end }}
 
 {{- define "stagemesh.mounts" -}}
@@ -83,6 +103,9 @@ capabilities:
 - {name: tmp, mountPath: /tmp}
 {{- if or .root.Values.model.volume .pod.modelVolume }}
 - {name: model, mountPath: {{ .root.Values.model.mountPath | quote }}, readOnly: true}
+{{- end }}
+{{- if include "stagemesh.hubId" .root }}
+- {name: hub-cache, mountPath: {{ .root.Values.model.hub.cache.mountPath | quote }}}
 {{- end }}
 {{- end }}
 
@@ -95,6 +118,10 @@ capabilities:
 {{- with default .root.Values.model.volume .pod.modelVolume }}
 - name: model
   {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if include "stagemesh.hubId" .root }}
+- name: hub-cache
+  {{- toYaml (coalesce .pod.cacheVolume .root.Values.model.hub.cache.volume (dict "emptyDir" dict)) | nindent 2 }}
 {{- end }}
 {{- end }}
 

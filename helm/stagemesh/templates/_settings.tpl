@@ -10,6 +10,8 @@
 {{- define "stagemesh.coordinatorSettings" -}}
 {{- $own := dict "host" "0.0.0.0" "insecure" true "port" 50050 "pipeline_parallel_size" (len .Values.stages) "state_dir" "/var/lib/stagemesh" -}}
 {{- if .Values.model.path }}{{ $_ := set $own "model" .Values.model.path }}{{ end -}}
+{{- with include "stagemesh.hubId" . }}{{ $_ := set $own "model" . }}{{ end -}}
+{{- with dig "hub" "revision" "" .Values.model }}{{ $_ := set $own "revision" . }}{{ end -}}
 {{- if .Values.coordinator.lease.enabled }}{{ $_ := set $own "kubernetes_lease" (printf "%s-coordinator" (include "stagemesh.fullname" .)) }}{{ end -}}
 {{- include "stagemesh.yaml" (merge $own .Values.coordinator.settings) }}
 {{- end }}
