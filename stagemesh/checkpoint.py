@@ -91,7 +91,9 @@ def read_config(model_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads config.json of a checkpoint. Raises CheckpointError if the folder or the file is missing or broken."""
     folder = Path(model_dir)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such directory; give the folder that holds the checkpoint's config.json")
+        raise CheckpointError(
+            f"{folder}: no such directory; give the folder that holds the checkpoint's config.json, or an id (org/name)"
+        )
     config = _read_json(folder / "config.json", "give a Hugging Face checkpoint directory")
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'}: a JSON object is expected; fetch the file again")
