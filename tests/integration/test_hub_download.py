@@ -286,9 +286,9 @@ def test_what_cannot_be_fetched_is_said_in_one_line(download: Download, hub: Hub
     hub.status["/api/"] = 200
     assert "does not answer as a hub" in download.fails(REPO)
     hub.status.clear()
-    hub.status[LAYER] = 500
+    hub.status[LAYER] = 429
     assert f"{LAYER} of org/tiny@" in (said := download.fails(REPO, "--layers", "1", status=1))
-    assert "status 500: the hub has a problem" in said
+    assert "status 429, too many requests" in said
 
 
 def test_a_repository_without_clear_weights_is_refused(
