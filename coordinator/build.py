@@ -82,14 +82,14 @@ def model_ref(source: Source, settings: CoordinatorSettings, info: CheckpointInf
         load_format=settings.load_format,
         seed=settings.seed,
         deterministic=settings.deterministic,
-        quantization=_quantization(path, settings, info),
+        quantization=_quantization(source.name, settings, info),
     )
 
 
-def _quantization(path: str, settings: CoordinatorSettings, info: CheckpointInfo) -> str:
+def _quantization(name: str, settings: CoordinatorSettings, info: CheckpointInfo) -> str:
     if settings.quantization and info.quantization:
         raise ConfigError(
-            f"--quantization {settings.quantization}: the weights of {path} are quantized already "
+            f"--quantization {settings.quantization}: the weights of {name} are quantized already "
             f"({info.quantization}); leave it out"
         )
     return settings.quantization or ""

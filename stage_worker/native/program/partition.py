@@ -28,7 +28,7 @@ from .expressions import columns, names, owned_sources, width, widths
 from .operations import NoKernel
 
 UNIT = 32
-"""Columns between gate and down are divided in blocks of this size, if there are as many as ranks."""
+"""Columns between gate and down are divided in blocks of this size, or of a part of it down to a pair."""
 
 
 @dataclass
@@ -86,10 +86,10 @@ class _Partition:
         return RankLayer(replace(self._layer, parts=parts), self._columns, self._inputs, heads, whole)
 
     def _part_of(self, count: int, unit: int) -> Range:
-        """Returns the rank's part of `count` columns or heads."""
-        while unit > 1 and (count % unit or count // unit < self._size):
+        """Returns the rank's part of `count` columns or heads, in whole units if that leaves the parts equal."""
+        while unit > 2 and count % (unit * self._size):
             unit //= 2
-        if count // unit < self._size or (unit == 1 and count % self._size):
+        if count % unit or count // unit < self._size or (unit == 1 and count % self._size):
             raise NoKernel(f"{count} heads or columns do not divide by {self._size} ranks")
         first, last = even_range(count // unit, self._size, self._rank)
         return first * unit, last * unit
