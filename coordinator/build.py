@@ -10,11 +10,11 @@ from stagemesh.checkpoint import CheckpointInfo, inspect, read_config
 from stagemesh.errors import ConfigError
 from stagemesh.generation import eos_token_ids, generation_config
 from stagemesh.models.support import PLUGINS, check_supported, heads_to_divide
+from stagemesh.planning.cost import CostModel
+from stagemesh.planning.partition import check_counts
 from stagemesh.protos.v1 import types_pb2
 from stagemesh.settings.coordinator import CoordinatorSettings
 
-from .planning.cost import CostModel
-from .planning.partition import check_counts
 from .planning.target import Target
 from .source import Source, find
 from .values import pages_per_sequence

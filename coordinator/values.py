@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stagemesh.planning.partition import Range as Range
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
-
-Range = tuple[int, int]
-"""Decoder layers [first, last)."""
 
 
 def layer_range(layers: Range) -> types_pb2.LayerRange:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stagemesh.errors import ConfigError
+from stagemesh.planning.cost import CostModel, Kind
+from stagemesh.planning.partition import partition
 from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
 
 from ..values import Range
-from .cost import CostModel, Kind, kinds
-from .partition import partition
+from .kinds import kinds
 
 GAIN = 0.10
 """Share of the slowest stage's time that a change must save to be worth it."""

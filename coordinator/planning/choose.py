@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from stagemesh.errors import ConfigError
+from stagemesh.planning.partition import partition
 
 from ..values import Holder, Holders, Range, StagePlan
-from .partition import partition
 from .placement import Candidate, Placement, place
 from .target import CannotForm, Target
 

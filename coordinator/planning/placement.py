@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from stagemesh.planning.cost import Kind
+
 from ..values import Range
-from .cost import Kind
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stagemesh.planning.cost import CostModel
 from stagemesh.protos.v1.types_pb2 import ModelRef, RunLimits
-
-from .cost import CostModel
 
 
 class CannotForm(Exception):

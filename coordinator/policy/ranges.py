@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stagemesh.errors import Unavailable
+from stagemesh.planning.partition import partition
 
-from ..planning.cost import kinds
-from ..planning.partition import partition
+from ..planning.kinds import kinds
 from ..values import Holder, Range
 from ..world.pipeline import State
 from ..world.world import World

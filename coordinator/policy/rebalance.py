@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from stagemesh.errors import ConfigError
 
 from ..planning.advice import GAIN, Advice, advise, better_worker
-from ..planning.cost import kinds
+from ..planning.kinds import kinds
 from ..world.pipeline import Pipeline, State
 from ..world.world import World
 from .plan import MeshPlan

@@ -13,7 +13,7 @@ from typing import TypeVar
 from stagemesh.protocol import MOVES
 from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
 
-from ..planning.cost import kinds
+from ..planning.kinds import kinds
 from ..planning.placement import Candidate
 from ..planning.target import CannotForm, Target
 from ..timing import CoordinatorTiming

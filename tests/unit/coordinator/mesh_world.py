@@ -12,7 +12,6 @@ from stagemesh.coordinator import values as v
 from stagemesh.coordinator.core import actions
 from stagemesh.coordinator.core.mesh import handle
 from stagemesh.coordinator.observe import events
-from stagemesh.coordinator.planning.cost import CostModel
 from stagemesh.coordinator.planning.target import Target
 from stagemesh.coordinator.policy.replicas import check_scale
 from stagemesh.coordinator.state.nonces import nonces
@@ -20,6 +19,7 @@ from stagemesh.coordinator.timing import CoordinatorTiming
 from stagemesh.coordinator.world.pipeline import Attempt, Pipeline, State
 from stagemesh.coordinator.world.record import Record
 from stagemesh.coordinator.world.world import World
+from stagemesh.planning.cost import CostModel
 from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2 as pb
 from stagemesh.protos.v1 import stage_pb2, types_pb2

@@ -8,11 +8,11 @@ from mesh_world import TIMING, Story, drain, held, loaded, repartition, serving,
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.core.attempt import page_copies
 from stagemesh.coordinator.observe import events
-from stagemesh.coordinator.planning.cost import Kind
 from stagemesh.coordinator.policy.ranges import ranges_for
 from stagemesh.coordinator.world.pipeline import Phase, State
 from stagemesh.coordinator.world.record import Record
 from stagemesh.errors import ConfigError
+from stagemesh.planning.cost import Kind
 from stagemesh.protos.v1.stage_pb2 import AssignRequest, PrepareRequest, ReleaseRequest
 from stagemesh.protos.v1.types_pb2 import KvCopy
 

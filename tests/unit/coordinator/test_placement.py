@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagemesh.coordinator.planning.cost import Kind
 from stagemesh.coordinator.planning.placement import Candidate, Placement, place
 from stagemesh.coordinator.values import Range
+from stagemesh.planning.cost import Kind
 
 KIND = Kind(1, 0, 1e11, 1e10)
 

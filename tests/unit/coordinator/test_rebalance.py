@@ -6,9 +6,9 @@ import pytest
 from mesh_world import Story, introduction, measured, serving, target
 
 from stagemesh.coordinator.planning.advice import advise, better_worker
-from stagemesh.coordinator.planning.cost import CostModel, Kind
 from stagemesh.coordinator.policy.ranges import ranges_for
 from stagemesh.coordinator.world.pipeline import State
+from stagemesh.planning.cost import CostModel, Kind
 from stagemesh.protos.v1.stage_pb2 import AssignRequest, PrepareRequest
 
 

@@ -8,8 +8,8 @@ from test_scaling import serving, settle, shares, stages
 
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.observe import events
-from stagemesh.coordinator.planning.cost import Kind
 from stagemesh.coordinator.world.pipeline import State
+from stagemesh.planning.cost import Kind
 from stagemesh.protos.v1.stage_pb2 import AssignRequest
 
 TAKEOVER_S = 5.0

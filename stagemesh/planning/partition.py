@@ -17,10 +17,11 @@ import numpy as np
 
 from stagemesh.errors import ConfigError
 
-from ..values import Range
 from .cost import CostModel, FloatArray, Kind
 
 GIB = float(1 << 30)
+Range = tuple[int, int]
+"""Decoder layers [first, last)."""
 
 
 def check_counts(num_layers: int, num_stages: int, layer_partition: Sequence[int] | None) -> None:
