@@ -6,22 +6,19 @@ import hashlib
 import importlib.metadata
 import os
 
-from stagemesh.checkpoint import CheckpointInfo, inspect, read_config
+from stagemesh.checkpoint import inspect, read_config
 from stagemesh.errors import ConfigError
 from stagemesh.generation import eos_token_ids, generation_config
+from stagemesh.models.size import CheckpointInfo
 from stagemesh.models.support import PLUGINS, check_supported, heads_to_divide
 from stagemesh.planning.cost import CostModel
+from stagemesh.planning.limits import default_steps, run_limits
 from stagemesh.planning.partition import check_counts
 from stagemesh.protos.v1 import types_pb2
 from stagemesh.settings.coordinator import CoordinatorSettings
 
 from .planning.target import Target
 from .source import Source, find
-from .values import pages_per_sequence
-
-DEFAULT_MAX_MODEL_LEN = 4096
-FEW_STAGES = 4
-"""With fewer stages, one more batch of decode rows costs more than the bubble it fills: each streams the weights."""
 
 
 def build(settings: CoordinatorSettings) -> Target:
@@ -38,8 +35,9 @@ def build(settings: CoordinatorSettings) -> Target:
     eos_token_ids(source.folder)
     stages = settings.pipeline_parallel_size
     check_counts(info.num_layers, stages, settings.layer_partition)
-    limits = _limits(settings, info)
     dtype = info.dtype if settings.dtype == "auto" else settings.dtype
+    limits = run_limits(settings, info, gateways=settings.gateways)
+    limits.steps_in_flight = settings.steps_in_flight or default_steps(info, limits, dtype, stages)
     model = model_ref(source, settings, info, dtype)
     model.name = settings.name
     draft = _add_draft(settings, info, model, limits.max_model_len)
@@ -117,35 +115,3 @@ def _add_draft(
     model.draft.num_tokens = config.num_speculative_tokens
     model.draft.model.CopyFrom(model_ref(source, settings, draft, model.dtype))
     return draft
-
-
-def _limits(settings: CoordinatorSettings, info: CheckpointInfo) -> types_pb2.RunLimits:
-    longest = info.max_position_embeddings
-    wanted = settings.max_model_len
-    if wanted is not None and wanted > longest:
-        raise ConfigError(
-            f"--max-model-len {wanted} is above the {longest} positions that the model was made for "
-            f"(max_position_embeddings and rotary scaling in config.json): use --max-model-len {longest} or less"
-        )
-    limits = types_pb2.RunLimits(
-        max_model_len=wanted or min(longest, DEFAULT_MAX_MODEL_LEN),
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        page_size=settings.block_size,
-        num_pages=settings.num_kv_pages or 0,
-        steps_in_flight=settings.steps_in_flight or default_steps_in_flight(settings.pipeline_parallel_size),
-        gateways=settings.gateways,
-    )
-    held, need = limits.num_pages * limits.page_size, pages_per_sequence(limits)
-    if 0 < limits.num_pages < need:
-        raise ConfigError(
-            f"--num-kv-pages {limits.num_pages} of {limits.page_size} tokens hold {held} tokens, one sequence of "
-            f"--max-model-len {limits.max_model_len} needs {need} pages: use --num-kv-pages {need} or "
-            f"--max-model-len {held}"
-        )
-    return limits
-
-
-def default_steps_in_flight(stages: int) -> int:
-    """Batches that decode rows are spread over: one per stage, and one more in a long pipeline to hide its hops."""
-    return stages if stages < FEW_STAGES else stages + 1

@@ -23,11 +23,6 @@ def span(layers: types_pb2.LayerRange) -> Range:
     return layers.first, layers.last
 
 
-def pages_per_sequence(limits: types_pb2.RunLimits) -> int:
-    """KV pages that a sequence of `max_model_len` tokens needs."""
-    return -(-limits.max_model_len // limits.page_size)
-
-
 @dataclass(frozen=True)
 class StagePlan:
     """One stage of a pipeline: which worker holds which layers."""

@@ -12,15 +12,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
 from stagemesh.hub.substitute import in_its_place
-from stagemesh.models.quantization import quantization_of
+from stagemesh.models.bits import bits_of, with_bits
+from stagemesh.models.quantization import Quantization, quantization_of
 from stagemesh.models.quantized_tensors import as_weights, refuse_unnamed
-from stagemesh.models.support import longest_sequence
+from stagemesh.models.size import CheckpointInfo, ModelConfig, Part, estimated
 from stagemesh.safetensors_header import StoredTensor, read_header, read_raw_header
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -42,51 +43,6 @@ HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 EXPERT = re.compile(r"\.experts(\.|_)")
 
 
-@dataclass(frozen=True)
-class Part:
-    """Size and work of one decoder layer, of the embedding, or of the head."""
-
-    parameters: int = 0
-    flops_per_token: float = 0.0
-    """Twice the number of parameters that are multiplied for one token. Only the experts that a token uses count."""
-    stored_bytes: int = 0
-    """Bytes of its tensors in the files, which are fewer than its parameters' if they are quantized. 0: not known."""
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """The properties of a checkpoint that are known before weights are loaded."""
-
-    hidden_size: int
-    vocab_size: int
-    dtype: str
-    """Element type of the weights: "float32", "bfloat16" or "float16"."""
-    max_position_embeddings: int
-    """The longest sequence that the model is made for, with the scaling of its rotary embedding."""
-    num_kv_heads: int
-    kv_elements_per_token: int
-    """Number of K and V elements of one token in one layer, over all KV heads."""
-    tied: bool
-    """Whether input embedding and output head are one tensor. If so, first and last stage both hold and count it."""
-    layers: tuple[Part, ...]
-    embedding: Part
-    head: Part
-    """Final norm and output head."""
-    quantization: str = ""
-    """The method by which the weights are quantized. Empty if they are not."""
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return len(self.layers)
-
-    @property
-    def total_parameters(self) -> int:
-        """Number of parameters of the whole model. A tied embedding counts once."""
-        parts = sum(part.parameters for part in (*self.layers, self.embedding, self.head))
-        return parts - (self.vocab_size * self.hidden_size if self.tied else 0)
-
-
 def read_config(model_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads config.json of a checkpoint. Raises CheckpointError if the folder or the file is missing or broken."""
     folder = Path(model_dir)
@@ -105,12 +61,6 @@ def read_configs(model_dir: str | os.PathLike[str]) -> dict[str, dict[str, Any]]
     found, beside = {CONFIG: read_config(model_dir)}, Path(model_dir) / MODELOPT
     content = _read_json(beside, "fetch the file again") if beside.is_file() else None
     return {**found, MODELOPT: content} if isinstance(content, dict) else found
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the decoder's part of a configuration. A multimodal checkpoint has it under `text_config`."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) and nested else config
 
 
 def weight_map(
@@ -200,11 +150,46 @@ def inspect(
     folder = Path(model_dir)
     configs = read_configs(folder)
     quantization = quantization_of(folder, configs)
-    config = _Config(configs[CONFIG], folder / CONFIG)
+    config = ModelConfig(configs[CONFIG], folder / CONFIG)
     if load_format == "dummy":
-        dtype = config.dtype or "float32"
-        return config.info(_estimated(config, ELEMENT_BYTES[dtype]), dtype, config.tied)
-    tensors = {name: tensor for name, tensor in _stored(folder, headers).items() if not FOREIGN.search(name)}
+        return config.info(estimated(config), config.dtype or "float32", tied=config.tied)
+    return _measured(config, folder, _served(folder, headers), quantization)
+
+
+def describe(model_dir: str | os.PathLike[str]) -> CheckpointInfo:
+    """Describes a checkpoint of which only config.json must be there.
+
+    If the weights are there, their headers say how many bytes they take, and else config.json does. Raises
+    CheckpointError and UnsupportedModel.
+    """
+    folder = Path(model_dir)
+    configs = read_configs(folder)
+    quantization = quantization_of(folder, configs)
+    config = ModelConfig(configs[CONFIG], folder / CONFIG)
+    if any(folder.glob("*.safetensors")) and all(path.is_file() for path in weight_map(folder).values()):
+        return _measured(config, folder, _served(folder, None), quantization)
+    parts = estimated(config)
+    method = quantization.method if quantization is not None else ""
+    if quantization is not None:
+        bits = bits_of(configs)
+        if bits is None:
+            raise UnsupportedModel(
+                f"{folder}: it is not known how many bits its weights take ({method}); fetch the weights, whose "
+                "headers say it"
+            )
+        parts[:-2] = with_bits(parts[:-2], bits[0], experts_only=bits[1])
+    return config.info(parts, config.dtype or "bfloat16", tied=config.tied, quantization=method)
+
+
+def _served(folder: Path, headers: Mapping[Path, Mapping[str, StoredTensor]] | None) -> dict[str, StoredTensor]:
+    """Returns the tensors of the served decoder. Raises CheckpointError."""
+    return {name: tensor for name, tensor in _stored(folder, headers).items() if not FOREIGN.search(name)}
+
+
+def _measured(
+    config: ModelConfig, folder: Path, tensors: Mapping[str, StoredTensor], quantization: Quantization | None
+) -> CheckpointInfo:
+    """Describes a checkpoint by the tensors in its headers. Raises CheckpointError and UnsupportedModel."""
     tensors = as_weights(quantization, tensors)
     refuse_unnamed(folder, tensors.items())
     sizes = Counter[str]()
@@ -213,7 +198,9 @@ def inspect(
             sizes[STORED_DTYPE[tensor.dtype]] += tensor.parameters
     dtype = config.dtype or max(sizes, key=sizes.__getitem__, default="float32")
     parts, tied = _counted(config, folder, tensors)
-    return config.info(parts, dtype, tied, quantization.method if quantization is not None else "")
+    if quantization is None:
+        return config.info(parts, dtype, tied=tied)
+    return config.info(_weighed(config, parts, tensors), dtype, tied=tied, quantization=quantization.method)
 
 
 def _stored(folder: Path, headers: Mapping[Path, Mapping[str, StoredTensor]] | None) -> dict[str, StoredTensor]:
@@ -281,92 +268,34 @@ def _read_json(path: Path, advice: str) -> Any:
         raise CheckpointError(f"{path}: not valid JSON ({e}); fetch the file again") from e
 
 
-class _Config:
-    """The numbers of a configuration. Their names differ between model families."""
+def _is_experts(config: ModelConfig, name: str) -> bool:
+    return config.experts > 0 and EXPERT.search(name) is not None
 
-    def __init__(self, config: Mapping[str, Any], path: Path) -> None:
-        self.text = text = text_config(config)
-        self._path = path
-        self.model_type = str(text.get("model_type") or config.get("model_type") or "")
-        self.num_layers = self.number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-        self.hidden = self.number("hidden_size", "n_embd", "d_model", "dim")
-        self.vocab = self.number("vocab_size")
-        self.heads = self.number("num_attention_heads", "n_head", "n_heads")
-        self.kv_heads = self.number("num_key_value_heads", "num_kv_heads", "n_head_kv", default=self.heads)
-        self.head_dim = self.number("head_dim", default=self.hidden // self.heads)
-        self.intermediate = self.number("intermediate_size", "n_inner", "ffn_dim", default=4 * self.hidden)
-        self.experts = self.number("num_local_experts", "num_experts", "n_routed_experts", default=0)
-        self.experts_used = self.number("num_experts_per_tok", "moe_topk", default=min(2, self.experts))
-        positions = self.number("max_position_embeddings", "n_positions", "max_seq_len", default=2048)
-        self.longest = longest_sequence(text, positions)
-        self.says_tied: bool | None = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
-        says = self.says_tied
-        self.tied = bool(says) if says is not None else self.model_type.startswith(TIED_BY_DEFAULT)
-        stored = next((c[k] for c in (config, text) for k in ("dtype", "torch_dtype") if c.get(k)), None)
-        self.dtype = str(stored).removeprefix("torch.") if stored else None
-        if self.dtype is not None and self.dtype not in ELEMENT_BYTES:
-            raise UnsupportedModel(
-                f"{path}: dtype {self.dtype} cannot be served; it must be {', '.join(ELEMENT_BYTES)}: set --dtype "
-                "after converting the checkpoint"
-            )
 
-    def number(self, *names: str, default: int | None = None) -> int:
-        for name in names:
-            value = self.text.get(name)
-            if isinstance(value, (list, tuple)):  # One number per layer: memory must suffice for the largest.
-                value = max((v for v in value if isinstance(v, int)), default=None)
-            if value is not None:
-                if isinstance(value, bool) or not isinstance(value, int) or value < (1 if default is None else 0):
-                    raise CheckpointError(f"{self._path}: {name} is {value!r}, a positive whole number is expected")
-                return value
-        if default is None:
-            raise CheckpointError(
-                f"{self._path}: no {names[0]} in it; is this the config of a decoder-only language model?"
-            )
-        return default
-
-    def info(self, parts: Sequence[Part], dtype: str, tied: bool, quantization: str = "") -> CheckpointInfo:
-        """Makes the description. `parts` are the layers, then the embedding, then the head."""
-        kv_elements = 2 * self.kv_heads * self.head_dim
-        if self.text.get("kv_lora_rank"):  # Latent attention stores K and V expanded, with different widths.
-            rope, nope = self.number("qk_rope_head_dim", default=0), self.number("qk_nope_head_dim", default=0)
-            kv_elements = self.heads * (rope + nope + self.number("v_head_dim", default=self.head_dim))
-        return CheckpointInfo(
-            hidden_size=self.hidden,
-            vocab_size=self.vocab,
-            dtype=dtype,
-            max_position_embeddings=self.longest,
-            num_kv_heads=self.kv_heads,
-            kv_elements_per_token=kv_elements,
-            tied=tied,
-            layers=tuple(parts[:-2]),
-            embedding=parts[-2],
-            head=parts[-1],
-            quantization=quantization,
+def _weighed(config: ModelConfig, parts: Sequence[Part], tensors: Mapping[str, StoredTensor]) -> list[Part]:
+    """Gives the layers of `parts` the bits that their weights take by the headers."""
+    nbytes, expert_bytes = Counter[int](), Counter[int]()
+    for name, tensor in tensors.items():
+        if layer := LAYER.search(name):
+            (expert_bytes if _is_experts(config, name) else nbytes)[int(layer[1])] += tensor.nbytes
+    layers = [
+        replace(
+            part,
+            bits=8 * nbytes[index] / (part.parameters - part.expert_parameters),
+            expert_bits=8 * expert_bytes[index] / part.expert_parameters if part.expert_parameters else None,
         )
+        for index, part in enumerate(parts[:-2])
+    ]
+    return [*layers, *parts[-2:]]
 
 
-def _estimated(config: _Config, element_bytes: int) -> list[Part]:
-    """Estimates the parts by formula: q, k, v, o, and a gated MLP (plain for GPT-NeoX and GPT-2) or experts."""
-    h, experts = config.hidden, config.experts
-    attention = h * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-    gated = config.model_type == "phi3" or not config.model_type.startswith(UNGATED)
-    width = config.number("moe_intermediate_size", default=config.intermediate) if experts else config.intermediate
-    mlp = (3 if gated else 2) * h * width
-    held = attention + (experts * (mlp + h) if experts else mlp) + 2 * h
-    used = attention + (config.experts_used * mlp + experts * h if experts else mlp)
-    table = config.vocab * h
-    parts = [Part(held, 2.0 * used)] * config.num_layers + [Part(table), Part(table + h, 2.0 * table)]
-    return [replace(part, stored_bytes=part.parameters * element_bytes) for part in parts]
-
-
-def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[list[Part], bool]:
+def _counted(config: ModelConfig, folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[list[Part], bool]:
     """Counts the parts from the tensors in the headers. Returns them, and whether embedding and head are one tensor.
 
     They are if only one is stored. transformers uses both if both are, whatever tie_word_embeddings says.
     """
     embedding, head = config.num_layers, config.num_layers + 1
-    parameters, flops, stored = Counter[int](), Counter[int](), Counter[int]()
+    parameters, flops, experts = Counter[int](), Counter[int](), Counter[int]()
     tables: dict[int, int] = {}
     for name, tensor in tensors.items():
         count = tensor.parameters
@@ -375,8 +304,9 @@ def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor])
             place = int(layer[1])
             if place >= config.num_layers:
                 continue  # Layers of another head, such as multi-token prediction.
-            if EXPERT.search(name) and config.experts:
+            if _is_experts(config, name):
                 work = work * config.experts_used // config.experts
+                experts[place] += count
         elif EMBEDDING.search(name):
             place, work = embedding, 0
             tables[place] = max(tables.get(place, 0), count)
@@ -386,7 +316,6 @@ def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor])
                 tables[place] = count
         parameters[place] += count
         flops[place] += work
-        stored[place] += tensor.nbytes
     missing = [str(layer) for layer in range(config.num_layers) if layer not in parameters]
     if missing:
         raise CheckpointError(
@@ -402,7 +331,4 @@ def _counted(config: _Config, folder: Path, tensors: Mapping[str, StoredTensor])
         table = max(tables.values(), default=0)
         parameters[place] += table
         flops[place] += 2 * table if place == head else 0
-        stored[place] += max(
-            (t.nbytes for name, t in tensors.items() if EMBEDDING.search(name) or HEAD.search(name)), default=0
-        )
-    return [Part(parameters[place], float(flops[place]), stored[place]) for place in range(head + 1)], len(tables) < 2
+    return [Part(parameters[place], float(flops[place]), experts[place]) for place in range(head + 1)], len(tables) < 2

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from stagemesh.checkpoint import text_config
 from stagemesh.errors import CheckpointError
 from stagemesh.hub.substitute import in_its_place
+from stagemesh.models.size import text_config
 
 GENERATION_CONFIG, CONFIG = "generation_config.json", "config.json"
 BOUNDS = {"gt": "more than", "ge": "at least", "le": "at most"}

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.results import save
-from stagemesh.checkpoint import CheckpointInfo, Part
 from stagemesh.coordinator.planning.choose import choose
 from stagemesh.coordinator.planning.kinds import kinds
 from stagemesh.coordinator.planning.placement import Candidate
 from stagemesh.coordinator.planning.target import Target
+from stagemesh.models.size import CheckpointInfo, Part
 from stagemesh.planning.cost import CostModel
 from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
 from stagemesh.protos.v1.types_pb2 import DeviceInfo, ModelRef, RunLimits

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from stagemesh.planning.limits import pages_per_sequence
 from stagemesh.protos.v1 import stage_pb2
 
 from ..policy.ranges import LOADS
-from ..values import Loaded, Order, pages_per_sequence, span
+from ..values import Loaded, Order, span
 from ..world.pipeline import Attempt, Phase
 from ..world.world import World
 from .events import Answered, Failed

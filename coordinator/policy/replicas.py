@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Mapping
 
 from stagemesh.errors import ConfigError, Unavailable
+from stagemesh.planning.limits import pages_per_sequence
 
 from ..planning.choose import pinned, shared_holders
-from ..values import Holder, pages_per_sequence
+from ..values import Holder
 from ..world.pipeline import Attempt, Pipeline
 from ..world.world import UNLIMITED, World
 from .plan import Goal, MeshPlan

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from stagemesh.planning.steps import interval_s
+
 from .sequence import Sequence
 from .speculation import Guesser
 
@@ -50,7 +52,7 @@ class GuessCosts:
         rows, at_once = -(-streams // batches), min(streams, batches)
         stages = [base + each * rows * (1 + guesses) for base, each in self.stages]
         stages[-1] += guesses * self.guess_s
-        return max(sum(stages) / at_once, *stages)
+        return interval_s(stages, at_once)
 
 
 @dataclass

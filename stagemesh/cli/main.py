@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import stagemesh
 from stagemesh.settings.loading import load
 
-from . import bench, download, operate, status
+from . import bench, download, operate, plan, status
 from .flags import add_flags, given
 from .service import SERVICES, reported, run_function, settings_class
 
@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--config", metavar="FILE", help="YAML file of settings")
         command.set_defaults(run=_run)
     bench.add_parser(commands)
+    plan.add_parser(commands)
     shows = commands.add_parser("status", help="show the mesh that a gateway sees")
     shows.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway's HTTP address")
     shows.set_defaults(run=status.run)

@@ -2,6 +2,9 @@
 
 The roofline model of Williams et al. (2009): a part of a step takes as long as the longer of streaming its weights and
 computing. Decode steps are balanced: most steps are decode steps, and a prefill chunk divides the same way.
+
+A step reads those routed experts that one of its rows uses, each once. With e experts of which a row uses u, m rows use
+e * (1 - (1 - u/e)^m) of them on average, if each row draws its own.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stagemesh.checkpoint import ELEMENT_BYTES, CheckpointInfo
+from stagemesh.models.size import ELEMENT_BYTES, CheckpointInfo
 from stagemesh.protos.v1.types_pb2 import RunLimits
 
 FloatArray = NDArray[np.float64]
@@ -37,42 +40,73 @@ class CostModel:
     """Costs of the layers and of the two ends (embedding; norm, head and sampler) of one model under some limits."""
 
     def __init__(
-        self, info: CheckpointInfo, limits: RunLimits, dtype: str, draft: CheckpointInfo | None = None
+        self,
+        info: CheckpointInfo,
+        limits: RunLimits,
+        dtype: str,
+        draft: CheckpointInfo | None = None,
+        kv_element_bytes: int | None = None,
     ) -> None:
-        """`draft`: a model of the same dtype that the last stage holds whole, in addition to its layers.
+        """Makes the model.
 
-        Its time is not counted: with many sequences, when balance matters, no tokens are drafted.
+        Args:
+            info: the checkpoint.
+            limits: the limits of a pipeline.
+            dtype: element type of activations, and of weights that are not quantized.
+            draft: a model of the same dtype that the last stage holds whole, in addition to its layers. Its time is not
+                counted: with many sequences, when balance matters, no tokens are drafted.
+            kv_element_bytes: bytes of one element of K or V; default: the dtype's.
         """
         self.info = info
         self.draft = draft
         self.limits = limits
+        self.dtype = dtype
         self.element_bytes = ELEMENT_BYTES[dtype]
+        self.kv_element_bytes = kv_element_bytes or self.element_bytes
         self.rows = max(1, limits.max_num_seqs // max(1, limits.steps_in_flight))
         """Tokens in a full decode step."""
         parts = [info.embedding, *info.layers, info.head]
-        self._parameters = np.array([part.parameters for part in parts], dtype=np.float64)
+        self._always = np.array([part.weight_bytes(self.element_bytes) for part in parts], dtype=np.float64)
+        """Bytes [L+2] of weights that every step reads."""
+        self._experts = np.array([part.expert_bytes(self.element_bytes) for part in parts], dtype=np.float64)
+        """Bytes [L+2] of routed experts."""
         self._flops = np.array([part.flops_per_token for part in parts], dtype=np.float64)
 
-    def seconds(self, kind: Kind) -> FloatArray:
+    def experts_read(self, rows: float) -> float:
+        """Mean share of a layer's routed experts that a step of `rows` rows reads."""
+        if not self.info.experts:
+            return 1.0
+        return 1.0 - float((1.0 - min(1.0, self.info.experts_used / self.info.experts)) ** rows)
+
+    def seconds(self, kind: Kind, rows: float | None = None, context: float = 0) -> FloatArray:
         """Seconds [L+1] of a decode step in the first 0, 1, ... L layers, with the ends that go with them.
 
         A stage of layers [first, last) takes the difference. A step reads only its rows' vectors of the embedding.
+
+        Args:
+            kind: the workers.
+            rows: rows of the step; default: those of a full step.
+            context: positions whose K and V each row reads.
         """
-        streaming = self._parameters * self.element_bytes / kind.bytes_per_s
-        computing = self._flops * self.rows / kind.flops_per_s
-        parts = np.maximum(streaming, computing) / kind.tp_size
-        parts[0] = self.rows * self.info.hidden_size * self.element_bytes / kind.bytes_per_s
+        rows = self.rows if rows is None else rows
+        read = self._always + self._experts * self.experts_read(rows)
+        read[1:-1] += self.kv_bytes_per_token(kind) * kind.tp_size * rows * context
+        parts = np.maximum(read / kind.bytes_per_s, self._flops * rows / kind.flops_per_s) / kind.tp_size
+        parts[0] = rows * self.info.hidden_size * self.element_bytes / kind.bytes_per_s
         return _up_to_layer(parts)
 
-    def stage_seconds(self, kind: Kind, first: int, last: int) -> float:
-        """Seconds of a decode step on the stage that holds layers [first, last)."""
-        upto = self.seconds(kind)
+    def stage_seconds(self, kind: Kind, first: int, last: int, rows: float | None = None, context: float = 0) -> float:
+        """Seconds of a decode step on the stage that holds layers [first, last). See `seconds`."""
+        upto = self.seconds(kind, rows, context)
         return float(upto[last] - upto[first])
 
     def kv_bytes_per_token(self, kind: Kind) -> int:
         """KV bytes of one token in one layer on one rank. Fewer KV heads than ranks are replicated."""
-        per_head = -(-self.info.kv_elements_per_token // max(1, self.info.num_kv_heads))
-        return -(-self.info.num_kv_heads // kind.tp_size) * per_head * self.element_bytes
+        info = self.info
+        if info.kv_on_every_rank:
+            return info.kv_elements_per_token * self.kv_element_bytes
+        per_head = -(-info.kv_elements_per_token // max(1, info.num_kv_heads))
+        return -(-info.num_kv_heads // kind.tp_size) * per_head * self.kv_element_bytes
 
     def memory(self, kind: Kind, max_model_len: int | None = None) -> FloatArray:
         """Bytes [L+1] on one rank of the first 0, 1, ... L layers, with the ends that go with them.
@@ -83,14 +117,24 @@ class CostModel:
         page = self.limits.page_size
         tokens = -(-(max_model_len or self.limits.max_model_len) // page) * page
         tokens = max(tokens, self.limits.num_pages * page)
-        parts = self._parameters * self.element_bytes / kind.tp_size
-        parts[0] *= kind.tp_size
+        parts = self.weights(kind)
         parts[1:-1] += self.kv_bytes_per_token(kind) * tokens
         parts[-1] += self.limits.max_num_seqs * self.info.vocab_size * 4
         if self.draft is not None:
             kv = self.draft.num_layers * self.draft.kv_elements_per_token * tokens
-            parts[-1] += (self.draft.total_parameters + kv) * self.element_bytes
+            parts[-1] += self.draft.total_parameters * self.element_bytes + kv * self.kv_element_bytes
         return _up_to_layer(parts)
+
+    def weights(self, kind: Kind) -> FloatArray:
+        """Bytes [L+2] of weights on one rank: of the embedding, which is replicated, the layers and the head."""
+        parts = (self._always + self._experts) / kind.tp_size
+        parts[0] *= kind.tp_size
+        return parts
+
+    def stage_weights(self, kind: Kind, first: int, last: int) -> float:
+        """Bytes of weights on one rank of the stage that holds layers [first, last)."""
+        upto = _up_to_layer(self.weights(kind))
+        return float(upto[last] - upto[first])
 
     def fixed_memory(self) -> float:
         """Bytes that a rank needs besides weights and KV: activation buffers of the steps in flight and of compute.

@@ -13,6 +13,9 @@ from stagemesh.errors import ConfigError
 from .base import Base, flags
 from .blocks import DrainTimeout, GrpcPort, Join, Links, Listen
 
+CPU_KV_SHARE = 0.25
+"""Share of the free memory of a CPU that KV pages get by default."""
+
 
 class ComputeSettings(Base):
     """Options for the device of ranks and its memory."""

@@ -11,6 +11,7 @@ import torch
 from stagemesh.errors import ConfigError
 from stagemesh.processes.limits import available_memory_bytes
 from stagemesh.protos.v1 import stage_pb2, types_pb2
+from stagemesh.settings.stage import CPU_KV_SHARE
 
 from ...kv.journal import Journal
 from ...kv.memory import trim_heap
@@ -23,9 +24,6 @@ from ...model.spec import ShardSpec
 from ...sampling.drafter import Drafter
 from ..engine import Engine
 from .resources import StageResources, page_share
-
-CPU_KV_SHARE = 0.25
-
 
 Request = stage_pb2.AssignRequest | stage_pb2.PrepareRequest
 Progress = Callable[[int, int], None]

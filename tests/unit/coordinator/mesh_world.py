@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from stagemesh.checkpoint import CheckpointInfo, Part
 from stagemesh.coordinator import values as v
 from stagemesh.coordinator.core import actions
 from stagemesh.coordinator.core.mesh import handle
@@ -19,6 +18,7 @@ from stagemesh.coordinator.timing import CoordinatorTiming
 from stagemesh.coordinator.world.pipeline import Attempt, Pipeline, State
 from stagemesh.coordinator.world.record import Record
 from stagemesh.coordinator.world.world import World
+from stagemesh.models.size import CheckpointInfo, Part
 from stagemesh.planning.cost import CostModel
 from stagemesh.protocol import PROTOCOL
 from stagemesh.protos.v1 import coordinator_pb2 as pb

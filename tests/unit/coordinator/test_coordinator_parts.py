@@ -17,11 +17,12 @@ from stagemesh.coordinator.build import build
 from stagemesh.coordinator.service.slots import MAX_SLOT, Slots
 from stagemesh.coordinator.state.nonces import nonces
 from stagemesh.coordinator.state.store import Store
-from stagemesh.coordinator.values import Loaded, StagePlan, StoredPlan, pages_per_sequence
+from stagemesh.coordinator.values import Loaded, StagePlan, StoredPlan
 from stagemesh.coordinator.world.record import Record
 from stagemesh.errors import CheckpointError, ConfigError, QueueFull, UnsupportedModel
 from stagemesh.models.architectures import MADE_WITH
 from stagemesh.models.support import PLUGINS, check_heads, check_supported, heads_to_divide
+from stagemesh.planning.limits import pages_per_sequence
 from stagemesh.settings.coordinator import CoordinatorSettings
 
 QUARANTINE_S = 60.0

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 from mesh_world import introduction
 
-from stagemesh.checkpoint import CheckpointInfo, Part
 from stagemesh.coordinator.planning.kinds import NOMINAL_BYTES_PER_S, kinds
+from stagemesh.models.size import CheckpointInfo, Part
 from stagemesh.planning.cost import CostModel, Kind
 from stagemesh.protos.v1.coordinator_pb2 import RegisterRequest
 from stagemesh.protos.v1.types_pb2 import RunLimits

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagemesh.checkpoint import CheckpointInfo, Part
 from stagemesh.coordinator.planning.placement import Candidate, place
 from stagemesh.coordinator.values import Range
 from stagemesh.errors import ConfigError
+from stagemesh.models.size import CheckpointInfo, Part
 from stagemesh.planning.cost import CostModel, Kind
 from stagemesh.planning.partition import check_counts, even_ranges, partition
 from stagemesh.protos.v1.types_pb2 import RunLimits
