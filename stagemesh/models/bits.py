@@ -5,7 +5,7 @@ What headers of weights say goes before it (stagemesh/checkpoint.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +55,6 @@ def _grouped(bits: object, group: object, *, zero_points: bool) -> float | None:
     return bits + (scales / group if isinstance(group, int) and group > 0 else 0.0)
 
 
-def with_bits(parts: list[Part], bits: float, *, experts_only: bool = False) -> list[Part]:
-    """Returns the parts with layers whose weights take `bits` each. Embedding and head stay as they are."""
-    shared = None if experts_only else bits
-    return [*(replace(part, bits=shared, expert_bits=bits) for part in parts[:-2]), *parts[-2:]]
+def with_bits(layers: Iterable[Part], bits: float, *, experts_only: bool = False) -> list[Part]:
+    """Returns the layers with weights that take `bits` each. `experts_only`: only those of routed experts do."""
+    return [replace(layer, bits=None if experts_only else bits, expert_bits=bits) for layer in layers]

@@ -105,7 +105,7 @@ def _quantized(info: CheckpointInfo, method: str | None) -> CheckpointInfo:
         return info
     if _is_quantized(info):
         raise ConfigError(f"--quantization {method}: the checkpoint is quantized already; leave the option out")
-    return replace(info, layers=tuple(with_bits(list(info.layers), LOADED[method])))
+    return replace(info, layers=tuple(with_bits(info.layers, LOADED[method])))
 
 
 def _is_quantized(info: CheckpointInfo) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from stagemesh.errors import ConfigError
 from stagemesh.models.size import CheckpointInfo
 from stagemesh.protos.v1.types_pb2 import RunLimits
@@ -16,8 +18,8 @@ HOP_S = 0.3e-3
 """Seconds from the end of a step on a stage to its begin on the next one, as measured between stages of one machine."""
 STEP_S = 1e-3
 """Seconds that a stage needs for a step of any model besides reading weights and computing."""
-NOMINAL = Kind(1, 0, flops_per_s=2e11, bytes_per_s=1e10)
-"""A rank of which nothing is known: one core of a server."""
+NOMINAL = Kind(1, 0, flops_per_s=math.inf, bytes_per_s=1e10)
+"""A rank of which nothing is known: one core of a server, whose decode steps are bound by memory."""
 
 
 def run_limits(

@@ -67,7 +67,8 @@ def default(info: CheckpointInfo, stages: int, sequences: int = 32) -> int:
 def test_few_stages_get_a_step_each() -> None:
     """As always: figures were measured so."""
     tiny = model(hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=256)
-    for info in (tiny, model(), model(num_hidden_layers=80, hidden_size=8192, intermediate_size=28672)):
+    large = model(num_hidden_layers=80, hidden_size=8192, num_attention_heads=64, intermediate_size=28672)
+    for info in (tiny, model(), large):
         assert [default(info, stages) for stages in (1, 2, 3)] == [1, 2, 3]
     assert default(model(num_experts=8, num_experts_per_tok=2), 2) == 2
 
@@ -76,8 +77,8 @@ def test_many_stages_get_one_more_if_steps_are_short() -> None:
     tiny = model(hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=256)
     assert [default(tiny, stages) for stages in (4, 6, 12)] == [5, 7, 13]
     assert [default(model(), stages, 40) for stages in (4, 12)] == [4, 13]
-    # Two of 64 experts are as many active weights as the dense MLP, and a step reads a quarter of all.
-    sparse = {"num_experts": 64, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
+    # Four of 32 experts are as many active weights as the dense MLP. A step of ten rows reads three quarters of all.
+    sparse = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
     small = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 256}
     assert default(model(**small, intermediate_size=1024), 4, 40) == 5
     assert default(model(**small, **sparse), 4, 40) == 4
