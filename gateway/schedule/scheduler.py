@@ -255,12 +255,14 @@ class Scheduler:
         return new_pages
 
     def _runs_alone(self, rows: list[Row]) -> bool:
-        """Whether only the step whose token this one needs is in flight, and no other sequence runs."""
-        row = rows[0]
-        if len(rows) > 1 or len(self.running) > 1 or not row.samples:
+        """Whether no other step runs beside this one: it waits for the newest step in flight, and the next for it.
+
+        That is so with a single sequence, or if all sequences are in each step.
+        """
+        if not any(row.samples for row in rows) or (len(self.running) > 1 and self.steps_in_flight > 1):
             return False
-        out = (other for plan in self.out.values() for other in plan.rows)
-        return not self.out or (row.result_of > 0 and all(other.sequence is row.sequence for other in out))
+        newest = max(self.out, default=0)
+        return not newest or any(row.result_of == newest for row in rows)
 
     def _admit(self) -> None:
         """Admits sequences from the queue, oldest first, while enough pages are free.

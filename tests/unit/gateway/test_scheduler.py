@@ -73,6 +73,30 @@ def test_a_step_runs_alone_when_nothing_can_compute_beside_it() -> None:
             come_back(scheduler, next(iter(scheduler.out.values())))
 
 
+def test_with_one_step_in_flight_all_sequences_have_the_machine_to_themselves() -> None:
+    """Each step waits for the tokens of the one before, so stages may use each other's cores for all rows."""
+    scheduler = make(steps=1, tokens=32)
+    for _ in range(3):
+        scheduler.add(sequence(4, 60))
+    first, second = drain(scheduler)
+    assert (first.alone, [row.samples for row in first.rows]) == (True, [True] * 3)
+    assert (second.alone, [row.result_of for row in second.rows]) == (True, [first.step] * 3)
+    come_back(scheduler, first)
+    (third,) = drain(scheduler)
+    assert third.alone
+    scheduler.add(sequence(60, 60))
+    come_back(scheduler, second)
+    (fourth,) = drain(scheduler)
+    assert [row.count for row in fourth.rows] == [1, 1, 1, 29]
+    assert fourth.alone, "decode rows make the next step wait, whatever prompt tokens are beside them"
+
+
+def test_chunks_of_a_prompt_overlap_whatever_is_in_flight() -> None:
+    scheduler = make(steps=1, tokens=8)
+    scheduler.add(sequence(20, 60))
+    assert [plan.alone for plan in drain(scheduler)] == [False, False]
+
+
 def test_no_more_steps_than_allowed() -> None:
     scheduler = make(steps=2, tokens=4)
     for _ in range(10):
