@@ -53,6 +53,7 @@ class SleepShard:
 
     on_layer: Callable[[], None] | None = None
     """Callback between slices of the sleep, in which the caller can drive its transports."""
+    cores = (1, 1)
     kv_layout = "nothing"
     """Name of the layout within a page; see `Shard`."""
 

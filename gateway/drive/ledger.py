@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from stagemesh.protos.v1 import stage_pb2, types_pb2
 from stagemesh.settings.gateway import GatewaySettings
 
-from ..schedule.budget import StepCosts
+from ..schedule.budget import DecodeSteps, StepCosts
 from ..schedule.copying import PageCopier
 from ..schedule.draft_model import DraftModelGuesser, GuessCosts
 from ..schedule.lookup import LookupGuesser
@@ -53,6 +53,7 @@ class Ledger:
         """Steps that were in flight when the last epoch ended. Empty from the next epoch on."""
         self.costs = StepCosts()
         self.guess_costs = GuessCosts()
+        self.decode_steps = DecodeSteps()
 
     # -- requests ---------------------------------------------------------------------------------------------------
 

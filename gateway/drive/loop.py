@@ -18,6 +18,7 @@ from stagemesh.protos.v1 import stage_pb2, types_pb2
 from ..api.request import TokenLogprob
 from ..schedule.plan import Plan
 from ..schedule.sequence import State
+from ..schedule.speculation import NO_GUESSES
 from ..session.messages import open_message, plan_message
 from ..session.probe import STEPS, probe_messages
 from ..session.session import Session
@@ -271,6 +272,8 @@ class BatchLoop:
         if stage != (plan.replay[1] if plan.replay is not None else len(self.view.stages) - 1):
             return
         point("gateway.before_promise")
+        if plan.replay is None:
+            ledger.decode_steps.add(timing.tokens, (timing.compute_us - timing.draft_us) * 1e-6, alone=plan.alone)
         self._promise(plan, result)
         self._take_guesses(plan, result)
         recorder.delivered(self.view, result.step)
@@ -345,6 +348,10 @@ class BatchLoop:
             metrics.draft_tokens.inc(guessed)
             metrics.accepted_tokens.inc(accepted)
         scheduler.prefill_budget = ledger.costs.prefill_budget()
+        if self._shares <= 1 and scheduler.speculation.guesser is NO_GUESSES:
+            scheduler.decode_steps = ledger.decode_steps.best(
+                len(scheduler.running), scheduler.steps_in_flight, len(self.view.stages), self.session.more_cores
+            )
         if self.view.model.HasField("draft"):
             ledger.guess_costs.stages = ledger.costs.lines()
         self._wake.set()

@@ -1,4 +1,6 @@
-"""The number of prompt tokens in a step: it may take a few times as long as a step with decode rows only.
+"""The number of prompt tokens in a step, and of steps for decode rows.
+
+A step with prompts may take a few times as long as a step with decode rows only.
 
 A pipeline is fast when its steps take equally long: after a step ten times as long, every other stage and every stream
 waits. The cost of a step is measured: its compute time on each stage, fitted as a + b * tokens by least squares with
@@ -10,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stagemesh.planning.steps import HOP_S, tokens_per_s
+
 LONGER = 3.0
 """Prompt tokens may add this many times the cost of a step without tokens."""
 FORGET = 0.99
@@ -20,6 +24,10 @@ OUTLIER = 4.0
 """A step counts with at most this many times its expected time: something else held it up."""
 BEFORE = 256
 """Budget in tokens before costs are known."""
+GAIN = 1.05
+"""One step for all rows must be expected to yield this many times the tokens per second."""
+MORE_CORES = 0.5
+"""Share of a further core by which a step is faster, before that was measured."""
 SMALLEST = 16
 """Smallest budget in tokens. Budgets are multiples of it."""
 
@@ -106,6 +114,51 @@ class StepCosts:
             tokens = min(LONGER * base / slope for base, slope in lines)
             self._budget = max(SMALLEST, int(tokens) // SMALLEST * SMALLEST)
         return self._budget
+
+
+class DecodeSteps:
+    """Decides whether all decode rows go into one step, which has all cores, or are spread over the stages.
+
+    One step reads the weights once for all rows, and stages that share a machine compute it in turn, each on all cores.
+    Spread rows keep all stages busy at the same time. Measured are steps of the last stage. The stages take equally
+    long, as the coordinator divides layers by that.
+    """
+
+    def __init__(self) -> None:
+        self._beside, self._alone = _Fit(), _Fit()
+        self._together = False
+
+    def add(self, tokens: int, seconds: float, *, alone: bool) -> None:
+        """Adds a step of the last stage. `alone`: it had all cores."""
+        (self._alone if alone else self._beside).add(tokens, seconds)
+
+    def best(self, rows: int, most: int, stages: int, more_cores: float) -> int:
+        """Returns the number of steps over which to spread `rows` decode rows, 1 or `most`.
+
+        Args:
+            rows: number of sequences that decode.
+            most: number of steps that may be in flight.
+            stages: number of stages.
+            more_cores: number of times as many cores that a step has if it runs alone.
+        """
+        beside, alone = self._beside.line(), self._alone.line()
+        known = beside or alone
+        if rows < 2 or most == 1 or more_cores <= 1 or known is None:
+            return most
+        faster = 1 + MORE_CORES * (more_cores - 1)
+        spread = _rate(beside or _scaled(known, faster), rows, most, stages)
+        together = _rate(alone or _scaled(known, 1 / faster), rows, 1, stages)
+        self._together = together > spread * (1 if self._together else GAIN)
+        return 1 if self._together else most
+
+
+def _scaled(line: tuple[float, float], factor: float) -> tuple[float, float]:
+    return line[0] * factor, line[1] * factor
+
+
+def _rate(line: tuple[float, float], rows: int, steps: int, stages: int) -> float:
+    """Tokens per second if each stage takes as long as `line` says."""
+    return tokens_per_s(lambda share: [line[0] + line[1] * share] * stages, rows, steps, HOP_S)
 
 
 def share_among(prompts: Sequence[int], budget: int) -> list[int]:

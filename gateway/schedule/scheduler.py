@@ -1,9 +1,9 @@
 """Decides which rows go into the next step. Pure: no I/O, no clock; events in, plans out.
 
-This is continuous batching over a pipeline. Decode rows are spread over `steps_in_flight` steps of equal size: at most
-ceil(decoding sequences / steps in flight) per step. The next step of the same rows is planned while the one before is
-in flight: its tokens are "the result of step N", which the last stage sends directly to the first. So no stage waits
-for the gateway.
+This is continuous batching over a pipeline. Decode rows are spread over `decode_steps` steps of equal size, at most
+ceil(decoding sequences / decode steps) per step: over as many as may be in flight, or over one. The next step of the
+same rows is planned while the one before is in flight: its tokens are "the result of step N", which the last stage
+sends directly to the first. So no stage waits for the gateway.
 
 Prefill goes in chunks with the decode rows, under a token budget (budget.py), so that steps take equally long. Chunks
 of one prompt follow each other without waiting for results (Sarathi-Serve, Agrawal et al. 2024). The prompt that has
@@ -51,6 +51,8 @@ class Scheduler:
         self.prefix = PrefixCache(pages, prefix_caching)
         self.speculation = Speculation(guesser)
         self.steps_in_flight = steps_in_flight
+        self.decode_steps = steps_in_flight
+        """Steps over which decode rows are spread. The caller lowers it where fewer are faster."""
         self.prefill_budget = max_num_batched_tokens
         """Number of prompt tokens in one step. The caller adapts it to the measured costs of steps."""
         self.max_num_seqs = max_num_seqs
@@ -259,7 +261,7 @@ class Scheduler:
 
         That is so with a single sequence, or if all sequences are in each step.
         """
-        if not any(row.samples for row in rows) or (len(self.running) > 1 and self.steps_in_flight > 1):
+        if not any(row.samples for row in rows) or (len(self.running) > 1 and self.decode_steps > 1):
             return False
         newest = max(self.out, default=0)
         return not newest or any(row.result_of == newest for row in rows)
@@ -292,12 +294,12 @@ class Scheduler:
         """Rows of sequences whose next token can be computed, in equal shares per step.
 
         A sequence whose token is still in flight must wait until every other share has had its turn. If there are also
-        prompts to compute, it waits for `steps_in_flight` steps. Otherwise the first stage would wait for the token,
+        prompts to compute, it waits for `decode_steps` steps. Otherwise the first stage would wait for the token,
         and all later steps with it.
         """
         decoding = [s for s in sequences if s.state is State.RUNNING and (s.log or s.unsampled)]
-        share = min(-(-len(decoding) // self.steps_in_flight), self.max_num_batched_tokens)
-        apart = self.steps_in_flight if beside_prompts or not share else -(-len(decoding) // share)
+        share = min(-(-len(decoding) // self.decode_steps), self.max_num_batched_tokens)
+        apart = self.decode_steps if beside_prompts or not share else -(-len(decoding) // share)
         # Guessed tokens may add the cost of one step without tokens. So a single stream guesses freely. When many run,
         # one more token is not cheap, and no sequence guesses.
         drafts_left = max(0, min(int(self.prefill_budget / LONGER), self.max_num_batched_tokens) - share)

@@ -59,6 +59,11 @@ class Session:
         opened = self.opened
         return Shape(self._pages, opened[0].page_size, min(o.steps_in_flight for o in opened))
 
+    @property
+    def more_cores(self) -> float:
+        """Number of times as many cores that a step has on each stage while nothing else computes."""
+        return min(o.cores_alone / o.cores if o.cores else 1.0 for o in self.opened)
+
     def copy_pages(self, stage: int) -> int:
         """Most pages in one message of a copy to a stage."""
         return self.opened[stage].copy_pages

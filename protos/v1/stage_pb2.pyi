@@ -202,20 +202,24 @@ class RunOpen(_message.Message):
     def __init__(self, key: _Optional[_Union[PipelineKey, _Mapping]] = ..., stage: _Optional[int] = ..., gateway_id: _Optional[str] = ..., instance: _Optional[int] = ..., slot: _Optional[int] = ..., protocol: _Optional[int] = ..., pages: _Optional[bytes] = ..., life: _Optional[int] = ...) -> None: ...
 
 class RunOpened(_message.Message):
-    __slots__ = ("num_pages", "page_size", "steps_in_flight", "kv_generation", "journal", "copy_pages")
+    __slots__ = ("num_pages", "page_size", "steps_in_flight", "kv_generation", "journal", "copy_pages", "cores", "cores_alone")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     STEPS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     KV_GENERATION_FIELD_NUMBER: _ClassVar[int]
     JOURNAL_FIELD_NUMBER: _ClassVar[int]
     COPY_PAGES_FIELD_NUMBER: _ClassVar[int]
+    CORES_FIELD_NUMBER: _ClassVar[int]
+    CORES_ALONE_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     page_size: int
     steps_in_flight: int
     kv_generation: int
     journal: bytes
     copy_pages: int
-    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., steps_in_flight: _Optional[int] = ..., kv_generation: _Optional[int] = ..., journal: _Optional[bytes] = ..., copy_pages: _Optional[int] = ...) -> None: ...
+    cores: int
+    cores_alone: int
+    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., steps_in_flight: _Optional[int] = ..., kv_generation: _Optional[int] = ..., journal: _Optional[bytes] = ..., copy_pages: _Optional[int] = ..., cores: _Optional[int] = ..., cores_alone: _Optional[int] = ...) -> None: ...
 
 class CopyPages(_message.Message):
     __slots__ = ("epoch", "index", "number", "pages", "slot")

@@ -47,6 +47,8 @@ class Shard(Protocol):
     """Bytes of weights read from the checkpoint."""
     kv_layers: list[KvLayerSpec]
     """KV data of one token, for each layer of the shard."""
+    cores: tuple[int, int]
+    """Cores that compute a step: always, and while nothing else computes (`StepBatch.alone`)."""
     kv_layout: str
     """Name of the layout within a page. Shards that exchange pages must have the same."""
 

@@ -139,6 +139,7 @@ class NativeShard:
         )
         self._widths = array("i", self._model.widths)
         self._idle_cores = array("i", spec.idle_cores)
+        self.cores = max(1, spec.threads), max(1, spec.threads) + len(spec.idle_cores)
         return structures.Shape(
             dtype=structures.DTYPES[self.dtype],
             hidden=self.hidden_size,

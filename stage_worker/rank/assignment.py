@@ -157,6 +157,8 @@ class Assignment:
             kv_generation=grant.generation ^ self.resources.salt,
             journal=self.journal.held(grant.pages) if self.journal is not None else b"",
             copy_pages=min((copy.frames.most_pages for copy in self.page_receivers.values()), default=0),
+            cores=self.shard.cores[0],
+            cores_alone=self.shard.cores[1],
         )
 
     def _open_lanes(self, slot: int) -> None:

@@ -11,11 +11,9 @@ from stagemesh.settings.model import ModelSettings
 
 from .cost import CostModel, Kind
 from .partition import even_ranges
-from .steps import best_steps
+from .steps import HOP_S, best_steps
 
 DEFAULT_MAX_MODEL_LEN = 4096
-HOP_S = 0.3e-3
-"""Seconds from the end of a step on a stage to its begin on the next one, as measured between stages of one machine."""
 STEP_S = 1e-3
 """Seconds that a stage needs for a step of any model besides reading weights and computing."""
 NOMINAL = Kind(1, 0, flops_per_s=math.inf, bytes_per_s=1e10)

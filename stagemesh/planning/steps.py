@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+HOP_S = 0.3e-3
+"""Seconds from the end of a step on a stage to its begin on the next one, as measured between stages of one machine."""
 TIE = 0.01
 """Rates within this share are equal."""
 

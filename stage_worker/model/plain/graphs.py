@@ -59,7 +59,7 @@ class GraphedShard:
         """Callback between layers of eager steps. A graph has no such points."""
         self.plain = shard
         """The shard that runs the steps that are not graphs."""
-        self.kv_layout, self.kv_layers = shard.kv_layout, shard.kv_layers
+        self.kv_layout, self.kv_layers, self.cores = shard.kv_layout, shard.kv_layers, shard.cores
         self.hidden_size, self.vocab_size = shard.hidden_size, shard.vocab_size
         self.dtype, self.device = shard.dtype, shard.device
         self.weight_bytes, self.tensor_bytes_read = shard.weight_bytes, shard.tensor_bytes_read

@@ -34,6 +34,7 @@ class ModelShard:
 
     on_layer: Callable[[], None] | None = None
     """Callback after attention and after every layer, in which the caller can drive its transports."""
+    cores = (1, 1)
     kv_layout = "heads, positions, size"
     """Name of the layout within a page; see `Shard`."""
 
