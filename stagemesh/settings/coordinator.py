@@ -26,7 +26,8 @@ class PipelineSettings(Base):
     has."""
     steps_in_flight: int | None = Field(None, ge=1, le=64)
     """Number of batches into which decode rows are divided, and so of steps that run at once; default: the number of
-    stages, or one more if the cost of a step says that it is faster."""
+    stages, or one more if the cost of a step says that it is faster. One if stages that lend each other their cores are
+    measured to be faster so."""
 
     _ints = field_validator("layer_partition", mode="before")(whole_numbers)
 
