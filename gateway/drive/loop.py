@@ -168,7 +168,9 @@ class BatchLoop:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _go(self) -> None:
-        self._ledger.costs.only_for([(stage.layers.first, stage.layers.last) for stage in self.view.stages])
+        layers = [(stage.layers.first, stage.layers.last) for stage in self.view.stages]
+        self._ledger.costs.only_for(layers)
+        self._ledger.decode_steps.only_for(layers[-1])
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:

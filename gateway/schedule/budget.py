@@ -127,6 +127,13 @@ class DecodeSteps:
     def __init__(self) -> None:
         self._beside, self._alone = _Fit(), _Fit()
         self._together = False
+        self._layers: tuple[int, int] | None = None
+
+    def only_for(self, layers: tuple[int, int]) -> None:
+        """Sets the layers of the last stage. Measurements of other layers are dropped."""
+        if self._layers != layers:
+            self._beside, self._alone = _Fit(), _Fit()
+        self._layers = layers
 
     def add(self, tokens: int, seconds: float, *, alone: bool) -> None:
         """Adds a step of the last stage. `alone`: it had all cores."""

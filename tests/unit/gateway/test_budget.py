@@ -97,6 +97,15 @@ class TestDecodeSteps:
         assert self.best(steps, 8, most=1) == 1
         assert self.best(DecodeSteps(), 8) == 2
 
+    def test_other_layers_are_measured_anew(self) -> None:
+        steps = self.measured((6.0, 0.1), (3.5, 0.06))
+        steps.only_for((6, 12))
+        assert self.best(steps, 8) == 2
+        for tokens in (1, 8) * 8:
+            steps.add(tokens, 6e-3 + 1e-4 * tokens, alone=False)
+        steps.only_for((6, 12))
+        assert self.best(steps, 8) == 1
+
     def test_near_the_border_it_stays_as_it_is(self) -> None:
         steps = self.measured((2.0, 0.2), (1.6, 0.128))
         by_rows = {rows: self.best(steps, rows) for rows in range(64, 1, -1)}
