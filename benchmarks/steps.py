@@ -1,0 +1,177 @@
+"""Seconds of a decode step through the compiled kernels on one core, of each kind of model beside a dense Llama.
+
+    python -m benchmarks.steps [--rows 1 4 8 16] [--rounds 5] [--only NAMES]
+
+All models have about 100 million weights that a token uses, dummy ones. A step's floor is that of Llama's of as many
+rows, plus the bytes of the further experts that it touches at the rate at which the core streams weights. The models
+take turns within a round, so that what else the machine does hits all alike. Times are of the thread, not of the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from stagemesh.stage_worker.kv.pool import KvPool
+from stagemesh.stage_worker.model.batch import StepBatch
+from stagemesh.stage_worker.model.choose import kernel_model
+from stagemesh.stage_worker.model.spec import ShardSpec
+from stagemesh.stage_worker.native.shard import NativeShard
+
+PAGE_SIZE, CONTEXT, STEPS = 16, 128, 4
+LAYERS, HIDDEN, WIDTH = 12, 768, 2048
+COMMON: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": WIDTH,
+    "vocab_size": 16384,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One model. `experts` of which a token uses `used`; 0 for a dense model."""
+
+    model_type: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    experts: int = 0
+    used: int = 0
+
+
+def _mixture(model_type: str, experts: int, used: int, **settings: Any) -> Kind:
+    width = WIDTH // used
+    sizes = {"intermediate_size": width, "moe_intermediate_size": width, "num_experts_per_tok": used}
+    counts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), experts)
+    return Kind(model_type, {**sizes, **counts, **settings}, experts, used)
+
+
+KINDS = {
+    "llama": Kind("llama"),
+    "gemma2": Kind("gemma2", {"query_pre_attn_scalar": 64}),
+    "gpt_neox": Kind("gpt_neox", {"intermediate_size": 2560, "rotary_pct": 0.25, "num_key_value_heads": 12}),
+    "phi3": Kind("phi3"),
+    "olmo2": Kind("olmo2"),
+    "granite": Kind("granite"),
+    "mixtral 8x2": _mixture("mixtral", 8, 2),
+    "qwen3_moe 8x2": _mixture("qwen3_moe", 8, 2, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[]),
+    "gpt_oss 32x4": _mixture("gpt_oss", 32, 4),
+    "deepseek_v3 32x4": _mixture(
+        "deepseek_v3",
+        32,
+        4,
+        first_k_dense_replace=0,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=None,
+        kv_lora_rank=256,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        num_key_value_heads=12,
+        moe_intermediate_size=416,
+    ),
+}
+
+
+class Model:
+    """One kind in memory, whole."""
+
+    def __init__(self, kind: Kind, most_rows: int) -> None:
+        self.kind = kind
+        settings = {**COMMON, **kind.settings}
+        if kind.model_type == "deepseek_v3":
+            settings.pop("head_dim")
+        with tempfile.TemporaryDirectory() as folder:
+            CONFIG_MAPPING[kind.model_type](**settings, dtype="bfloat16").save_pretrained(folder)
+            spec = ShardSpec(folder, 0, LAYERS, "bfloat16", load_format="dummy", page_size=PAGE_SIZE)
+            self.shard = NativeShard(spec, kernel_model(spec), None)
+        self._pages = -(-(CONTEXT + STEPS + 1) // PAGE_SIZE)
+        self.shard.bind_kv(KvPool(self.shard.kv_layers, most_rows * self._pages, PAGE_SIZE, self.shard.dtype, "cpu"))
+
+    def seconds(self, rows: int) -> float:
+        """Thread seconds of one decode step of `rows` rows, each of another token."""
+        generator = torch.Generator().manual_seed(rows)
+        tables = [list(range(at * self._pages, (at + 1) * self._pages)) for at in range(rows)]
+        times = []
+        for step in range(STEPS):
+            ids = torch.randint(0, COMMON["vocab_size"], (rows,), generator=generator)
+            batch = StepBatch(
+                [CONTEXT + step] * rows, [1] * rows, tables, PAGE_SIZE, ids, logit_rows=torch.arange(rows)
+            )
+            started = time.thread_time()
+            self.shard.forward(batch)
+            times.append(time.thread_time() - started)
+        return min(times)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert in all layers."""
+        width = self.kind.settings.get("moe_intermediate_size", 0)
+        return 3 * width * HIDDEN * LAYERS * 2
+
+
+def touched(kind: Kind, rows: int) -> float:
+    """Experts that a step of this many rows uses, if each row chooses at random."""
+    return kind.experts * (1 - (1 - kind.used / kind.experts) ** rows)
+
+
+def measure(models: dict[str, Model], rows: list[int], rounds: int) -> dict[str, dict[int, float]]:
+    """Median seconds of a step, for each model and number of rows."""
+    times: dict[str, dict[int, list[float]]] = {name: {m: [] for m in rows} for name in models}
+    for _ in range(rounds):
+        for m in rows:
+            for name, model in models.items():
+                times[name][m].append(model.seconds(m))
+    return {name: {m: statistics.median(some) for m, some in of.items()} for name, of in times.items()}
+
+
+def main() -> int:
+    """Prints a table in Markdown, and the numbers as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", default=list(KINDS))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    wanted = ["llama", *(name for name in args.only if name != "llama")]
+    models = {name: Model(KINDS[name], max(args.rows)) for name in wanted}
+    found = measure(models, args.rows, args.rounds)
+    dense = models["llama"].shard
+    matrices = dense.weight_bytes - COMMON["vocab_size"] * HIDDEN * 2  # But for the embedding, of which rows are read.
+    rate = matrices / min(found["llama"].values())
+    print(f"One core streams {rate / 1e9:.1f} GB/s of Llama's weights.\n")
+    print("| model | " + " | ".join(f"{m} rows, ms | of llama | of floor" for m in args.rows) + " |")
+    print("| --- |" + " ---: | ---: | ---: |" * len(args.rows))
+    for name, times in found.items():
+        cells = []
+        for m in args.rows:
+            floor = found["llama"][m]
+            if models[name].kind.experts:
+                further = touched(models[name].kind, m) - models[name].kind.used
+                floor += further * models[name].expert_bytes / rate
+            cells.append(f"{times[m] * 1e3:.2f} | {times[m] / found['llama'][m]:.2f} | {times[m] / floor:.2f}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
