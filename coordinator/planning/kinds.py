@@ -39,6 +39,6 @@ def kinds(workers: Sequence[RegisterRequest]) -> list[Kind]:
     flops = grouped([rate[0] for rate in rates], NOMINAL_FLOPS_PER_S)
     stream = grouped([rate[1] for rate in rates], NOMINAL_BYTES_PER_S)
     return [
-        Kind(w.tp_size, w.device.memory_bytes, flops[rate[0]], stream[rate[1]])
+        Kind(w.tp_size, w.device.memory_bytes, flops[rate[0]], stream[rate[1]], w.device.kind == "cpu")
         for w, rate in zip(workers, rates, strict=True)
     ]

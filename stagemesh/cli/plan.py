@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from stagemesh.settings.loading import load
@@ -29,9 +28,8 @@ def add_parser(commands: Any) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Prints the plan. Returns 0 if the model fits, else 1. Raises ConfigError and CheckpointError."""
     # Other commands need not wait for numpy.
-    from stagemesh.checkpoint import describe, read_configs
+    from stagemesh.checkpoint import describe, read_config
     from stagemesh.errors import UnsupportedModel
-    from stagemesh.models.quantization import refuse_quantized
     from stagemesh.models.support import check_heads, check_supported, heads_to_divide
     from stagemesh.planning.devices import workers
     from stagemesh.planning.forecast import DoesNotFit, forecast
@@ -40,15 +38,13 @@ def run(namespace: argparse.Namespace) -> int:
     devices = workers(namespace.workers)
     asked = {**given(namespace, PlanSettings), "pipeline_parallel_size": len(devices)}
     settings = load(PlanSettings, file=None, env={}, given=asked)
-    configs = read_configs(settings.model)
-    config = configs["config.json"]
+    config = read_config(settings.model)
     for size in dict.fromkeys(settings.tp_sizes):
         if heads := heads_to_divide(config):
             check_heads(heads, size)
     info = describe(settings.model)
     try:
         check_supported(config)
-        refuse_quantized(Path(settings.model), configs)
     except UnsupportedModel as e:
         print(f"stagemesh plan: this release does not serve it: {e.message}", file=sys.stderr)
     try:

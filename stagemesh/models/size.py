@@ -71,6 +71,8 @@ class CheckpointInfo:
     """Routed experts of a layer that has some."""
     experts_used: int = 0
     """Routed experts that a token uses."""
+    latent_elements_per_token: int = 0
+    """Number of elements of one token in one layer where pages hold a latent. 0: the model has none."""
     kv_on_every_rank: bool = False
     """Whether tensor-parallel ranks all hold every KV head."""
     quantization: str = ""
@@ -156,6 +158,7 @@ class ModelConfig:
             head=parts[-1],
             experts=self.experts,
             experts_used=self.experts_used,
+            latent_elements_per_token=_latent(self),
             kv_on_every_rank=known is not None and not known.cuts,
             quantization=quantization,
         )
@@ -164,12 +167,18 @@ class ModelConfig:
 def kv_elements_per_token(config: ModelConfig) -> int:
     """Returns the number of elements that pages keep of one token in one layer, over all heads.
 
-    This is what shards store today. With latent attention they store K and V expanded, with different widths. Layers
-    with a sliding window keep all positions.
+    With latent attention, K and V are expanded there, with different widths; see `latent_elements_per_token` for pages
+    that hold the latent. Layers with a sliding window keep all positions.
     """
     if not config.text.get("kv_lora_rank"):
         return 2 * config.kv_heads * config.head_dim
     return config.heads * (_latent_head(config) + config.number("v_head_dim", default=config.head_dim))
+
+
+def _latent(config: ModelConfig) -> int:
+    """The latent, and the rotated part of the key that all heads share."""
+    rank = config.number("kv_lora_rank", default=0)
+    return rank + config.number("qk_rope_head_dim", default=0) if rank else 0
 
 
 def _latent_head(config: ModelConfig) -> int:

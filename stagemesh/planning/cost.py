@@ -29,6 +29,8 @@ class Kind:
     """Bytes per rank. 0: unknown, everything fits."""
     flops_per_s: float
     bytes_per_s: float
+    keeps_latents: bool = False
+    """Whether its pages hold the latent, if the model has one. The compiled kernels of CPUs do that."""
 
     @property
     def speed(self) -> float:
@@ -103,6 +105,8 @@ class CostModel:
     def kv_bytes_per_token(self, kind: Kind) -> int:
         """KV bytes of one token in one layer on one rank. Fewer KV heads than ranks are replicated."""
         info = self.info
+        if info.latent_elements_per_token and kind.keeps_latents:
+            return info.latent_elements_per_token * self.kv_element_bytes
         if info.kv_on_every_rank:
             return info.kv_elements_per_token * self.kv_element_bytes
         per_head = -(-info.kv_elements_per_token // max(1, info.num_kv_heads))

@@ -125,7 +125,8 @@ def _cost(info: CheckpointInfo, settings: PlanSettings) -> CostModel:
 
 def _kind(device: Device, ranks: int, utilization: float) -> Kind:
     memory = device.memory_gib * GIB * (1.0 if device.is_cpu else utilization)
-    return Kind(ranks, int(memory / (ranks if device.is_cpu else 1)), device.flops_per_s, device.bytes_per_s)
+    own = int(memory / (ranks if device.is_cpu else 1))
+    return Kind(ranks, own, device.flops_per_s, device.bytes_per_s, keeps_latents=device.is_cpu)
 
 
 def _fits(cost: CostModel, workers: Sequence[Kind], counts: Sequence[int] | None) -> bool:

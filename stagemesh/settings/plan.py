@@ -22,7 +22,5 @@ class PlanSettings(ServeSettings):
     workers: str
     """Workers, one for each stage, in stage order: COUNTxKIND[-MEMORYg] with commas between them, such as
     2xh100-80g,1xcpu-256g; gbps=, tflops= and mem= behind a word give a kind its own figures."""
-    quantization: Literal["int8", "fp8", "int4"] | None = None
-    """Quantize the weights of a checkpoint that is not quantized."""
     kv_cache_dtype: Literal["auto", "fp8", "int8"] = "auto"
     """Element type of K and V in pages; auto takes --dtype."""
