@@ -61,6 +61,8 @@ class Hub:
     """File -> its second half is sent when this is set."""
     sizes: dict[str, int] = field(default_factory=dict)
     """File -> the size that is told in place of its own."""
+    tells_sizes: bool = True
+    """Whether a list of files has more than names. Some mirrors' lists do not."""
     ranges: bool = True
     """Whether it knows ranges."""
 
@@ -98,7 +100,7 @@ class Hub:
             "HF_HOME": str(home),
             "HF_TOKEN": "",
             "HF_HUB_OFFLINE": "",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "3",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "30",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             **more,
         }
@@ -186,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
             lfs = {"size": size, "sha256": hash_of(name, data), "pointerSize": 134}
             blob = hashlib.sha1(hash_of(name, data).encode()).hexdigest()
             kept = {"lfs": lfs, "blobId": blob} if name.endswith(LFS_SUFFIX) else {"blobId": hash_of(name, data)}
-            siblings.append({"rfilename": name, "size": size, **kept})
+            siblings.append({"rfilename": name, **({"size": size, **kept} if self.hub.tells_sizes else {})})
         self._send(200, json.dumps({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings}).encode())
 
     def _resolve(self, commit: str, name: str, data: bytes) -> None:

@@ -16,6 +16,8 @@ import torch
 
 from stagemesh import process
 from stagemesh.errors import StagemeshError, TransportError
+from stagemesh.hub.cache import known_folder
+from stagemesh.hub.reference import parse
 from stagemesh.protos.v1 import worker_pb2
 from stagemesh.transport.base import Transport
 from stagemesh.transport.select import open_transport
@@ -66,7 +68,10 @@ def import_all(config: RankConfig) -> None:
     """Imports slow modules, as far as they are known before an assignment."""
     settings = config.settings
     device, eager = "cuda" if config.device == "cuda" else "cpu", settings.enforce_eager
-    import_for(ShardSpec(settings.model or "", 0, 1, device=device, tp_size=config.size, enforce_eager=eager))
+    folder = settings.model or ""
+    if hub := parse(folder, settings.revision):
+        folder = str(known_folder(hub) or "")
+    import_for(ShardSpec(folder, 0, 1, device=device, tp_size=config.size, enforce_eager=eager))
     if settings.transport != "tcp":
         # If UCX is missing, each rank reports that itself.
         with contextlib.suppress(TransportError):

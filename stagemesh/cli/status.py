@@ -8,6 +8,7 @@ from typing import Any
 from stagemesh.fetch import fetch_json
 
 TIMEOUT_S = 5.0
+MIB = 2**20
 
 
 def fetch_mesh(url: str) -> Any:
@@ -31,7 +32,10 @@ def run(namespace: argparse.Namespace) -> int:
             print(f"  stage {stage['stage']}: layers {layers['first']}-{layers['last'] - 1} on {stage['worker_id']}, "
                   f"tp {stage['tp_size']}{route}")  # fmt: skip
     for worker in mesh.get("workers", []):
-        print(f"worker {worker['worker_id']} at {worker['address']}: {worker['state']}, {worker['device']['name']}")
+        done, total = int(worker["loaded_bytes"]) / MIB, int(worker["total_bytes"]) / MIB
+        how_far = f" ({done:.1f} of {total:.1f} MiB)" if worker["state"] in ("fetching", "loading") and total else ""
+        print(f"worker {worker['worker_id']} at {worker['address']}: {worker['state']}{how_far}, "
+              f"{worker['device']['name']}")  # fmt: skip
     for change in mesh.get("rebalances", []):
         after = f"{change['after_us'] / 1000:.1f} ms" if change["after_us"] else "not measured yet"
         print(f"{change['pipeline_id']} epoch {change['epoch']} got other ranges: the slowest stage took "

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from stagemesh.checkpoint import CONFIG
 from stagemesh.errors import CheckpointError, ConfigError
 
 from .reference import COMMIT, HubModel
@@ -149,6 +150,13 @@ def cached_commit(model: HubModel, cache: Path) -> str | None:
         commit = (repository / "refs" / model.revision).read_text().strip()
         return commit if COMMIT.fullmatch(commit) else None
     return None
+
+
+def known_folder(model: HubModel) -> Path | None:
+    """Returns the folder of a model if its configuration is in the cache. Asks nobody."""
+    commit = cached_commit(model, cache_dir())
+    folder = Snapshot(HubModel(model.repo, commit), cache_dir()).folder if commit is not None else None
+    return folder if folder is not None and (folder / CONFIG).is_file() else None
 
 
 def keep_commit(model: HubModel, commit: str, cache: Path) -> None:

@@ -144,7 +144,8 @@ def open_model(model: HubModel, timing: HubTiming, cache: Path | None = None) ->
     except Unavailable as e:
         found = _cached(HubModel(model.repo, last), cache, timing) if last is not None else None
         if found is None:
-            raise
+            text = f"{e.message} (there is no folder {model.repo} here)"
+            raise Unavailable(text, retry_after_s=e.retry_after_s) from e
         log.warning("%s; going on with %s of the cache", e.message, found.model)
         return found
     snapshot = Snapshot(HubModel(model.repo, commit), cache)

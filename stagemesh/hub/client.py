@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 HEADER_BYTES = 100_000
 """What is read of a weight file at first: nearly always its whole header."""
+READ = (".json", ".jinja", ".safetensors")
+"""Endings of the files that somebody reads."""
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -84,8 +86,9 @@ class HubClient:
                 if path.is_absolute() or ".." in path.parts:
                     raise ValueError(f"file {file.rfilename!r}")
                 etag = (file.lfs.sha256 if file.lfs else file.blob_id) or ""
-                if file.size is None:  # A mirror that does not tell it.
-                    files[file.rfilename] = self._metadata(file.rfilename, commit)
+                if file.size is None:  # A mirror does not tell it.
+                    if path.suffix in READ:
+                        files[file.rfilename] = self._metadata(file.rfilename, commit)
                     continue
                 files[file.rfilename] = RemoteFile(file.size, etag if ETAG.fullmatch(etag) else "")
         return commit, files

@@ -49,7 +49,7 @@ def parse(model: str, revision: str | None = None) -> HubModel | None:
     """
     repo, at, own = model.rpartition("@") if "@" in model else (model, "", "")
     if Path(model).expanduser().exists() or not ID.fullmatch(repo):
-        if revision is not None:
+        if revision is not None and model:
             raise ConfigError(f"--revision {revision}: it is for a model on a hub (org/name), and {model} is a folder")
         return None
     if at and revision not in (None, own):

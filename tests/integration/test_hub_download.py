@@ -232,6 +232,7 @@ def test_a_hub_that_is_away_is_not_needed_for_what_is_there(download: Download) 
     said = download.fails("org/other", status=1, **away)
     assert "cannot get the list of files of org/other@main from http://127.0.0.1:9" in said
     assert "check network, proxy and HF_ENDPOINT" in said
+    assert "there is no folder org/other here" in said
 
 
 def test_a_moved_branch_is_another_commit(download: Download, hub: Hub, model: Path, tmp_path: Path) -> None:
@@ -311,6 +312,14 @@ def test_a_repository_without_clear_weights_is_refused(
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     hub.add("org/out", out)
     assert "no weight_map in it with files of this folder" in download.fails("org/out")
+
+
+def test_a_mirror_that_tells_names_alone(download: Download, hub: Hub, model: Path) -> None:
+    hub.tells_sizes = False
+    assert "layers 1-1 of 6 need 1 files" in download(REPO, "--layers", "1").stdout
+    assert (download.snapshot / LAYER).read_bytes() == (model / LAYER).read_bytes()
+    hub.changed["layer-2.safetensors"] = lambda data: data[:-1] + b"x"
+    assert "does not have the checksum" in download.fails(REPO, "--layers", "2")
 
 
 def test_one_file_with_all_weights(download: Download, hub: Hub, tmp_path: Path) -> None:
