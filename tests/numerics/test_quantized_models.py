@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +47,16 @@ SMALL = {
 """Formats with groups that divide all sizes of the tiny models with experts."""
 
 
+def some_in_ci(cases: Iterable[Any], every: int = 3) -> list[Any]:
+    """Marks all but one of `every` cases as slow. `make numerics` goes through all."""
+
+    def marked(at: int, case: Any) -> Any:
+        values = case if isinstance(case, tuple) else (case,)
+        return pytest.param(*values, marks=pytest.mark.slow if at % every else ())
+
+    return [marked(at, case) for at, case in enumerate(cases)]
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     families = ("llama", "llama_tied", "mixtral", "deepseek_v3", "gpt_oss", "gemma2", "phi3")
@@ -53,9 +65,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def logits(folder: Path, split: tuple[int, ...], eager: bool, quantization: str = "") -> torch.Tensor:
+def logits(
+    folder: Path, split: tuple[int, ...], eager: bool, quantization: str = "", dtype: str = "float32"
+) -> torch.Tensor:
     """Logits after the prompt, which comes in two chunks."""
-    chain = Chain(folder, split, quantization=quantization, enforce_eager=eager)
+    chain = Chain(folder, split, dtype=dtype, quantization=quantization, enforce_eager=eager)
     kind = ModelShard if eager or ops.library() is None else NativeShard
     assert all(isinstance(shard, kind) for shard in chain.shards)
     chain.step([Row(PROMPT[:20], 0, [2, 0, 1], False)])
@@ -74,17 +88,31 @@ def check(folder: Path) -> None:
         assert (logits(folder, split, eager) - want).abs().max() <= CLOSE[eager] * want.abs().max(), (split, eager)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", some_in_ci(FORMATS))
 def test_llama_in_each_format(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
     folder = quantize_folder(bases["llama"], tmp_path / "quantized", FORMATS[name])
     check(folder)
     assert (expected(folder / "plain") - expected(bases["llama"])).abs().max() > 0.01, "nothing was quantized"
 
 
-@pytest.mark.parametrize("format", SMALL)
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gemma2", "phi3", "llama_tied"])
+@pytest.mark.parametrize(
+    ("family", "format"),
+    some_in_ci(product(["mixtral", "deepseek_v3", "gemma2", "phi3", "llama_tied"], SMALL), every=2),
+)
 def test_other_architectures(bases: dict[str, Path], tmp_path: Path, family: str, format: str) -> None:
     check(quantize_folder(bases[family], tmp_path / "quantized", SMALL[format]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["fp8 by blocks", "w8a8 int8", "gptq act order"])
+def test_in_16_bits(bases: dict[str, Path], tmp_path: Path, name: str, dtype: str) -> None:
+    """The kernels round no more than the modules do."""
+    folder = quantize_folder(bases["llama"], tmp_path / "quantized", FORMATS[name])
+    want = expected(folder / "plain")
+    ours, theirs = (
+        float((logits(folder, SPLITS[1], eager, dtype=dtype) - want).norm() / want.norm()) for eager in (False, True)
+    )
+    assert ours < 1.5 * theirs
 
 
 def test_gpt_oss_in_mxfp4(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -124,8 +152,10 @@ def test_two_ranks_read_their_shares_and_give_the_same_tokens(bases: dict[str, P
             assert sum(read) < share * checkpoint_bytes(cases[name]), f"{name}, rank {rank}"
 
 
-@pytest.mark.parametrize("method", ["int8", "fp8", "int4"])
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss", "deepseek_v3", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    some_in_ci(product(["llama", "mixtral", "gpt_oss", "deepseek_v3", "phi3"], ["int8", "fp8", "int4"]), every=2),
+)
 def test_linears_and_experts_alone_are_quantized_while_they_load(
     bases: dict[str, Path], tmp_path: Path, family: str, method: Method
 ) -> None:
