@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from breadth import tiny_config
+from quantized_checkpoints import FORMATS, quantize_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import make_checkpoint, save_checkpoint
 
@@ -207,6 +208,17 @@ def test_tensors_that_do_not_fit_the_config_are_named(
         json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": config, "bits": 4}})
     )
     with pytest.raises(CheckpointError, match=says):
+        load(folder, 0, 3)
+
+
+def test_biases_that_autogptq_stored_for_linears_without_one_are_left_out_if_they_are_zero(
+    llama: Path, tmp_path: Path
+) -> None:
+    folder = quantize_folder(llama, tmp_path / "quantized", FORMATS["gptq"])
+    edit(folder, added(f"{LINEAR}.bias", torch.zeros(64)))
+    load(folder, 0, 3)
+    edit(folder, added(f"{LINEAR}.bias", torch.full((64,), 0.1)))
+    with pytest.raises(CheckpointError, match=rf"without the tensor '{LINEAR}.bias'"):
         load(folder, 0, 3)
 
 

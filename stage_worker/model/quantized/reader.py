@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
 from stagemesh.models.quantization import Format, quantization_of
@@ -56,6 +56,16 @@ class QuantizedReader:
     def tensors_of(self, weight: str) -> tuple[str, ...]:
         """Returns the tensors in the files that make up a weight: itself, if it is not quantized."""
         return tuple(self._parts[weight].values()) if weight in self._parts else (weight,)
+
+    def zero_biases(self, weights: Collection[str], known: Collection[str]) -> set[str]:
+        """Returns biases of zeros that belong to these weights, and that the model does not have.
+
+        Early releases of AutoGPTQ stored one for every linear (vLLM leaves them out, too). Raises CheckpointError.
+        """
+        stored = set(self.names)
+        biases = {f"{weight.removesuffix('.weight')}.bias" for weight in weights if self.is_quantized(weight)}
+        extra = (biases & stored) - set(known)
+        return {bias for bias in extra if not self._checkpoint.read(bias).any()}
 
     def shape(self, weight: str) -> tuple[int, ...]:
         """Returns the shape [n, k] of a quantized weight, or [experts, n, k] of a stack. Raises CheckpointError."""

@@ -53,6 +53,7 @@ class Weights:
             part for name in used if self.quantized.is_quantized(name) for part in self.quantized.tensors_of(name)
         }
         plain = {name for name in used if not self.quantized.is_quantized(name)}
+        known = {*known, *self.quantized.zero_biases(used, known)}
         all_known = {part for name in known for part in self.quantized.tensors_of(name)}
         if self.quantized.quantization is not None:
             ignored = f"{IGNORED}|{ignored}" if ignored else IGNORED
