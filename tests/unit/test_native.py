@@ -155,6 +155,8 @@ def _thread_times() -> dict[str, int]:
 def test_their_threads_are_not_put_aside_as_a_load_was(llama: Path) -> None:
     """A load beside serving gives way, and whoever made a thread gave it how nice it is."""
     before, shards, own = set(os.listdir("/proc/self/task")), list[Any](), os.getpriority(os.PRIO_PROCESS, 0)
+    if own > 9:
+        pytest.skip("nothing can be ten steps nicer than this process")
 
     def load() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), own + 10)
