@@ -1,6 +1,6 @@
 """Seconds of a decode step through the compiled kernels on one core, of each kind of model beside a dense Llama.
 
-    python -m benchmarks.steps [--rows 1 4 8 16] [--rounds 5] [--only NAMES]
+    python -m benchmarks.kernels.steps [--rows 1 4 8 16] [--rounds 5] [--only NAMES]
 
 All models have about 100 million weights that a token uses, dummy ones. A step's floor is that of Llama's of as many
 rows, plus the bytes of the further experts that it touches at the rate at which the core streams weights. The models
@@ -10,15 +10,16 @@ take turns within a round, so that what else the machine does hits all alike. Ti
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.common.kinds import COMMON, HIDDEN, KINDS, LAYERS, Kind, write_config
+from benchmarks.common.kinds import COMMON, HIDDEN, KINDS, LAYERS, write_config
+from benchmarks.common.results import RESULTS, machine_line, origin, save
 from stagemesh.stage_worker.kv.pool import KvPool
 from stagemesh.stage_worker.model.batch import StepBatch
 from stagemesh.stage_worker.model.choose import kernel_model
@@ -62,9 +63,12 @@ class Model:
         return 3 * width * HIDDEN * LAYERS * 2
 
 
-def touched(kind: Kind, rows: int) -> float:
-    """Experts that a step of this many rows uses, if each row chooses at random."""
-    return kind.experts * (1 - (1 - kind.used / kind.experts) ** rows)
+def further(model: Model, rows: int) -> float:
+    """Bytes of the experts that a step of this many rows uses beyond one row's, if each row chooses at random."""
+    experts, used = model.kind.experts, model.kind.used
+    if not experts:
+        return 0.0
+    return (experts * (1 - (1 - used / experts) ** rows) - used) * model.expert_bytes
 
 
 def measure(models: dict[str, Model], rows: list[int], rounds: int) -> dict[str, dict[int, float]]:
@@ -77,35 +81,46 @@ def measure(models: dict[str, Model], rows: list[int], rounds: int) -> dict[str,
     return {name: {m: statistics.median(some) for m, some in of.items()} for name, of in times.items()}
 
 
+def page(told: Any, found: dict[str, dict[int, float]], floors: dict[str, dict[int, float]], rate: float) -> list[str]:
+    """The result as Markdown."""
+    rows = list(found["llama"])
+    lines = [
+        "# Decode steps of kinds of models",
+        "",
+        f"Written by `{told['command']}` on {told['date']}: milliseconds of a decode step of 12 layers and the head on "
+        f"one core after {CONTEXT} tokens; in brackets the ratio to Llama's step, and the ratio to the floor, which "
+        "is Llama's step plus the bytes of the further experts that rows use if they choose at random. Medians.",
+        "",
+        f"The core streams {rate / 1e9:.1f} GB/s of Llama's weights. {machine_line(told['machine'])}",
+        "",
+        f"| model | {' | '.join(f'{m} rows' for m in rows)} |",
+        f"| --- |{' ---: |' * len(rows)}",
+    ]
+    for name, times in found.items():
+        cells = [
+            f"{times[m] * 1e3:.2f} ({times[m] / found['llama'][m]:.2f}, {times[m] / floors[name][m]:.2f})" for m in rows
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> int:
-    """Prints a table in Markdown, and the numbers as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measures, and writes `results/steps.json` and `.md`."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=list(KINDS))
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     wanted = ["llama", *(name for name in args.only if name != "llama")]
     models = {name: Model(name, max(args.rows)) for name in wanted}
     found = measure(models, args.rows, args.rounds)
     dense = models["llama"].shard
-    matrices = dense.weight_bytes - COMMON["vocab_size"] * HIDDEN * 2  # But for the embedding, of which rows are read.
-    rate = matrices / min(found["llama"].values())
-    print(f"One core streams {rate / 1e9:.1f} GB/s of Llama's weights.\n")
-    print("| model | " + " | ".join(f"{m} rows, ms | of llama | of floor" for m in args.rows) + " |")
-    print("| --- |" + " ---: | ---: | ---: |" * len(args.rows))
-    for name, times in found.items():
-        cells = []
-        for m in args.rows:
-            floor = found["llama"][m]
-            if models[name].kind.experts:
-                further = touched(models[name].kind, m) - models[name].kind.used
-                floor += further * models[name].expert_bytes / rate
-            cells.append(f"{times[m] * 1e3:.2f} | {times[m] / found['llama'][m]:.2f} | {times[m] / floor:.2f}")
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1))
+    # But for the embedding, of which rows are read.
+    rate = (dense.weight_bytes - COMMON["vocab_size"] * HIDDEN * 2) / min(found["llama"].values())
+    floors = {name: {m: found["llama"][m] + further(models[name], m) / rate for m in args.rows} for name in found}
+    told = origin(f"kernels.steps --rounds {args.rounds}")
+    save(RESULTS / "steps", {**told, "seconds": found, "floors": floors}, page(told, found, floors, rate))
     return 0
 
 

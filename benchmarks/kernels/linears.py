@@ -1,6 +1,6 @@
 """Measures the linears of a 1 B Llama over weights of few bits beside bf16 ones, and bf16 prompts beside oneDNN.
 
-    python -m benchmarks.linears [--rounds 10]
+    python -m benchmarks.kernels.linears [--rounds 10]
 
 One thread, one linear at a time. The weights of each shape exist often enough to be far larger than the caches, and
 are used in turn, as in a model. Times are the thread's processor time, so other work on its core does not count. All
@@ -215,7 +215,7 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     result = {
-        **origin(f"linears --rounds {given.rounds}"),
+        **origin(f"kernels.linears --rounds {given.rounds}"),
         "linears": measure(given.rounds),
         "onednn_prompt_s": measure_onednn(given.rounds, ROWS[-1]),
     }
