@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kv.memory import Scratch, zeros
+from ..kv.memory import zeros
 from ..model.cut import Range
 from ..model.parts.description import Norm, Rotary
 from . import ops, structures
@@ -35,47 +35,60 @@ from .program.operations import (
 from .weights import Matrix, Parameters, turned
 
 
+@dataclass
 class Assembled:
-    """The operations of one layer in memory, and the tensors to which they point."""
+    """The operations of one layer in memory, and what they point to."""
 
-    def __init__(
-        self,
-        program: Program,
-        parameters: Parameters,
-        prefix: str,
-        dtype: torch.dtype,
-        rotaries: Sequence[Rotary],
-        is_first_rank: bool,
-    ) -> None:
-        """Reads and packs the weights, one after the other. Names within the layer follow `prefix`.
-
-        `rotaries`: those of the stage's `Shape`. `is_first_rank`: whether this rank adds the biases of sums over ranks.
-
-        Raises:
-            NoKernel: an operation has no kernel.
-            CheckpointError: a tensor cannot be read.
-        """
-        self.tensors: list[Tensor] = []
-        self._parameters, self._prefix, self._dtype, self._rotaries = parameters, prefix, dtype, rotaries
-        self._is_first_rank = is_first_rank
-        self._kept: list[Any] = []
-        self._scratch = Scratch(), Scratch()
-        made = [part for operation in program.operations for part in self._operations(operation)]
-        self.operations = (structures.Operation * len(made))(*made)
+    operations: ctypes.Array[structures.Operation]
+    tensors: list[Tensor]
+    terms: list[Any]
 
     def again(self) -> Assembled:
         """Returns the same operations for another shard, which sets its own pages."""
-        other = object.__new__(Assembled)
-        vars(other).update(vars(self))
-        other.operations = type(self.operations).from_buffer_copy(self.operations)
-        return other
+        return replace(self, operations=type(self.operations).from_buffer_copy(self.operations))
 
     def set_pages(self, keys: int, values: int) -> None:
         """Sets the addresses of the layer's pages."""
         for operation in self.operations:
             operation.attention.k_pages, operation.attention.v_pages = keys, values
 
-    def _operations(self, operation: Operation) -> Iterator[structures.Operation]:
+
+def assemble(
+    program: Program,
+    parameters: Parameters,
+    prefix: str,
+    dtype: torch.dtype,
+    rotaries: Sequence[Rotary] = (),
+    is_first_rank: bool = True,
+) -> Assembled:
+    """Reads and packs the weights, one after the other. Names within the layer follow `prefix`.
+
+    `rotaries`: those of the stage's `Shape`. `is_first_rank`: whether this rank adds the biases of sums over ranks.
+
+    Raises:
+        NoKernel: an operation has no kernel.
+        CheckpointError: a tensor cannot be read.
+    """
+    made = _Assembler(parameters, prefix, dtype, rotaries, is_first_rank)
+    operations = [part for operation in program.operations for part in made.operations(operation)]
+    return Assembled((structures.Operation * len(operations))(*operations), made.tensors, made.terms)
+
+
+class _Assembler:
+    def __init__(
+        self,
+        parameters: Parameters,
+        prefix: str,
+        dtype: torch.dtype,
+        rotaries: Sequence[Rotary],
+        is_first_rank: bool,
+    ) -> None:
+        self.tensors: list[Tensor] = []
+        self.terms: list[Any] = []
+        self._parameters, self._prefix, self._dtype, self._rotaries = parameters, prefix, dtype, rotaries
+        self._is_first_rank = is_first_rank
+
+    def operations(self, operation: Operation) -> Iterator[structures.Operation]:
         if isinstance(operation, Multiply):
             yield from self._multiply(operation)
         else:
@@ -188,7 +201,7 @@ class Assembled:
                 linear.weights = self._keep(out)
             elif (packing.linear.codes, packing.linear.group) != (linear.codes, linear.group):
                 raise NoKernel("experts that are quantized in different ways")
-            packing.write(out[at * step : (at + 1) * step], self._scratch)
+            packing.write(out[at * step : (at + 1) * step], self._parameters.scratch)
         return linear, step
 
     def _matrix(self, rows: Rows, columns: Range | None) -> Matrix:
@@ -224,7 +237,7 @@ class Assembled:
             scale = float(self._vector(operation.scale)) if operation.scale is not None else 1.0
             terms = [structures.Term(_place(place), scale * factor, 0) for place, factor in operation.terms]
         array = (structures.Term * len(terms))(*terms)
-        self._kept.append(array)
+        self.terms.append(array)
         clip = operation.clip if isinstance(operation, Gather) else None
         return self._made(
             operation,
@@ -332,7 +345,7 @@ class Assembled:
 def final_norm(part: Norm, hidden: int, parameters: Parameters, prefix: str, dtype: torch.dtype) -> Assembled:
     """Reads the norm before the head, as one operation. Its parameters are called PREFIX.NAME."""
     place = Place(HIDDEN, 0, hidden)
-    return Assembled(Program([Normalise(part, place, place)], [hidden]), parameters, f"{prefix}.", dtype, (), True)
+    return assemble(Program([Normalise(part, place, place)], [hidden]), parameters, f"{prefix}.", dtype)
 
 
 def rotaries_of(programs: Sequence[Program]) -> list[Rotary]:

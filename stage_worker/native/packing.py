@@ -39,10 +39,10 @@ class Packing:
             NoKernel: the kernels do not have this weight.
         """
         self._parts, self._dtype, self._gated = parts, dtype, gated
-        self._packed = _joined(parts, gated)
+        self._packed = [part.packed for part in parts if part.packed is not None] if alike(parts) else []
         n, k = outputs(parts, gated), parts[0].shape[1]
-        if self._packed is not None:
-            self.linear = quantized_linear(self._packed, n)
+        if self._packed:
+            self.linear = quantized_linear(self._few_bits(0, 1), n)
         elif k % 2 and dtype != torch.float32:
             raise NoKernel(f"a linear over {k} columns, which is odd")
         else:
@@ -51,7 +51,7 @@ class Packing:
 
     def memory(self) -> Tensor:
         """Makes the memory for the weight, uint8."""
-        if self._packed is not None:
+        if self._packed:
             return quantized_panels(self.linear)
         return ops.panels(self.linear.n, self.linear.k, self._dtype).flatten().view(torch.uint8)
 
@@ -62,10 +62,9 @@ class Packing:
             CheckpointError: it cannot be read.
         """
         n, k = self.linear.n, self.linear.k
-        if self._packed is not None:
-            wanted = _order(self._parts, self._gated)
+        if self._packed:
             for start in range(0, n, _QUANTIZED_ROWS):
-                pack_quantized(self.linear, self._packed.take(wanted[start : start + _QUANTIZED_ROWS]), start, out)
+                pack_quantized(self.linear, self._few_bits(start, min(n, start + _QUANTIZED_ROWS)), start, out)
             return
         panels = out.view(self._dtype).view(-1, k)
         step = max(1, _READ_BYTES // (k * self._dtype.itemsize * ops.PANEL)) * ops.PANEL
@@ -76,6 +75,20 @@ class Packing:
             else:
                 _concatenate(self._parts, rows, start)
             ops.pack(rows, panels[start:])
+
+    def _few_bits(self, first: int, last: int) -> Packed:
+        """Returns rows [first, last) of the linear in few bits."""
+        if not self._gated:
+            pieces = []
+            for part in self._packed:
+                n = part.shape[0]
+                if first < n and last > 0:
+                    pieces.append(part.rows(max(0, first), min(n, last)))
+                first, last = first - n, last - n
+            return _join(pieces)
+        half = slice(first // 2, -(-last // 2))
+        gate, up = (part.rows(half.start, min(half.stop, part.shape[0])) for part in self._packed)
+        return _join([gate, up, _zeros(gate)]).take(_alternated(gate.shape[0])[: last - first])
 
     def _alternate(self, rows: Tensor, start: int, scratch: Scratch) -> None:
         """Fills `rows` with blocks of each part in turn, from row `start` of each on. Pads their ends with zeros."""
@@ -100,26 +113,23 @@ def alike(parts: Sequence[Matrix]) -> bool:
     return not packed or (len(packed) == len(parts) and join([part.rows(0, 1) for part in packed]) is not None)
 
 
-def _joined(parts: Sequence[Matrix], gated: bool) -> Packed | None:
-    """Returns all rows in few bits, if the parts are alike. With `gated`, a row of zeros follows."""
-    packed = [part.packed for part in parts if part.packed is not None]
-    if len(packed) < len(parts):
-        return None
-    if gated:
-        last = packed[-1].rows(0, 1)
-        zeros = torch.zeros_like(last.zeros) if isinstance(last.zeros, Tensor) else last.zeros
-        codes = torch.zeros_like(last.codes)
-        packed.append(replace(last, codes=codes, scales=torch.zeros_like(last.scales), zeros=zeros))
-    return join(packed)
+def _join(parts: Sequence[Packed]) -> Packed:
+    joined = join(parts)
+    assert joined is not None  # The parts are alike.
+    return joined
 
 
-def _order(parts: Sequence[Matrix], gated: bool) -> Tensor:
-    """Returns which of the joined rows each row of the linear is."""
-    if not gated:
-        return torch.arange(outputs(parts, gated))
-    gate, up = (torch.arange(part.shape[0]) for part in parts)
-    padding = torch.full((-len(gate) % BLOCK,), len(gate) + len(up))
-    blocks = [torch.cat([rows, padding]).view(-1, BLOCK) for rows in (gate, up + len(gate))]
+def _zeros(like: Packed) -> Packed:
+    """Returns a row of zeros."""
+    row = like.rows(0, 1)
+    zeros = torch.zeros_like(row.zeros) if isinstance(row.zeros, Tensor) else row.zeros
+    return replace(row, codes=torch.zeros_like(row.codes), scales=torch.zeros_like(row.scales), zeros=zeros)
+
+
+def _alternated(count: int) -> Tensor:
+    """Returns the order in which `count` rows of gate, as many of up, and a row of zeros after them are packed."""
+    padding = torch.full((-count % BLOCK,), 2 * count)
+    blocks = [torch.cat([rows, padding]).view(-1, BLOCK) for rows in torch.arange(2 * count).view(2, count)]
     return torch.stack(blocks, 1).flatten()
 
 

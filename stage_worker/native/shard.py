@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stagemesh.errors import ConfigError, InternalError
 
-from ..kv.memory import Scratch, zeros
+from ..kv.memory import zeros
 from ..kv.pool import KvLayerSpec, KvPool
 from ..model.batch import StepBatch, lay_out
 from ..model.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ from ..model.parts.description import Rotary
 from ..model.quantized.weights import Weights
 from ..model.spec import ShardSpec
 from . import ops, structures
-from .assemble import Assembled, final_norm, rotaries_of
+from .assemble import Assembled, assemble, final_norm, rotaries_of
 from .exchange import Exchange
 from .model import KernelModel
 from .packing import Packing
@@ -114,7 +114,7 @@ class NativeShard:
                 continue
             prefix = f"{model.description.layers}.{index}."
             program = model.program(index)
-            self._weights[index] = Assembled(program, parameters, prefix, self.dtype, rotaries, spec.tp_rank == 0)
+            self._weights[index] = assemble(program, parameters, prefix, self.dtype, rotaries, spec.tp_rank == 0)
         self._read_ends(parameters, before)
         if done < total:
             on_bytes(total - done)
@@ -180,7 +180,7 @@ class NativeShard:
                 matrix = Matrix(matrix.shape, partial(_copy_rows, self._embedding[first:last]))
             packing = Packing([matrix], self.dtype)
             self._packed_head, self._head = packing.memory(), packing.linear
-            packing.write(self._packed_head, (Scratch(), Scratch()))
+            packing.write(self._packed_head, parameters.scratch)
             self._head.weights = self._packed_head.data_ptr()
             if parts.head_bias:
                 bias = parameters.vector(f"{description.head}.bias")[first:last]

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..kv.memory import Scratch
 from ..model.cut import WHOLE, Cut, Range
 from ..model.dummy import dummy_tensor
 from ..model.parts.model import ModelDescription
@@ -53,6 +54,8 @@ class Parameters:
         """
         self._description, self._weights, self._dtype, self._seed = description, weights, dtype, seed
         self._on_bytes, self._quantization = on_bytes, quantization
+        self.scratch = Scratch(), Scratch()
+        """Memory for what is read at a time."""
         self._last = "", torch.empty(0)
         self._shapes = {
             f"{description.layers}.{index}.{name}": shape

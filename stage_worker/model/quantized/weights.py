@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint
 from ..cut import WHOLE, Cut, Range
 from .reader import QuantizedReader
 
-_PIECE, _ALIGNED = 4 << 20, 256
+_PIECE, _ALIGNED = 1 << 20, 256
 """Number of weights of one matrix that are in memory in few bits at a time, and of rows or columns in a step."""
 
 
