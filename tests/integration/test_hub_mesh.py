@@ -174,13 +174,14 @@ def test_each_service_fetches_what_it_needs_and_all_from_one_commit(
     }
     assert complete(gateway) == reference_greedy(model.parent / "whole", PROMPT, 8)
 
-    # A coordinator that is started again goes on with the commit, and needs no hub for that.
+    # A coordinator that is started again goes on with the commit, and does not even ask the hub.
     hub.requests.clear()
     epoch = mesh_of(gateway)["pipelines"][0]["epoch"]
     cluster.coordinator.process.kill()
     cluster.coordinator.process.wait(10)
-    cluster.start_coordinator("--state-dir", str(tmp_path / "state"), HF_ENDPOINT="http://127.0.0.1:9", **told)
+    cluster.start_coordinator("--state-dir", str(tmp_path / "state"), **told)
     assert cluster.model().commit == commit
+    assert not hub.requests
     wait_ready(gateway)
     assert mesh_of(gateway)["pipelines"][0]["epoch"] == epoch
     for name in ("coordinator", "gateway", "stage-0", "stage-1"):
