@@ -86,7 +86,8 @@ def load_shard(
     on_progress: Callable[[int, int], None] | None = None,
     before: Shard | None = None,
 ) -> Shard:
-    """Builds the shard that `spec` describes and loads its weights. `on_progress(done, total)` counts their bytes.
+    """Builds the shard that `spec` describes and loads its weights. `on_progress(done, total)` counts their bytes;
+    both are 0 while the model is described.
 
     It uses compiled kernels if they support the model, else transformers' own modules. With `tp_size` above one, every
     rank calls this with its own rank and its `parallel` of the same group.
@@ -102,7 +103,7 @@ def load_shard(
     if make is not None:
         return make(spec)
     try:
-        model = kernel_model(spec)
+        model = kernel_model(spec, None if on_progress is None else lambda: on_progress(0, 0))
     except NotNative as e:
         slow = spec.device == "cpu" and not spec.enforce_eager
         log.log(
@@ -130,13 +131,16 @@ def load_shard(
     return shard
 
 
-def kernel_model(spec: ShardSpec) -> KernelModel:
-    """Describes the model for the compiled kernels. Raises NotNative with the reason if they cannot serve it."""
+def kernel_model(spec: ShardSpec, on_wait: Callable[[], None] | None = None) -> KernelModel:
+    """Describes the model for the compiled kernels. Raises NotNative with the reason if they cannot serve it.
+
+    `on_wait` is called all the time while another process describes it.
+    """
     if spec.enforce_eager:
         raise NotNative("--enforce-eager")
     if spec.device != "cpu":
         raise NotNative(f"the kernels are for a CPU, not {spec.device}")
-    return read_model(spec)
+    return read_model(spec, on_wait)
 
 
 def import_for(spec: ShardSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -55,13 +56,16 @@ class KernelModel:
         return KvLayerSpec(index, part.kv_heads, part.head_dim, value_dim, part.window)
 
 
-def read_model(spec: ShardSpec) -> KernelModel:
-    """Reads the programs of a spec's model for its rank. Raises NotNative with the reason if there are none."""
+def read_model(spec: ShardSpec, on_wait: Callable[[], None] | None = None) -> KernelModel:
+    """Reads the programs of a spec's model for its rank. Raises NotNative with the reason if there are none.
+
+    `on_wait` is called all the time while another process describes the model.
+    """
     if ops.library() is None:
         raise NotNative("they were not built at install, or this processor lacks AVX512-BF16")
     names = Weights(Checkpoint(spec.model_dir)).names if spec.load_format == "auto" else None
     try:
-        return compiled(describe(spec.model_dir, names), spec)
+        return compiled(describe(spec.model_dir, names, on_wait=on_wait), spec)
     except (NotDescribed, NoKernel) as e:
         raise NotNative(str(e)) from e
 

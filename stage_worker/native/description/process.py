@@ -1,7 +1,7 @@
-"""The process that describes a model: `python -m stagemesh.stage_worker.native.description.process`.
+"""The process that describes a model: `python -m stagemesh.stage_worker.native.description.process PARENT_PID`.
 
-It reads {"model_dir": ..., "tensors": names or null} as JSON from stdin. It writes a description to stdout, or
-{"reason": ...}.
+It ends when its parent does. It reads {"model_dir": ..., "tensors": names or null} as JSON from stdin. It writes a
+description to stdout, or {"reason": ...}.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
+from stagemesh.process import die_with_parent
 
 from ...model.parts.describe import describe
 from ...model.parts.model import to_json
@@ -36,6 +37,7 @@ def answer(model_dir: str | Path, tensors: Sequence[str] | None) -> str:
 
 def main() -> int:
     """Answers one request."""
+    die_with_parent(int(sys.argv[1]))
     request: dict[str, Any] = json.load(sys.stdin)
     sys.stdout.write(answer(request["model_dir"], request["tensors"]))
     return 0
