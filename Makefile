@@ -60,7 +60,7 @@ chaos: $(DEV)  ## kills, hangs, cuts and operations under live streams, at every
 chaos-hour: $(DEV)  ## everything at random for an hour, 256 streams; writes benchmarks/results/chaos-hour.json
 	STAGEMESH_CHAOS_S=3600 STAGEMESH_CHAOS_STREAMS=256 \
 	STAGEMESH_CHAOS_RESULT=$(CURDIR)/benchmarks/results/chaos-hour.json \
-	$(BIN)/python -m pytest tests/chaos/test_everything.py -s $(ARGS)
+	$(BIN)/python -m pytest tests/chaos/test_everything.py -m "not slow" -s $(ARGS)
 
 bench: $(DEV)
 	$(BIN)/python -m benchmarks.links

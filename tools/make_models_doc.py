@@ -40,7 +40,7 @@ Made with transformers {version}: {works} work, {refused} are refused.
 others run through transformers' modules there, several times slower. The kernels serve what is made of known parts
 (`stage_worker/model/parts/description.py`), whatever its type: the parts are read off transformers' modules by running
 them. Before a model is served, one layer of each kind is computed both ways with random weights. This description is
-kept in `~/.cache/stagemesh`. Making it takes a few seconds, once for a model on a machine.
+kept in `~/.cache/stagemesh`. Making it takes a few seconds, 10 to 20 for large models, once for a model on a machine.
 
 Refused whatever the type, with the reason in the error:
 

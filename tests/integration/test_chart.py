@@ -176,6 +176,7 @@ def test_no_pod_can_do_more_than_it_must(case: str) -> None:
         assert volumes[mounts["/tmp"]["name"]]["emptyDir"] == {}
         assert all(mount.get("readOnly") for path, mount in mounts.items() if path in ("/models", "/etc/stagemesh"))
         if pod.component == "stage":
+            assert pod.env(POD_IP)["HOME"] == "/tmp", "ranks keep descriptions of models below it"
             assert volumes[mounts["/dev/shm"]["name"]]["emptyDir"]["medium"] == "Memory"
 
 
