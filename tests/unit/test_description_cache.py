@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -51,42 +51,48 @@ def test_it_is_made_once(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert made.asked == 1
 
 
-def test_another_one_waits_for_it_and_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    made = Answerer()
+@contextlib.contextmanager
+def under_way(folder: Path, made: Answerer) -> Iterator[None]:
+    """Another thread describes the model, and goes on when `made` is told to, at the latest at the end."""
     made.go_on.clear()
-    first = threading.Thread(target=describe, args=(copy(model, tmp_path / "a"), None, made))
+    first = threading.Thread(target=describe, args=(folder, None, made))
     first.start()
-    assert made.begun.wait(30)
     try:
-        describe(copy(model, tmp_path / "b"), None, made, made.go_on.set)
+        assert made.begun.wait(30)
+        yield
     finally:
         made.go_on.set()
         first.join(30)
-    assert made.asked == 1
 
 
-def test_a_kept_one_is_read_while_another_model_is_described(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_one_waits_for_it_and_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made = Answerer()
-    first = describe(copy(model, tmp_path / "a"), None, made)
-    (lock,) = (tmp_path / "cache").rglob("lock")
-    with lock.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert describe(copy(model, tmp_path / "b"), None, made, timeout_s=0) == first
+    with under_way(copy(model, tmp_path / "a"), made):
+        describe(copy(model, tmp_path / "b"), None, made, made.go_on.set)
+    assert made.asked == 1
 
 
 def test_the_wait_for_another_one_ends(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "cache" / "stagemesh" / "models"
-    folder.mkdir(parents=True)
-    with (folder / "lock").open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(NotDescribed, match="not read in"):
-            describe(copy(model, tmp_path / "a"), None, answer, timeout_s=0.1)
+    made = Answerer()
+    with under_way(copy(model, tmp_path / "a"), made), pytest.raises(NotDescribed, match="not read in"):
+        describe(copy(model, tmp_path / "b"), None, made, timeout_s=0.1)
     assert LaunchTiming().import_s > TIMEOUT_S, "a forkserver that waits would be given up"
+
+
+def test_another_model_and_one_that_is_kept_do_not_wait(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kept = describe(model, None, answer)
+    other = copy(model, tmp_path / "a")
+    (other / "config.json").write_bytes((model / "config.json").read_bytes() + b"\n")
+    with under_way(other, Answerer()):
+        assert describe(copy(model, tmp_path / "b"), None, answer, timeout_s=0) == kept
+        third = copy(model, tmp_path / "c")
+        (third / "config.json").write_bytes((model / "config.json").read_bytes() + b"\n\n")
+        assert describe(third, None, answer, timeout_s=0) == kept
 
 
 def test_it_is_made_where_nothing_can_be_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

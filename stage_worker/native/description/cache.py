@@ -30,8 +30,8 @@ TIMEOUT_S = 100.0
 """Longest wait for a description. A forkserver waits, too, and has 120 s for its imports (LaunchTiming.import_s)."""
 _LOOK_S = 0.05
 """Interval of checks while waiting. A process that only sleeps would be taken for one that hangs."""
-_MOST = 200
-"""Largest number of files in the cache."""
+_MOST = 400
+"""Largest number of files in the cache: descriptions and their locks."""
 _MOST_IN_MEMORY = 8
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def _answer(
             path = folder / f"{key[:40]}.json"
             if (known := _read(path)) is not None:
                 return known
-            locked.enter_context(_lock(folder / "lock", waiting))
+            locked.enter_context(_lock(path.with_suffix(".lock"), waiting))
             if (known := _read(path)) is not None:
                 return known
         except OSError as e:
@@ -178,7 +178,10 @@ def _cache() -> Path:
 
 @contextlib.contextmanager
 def _lock(path: Path, waiting: _Waiting) -> Iterator[None]:
-    """Lets one process of this machine describe, while the others wait for its answer. Raises OSError, NotDescribed."""
+    """Lets one process of this machine describe a model, while the others wait for its answer.
+
+    Raises OSError, NotDescribed.
+    """
     with path.open("a") as file:
         while True:
             try:
@@ -209,7 +212,7 @@ def _read_text(text: str) -> ModelDescription | str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    for old in sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)[:-_MOST]:
+    for old in sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-_MOST]:
         old.unlink()
     handle, name = tempfile.mkstemp(dir=path.parent)
     try:
