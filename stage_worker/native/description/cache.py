@@ -212,8 +212,6 @@ def _read_text(text: str) -> ModelDescription | str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    for old in sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-_MOST]:
-        old.unlink()
     handle, name = tempfile.mkstemp(dir=path.parent)
     try:
         with os.fdopen(handle, "w") as file:
@@ -222,3 +220,5 @@ def _write(path: Path, text: str) -> None:
     except OSError:
         os.unlink(name)
         raise
+    for old in sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-_MOST]:
+        old.unlink()
