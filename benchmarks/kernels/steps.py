@@ -91,7 +91,8 @@ def page(told: Any, found: dict[str, dict[int, float]], floors: dict[str, dict[i
         f"one core after {CONTEXT} tokens; in brackets the ratio to Llama's step, and the ratio to the floor, which "
         "is Llama's step plus the bytes of the further experts that rows use if they choose at random. Medians.",
         "",
-        f"The core streams {rate / 1e9:.1f} GB/s of Llama's weights. {machine_line(told['machine'])}",
+        f"- The core streams {rate / 1e9:.1f} GB/s of Llama's weights.",
+        machine_line(told["machine"]),
         "",
         f"| model | {' | '.join(f'{m} rows' for m in rows)} |",
         f"| --- |{' ---: |' * len(rows)}",
