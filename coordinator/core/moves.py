@@ -63,7 +63,7 @@ def _approach(world: World, pipeline: Pipeline, main: Attempt, goal: Goal, now: 
         yield from load(world, world.workers[holder.worker_id], holder.layers, now)
     if lacking or now < pipeline.move_after:
         return
-    if beside and pipeline.moves_failed < TRIES:
+    if beside and pipeline.moves_failed < TRIES and not (goal.must and _lacks_copies(world, main, goal)):
         yield from _begin(world, pipeline, main, goal, now)
     elif goal.must or not beside:
         # Form the pipeline again with the same holders. Missing pages are computed again.
@@ -84,6 +84,17 @@ def _know_moves(world: World, main: Attempt, goal: Goal, now: float) -> bool:
     """Whether every worker and gateway of a move speaks a protocol with moves. Some do not during an upgrade to it."""
     names = {*main.workers, *(holder.worker_id for holder in goal.holders), *world.watching(now)}
     return names.isdisjoint(world.without_moves(now))
+
+
+def _lacks_copies(world: World, main: Attempt, goal: Goal) -> bool:
+    """Whether a layer's pages cannot be copied, because its next worker has another number of ranks."""
+    return any(
+        max(stage.layers[0], holder.layers[0]) < min(stage.layers[1], holder.layers[1])
+        and world.worker_at(main, stage.stage).info.tp_size != world.workers[holder.worker_id].info.tp_size
+        for stage in main.stages
+        for holder in goal.holders
+        if stage.worker_id != holder.worker_id
+    )
 
 
 def _begin(world: World, pipeline: Pipeline, main: Attempt, goal: Goal, now: float) -> Iterator[Action]:

@@ -165,6 +165,16 @@ class TestWhatGoesWrong:
         assert (story.state, story.holders) == (State.FORMING, ["spare", "b"])
         assert story.epoch > before + 2, "no epoch is used twice"
 
+    def test_a_worker_of_another_number_of_ranks_takes_over_the_hard_way_at_once(self) -> None:
+        story = serving()
+        story.join("spare", tp=2)
+        story.wait(TIMING.settled_s, *story.world.workers)
+        story.prepared("spare")
+        before = story.epoch
+        story.send(drain("a"))
+        assert "pipeline-0" not in story.moves
+        assert (story.state, story.holders, story.epoch) == (State.FORMING, ["spare", "b"], before + 1)
+
     def test_gateways_that_stay_have_lost_nothing(self) -> None:
         story = self.ready("g", "h")
         before = story.epoch
